@@ -1,0 +1,46 @@
+// fp16 and bf16 as bits, for code that no instruction set speeds up.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+
+namespace hasten {
+
+using bf16 = uint16_t;  // bits of a bfloat16
+using fp16 = uint16_t;  // bits of an IEEE half
+
+inline float bf16_to_float(bf16 v) { return std::bit_cast<float>(uint32_t{v} << 16); }
+
+// Round to nearest even; NaN stays NaN.
+inline bf16 float_to_bf16(float v) {
+  const uint32_t u = std::bit_cast<uint32_t>(v);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<bf16>((u >> 16) | 0x40);
+  return static_cast<bf16>((u + 0x7fffu + ((u >> 16) & 1)) >> 16);
+}
+
+inline float fp16_to_float(fp16 h) {
+  const uint32_t sign = uint32_t{h} >> 15 << 31;
+  const uint32_t magnitude = h & 0x7fffu;
+  if (magnitude >= 0x7c00u) return std::bit_cast<float>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  if (magnitude < 0x400u) {  // zero and subnormals: an exact product
+    const float value = static_cast<float>(magnitude) * 0x1p-24f;
+    return sign ? -value : value;
+  }
+  return std::bit_cast<float>(sign | ((magnitude << 13) + 0x38000000u));
+}
+
+// Round to nearest even; overflow becomes infinity.
+inline fp16 float_to_fp16(float v) {
+  const uint32_t u = std::bit_cast<uint32_t>(v);
+  const auto sign = static_cast<fp16>(u >> 16 & 0x8000u);
+  const uint32_t magnitude = u & 0x7fffffffu;
+  if (magnitude >= 0x7f800000u) return sign | (magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u);
+  if (magnitude >= 0x477ff000u) return sign | 0x7c00u;
+  if (magnitude < 0x38800000u) {  // subnormal half: let the float adder round it
+    const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
+    return sign | static_cast<fp16>(std::bit_cast<uint32_t>(shifted) - 0x3f000000u);
+  }
+  return sign | static_cast<fp16>((magnitude + 0xfffu + ((magnitude >> 13) & 1) - 0x38000000u) >> 13);
+}
+
+}  // namespace hasten

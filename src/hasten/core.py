@@ -1,0 +1,343 @@
+"""The shared nouns. Frozen dataclasses with units in the names; nothing here imports torch or the native module.
+
+Shape letters, everywhere: `B` sequences, `N` packed tokens, `T` query length, `S` context length, `H` query heads,
+`K` KV heads, `D` head size, `E` model width, `F` feed-forward width, `V` vocabulary, `P` pages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from hasten.errors import UsageError
+
+SCHEMA_VERSION = 1
+"""Version of every JSON document and artifact this program writes."""
+
+NormPlacement = Literal["pre", "post", "sandwich"]
+Activation = Literal["silu", "gelu_tanh"]
+RopeKind = Literal["default", "linear", "llama3", "yarn", "longrope", "dynamic"]
+Goal = Literal["latency", "throughput", "memory"]
+Status = Literal["pass", "fail", "insufficient"]
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for long context.
+
+    Source: the `rope_scaling` object of a Hugging Face config.json; the names are its names.
+    """
+
+    kind: RopeKind = "default"
+    factor: float = 1.0
+    original_context_length: int | None = None  # tokens
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float | None = None  # yarn, longrope: scales cos and sin; None = derived from factor
+    mscale: float | None = None  # yarn
+    mscale_all_dim: float | None = None  # yarn
+    truncate: bool = True  # yarn: round the correction range to whole dimensions
+    short_factor: tuple[float, ...] = ()  # longrope, [rotary_dim / 2]
+    long_factor: tuple[float, ...] = ()  # longrope, [rotary_dim / 2]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A dense decoder, its variation points as data.
+
+    One decoder runs all of Llama, Mistral, Qwen2, Qwen3, Gemma 3 (text), Phi-3, SmolLM and OLMo 2; they differ
+    only in these fields and in which tensors exist (biases, qk-norms).
+    """
+
+    architecture: str  # "llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "smollm3", "olmo2"
+    vocab_size: int  # V
+    hidden_size: int  # E
+    intermediate_size: int  # F
+    num_layers: int
+    num_heads: int  # H
+    num_kv_heads: int  # K
+    head_dim: int  # D
+    context_length: int  # tokens
+    norm_eps: float = 1e-6
+    activation: Activation = "silu"
+    norm_placement: NormPlacement = "pre"
+    qk_norm: Literal["none", "head", "full"] = "none"  # per head [D] (Qwen3, Gemma 3) or whole projection (OLMo 2)
+    rotary_dim: int | None = None  # None = head_dim; Phi-3's partial_rotary_factor makes it smaller
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    rope_local_theta: float | None = None  # Gemma 3: theta of the sliding layers, which are never scaled
+    rope_layers: tuple[bool, ...] = ()  # SmolLM3: False = no rotary embedding in that layer; empty = all True
+    sliding_window: int | None = None  # tokens a sliding layer may look back on, itself included
+    sliding_layers: tuple[bool, ...] = ()  # one flag a layer; empty = no layer slides
+    query_scale: float | None = None  # attention scores are q.k * query_scale; None = head_dim ** -0.5
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embed_scale: float = 1.0  # Gemma: sqrt(E), rounded to bf16 as the original does
+    tied_head: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def score_scale(self) -> float:
+        """What q.k is multiplied with before softmax."""
+        return self.query_scale if self.query_scale is not None else self.head_dim**-0.5
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Every linear layer read for one token, by canonical name -> (rows, columns), the head included."""
+        e, f, d = self.hidden_size, self.intermediate_size, self.head_dim
+        shapes: dict[str, tuple[int, int]] = {}
+        for i in range(self.num_layers):
+            p = f"layers.{i}."
+            shapes[p + "q"] = (self.num_heads * d, e)
+            shapes[p + "k"] = (self.num_kv_heads * d, e)
+            shapes[p + "v"] = (self.num_kv_heads * d, e)
+            shapes[p + "o"] = (e, self.num_heads * d)
+            shapes[p + "gate"] = (f, e)
+            shapes[p + "up"] = (f, e)
+            shapes[p + "down"] = (e, f)
+        shapes["embed" if self.tied_head else "head"] = (self.vocab_size, e)
+        return shapes
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights read for one decoded token (head included, embedding row not)."""
+        return sum(rows * cols for rows, cols in self.linear_shapes().values())
+
+    @property
+    def flops_per_token(self) -> int:
+        """Multiply-adds x 2 of all linear layers for one token, head included, attention over the context not."""
+        return 2 * self.linear_weights
+
+    def kv_bytes_per_token(self, bytes_per_value: float = 2.0) -> int:
+        """KV cache bytes one token of context costs over all layers."""
+        return int(2 * self.num_layers * self.num_kv_heads * self.head_dim * bytes_per_value)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one linear layer's weights are stored.
+
+    `bits` 16 is bf16; 8, 6, 5, 4 are integers with one fp16 scale a group of `group` inputs, and one fp16 minimum
+    too where `symmetric` is False (w = scale * q + minimum). Group 16 exists for GGUF's k-quants alone.
+    """
+
+    bits: int = 16
+    group: int = 32
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in (16, 8, 6, 5, 4):
+            raise UsageError(f"a weight layout of {self.bits} bits does not exist", hint="use 16, 8, 6, 5 or 4 bits")
+        if self.bits != 16 and self.group not in (16, 32, 64, 128):
+            raise UsageError(f"group size {self.group} is not supported", hint="use a group of 32, 64 or 128")
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits a weight, scales and minimums included."""
+        if self.bits == 16:
+            return 16.0
+        return self.bits + (16.0 if self.symmetric else 32.0) / self.group
+
+    def __str__(self) -> str:
+        if self.bits == 16:
+            return "bf16"
+        return f"w{self.bits}" + (f"-g{self.group}" if self.group != 32 else "") + ("" if self.symmetric else "-asym")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What happens to weights, activations and KV. Names: see DESIGN 3.
+
+    `source` keeps the values the file holds, each tensor in the cheapest layout that holds it. Otherwise `default`
+    is the layout of every linear layer, `head` that of the LM head (and a tied embedding), and `layers` overrides
+    single layers by canonical name (`layers.3.down`).
+    """
+
+    name: str
+    default: Layout | None = None  # None: keep the source's values
+    head: Layout | None = None  # None: as default
+    layers: Mapping[str, Layout] = field(default_factory=dict)
+    kv: Literal["bf16", "int8"] = "bf16"
+
+    def layout_for(self, tensor: str) -> Layout | None:
+        """Layout of one linear layer, or None to keep the source's values."""
+        if tensor in self.layers:
+            return self.layers[tensor]
+        if tensor in ("head", "embed") and self.head is not None:
+            return self.head
+        return self.default
+
+    def bits_per_weight(self, config: ModelConfig) -> float | None:
+        """Mean stored bits over the linear layers, head included; None while values are kept as they come."""
+        bits = weights = 0.0
+        for name, (rows, cols) in config.linear_shapes().items():
+            layout = self.layout_for(name)
+            if layout is None:
+                return None
+            bits += layout.bits_per_weight * rows * cols
+            weights += rows * cols
+        return bits / weights
+
+    @classmethod
+    def parse(cls, name: str) -> Recipe:
+        """`source`, `bf16`, `w8`, `w6`, `w5`, `w4`, with `-g64`, `-head8`, `-kv8` ... appended.
+
+        Raises:
+            UsageError: the name is none of these.
+        """
+        base, *options = name.strip().split("-")
+        match = re.fullmatch(r"bf16|source|w([8654])", base)
+        if match is None:
+            raise UsageError(
+                f"unknown recipe {name!r}",
+                hint="use source, bf16, w8, w6, w5 or w4, with -g64, -g128, -head8, -kv8 appended",
+            )
+        bits = int(match.group(1) or 16)
+        group, head_bits, kv = 32, None, "bf16"
+        for option in options:
+            if (m := re.fullmatch(r"g(32|64|128)", option)) and bits != 16:
+                group = int(m.group(1))
+            elif m := re.fullmatch(r"head(16|8|6|5|4)", option):
+                head_bits = int(m.group(1))
+            elif option == "kv8":
+                kv = "int8"
+            else:
+                raise UsageError(
+                    f"recipe {name!r}: cannot read {option!r}", hint="options are -g32, -g64, -g128, -head8, -kv8"
+                )
+        default = None if base == "source" else Layout(bits, group if bits != 16 else 32)
+        head = Layout(head_bits, group if head_bits != 16 else 32) if head_bits else None
+        return cls(name=name, default=default, head=head, kv="int8" if kv == "int8" else "bf16")
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How the engine runs a model on this machine."""
+
+    threads: int | None = field(default=None, metadata={"help": "threads to use; default: the cores this process may use"})
+    context: int | None = field(
+        default=None, metadata={"help": "longest prompt plus output, tokens; default: the model's, at most 8192"}
+    )
+    max_sequences: int = field(default=16, metadata={"help": "sequences that may decode together"})
+    prefill_chunk: int = field(default=512, metadata={"help": "prompt tokens computed in one step"})
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is asked of the engine: lengths in tokens, `batch` sequences at once."""
+
+    prompt: int = 512
+    output: int = 128
+    batch: int = 1
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be given up: the quality limit of DESIGN 6."""
+
+    max_ppl_increase: float = 0.01  # 0.01 = +1 %
+
+
+@dataclass(frozen=True)
+class Stat:
+    """Several runs of one figure."""
+
+    median: float
+    p10: float
+    p90: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is here and what it measures. None is unknown, never guessed."""
+
+    cpu: str
+    isa: tuple[str, ...]  # instruction sets the native engine has here, best last
+    cores: int  # this process may use
+    l1d_bytes: int | None
+    l2_bytes: int | None
+    l3_bytes: int | None
+    memory_bytes: int | None
+    read_gb_per_s: float | None = None  # measured, all threads
+    int8_tops: float | None = None
+    bf16_tflops: float | None = None
+    fp32_tflops: float | None = None
+    gpus: tuple[str, ...] = ()
+    os: str = ""
+    python: str = ""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One engine's speed on one workload of this machine."""
+
+    engine: str  # "hasten", "llama.cpp", ...
+    version: str
+    format: str  # recipe or the peer's own name for its weights
+    weight_bytes: int | None
+    prefill_tok_per_s: Stat
+    decode_tok_per_s: Stat
+    ttft_ms: Stat
+    tpot_ms: Stat
+    peak_rss_bytes: int | None
+    workload: Workload = field(default_factory=Workload)
+    threads: int = 1
+    fraction_of_read_ceiling: float | None = None
+    fraction_of_int8_ceiling: float | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a recipe costs in quality against the source in bf16 on the same engine and text (DESIGN 6)."""
+
+    status: Status
+    ppl: float
+    ppl_source: float
+    ppl_increase: float  # 0.01 = +1 %
+    ppl_increase_low: float  # bootstrap 95 % interval, paired
+    ppl_increase_high: float
+    kl_mean: float  # nats
+    kl_p99: float  # nats
+    top1_agreement: float  # 0..1
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A prediction of the speed model, labelled as one."""
+
+    decode_tok_per_s: float
+    prefill_tok_per_s: float
+    ttft_ms: float
+    weight_bytes: int
+    bound: Literal["memory", "compute"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe with everything that speaks for it."""
+
+    model: str
+    recipe: Recipe
+    options: EngineOptions
+    measurement: Measurement | None
+    verdict: Verdict | None
+    estimate: Estimate | None
+    because: tuple[str, ...]  # one reason for every automatic choice
+
+
+def as_json(value: Any) -> Any:
+    """Plain JSON values of any noun here: dataclasses to dicts, tuples to lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: as_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): as_json(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(v) for v in value]
+    return value

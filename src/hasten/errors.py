@@ -1,0 +1,66 @@
+"""The exception tree. Every error a user can cause is a HastenError: what, got what, what next, and a hint that works.
+
+HastenError
+├── UsageError        the request itself is wrong (exit 2)
+├── ModelError        a model, file or tensor is not what it must be (exit 1)
+│   └── FormatError   a file that cannot be read as the format it claims
+├── TokenizerError    a tokenizer or chat template that cannot be built or applied (exit 1)
+├── ArtifactError     a `.hasten` folder that is damaged, foreign or of another version (exit 1)
+├── MachineError      this machine lacks what was asked for (exit 1)
+├── PeerError         an engine to compare with is missing or failed (exit 1)
+└── BudgetError       nothing met the quality or latency budget (exit 3)
+"""
+
+from __future__ import annotations
+
+
+class HastenError(Exception):
+    """Base of every error meant for the user.
+
+    Args:
+        message: what is wrong and what was found instead, in one or two sentences.
+        hint: a command or a step that puts it right; printed after `hint:`.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(HastenError):
+    """The request itself is wrong: a bad value, an unknown name, a prompt that does not fit."""
+
+    exit_code = 2
+
+
+class ModelError(HastenError):
+    """A model, file or tensor is not what it must be."""
+
+
+class FormatError(ModelError):
+    """A file that cannot be read as the format it claims to be."""
+
+
+class TokenizerError(HastenError):
+    """A tokenizer or chat template that cannot be built or applied."""
+
+
+class ArtifactError(HastenError):
+    """A `.hasten` folder that is damaged, foreign or of another version."""
+
+
+class MachineError(HastenError):
+    """This machine lacks what was asked for."""
+
+
+class PeerError(HastenError):
+    """An engine to compare with is missing or failed."""
+
+
+class BudgetError(HastenError):
+    """Nothing met the quality or latency budget."""
+
+    exit_code = 3
