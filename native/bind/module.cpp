@@ -1,0 +1,10 @@
+#include "bind.h"
+
+NB_MODULE(_native, m) {
+  m.doc() = "Hasten's native engine: kernels, decoder, sampler, packing and measured ceilings.";
+  hasten::bind_engine(m);
+  hasten::bind_pack(m);
+  hasten::bind_sampler(m);
+  hasten::bind_divergence(m);
+  hasten::bind_probe(m);
+}
