@@ -1,7 +1,7 @@
-"""Rotary frequencies of every kind, as tables the native engine and the reference decoder both read. No torch here.
+"""Rotary frequencies of every kind, as tables the native engine and the reference decoder both read.
 
-A token at position p turns the pair (x[i], x[i + rotary_dim / 2]) of a head by the angle p * inv_freq[i]; dimensions
-past `rotary_dim` pass through. `scale` multiplies both cosine and sine.
+A token at position p turns the pair (x[i], x[i + rotary_dim / 2]) of a head by the angle p * inv_freq[i];
+dimensions past `rotary_dim` pass through. A scale multiplies both cosine and sine. No torch here.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Frequencies = npt.NDArray[np.float64]  # [rotary_dim / 2], radians a token
 class RopeTables:
     """What a model's layers rotate with. Arrays are float64 [rotary_dim / 2], in radians a token.
 
-    A layer that slides reads `local_inv_freq` with scale 1 where there is one (Gemma 3); every other layer that
-    rotates reads `global_inv_freq` with `global_scale`. LongRoPE has a second set: a sequence of more than
-    `long_threshold` tokens uses `long_inv_freq` and `long_scale` at all of its positions, so keys rotated before the
-    sequence grew past the threshold must be computed again.
+    A layer that slides reads `local_inv_freq` with scale 1 where there is one (Gemma 3); every other layer
+    that rotates reads `global_inv_freq` with `global_scale`. LongRoPE has a second set: a sequence of more
+    than `long_threshold` tokens uses `long_inv_freq` and `long_scale` at all of its positions, so keys rotated
+    before the sequence grew past the threshold must be computed again.
     """
 
     global_inv_freq: Frequencies
@@ -41,8 +41,8 @@ def tables(config: ModelConfig, length: int | None = None) -> RopeTables:
     """Frequencies of all layers.
 
     Args:
-        length: tokens of the sequence; only the `dynamic` kind depends on it, and only past the original context.
-            None: a sequence within the original context.
+        length: tokens of the sequence; only the `dynamic` kind depends on it, and only past the original
+            context. None: a sequence within the original context.
 
     Raises:
         ModelError: the scaling parameters do not fit the rotary dimensions or each other.
@@ -116,7 +116,7 @@ def _dynamic(config: ModelConfig, dim: int, length: int | None) -> tuple[Frequen
 
 
 def _llama3(config: ModelConfig, dim: int, length: int | None) -> tuple[Frequencies, float]:
-    """Llama 3.1: long waves divided by the factor, short ones kept, a linear blend between (its reference code)."""
+    """Llama 3.1: long waves divided by the factor, short ones kept, a blend between (its reference code)."""
     scaling, original = config.rope_scaling, _original_context(config)
     if scaling.high_freq_factor == scaling.low_freq_factor:
         raise ModelError(
@@ -156,7 +156,7 @@ def _yarn_attention(scaling: RopeScaling) -> float:
 
 
 def _longrope(config: ModelConfig, dim: int, length: int | None) -> tuple[Frequencies, float]:
-    """LongRoPE (Ding et al. 2024, arXiv:2402.13753): a searched divisor for each dimension, one set short, one long.
+    """LongRoPE (Ding et al. 2024, arXiv:2402.13753): a searched divisor for each dimension, short and long.
 
     A `factor` of 1 counts as not given: it is then the context length over the original one.
     """
@@ -164,9 +164,8 @@ def _longrope(config: ModelConfig, dim: int, length: int | None) -> tuple[Freque
     is_long = length is not None and length > original and bool(scaling.long_factor)
     divisors = scaling.long_factor if is_long else scaling.short_factor
     if len(divisors) != dim // 2 or not all(d > 0 for d in divisors):
-        raise ModelError(
-            f"longrope needs {dim // 2} positive {'long' if is_long else 'short'} factors, got {len(divisors)}"
-        )
+        which = "long" if is_long else "short"
+        raise ModelError(f"longrope needs {dim // 2} positive {which} factors, got {len(divisors)}")
     frequencies = _base(dim, config.rope_theta) / np.asarray(divisors, dtype=np.float64)
     if scaling.attention_factor is not None:
         return frequencies, scaling.attention_factor
