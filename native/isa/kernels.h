@@ -1,0 +1,85 @@
+// The table of kernels an instruction set offers. One is chosen at start-up; all give the same results: the integer
+// kernels bit for bit as far as float rounding of one multiply-add a group goes, the bf16 kernels to rounding.
+//
+// Every output value is computed the same way whatever the number of tokens, threads or panels in the call, so results
+// do not depend on what else is in a batch.
+#pragma once
+
+#include "layout.h"
+#include "numeric.h"
+
+namespace hasten {
+
+// Activations of `m` tokens as int8 with one scale for 32 inputs. Rows are padded with zeros to `cols`, a multiple of 128.
+// value = scale * q.  q in [-127, 127].
+struct QuantRows {
+  const int8_t* q;        // [m][cols]
+  const float* scale;     // [m][cols / 32]
+  const int32_t* nsum;    // [m][cols / 32], minus the sum of q over the 32 inputs
+  const int32_t* nsum16;  // [m][cols / 16], the same over 16 inputs
+  int cols;
+};
+
+enum class Gate { kSilu, kGeluTanh };
+
+// A query block against one part of the context, for one KV head. All rows share keys and values.
+struct AttendPart {
+  const bf16* q;             // [rows][head_dim], already multiplied by the score scale
+  int rows;                  // query rows: tokens x query heads that share the KV head
+  const int* position;       // [rows] absolute position of each row's token
+  int head_dim;              // multiple of 32
+  const bf16* const* k;      // [pages] K pages: per 16 tokens, per 2 dims: [16][2]
+  const bf16* const* v;      // [pages] V pages: per 16 dims, per 2 tokens: [16][2]
+  const float* const* k_scale;  // [pages] one float a token (int8 pages), or null
+  const float* const* v_scale;
+  int pages;                 // in this part; page p holds tokens first + p * kPageTokens ...
+  int first;                 // absolute position of the part's first token
+  int window;                // tokens a row may look back on, itself included; 0 = all
+  float softcap;             // 0 = none
+  float* scores;             // scratch [rows][pages * kPageTokens]
+  bf16* weights;             // scratch [rows][pages * kPageTokens]
+  float* out;                // [rows][head_dim] sum of exp(score - max) * v
+  float* max;                // [rows] largest score of the part; -inf if the row sees nothing of it
+  float* sum;                // [rows] sum of exp(score - max)
+};
+
+constexpr int kPageTokens = 32;
+constexpr int kPartTokens = 256;  // attention works through the context in parts of this many tokens
+
+struct Kernels {
+  const char* name;
+
+  // out[t][16*p + r] (+)= sum_k w[16*p + r][k] * x[t][k] for panels p0 <= p < p1, t < m. `out` has room for whole panels.
+  // w.format.bits is 4, 5, 6 or 8.
+  void (*linear_int)(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add);
+  // The same for bf16 weights and activations; x rows are padded with zeros to a multiple of 32 columns.
+  void (*linear_bf16)(const Packed& w, int p0, int p1, const bf16* x, size_t ldx, int m, float* out, size_t ldo, bool add);
+
+  // n inputs -> q, scale, nsum, nsum16 of one row, padded with zeros to `padded` (a multiple of 128).
+  void (*quantize)(const float* x, int n, int padded, int8_t* q, float* scale, int32_t* nsum, int32_t* nsum16);
+  // n inputs -> bf16, padded with zeros to `padded`.
+  void (*to_bf16)(const float* x, int n, int padded, bf16* out);
+
+  // out = x / sqrt(mean(x^2) + eps) * weight. `out` may be `x`.
+  void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);
+  // gate = act(gate) * up
+  void (*gated)(Gate kind, float* gate, const float* up, int n);
+  // Rotates the first 2 * half values of a head: (x[i], x[i + half]) by the angle whose cosine and sine are given.
+  void (*rope)(float* head, const float* cos, const float* sin, int half);
+
+  void (*attend)(const AttendPart& part);
+  // Index of the largest value, the lowest of equals; -1 if any value is NaN.
+  int (*argmax)(const float* x, int n);
+};
+
+extern const Kernels kScalarKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+extern const Kernels kAmxKernels;
+#endif
+
+// The table in use: the best this machine has, or what HASTEN_ISA names.
+const Kernels& kernels();
+
+}  // namespace hasten
