@@ -6,6 +6,7 @@ HastenError
 │   └── FormatError   a file that cannot be read as the format it claims
 ├── TokenizerError    a tokenizer or chat template that cannot be built or applied (exit 1)
 ├── ArtifactError     a `.hasten` folder that is damaged, foreign or of another version (exit 1)
+├── DiskError         a file that cannot be written: full, read-only or forbidden disk (exit 1)
 ├── MachineError      this machine lacks what was asked for (exit 1)
 ├── PeerError         an engine to compare with is missing or failed (exit 1)
 └── BudgetError       nothing met the quality or latency budget (exit 3)
@@ -50,6 +51,10 @@ class TokenizerError(HastenError):
 
 class ArtifactError(HastenError):
     """A `.hasten` folder that is damaged, foreign or of another version."""
+
+
+class DiskError(HastenError):
+    """A file that cannot be written: the disk is full, read-only or not ours. What was there before is untouched."""
 
 
 class MachineError(HastenError):

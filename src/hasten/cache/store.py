@@ -1,0 +1,198 @@
+"""Files that are written whole or not at all, and their digests.
+
+A crash, a full disk or Ctrl-C at any point leaves the file that was there before, never half of the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from hasten.core import as_json
+from hasten.errors import DiskError
+
+_CHUNK_BYTES = 1 << 20
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
+_SHAPE = {errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP}
+_BROKEN = {errno.EIO}
+
+
+def cache_dir() -> Path:
+    """The folder everything that can be made again is kept in; it may not exist yet.
+
+    `HASTEN_CACHE` if set, else the platform's cache folder: `$XDG_CACHE_HOME/hasten` or `~/.cache/hasten`,
+    `~/Library/Caches/hasten` on macOS, `%LOCALAPPDATA%\\hasten` on Windows.
+
+    Raises:
+        DiskError: no home folder is known.
+    """
+    chosen = os.environ.get("HASTEN_CACHE")
+    try:
+        if chosen:
+            return Path(chosen).expanduser().absolute()
+        return _platform_cache_dir() / "hasten"
+    except RuntimeError as error:
+        raise DiskError(
+            "no cache folder: this user has no home folder",
+            hint="export HASTEN_CACHE=/a/folder/you/may/write",
+        ) from error
+
+
+def _platform_cache_dir() -> Path:
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches"
+    named = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME", "")
+    if named and Path(named).is_absolute():  # the XDG specification says to ignore a relative one
+        return Path(named)
+    return Path.home() / ("AppData/Local" if os.name == "nt" else ".cache")
+
+
+def write_atomic(path: str | Path, data: bytes | memoryview | Callable[[BinaryIO], object]) -> Path:
+    """Write a file so that readers see the old bytes or all of the new ones.
+
+    A temporary file beside it, flushed to the disk, then renamed over it. Folders on the way are made; a link
+    is followed. Costs one fsync of the file and one of its folder.
+
+    Args:
+        path: the file.
+        data: its bytes, or a function that writes them to the binary file it is given.
+
+    Returns:
+        `path`.
+
+    Raises:
+        DiskError: the disk is full, read-only or not ours; the old file is as it was.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = beside(target)
+    with explained(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(
+                temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666
+            )
+            with os.fdopen(descriptor, "wb") as file:
+                if callable(data):
+                    data(file)
+                else:
+                    file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)  # noqa: PTH105
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(target.parent)
+    return Path(path)
+
+
+def beside(target: Path, kind: str = "tmp") -> Path:
+    """A name in the same folder (so on the same disk) that nothing else uses."""
+    return target.parent / f".{target.name[:200]}.{os.getpid()}-{secrets.token_hex(4)}.{kind}"
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` survive a power cut, where the system can."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (
+            errno.EINVAL,
+            errno.ENOTSUP,
+        ):  # network file systems may refuse to sync a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def explained(target: Path) -> Iterator[None]:
+    """Turn the system's refusals to write `target` into a DiskError; errors of other files pass."""
+    try:
+        yield
+    except OSError as error:
+        known = _FULL | _FORBIDDEN | _SHAPE | _BROKEN
+        named = error.filename
+        ours = (
+            named is None or Path(os.fsdecode(named)).is_relative_to(target.parent) or _above(named, target)
+        )
+        if error.errno not in known or not ours:
+            raise
+        raise DiskError(*_what(target, error), hint=_next(error)) from error
+
+
+def _above(named: str | bytes, target: Path) -> bool:
+    return target.is_relative_to(Path(os.fsdecode(named)))
+
+
+def _what(target: Path, error: OSError) -> tuple[str]:
+    reason = os.strerror(error.errno or 0)
+    free = free_bytes(target)
+    left = "unknown" if free is None else f"{free / 1e6:,.0f} MB"
+    kept = " What was there before is untouched." if target.exists() else ""
+    return (f"cannot write {target}: {reason} ({left} free there).{kept}",)
+
+
+def _next(error: OSError) -> str:
+    if error.errno in _FULL:
+        return "free some space there, or choose another disk with --out DIR or HASTEN_CACHE=DIR"
+    if error.errno in _FORBIDDEN:
+        return "choose a folder you may write with --out DIR or HASTEN_CACHE=DIR"
+    if error.errno in _SHAPE:
+        return "choose another name: something of another kind is there, or the name is too long"
+    return "check the disk (dmesg), or choose another one with --out DIR or HASTEN_CACHE=DIR"
+
+
+def free_bytes(path: Path) -> int | None:
+    """Bytes this user may still write on the disk `path` is or would be on; None if unknown."""
+    for folder in (path, *path.parents):
+        with contextlib.suppress(OSError):
+            return shutil.disk_usage(folder).free
+    return None
+
+
+def digest(path: str | Path) -> str:
+    """SHA-256 of a file, as 64 hexadecimal digits. Reads it once, in 1 MiB pieces.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    state = hashlib.sha256()
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
+    with Path(path).open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            state.update(buffer[:count])
+    return state.hexdigest()
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Write plain values or any noun of `hasten.core` as JSON, atomically. Infinity and NaN are refused.
+
+    Raises:
+        DiskError: as `write_atomic`.
+        ValueError: a number that JSON has no form for: use None for unknown.
+    """
+    text = json.dumps(as_json(value), indent=2, ensure_ascii=False, allow_nan=False)
+    return write_atomic(path, (text + "\n").encode())
+
+
+def read_json(path: str | Path) -> Any | None:
+    """The value in a JSON file, or None where it is missing, torn or no JSON: to a cache these are misses."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
