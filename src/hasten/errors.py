@@ -1,4 +1,4 @@
-"""The exception tree. Every error a user can cause is a HastenError: what, got what, what next, and a hint that works.
+"""The exception tree. Every error a user can cause is a HastenError: what, got what, what next, a working hint.
 
 HastenError
 ├── UsageError        the request itself is wrong (exit 2)
@@ -54,7 +54,7 @@ class ArtifactError(HastenError):
 
 
 class DiskError(HastenError):
-    """A file that cannot be written: the disk is full, read-only or not ours. What was there before is untouched."""
+    """A file that cannot be written: full, read-only or forbidden disk. What was there is untouched."""
 
 
 class MachineError(HastenError):
