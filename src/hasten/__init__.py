@@ -1,0 +1,67 @@
+"""Hasten makes a language model fast on your hardware, within the quality you can accept, and proves both.
+
+    import hasten
+
+    model = hasten.load("demo", recipe="w8")
+    print(model.generate(["What is a mutex?"], max_new_tokens=64)[0].text)
+
+The names below are the whole public interface. Each is imported when it is first used: `import hasten` is
+instant.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hasten.core import Budget, EngineOptions, Layout, Plan, Recipe, Workload
+    from hasten.engine.model import Completion, LanguageModel, load
+    from hasten.errors import HastenError
+    from hasten.machine.probe import probe
+    from hasten.optimize.loop import optimize
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it. At most twelve; tests/test_public.py counts.
+_HOME = {
+    "load": "hasten.engine.model",
+    "optimize": "hasten.optimize.loop",
+    "probe": "hasten.machine.probe",
+    "LanguageModel": "hasten.engine.model",
+    "Completion": "hasten.engine.model",
+    "Recipe": "hasten.core",
+    "Layout": "hasten.core",
+    "EngineOptions": "hasten.core",
+    "Budget": "hasten.core",
+    "Workload": "hasten.core",
+    "Plan": "hasten.core",
+    "HastenError": "hasten.errors",
+}
+
+__all__ = [  # noqa: RUF022  in the order a reader meets them
+    "load",
+    "optimize",
+    "probe",
+    "LanguageModel",
+    "Completion",
+    "Recipe",
+    "Layout",
+    "EngineOptions",
+    "Budget",
+    "Workload",
+    "Plan",
+    "HastenError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'hasten' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,5 @@
+"""`python -m hasten` is `hasten`."""
+
+from hasten.cli import main
+
+raise SystemExit(main())

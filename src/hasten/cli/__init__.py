@@ -1,0 +1,86 @@
+"""The `hasten` command: which verbs there are, and how one is run.
+
+A verb is one file here with a function `command`: its typer annotations are the flags, its docstring is the help,
+and `KEPT` (optional) is the line printed when Ctrl-C stops it: what is kept and how to go on. Only the verb that is run
+gets imported; `hasten --help` imports none of them, nor typer: it answers at once.
+
+Exit codes: 0 done, 1 failed, 2 usage, 3 budget not met, 130 stopped by Ctrl-C, 141 stdout's reader went away.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import NamedTuple
+
+
+class Verb(NamedTuple):
+    """Where a verb lives, and its line in `hasten --help`: the first line of the docstring of `command`."""
+
+    module: str
+    help: str
+
+
+VERBS = {
+    "probe": Verb(
+        "hasten.cli.probe", "Measure this machine: cores, caches, memory bandwidth, compute ceilings."
+    ),
+    "optimize": Verb(
+        "hasten.cli.optimize", "Find the fastest recipe within a quality budget and write an artifact."
+    ),
+    "generate": Verb("hasten.cli.generate", "Continue one prompt and print the continuation."),
+    "chat": Verb("hasten.cli.chat", "Talk with a model in the terminal."),
+    "eval": Verb("hasten.cli.eval", "Measure what a recipe costs in quality against the source model."),
+    "bench": Verb("hasten.cli.bench", "Measure speed, alone or side by side with other engines."),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line `argv` (default: the process's) and return its exit code. Never raises."""
+    from hasten.cli.failure import guarded
+
+    arguments = sys.argv[1:] if argv is None else argv
+    return guarded(lambda: _dispatch(arguments), verb=arguments[0] if arguments else "")
+
+
+def overview() -> str:
+    """The text of `hasten --help`."""
+    width = max(map(len, VERBS))
+    return "\n".join(
+        [
+            "Usage: hasten VERB [OPTIONS] [ARGS]...",
+            "",
+            "Make a language model fast on your hardware, within the quality you can accept, and prove both.",
+            "",
+            "Verbs:",
+            *(f"  {name:<{width}}  {verb.help}" for name, verb in VERBS.items()),
+            "",
+            "Options:",
+            "  -h, --help  Show this text; `hasten VERB --help` describes a verb.",
+            "  --version   Show the version.",
+            "",
+            "Start here:",
+            "  hasten optimize demo",
+            '  hasten generate demo.hasten -p "What is a mutex?"',
+            "",
+        ]
+    )
+
+
+def _dispatch(arguments: list[str]) -> int:
+    from hasten.cli.failure import check_text, unknown_verb
+
+    check_text(arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(overview())
+        return 0
+    if arguments[0] == "--version":
+        from hasten import __version__
+
+        sys.stdout.write(f"hasten {__version__}\n")
+        return 0
+    verb = VERBS.get(arguments[0])
+    if verb is None:
+        raise unknown_verb(arguments[0], list(VERBS))
+    from hasten.cli.frame import run
+
+    return run(arguments[0], verb.module, arguments[1:])
