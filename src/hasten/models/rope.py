@@ -25,7 +25,7 @@ class RopeTables:
 
     A layer that slides reads `local_inv_freq` with scale 1 where there is one (Gemma 3); every other layer
     that rotates reads `global_inv_freq` with `global_scale`. LongRoPE has a second set: a sequence of more
-    than `long_threshold` tokens uses `long_inv_freq` and `long_scale` at all of its positions, so keys rotated
+    than `long_threshold` tokens uses `long_inv_freq` and `long_scale` at all its positions, so keys rotated
     before the sequence grew past the threshold must be computed again.
     """
 
