@@ -1,8 +1,8 @@
 """The `hasten` command: which verbs there are, and how one is run.
 
-A verb is one file here with a function `command`: its typer annotations are the flags, its docstring is the help,
-and `KEPT` (optional) is the line printed when Ctrl-C stops it: what is kept and how to go on. Only the verb that is run
-gets imported; `hasten --help` imports none of them, nor typer: it answers at once.
+A verb is one file here with a function `command`: its typer annotations are the flags, its docstring is the
+help. `KEPT` (optional) is the line printed when Ctrl-C stops it: what is kept and how to go on. Only the verb
+that is run gets imported; `hasten --help` imports none of them, nor typer: it answers at once.
 
 Exit codes: 0 done, 1 failed, 2 usage, 3 budget not met, 130 stopped by Ctrl-C, 141 stdout's reader went away.
 """

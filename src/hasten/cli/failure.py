@@ -104,7 +104,7 @@ def check_text(arguments: list[str]) -> None:
         try:
             argument.encode("utf-8")
         except UnicodeEncodeError:
-            shown = argument.encode("utf-8", "backslashreplace").decode()
+            shown = os.fsencode(argument).decode("utf-8", "backslashreplace")
             raise UsageError(
                 f"argument {position} is not valid UTF-8: {shown}",
                 hint="convert it, for example with iconv -f LATIN1 -t UTF-8, or rename the file",

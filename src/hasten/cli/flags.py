@@ -45,3 +45,28 @@ ContextOption = Annotated[
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout.", show_default=False)
 ]
+NewTokensOption = Annotated[
+    int, typer.Option("-n", "--max-new-tokens", metavar="N", min=0, help="Tokens to generate at most.")
+]
+TemperatureOption = Annotated[
+    float,
+    typer.Option(
+        "--temperature", metavar="T", min=0.0, help="0 takes the likeliest token; above it, samples."
+    ),
+]
+TopKOption = Annotated[
+    int, typer.Option("--top-k", metavar="K", min=0, help="Sample among the K likeliest tokens; 0 is all.")
+]
+TopPOption = Annotated[
+    float,
+    typer.Option("--top-p", metavar="P", min=0.0, max=1.0, help="Sample within this total probability."),
+]
+MinPOption = Annotated[
+    float,
+    typer.Option(
+        "--min-p", metavar="P", min=0.0, max=1.0, help="Drop tokens below P times the likeliest one."
+    ),
+]
+SeedOption = Annotated[
+    int, typer.Option("--seed", metavar="N", help="Seed of the sampling: same seed, same text.")
+]

@@ -1,0 +1,143 @@
+"""`hasten chat`: a conversation in the terminal, or through a pipe with one turn a line."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hasten.cli.console import note
+from hasten.cli.flags import (
+    ContextOption,
+    MinPOption,
+    ModelArgument,
+    NewTokensOption,
+    RecipeOption,
+    SeedOption,
+    TemperatureOption,
+    ThreadsOption,
+    TopKOption,
+    TopPOption,
+)
+from hasten.cli.speak import speak
+from hasten.errors import HastenError, UsageError
+
+if TYPE_CHECKING:
+    from hasten.engine.model import LanguageModel
+    from hasten.engine.sampling import SamplingOptions
+
+KEPT = "The conversation is not stored."
+HELP = "/reset starts over, /help shows this, /exit or Ctrl-D leaves; Ctrl-C stops an answer."
+
+SystemOption = Annotated[
+    str,
+    typer.Option(
+        "--system", metavar="TEXT", help="Instructions the conversation opens with.", show_default=False
+    ),
+]
+
+
+def command(
+    model: ModelArgument,
+    system: SystemOption = "",
+    max_new_tokens: NewTokensOption = 1024,
+    recipe: RecipeOption = None,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    min_p: MinPOption = 0.0,
+    seed: SeedOption = 0,
+    threads: ThreadsOption = None,
+    context: ContextOption = None,
+) -> None:
+    """Talk with a model in the terminal.
+
+    Answers stream to stdout. /reset starts over, /help lists what can be typed, /exit or Ctrl-D leaves;
+    Ctrl-C stops an answer and not the program. Through a pipe, every line of stdin is one turn.
+    """
+    from hasten.engine.model import load
+    from hasten.engine.sampling import SamplingOptions
+
+    sampling = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    running = load(model, recipe=recipe, threads=threads, context=context)
+    if sys.stdin.isatty():
+        note(f"{running.name} [{running.recipe.name}]. {HELP}")
+    conversation = Conversation(running, sampling, max_new_tokens, system)
+    for line in _typed() if sys.stdin.isatty() else _piped():
+        if line == "/exit":
+            return
+        if line == "/help":
+            note(HELP)
+        elif line == "/reset":
+            conversation.reset()
+            note("started over")
+        elif line.startswith("/") and " " not in line:
+            note(f"unknown command {line}. {HELP}")
+        elif line:
+            conversation.say(line)
+
+
+class Conversation:
+    """The messages so far and the session that has computed them.
+
+    The whole conversation is rendered and encoded anew each turn; the session computes only what does not stand
+    in its cache already, so a turn costs its own tokens.
+    """
+
+    def __init__(
+        self, model: LanguageModel, sampling: SamplingOptions, max_new_tokens: int, system: str
+    ) -> None:
+        self._model = model
+        self._sampling = sampling
+        self._max_new_tokens = max_new_tokens
+        self._system = system
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything but the system text."""
+        self.messages = [{"role": "system", "content": self._system}] if self._system else []
+        self._session = self._model.session()
+
+    def say(self, text: str) -> None:
+        """One turn: the user's `text`, then the model's answer on stdout and its speed on stderr."""
+        tokenizer = self._model.tokenizer
+        asked = [*self.messages, {"role": "user", "content": text}]
+        try:
+            ids = tokenizer.encode_chat(asked)
+            tokens = self._session.stream(ids, self._max_new_tokens, self._sampling)
+            answer = speak(tokens, tokenizer, patient=True)
+        except HastenError as error:  # the turn fails, the conversation goes on without it
+            note(f"error: {error.message}\nhint: {error.hint or '/reset starts over'}")
+            return
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+        note(f"[{answer.line()}]" + (" stopped" if answer.stopped else ""))
+        self.messages = [*asked, {"role": "assistant", "content": answer.text}]
+
+
+def _typed() -> Iterator[str]:
+    """Lines from the keyboard; Ctrl-C drops the line, Ctrl-D ends."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  its import alone gives input() line editing and history
+    while True:
+        try:
+            yield input("> ").strip()
+        except KeyboardInterrupt:
+            note("\n(/exit or Ctrl-D leaves)")
+        except EOFError:
+            note("")
+            return
+
+
+def _piped() -> Iterator[str]:
+    for number, line in enumerate(sys.stdin.buffer, start=1):
+        try:
+            yield line.decode("utf-8").strip()
+        except UnicodeDecodeError:
+            raise UsageError(
+                f"line {number} of stdin is not valid UTF-8",
+                hint="convert it first, for example: iconv -f LATIN1 -t UTF-8",
+            ) from None
