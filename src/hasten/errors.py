@@ -1,4 +1,4 @@
-"""The exception tree. What a user can cause is a HastenError: what, got what, what next, and a hint that works.
+"""The exception tree. What a user can cause is a HastenError: what, got what, what next, a hint that works.
 
 HastenError
 ├── UsageError        the request itself is wrong (exit 2)
