@@ -83,7 +83,7 @@ def command(
 class Conversation:
     """The messages so far and the session that has computed them.
 
-    The whole conversation is rendered and encoded anew each turn; the session computes only what does not stand
+    Each turn renders and encodes the whole conversation anew; the session computes only what does not stand
     in its cache already, so a turn costs its own tokens.
     """
 

@@ -1,0 +1,102 @@
+"""A model of bytes, so that the commands are tested without weights."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hasten.errors import UsageError
+
+END = 256
+
+
+class ByteText:
+    """Text of a byte stream, whole characters only."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        return self._decoder.decode(bytes([token]))
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class ByteTokenizer:
+    """One token a byte."""
+
+    eos_ids = (END,)
+
+    def encode(self, text: str, add_special: bool = True) -> list[int]:
+        return list(text.encode())
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>")
+
+    def stream(self) -> ByteText:
+        return ByteText()
+
+
+@dataclass
+class ByteModel:
+    """Answers `reply`, then ends. `asked` is every prompt it got; `interrupt_after` raises Ctrl-C there."""
+
+    reply: str = "héllo"
+    context: int = 4096
+    interrupt_after: int | None = None
+    asked: list[str] = field(default_factory=list)
+    loaded: dict[str, Any] = field(default_factory=dict)
+    sessions: int = 0
+    name: str = "bytes"
+    tokenizer: ByteTokenizer = field(default_factory=ByteTokenizer)
+    recipe: Any = field(default_factory=lambda: SimpleNamespace(name="w8"))
+
+    def stream(self, ids: Sequence[int], max_new_tokens: int, sampling: Any) -> Iterator[int]:
+        if len(ids) > self.context:
+            raise UsageError(
+                f"the prompt has {len(ids)} tokens, the context {self.context}", hint="raise --context"
+            )
+        self.asked.append(bytes(ids).decode())
+        for count, token in enumerate([*self.reply.encode(), END][:max_new_tokens]):
+            if count == self.interrupt_after:
+                raise KeyboardInterrupt
+            yield token
+
+    def session(self) -> ByteModel:
+        self.sessions += 1
+        return self
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> ByteModel:
+    """What `hasten.load` returns while the test runs."""
+    fake = ByteModel()
+
+    def load(ref: str, **options: Any) -> ByteModel:
+        fake.loaded = {"ref": ref, **options}
+        return fake
+
+    engine, sampling = ModuleType("hasten.engine.model"), ModuleType("hasten.engine.sampling")
+    engine.load = load  # type: ignore[attr-defined]
+    sampling.SamplingOptions = SimpleNamespace  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "hasten.engine.model", engine)
+    monkeypatch.setitem(sys.modules, "hasten.engine.sampling", sampling)
+    return fake
+
+
+@pytest.fixture
+def stdin(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Call it with bytes: they become stdin."""
+
+    def give(data: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+
+    return give

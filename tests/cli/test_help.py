@@ -1,0 +1,38 @@
+"""Every verb describes itself and every flag."""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+from typing import Any
+
+import pytest
+
+from hasten.cli import VERBS, main
+from hasten.cli.frame import parser_of
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_help_of_a_verb(name: str, capsys: Any) -> None:
+    assert main([name, "--help"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.startswith(f"Usage: hasten {name} ")
+    assert VERBS[name].help in " ".join(out.split())
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_overview_line_is_the_docstrings_first(name: str) -> None:
+    doc = inspect.getdoc(import_module(VERBS[name].module).command)
+    assert doc is not None
+    assert doc.splitlines()[0] == VERBS[name].help
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_every_flag_is_described(name: str) -> None:
+    """A sentence each: capital letter, full stop."""
+    for parameter in parser_of(name, VERBS[name].module).params:
+        help_text = getattr(parameter, "help", None)
+        assert help_text, f"hasten {name}: {parameter.name} has no help"
+        assert help_text[0].isupper() or help_text[0].isdigit() or help_text.startswith("."), help_text
+        assert help_text.endswith("."), help_text
