@@ -1,0 +1,72 @@
+"""Which group gets which width: a knapsack.
+
+Decoding is memory-bound, so the bytes read a token are the predicted time. Harms of separate groups add up to first
+order, as their errors are independent. So: the fewest bytes whose summed harm stays within a limit, a multiple-choice
+knapsack. Solved by dynamic programming over harm in 8,192 steps, each harm rounded up: the limit is never exceeded, and
+with 100 groups at most 1.2 % of it is left unused. Takes about 0.1 s for 100 groups of 6 choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hasten.core import Layout
+
+_STEPS = 8192
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One layout a group may get."""
+
+    layout: Layout | None  # None: the source's values are kept
+    bytes: int
+    harm: float  # predicted KL divergence it adds, nats
+
+
+def lightest(menus: Sequence[Sequence[Choice]], limit: float) -> list[Choice] | None:
+    """One choice a group with the fewest bytes, their harms together at most `limit`; None if there is no such set.
+
+    Among equal bytes the smaller harm wins.
+    """
+    if limit < 0:
+        return None
+    step = limit / _STEPS if limit > 0 else 1.0
+    best = np.full(_STEPS + 1, np.inf)  # best[u]: fewest bytes with at most u steps of harm used
+    best[:] = 0.0
+    taken: list[np.ndarray] = []
+    for menu in menus:
+        options = _sensible(menu)
+        table = np.full((len(options), _STEPS + 1), np.inf)
+        for row, choice in enumerate(options):
+            used = 0 if choice.harm <= 0 else int(np.ceil(choice.harm / step * (1 - 1e-12)))
+            if used <= _STEPS:
+                table[row, used:] = best[: _STEPS + 1 - used] + choice.bytes
+        taken.append(table.argmin(axis=0))
+        best = table.min(axis=0)
+    if not np.isfinite(best[_STEPS]):
+        return None
+    return _walk_back(menus, taken, step, int(np.flatnonzero(best == best[_STEPS])[0]))
+
+
+def _walk_back(
+    menus: Sequence[Sequence[Choice]], taken: list[np.ndarray], step: float, left: int
+) -> list[Choice]:
+    chosen: list[Choice] = []
+    for menu, rows in zip(reversed(menus), reversed(taken), strict=True):
+        choice = _sensible(menu)[int(rows[left])]
+        left -= 0 if choice.harm <= 0 else int(np.ceil(choice.harm / step * (1 - 1e-12)))
+        chosen.append(choice)
+    return chosen[::-1]
+
+
+def _sensible(menu: Sequence[Choice]) -> list[Choice]:
+    """The choices for which no other is both lighter and less harmful, least harm first."""
+    kept: list[Choice] = []
+    for choice in sorted(menu, key=lambda c: (c.harm, c.bytes)):
+        if not kept or choice.bytes < kept[-1].bytes:
+            kept.append(choice)
+    return kept

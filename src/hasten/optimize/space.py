@@ -1,0 +1,50 @@
+"""What is tried: uniform widths, the head apart, and the widths a mixture may be made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hasten.core import Layout, ModelConfig, Recipe
+
+UNIFORM = ("source", "w8", "w6", "w5", "w5-head8", "w4-head8", "w4")
+"""Recipes tried on every model, widest first; the mixture comes after them and is calibrated by them."""
+
+MENU = (Layout(4), Layout(4, symmetric=False), Layout(5), Layout(6), Layout(8))
+"""Layouts a mixture chooses from for each group, beside keeping the source's values: 4.5, 5, 5.5, 6.5 and 8.5 bits."""
+
+PROBE = MENU[0]
+"""The layout whose harm is measured; that of the others is scaled from it."""
+
+_PARTS = (("qkv", ("q", "k", "v")), ("o", ("o",)), ("gate_up", ("gate", "up")), ("down", ("down",)))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linear layers that always get the same layout, because the engine computes them in one pass."""
+
+    name: str  # "layers.3.qkv", "head"
+    tensors: tuple[str, ...]  # canonical names
+
+
+def groups(config: ModelConfig) -> tuple[Group, ...]:
+    """Every group of a model in the order it is computed: four a layer, then the head."""
+    found = [
+        Group(f"layers.{layer}.{name}", tuple(f"layers.{layer}.{part}" for part in parts))
+        for layer in range(config.num_layers)
+        for name, parts in _PARTS
+    ]
+    return (*found, Group("head", ("embed" if config.tied_head else "head",)))
+
+
+def uniform(source_bits: float) -> tuple[Recipe, ...]:
+    """The fixed recipes to try; `source` only where its file is not 16 bits wide, else it is the baseline itself."""
+    names = UNIFORM if source_bits < 16.0 else UNIFORM[1:]
+    return tuple(Recipe.parse(name) for name in names)
+
+
+def layout_bytes(shape: tuple[int, int], layout: Layout) -> int:
+    """Bytes of a packed [rows, cols] matrix: native/layout.h, padding included."""
+    rows, cols = shape
+    width = 32 if layout.bits == 16 else max(layout.group, 32)
+    padded = -(-rows // 16) * 16 * (-(-cols // width) * width)
+    return round(padded * layout.bits_per_weight / 8)
