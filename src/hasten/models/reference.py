@@ -43,7 +43,7 @@ class ReferenceDecoder:
     Args:
         config: the model's shape and variation points.
         tensors: canonical name -> float32 array; matrices are [rows, cols] = [outputs, inputs]. Not copied.
-        on_input: called with (linear's canonical name, its input float32 [T, cols]) before every linear layer;
+        on_input: called with (canonical name, input float32 [T, cols]) before every linear layer;
             what it returns is used instead. `int8_groups` there gives what an engine with int8 activations
             computes; a hook that records gives calibration data.
 
