@@ -1,0 +1,65 @@
+# make demo    install, optimise the demo model, answer a question with it
+# make test    every check: lint, format, types, tests
+# Both do their own set-up in .venv; they need Python 3.10-3.13, a C++20 compiler and a package index.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+# The architecture tests compare with transformers, which needs torch; Hasten itself does not. On Linux the package
+# index serves a CUDA build of several GB; the CPU build is enough and is taken with
+#   make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+
+BUILD_INPUTS := pyproject.toml CMakeLists.txt $(shell find native src/hasten -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.py')
+CPP := $(shell find native tests/native -name '*.cpp' -o -name '*.h' -o -name '*.inl' 2>/dev/null)
+
+.PHONY: demo test lint pytest test-demo sanitize docs clean
+
+demo: $(VENV)/.demo
+	$(BIN)/hasten optimize demo --out build/demo.hasten
+	$(BIN)/hasten generate build/demo.hasten -n 96 -p "Write a Python function that reverses a string."
+
+test: lint pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+pytest: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+# What needs the real demo model: quality figures, the README's commands, the examples.
+test-demo: $(VENV)/.dev $(VENV)/.demo
+	$(BIN)/python -m pytest -m demo
+
+# The kernel tests under the address and undefined-behaviour sanitizers.
+sanitize: $(VENV)/.dev
+	VENV=$(VENV) tests/native/sanitize.sh
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m hasten.cli.reference > docs/reference.md
+
+clean:
+	rm -rf build dist $(VENV)
+
+$(VENV)/.made:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.made $(BUILD_INPUTS)
+	$(PIP) '.[demo]'
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.made
+	$(PIP) $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch $(BUILD_INPUTS)
+	$(PIP) '.[dev]'
+	@touch $@

@@ -1,0 +1,105 @@
+"""Imports go down only: errors, core < machine, speed, cache < ... < cli (docs/concepts.md)."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import hasten
+
+PACKAGE = Path(hasten.__file__).parent
+
+LAYERS = [
+    {"errors", "core"},
+    {"machine", "speed", "cache"},
+    {"models"},
+    {"compress", "runtime"},
+    {"engine"},
+    {"quality", "bench"},
+    {"optimize", "report"},
+    {"serve"},
+    {"cli"},
+]
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+BELOW_ALL = {"_native"}  # the compiled module imports nothing of ours
+NAMED_ONCE = {("core", "errors")}  # inside the lowest layer, core may raise errors
+
+
+def imported(tree: ast.AST, package: str) -> Iterator[str]:
+    """Dotted names of every import in a file of `package`, inside functions too, relative ones resolved."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = (
+                ".".join(package.split(".")[: len(package.split(".")) + 1 - node.level]) if node.level else ""
+            )
+            module = ".".join(part for part in (base, node.module) if part)
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def wrong_edges(source: str, package: str) -> list[str]:
+    """Imports of a file in `package` (such as "hasten.models") that do not go down or stay inside."""
+    own = package.split(".")[1]
+    wrong = []
+    for name in imported(ast.parse(source), package):
+        parts = name.split(".")
+        if parts[0] != "hasten":
+            continue
+        other = parts[1] if len(parts) > 1 else ""
+        if other in ("", "__version__") or other in BELOW_ALL or other == own or (own, other) in NAMED_ONCE:
+            continue
+        if other not in RANK:
+            wrong.append(f"{package} imports {name}: take it from the module that defines it")
+        elif RANK[other] >= RANK[own]:
+            place = "beside" if RANK[other] == RANK[own] else "below"
+            wrong.append(f"{package} imports {name}: {own} lies {place} {other}")
+    return wrong
+
+
+def files() -> Iterator[tuple[Path, str]]:
+    """Every source file below the package's root with the package it is in."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        relative = path.relative_to(PACKAGE)
+        if relative.name in ("__init__.py", "__main__.py") and len(relative.parts) == 1:
+            continue
+        inside = relative.parts[:-1] or (relative.stem,)
+        yield path, ".".join(("hasten", *inside))
+
+
+def test_every_file_is_in_a_layer() -> None:
+    unknown = {package.split(".")[1] for _, package in files()} - RANK.keys()
+    assert not unknown, f"no layer for {sorted(unknown)}"
+
+
+def test_imports_go_down() -> None:
+    wrong = [
+        f"{path.name}: {edge}" for path, package in files() for edge in wrong_edges(path.read_text(), package)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_test_catches_what_it_is_for() -> None:
+    assert wrong_edges("from hasten.engine.model import load", "hasten.models")  # up
+    assert wrong_edges("import hasten.cli", "hasten.serve")  # up, plain import
+    assert wrong_edges("from hasten.runtime import cpu", "hasten.compress")  # sideways
+    assert wrong_edges("from ..engine import model", "hasten.models")  # up, relative
+    assert wrong_edges("def f():\n    from hasten import cli", "hasten.core")  # up, inside a function
+    assert wrong_edges("from hasten import load", "hasten.quality")  # through the front door
+    assert not wrong_edges("from hasten.core import Recipe\nimport numpy", "hasten.models")
+    assert not wrong_edges("from . import tokenizer", "hasten.models")
+    assert not wrong_edges("from .peers import llama", "hasten.bench")
+
+
+def test_the_serving_path_imports_no_torch() -> None:
+    """torch and transformers: the reference decoder, peers to compare with, and nothing else on the CPU."""
+    allowed = {"models/reference.py", "models/rope.py"}
+    heavy = {"torch", "transformers", "triton"}
+    found = [
+        str(path.relative_to(PACKAGE))
+        for path, package in files()
+        if not package.startswith("hasten.bench.peers")
+        and heavy & {name.split(".")[0] for name in imported(ast.parse(path.read_text()), package)}
+    ]
+    assert set(found) <= allowed, found
