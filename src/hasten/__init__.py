@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from hasten.engine.model import Completion, LanguageModel, load
     from hasten.errors import HastenError
     from hasten.machine.probe import probe
-    from hasten.optimize.loop import optimize
+    from hasten.optimize.search import optimize
 
 __version__ = "0.1.0"
 
 # Public name -> the module that defines it. At most twelve; tests/test_public.py counts.
 _HOME = {
     "load": "hasten.engine.model",
-    "optimize": "hasten.optimize.loop",
+    "optimize": "hasten.optimize.search",
     "probe": "hasten.machine.probe",
     "LanguageModel": "hasten.engine.model",
     "Completion": "hasten.engine.model",
