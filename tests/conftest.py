@@ -1,0 +1,65 @@
+"""Fixtures that every test may use: tiny models, made once a session and kept in its temporary folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[[str], Any]:
+    """name -> the tiny model in transformers, float32. Not to be changed by a test."""
+    models: dict[str, Any] = {}
+
+    def get(name: str) -> Any:
+        from tiny_models import TINY
+
+        if name not in models:
+            models[name] = TINY[name].model()
+        return models[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """(name, dtype="bfloat16", shards=False, old_config=False) -> the tiny model as a Hugging Face folder."""
+    root = tmp_path_factory.mktemp("folders")
+
+    def get(name: str, dtype: str = "bfloat16", shards: bool = False, old_config: bool = False) -> Path:
+        from tiny_models import TINY, save_folder, write_old_config
+
+        folder = root / f"{name}-{dtype}{'-sharded' * shards}{'-old' * old_config}"
+        if not folder.exists():
+            save_folder(TINY[name], folder, dtype, shards)
+            if old_config:
+                write_old_config(folder)
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Any]]:
+    """(name, dtype="BF16") -> the tiny model as a GGUF file, and the transformers model of the file's values."""
+    root = tmp_path_factory.mktemp("gguf")
+    made: dict[tuple[str, str], tuple[Path, Any]] = {}
+
+    def get(name: str, dtype: str = "BF16") -> tuple[Path, Any]:
+        from tiny_gguf import write_gguf
+        from tiny_models import TINY
+
+        if (name, dtype) not in made:
+            path = root / f"{name}-{dtype}.gguf"
+            made[name, dtype] = path, write_gguf(TINY[name], path, dtype)
+        return made[name, dtype]
+
+    return get
