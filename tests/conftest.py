@@ -49,7 +49,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Any]]:
-    """(name, dtype="BF16") -> the tiny model as a GGUF file, and the transformers model of the file's values."""
+    """(name, dtype="BF16") -> (the tiny model as a GGUF file, the transformers model of its values)."""
     root = tmp_path_factory.mktemp("gguf")
     made: dict[tuple[str, str], tuple[Path, Any]] = {}
 

@@ -106,7 +106,7 @@ def _tensor(values: np.ndarray) -> Any:
 
 
 def _row_order(architecture: str, name: str, config: Any) -> np.ndarray | None:
-    """Row r of the file is row order[r] of the checkpoint: llama's q and k lie for an interleaved rotation."""
+    """Row r of the file is row order[r] of the checkpoint: llama's q and k are interleaved."""
     if architecture not in ("llama", "smollm3") or not any(f"{p}_proj." in name for p in "qk"):
         return None
     heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads

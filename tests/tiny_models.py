@@ -275,7 +275,9 @@ def logits(model: Any, tokens: Sequence[int]) -> np.ndarray:
         model(
             torch.tensor([[0]]), use_cache=False
         )  # a short sequence makes transformers forget grown frequencies
-    return model(torch.tensor([list(tokens)]), use_cache=False).logits[0].float().numpy()
+    # transformers documents Gemma 3's cap on attention scores and then does not hand it on: so we do
+    capped = {"softcap": cap} if (cap := getattr(model.config, "attn_logit_softcapping", None)) else {}
+    return model(torch.tensor([list(tokens)]), use_cache=False, **capped).logits[0].float().numpy()
 
 
 def greedy(model: Any, prompt: Sequence[int], count: int) -> list[int]:
