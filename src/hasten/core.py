@@ -1,7 +1,7 @@
-"""The shared nouns. Frozen dataclasses with units in the names; nothing here imports torch or the native module.
+"""The shared nouns. Frozen dataclasses with units in the names; none needs torch or the native module.
 
-Shape letters, everywhere: `B` sequences, `N` packed tokens, `T` query length, `S` context length, `H` query heads,
-`K` KV heads, `D` head size, `E` model width, `F` feed-forward width, `V` vocabulary, `P` pages.
+Shape letters, everywhere: `B` sequences, `N` packed tokens, `T` query length, `S` context length, `H` query
+heads, `K` KV heads, `D` head size, `E` model width, `F` feed-forward width, `V` vocabulary, `P` pages.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class RopeScaling:
 class ModelConfig:
     """A dense decoder, its variation points as data.
 
-    One decoder runs all of Llama, Mistral, Qwen2, Qwen3, Gemma 3 (text), Phi-3, SmolLM and OLMo 2; they differ
-    only in these fields and in which tensors exist (biases, qk-norms).
+    One decoder runs all of Llama, Mistral, Qwen2, Qwen3, Gemma 3 (text), Phi-3, SmolLM and OLMo 2; they
+    differ only in these fields and in which tensors exist (biases, qk-norms).
     """
 
     architecture: str  # "llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "smollm3", "olmo2"
@@ -66,7 +66,9 @@ class ModelConfig:
     norm_eps: float = 1e-6
     activation: Activation = "silu"
     norm_placement: NormPlacement = "pre"
-    qk_norm: Literal["none", "head", "full"] = "none"  # per head [D] (Qwen3, Gemma 3) or whole projection (OLMo 2)
+    qk_norm: Literal["none", "head", "full"] = (
+        "none"  # per head [D] (Qwen3, Gemma 3), or all of q, k (OLMo 2)
+    )
     rotary_dim: int | None = None  # None = head_dim; Phi-3's partial_rotary_factor makes it smaller
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
@@ -110,7 +112,7 @@ class ModelConfig:
 
     @property
     def flops_per_token(self) -> int:
-        """Multiply-adds x 2 of all linear layers for one token, head included, attention over the context not."""
+        """Multiply-adds x 2 of all linear layers for one token, head included; attention is not."""
         return 2 * self.linear_weights
 
     def kv_bytes_per_token(self, bytes_per_value: float = 2.0) -> int:
@@ -122,8 +124,8 @@ class ModelConfig:
 class Layout:
     """How one linear layer's weights are stored.
 
-    `bits` 16 is bf16; 8, 6, 5, 4 are integers with one fp16 scale a group of `group` inputs, and one fp16 minimum
-    too where `symmetric` is False (w = scale * q + minimum). Group 16 exists for GGUF's k-quants alone.
+    `bits` 16 is bf16; 8, 6, 5, 4 are integers with one fp16 scale a group of `group` inputs, and one fp16
+    minimum too where `symmetric` is False (w = scale * q + minimum). Group 16 is for GGUF's k-quants alone.
     """
 
     bits: int = 16
@@ -132,7 +134,9 @@ class Layout:
 
     def __post_init__(self) -> None:
         if self.bits not in (16, 8, 6, 5, 4):
-            raise UsageError(f"a weight layout of {self.bits} bits does not exist", hint="use 16, 8, 6, 5 or 4 bits")
+            raise UsageError(
+                f"a weight layout of {self.bits} bits does not exist", hint="use 16, 8, 6, 5 or 4 bits"
+            )
         if self.bits != 16 and self.group not in (16, 32, 64, 128):
             raise UsageError(f"group size {self.group} is not supported", hint="use a group of 32, 64 or 128")
 
@@ -146,16 +150,20 @@ class Layout:
     def __str__(self) -> str:
         if self.bits == 16:
             return "bf16"
-        return f"w{self.bits}" + (f"-g{self.group}" if self.group != 32 else "") + ("" if self.symmetric else "-asym")
+        return (
+            f"w{self.bits}"
+            + (f"-g{self.group}" if self.group != 32 else "")
+            + ("" if self.symmetric else "-asym")
+        )
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What happens to weights, activations and KV. Names: see DESIGN 3.
 
-    `source` keeps the values the file holds, each tensor in the cheapest layout that holds it. Otherwise `default`
-    is the layout of every linear layer, `head` that of the LM head (and a tied embedding), and `layers` overrides
-    single layers by canonical name (`layers.3.down`).
+    `source` keeps the values the file holds, each tensor in the cheapest layout that holds it. Otherwise
+    `default` is the layout of every linear layer, `head` that of the LM head (and a tied embedding), and
+    `layers` overrides single layers by canonical name (`layers.3.down`).
     """
 
     name: str
@@ -208,7 +216,8 @@ class Recipe:
                 kv = "int8"
             else:
                 raise UsageError(
-                    f"recipe {name!r}: cannot read {option!r}", hint="options are -g32, -g64, -g128, -head8, -kv8"
+                    f"recipe {name!r}: cannot read {option!r}",
+                    hint="options are -g32, -g64, -g128, -head8, -kv8",
                 )
         default = None if base == "source" else Layout(bits, group if bits != 16 else 32)
         head = Layout(head_bits, group if head_bits != 16 else 32) if head_bits else None
@@ -219,9 +228,12 @@ class Recipe:
 class EngineOptions:
     """How the engine runs a model on this machine."""
 
-    threads: int | None = field(default=None, metadata={"help": "threads to use; default: the cores this process may use"})
+    threads: int | None = field(
+        default=None, metadata={"help": "threads to use; default: the cores this process may use"}
+    )
     context: int | None = field(
-        default=None, metadata={"help": "longest prompt plus output, tokens; default: the model's, at most 8192"}
+        default=None,
+        metadata={"help": "longest prompt plus output, tokens; default: the model's, at most 8192"},
     )
     max_sequences: int = field(default=16, metadata={"help": "sequences that may decode together"})
     prefill_chunk: int = field(default=512, metadata={"help": "prompt tokens computed in one step"})
@@ -254,6 +266,26 @@ class Stat:
 
 
 @dataclass(frozen=True)
+class CacheLevel:
+    """One cache of the processor, as the system describes it."""
+
+    level: int
+    kind: str  # "data", "instruction" or "unified"
+    bytes: int
+    shared_by: int  # logical processors
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """How fast one instruction set multiplies and adds, all threads at work; a multiply-add counts as two."""
+
+    isa: str
+    kind: Literal["int8", "bf16", "fp32"]
+    tera_ops_per_s: float  # the best round: what the machine can do when nobody is in the way
+    rounds: Stat  # all rounds, 1e12 operations a second
+
+
+@dataclass(frozen=True)
 class Machine:
     """What is here and what it measures. None is unknown, never guessed."""
 
@@ -271,6 +303,11 @@ class Machine:
     gpus: tuple[str, ...] = ()
     os: str = ""
     python: str = ""
+    caches: tuple[CacheLevel, ...] = ()
+    memory_limit_bytes: int | None = None  # what the control group allows; None = no limit known
+    read_rounds: Stat | None = None  # GB/s of all rounds; read_gb_per_s is the best one
+    read_buffer_bytes: int | None = None  # read in each round
+    ceilings: tuple[Ceiling, ...] = ()  # every instruction set's; int8_tops and its like are the best of them
 
 
 @dataclass(frozen=True)
