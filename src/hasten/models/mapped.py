@@ -1,0 +1,33 @@
+"""A model file mapped into memory for reading, with errors a user can act on."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+
+from hasten.errors import FormatError, ModelError
+
+
+def map_file(path: Path) -> memoryview:
+    """The bytes of a file, read-only and mapped: pages are read from the disk when they are touched.
+
+    The file must not be cut short while it is mapped: the system ends a process that reads past its new end.
+
+    Raises:
+        ModelError: there is no such file, it is a folder, or it may not be read.
+        FormatError: the file is empty.
+    """
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise FormatError(
+                    f"{path} is empty (0 bytes)", hint="download it again: the transfer was cut off"
+                )
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except FileNotFoundError as error:
+        raise ModelError(f"there is no file {path}", hint="check the path: ls " + str(path.parent)) from error
+    except IsADirectoryError as error:
+        raise ModelError(f"{path} is a folder, not a model file", hint="give the file's own path") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read {path}: {error}", hint="check that you may read it: ls -l") from error

@@ -1,0 +1,171 @@
+"""Opening a model, whatever it comes as."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from hasten.core import ModelConfig
+from hasten.errors import ModelError
+from hasten.models.checkpoint import Checkpoint, open_checkpoint, read_json_object
+from hasten.models.fields import Fields
+from hasten.models.gguf import GgufFile
+from hasten.models.gguf_config import FAMILIES, gguf_config
+from hasten.models.hf_config import hf_config, token_ids
+from hasten.models.names import gguf_names, hf_names
+from hasten.models.parameters import fill, parameter_shapes, present_biases
+from hasten.models.source import Source, SourceFile, SourceTensor, once
+
+if TYPE_CHECKING:
+    from hasten.models.tokenizer import Tokenizer
+
+DEMO = "demo"
+
+
+def open_model(ref: str | Path) -> Source:
+    """Open a model without reading its weights.
+
+    Args:
+        ref: a folder with config.json and safetensors; a .gguf file; a hub id ("Qwen/Qwen3-0.6B", or with a file of
+            it: "Qwen/Qwen3-0.6B-GGUF/Qwen3-0.6B-Q8_0.gguf"); or "demo". What exists on disk comes first.
+
+    Raises:
+        ModelError: there is no such model, or it is incomplete or of a kind that is not supported.
+        FormatError: a file cannot be read as the format it claims to be.
+    """
+    path = Path(ref).expanduser()
+    if str(ref) == DEMO and not path.exists():
+        from hasten.models.demo import demo_file
+
+        file = demo_file()
+        return replace(open_gguf(file.path), name=DEMO, files=(file,))
+    if path.is_dir():
+        return open_folder(path)
+    if path.exists() or (path.suffix == ".gguf" and not _is_hub_file(str(ref))):
+        return open_gguf(path)
+    from hasten.models.hub import download
+
+    found = download(str(ref))
+    source = open_folder(found) if found.is_dir() else open_gguf(found)
+    return replace(source, name=str(ref))
+
+
+def _is_hub_file(ref: str) -> bool:
+    """owner/name/file.gguf"""
+    return ref.count("/") == 2 and not ref.startswith(("/", ".", "~"))
+
+
+def open_gguf(path: Path) -> Source:
+    """Open a GGUF file.
+
+    Raises:
+        ModelError, FormatError: as `open_model`.
+    """
+    file = GgufFile.open(path)
+    source_file = SourceFile(path, path.stat().st_size)
+    return gguf_source(file, path.stem, (source_file,))
+
+
+def gguf_source(file: GgufFile, name: str, files: tuple[SourceFile, ...]) -> Source:
+    """A model from a parsed GGUF file.
+
+    Raises:
+        ModelError, FormatError: as `open_model`.
+    """
+    config = gguf_config(file.metadata, file.tensors, file.name)
+    table = gguf_names(config.norm_placement, config.architecture == "phi3")
+    canonical = [part for tensor in file.tensors for part in table.parts(tensor) or ()]
+    shapes = parameter_shapes(config, present_biases(canonical))
+    tensors, unused = fill(file.tensors, table, shapes, file.name)
+    if FAMILIES[config.architecture].is_permuted:
+        tensors = {key: _unpermuted(tensor, config) for key, tensor in tensors.items()}
+
+    def load() -> Tokenizer:
+        from hasten.models.tokenizer import Tokenizer
+
+        return Tokenizer.from_gguf(file.metadata)
+
+    general = {
+        k: v
+        for k, v in file.metadata._values.items()
+        if k.startswith("general.") and isinstance(v, str | int)
+    }
+    return Source(name, config, tensors, files, unused, once(load), general)
+
+
+def _unpermuted(tensor: SourceTensor, config: ModelConfig) -> SourceTensor:
+    """Give q and k (and their biases) the row order that undoes llama.cpp's permutation; others as they are."""
+    part = tensor.name.split(".")[2] if tensor.name.startswith("layers.") else ""
+    if part not in ("q", "k"):
+        return tensor
+    return replace(tensor, row_order=interleaved_rows(tensor.rows, config.head_dim))
+
+
+def interleaved_rows(rows: int, head_dim: int) -> npt.NDArray[np.int64]:
+    """Where each row lies in a file for interleaved rotation: [rows].
+
+    The file puts rows i and i + D/2 of a head side by side (convert_hf_to_gguf.py, LlamaModel.permute).
+    """
+    row = np.arange(rows, dtype=np.int64)
+    head, inside = row // head_dim, row % head_dim
+    half, index = inside // (head_dim // 2), inside % (head_dim // 2)
+    return head * head_dim + 2 * index + half
+
+
+def open_folder(folder: Path) -> Source:
+    """Open a folder of config.json and safetensors, or one that holds a single GGUF file.
+
+    Raises:
+        ModelError, FormatError: as `open_model`.
+    """
+    if not (folder / "config.json").is_file():
+        ggufs = sorted(folder.glob("*.gguf"))
+        if len(ggufs) == 1:
+            return open_gguf(ggufs[0])
+        if ggufs:
+            names = ", ".join(p.name for p in ggufs[:4])
+            raise ModelError(f"{folder} has {len(ggufs)} GGUF files: {names}", hint=f"name one: {ggufs[0]}")
+        raise ModelError(
+            f"{folder} is no model folder: it has no config.json",
+            hint="give a folder with config.json and model.safetensors, or a .gguf file",
+        )
+    checkpoint = open_checkpoint(folder)
+    config, tensors, unused = _read_folder(folder, checkpoint)
+
+    def load() -> Tokenizer:
+        from hasten.models.tokenizer import Tokenizer
+
+        return Tokenizer.from_folder(folder)
+
+    files = tuple(SourceFile(path, path.stat().st_size) for path in checkpoint.files)
+    return Source(folder.resolve().name, config, tensors, files, unused, once(load))
+
+
+def _read_folder(
+    folder: Path, checkpoint: Checkpoint
+) -> tuple[ModelConfig, dict[str, SourceTensor], tuple[str, ...]]:
+    where = str(folder / "config.json")
+    embed = next(
+        (t.dtype for n, t in checkpoint.tensors.items() if n.endswith("embed_tokens.weight")), "BF16"
+    )
+    translated = hf_config(read_json_object(folder / "config.json"), where, embed)
+    config = _with_generation_ids(translated.config, folder / "generation_config.json")
+    table = hf_names(config.norm_placement)
+    tensors, unused = fill(
+        checkpoint.tensors, table, parameter_shapes(config, translated.biases), str(folder)
+    )
+    if config.architecture == "gemma3":  # stored as weight - 1
+        tensors = {k: replace(t, offset=1.0) if k.endswith("norm") else t for k, t in tensors.items()}
+    return config, tensors, unused
+
+
+def _with_generation_ids(config: ModelConfig, path: Path) -> ModelConfig:
+    """Add the end-of-text ids of generation_config.json, where chat models keep their end of turn."""
+    if not path.is_file():
+        return config
+    more = token_ids(Fields(read_json_object(path), str(path)), "eos_token_id")
+    return replace(config, eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + more)))

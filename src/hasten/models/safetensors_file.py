@@ -1,0 +1,134 @@
+"""Safetensors files: a JSON header and raw tensors, strictly checked, nothing copied.
+
+Source: the format's description, https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hasten.errors import FormatError
+from hasten.models.mapped import map_file
+from hasten.models.source import SourceTensor
+from hasten.models.tensor_type import TYPES
+
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_MAX_DIMS = 8
+_SUPPORTED = ("F32", "F16", "BF16")
+_AGAIN = "download it again: the file is truncated or damaged"
+
+
+def open_safetensors(path: Path) -> dict[str, SourceTensor]:
+    """Map a file; tensors by the file's own names, in its order.
+
+    Raises:
+        ModelError: the file is missing or may not be read.
+        FormatError: as `parse_safetensors`.
+    """
+    return parse_safetensors(map_file(path), str(path))
+
+
+def parse_safetensors(data: memoryview, name: str) -> dict[str, SourceTensor]:
+    """Read a file's bytes.
+
+    Args:
+        data: the whole file.
+        name: what errors call it.
+
+    Raises:
+        FormatError: the bytes are no safetensors file, contradict themselves, or hold a type other than F32, F16
+            and BF16.
+    """
+    start, header = _header(data, name)
+    header.pop("__metadata__", None)
+    extents: list[tuple[int, int, str]] = []
+    tensors: dict[str, SourceTensor] = {}
+    body = np.frombuffer(data, np.uint8)[start:]
+    for key, entry in header.items():
+        dtype, shape, first, end = _entry(key, entry, len(body), name)
+        extents.append((first, end, key))
+        tensors[key] = SourceTensor(key, shape, dtype, body[first:end])
+    _check_extents(sorted(extents), len(body), name)
+    return tensors
+
+
+def _header(data: memoryview, name: str) -> tuple[int, dict[str, Any]]:
+    """(where the tensors start, the header)."""
+    if len(data) < 10:
+        raise FormatError(f"{name}: not a safetensors file: it has {len(data)} bytes", hint=_AGAIN)
+    length = int.from_bytes(data[:8], "little")
+    if bytes(data[:4]) == b"GGUF":
+        raise FormatError(
+            f"{name}: a GGUF file under a safetensors name", hint="rename it to .gguf and open it"
+        )
+    if length > min(_MAX_HEADER_BYTES, len(data) - 8) or bytes(data[8:9]) != b"{":
+        raise FormatError(
+            f"{name}: not a safetensors file: its header would be {length} bytes of the {len(data) - 8} that follow "
+            f"and start with {bytes(data[8:9])!r}",
+            hint=_AGAIN,
+        )
+    try:
+        header = json.loads(str(data[8 : 8 + length], "utf-8"), object_pairs_hook=_unique)
+    except _Twice as error:
+        raise FormatError(f"{name}: the header names {error} twice") from error
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{name}: the header is no JSON: {error!s:.100}", hint=_AGAIN) from error
+    return 8 + length, header  # it starts with a brace: an object
+
+
+class _Twice(Exception):
+    """A key that a JSON object has twice."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        raise _Twice(next(repr(key) for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
+    return result
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _entry(key: str, entry: Any, available: int, name: str) -> tuple[str, tuple[int, ...], int, int]:
+    """(type, shape, first byte, end) of one tensor, checked against each other and the file."""
+    if not isinstance(entry, dict):
+        raise FormatError(f"{name}: the entry of tensor {key!r} is no object but {entry!r:.60}")
+    dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if dtype not in _SUPPORTED:
+        raise FormatError(
+            f"{name}: tensor {key!r} has type {dtype!r:.40}, which is not supported",
+            hint=f"supported types: {', '.join(_SUPPORTED)}; convert the checkpoint to bf16",
+        )
+    if not isinstance(shape, list) or len(shape) > _MAX_DIMS or not all(_is_size(n) for n in shape):
+        raise FormatError(f"{name}: tensor {key!r} has the shape {shape!r:.60}")
+    if not isinstance(span, list) or len(span) != 2 or not all(_is_size(n) for n in span):
+        raise FormatError(f"{name}: tensor {key!r} has the data offsets {span!r:.60}")
+    first, end = span
+    needed = TYPES[dtype].bytes_of(shape)
+    if end > available or end - first != needed:
+        raise FormatError(
+            f"{name}: tensor {key!r} ({dtype} {shape!r:.60}) needs {needed} bytes, its offsets say {first} to {end}, "
+            f"and the file has {available}",
+            hint=_AGAIN,
+        )
+    return dtype, tuple(shape), first, end
+
+
+def _check_extents(extents: list[tuple[int, int, str]], available: int, name: str) -> None:
+    """The format allows neither overlaps nor holes nor bytes behind the last tensor."""
+    ends: Iterable[tuple[tuple[int, int, str], tuple[int, int, str]]] = pairwise(
+        [(0, 0, "the start"), *extents, (available, available, "the end of the file")]
+    )
+    for (_, end, before), (start, _, after) in ends:
+        if start != end:
+            what = "overlap" if start < end else f"leave {start - end} bytes between them"
+            raise FormatError(f"{name}: {before!r} and {after!r} {what}", hint=_AGAIN)

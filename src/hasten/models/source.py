@@ -1,0 +1,96 @@
+"""An opened model: its configuration, its tensors as the files hold them, its tokenizer and the files themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hasten.cache import digest
+from hasten.core import ModelConfig
+from hasten.models.tensor_type import TYPES
+
+if TYPE_CHECKING:
+    from hasten.models.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """One tensor, not converted: a view of the mapped file and what its bytes mean."""
+
+    name: str  # canonical name; in a file reader's hands the file's own name
+    shape: tuple[int, ...]  # outermost first: [rows, cols] for matrices
+    dtype: str  # a key of hasten.models.tensor_type.TYPES
+    data: npt.NDArray[np.uint8]  # uint8 [nbytes], C-contiguous, read-only, rows in file order
+    row_order: npt.NDArray[np.int64] | None = None  # [rows]: row r of the tensor is row row_order[r] of data
+    offset: float = 0.0  # added to every value (Gemma's 1 + weight when the file lacks it)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a matrix; elements of a vector."""
+        return self.shape[0]
+
+    def part(self, name: str, first: int, count: int) -> SourceTensor:
+        """Rows first .. first + count under another name, sharing the bytes; only before a row order is set."""
+        assert self.row_order is None and first >= 0 and first + count <= self.rows
+        row_bytes = len(self.data) // self.rows
+        data = self.data[first * row_bytes : (first + count) * row_bytes]
+        return replace(self, name=name, shape=(count, *self.shape[1:]), data=data)
+
+    def __post_init__(self) -> None:
+        assert len(self.data) == TYPES[self.dtype].bytes_of(self.shape), self.name
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file the model was read from. `sha256` is None until someone needs it: see `sha256_of`."""
+
+    path: Path
+    bytes: int
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened model. Tensors are views of mapped files: nothing is read until it is used.
+
+    `unused` lists the tensors of the files that the decoder has no use for (stored rotary frequencies, the vision
+    half of Gemma 3, a head that is tied). Everything else was matched, name for name and shape for shape.
+    """
+
+    name: str
+    config: ModelConfig
+    tensors: dict[str, SourceTensor]
+    files: tuple[SourceFile, ...]
+    unused: tuple[str, ...]
+    load_tokenizer: Callable[[], Tokenizer] = field(repr=False, compare=False)  # `tokenizer` calls it once
+    metadata: dict[str, Any] = field(
+        default_factory=dict, repr=False, compare=False
+    )  # general.* of a GGUF file
+
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, built at the first call.
+
+        Raises:
+            TokenizerError: its files or metadata are missing or of a kind that is not supported.
+        """
+        return self.load_tokenizer()
+
+
+def once(load: Callable[[], Tokenizer]) -> Callable[[], Tokenizer]:
+    """`load`, called the first time only; later calls return what it gave."""
+    return lru_cache(maxsize=1)(load)
+
+
+def sha256_of(file: SourceFile) -> str:
+    """SHA-256 of a source file as 64 hexadecimal digits; reads the file unless the digest is known.
+
+    Raises:
+        OSError: the file cannot be read any more.
+    """
+    return file.sha256 if file.sha256 is not None else digest(file.path)
