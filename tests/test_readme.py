@@ -1,0 +1,166 @@
+"""The READMEs: every command is real, both languages say the same, the examples run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from hasten.cli import VERBS
+from hasten.cli.frame import parser_of
+
+ROOT = Path(__file__).parents[1]
+ENGLISH = (ROOT / "README.md").read_text(encoding="utf-8")
+CHINESE = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
+DOCUMENTS = {
+    path.name: path.read_text(encoding="utf-8")
+    for path in [
+        ROOT / "README.md",
+        ROOT / "README.zh-CN.md",
+        ROOT / "CONTRIBUTING.md",
+        *(ROOT / "docs").glob("*.md"),
+    ]
+    if path.name != "log.md"
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block; `reason` says why it cannot run here, empty if it can."""
+
+    language: str
+    text: str
+    reason: str
+
+    def commands(self) -> list[str]:
+        """Its lines, continuation lines joined, comments dropped."""
+        lines = self.text.replace("\\\n", " ").splitlines()
+        return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+def blocks(text: str) -> list[Block]:
+    pattern = r"(?:<!-- not run: ([^>]+) -->\n)?```(\w+)\n(.*?)```"
+    return [Block(m[2], m[3], m[1] or "") for m in re.finditer(pattern, text, re.DOTALL)]
+
+
+def shell(text: str, *, runnable: bool | None = None) -> list[str]:
+    found = [
+        b for b in blocks(text) if b.language == "sh" and (runnable is None or runnable != bool(b.reason))
+    ]
+    return [command for block in found for command in block.commands()]
+
+
+def inline_commands(text: str) -> list[str]:
+    """`hasten ...` and `make ...` between single backquotes."""
+    return re.findall(r"(?<!`)`((?:hasten|make) [^`\n]+)`(?!`)", text)
+
+
+def complaint(command: str) -> str:
+    """What is wrong with a command line that a document shows, without running it; empty if nothing."""
+    words = shlex.split(command, comments=True)
+    if words[0] == "make":
+        targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+        wrong = [w for w in words[1:] if "=" not in w and w not in targets]
+        return f"no target {wrong}" if wrong else ""
+    if words[0] == "pip":
+        extras = re.findall(r"\[([\w,]+)\]", command)
+        known = (ROOT / "pyproject.toml").read_text()
+        wrong = [e for group in extras for e in group.split(",") if f"\n{e} = [" not in known]
+        return f"no extra {wrong}" if wrong else ""
+    if words[0] != "hasten":
+        return ""
+    return wrong_flags(words[1:])
+
+
+def wrong_flags(words: list[str]) -> str:
+    if not words or words[0].startswith("-"):
+        return "" if set(words) <= {"--help", "--version", "-h"} else f"no option {words}"
+    if words[0] not in VERBS:
+        return "" if words[0] == "VERB" else f"no verb {words[0]}"
+    known = {o for p in parser_of(words[0], VERBS[words[0]].module).params for o in p.opts}
+    flags = {w.split("=")[0] for w in words[1:] if re.match(r"--?[a-z]", w)}
+    wrong = flags - known - {"--help"}
+    return f"hasten {words[0]} has no {sorted(wrong)}" if wrong else ""
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_commands_exist(name: str) -> None:
+    text = DOCUMENTS[name]
+    wrong = [f"{c}: {why}" for c in shell(text) + inline_commands(text) if (why := complaint(c))]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_check_catches_what_it_is_for() -> None:
+    assert complaint("hasten optimise demo")
+    assert complaint("hasten generate demo --promt x")
+    assert complaint("make demonstration")
+    assert complaint("pip install '.[everything]'")
+    assert not complaint("hasten generate demo -p 'x -y --z' -n 3")
+
+
+def test_both_readmes_have_the_same_commands_code_and_figures() -> None:
+    assert blocks(ENGLISH) == blocks(CHINESE)
+    assert re.findall(r"`(hasten \w+)", ENGLISH) == re.findall(r"`(hasten \w+)", CHINESE)
+    assert figures(ENGLISH) == figures(CHINESE)
+    assert ENGLISH.count("\n## ") == CHINESE.count("\n## ")
+
+
+def figures(text: str) -> str:
+    """The block of measured figures."""
+    match = re.search(r"<!-- figures:.*?<!-- figures end -->", text, re.DOTALL)
+    assert match, "no block of figures"
+    return match.group()
+
+
+def test_measured_figures_stand_in_their_block_alone() -> None:
+    for text in (ENGLISH, CHINESE):
+        rest = text.replace(figures(text), "")
+        assert not re.findall(r"\d[\d,.]* ?(?:tok/s|tokens/s|GB/s|TOPS)", rest)
+
+
+def test_links_lead_somewhere() -> None:
+    for name, text in DOCUMENTS.items():
+        base = ROOT if (ROOT / name).exists() else ROOT / "docs"
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+            assert (base / target).exists(), f"{name} links to {target}"
+
+
+def test_named_files_exist() -> None:
+    """Paths between backquotes in CONTRIBUTING.md are real."""
+    text = DOCUMENTS["CONTRIBUTING.md"]
+    for path in re.findall(r"`((?:src|native|tests|docs|examples|benchmarks)/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+
+
+@pytest.mark.demo
+@pytest.mark.slow
+def test_readme_commands_run(tmp_path: Path) -> None:
+    """Every runnable command of the README, in its order, in an empty folder; then its Python block."""
+    for command in shell(ENGLISH, runnable=True):
+        words = shlex.split(command)
+        if words[0] == "hasten":
+            done = run([sys.executable, "-m", *words], tmp_path)
+            assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+    code = next(b.text for b in blocks(ENGLISH) if b.language == "python")
+    done = run([sys.executable, "-c", code], tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "tokens/s" in done.stdout
