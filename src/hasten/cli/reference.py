@@ -16,13 +16,14 @@ Made by `make docs` from the program itself; a test keeps it in step.
 [concepts.md](concepts.md) explains the ideas.
 """
 
-CODES = """Exit codes: 0 done, 1 failed, 2 usage, 3 budget not met, 130 stopped by Ctrl-C. Errors go to stderr as
+CODES = """\
+Exit codes: 0 done, 1 failed, 2 usage, 3 budget not met, 130 stopped by Ctrl-C. Errors go to stderr as
 `error:` and `hint:` lines; `HASTEN_DEBUG=1` adds the traceback.
 
 | environment variable | effect |
 | --- | --- |
 | `HASTEN_DEBUG=1` | show the traceback of an error |
-| `HASTEN_ISA=avx2` | force an instruction set: `scalar`, `avx2`, `avx512` |
+| `HASTEN_ISA=avx2` | force an instruction set: `scalar`, `avx2`, `avx512` or `amx` |
 | `HF_HUB_OFFLINE=1` | use downloaded models only |
 """
 
