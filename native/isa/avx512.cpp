@@ -1,1 +1,179 @@
-namespace hasten {}
+// AVX512: bf16 linear layers on VDPBF16PS and the element-wise kernels. Integer layers: avx512_linear.cpp; attention:
+// avx512_attend.cpp.
+#include "isa/avx512.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "isa/avx512_math.inl"
+
+namespace hasten::avx512 {
+namespace {
+
+constexpr int kTile = 6;
+constexpr int kTokenBlock = 96;
+
+template <int M, int R>
+void bf16_tile(const Packed& w, int p, const bf16* x, size_t ldx, float* out, size_t ldo, bool add) {
+  const bf16* panel[R];
+  for (int r = 0; r < R; r++) panel[r] = reinterpret_cast<const bf16*>(w.panel(p + r));
+  __m512 sum[M][R];
+  for (int m = 0; m < M; m++)
+    for (int r = 0; r < R; r++) sum[m][r] = _mm512_setzero_ps();
+  const int pairs = w.padded_cols() / 2;
+  // Software prefetch only pays where weights come from memory, that is with few tokens.
+  constexpr int kStep = 16;
+  for (int i = 0; i < pairs; i += kStep) {
+    const bf16* here[R];
+    for (int r = 0; r < R; r++) {
+      here[r] = panel[r] + 32 * i;
+      if constexpr (M <= 2)
+        for (int line = 0; line < kStep; line++)
+          _mm_prefetch(reinterpret_cast<const char*>(here[r]) + 4096 + 64 * line, _MM_HINT_T0);
+    }
+    dot_tile<M, R>(here, x + 2 * i, ldx, kStep, sum);
+  }
+  for (int m = 0; m < M; m++)
+    for (int r = 0; r < R; r++) {
+      float* o = out + m * ldo + (p + r) * kPanelRows;
+      _mm512_storeu_ps(o, add ? _mm512_add_ps(_mm512_loadu_ps(o), sum[m][r]) : sum[m][r]);
+    }
+}
+
+template <int M>
+void bf16_panels(const Packed& w, int p0, int p1, const bf16* x, size_t ldx, float* out, size_t ldo, bool add) {
+  int p = p0;
+  if constexpr (M == 1)
+    for (; p + 4 <= p1; p += 4) bf16_tile<M, 4>(w, p, x, ldx, out, ldo, add);
+  for (; p + 2 <= p1; p += 2) bf16_tile<M, 2>(w, p, x, ldx, out, ldo, add);
+  for (; p < p1; p++) bf16_tile<M, 1>(w, p, x, ldx, out, ldo, add);
+}
+
+void bf16_rest(const Packed& w, int p0, int p1, const bf16* x, size_t ldx, int m, float* out, size_t ldo, bool add) {
+  switch (m) {
+    case 1: return bf16_panels<1>(w, p0, p1, x, ldx, out, ldo, add);
+    case 2: return bf16_panels<2>(w, p0, p1, x, ldx, out, ldo, add);
+    case 3: return bf16_panels<3>(w, p0, p1, x, ldx, out, ldo, add);
+    case 4: return bf16_panels<4>(w, p0, p1, x, ldx, out, ldo, add);
+    case 5: return bf16_panels<5>(w, p0, p1, x, ldx, out, ldo, add);
+    case 6: return bf16_panels<6>(w, p0, p1, x, ldx, out, ldo, add);
+    default: return;
+  }
+}
+
+inline __mmask16 lanes_left(int left) { return left >= 16 ? 0xffff : static_cast<__mmask16>((1u << std::max(left, 0)) - 1); }
+
+}  // namespace
+
+void linear_bf16(const Packed& w, int p0, int p1, const bf16* x, size_t ldx, int m, float* out, size_t ldo, bool add) {
+  if (m <= kTile) return bf16_rest(w, p0, p1, x, ldx, m, out, ldo, add);
+  for (int t0 = 0; t0 < m; t0 += kTokenBlock)
+    for (int p = p0; p < p1; p += 2) {
+      const int t1 = std::min(m, t0 + kTokenBlock), p_end = std::min(p1, p + 2);
+      int t = t0;
+      for (; t + kTile <= t1; t += kTile) bf16_panels<kTile>(w, p, p_end, x + t * ldx, ldx, out + t * ldo, ldo, add);
+      bf16_rest(w, p, p_end, x + t * ldx, ldx, t1 - t, out + t * ldo, ldo, add);
+    }
+}
+
+void quantize(const float* x, int n, int padded, int8_t* q, float* scale, int32_t* nsum, int32_t* nsum16) {
+  for (int g = 0; g < padded / 32; g++) {
+    const int k = 32 * g;
+    const __m512 a = _mm512_maskz_loadu_ps(lanes_left(n - k), x + k);
+    const __m512 b = _mm512_maskz_loadu_ps(lanes_left(n - k - 16), x + k + 16);
+    const float most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
+    const __m512 inverse = _mm512_set1_ps(most > 0 ? 127.0f / most : 0.0f);
+    const __m512i qa = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse));
+    const __m512i qb = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + k), _mm512_cvtepi32_epi8(qa));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + k + 16), _mm512_cvtepi32_epi8(qb));
+    nsum16[2 * g] = -_mm512_reduce_add_epi32(qa);
+    nsum16[2 * g + 1] = -_mm512_reduce_add_epi32(qb);
+    nsum[g] = nsum16[2 * g] + nsum16[2 * g + 1];
+    scale[g] = most / 127.0f;
+  }
+}
+
+void to_bf16(const float* x, int n, int padded, bf16* out) {
+  for (int i = 0; i < padded; i += 16) {
+    const __m256bh v = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(lanes_left(n - i), x + i));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), (__m256i)v);
+  }
+}
+
+void rms_norm(const float* x, const float* weight, int n, float eps, float* out) {
+  __m512 squares = _mm512_setzero_ps();
+  for (int i = 0; i < n; i += 16) {
+    const __m512 v = _mm512_maskz_loadu_ps(lanes_left(n - i), x + i);
+    squares = _mm512_fmadd_ps(v, v, squares);
+  }
+  const float inverse = 1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / static_cast<float>(n) + eps);
+  const __m512 by = _mm512_set1_ps(inverse);
+  for (int i = 0; i < n; i += 16) {
+    const __mmask16 mask = lanes_left(n - i);
+    const __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), by);
+    _mm512_mask_storeu_ps(out + i, mask, _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, weight + i)));
+  }
+}
+
+void gated(Gate kind, float* gate, const float* up, int n) {
+  for (int i = 0; i < n; i += 16) {
+    const __mmask16 mask = lanes_left(n - i);
+    const __m512 g = _mm512_maskz_loadu_ps(mask, gate + i);
+    __m512 arg = g;
+    if (kind == Gate::kGeluTanh) {  // gelu_tanh(g) = g * sigmoid(2 sqrt(2/pi) (g + 0.044715 g^3))
+      const __m512 cubic = _mm512_mul_ps(_mm512_mul_ps(g, g), _mm512_mul_ps(g, _mm512_set1_ps(0.044715f)));
+      arg = _mm512_mul_ps(_mm512_set1_ps(2 * 0.7978845608028654f), _mm512_add_ps(g, cubic));
+    }
+    const __m512 value = _mm512_mul_ps(gate_by_sigmoid(g, arg), _mm512_maskz_loadu_ps(mask, up + i));
+    _mm512_mask_storeu_ps(gate + i, mask, value);
+  }
+}
+
+void rope(float* head, const float* cos, const float* sin, int half) {
+  for (int i = 0; i < half; i += 16) {
+    const __mmask16 mask = lanes_left(half - i);
+    const __m512 a = _mm512_maskz_loadu_ps(mask, head + i), b = _mm512_maskz_loadu_ps(mask, head + half + i);
+    const __m512 c = _mm512_maskz_loadu_ps(mask, cos + i), s = _mm512_maskz_loadu_ps(mask, sin + i);
+    _mm512_mask_storeu_ps(head + i, mask, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)));
+    _mm512_mask_storeu_ps(head + half + i, mask, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)));
+  }
+}
+
+int argmax(const float* x, int n) {
+  __m512 best = _mm512_set1_ps(-INFINITY);
+  __m512i where = _mm512_setzero_si512();
+  __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  __mmask16 nan = 0;
+  for (int i = 0; i < n; i += 16) {
+    const __m512 v = _mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), lanes_left(n - i), x + i);
+    nan |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __mmask16 more = _mm512_cmp_ps_mask(v, best, _CMP_GT_OQ);
+    best = _mm512_mask_mov_ps(best, more, v);
+    where = _mm512_mask_mov_epi32(where, more, index);
+    index = _mm512_add_epi32(index, _mm512_set1_epi32(16));
+  }
+  if (nan) return -1;
+  const float most = _mm512_reduce_max_ps(best);
+  const __mmask16 winners = _mm512_cmp_ps_mask(best, _mm512_set1_ps(most), _CMP_EQ_OQ);
+  return _mm512_mask_reduce_min_epi32(winners, where);
+}
+
+}  // namespace hasten::avx512
+
+namespace hasten {
+
+const Kernels kAvx512Kernels = {
+    .name = "avx512",
+    .linear_int = avx512::linear_int,
+    .linear_bf16 = avx512::linear_bf16,
+    .quantize = avx512::quantize,
+    .to_bf16 = avx512::to_bf16,
+    .rms_norm = avx512::rms_norm,
+    .gated = avx512::gated,
+    .rope = avx512::rope,
+    .attend = avx512::attend,
+    .argmax = avx512::argmax,
+};
+
+}  // namespace hasten

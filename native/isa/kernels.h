@@ -5,6 +5,9 @@
 // do not depend on what else is in a batch.
 #pragma once
 
+#include <string>
+#include <vector>
+
 #include "layout.h"
 #include "numeric.h"
 
@@ -79,7 +82,13 @@ extern const Kernels kAvx512Kernels;
 extern const Kernels kAmxKernels;
 #endif
 
-// The table in use: the best this machine has, or what HASTEN_ISA names.
+// The table in use: the best this machine has, or what HASTEN_ISA names. Throws std::invalid_argument if that cannot run.
 const Kernels& kernels();
+
+// Names of the tables this machine can run, best last.
+std::vector<std::string> available_isas();
+
+// Makes another table the one in use, for tests that compare them. Not while a step is running.
+void use_isa(const std::string& name);
 
 }  // namespace hasten

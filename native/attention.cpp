@@ -1,0 +1,193 @@
+#include "attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "threads.h"
+
+namespace hasten {
+namespace {
+
+constexpr int kRows = 48;  // query rows a task: enough to use K and V well, few enough for scores to stay in L2
+constexpr float kNone = -std::numeric_limits<float>::infinity();
+
+int padded(int head_dim) { return round_up(head_dim, 32); }
+
+// out, max, sum of the context so far take in one more part. Parts are always taken in order, whoever computed them.
+void merge(const float* part, float part_max, float part_sum, int n, float* out, float& max, float& sum) {
+  if (part_max == kNone) return;
+  const float top = std::max(max, part_max);
+  const float keep = max == kNone ? 0.0f : std::exp(max - top), take = std::exp(part_max - top);
+  for (int i = 0; i < n; i++) out[i] = out[i] * keep + part[i] * take;
+  sum = sum * keep + part_sum * take;
+  max = top;
+}
+
+// The parts of the context that a block of queries can see.
+struct PartRange {
+  int first, last;
+  PartRange(int position0, int position1, int window)
+      : first(window > 0 ? std::max(0, position0 - window + 1) / kPartTokens : 0), last(position1 / kPartTokens + 1) {}
+};
+
+}  // namespace
+
+void Attention::stage_queries(const AttentionCall& call, const Task& task, Scratch& scratch) {
+  const int group = call.heads / call.cache->shape().heads, d = call.head_dim, dp = padded(d);
+  scratch.q.resize(static_cast<size_t>(kRows + group) * dp);
+  scratch.position.resize(kRows + group);
+  float row[1024];
+  for (int t = 0; t < task.count; t++) {
+    const int token = task.span->first + task.first + t;
+    for (int g = 0; g < group; g++) {
+      const float* q = call.q + token * call.ldq + static_cast<size_t>(task.head * group + g) * d;
+      for (int i = 0; i < d; i++) row[i] = q[i] * call.scale;
+      kernels().to_bf16(row, d, dp, scratch.q.data() + static_cast<size_t>(t * group + g) * dp);
+      scratch.position[t * group + g] = task.span->past + task.first + t;
+    }
+  }
+}
+
+void Attention::part(const AttentionCall& call, const Task& task, int part, Scratch& scratch, float* out, float* max,
+                     float* sum) {
+  const KvCache& cache = *call.cache;
+  const KvShape& shape = cache.shape();
+  const int group = call.heads / shape.heads, dp = padded(call.head_dim), rows = task.count * group;
+  const int context = task.span->past + task.first + task.count;  // tokens the last query of the block sees
+  const int first = part * kPartTokens, pages = std::min(kPartTokens, context - first + kPageTokens - 1) / kPageTokens;
+  constexpr int kMost = kPartTokens / kPageTokens;
+  const bf16 *k[kMost], *v[kMost];
+  const float *k_scale[kMost], *v_scale[kMost];
+  const size_t values = static_cast<size_t>(kPageTokens) * dp;
+  if (shape.int8) scratch.unpacked.resize(2 * kMost * values);
+  for (int p = 0; p < pages; p++) {
+    const int page = task.span->pages[first / kPageTokens + p];
+    const uint8_t* sides[2] = {cache.keys(call.layer, page, task.head), cache.values(call.layer, page, task.head)};
+    if (!shape.int8) {
+      k[p] = reinterpret_cast<const bf16*>(sides[0]);
+      v[p] = reinterpret_cast<const bf16*>(sides[1]);
+      continue;
+    }
+    for (int side = 0; side < 2; side++) {  // every int8 value is a bf16 value too
+      bf16* to = scratch.unpacked.data() + (2 * p + side) * values;
+      const auto* from = reinterpret_cast<const int8_t*>(sides[side]);
+      for (size_t i = 0; i < values; i++) to[i] = static_cast<bf16>(std::bit_cast<uint32_t>(static_cast<float>(from[i])) >> 16);
+      (side ? v : k)[p] = to;
+      (side ? v_scale : k_scale)[p] = reinterpret_cast<const float*>(sides[side] + values);
+    }
+  }
+  scratch.scores.resize(static_cast<size_t>(kRows + group) * kPartTokens);
+  scratch.weights.resize(static_cast<size_t>(kRows + group) * kPartTokens);
+  kernels().attend({.q = scratch.q.data(),
+                    .rows = rows,
+                    .position = scratch.position.data(),
+                    .head_dim = dp,
+                    .k = k,
+                    .v = v,
+                    .k_scale = shape.int8 ? k_scale : nullptr,
+                    .v_scale = shape.int8 ? v_scale : nullptr,
+                    .pages = pages,
+                    .first = first,
+                    .window = call.window,
+                    .softcap = call.softcap,
+                    .scores = scratch.scores.data(),
+                    .weights = scratch.weights.data(),
+                    .out = out,
+                    .max = max,
+                    .sum = sum});
+}
+
+namespace {
+
+// Divides by the sum and puts the rows where their heads are.
+struct RowSink {
+  const AttentionCall& call;
+  int group, token0, head;
+  void put(int row, const float* values, float sum) const {
+    float* out = call.out + (token0 + row / group) * call.ldo + static_cast<size_t>(head * group + row % group) * call.head_dim;
+    const float by = sum > 0 ? 1.0f / sum : 0.0f;
+    for (int i = 0; i < call.head_dim; i++) out[i] = values[i] * by;
+  }
+};
+
+}  // namespace
+
+void Attention::whole(const AttentionCall& call, const Task& task, Scratch& scratch) {
+  const int group = call.heads / call.cache->shape().heads, dp = padded(call.head_dim), rows = task.count * group;
+  stage_queries(call, task, scratch);
+  scratch.part.resize(static_cast<size_t>(2 * rows) * dp);
+  scratch.max.assign(2 * rows, kNone);
+  scratch.sum.assign(2 * rows, 0.0f);
+  float* total = scratch.part.data() + static_cast<size_t>(rows) * dp;
+  std::fill(total, total + static_cast<size_t>(rows) * dp, 0.0f);
+  const int position0 = task.span->past + task.first;
+  const PartRange range(position0, position0 + task.count - 1, call.window);
+  for (int p = range.first; p < range.last; p++) {
+    part(call, task, p, scratch, scratch.part.data(), scratch.max.data(), scratch.sum.data());
+    for (int r = 0; r < rows; r++)
+      merge(scratch.part.data() + static_cast<size_t>(r) * dp, scratch.max[r], scratch.sum[r], dp,
+            total + static_cast<size_t>(r) * dp, scratch.max[rows + r], scratch.sum[rows + r]);
+  }
+  const RowSink sink{call, group, task.span->first + task.first, task.head};
+  for (int r = 0; r < rows; r++) sink.put(r, total + static_cast<size_t>(r) * dp, scratch.sum[rows + r]);
+}
+
+void Attention::run(const AttentionCall& call, const std::vector<Span>& spans, int threads) {
+  const int kv_heads = call.cache->shape().heads, group = call.heads / kv_heads, dp = padded(call.head_dim);
+  const int block = std::max(1, kRows / group);
+  scratch_.resize(std::max<size_t>(scratch_.size(), threads));
+  tasks_.clear();
+  size_t parts = 0;
+  for (const Span& span : spans)
+    for (int head = 0; head < kv_heads; head++)
+      for (int t = 0; t < span.count; t += block) {
+        const int count = std::min(block, span.count - t), position = span.past + t;
+        const PartRange range(position, position + count - 1, call.window);
+        tasks_.push_back({&span, head, t, count, parts});
+        parts += range.last - range.first;
+      }
+  const int tasks = static_cast<int>(tasks_.size());
+  if (threads == 1 || tasks >= 4 * threads || tasks % threads == 0 || parts == tasks_.size()) {
+    // Later blocks see more: start with them, so that the last piece of work is a small one.
+    pool().split(threads, tasks, 1, [&](int begin, int end, int thread) {
+      for (int i = begin; i < end; i++) whole(call, tasks_[tasks - 1 - i], scratch_[thread]);
+    });
+    return;
+  }
+  // Few queries, long context: one piece a part, put together in order afterwards.
+  const size_t row_floats = dp + 2, task_floats = static_cast<size_t>(block) * group * row_floats;
+  partials_.resize(parts * task_floats);
+  std::vector<std::pair<int, int>> pieces;
+  for (int i = 0; i < tasks; i++) {
+    const size_t end = i + 1 < tasks ? tasks_[i + 1].partial : parts;
+    for (size_t p = tasks_[i].partial; p < end; p++) pieces.emplace_back(i, static_cast<int>(p - tasks_[i].partial));
+  }
+  pool().split(threads, static_cast<int>(pieces.size()), 1, [&](int begin, int end, int thread) {
+    for (int i = begin; i < end; i++) {
+      const Task& task = tasks_[pieces[i].first];
+      const int position = task.span->past + task.first;
+      const PartRange range(position, position + task.count - 1, call.window);
+      stage_queries(call, task, scratch_[thread]);
+      float* out = partials_.data() + (task.partial + pieces[i].second) * task_floats;
+      const size_t rows = static_cast<size_t>(block) * group;
+      part(call, task, range.first + pieces[i].second, scratch_[thread], out, out + rows * dp, out + rows * (dp + 1));
+    }
+  });
+  for (int i = 0; i < tasks; i++) {
+    const Task& task = tasks_[i];
+    const size_t end = i + 1 < tasks ? tasks_[i + 1].partial : parts, rows = static_cast<size_t>(block) * group;
+    const RowSink sink{call, group, task.span->first + task.first, task.head};
+    for (int r = 0; r < task.count * group; r++) {
+      std::vector<float> total(dp, 0.0f);
+      float max = kNone, sum = 0;
+      for (size_t p = task.partial; p < end; p++) {
+        const float* from = partials_.data() + p * task_floats;
+        merge(from + static_cast<size_t>(r) * dp, from[rows * dp + r], from[rows * (dp + 1) + r], dp, total.data(), max, sum);
+      }
+      sink.put(r, total.data(), sum);
+    }
+  }
+}
+
+}  // namespace hasten

@@ -1,0 +1,61 @@
+// Causal attention of a ragged batch over the paged cache.
+#pragma once
+
+#include <vector>
+
+#include "kv_cache.h"
+
+namespace hasten {
+
+// One sequence of the batch: `count` new tokens after `past` cached ones. Their keys and values are in the cache already.
+struct Span {
+  int first;   // index of its first token in the packed batch
+  int count;
+  int past;
+  const int32_t* pages;  // page table; covers past + count tokens
+};
+
+struct AttentionCall {
+  const KvCache* cache;
+  int layer;
+  const float* q;  // [tokens][heads * head_dim], rotated
+  size_t ldq;
+  float* out;      // the same shape
+  size_t ldo;
+  int heads;       // query heads
+  int head_dim;    // unpadded
+  float scale;     // scores are q.k * scale
+  int window;      // tokens; 0 = all
+  float softcap;   // 0 = none
+};
+
+class Attention {
+ public:
+  // Splits the work by (sequence, KV head, block of queries), and by part of the context where that gives too few pieces
+  // for the threads. The result is the same bit for bit either way.
+  void run(const AttentionCall& call, const std::vector<Span>& spans, int threads);
+
+ private:
+  struct Task {
+    const Span* span;
+    int head;       // KV head
+    int first;      // first token of the block, within the span
+    int count;
+    size_t partial;  // where its partial results start, in parts
+  };
+  struct Scratch {
+    std::vector<bf16> q, weights, unpacked;
+    std::vector<float> scores, part, max, sum;
+    std::vector<int> position;
+  };
+
+  void part(const AttentionCall& call, const Task& task, int part, Scratch& scratch, float* out, float* max, float* sum);
+  void stage_queries(const AttentionCall& call, const Task& task, Scratch& scratch);
+  void whole(const AttentionCall& call, const Task& task, Scratch& scratch);
+
+  std::vector<Task> tasks_;
+  std::vector<Scratch> scratch_;
+  std::vector<float> partials_;
+};
+
+}  // namespace hasten

@@ -1,0 +1,259 @@
+// Integer linear layers on AVX512-VNNI. Few tokens: weights stream from memory straight into VPDPBUSD on the unsigned
+// values, the zero point folded into the accumulator's start through -sum(q). Many tokens: a panel pair is unpacked into L1
+// once and multiplied with tiles of 6 tokens x 32 rows.
+#include <algorithm>
+
+#include "isa/avx512.h"
+#include "isa/avx512_unpack.inl"
+
+namespace hasten::avx512 {
+namespace {
+
+constexpr int kTile = 6;        // tokens a tile: 12 int and 12 float accumulators of the 32 registers
+constexpr int kTokenBlock = 192;  // tokens whose activations stay in L2 while panels pass by
+constexpr int kDepth = 1024;     // inputs unpacked at a time: 32 KB of weights for a panel pair
+
+inline void store(float* out, __m512 value, bool add) {
+  _mm512_storeu_ps(out, add ? _mm512_add_ps(_mm512_loadu_ps(out), value) : value);
+}
+
+inline void prefetch_ahead(const uint8_t* block, int bytes) {
+  for (int line = 0; line < bytes; line += 64) _mm_prefetch(reinterpret_cast<const char*>(block) + 2304 + line, _MM_HINT_T0);
+}
+
+// M tokens x R panels over the whole depth, weights taken straight from the packed blocks.
+template <int BITS, int STEP, bool SYMMETRIC, int M, int R>
+void stream_tile(const Packed& w, int p, const QuantRows& x, int t0, float* out, size_t ldo, bool add) {
+  const int group = w.format.group, block_bytes = w.format.block_bytes(), quant_bytes = w.format.quant_bytes();
+  const int depth = w.padded_cols();
+  const uint8_t* panel[R];
+  for (int r = 0; r < R; r++) panel[r] = w.panel(p + r);
+  const int8_t* q = x.q + static_cast<size_t>(t0) * x.cols;
+  const float* act = x.scale + static_cast<size_t>(t0) * (x.cols / 32);
+  const int32_t* nsum = STEP == 16 ? x.nsum16 + static_cast<size_t>(t0) * (x.cols / 16) : x.nsum + static_cast<size_t>(t0) * (x.cols / 32);
+  __m512 sum[R][M];
+  for (int r = 0; r < R; r++)
+    for (int m = 0; m < M; m++) sum[r][m] = _mm512_setzero_ps();
+  for (int k0 = 0; k0 < depth; k0 += group) {
+    for (int r = 0; r < R; r++) prefetch_ahead(panel[r], block_bytes);
+    for (int s = 0; s < group; s += STEP) {
+      const int k = k0 + s;
+      __m512i dot[R][M];
+      for (int m = 0; m < M; m++) {
+        __m512i start = _mm512_setzero_si512();
+        if constexpr (SYMMETRIC) start = _mm512_slli_epi32(_mm512_set1_epi32(nsum[m * (x.cols / STEP) + k / STEP]), BITS - 1);
+        for (int r = 0; r < R; r++) dot[r][m] = start;
+      }
+#pragma GCC unroll 4
+      for (int j = 0; j < STEP / 8; j++) {
+        __m512i first[R], second[R];
+        for (int r = 0; r < R; r++) unpack8<BITS>(panel[r], group, s / 8 + j, first[r], second[r]);
+        for (int m = 0; m < M; m++) {
+          const __m512i a = broadcast4(q + static_cast<size_t>(m) * x.cols + k + 8 * j);
+          const __m512i b = broadcast4(q + static_cast<size_t>(m) * x.cols + k + 8 * j + 4);
+          for (int r = 0; r < R; r++) dot[r][m] = _mm512_dpbusd_epi32(dot[r][m], first[r], a);
+          for (int r = 0; r < R; r++) dot[r][m] = _mm512_dpbusd_epi32(dot[r][m], second[r], b);
+        }
+      }
+      for (int r = 0; r < R; r++) {
+        const __m512 scale = load_scales(panel[r] + quant_bytes);
+        for (int m = 0; m < M; m++) {
+          const __m512 a = _mm512_set1_ps(act[m * (x.cols / 32) + k / 32]);
+          sum[r][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[r][m]), _mm512_mul_ps(scale, a), sum[r][m]);
+          if constexpr (!SYMMETRIC) {
+            const float total = act[m * (x.cols / 32) + k / 32] * static_cast<float>(-nsum[m * (x.cols / STEP) + k / STEP]);
+            sum[r][m] = _mm512_fmadd_ps(load_scales(panel[r] + quant_bytes + 32), _mm512_set1_ps(total), sum[r][m]);
+          }
+        }
+      }
+    }
+    for (int r = 0; r < R; r++) panel[r] += block_bytes;
+  }
+  for (int r = 0; r < R; r++)
+    for (int m = 0; m < M; m++) store(out + (t0 + m) * ldo + (p + r) * kPanelRows, sum[r][m], add);
+}
+
+template <int BITS, int STEP, bool SYMMETRIC, int M>
+void stream_panels(const Packed& w, int p0, int p1, const QuantRows& x, float* out, size_t ldo, bool add) {
+  int p = p0;
+  if constexpr (M == 1)
+    for (; p + 4 <= p1; p += 4) stream_tile<BITS, STEP, SYMMETRIC, M, 4>(w, p, x, 0, out, ldo, add);
+  for (; p + 2 <= p1; p += 2) stream_tile<BITS, STEP, SYMMETRIC, M, 2>(w, p, x, 0, out, ldo, add);
+  for (; p < p1; p++) stream_tile<BITS, STEP, SYMMETRIC, M, 1>(w, p, x, 0, out, ldo, add);
+}
+
+// A panel pair's weights over `depth` inputs, unpacked.
+struct Unpacked {
+  alignas(64) uint8_t u[kDepth / 4 * 128];   // per 4 inputs: panel 0 [16][4], panel 1 [16][4]
+  alignas(64) float scale[kDepth / 16 * 32];  // per step: 16 rows of panel 0, of panel 1
+  alignas(64) float minimum[kDepth / 16 * 32];
+};
+
+template <int BITS>
+void unpack_pair(const Packed& w, int p, int panels, int k0, int depth, int step, Unpacked& out) {
+  const int group = w.format.group, block_bytes = w.format.block_bytes(), quant_bytes = w.format.quant_bytes();
+  for (int r = 0; r < panels; r++) {
+    const uint8_t* block = w.panel(p + r) + static_cast<size_t>(k0 / group) * block_bytes;
+    for (int k = 0; k < depth; k += group, block += block_bytes) {
+      for (int j = 0; j < group / 8; j++) {
+        __m512i first, second;
+        unpack8<BITS>(block, group, j, first, second);
+        uint8_t* u = out.u + (k + 8 * j) / 4 * 128 + 64 * r;
+        _mm512_store_si512(u, first);
+        _mm512_store_si512(u + 128, second);
+      }
+      const __m512 scale = load_scales(block + quant_bytes);
+      const __m512 minimum = w.format.symmetric ? _mm512_setzero_ps() : load_scales(block + quant_bytes + 32);
+      for (int s = 0; s < group; s += step) {
+        _mm512_store_ps(out.scale + (k + s) / step * 32 + 16 * r, scale);
+        _mm512_store_ps(out.minimum + (k + s) / step * 32 + 16 * r, minimum);
+      }
+    }
+  }
+}
+
+struct Tile {
+  const Unpacked* w;
+  const QuantRows* x;
+  int k0, depth, zero_shift;
+  bool first, add;  // the first piece of the depth starts from zero or adds to what `out` holds
+  float* out;
+  size_t ldo;
+};
+
+template <int STEP, bool SYMMETRIC, int R, int M>
+void block_tile(const Tile& tile, int t) {
+  const QuantRows& x = *tile.x;
+  const int8_t* q = x.q + static_cast<size_t>(t) * x.cols + tile.k0;
+  const float* act = x.scale + static_cast<size_t>(t) * (x.cols / 32) + tile.k0 / 32;
+  const int32_t* nsum = (STEP == 16 ? x.nsum16 : x.nsum) + static_cast<size_t>(t) * (x.cols / STEP) + tile.k0 / STEP;
+  float* out = tile.out + t * tile.ldo;
+  __m512 sum[R][M];
+  for (int m = 0; m < M; m++)
+    for (int r = 0; r < R; r++)
+      sum[r][m] = tile.first ? _mm512_setzero_ps() : _mm512_loadu_ps(out + m * tile.ldo + 16 * r);
+  const __m128i shift = _mm_cvtsi32_si128(tile.zero_shift);
+  for (int g = 0; g < tile.depth / STEP; g++) {
+    __m512i dot[R][M];
+    for (int m = 0; m < M; m++) {
+      __m512i start = _mm512_setzero_si512();
+      if constexpr (SYMMETRIC) start = _mm512_sll_epi32(_mm512_set1_epi32(nsum[m * (x.cols / STEP) + g]), shift);
+      for (int r = 0; r < R; r++) dot[r][m] = start;
+    }
+    const uint8_t* u = tile.w->u + g * (STEP / 4 * 128);
+#pragma GCC unroll 8
+    for (int i = 0; i < STEP / 4; i++) {
+      __m512i weight[R];
+      for (int r = 0; r < R; r++) weight[r] = _mm512_load_si512(u + 128 * i + 64 * r);
+      for (int m = 0; m < M; m++) {
+        const __m512i a = broadcast4(q + static_cast<size_t>(m) * x.cols + g * STEP + 4 * i);
+        for (int r = 0; r < R; r++) dot[r][m] = _mm512_dpbusd_epi32(dot[r][m], weight[r], a);
+      }
+    }
+    for (int m = 0; m < M; m++) {
+      const float scale = act[m * (x.cols / 32) + g * STEP / 32];
+      const __m512 a = _mm512_set1_ps(scale);
+      for (int r = 0; r < R; r++) {
+        const __m512 both = _mm512_mul_ps(_mm512_load_ps(tile.w->scale + 32 * g + 16 * r), a);
+        sum[r][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[r][m]), both, sum[r][m]);
+        if constexpr (!SYMMETRIC) {
+          const __m512 total = _mm512_set1_ps(scale * static_cast<float>(-nsum[m * (x.cols / STEP) + g]));
+          sum[r][m] = _mm512_fmadd_ps(_mm512_load_ps(tile.w->minimum + 32 * g + 16 * r), total, sum[r][m]);
+        }
+      }
+    }
+  }
+  for (int m = 0; m < M; m++)
+    for (int r = 0; r < R; r++) store(out + m * tile.ldo + 16 * r, sum[r][m], tile.add);
+}
+
+template <int STEP, bool SYMMETRIC, int R>
+void block_tiles(const Tile& tile, int t0, int t1) {
+  int t = t0;
+  for (; t + kTile <= t1; t += kTile) block_tile<STEP, SYMMETRIC, R, kTile>(tile, t);
+  switch (t1 - t) {
+    case 5: return block_tile<STEP, SYMMETRIC, R, 5>(tile, t);
+    case 4: return block_tile<STEP, SYMMETRIC, R, 4>(tile, t);
+    case 3: return block_tile<STEP, SYMMETRIC, R, 3>(tile, t);
+    case 2: return block_tile<STEP, SYMMETRIC, R, 2>(tile, t);
+    case 1: return block_tile<STEP, SYMMETRIC, R, 1>(tile, t);
+    default: return;
+  }
+}
+
+template <int BITS, int STEP, bool SYMMETRIC>
+void blocked(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add) {
+  static thread_local Unpacked unpacked;
+  const int depth = w.padded_cols();
+  for (int t0 = 0; t0 < m; t0 += kTokenBlock)
+    for (int p = p0; p < p1; p += 2) {
+      const int panels = std::min(2, p1 - p);
+      for (int k0 = 0; k0 < depth; k0 += kDepth) {
+        const int here = std::min(kDepth, depth - k0), t1 = std::min(m, t0 + kTokenBlock);
+        unpack_pair<BITS>(w, p, panels, k0, here, STEP, unpacked);
+        const bool first = k0 == 0;
+        const Tile tile{&unpacked, &x, k0, here, BITS - 1, first, first && add, out + p * kPanelRows, ldo};
+        if (panels == 2) block_tiles<STEP, SYMMETRIC, 2>(tile, t0, t1);
+        else block_tiles<STEP, SYMMETRIC, 1>(tile, t0, t1);
+      }
+    }
+}
+
+template <int BITS, int STEP, bool SYMMETRIC>
+void dispatch(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add) {
+  switch (m) {
+    case 1: return stream_panels<BITS, STEP, SYMMETRIC, 1>(w, p0, p1, x, out, ldo, add);
+    case 2: return stream_panels<BITS, STEP, SYMMETRIC, 2>(w, p0, p1, x, out, ldo, add);
+    case 3: return stream_panels<BITS, STEP, SYMMETRIC, 3>(w, p0, p1, x, out, ldo, add);
+    case 4: return stream_panels<BITS, STEP, SYMMETRIC, 4>(w, p0, p1, x, out, ldo, add);
+    case 5: return stream_panels<BITS, STEP, SYMMETRIC, 5>(w, p0, p1, x, out, ldo, add);
+    case 6: return stream_panels<BITS, STEP, SYMMETRIC, 6>(w, p0, p1, x, out, ldo, add);
+    default: return blocked<BITS, STEP, SYMMETRIC>(w, p0, p1, x, m, out, ldo, add);
+  }
+}
+
+// Groups of 16 come from GGUF k-quants alone: streamed for one token, blocked otherwise, to keep the program small.
+template <int BITS, bool SYMMETRIC>
+void by_group(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add) {
+  if (w.format.group >= 32) return dispatch<BITS, 32, SYMMETRIC>(w, p0, p1, x, m, out, ldo, add);
+  if (m == 1) return stream_panels<BITS, 16, SYMMETRIC, 1>(w, p0, p1, x, out, ldo, add);
+  blocked<BITS, 16, SYMMETRIC>(w, p0, p1, x, m, out, ldo, add);
+}
+
+template <int BITS>
+void by_symmetry(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add) {
+  if (w.format.symmetric) by_group<BITS, true>(w, p0, p1, x, m, out, ldo, add);
+  else by_group<BITS, false>(w, p0, p1, x, m, out, ldo, add);
+}
+
+template <int BITS>
+void unpack_whole(const PackedFormat& format, const uint8_t* block, uint8_t* out, size_t stride) {
+  for (int j = 0; j < format.group / 8; j++) {
+    __m512i first, second;
+    unpack8<BITS>(block, format.group, j, first, second);
+    _mm512_storeu_si512(out + 2 * j * stride, first);
+    _mm512_storeu_si512(out + (2 * j + 1) * stride, second);
+  }
+}
+
+}  // namespace
+
+void linear_int(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add) {
+  switch (w.format.bits) {
+    case 4: return by_symmetry<4>(w, p0, p1, x, m, out, ldo, add);
+    case 5: return by_symmetry<5>(w, p0, p1, x, m, out, ldo, add);
+    case 6: return by_symmetry<6>(w, p0, p1, x, m, out, ldo, add);
+    default: return by_symmetry<8>(w, p0, p1, x, m, out, ldo, add);
+  }
+}
+
+void unpack_block(const PackedFormat& format, const uint8_t* block, uint8_t* out, size_t stride) {
+  switch (format.bits) {
+    case 4: return unpack_whole<4>(format, block, out, stride);
+    case 5: return unpack_whole<5>(format, block, out, stride);
+    case 6: return unpack_whole<6>(format, block, out, stride);
+    default: return unpack_whole<8>(format, block, out, stride);
+  }
+}
+
+}  // namespace hasten::avx512

@@ -1,0 +1,61 @@
+#include "kv_cache.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <new>
+
+namespace hasten {
+namespace {
+
+// Where a value of token t, dim d lies. See kv_cache.h.
+inline int key_index(int t, int d, int head_dim) { return t / 16 * 16 * head_dim + d / 2 * 32 + t % 16 * 2 + d % 2; }
+inline int value_index(int t, int d) { return d / 16 * 16 * kPageTokens + t / 2 * 32 + d % 16 * 2 + t % 2; }
+
+// One scale for a token's row: the largest magnitude becomes 127.
+float row_scale(const float* row, int n) {
+  float most = 0;
+  for (int i = 0; i < n; i++) most = std::max(most, std::fabs(row[i]));
+  return most / 127.0f;
+}
+
+}  // namespace
+
+KvCache::KvCache(KvShape shape, int pages) : shape_(shape), pages_(pages), bytes_(shape.page_bytes() * pages) {
+  void* memory = mmap(nullptr, std::max<size_t>(bytes_, 1), PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  memory_ = static_cast<uint8_t*>(memory);
+}
+
+KvCache::~KvCache() { munmap(memory_, std::max<size_t>(bytes_, 1)); }
+
+void KvCache::write(int layer, int page, int head, int token, const float* key, const float* value) {
+  const int n = shape_.head_dim;
+  uint8_t* k = at(layer, page, head);
+  uint8_t* v = k + shape_.side_bytes();
+  if (!shape_.int8) {
+    auto* keys = reinterpret_cast<bf16*>(k);
+    auto* values = reinterpret_cast<bf16*>(v);
+    for (int d = 0; d < n; d++) keys[key_index(token, d, n)] = float_to_bf16(key[d]);
+    for (int d = 0; d < n; d++) values[value_index(token, d)] = float_to_bf16(value[d]);
+    return;
+  }
+  const float key_scale = row_scale(key, n), value_scale = row_scale(value, n);
+  const float by_key = key_scale > 0 ? 1 / key_scale : 0, by_value = value_scale > 0 ? 1 / value_scale : 0;
+  for (int d = 0; d < n; d++) {
+    k[key_index(token, d, n)] = static_cast<uint8_t>(static_cast<int8_t>(std::nearbyint(key[d] * by_key)));
+    v[value_index(token, d)] = static_cast<uint8_t>(static_cast<int8_t>(std::nearbyint(value[d] * by_value)));
+  }
+  std::memcpy(k + static_cast<size_t>(kPageTokens) * n + token * sizeof(float), &key_scale, sizeof(float));
+  std::memcpy(v + static_cast<size_t>(kPageTokens) * n + token * sizeof(float), &value_scale, sizeof(float));
+}
+
+void KvCache::copy(int from, int to) {
+  for (int layer = 0; layer < shape_.layers; layer++)
+    std::memcpy(at(layer, to, 0), at(layer, from, 0), 2 * shape_.side_bytes() * shape_.heads);
+}
+
+}  // namespace hasten
