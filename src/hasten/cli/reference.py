@@ -7,6 +7,7 @@ import sys
 from importlib import import_module
 from typing import Any
 
+import hasten
 from hasten.cli import VERBS
 from hasten.cli.frame import parser_of
 
@@ -30,15 +31,13 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 budget not met, 130 stopped by Ctrl-C. 
 
 def reference() -> str:
     """The whole document."""
-    from hasten import __all__ as names
-
     parts = [HEAD, "## Commands\n", CODES]
     parts += [_verb(name) for name in VERBS]
     parts += [
         "## Python\n",
         "`import hasten` costs nothing; each name loads what it needs when first used.\n",
     ]
-    parts += [_name(name) for name in names]
+    parts += [_name(name) for name in hasten.__all__]
     return "\n".join(parts)
 
 
@@ -72,9 +71,7 @@ def _default(parameter: Any) -> str:
 
 
 def _name(name: str) -> str:
-    from hasten import _HOME
-
-    value = getattr(import_module(_HOME[name]), name)
+    value = getattr(import_module(hasten._HOME[name]), name)
     doc = inspect.getdoc(value) or ""
     lines = [
         f"### hasten.{name}",
