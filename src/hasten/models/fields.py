@@ -1,4 +1,4 @@
-"""Typed reading of a configuration's fields, every mistake an error that names the field and what was found."""
+"""Typed reading of a configuration's fields, every mistake an error with the field and what was found."""
 
 from __future__ import annotations
 

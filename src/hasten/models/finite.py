@@ -9,9 +9,7 @@ from hasten.errors import ModelError
 from hasten.models.source import SourceTensor
 from hasten.models.tensor_type import TYPES
 
-_SCALES: dict[
-    str, tuple[int, ...]
-] = {  # where a block's fp16 numbers are; integers cannot be anything but finite
+_SCALES: dict[str, tuple[int, ...]] = {  # where a block's fp16 numbers are; its integers are always finite
     "Q8_0": (0,),
     "Q4_0": (0,),
     "Q4_1": (0, 2),
@@ -27,7 +25,9 @@ _SCALES: dict[
 
 
 def check_finite(tensor: SourceTensor) -> None:
-    """Refuse a tensor with an infinity or a NaN. Reads every value of a float tensor, the scales of a quantised one.
+    """Refuse a tensor with an infinity or a NaN.
+
+    Reads every value of a float tensor, only the scales of a quantised one.
 
     Raises:
         ModelError: there is one; the tensor and the first place are named.
@@ -50,10 +50,11 @@ def _not_finite(tensor: SourceTensor) -> npt.NDArray[np.bool_]:
     """One flag a value of a float tensor, one a block of a quantised one."""
     data = np.ascontiguousarray(tensor.data)
     if tensor.dtype == "F32":
-        return ~np.isfinite(data.view("<f4"))
+        flags = ~np.isfinite(data.view("<f4"))
+        return np.asarray(flags, np.bool_)
     if tensor.dtype in ("F16", "BF16"):
         exponent = np.uint16(0x7C00 if tensor.dtype == "F16" else 0x7F80)  # all ones: infinity or NaN
-        return (data.view("<u2") & exponent) == exponent
+        return np.asarray((data.view("<u2") & exponent) == exponent, np.bool_)
     blocks = data.reshape(-1, TYPES[tensor.dtype].block_bytes)
     bad = np.zeros(len(blocks), dtype=np.bool_)
     for at in _SCALES[tensor.dtype]:

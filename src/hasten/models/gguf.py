@@ -1,8 +1,8 @@
 """GGUF files, versions 2 and 3: metadata and tensors, strictly checked, nothing copied.
 
-Every length, count and offset of the header is compared with the size of the file before it is used, so a header that
-lies costs an error and not memory. Arrays stay where they are until someone asks for them: opening a model with a
-vocabulary of 150,000 entries decodes none of them.
+Every length, count and offset of the header is compared with the size of the file before it is used, so a
+header that lies costs an error and not memory. Arrays stay where they are until someone asks for them: opening
+a vocabulary of 150,000 entries decodes none of them.
 
 Source: the GGUF specification, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -31,8 +31,11 @@ _MAX_ALIGNMENT = 1 << 20
 
 
 class GgufMetadata(Mapping[str, Any]):
-    """Metadata by key. Strings are str, numbers int, float or bool, arrays of strings list[str] (decoded when first
-    asked for), arrays of numbers read-only NumPy arrays of the file's type."""
+    """Metadata by key.
+
+    Strings are str, numbers int, float or bool, arrays of strings list[str] (decoded when first asked for),
+    arrays of numbers read-only NumPy arrays of the file's type.
+    """
 
     def __init__(self, values: dict[str, Any]) -> None:
         self._values = values
@@ -86,8 +89,8 @@ class GgufFile:
             name: what errors call it.
 
         Raises:
-            FormatError: the bytes are no GGUF file of version 2 or 3, contradict themselves, or hold a tensor type
-                that is not supported.
+            FormatError: the bytes are no GGUF file of version 2 or 3, contradict themselves, or hold a tensor
+                type that is not supported.
         """
         cursor = GgufCursor(data, name)
         version = _version(cursor)
@@ -180,7 +183,8 @@ def _info(cursor: GgufCursor, index: int, alignment: int) -> _Info:
     kind = _type(cursor, name, cursor.u32(f"the type of tensor {name!r}"))
     if shape[-1] % kind.block:
         raise cursor.error(
-            f"tensor {name!r} has rows of {shape[-1]} values, which {kind.name}'s blocks of {kind.block} do not divide"
+            f"tensor {name!r} has rows of {shape[-1]} values, "
+            f"which {kind.name}'s blocks of {kind.block} do not divide"
         )
     offset = cursor.u64(f"the offset of tensor {name!r}")
     if offset % alignment:
@@ -205,8 +209,8 @@ def _check_extents(cursor: GgufCursor, infos: list[_Info], start: int) -> None:
     for info in infos:
         if info.end > available:
             raise cursor.error(
-                f"tensor {info.name!r} needs bytes {info.offset} to {info.end} of the data, which has {available}: "
-                "the file is truncated or its header is wrong",
+                f"tensor {info.name!r} needs bytes {info.offset} to {info.end} of the data, "
+                f"which has {available}: the file is truncated or its header is wrong",
                 hint="download it again, or compare its size with the original",
             )
     for before, after in pairwise(sorted(infos, key=lambda info: info.offset)):

@@ -1,7 +1,7 @@
 """GGUF metadata as a ModelConfig.
 
-Source: the GGUF specification's standard keys, and what llama.cpp's converter writes and its loader assumes for each
-architecture (convert_hf_to_gguf.py, llama-model.cpp).
+Source: the GGUF specification's standard keys, and what llama.cpp's converter writes and its loader assumes
+for each architecture (convert_hf_to_gguf.py, llama-model.cpp).
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ class GgufFamily:
     placement: NormPlacement = "pre"
     qk_norm: Literal["none", "head", "full"] = "none"
     is_permuted: bool = False  # q and k rows lie for llama.cpp's interleaved rotation
-    window_pattern: int = (
-        1  # every n-th layer looks back on everything where a window is given without a pattern
-    )
+    window_pattern: int = 1  # with a window and no pattern: every n-th layer does not slide
 
 
 FAMILIES: dict[str, GgufFamily] = {
@@ -51,7 +49,7 @@ def gguf_config(metadata: GgufMetadata, tensors: Mapping[str, SourceTensor], whe
 
     Args:
         metadata: of the file.
-        tensors: of the file, by its own names; some say what metadata does not (vocabulary, rope factors, head).
+        tensors: of the file, by its own names; some say what metadata does not (vocabulary, rope, head).
         where: what errors call it.
 
     Raises:
@@ -179,7 +177,7 @@ def _windows(fields: Fields, family: GgufFamily, layers: int) -> tuple[int | Non
 
 
 def _local_theta(fields: Fields, name: str, theta: float, scaling: RopeScaling) -> float | None:
-    """Theta of sliding layers where they rotate differently; Gemma 3's is 10,000 where the file says nothing."""
+    """Theta of sliding layers where they have their own; Gemma 3's is 10,000 if the file is silent."""
     if name == "gemma3":
         return float(fields.number("rope.freq_base_swa", 10_000.0))
     if name == "olmo2" and scaling.kind != "default":

@@ -20,9 +20,7 @@ _SCALARS: dict[int, np.dtype[Any]] = {
         _BOOL: "?", 10: "<u8", 11: "<i8", 12: "<f8",
     }.items()
 }  # fmt: skip
-_MAX_COUNT = (
-    1 << 24
-)  # of anything: entries of an array, metadata keys, tensors; the largest vocabularies are 2^18
+_MAX_COUNT = 1 << 24  # entries of an array, keys, tensors; the largest vocabularies have 2^18
 
 
 @dataclass(frozen=True)

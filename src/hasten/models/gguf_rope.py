@@ -20,8 +20,8 @@ def gguf_rope(
 ) -> tuple[float, RopeScaling]:
     """(theta, scaling).
 
-    A `rope_freqs.weight` tensor holds Llama 3's scaling as divisors worked out by the converter: that is a `longrope`
-    whose short and long factors are equal and whose attention factor is 1.
+    A `rope_freqs.weight` tensor holds Llama 3's scaling as divisors worked out by the converter: that is a
+    `longrope` whose short and long factors are equal and whose attention factor is 1.
 
     Raises:
         ModelError: a kind that is not supported, or factors that do not fit the rotary dimensions.

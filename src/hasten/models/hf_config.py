@@ -1,4 +1,7 @@
-"""A Hugging Face config.json as a ModelConfig. Source: each model's configuration and modelling code in transformers."""
+"""A Hugging Face config.json as a ModelConfig.
+
+Source: each model's configuration and modelling code in transformers.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from hasten.models.hf_rope import hf_rope
 
 @dataclass(frozen=True)
 class _Family:
-    """How one `model_type` differs: its rules, and what its configuration class assumes where a key is missing."""
+    """How one `model_type` differs: its rules, and what its configuration class assumes for missing keys."""
 
     architecture: str
     theta: float = 10_000.0
@@ -75,7 +78,7 @@ def hf_config(values: Any, where: str, embed_dtype: str = "BF16") -> HfConfig:
     Args:
         values: the parsed config.json.
         where: what errors call it.
-        embed_dtype: how the embedding is stored; Gemma's embedding scale is rounded to it, as the original does.
+        embed_dtype: how the embedding is stored; Gemma's scale of it is rounded to that, as in the original.
 
     Raises:
         ModelError: an architecture or feature that is not supported, or a value that makes no sense.

@@ -1,7 +1,7 @@
 """Rotary embedding parameters of a Hugging Face config.json, in the old form and the new.
 
-Old: `rope_theta` and `rope_scaling`; new (transformers 5): both in `rope_parameters`, which may hold one set for each
-layer type. Source: transformers' modeling_rope_utils.py and each model's configuration.
+Old: `rope_theta` and `rope_scaling`; new (transformers 5): both in `rope_parameters`, which may hold one set
+for each layer type. Source: transformers' modeling_rope_utils.py and each model's configuration.
 """
 
 from __future__ import annotations

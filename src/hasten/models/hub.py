@@ -1,4 +1,7 @@
-"""Models of the Hugging Face hub, downloaded once into the hub's own cache. `HF_HUB_OFFLINE=1` means the cache only."""
+"""Models of the Hugging Face hub, downloaded once into the hub's own cache.
+
+`HF_HUB_OFFLINE=1` means the cache only.
+"""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class NameTable:
     ignored: re.Pattern[str]  # names with no use here
 
     def parts(self, name: str) -> tuple[str, ...] | None:
-        """The parameters a file's tensor fills, in the order of its rows; None: it belongs to nothing here."""
+        """The parameters a file's tensor fills, in the order of its rows; None: none of ours."""
         module, _, kind = name.rpartition(".")
         if kind not in ("weight", "bias"):
             return None

@@ -30,8 +30,8 @@ def open_model(ref: str | Path) -> Source:
     """Open a model without reading its weights.
 
     Args:
-        ref: a folder with config.json and safetensors; a .gguf file; a hub id ("Qwen/Qwen3-0.6B", or with a file of
-            it: "Qwen/Qwen3-0.6B-GGUF/Qwen3-0.6B-Q8_0.gguf"); or "demo". What exists on disk comes first.
+        ref: a folder with config.json and safetensors; a .gguf file; a hub id ("Qwen/Qwen3-0.6B") or a file
+            of one ("Qwen/Qwen3-0.6B-GGUF/Qwen3-0.6B-Q8_0.gguf"); or "demo". What is on disk comes first.
 
     Raises:
         ModelError: there is no such model, or it is incomplete or of a kind that is not supported.
@@ -89,16 +89,12 @@ def gguf_source(file: GgufFile, name: str, files: tuple[SourceFile, ...]) -> Sou
 
         return Tokenizer.from_gguf(file.metadata)
 
-    general = {
-        k: v
-        for k, v in file.metadata._values.items()
-        if k.startswith("general.") and isinstance(v, str | int)
-    }
+    general = {key: file.metadata[key] for key in file.metadata if key.startswith("general.")}
     return Source(name, config, tensors, files, unused, once(load), general)
 
 
 def _unpermuted(tensor: SourceTensor, config: ModelConfig) -> SourceTensor:
-    """Give q and k (and their biases) the row order that undoes llama.cpp's permutation; others as they are."""
+    """Give q and k (and their biases) the row order that undoes llama.cpp's permutation."""
     part = tensor.name.split(".")[2] if tensor.name.startswith("layers.") else ""
     if part not in ("q", "k"):
         return tensor

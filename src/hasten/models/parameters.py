@@ -14,7 +14,7 @@ _LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 def parameter_shapes(config: ModelConfig, biases: Iterable[str] = ()) -> Shapes:
-    """Every parameter by canonical name: linear layers [rows, cols], norms and biases [rows], embedding [V, E].
+    """Every parameter by canonical name: linear layers [rows, cols], embedding [V, E], others [rows].
 
     Args:
         config: the model.
@@ -41,7 +41,7 @@ def parameter_shapes(config: ModelConfig, biases: Iterable[str] = ()) -> Shapes:
 
 
 def present_biases(names: Iterable[str]) -> frozenset[str]:
-    """Linear layers that have a bias anywhere among canonical names: what a format that does not say so implies."""
+    """Linear layers with a bias anywhere among canonical names: for a format that does not say so."""
     found = {name.split(".")[2] for name in names if name.startswith("layers.") and name.endswith(".bias")}
     return frozenset(found & set(_LINEARS))
 
@@ -78,7 +78,7 @@ def fill(
     if extra:
         raise ModelError(
             f"{where}: {_listed(extra, 'tensor')} not part of this architecture",
-            hint="the file holds another model than its configuration says, or a feature that is not supported",
+            hint="the file holds another model than its configuration says, or an unsupported feature",
         )
     missing = [name for name in shapes if name not in filled]
     if missing:

@@ -42,8 +42,8 @@ def parse_safetensors(data: memoryview, name: str) -> dict[str, SourceTensor]:
         name: what errors call it.
 
     Raises:
-        FormatError: the bytes are no safetensors file, contradict themselves, or hold a type other than F32, F16
-            and BF16.
+        FormatError: the bytes are no safetensors file, contradict themselves, or hold a type other than F32,
+            F16 and BF16.
     """
     start, header = _header(data, name)
     header.pop("__metadata__", None)
@@ -69,8 +69,8 @@ def _header(data: memoryview, name: str) -> tuple[int, dict[str, Any]]:
         )
     if length > min(_MAX_HEADER_BYTES, len(data) - 8) or bytes(data[8:9]) != b"{":
         raise FormatError(
-            f"{name}: not a safetensors file: its header would be {length} bytes of the {len(data) - 8} that follow "
-            f"and start with {bytes(data[8:9])!r}",
+            f"{name}: not a safetensors file: its header would be {length} bytes of the {len(data) - 8} that "
+            f"follow and start with {bytes(data[8:9])!r}",
             hint=_AGAIN,
         )
     try:
@@ -89,8 +89,8 @@ class _Twice(Exception):
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        seen: set[str] = set()
-        raise _Twice(next(repr(key) for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
+        names = [key for key, _ in pairs]
+        raise _Twice(repr(next(key for key in names if names.count(key) > 1)))
     return result
 
 
@@ -116,8 +116,8 @@ def _entry(key: str, entry: Any, available: int, name: str) -> tuple[str, tuple[
     needed = TYPES[dtype].bytes_of(shape)
     if end > available or end - first != needed:
         raise FormatError(
-            f"{name}: tensor {key!r} ({dtype} {shape!r:.60}) needs {needed} bytes, its offsets say {first} to {end}, "
-            f"and the file has {available}",
+            f"{name}: tensor {key!r} ({dtype} {shape!r:.60}) takes {needed} bytes, its offsets say {first} "
+            f"to {end}, and the file has {available}",
             hint=_AGAIN,
         )
     return dtype, tuple(shape), first, end

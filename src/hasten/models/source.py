@@ -1,4 +1,4 @@
-"""An opened model: its configuration, its tensors as the files hold them, its tokenizer and the files themselves."""
+"""An opened model: its configuration, tensors as the files hold them, tokenizer and the files themselves."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class SourceTensor:
         return self.shape[0]
 
     def part(self, name: str, first: int, count: int) -> SourceTensor:
-        """Rows first .. first + count under another name, sharing the bytes; only before a row order is set."""
+        """`count` rows from `first` under another name, sharing the bytes; before a row order is set."""
         assert self.row_order is None and first >= 0 and first + count <= self.rows
         row_bytes = len(self.data) // self.rows
         data = self.data[first * row_bytes : (first + count) * row_bytes]
@@ -59,8 +59,8 @@ class SourceFile:
 class Source:
     """An opened model. Tensors are views of mapped files: nothing is read until it is used.
 
-    `unused` lists the tensors of the files that the decoder has no use for (stored rotary frequencies, the vision
-    half of Gemma 3, a head that is tied). Everything else was matched, name for name and shape for shape.
+    `unused` lists the tensors of the files that the decoder has no use for (stored rotary frequencies, the
+    vision half of Gemma 3, a head that is tied). All others were matched, name for name and shape for shape.
     """
 
     name: str
@@ -69,9 +69,7 @@ class Source:
     files: tuple[SourceFile, ...]
     unused: tuple[str, ...]
     load_tokenizer: Callable[[], Tokenizer] = field(repr=False, compare=False)  # `tokenizer` calls it once
-    metadata: dict[str, Any] = field(
-        default_factory=dict, repr=False, compare=False
-    )  # general.* of a GGUF file
+    metadata: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # general.* of GGUF
 
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer, built at the first call.
