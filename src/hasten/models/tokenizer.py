@@ -1,0 +1,211 @@
+"""The tokenizer of a model: text to token ids and back, chats to text, and text as tokens come."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hasten.errors import TokenizerError, UsageError
+from hasten.models import chat_template
+from hasten.models.text_stream import TextStream
+from hasten.models.tokenizer_fields import TokenizerFields
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
+
+
+class Tokenizer:
+    """Text to ids and back, on the `tokenizers` library.
+
+    Made by `from_folder` (Hugging Face folders), `from_gguf` (a GGUF file's metadata) or `load` (artifacts).
+
+    Args:
+        backend: gives the library's tokenizer; called once, when the vocabulary is first needed.
+        fields: everything known without the vocabulary.
+    """
+
+    def __init__(self, backend: Callable[[], Backend], fields: TokenizerFields) -> None:
+        self._get_backend = backend
+        self.fields = fields
+
+    @classmethod
+    def from_folder(cls, path: str | Path) -> Tokenizer:
+        """The tokenizer of a Hugging Face folder: tokenizer.json, or a SentencePiece tokenizer.model.
+
+        Raises:
+            TokenizerError: neither file is there, or a file of the folder is not what it must be.
+        """
+        from hasten.models.folder_tokenizer import from_folder
+
+        return cls._of(*from_folder(Path(path)))
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, object]) -> Tokenizer:
+        """The tokenizer that a GGUF file's metadata describes.
+
+        Raises:
+            TokenizerError: a key is missing or wrong, or the kind of tokenizer is not supported.
+        """
+        from hasten.models.gguf_tokenizer import from_gguf
+
+        return cls._of(*from_gguf(metadata))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Tokenizer:
+        """What `save` wrote. Returns at once: the vocabulary is parsed beside whatever the caller does next.
+
+        Raises:
+            ArtifactError: a file is missing, damaged or was not written by `save`; what is wrong inside
+                tokenizer.json shows (as ArtifactError too) at the first use.
+        """
+        from hasten.models.tokenizer_store import load
+
+        return cls(*load(Path(folder)))
+
+    @classmethod
+    def _of(cls, backend: Backend, fields: TokenizerFields) -> Tokenizer:
+        return cls(lambda: backend, fields)
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, enough for `load`; `transformers` reads them too.
+
+        Raises:
+            ArtifactError: the files cannot be written.
+        """
+        from hasten.models.tokenizer_store import save
+
+        save(self._backend, self.fields, Path(folder))
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id that starts a text, None where the model has none."""
+        return self.fields.bos_id
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The ids that end generation, the tokenizer's own first."""
+        return self.fields.eos_ids
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that have an id; a model's embedding may have more rows."""
+        return self.fields.vocab_size
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `apply_chat` can work."""
+        return bool(self.fields.chat_templates)
+
+    def encode(self, text: str, add_special: bool = True) -> list[int]:
+        """Token ids of a text. Special tokens written in the text become their ids.
+
+        Args:
+            add_special: put bos (and eos) around the text where the model wants that.
+
+        Raises:
+            UsageError: the text holds what is no Unicode (bytes that are no UTF-8, lone surrogates).
+        """
+        if not isinstance(text, str):
+            raise UsageError(f"a text to encode must be str, got {type(text).__name__}")
+        _check_unicode(text)
+        return self._backend.encode(text, add_special_tokens=add_special).ids
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """Text of token ids. Ids that the vocabulary lacks give nothing; what is no UTF-8 gives U+FFFD.
+
+        Raises:
+            UsageError: an id is negative or no integer.
+        """
+        try:
+            return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        except (OverflowError, TypeError, ValueError) as error:
+            raise UsageError(f"token ids must be integers from 0 on: {error}") from error
+
+    def apply_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Messages as text through the model's chat template; see `chat_template.render`.
+
+        Raises:
+            TokenizerError: the model has no template, or it refuses the messages.
+            UsageError: the messages are not a list of mappings.
+        """
+        return chat_template.render(
+            self.fields.chat_templates,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            special_tokens=self.fields.special_tokens,
+            tools=tools,
+            variables=variables,
+        )
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of `apply_chat`; the template itself writes the special tokens.
+
+        Raises:
+            TokenizerError, UsageError: as `apply_chat` and `encode`.
+        """
+        text = self.apply_chat(messages, add_generation_prompt, tools=tools, variables=variables)
+        return self.encode(text, add_special=False)
+
+    def stream(self, skip_special: bool = True) -> TextStream:
+        """A stream whose pieces, joined, are what `decode` gives for all pushed ids.
+
+        Raises:
+            TokenizerError: the tokenizer's decoder has a part that cannot be streamed.
+        """
+        return TextStream(self._backend.id_to_token, self._decoder, self.special_ids if skip_special else ())
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that `decode` leaves out."""
+        return frozenset(i for i, token in self._backend.get_added_tokens_decoder().items() if token.special)
+
+    @cached_property
+    def _backend(self) -> Backend:
+        return self._get_backend()
+
+    @cached_property
+    def _decoder(self) -> Mapping[str, Any]:
+        decoder = self._backend.decoder
+        if decoder is None:
+            raise TokenizerError(
+                "this tokenizer has no decoder, so ids cannot be turned into text as they come",
+                hint="open the model from its original Hugging Face folder",
+            )
+        spec: Mapping[str, Any] = json.loads(decoder.__getstate__())
+        return spec
+
+
+def _check_unicode(text: str) -> None:
+    """The command line gives bytes that are no UTF-8 as lone surrogates (PEP 383)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        character = ord(text[error.start])
+        hint = "convert the text to UTF-8, for example: iconv -f LATIN1 -t UTF-8 FILE"
+        if 0xDC80 <= character <= 0xDCFF:
+            before = text[: error.start].encode("utf-8", "surrogateescape")
+            raise UsageError(
+                f"the text is no UTF-8: byte 0x{character - 0xDC00:02x} at byte {len(before)} "
+                f"(character {error.start})",
+                hint=hint,
+            ) from None
+        raise UsageError(
+            f"the text is no Unicode: lone surrogate U+{character:04X} at character {error.start}", hint=hint
+        ) from None
