@@ -32,7 +32,7 @@ ALLOWED = {
 
 
 def imported(tree: ast.AST, package: str) -> Iterator[str]:
-    """Dotted names of every import in a file of `package`, inside functions too, and of every `hasten.name`."""
+    """Dotted names of every import of a file in `package`, inside functions too, and every `hasten.name`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
