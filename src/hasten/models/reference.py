@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from hasten.core import ModelConfig
 from hasten.errors import ModelError, UsageError
 from hasten.models import rope
+from hasten.models.parameters import parameter_shapes
 
 Tokens = Sequence[int] | npt.NDArray[np.integer[Any]]
 InputHook = Callable[[str, torch.Tensor], torch.Tensor]
@@ -62,7 +63,7 @@ class ReferenceDecoder:
         self._tensors = {
             name: torch.from_numpy(np.ascontiguousarray(t, np.float32)) for name, t in tensors.items()
         }
-        for name, shape in _shapes(config).items():
+        for name, shape in parameter_shapes(config).items():
             if name not in self._tensors:
                 raise ModelError(f"tensor {name!r} is missing")
             if tuple(self._tensors[name].shape) != shape:
@@ -194,24 +195,6 @@ def int8_groups(x: torch.Tensor, group: int = 32) -> torch.Tensor:
     rounded = torch.round(grouped / scale.clamp(min=torch.finfo(torch.float32).tiny)) * scale
     restored: torch.Tensor = rounded.flatten(-2)[..., :cols]
     return restored
-
-
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor that must exist, biases not among them, by canonical name."""
-    e, d = config.hidden_size, config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"embed": (config.vocab_size, e), "final_norm": (e,)}
-    shapes |= config.linear_shapes()
-    norms: dict[str, tuple[int, ...]] = {}
-    if config.norm_placement in ("pre", "sandwich"):
-        norms |= {"attn_norm": (e,), "mlp_norm": (e,)}
-    if config.norm_placement in ("post", "sandwich"):
-        norms |= {"post_attn_norm": (e,), "post_mlp_norm": (e,)}
-    if config.qk_norm != "none":
-        q, k = (1, 1) if config.qk_norm == "head" else (config.num_heads, config.num_kv_heads)
-        norms |= {"q_norm": (q * d,), "k_norm": (k * d,)}
-    for i in range(config.num_layers):
-        shapes |= {f"layers.{i}.{name}": shape for name, shape in norms.items()}
-    return shapes
 
 
 def _rotation(length: int, frequencies: rope.Frequencies, scale: float) -> _Rotation:

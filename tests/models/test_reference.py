@@ -1,0 +1,165 @@
+"""The reference decoder against transformers, through every way a model can be opened."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import tiny_gguf as gguf_files
+from hasten.errors import ModelError, UsageError
+from hasten.models import Source, dequantize, open_model
+from hasten.models.reference import ReferenceDecoder, int8_groups
+from tiny_models import TINY, Tiny, greedy, logits, prompts
+
+IN_GGUF = [name for name, tiny in TINY.items() if tiny.gguf]
+WINDOWED = [name for name in TINY if name in ("mistral", "qwen2-sliding", "gemma3", "phi3-sliding")]
+
+
+def reference(source: Source) -> ReferenceDecoder:
+    return ReferenceDecoder(source.config, {name: dequantize(t) for name, t in source.tensors.items()})
+
+
+def assert_same_logits(decoder: ReferenceDecoder, model, tolerance: float = 2e-5) -> None:
+    """Largest difference within `tolerance` of the logits' spread, for prompts of several lengths."""
+    for prompt in prompts():
+        wanted = logits(model, prompt)
+        got = decoder.logits(prompt).numpy()
+        assert np.abs(got - wanted).max() <= tolerance * wanted.std()
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_folder_gives_the_logits_and_tokens_of_transformers(name, tiny_model, tiny_folder):
+    decoder, model = reference(open_model(tiny_folder(name))), tiny_model(name)
+    assert_same_logits(decoder, model)
+    for prompt in prompts(2):
+        assert decoder.generate(prompt, 32) == greedy(model, prompt, 32)
+
+
+@pytest.mark.parametrize("name", IN_GGUF)
+def test_gguf_gives_the_logits_and_tokens_of_transformers(name, tiny_gguf):
+    path, model = tiny_gguf(name)
+    decoder = reference(open_model(path))
+    assert_same_logits(decoder, model)
+    prompt = prompts()[0]
+    assert decoder.generate(prompt, 32) == greedy(model, prompt, 32)
+
+
+@pytest.mark.parametrize("dtype", gguf_files.TYPES)
+def test_gguf_values_of_every_type_are_kept(dtype, tiny_gguf):
+    path, model = tiny_gguf("llama-wide", dtype)
+    source = open_model(path)
+    assert {t.dtype for t in source.tensors.values()} == {"F32", dtype}
+    assert_same_logits(reference(source), model)
+
+
+@pytest.mark.parametrize("dtype", ["Q8_0", "Q4_0", "Q5_1"])
+@pytest.mark.parametrize("name", ["gemma3", "phi3", "smollm3", "qwen2"])
+def test_quantised_gguf_of_other_architectures(name, dtype, tiny_gguf):
+    path, model = tiny_gguf(name, dtype)
+    assert_same_logits(reference(open_model(path)), model)
+
+
+@pytest.mark.parametrize("name", ["llama-llama3", "gemma3", "phi3", "qwen3-yarn"])
+@pytest.mark.parametrize(
+    "how", [{"shards": True}, {"dtype": "float32"}, {"dtype": "float16"}, {"old_config": True}]
+)
+def test_folder_of_another_make(name, how, tiny_model, tiny_folder):
+    folder = tiny_folder(name, **how)
+    assert ("shards" in how) == (len(list(folder.glob("*.safetensors"))) > 1)
+    assert_same_logits(reference(open_model(folder)), tiny_model(name), 1e-4)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_ragged_batch_equals_each_sequence_alone(name, tiny_folder):
+    decoder = reference(open_model(tiny_folder(name)))
+    batch = prompts(5)
+    alone = np.concatenate([decoder.logits(prompt).numpy() for prompt in batch])
+    np.testing.assert_allclose(decoder.logits(batch).numpy(), alone, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_windows_matter_in_these_tests(name, tiny_folder):
+    """The prompts are longer than the windows: without them the logits would differ."""
+    import dataclasses
+
+    source = open_model(tiny_folder(name))
+    wide = dataclasses.replace(source, config=dataclasses.replace(source.config, sliding_window=10_000))
+    prompt = prompts()[0]
+    difference = reference(source).logits(prompt) - reference(wide).logits(prompt)
+    assert difference[: source.config.sliding_window].abs().max() < 1e-4
+    assert difference[-1].abs().max() > 0.1
+
+
+def test_batched_transformers_with_padding_agrees(tiny_model, tiny_folder):
+    """transformers' own ragged batch (left padding and a mask) gives what a packed batch gives here."""
+    import torch
+
+    model, decoder = tiny_model("qwen3"), reference(open_model(tiny_folder("qwen3")))
+    batch = prompts()
+    width = max(map(len, batch))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in batch])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch])
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.inference_mode():
+        padded = model(ids, attention_mask=mask, position_ids=positions).logits
+    wanted = torch.cat([row[width - len(p) :] for row, p in zip(padded, batch, strict=True)])
+    np.testing.assert_allclose(decoder.logits(batch).numpy(), wanted.numpy(), rtol=0, atol=1e-3)
+
+
+def test_int8_groups_round_within_half_a_step():
+    import torch
+
+    x = torch.randn(5, 70, generator=torch.Generator().manual_seed(3)) * torch.logspace(-3, 3, 5)[:, None]
+    x[2] = 0
+    rounded = int8_groups(x)
+    assert rounded.shape == x.shape
+    for first in range(0, 70, 32):
+        group = x[:, first : first + 32]
+        step = group.abs().amax(-1, keepdim=True) / 127
+        steps = torch.where(step > 0, rounded[:, first : first + 32] / step, 0)
+        assert (steps - steps.round()).abs().max() < 1e-3
+        assert ((rounded[:, first : first + 32] - group).abs() <= step * 0.5001).all()
+
+
+def test_on_input_sees_and_replaces_the_input_of_every_linear_layer(tiny_folder):
+    source = open_model(tiny_folder("qwen2"))
+    tensors = {name: dequantize(t) for name, t in source.tensors.items()}
+    seen = {}
+
+    def halve(name, x):
+        seen[name] = tuple(x.shape)
+        return x / 2 if name == "embed" else x
+
+    prompt = prompts()[1]
+    halved = ReferenceDecoder(source.config, tensors, on_input=halve).logits(prompt)
+    np.testing.assert_allclose(halved * 2, ReferenceDecoder(source.config, tensors).logits(prompt), atol=1e-4)
+    assert seen == {name: (len(prompt), cols) for name, (_, cols) in source.config.linear_shapes().items()}
+
+
+@pytest.mark.parametrize("tokens", [[], [-1], [263], [5, 10_000]])
+def test_bad_tokens_are_refused(tokens, tiny_folder):
+    decoder = reference(open_model(tiny_folder("llama")))
+    with pytest.raises(UsageError):
+        decoder.hidden(tokens)
+
+
+def test_missing_and_misshapen_tensors_are_named(tiny_folder):
+    source = open_model(tiny_folder("llama"))
+    tensors = {name: dequantize(t) for name, t in source.tensors.items()}
+    with pytest.raises(ModelError, match=r"layers\.1\.k"):
+        ReferenceDecoder(source.config, {n: t for n, t in tensors.items() if n != "layers.1.k"})
+    with pytest.raises(ModelError, match="final_norm"):
+        ReferenceDecoder(source.config, {**tensors, "final_norm": tensors["final_norm"][:-1]})
+
+
+def test_tiny_models_are_varied_enough_to_tell_mistakes(tiny_model):
+    """A model that repeats one token would let almost any decoder pass."""
+    dull = [name for name in TINY if len(set(greedy(tiny_model(name), prompts()[0], 32))) < 8]
+    assert not dull
+
+
+def test_every_architecture_is_here():
+    architectures = {(Tiny.config(tiny).model_type, tiny.gguf) for tiny in TINY.values()}
+    assert {a for a, _ in architectures} == {
+        "llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3", "smollm3", "olmo2",
+    }  # fmt: skip
