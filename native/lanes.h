@@ -14,8 +14,6 @@
 
 #define HASTEN_INLINE inline __attribute__((always_inline))
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross a call: everything that takes one is inlined
-
 namespace hasten {
 
 constexpr int kLanes = 8;
