@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hasten.models.dequantize import dequantize
+from hasten.models.blocks import dequantize
 from hasten.models.finite import check_finite
 from hasten.models.open import open_model
 from hasten.models.source import Source, SourceFile, SourceTensor, sha256_of

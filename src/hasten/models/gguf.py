@@ -1,8 +1,8 @@
 """GGUF files, versions 2 and 3: metadata and tensors, strictly checked, nothing copied.
 
 Every length, count and offset of the header is compared with the size of the file before it is used, so a
-header that lies costs an error and not memory. Arrays stay where they are until someone asks for them: opening
-a vocabulary of 150,000 entries decodes none of them.
+header that lies costs an error and not memory. Arrays stay where they are until someone asks for them: a
+vocabulary of 150,000 entries is measured and not decoded.
 
 Source: the GGUF specification, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """

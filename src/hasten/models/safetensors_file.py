@@ -6,6 +6,7 @@ Source: the format's description, https://github.com/huggingface/safetensors#for
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -89,8 +90,8 @@ class _Twice(Exception):
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [key for key, _ in pairs]
-        raise _Twice(repr(next(key for key in names if names.count(key) > 1)))
+        counts = Counter(key for key, _ in pairs)
+        raise _Twice(repr(next(key for key, count in counts.items() if count > 1)))
     return result
 
 
