@@ -18,7 +18,8 @@ LAYERS = [
     {"compress", "runtime"},
     {"engine"},
     {"quality", "bench"},
-    {"optimize", "report"},
+    {"report"},
+    {"optimize"},
     {"serve"},
     {"cli"},
 ]
