@@ -1,9 +1,10 @@
 """Which group gets which width: a knapsack.
 
-Decoding is memory-bound, so the bytes read a token are the predicted time. Harms of separate groups add up to first
-order, as their errors are independent. So: the fewest bytes whose summed harm stays within a limit, a multiple-choice
-knapsack. Solved by dynamic programming over harm in 8,192 steps, each harm rounded up: the limit is never exceeded, and
-with 100 groups at most 1.2 % of it is left unused. Takes about 0.1 s for 100 groups of 6 choices.
+Decoding is memory-bound, so the bytes read a token are the predicted time. Harms of separate groups add up to
+first order, as their errors are independent. So: the fewest bytes whose summed harm stays within a limit, a
+multiple-choice knapsack. Solved by dynamic programming over harm in 8,192 steps, each harm rounded up: the
+limit is never exceeded, and with 100 groups at most 1.2 % of it is left unused. Takes about 0.1 s for 100
+groups of 6 choices.
 """
 
 from __future__ import annotations
@@ -28,21 +29,21 @@ class Choice:
 
 
 def lightest(menus: Sequence[Sequence[Choice]], limit: float) -> list[Choice] | None:
-    """One choice a group with the fewest bytes, their harms together at most `limit`; None if there is no such set.
+    """One choice a group with the fewest bytes, their harms together at most `limit`; None if there is no
+    such set.
 
     Among equal bytes the smaller harm wins.
     """
     if limit < 0:
         return None
-    step = limit / _STEPS if limit > 0 else 1.0
-    best = np.full(_STEPS + 1, np.inf)  # best[u]: fewest bytes with at most u steps of harm used
-    best[:] = 0.0
+    step = max(limit / _STEPS, 1e-30)  # a limit of zero leaves harmless choices alone
+    best = np.zeros(_STEPS + 1)  # best[u]: fewest bytes of the groups so far with at most u steps of harm
     taken: list[np.ndarray] = []
     for menu in menus:
         options = _sensible(menu)
         table = np.full((len(options), _STEPS + 1), np.inf)
         for row, choice in enumerate(options):
-            used = 0 if choice.harm <= 0 else int(np.ceil(choice.harm / step * (1 - 1e-12)))
+            used = _steps(choice, step)
             if used <= _STEPS:
                 table[row, used:] = best[: _STEPS + 1 - used] + choice.bytes
         taken.append(table.argmin(axis=0))
@@ -58,9 +59,14 @@ def _walk_back(
     chosen: list[Choice] = []
     for menu, rows in zip(reversed(menus), reversed(taken), strict=True):
         choice = _sensible(menu)[int(rows[left])]
-        left -= 0 if choice.harm <= 0 else int(np.ceil(choice.harm / step * (1 - 1e-12)))
+        left -= _steps(choice, step)
         chosen.append(choice)
     return chosen[::-1]
+
+
+def _steps(choice: Choice, step: float) -> int:
+    """Harm in whole steps, rounded up; the slack keeps a harm of exactly `limit` at the last step."""
+    return max(0, int(np.ceil(choice.harm / step * (1 - 1e-12))))
 
 
 def _sensible(menu: Sequence[Choice]) -> list[Choice]:

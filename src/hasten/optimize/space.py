@@ -10,7 +10,7 @@ UNIFORM = ("source", "w8", "w6", "w5", "w5-head8", "w4-head8", "w4")
 """Recipes tried on every model, widest first; the mixture comes after them and is calibrated by them."""
 
 MENU = (Layout(4), Layout(4, symmetric=False), Layout(5), Layout(6), Layout(8))
-"""Layouts a mixture chooses from for each group, beside keeping the source's values: 4.5, 5, 5.5, 6.5 and 8.5 bits."""
+"""What a mixture gives a group, if not the source's values: 4.5, 5, 5.5, 6.5 and 8.5 bits a weight."""
 
 PROBE = MENU[0]
 """The layout whose harm is measured; that of the others is scaled from it."""
@@ -37,7 +37,7 @@ def groups(config: ModelConfig) -> tuple[Group, ...]:
 
 
 def uniform(source_bits: float) -> tuple[Recipe, ...]:
-    """The fixed recipes to try; `source` only where its file is not 16 bits wide, else it is the baseline itself."""
+    """The fixed recipes to try; without `source` where that is 16 bits wide, the baseline itself."""
     names = UNIFORM if source_bits < 16.0 else UNIFORM[1:]
     return tuple(Recipe.parse(name) for name in names)
 

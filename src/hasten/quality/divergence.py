@@ -84,10 +84,13 @@ def divergence(source: Floats, candidate: Floats, targets: npt.NDArray[np.int32]
     from hasten import _native
 
     kl, nll_source, nll, agree = _native.divergence(source, candidate, targets)
-    found = Divergence(np.asarray(kl), np.asarray(nll_source), np.asarray(nll), np.asarray(agree, dtype=np.bool_))
+    found = Divergence(
+        np.asarray(kl), np.asarray(nll_source), np.asarray(nll), np.asarray(agree, dtype=np.bool_)
+    )
     if not (np.isfinite(found.kl).all() and np.isfinite(found.nll).all()):
         raise ModelError(
-            "the model's logits are not finite on the evaluation text", hint="check the model's files: hasten eval MODEL"
+            "the model's logits are not finite on the evaluation text",
+            hint="check the model's files: hasten eval MODEL",
         )
     return found
 
@@ -95,9 +98,10 @@ def divergence(source: Floats, candidate: Floats, targets: npt.NDArray[np.int32]
 class Reference:
     """The source model in bf16 over some windows, run once; what every candidate is held against.
 
-    It keeps final hidden states, [T, E] float32 a window (1.8 MB at T 512, E 896), not logits, [T, V] (311 MB at V 152k):
-    16 windows of logits would be 5 GB. Logits are computed again from the states for each comparison, which costs one
-    head, a quarter of a small model's pass. `keep_logits` keeps them instead, for a window that is compared a hundred times.
+    It keeps final hidden states, [T, E] float32 a window (1.8 MB at T 512, E 896), not logits, [T, V] (311 MB
+    at V 152k): 16 windows of logits would be 5 GB. Logits are computed again from the states for each
+    comparison, which costs one head, a quarter of a small model's pass. `keep_logits` keeps them instead, for
+    a window that is compared a hundred times.
     """
 
     def __init__(self, model: Runnable, windows: tuple[Window, ...], *, keep_logits: bool = False) -> None:

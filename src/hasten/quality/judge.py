@@ -1,8 +1,9 @@
 """From token figures to a Verdict: pass, fail, or not enough text to tell.
 
-The candidate and the source read the same tokens, so the difference of their losses is paired: its interval is far
-narrower than either perplexity's. Interval: percentile bootstrap over blocks of neighbouring tokens, whose losses are
-not independent (Efron, 1979; Künsch, 1989), seeded, so that the same figures give the same verdict.
+The candidate and the source read the same tokens, so the difference of their losses is paired: its interval
+is far narrower than either perplexity's. Interval: percentile bootstrap over blocks of neighbouring tokens,
+whose losses are not independent (Efron, 1979; Künsch, 1989), seeded, so that the same figures give the same
+verdict.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ _RESAMPLES = 2000
 def judge(found: Divergence, budget: Budget, *, seed: int = 0) -> Verdict:
     """Holds a comparison against a budget.
 
-    `pass`: the whole 95 % interval of the perplexity increase is within the budget. `fail`: the whole interval is above
-    it. `insufficient`: the budget lies inside the interval, or there are fewer than 1,024 tokens; more tokens narrow it.
-    A comparison without any difference passes at any length.
+    `pass`: the whole 95 % interval of the perplexity increase is within the budget. `fail`: the whole
+    interval is above it. `insufficient`: the budget lies inside the interval, or there are fewer than 1,024
+    tokens; more tokens narrow it. A comparison without any difference passes at any length.
     """
     low, high = ppl_interval(found, seed=seed)
     identical = bool(np.array_equal(found.nll, found.nll_source))

@@ -1,8 +1,8 @@
 """The text a model is judged on, cut into windows.
 
-Default: the prose and code of `pydoc_data.topics`, the language reference every CPython carries (about 106 thousand
-tokens). Its wording differs a little between Python versions, so every result records the sha256 of the text it was
-measured on. Calibration (layer sensitivity) and evaluation never share a topic.
+Default: the prose and code of `pydoc_data.topics`, the language reference every CPython carries (about 106
+thousand tokens). Its wording differs a little between Python versions, so every result records the sha256 of
+the text it was measured on. Calibration (layer sensitivity) and evaluation never share a topic.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Window:
-    """One stretch of text: `inputs` are read from an empty cache, `targets` are what comes next at each place."""
+    """One stretch of text: `inputs` are read from an empty cache, `targets` come next at each place."""
 
     inputs: npt.NDArray[np.int32]  # [T]
     targets: npt.NDArray[np.int32]  # [T]
@@ -93,19 +93,16 @@ def text_from_file(path: str | Path) -> Text:
     return Text(name=path.name, calibration=content[cut:], evaluation=content[:cut])
 
 
-def windows(
-    text: str, tokenizer: Encoder, *, tokens: int, bos: int | None = None, length: int = WINDOW
-) -> tuple[Window, ...]:
+def windows(text: str, tokenizer: Encoder, *, tokens: int, length: int = WINDOW) -> tuple[Window, ...]:
     """Windows of `length` predictions, about `tokens` of them together, spread over the whole text.
 
-    The first windows of a longer list are those of a shorter one, and any first few are spread evenly (bit-reversed
-    order), so that screening on a few windows and judging on all of them reads the same text.
+    The first windows of a longer list are those of a shorter one, and any first few are spread evenly
+    (bit-reversed order), so that screening on a few windows and judging on all of them reads the same text.
 
     Args:
         text: what to cut.
-        tokenizer: of the model; special tokens it puts in front are dropped, each window gets its own.
+        tokenizer: of the model; where it opens a text with a special token, every window opens with it.
         tokens: predictions wanted; fewer come back where the text is shorter.
-        bos: id that starts every window, for models trained with one.
         length: predictions a window holds.
 
     Raises:
@@ -114,19 +111,25 @@ def windows(
     if tokens < 1:
         raise UsageError(f"cannot judge on {tokens} tokens", hint="give --tokens 8192")
     ids = np.asarray(tokenizer.encode(text, add_special=False), dtype=np.int32)
-    if bos is None:
-        ids, start = ids, ids[:0]
-        stretch = length + 1  # the first token is read but never predicted
-    else:
-        start, stretch = np.asarray([bos], dtype=np.int32), length
+    start = _opening(tokenizer)
+    stretch = length + 1 - start.size  # the first token is read but never predicted
     if ids.size < min(stretch, _SMALLEST_WINDOW):
         raise UsageError(
-            f"the text has {ids.size} tokens, too few to judge on", hint="give --text a file of some thousand words"
+            f"the text has {ids.size} tokens, too few to judge on",
+            hint="give --text a file of some thousand words",
         )
     cuts = [ids[at : at + stretch] for at in range(0, max(ids.size - stretch + 1, 1), stretch)]
     wanted = -(-tokens // length)
     picked = [np.concatenate([start, cuts[i]]) for i in _spread(len(cuts))[:wanted]]
     return tuple(Window(inputs=cut[:-1], targets=cut[1:]) for cut in picked)
+
+
+def _opening(tokenizer: Encoder) -> npt.NDArray[np.int32]:
+    """The special token a text opens with, [1], or [0] for models trained without one."""
+    plain = tokenizer.encode("a", add_special=False)
+    opened = tokenizer.encode("a", add_special=True)
+    ours = opened[:1] if len(opened) > len(plain) and opened[:1] != plain[:1] else []
+    return np.asarray(ours, dtype=np.int32)
 
 
 def _spread(count: int) -> list[int]:

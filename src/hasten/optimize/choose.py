@@ -1,0 +1,108 @@
+"""From candidates to the one, and to a reason for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from hasten.core import Budget, Goal, Measurement, Verdict
+from hasten.errors import BudgetError
+from hasten.optimize.candidate import Candidate, cost_of
+
+_SAME = 0.02
+"""Speeds this close are a tie: a machine repeats a run no better. The tie goes to the better quality."""
+
+
+def choose(candidates: Sequence[Candidate], goal: Goal, budget: Budget) -> Candidate:
+    """The fastest (or smallest) candidate that passes; within 2 % of it, the one with the least KL.
+
+    Raises:
+        BudgetError: none passes; the message names the nearest one.
+    """
+    passing = [c for c in candidates if c.passes and (goal == "memory" or c.measurement is not None)]
+    if not passing:
+        raise _nothing(candidates, budget)
+    fastest = min(c.cost(goal) for c in passing)
+    margin = 0.0 if goal == "memory" else _SAME
+    tied = [c for c in passing if c.cost(goal) <= fastest * (1 + margin)]
+    return min(tied, key=lambda c: (c.verdict.kl_mean, c.cost(goal)))
+
+
+def explain(
+    candidates: Sequence[Candidate], chosen: Candidate, goal: Goal, budget: Budget, baseline: Measurement
+) -> list[Candidate]:
+    """The candidates with their reasons, in the same order."""
+    return [
+        replace(c, because=_chosen(c, goal, budget, baseline, candidates))
+        if c is chosen
+        else replace(c, because=" ".join(filter(None, (_rejected(c, chosen, goal, budget), c.because))))
+        for c in candidates
+    ]
+
+
+def _chosen(
+    chosen: Candidate, goal: Goal, budget: Budget, baseline: Measurement, candidates: Sequence[Candidate]
+) -> str:
+    word = {"latency": "fastest", "throughput": "highest throughput", "memory": "smallest"}[goal]
+    parts = [f"chosen: {word} within {percent(budget.max_ppl_increase)};", f"{spread(chosen.verdict)}."]
+    if goal == "latency" and chosen.measurement is not None:
+        request = chosen.measurement.workload
+        parts.append(
+            f"A request of {request.prompt} in, {request.output} out takes {chosen.cost(goal) / 1000:.2f} s, "
+            f"bf16 {cost_of(baseline, goal) / 1000:.2f} s."
+        )
+    tied = [
+        c.recipe.name
+        for c in candidates
+        if c is not chosen and c.passes and c.measurement is not None and c.cost(goal) < chosen.cost(goal)
+    ]
+    if tied and goal != "memory":
+        parts.append(f"As fast as {', '.join(tied)} within 2 %, and closer to the source.")
+    return " ".join([*parts, chosen.because]).strip()
+
+
+def _rejected(candidate: Candidate, chosen: Candidate, goal: Goal, budget: Budget) -> str:
+    verdict, limit = candidate.verdict, percent(budget.max_ppl_increase)
+    if verdict.status == "fail":
+        return f"out: {spread(verdict)} is above {limit}."
+    if verdict.status == "insufficient":
+        return (
+            f"out: {spread(verdict)} leaves {limit} undecided after {verdict.tokens:,} tokens;"
+            " give more with --tokens."
+        )
+    if goal == "memory":
+        more = candidate.weight_bytes / chosen.weight_bytes - 1
+        return f"passes with {spread(verdict)}, but needs {more:.0%} more memory than {chosen.recipe.name}."
+    slower = candidate.cost(goal) / chosen.cost(goal) - 1
+    if slower <= 0:
+        return f"passes and is as fast as {chosen.recipe.name} within 2 %, but further from the source."
+    return f"passes with {spread(verdict)}, but is {slower:.0%} slower than {chosen.recipe.name}."
+
+
+def percent(value: float) -> str:
+    """+1 %, -0.3 %: signed, as many digits as matter."""
+    return f"{value * 100:+.2g} %" if abs(value) < 0.095 else f"{value * 100:+.0f} %"
+
+
+def spread(verdict: Verdict) -> str:
+    """The perplexity increase with its interval."""
+    low, high = percent(verdict.ppl_increase_low), percent(verdict.ppl_increase_high)
+    return f"perplexity {percent(verdict.ppl_increase)} ({low} to {high})"
+
+
+def _nothing(candidates: Sequence[Candidate], budget: Budget) -> BudgetError:
+    limit = percent(budget.max_ppl_increase)
+    if not candidates:
+        return BudgetError(
+            f"no recipe could be tried within {limit}", hint="give a larger --max-ppl-increase"
+        )
+    nearest = min(candidates, key=lambda c: c.verdict.ppl_increase_high)
+    tokens = nearest.verdict.tokens
+    message = (
+        f"no recipe is within a perplexity increase of {limit}; {nearest.recipe.name} comes nearest: "
+        f"{spread(nearest.verdict)} over {tokens:,} tokens, {nearest.verdict.status}"
+    )
+    if nearest.verdict.status == "insufficient":
+        return BudgetError(message, hint=f"judge on more text: --tokens {tokens * 4}")
+    needed = nearest.verdict.ppl_increase_high * 100
+    return BudgetError(message, hint=f"allow more: --max-ppl-increase {max(needed * 1.05, 0.01):.2g}%")

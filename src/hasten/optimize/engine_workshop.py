@@ -1,0 +1,131 @@
+"""The real workshop: packs a source's weights and runs them on the native engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from hasten.core import EngineOptions, Layout, Machine, Measurement, ModelConfig, Recipe, Workload
+from hasten.errors import UsageError
+from hasten.optimize.workshop import Built
+from hasten.quality.text import Encoder
+
+if TYPE_CHECKING:
+    from hasten.engine.model import LanguageModel
+    from hasten.models.source import SourceTensor
+
+_SAMPLED_ROWS = 64
+"""Rows a tensor's rounding error is computed from: with 896 columns that is 57 thousand weights."""
+_CEILING_AGE_S = 24 * 3600.0
+
+
+class EngineWorkshop:
+    """An opened model on this machine's CPU.
+
+    Raises:
+        ModelError, FormatError: `ref` cannot be opened. UsageError: it is an artifact, whose source is gone.
+    """
+
+    def __init__(self, ref: str | Path, options: EngineOptions) -> None:
+        from hasten.compress.artifact import is_artifact
+        from hasten.models.open import open_model
+
+        if is_artifact(ref):
+            raise UsageError(
+                f"{ref} is an artifact already: its source's values are gone",
+                hint="give the model it was made from; plan.json in it names that",
+            )
+        self.source = open_model(ref)
+        self.options = options
+
+    @property
+    def name(self) -> str:
+        """The source's name."""
+        return self.source.name
+
+    @property
+    def config(self) -> ModelConfig:
+        """The source's shape."""
+        return self.source.config
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        from hasten.models.source import sha256_of
+
+        return {file.path.name: sha256_of(file) for file in self.source.files}
+
+    def identity(self) -> dict[str, Any]:
+        """File names and their sha256."""
+        return self._identity
+
+    @cached_property
+    def _machine(self) -> Machine:
+        from hasten.machine.probe import probe
+
+        return probe(max_age_s=_CEILING_AGE_S)
+
+    def machine(self) -> Machine:
+        """This machine, with ceilings measured within the last day."""
+        return self._machine
+
+    def tokenizer(self) -> Encoder:
+        """The source's tokenizer."""
+        return self.source.tokenizer()
+
+    @cached_property
+    def _kept(self) -> dict[str, Layout]:
+        from hasten.compress.pack import source_layout
+
+        return {name: source_layout(self.source.tensors[name]) for name in self.config.linear_shapes()}
+
+    def kept(self) -> Mapping[str, Layout]:
+        """By canonical name."""
+        return self._kept
+
+    def build(self, recipe: Recipe) -> Built:
+        """Packs the source by a recipe and makes it ready to run."""
+        from hasten.compress.pack import pack_model
+        from hasten.engine.model import load_packed
+
+        packed = pack_model(self.source, recipe, self.options.threads)
+        return load_packed(packed, self.source, self.options)
+
+    def swap(self, model: Built, tensors: Sequence[str], layout: Layout | None) -> None:
+        """Packs single tensors anew and puts them in place."""
+        from hasten.compress.pack import pack_linear
+
+        for name in tensors:
+            linear = pack_linear(self.source.tensors[name], layout, threads=self.options.threads)
+            cast("LanguageModel", model).replace(name, linear)
+
+    def error(self, tensor: str, layout: Layout) -> float:
+        """Squared error over squared values, on 64 rows spread over the tensor."""
+        from hasten.compress.pack import pack_linear
+
+        return pack_linear(_some_rows(self.source.tensors[tensor]), layout, threads=1).relative_error ** 2
+
+    def measure(self, model: Built, workload: Workload, runs: int) -> Measurement:
+        """Speed, with its fractions of the machine's ceilings."""
+        from hasten.bench.measure import measure_model
+
+        return measure_model(cast("LanguageModel", model), workload, runs, machine=self.machine())
+
+    def save(self, model: Built, folder: Path, plan: Mapping[str, Any]) -> Path:
+        """The artifact: weights, tokenizer, plan."""
+        from hasten.compress.artifact import save
+
+        return save(folder, cast("LanguageModel", model).packed, self.source, dict(plan))
+
+
+def _some_rows(tensor: SourceTensor) -> SourceTensor:
+    """Every n-th row of a matrix, in file order: an error does not ask which row is which."""
+    from dataclasses import replace
+
+    rows = tensor.rows
+    step = max(rows // _SAMPLED_ROWS, 1)
+    data = np.ascontiguousarray(tensor.data.reshape(rows, -1)[::step])
+    return replace(tensor, data=data.reshape(-1), shape=(len(data), *tensor.shape[1:]), row_order=None)

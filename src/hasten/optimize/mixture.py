@@ -1,0 +1,142 @@
+"""The mixture: widths by group that together just meet the budget.
+
+The knapsack needs a limit in KL, the user gives one in perplexity, and summed harms are a first-order
+prediction. So the uniform recipes that were judged already calibrate the first limit, the mixture is judged
+as a whole, and the limit moves until the mixture passes with little to spare. Trying three or four mixtures
+on the same text and keeping the best that passes is a selection; the whole 95 % interval has to be within the
+budget, not its middle, which leaves room for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from hasten.core import Budget, Recipe
+from hasten.optimize.candidate import Candidate
+from hasten.optimize.choose import percent
+from hasten.optimize.mix import Choice, lightest
+from hasten.optimize.sensitivity import Sensitivity
+
+_FIRST_AIM = 0.6  # of the budget: the rest is for the interval, whose width is not known before the first try
+_NEXT_AIM = 0.95
+_GOOD_ENOUGH = 0.85  # of the budget used: another try gains less than it costs
+_TRIES = 4
+
+Try = Callable[[Recipe], Candidate]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A limit in predicted KL and the perplexity increase that came of it (the interval's upper end)."""
+
+    harm: float
+    reach: float
+
+
+def predicted_harm(recipe: Recipe, sensitivities: Sequence[Sensitivity]) -> float | None:
+    """Summed harm of any recipe, nats; None where a group's layout was not on the menu."""
+    harms = [s.harm_of(recipe.layout_for(s.group.tensors[0])) for s in sensitivities]
+    return None if any(h is None for h in harms) else sum(h for h in harms if h is not None)
+
+
+def mixture_recipe(name: str, sensitivities: Sequence[Sensitivity], choices: Sequence[Choice]) -> Recipe:
+    """The recipe that gives each group its choice."""
+    layers = {
+        tensor: choice.layout
+        for s, choice in zip(sensitivities, choices, strict=True)
+        if choice.layout is not None
+        for tensor in s.group.tensors
+    }
+    return Recipe(name=name, default=None, layers=layers)
+
+
+def fit_mixture(
+    sensitivities: Sequence[Sensitivity],
+    judged: Sequence[Candidate],
+    budget: Budget,
+    attempt: Try,
+    tokens: int,
+) -> Candidate | None:
+    """The lightest mixture that passes, of up to four; the nearest if none does; None where there is nothing
+    to mix.
+
+    Args:
+        sensitivities: the map.
+        judged: uniform recipes with their verdicts, which calibrate the first limit.
+        budget: what the whole mixture has to meet.
+        attempt: packs and judges a recipe.
+        tokens: of a full judgement, to know how far an interval from fewer would narrow.
+    """
+    name = f"mix:{budget.max_ppl_increase * 100:.4g}%"
+    limit = _first_limit(sensitivities, judged, budget)
+    if limit is None:
+        return None
+    below, above = Point(0.0, _base_reach(judged, tokens)), None
+    tried: list[Candidate] = []
+    for _ in range(_TRIES):
+        choices = lightest([s.menu for s in sensitivities], limit)
+        recipe = mixture_recipe(name, sensitivities, choices or ())
+        if not recipe.layers or any(recipe.layers == c.recipe.layers for c in tried):
+            break
+        candidate = attempt(recipe)
+        tried.append(candidate)
+        point = Point(limit, reach(candidate, tokens))
+        if candidate.passes:
+            below = point
+        else:
+            above = point
+        if candidate.passes and point.reach >= _GOOD_ENOUGH * budget.max_ppl_increase:
+            break
+        limit = _next_limit(below, above, budget)
+    return _best(tried)
+
+
+def reach(candidate: Candidate, tokens: int) -> float:
+    """Upper end of the interval as `tokens` tokens would show it: it narrows with their root."""
+    verdict = candidate.verdict
+    return verdict.ppl_increase + (verdict.ppl_increase_high - verdict.ppl_increase) * min(
+        1.0, (verdict.tokens / tokens) ** 0.5
+    )
+
+
+def _first_limit(
+    sensitivities: Sequence[Sensitivity], judged: Sequence[Candidate], budget: Budget
+) -> float | None:
+    """Predicted KL that should cost the first aim, on the line through a judged recipe."""
+    aim = _FIRST_AIM * budget.max_ppl_increase
+    known = [(predicted_harm(c.recipe, sensitivities), c.verdict.ppl_increase) for c in judged]
+    points = [(harm, rise) for harm, rise in known if harm is not None and harm > 0 and rise > aim]
+    if not points:
+        return None  # the narrowest uniform recipe is within the budget: a mixture could only be wider
+    harm, rise = min(points, key=lambda point: point[1])
+    start = min((rise for h, rise in known if h == 0.0), default=0.0)
+    share = (aim - start) / (rise - start) if rise > start else 0.0
+    return harm * share if share > 0 else None
+
+
+def _base_reach(judged: Sequence[Candidate], tokens: int) -> float:
+    return min((reach(c, tokens) for c in judged if c.recipe.name == "source"), default=0.0)
+
+
+def _next_limit(below: Point, above: Point | None, budget: Budget) -> float:
+    """On the line through what passed and what did not; never beyond three times what passed."""
+    aim = _NEXT_AIM * budget.max_ppl_increase
+    if above is None:
+        slope = below.reach / below.harm if below.reach > 0 else 0.0
+        return min(aim / slope, 3 * below.harm) if slope > 0 else 3 * below.harm
+    share = (aim - below.reach) / (above.reach - below.reach) if above.reach > below.reach else 0.5
+    return below.harm + min(max(share, 0.1), 0.9) * (above.harm - below.harm)
+
+
+def _best(tried: Sequence[Candidate]) -> Candidate | None:
+    if not tried:
+        return None
+    passing = [c for c in tried if c.passes]
+    best = (
+        min(passing, key=lambda c: c.weight_bytes)
+        if passing
+        else min(tried, key=lambda c: c.verdict.ppl_increase_high)
+    )
+    rises = ", ".join(f"{c.bits_per_weight:.2f} bits {percent(c.verdict.ppl_increase)}" for c in tried)
+    return replace(best, because=f"Mixtures tried: {rises}.")

@@ -1,0 +1,229 @@
+"""The closed loop: measure the start, try recipes, draw a mixture, choose, write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+
+from hasten.cache import write_atomic
+from hasten.core import Budget, EngineOptions, Goal, Plan, Recipe, Workload
+from hasten.errors import UsageError
+from hasten.optimize.candidate import Candidate
+from hasten.optimize.choose import choose, explain
+from hasten.optimize.memory import SearchMemory
+from hasten.optimize.mixture import fit_mixture
+from hasten.optimize.progress import Observer, Progress, silent
+from hasten.optimize.record import Circumstances, record, remarks
+from hasten.optimize.result import Baseline, OptimizeResult
+from hasten.optimize.sensitivity import Sensitivity, draw, measure_sensitivity
+from hasten.optimize.space import groups, uniform
+from hasten.optimize.trials import Trials
+from hasten.optimize.workshop import Built, Workshop
+from hasten.quality.divergence import Reference
+from hasten.quality.text import Text, default_text, text_from_file, windows
+from hasten.report.page import page
+
+WORKLOADS: dict[Goal, Workload] = {
+    "latency": Workload(prompt=512, output=128, batch=1),
+    "throughput": Workload(prompt=128, output=64, batch=8),
+    "memory": Workload(prompt=512, output=128, batch=1),
+}
+"""What speed is measured on, by goal."""
+
+_BASELINE = Recipe.parse("bf16")
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured; the defaults fit three minutes for half a billion weights on two cores."""
+
+    tokens: int = 8192  # judged
+    runs: int = 3  # timed, after a warm-up
+    sensitivity_seconds: float = 50.0
+
+
+def optimize(
+    ref: str | Path,
+    max_ppl_increase: float = 0.01,
+    goal: Goal = "latency",
+    out: str | Path | None = None,
+    *,
+    threads: int | None = None,
+    text: str | Path | None = None,
+    effort: Effort | None = None,
+    fresh: bool = False,
+    observer: Observer = silent,
+) -> OptimizeResult:
+    """Finds the fastest recipe whose perplexity rises by at most `max_ppl_increase`, and writes it as an
+    artifact.
+
+    Args: ref: a GGUF file, a Hugging Face folder, a hub id, or `demo`. max_ppl_increase: the budget against
+        the source in bf16: 0.01 is +1 %. goal: `latency` (time of one request of 512 in, 128 out),
+        `throughput` (8 sequences decoding), `memory` (bytes). out: the artifact's folder; default NAME.hasten
+        here. threads: default, the cores this process may use. text: a UTF-8 file to judge on; default, the
+        prose and code of `pydoc_data.topics`. effort: how many tokens are judged and runs timed. fresh:
+        ignore what an earlier search found. observer: told of every step.
+
+    Raises:
+        BudgetError: no recipe is within the budget.
+        UsageError: a budget, goal or text that cannot be used.
+        ModelError, DiskError: the source cannot be opened, the artifact cannot be written.
+    """
+    from hasten.optimize.engine_workshop import EngineWorkshop
+
+    check(max_ppl_increase, goal)
+    judged = text_from_file(text) if text is not None else default_text()
+    observer(Progress("reference", "opening the model"))
+    workshop = EngineWorkshop(ref, EngineOptions(threads=threads))
+    search = Search(workshop, Budget(max_ppl_increase), goal, judged, effort or Effort(), fresh, observer)
+    return search.run(Path(out) if out is not None else Path(f"{workshop.name}.hasten"))
+
+
+def check(max_ppl_increase: float, goal: str) -> None:
+    """Refuses what no search could meet.
+
+    Raises:
+        UsageError: a negative or infinite budget, an unknown goal.
+    """
+    if not np.isfinite(max_ppl_increase) or max_ppl_increase < 0:
+        raise UsageError(
+            f"a perplexity increase of {max_ppl_increase * 100:g} % is no budget",
+            hint="use --max-ppl-increase 1%",
+        )
+    if goal not in get_args(Goal):
+        raise UsageError(f"unknown goal {goal!r}", hint=f"use one of {', '.join(get_args(Goal))}")
+
+
+@dataclass
+class Search:
+    """One run of the loop over one source."""
+
+    workshop: Workshop
+    budget: Budget
+    goal: Goal
+    text: Text
+    effort: Effort
+    fresh: bool = False
+    observer: Observer = silent
+    _source: Built | None = field(default=None, init=False)
+
+    def run(self, out: Path) -> OptimizeResult:
+        """Measure, try, mix, choose, write."""
+        try:
+            start = self.trials.measured(_BASELINE, self._bf16)
+            candidates = self._uniform()
+            sensitivities, mixture = self._mixture(candidates)
+            candidates += [mixture] if mixture is not None else []
+            chosen = choose(candidates, self.goal, self.budget)
+            candidates = explain(candidates, chosen, self.goal, self.budget, start)
+            baseline = Baseline(start, max(candidates, key=lambda c: c.verdict.tokens).verdict.ppl_source)
+            result = self._write(out, baseline, candidates, chosen.recipe, sensitivities)
+        finally:
+            if self._source is not None:
+                self._source.close()
+        self.memory.finish()
+        return result
+
+    @cached_property
+    def memory(self) -> SearchMemory:
+        """What earlier runs found on the same source, text and machine."""
+        machine = self.workshop.machine()
+        key = {
+            "source": self.workshop.identity(),
+            "text": self.text.sha256,
+            "cpu": machine.cpu,
+            "isa": machine.isa,
+            "threads": self.workshop.options.threads or machine.cores,
+        }
+        return SearchMemory(key, fresh=self.fresh)
+
+    @cached_property
+    def trials(self) -> Trials:
+        """How each recipe is tried."""
+        return Trials(
+            workshop=self.workshop,
+            reference=lambda: self._reference,
+            memory=self.memory,
+            budget=self.budget,
+            workload=WORKLOADS[self.goal],
+            runs=self.effort.runs,
+            tokens=self.effort.tokens,
+            observer=self.observer,
+        )
+
+    @cached_property
+    def _reference(self) -> Reference:
+        cut = windows(self.text.evaluation, self.workshop.tokenizer(), tokens=self.effort.tokens)
+        reference = Reference(self._bf16(), cut)
+        for index in range(len(cut)):
+            self.observer(Progress("reference", "bf16: quality", index, len(cut)))
+            reference.hidden(index)
+        return reference
+
+    def _bf16(self) -> Built:
+        if self._source is None:
+            self.observer(Progress("reference", "bf16: packing"))
+            self._source = self.workshop.build(_BASELINE)
+        return self._source
+
+    def _uniform(self) -> list[Candidate]:
+        shapes = self.workshop.config.linear_shapes()
+        widest = max(self.workshop.kept()[name].bits_per_weight for name in shapes)
+        recipes = uniform(widest)
+        found = []
+        for number, recipe in enumerate(recipes):
+            self.observer(Progress("recipes", recipe.name, number, len(recipes)))
+            found.append(self.trials.attempt(recipe))
+        return found
+
+    def _mixture(self, judged: Sequence[Candidate]) -> tuple[tuple[Sensitivity, ...], Candidate | None]:
+        harms = self.memory.read("sensitivity")
+        if harms is None:
+            measured = measure_sensitivity(
+                self.workshop,
+                self._bf16(),
+                self.text,
+                seconds=self.effort.sensitivity_seconds,
+                observer=self.observer,
+            )
+            self.memory.write("sensitivity", [s.harm for s in measured])
+        else:
+            measured = draw(self.workshop, groups(self.workshop.config), harms)
+        tokens = max((c.verdict.tokens for c in judged), default=self.effort.tokens)
+        return measured, fit_mixture(measured, judged, self.budget, self.trials.attempt, tokens)
+
+    def _write(
+        self,
+        out: Path,
+        baseline: Baseline,
+        candidates: Sequence[Candidate],
+        recipe: Recipe,
+        sensitivities: Sequence[Sensitivity],
+    ) -> OptimizeResult:
+        self.observer(Progress("artifact", f"writing {out}"))
+        chosen = next(c for c in candidates if c.recipe == recipe)
+        plan = Plan(
+            model=self.workshop.name,
+            recipe=recipe,
+            options=self.workshop.options,
+            measurement=chosen.measurement,
+            verdict=chosen.verdict,
+            estimate=None,
+            because=(chosen.because, *remarks(sensitivities, recipe)),
+        )
+        machine = self.workshop.machine()
+        result = OptimizeResult(machine, baseline, tuple(candidates), chosen, plan, out.absolute())
+        asked = Circumstances(self.goal, self.budget, self.text, self.effort.tokens, self.effort.runs)
+        whole = record(result, sensitivities, asked)
+        model = self.workshop.build(recipe)
+        try:
+            self.workshop.save(model, out, whole)
+        finally:
+            model.close()
+        write_atomic(out / "report.html", page(whole).encode())
+        return result

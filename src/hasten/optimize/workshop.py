@@ -1,0 +1,76 @@
+"""What the search needs of the engine: models made from recipes, judged, timed and saved.
+
+`EngineWorkshop` is the real one; tests search with a small NumPy one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from hasten.core import EngineOptions, Layout, Machine, Measurement, ModelConfig, Recipe, Workload
+from hasten.quality.divergence import Runnable
+from hasten.quality.text import Encoder
+
+
+class Built(Runnable, Protocol):
+    """A model made from a recipe, in memory."""
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean stored bits over the linear layers, scales included."""
+        ...
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of linear weights one decoded token reads."""
+        ...
+
+    def close(self) -> None:
+        """Gives the memory back."""
+        ...
+
+
+class Workshop(Protocol):
+    """An opened source model and everything that can be made of it."""
+
+    name: str
+    config: ModelConfig
+    options: EngineOptions
+
+    def identity(self) -> dict[str, Any]:
+        """What the source is, byte for byte: goes into cache keys."""
+        ...
+
+    def machine(self) -> Machine:
+        """The machine everything is measured on."""
+        ...
+
+    def tokenizer(self) -> Encoder:
+        """The source's tokenizer."""
+        ...
+
+    def kept(self) -> Mapping[str, Layout]:
+        """Layout that holds the source's own values, by canonical name of each linear layer."""
+        ...
+
+    def build(self, recipe: Recipe) -> Built:
+        """A model by a recipe; its owner closes it."""
+        ...
+
+    def swap(self, model: Built, tensors: Sequence[str], layout: Layout | None) -> None:
+        """Puts other weights into a built model: the source's, packed to `layout`, or kept (None)."""
+        ...
+
+    def error(self, tensor: str, layout: Layout) -> float:
+        """Mean squared difference to the source's values that packing to `layout` makes."""
+        ...
+
+    def measure(self, model: Built, workload: Workload, runs: int) -> Measurement:
+        """Speed of a built model."""
+        ...
+
+    def save(self, model: Built, folder: Path, plan: Mapping[str, Any]) -> Path:
+        """Writes an artifact; what is there before stays until it is whole."""
+        ...
