@@ -1,0 +1,169 @@
+"""The roofline by hand, its limits, and how its error is reported."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from hasten.core import Ceiling, Layout, Machine, Measurement, ModelConfig, Recipe, Stat, Workload
+from hasten.errors import MachineError, UsageError
+from hasten.speed import Efficiency, efficiency, error, estimate
+from hasten.speed.cost import cost, kv_read_bytes, packed_bytes
+
+TINY = ModelConfig(
+    architecture="llama",
+    vocab_size=1000,
+    hidden_size=64,
+    intermediate_size=128,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    context_length=4096,
+)
+LAYER = 64 * 64 * 2 + 2 * 32 * 64 + 3 * 64 * 128  # q, o; k, v; gate, up, down
+WEIGHTS = 2 * LAYER + 1000 * 64
+STAT = Stat(1.0, 1.0, 1.0, 1)
+MACHINE = Machine(
+    cpu="test",
+    isa=("scalar", "avx512"),
+    cores=2,
+    l1d_bytes=None,
+    l2_bytes=None,
+    l3_bytes=None,
+    memory_bytes=None,
+    read_gb_per_s=50.0,
+    int8_tops=1.0,
+    bf16_tflops=0.25,
+    ceilings=(Ceiling("scalar", "int8", 0.1, STAT), Ceiling("scalar", "bf16", 0.05, STAT)),
+)
+FULL = Efficiency(read=1.0, linear=1.0, attention=1.0)
+
+
+def test_decode_is_bytes_over_bandwidth() -> None:
+    w8 = Recipe.parse("w8")
+    got = estimate(TINY, MACHINE, Workload(100, 20), w8, efficiency=FULL)
+    weights = (2 * LAYER + 1008 * 64) * 8.5 / 8  # the head's rows are padded to 16
+    kv = 2 * 2 * 2 * 16 * 2 * 110  # k and v, layers, heads, size, bytes, mean context
+    assert got.weight_bytes == weights
+    assert got.decode_tok_per_s == pytest.approx(50e9 / (weights + kv))
+    assert got.bound == "memory"
+    half = estimate(TINY, MACHINE, Workload(100, 20), w8, efficiency=replace(FULL, read=0.5))
+    assert half.decode_tok_per_s == pytest.approx(got.decode_tok_per_s / 2)
+
+
+def test_prefill_is_operations_over_the_ceiling() -> None:
+    got = estimate(TINY, MACHINE, Workload(1000, 1), Recipe.parse("w8"), efficiency=FULL)
+    linear = 2 * (2 * LAYER * 1000 + 64000) / 1e12
+    attention = 2 * 4 * 4 * 16 * (1000 * 1001 / 2) / 0.25e12
+    assert got.prefill_tok_per_s == pytest.approx(1000 / (linear + attention))
+    assert got.ttft_ms == pytest.approx((linear + attention) * 1e3)
+    bf16 = estimate(TINY, MACHINE, Workload(1000, 1), Recipe.parse("bf16"), efficiency=FULL)
+    assert bf16.prefill_tok_per_s == pytest.approx(1000 / (linear * 4 + attention))
+
+
+def test_a_large_batch_is_bound_by_arithmetic() -> None:
+    single = estimate(TINY, MACHINE, Workload(16, 16, 1), Recipe.parse("w4"), efficiency=FULL)
+    pair = estimate(TINY, MACHINE, Workload(16, 16, 2), Recipe.parse("w4"), efficiency=FULL)
+    many = estimate(TINY, MACHINE, Workload(16, 16, 256), Recipe.parse("w4"), efficiency=FULL)
+    assert single.bound == "memory" and many.bound == "compute"
+    assert single.decode_tok_per_s < pair.decode_tok_per_s < 2 * single.decode_tok_per_s
+    assert many.decode_tok_per_s < 256 * single.decode_tok_per_s
+    assert many.ttft_ms == pytest.approx(256 * single.ttft_ms)
+
+
+def test_sliding_windows_bound_what_is_read() -> None:
+    sliding = replace(TINY, sliding_window=64, sliding_layers=(True, False))
+    assert kv_read_bytes(sliding, 1000, 2.0) == 2 * 2 * 16 * 2 * (64 + 1000)
+    assert kv_read_bytes(sliding, 10, 2.0) == 2 * 2 * 16 * 2 * 20
+    full = cost(TINY, Workload(100, 0), Recipe.parse("w8"))
+    less = cost(sliding, Workload(100, 0), Recipe.parse("w8"))
+    assert full.prompt_attention_ops == 4 * 64 * 2 * 5050
+    assert less.prompt_attention_ops == 4 * 64 * (5050 + 64 * 65 / 2 + 36 * 64)
+
+
+def test_mixed_recipes_and_int8_keys() -> None:
+    recipe = Recipe("mix", default=Layout(4), head=Layout(16), layers={"layers.0.q": Layout(16)}, kv="int8")
+    got = cost(TINY, Workload(10, 0), recipe)
+    assert got.bf16_ops == 2 * (64 * 64 + 64000)
+    assert got.int8_ops == 2 * (WEIGHTS - 64 * 64 - 64000)
+    assert got.kv_bytes == 2 * 2 * 2 * 10 * (16 + 4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "expected"),
+    [
+        ((16, 64), Layout(16), 16 * 64 * 2),
+        ((17, 33), Layout(16), 32 * 64 * 2),
+        ((16, 32), Layout(4), 8 * 32 + 32),
+        ((16, 96), Layout(5, 128), 10 * 128 + 32),
+        ((16, 64), Layout(6, 16, symmetric=False), 4 * (12 * 16 + 64)),
+    ],
+)
+def test_packed_bytes_follow_the_layout(shape: tuple[int, int], layout: Layout, expected: int) -> None:
+    assert packed_bytes(shape, layout) == expected
+
+
+def test_unknown_stays_unknown() -> None:
+    for name in ("read_gb_per_s", "int8_tops", "bf16_tflops"):
+        unknown: dict[str, Any] = {name: None}
+        with pytest.raises(MachineError, match="unknown") as caught:
+            estimate(TINY, replace(MACHINE, **unknown), Workload(), Recipe.parse("w8"))
+        assert caught.value.hint
+    with pytest.raises(UsageError, match="once it is open"):
+        estimate(TINY, MACHINE, Workload(), Recipe.parse("source"))
+    assert estimate(TINY, MACHINE, Workload(), Recipe.parse("source"), weight_bytes=123).weight_bytes == 123
+    for workload in (Workload(0, 1), Workload(1, 1, 0), Workload(1, -1)):
+        with pytest.raises(UsageError):
+            estimate(TINY, MACHINE, workload, Recipe.parse("w8"))
+    with pytest.raises(UsageError):
+        Efficiency(read=0.0)
+
+
+def test_another_instruction_set() -> None:
+    best = estimate(TINY, MACHINE, Workload(512, 0), Recipe.parse("w8"))
+    scalar = estimate(TINY, MACHINE, Workload(512, 0), Recipe.parse("w8"), isa="scalar")
+    assert scalar.prefill_tok_per_s < best.prefill_tok_per_s
+    with pytest.raises(MachineError):
+        estimate(TINY, MACHINE, Workload(), Recipe.parse("w8"), isa="avx512")
+
+
+def measured(decode: float, prefill: float, ttft: float, workload: Workload) -> Measurement:
+    def stat(value: float) -> Stat:
+        return Stat(value, value, value, 5)
+
+    return Measurement(
+        engine="hasten",
+        version="0",
+        format="w8",
+        weight_bytes=None,
+        prefill_tok_per_s=stat(prefill),
+        decode_tok_per_s=stat(decode),
+        ttft_ms=stat(ttft),
+        tpot_ms=stat(1.0),
+        peak_rss_bytes=None,
+        workload=workload,
+    )
+
+
+def test_error_is_predicted_over_measured() -> None:
+    predicted = estimate(TINY, MACHINE, Workload(), Recipe.parse("w8"))
+    got = error(
+        predicted, measured(predicted.decode_tok_per_s / 1.25, predicted.prefill_tok_per_s * 2, 0, Workload())
+    )
+    assert got.decode == pytest.approx(0.25)
+    assert got.prefill == pytest.approx(-0.5)
+    assert got.ttft is None
+
+
+def test_efficiency_from_a_measurement_predicts_it() -> None:
+    workload, recipe = Workload(512, 128), Recipe.parse("w8")
+    truth = Efficiency(read=0.7, linear=0.4, attention=0.2)
+    made = estimate(TINY, MACHINE, workload, recipe, efficiency=truth)
+    run = measured(made.decode_tok_per_s, made.prefill_tok_per_s, made.ttft_ms, workload)
+    found = efficiency(TINY, MACHINE, recipe, run)
+    assert found.read == pytest.approx(0.7) and found.linear == pytest.approx(0.4)
+    again = error(estimate(TINY, MACHINE, workload, recipe, efficiency=found), run)
+    assert again.decode == pytest.approx(0, abs=1e-9) and again.prefill == pytest.approx(0, abs=1e-9)
