@@ -17,8 +17,8 @@ struct Peak {
 // One instruction set's loops: native/isa/probe_*.cpp.
 struct ProbeKernels {
   const char* name;
-  // Reads `bytes` (a multiple of 2048, aligned to 64) as `streams` (1, 2 or 4) interleaved streams, prefetching `ahead` bytes
-  // ahead in each; 0 leaves it to the hardware. Returns something that depends on every byte.
+  // Reads `bytes` (a multiple of 2048, aligned to 64) as `streams` (1, 2 or 4) interleaved streams, prefetching `ahead`
+  // bytes ahead in each; 0 leaves it to the hardware. Returns something that depends on every byte.
   uint64_t (*read)(const uint8_t* data, size_t bytes, int streams, int ahead);
   Peak int8, bf16, fp32;
 };
