@@ -12,13 +12,16 @@ _REQUIRED: Any = object()
 
 
 class Fields:
-    """A mapping read by type. None counts as missing, as in Hugging Face configurations.
+    """A mapping read by type.
+
+    None counts as missing, but keeps the defaults of `defaults` from being used: Mistral's
+    `"sliding_window": null` says that there is no window, where a missing key means 4096.
 
     Args:
         values: the fields.
         where: what errors call them: a file name.
         prefix: put before every key ("llama." for GGUF metadata).
-        defaults: used where a key is missing and the call names no default.
+        defaults: used where a key is missing, before the default of the call.
     """
 
     def __init__(
@@ -35,8 +38,9 @@ class Fields:
 
     def get(self, key: str, default: Any = None) -> Any:
         """The raw value, or the default where it is missing or None."""
-        value = self.values.get(self.prefix + key)
-        return self._defaults.get(key, default) if value is None else value
+        name = self.prefix + key
+        value = self.values[name] if name in self.values else self._defaults.get(key)
+        return default if value is None else value
 
     def integer(self, key: str, default: Any = _REQUIRED, low: int = 1, high: int = 1 << 24) -> Any:
         """An integer from low to high (or the default, unchecked).

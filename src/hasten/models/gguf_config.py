@@ -27,6 +27,7 @@ class GgufFamily:
 
     placement: NormPlacement = "pre"
     qk_norm: Literal["none", "head", "full"] = "none"
+    has_qkv_bias: bool = False  # always; others have one where the file has one
     is_permuted: bool = False  # q and k rows lie for llama.cpp's interleaved rotation
     window_pattern: int = 1  # with a window and no pattern: every n-th layer does not slide
 
@@ -34,7 +35,7 @@ class GgufFamily:
 FAMILIES: dict[str, GgufFamily] = {
     "llama": GgufFamily(is_permuted=True),
     "smollm3": GgufFamily(is_permuted=True),
-    "qwen2": GgufFamily(),
+    "qwen2": GgufFamily(has_qkv_bias=True),
     "qwen3": GgufFamily(qk_norm="head"),
     "gemma3": GgufFamily(placement="sandwich", qk_norm="head", window_pattern=6),
     "phi3": GgufFamily(),

@@ -129,9 +129,9 @@ def _translate(fields: Fields, family: _Family, embed_dtype: str) -> ModelConfig
     rope = hf_rope(fields, family.architecture, family.theta, context)
     window, sliding = _windows(fields, family.architecture, layers)
     is_gemma = family.architecture == "gemma3"
-    activation = fields.text(
-        "hidden_activation" if is_gemma else "hidden_act", fields.get("hidden_act", "silu")
-    )
+    activation = fields.text("hidden_act", "silu")
+    if is_gemma:
+        activation = fields.text("hidden_activation", activation)
     scalar = fields.number("query_pre_attn_scalar", None) if is_gemma else None
     scale = float(hidden) ** 0.5 if is_gemma else 1.0
     return ModelConfig(

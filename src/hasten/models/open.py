@@ -79,7 +79,10 @@ def gguf_source(file: GgufFile, name: str, files: tuple[SourceFile, ...]) -> Sou
     config = gguf_config(file.metadata, file.tensors, file.name)
     table = gguf_names(config.norm_placement, config.architecture == "phi3")
     canonical = [part for tensor in file.tensors for part in table.parts(tensor) or ()]
-    shapes = parameter_shapes(config, present_biases(canonical))
+    biases = present_biases(canonical)
+    if biases & set("qkv") or FAMILIES[config.architecture].has_qkv_bias:
+        biases |= set("qkv")  # metadata does not say; no architecture has one without the others
+    shapes = parameter_shapes(config, biases)
     tensors, unused = fill(file.tensors, table, shapes, file.name)
     if FAMILIES[config.architecture].is_permuted:
         tensors = {key: _unpermuted(tensor, config) for key, tensor in tensors.items()}

@@ -1,0 +1,145 @@
+"""Finding a model: folders, files, hub ids, and the errors of each."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import huggingface_hub.errors as hub_errors
+import pytest
+
+from gguf_bytes import smallest_model
+from hasten.errors import FormatError, ModelError
+from hasten.models import open_model, sha256_of
+
+
+def test_a_gguf_file_and_a_folder_that_holds_one(tmp_path: Path) -> None:
+    path = tmp_path / "some-model.gguf"
+    path.write_bytes(smallest_model().build())
+    for ref in (path, str(path), tmp_path):
+        source = open_model(ref)
+        assert (source.name, source.config.architecture) == ("some-model", "qwen2")
+        assert [file.path for file in source.files] == [path]
+    assert source.metadata["general.architecture"] == "qwen2"
+    assert len(sha256_of(source.files[0])) == 64
+    shutil.copy(path, tmp_path / "other.gguf")
+    with pytest.raises(ModelError, match=r"has 2 GGUF files: other\.gguf, some-model\.gguf"):
+        open_model(tmp_path)
+
+
+def test_a_folder_with_its_ends_of_text(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_folder("qwen2"), folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 262]}')
+    source = open_model(folder)
+    assert source.name == "copy" and source.config.eos_token_ids == (262, 7)
+    (folder / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    with pytest.raises(ModelError, match="eos_token_id"):
+        open_model(folder)
+
+
+def test_the_tokenizer_is_built_once(tiny_folder: Callable[..., Path]) -> None:
+    source = open_model(tiny_folder("qwen2"))
+    assert source.tokenizer() is source.tokenizer()
+    assert source.tokenizer().vocab_size > 0
+
+
+def test_what_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"it has no config\.json"):
+        open_model(tmp_path)
+    with pytest.raises(ModelError, match="no file"):
+        open_model(tmp_path / "gone.gguf")
+    (tmp_path / "readme.txt").write_text("hello")
+    with pytest.raises(FormatError, match="not a GGUF file"):
+        open_model(tmp_path / "readme.txt")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"no \.safetensors file"):
+        open_model(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\xff\xfe", "[" * 100_000])
+def test_a_config_that_is_no_json_object(tiny_folder: Callable[..., Path], tmp_path: Path, text: str) -> None:
+    shutil.copy(tiny_folder("qwen2") / "model.safetensors", tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(FormatError, match=r"config\.json"):
+        open_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "ref", ["", "no such folder", "a/b/c", "/no/such/folder", "../gone", "x/y/z.bin", "\0"]
+)
+def test_what_is_neither_a_path_nor_an_id(ref: str) -> None:
+    with pytest.raises(ModelError):
+        open_model(ref)
+
+
+def response(status: int) -> Any:
+    """As much of an HTTP library's answer as the hub's errors look at."""
+    return SimpleNamespace(
+        status_code=status, headers={}, request=SimpleNamespace(headers={}, url="https://x")
+    )
+
+
+@pytest.mark.parametrize(
+    ("raised", "message", "hint"),
+    [
+        (
+            hub_errors.RepositoryNotFoundError("404", response=response(404)),
+            "no model 'x/y'",
+            "check the name",
+        ),
+        (hub_errors.GatedRepoError("403", response=response(403)), "gated", "hf auth login"),
+        (hub_errors.LocalEntryNotFoundError("offline"), "cannot be reached", "HF_HUB_OFFLINE"),
+        (hub_errors.OfflineModeIsEnabled("offline"), "cannot be reached", "HF_HUB_OFFLINE"),
+        (hub_errors.HfHubHTTPError("500", response=response(500)), "failed", "try again"),
+        (ConnectionError("reset"), "failed", "try again"),
+        (hub_errors.HTTPError("refused"), "failed", "try again"),
+        (hub_errors.RevisionNotFoundError("404", response=response(404)), "does not exist", "check"),
+    ],
+)
+def test_what_the_hub_says_is_explained(
+    monkeypatch: pytest.MonkeyPatch, raised: Exception, message: str, hint: str
+) -> None:
+    def refuse(*_: Any, **__: Any) -> str:
+        raise raised
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(ModelError, match=message) as caught:
+        open_model("x/y")
+    assert hint in (caught.value.hint or "")
+
+
+def test_offline_and_not_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelError, match="not in the hub's cache"):  # conftest sets HF_HUB_OFFLINE
+        open_model("hasten-test/never-published")
+
+
+def test_a_hub_id_opens_what_was_downloaded(
+    monkeypatch: pytest.MonkeyPatch, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def snapshot(ref: str, **options: Any) -> str:
+        asked.update(options, ref=ref)
+        return str(tiny_folder("qwen3"))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    source = open_model("owner/name")
+    assert (source.name, source.config.architecture, asked["ref"]) == ("owner/name", "qwen3", "owner/name")
+    assert "*.safetensors" in asked["allow_patterns"] and "*/*" in asked["ignore_patterns"]
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(ModelError, match=r"holds no config.json"):
+        open_model("owner/name")
+
+
+def test_one_file_of_a_hub_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(smallest_model().build())
+    asked: list[str] = []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a: asked.extend(a) or str(path))  # type: ignore[func-returns-value]
+    source = open_model("owner/name/m.gguf")
+    assert asked == ["owner/name", "m.gguf"] and source.name == "owner/name/m.gguf"
