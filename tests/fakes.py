@@ -1,0 +1,191 @@
+"""A workshop with a tiny NumPy model in place of the engine: packing really rounds, so quality and choice are real.
+
+The model predicts a letter from the letter before it alone, and the text is drawn from the model itself: its losses
+behave like a trained model's, and rounding its weights makes them worse by the KL divergence it causes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hasten.core import (
+    EngineOptions,
+    Layout,
+    Machine,
+    Measurement,
+    ModelConfig,
+    Recipe,
+    Stat,
+    Workload,
+)
+from hasten.optimize.space import layout_bytes
+from hasten.quality.text import Text
+
+Floats = npt.NDArray[np.float32]
+ALPHABET = "".join(chr(c) for c in range(0x4E00, 0x4E00 + 48))
+LAYERS = 2
+CONFIG = ModelConfig(
+    architecture="llama",
+    vocab_size=len(ALPHABET),
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=LAYERS,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=16,
+    context_length=1024,
+)
+
+
+class LetterTokenizer:
+    """One token a letter."""
+
+    def encode(self, text: str, add_special: bool = True) -> list[int]:
+        return [ALPHABET.index(letter) for letter in text if letter in ALPHABET]
+
+
+def rounded(weights: Floats, layout: Layout) -> Floats:
+    """Round to nearest in groups, as the engine's packer does."""
+    if layout.bits == 16:
+        return weights
+    blocks = weights.reshape(-1, layout.group)
+    if layout.symmetric:
+        scale = np.abs(blocks).max(axis=1, keepdims=True) / (2 ** (layout.bits - 1) - 1)
+        values = np.round(blocks / scale) * scale
+    else:
+        low = blocks.min(axis=1, keepdims=True)
+        scale = (blocks.max(axis=1, keepdims=True) - low) / (2**layout.bits - 1)
+        values = np.round((blocks - low) / scale) * scale + low
+    return values.reshape(weights.shape).astype(np.float32)
+
+
+@dataclass
+class FakeModel:
+    """Residual layers without attention, weights by name."""
+
+    embedding: Floats
+    weights: dict[str, Floats]
+    recipe: Recipe
+    bits_per_weight: float
+    weight_bytes: int
+    closed: bool = False
+    calls: int = 0
+
+    def hidden(self, tokens: npt.NDArray[np.int32]) -> Floats:
+        assert not self.closed
+        self.calls += 1
+        h = self.embedding[tokens]  # [T, E]
+        for layer in range(LAYERS):
+            w = {part: self.weights[f"layers.{layer}.{part}"] for part in ("v", "o", "gate", "up", "down")}
+            h = h + np.tanh(h @ w["v"].T) @ w["o"].T
+            h = h + (np.tanh(h @ w["gate"].T) * (h @ w["up"].T)) @ w["down"].T
+        return h / np.sqrt((h**2).mean(axis=-1, keepdims=True))
+
+    def logits_of(self, hidden: Floats) -> Floats:
+        return hidden @ self.weights["head"].T
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@dataclass
+class FakeWorkshop:
+    """A source of random weights; `kept_bits` 16 is a float file, 8 a quantised one."""
+
+    kept_bits: int = 16
+    seed: int = 1
+    name: str = "letters"
+    config: ModelConfig = CONFIG
+    options: EngineOptions = field(default_factory=EngineOptions)
+    built: list[str] = field(default_factory=list)
+    measured: list[str] = field(default_factory=list)
+    interrupt_at: str = ""  # recipe whose packing is interrupted by Ctrl-C
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng(self.seed)
+        self.embedding = rng.normal(0, 1, (CONFIG.vocab_size, CONFIG.hidden_size)).astype(np.float32)
+        self.weights: dict[str, Floats] = {}
+        for name, shape in CONFIG.linear_shapes().items():
+            scale = 0.5 if name == "head" else 0.6 / np.sqrt(shape[1])
+            values = rng.normal(0, scale, shape).astype(np.float32)
+            self.weights[name] = rounded(values, Layout(self.kept_bits))
+
+    def text(self, evaluation: int = 4096, calibration: int = 1024) -> Text:
+        """A text of so many letters, drawn from the model."""
+        rng = np.random.default_rng(self.seed + 1)
+        model = self.build(Recipe.parse("bf16"))
+        logits = model.logits_of(model.hidden(np.arange(CONFIG.vocab_size, dtype=np.int32))).astype(float)
+        chances = np.exp(logits - logits.max(axis=1, keepdims=True))
+        steps = np.cumsum(chances / chances.sum(axis=1, keepdims=True), axis=1)
+        letters = [0]
+        for draw in rng.random(evaluation + calibration):
+            letters.append(min(int(np.searchsorted(steps[letters[-1]], draw)), CONFIG.vocab_size - 1))
+        whole = "".join(ALPHABET[i] for i in letters)
+        self.built.clear()
+        return Text("letters", calibration=whole[evaluation + 1 :], evaluation=whole[: evaluation + 1])
+
+    def identity(self) -> dict[str, Any]:
+        return {"seed": self.seed, "kept": self.kept_bits}
+
+    def machine(self) -> Machine:
+        return Machine("fake <cpu>", ("scalar",), 2, None, None, None, None)
+
+    def tokenizer(self) -> LetterTokenizer:
+        return LetterTokenizer()
+
+    def kept(self) -> Mapping[str, Layout]:
+        return dict.fromkeys(CONFIG.linear_shapes(), Layout(self.kept_bits))
+
+    def build(self, recipe: Recipe) -> FakeModel:
+        if recipe.name == self.interrupt_at:
+            raise KeyboardInterrupt
+        self.built.append(recipe.name)
+        layouts = {name: recipe.layout_for(name) or self.kept()[name] for name in self.weights}
+        weights = {n: self._packed(n, recipe.layout_for(n)) for n in self.weights}
+        count = sum(w.size for w in weights.values())
+        bits = sum(layouts[n].bits_per_weight * w.size for n, w in weights.items()) / count
+        size = sum(layout_bytes(w.shape, layouts[n]) for n, w in weights.items())
+        return FakeModel(self.embedding, weights, recipe, bits, size)
+
+    def swap(self, model: FakeModel, tensors: Sequence[str], layout: Layout | None) -> None:
+        for name in tensors:
+            model.weights[name] = self._packed(name, layout)
+
+    def error(self, tensor: str, layout: Layout) -> float:
+        return float(np.mean((rounded(self.weights[tensor], layout) - self.weights[tensor]) ** 2))
+
+    def measure(self, model: FakeModel, workload: Workload, runs: int) -> Measurement:
+        self.measured.append(model.recipe.name)
+        decode = 1e6 / (500 + model.weight_bytes)
+        return Measurement(
+            engine="fake",
+            version="1",
+            format=model.recipe.name,
+            weight_bytes=model.weight_bytes,
+            prefill_tok_per_s=one(20 * decode, runs),
+            decode_tok_per_s=one(decode, runs),
+            ttft_ms=one(1000 * workload.prompt / (20 * decode), runs),
+            tpot_ms=one(1000 / decode, runs),
+            peak_rss_bytes=None,
+            workload=workload,
+        )
+
+    def save(self, model: FakeModel, folder: Path, plan: Mapping[str, Any]) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "plan.json").write_text(json.dumps(plan))
+        return folder
+
+    def _packed(self, name: str, layout: Layout | None) -> Floats:
+        return self.weights[name] if layout is None else rounded(self.weights[name], layout)
+
+
+def one(value: float, n: int = 1) -> Stat:
+    """A figure whose runs were all alike."""
+    return Stat(value, value, value, n)
