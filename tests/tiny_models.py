@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+torch.set_num_threads(1)  # matrices this small are done before a second thread has woken up
+
 VOCAB = 263
 END = VOCAB - 1  # id of the special token <|end|>
 CHAT_TEMPLATE = (

@@ -31,8 +31,10 @@ def assert_same_logits(decoder: ReferenceDecoder, model, tolerance: float = 2e-5
 def test_folder_gives_the_logits_and_tokens_of_transformers(name, tiny_model, tiny_folder):
     decoder, model = reference(open_model(tiny_folder(name))), tiny_model(name)
     assert_same_logits(decoder, model)
-    for prompt in prompts(2):
-        assert decoder.generate(prompt, 32) == greedy(model, prompt, 32)
+    continuations = [decoder.generate(prompt, 32) for prompt in prompts(2)]
+    assert continuations == [greedy(model, prompt, 32) for prompt in prompts(2)]
+    # a model that repeats a token would let almost any decoder pass
+    assert len({token for tokens in continuations for token in tokens}) >= 8
 
 
 @pytest.mark.parametrize("name", IN_GGUF)
@@ -150,12 +152,6 @@ def test_missing_and_misshapen_tensors_are_named(tiny_folder):
         ReferenceDecoder(source.config, {n: t for n, t in tensors.items() if n != "layers.1.k"})
     with pytest.raises(ModelError, match="final_norm"):
         ReferenceDecoder(source.config, {**tensors, "final_norm": tensors["final_norm"][:-1]})
-
-
-def test_tiny_models_are_varied_enough_to_tell_mistakes(tiny_model):
-    """A model that repeats one token would let almost any decoder pass."""
-    dull = [name for name in TINY if len(set(greedy(tiny_model(name), prompts()[0], 32))) < 8]
-    assert not dull
 
 
 def test_every_architecture_is_here():
