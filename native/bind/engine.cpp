@@ -4,6 +4,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "bind.h"
+#include "checksum.h"
 #include "decoder.h"
 #include "memory.h"
 #include "threads.h"
@@ -141,6 +142,19 @@ nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> allocate(size_t bytes) {
   return {block->memory, {bytes}, owner};
 }
 
+// Checksums of consecutive pieces, computed side by side.
+std::vector<uint64_t> checksums(Array<const uint8_t, 1> data, size_t piece, int threads) {
+  require(piece > 0, "a piece must have bytes");
+  const size_t bytes = data.size();
+  const uint8_t* from = data.data();
+  std::vector<uint64_t> out((bytes + piece - 1) / piece);
+  nb::gil_scoped_release release;
+  pool().split(threads, static_cast<int>(out.size()), 1, [&](int begin, int end, int) {
+    for (size_t i = begin; i < static_cast<size_t>(end); i++) out[i] = xxh64(from + i * piece, std::min(piece, bytes - i * piece), 0);
+  });
+  return out;
+}
+
 }  // namespace
 
 void bind_engine(nb::module_& m) {
@@ -150,6 +164,8 @@ void bind_engine(nb::module_& m) {
   m.def("use_isa", &use_isa, nb::arg("name"), "Switch the instruction set; for tests that compare them.");
   m.def("usable_cores", &usable_cores, "Cores this process may run on.");
   m.def("allocate", &allocate, nb::arg("bytes"), "uint8 [bytes], zero-filled, on huge pages where the system gives them.");
+  m.def("checksums", &checksums, nb::arg("data"), nb::arg("piece"), nb::arg("threads") = 1,
+        "XXH64 with seed 0 of every `piece` bytes.");
   nb::class_<PyDecoder>(m, "Decoder")
       .def(nb::init<const nb::dict&, int, int, bool>(), nb::arg("config"), nb::arg("threads"), nb::arg("kv_pages"),
            nb::arg("kv_int8"))

@@ -1,0 +1,239 @@
+"""`NAME.hasten/`: a packed model on disk, ready to map and run.
+
+    plan.json             everything that is known about it; `artifact` in it lists the files with their checksums
+    config.json           the ModelConfig
+    weights.safetensors   uint8 tensors in the layout of native/layout.h, 64-byte aligned, and float32 norms and biases
+    tokenizer.json ...    what Tokenizer.save writes
+    report.html           written by optimize
+
+The folder appears whole or not at all. Reading verifies every checksum.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar, get_type_hints
+
+import numpy as np
+import numpy.typing as npt
+
+from hasten import _native
+from hasten.cache import new_folder, write_atomic, write_json
+from hasten.compress.pack import PackedLinear, PackedModel, packed_bytes
+from hasten.core import SCHEMA_VERSION, Layout, ModelConfig, Recipe, as_json
+from hasten.errors import ArtifactError
+from hasten.models.source import Source, sha256_of
+from hasten.models.tokenizer import Tokenizer
+
+LAYOUT_VERSION = 1
+"""Raised whenever native/layout.h changes what stored bytes mean."""
+
+_PLAN = "plan.json"
+_WEIGHTS = "weights.safetensors"
+_ALIGN = 64
+_PIECE = 1 << 22  # bytes a checksum covers: 4 MB, so that threads share the work
+_AGAIN = "make it again: hasten optimize MODEL --out DIR"
+
+Bytes = npt.NDArray[np.uint8]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact that was read and verified."""
+
+    name: str
+    folder: Path
+    packed: PackedModel
+    tokenizer: Tokenizer
+    plan: dict[str, Any]
+
+
+def is_artifact(ref: str | Path) -> bool:
+    """Whether a reference is meant as an artifact folder: it ends in .hasten or holds a plan."""
+    path = Path(ref)
+    return path.suffix == ".hasten" or (path / _PLAN).is_file()
+
+
+def save(
+    folder: str | Path,
+    packed: PackedModel,
+    source: Source,
+    plan: Mapping[str, Any],
+    extra: Mapping[str, bytes] | None = None,
+) -> Path:
+    """Write an artifact; one that is there already is replaced in one step, and survives any failure.
+
+    Args:
+        folder: where; by convention NAME.hasten.
+        packed: the model.
+        source: where it came from: its tokenizer and the digests of its files go along.
+        plan: what is known about the choice; written into plan.json beside what reading needs.
+        extra: more files by name (report.html).
+
+    Raises:
+        DiskError: full, read-only or forbidden disk; or a folder that is no artifact stands there.
+    """
+    with new_folder(folder, marker=_PLAN) as fresh:
+        write_json(fresh / "config.json", as_json(packed.config))
+        write_atomic(fresh / _WEIGHTS, _weights_writer(packed))
+        source.tokenizer().save(fresh)
+        for name, data in (extra or {}).items():
+            write_atomic(fresh / name, data)
+        files = {p.name: _fingerprint(p) for p in sorted(fresh.iterdir()) if p.name not in (extra or {})}
+        sources = [{"path": f.path.name, "bytes": f.bytes, "sha256": sha256_of(f)} for f in source.files]
+        record = {
+            **plan,
+            "schema_version": SCHEMA_VERSION,
+            "source": {"name": source.name, "files": sources},
+            "recipe": _recipe_json(packed),
+            "artifact": {"layout_version": LAYOUT_VERSION, "piece_bytes": _PIECE, "files": files},
+        }
+        write_json(fresh / _PLAN, record)
+    return Path(folder)
+
+
+def _recipe_json(packed: PackedModel) -> dict[str, Any]:
+    return {
+        "name": packed.recipe.name,
+        "kv": packed.recipe.kv,
+        "bits_per_weight": packed.bits_per_weight,
+        "layers": {name: as_json(linear.layout) for name, linear in packed.linears.items()},
+    }
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    data = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
+    sums = _native.checksums(np.asarray(data), _PIECE, _native.usable_cores())
+    return {"bytes": int(data.size), "xxh64": [f"{value:016x}" for value in sums]}
+
+
+def _weights_writer(packed: PackedModel) -> Callable[[BinaryIO], None]:
+    """A safetensors file whose tensors all start on 64 bytes: each is padded with zeros to that."""
+    tensors: dict[str, tuple[str, int, Bytes]] = {}  # name -> (dtype, item size, bytes)
+    for name, linear in packed.linears.items():
+        tensors[name] = ("U8", 1, linear.data)
+    for name, values in packed.vectors.items():
+        tensors[name] = ("F32", 4, np.ascontiguousarray(values, np.float32).view(np.uint8))
+    header: dict[str, Any] = {"__metadata__": {"sizes": json.dumps({n: int(d.size) for n, (_, _, d) in tensors.items()})}}
+    at = 0
+    for name, (dtype, item, data) in tensors.items():
+        end = at + -(-data.size // _ALIGN) * _ALIGN
+        header[name] = {"dtype": dtype, "shape": [(end - at) // item], "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % _ALIGN)
+
+    def write(file: BinaryIO) -> None:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, _, data in tensors.values():
+            file.write(data.data)
+            file.write(bytes(-data.size % _ALIGN))
+
+    return write
+
+
+def load_artifact(folder: str | Path) -> Artifact:
+    """Read and verify an artifact. Weights go to huge pages; nothing of them is converted.
+
+    Raises:
+        ArtifactError: no artifact there, another version, a file missing, cut short or with a wrong checksum.
+    """
+    path = Path(folder)
+    plan = _read_plan(path)
+    weights = _verified(path, plan)
+    config = _parsed(path / "config.json", ModelConfig)
+    packed = _packed(path, plan, config, weights)
+    name = str(plan.get("source", {}).get("name", path.stem))
+    return Artifact(name, path, packed, Tokenizer.load(path), plan)
+
+
+def _read_plan(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise ArtifactError(f"there is no artifact at {path}", hint=f"make one: hasten optimize MODEL --out {path}")
+    if not (path / _PLAN).is_file():
+        raise ArtifactError(f"{path} is no artifact: it has no {_PLAN}", hint=_AGAIN)
+    try:
+        plan = json.loads((path / _PLAN).read_bytes())
+    except (OSError, ValueError) as wrong:
+        raise ArtifactError(f"{path / _PLAN} cannot be read: {wrong}", hint=_AGAIN) from None
+    stored = plan.get("artifact") if isinstance(plan, dict) else None
+    if not isinstance(stored, dict) or not isinstance(stored.get("files"), dict):
+        raise ArtifactError(f"{path / _PLAN} does not describe an artifact", hint=_AGAIN)
+    for key, mine in (("schema_version", SCHEMA_VERSION), ("layout_version", LAYOUT_VERSION)):
+        found = plan.get(key) if key == "schema_version" else stored.get(key)
+        if found != mine:
+            raise ArtifactError(f"{path} has {key} {found}, this program reads {mine}", hint=_AGAIN)
+    return dict(plan)
+
+
+def _verified(path: Path, plan: dict[str, Any]) -> Bytes:
+    """Check every file's size and checksum; gives the weights file's bytes."""
+    weights = None
+    for name, record in plan["artifact"]["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise ArtifactError(f"{path} lacks {name}", hint=_AGAIN)
+        size = file.stat().st_size
+        if size != record.get("bytes"):
+            raise ArtifactError(f"{file} has {size} bytes, {record.get('bytes')} were written", hint=_AGAIN)
+        data = _native.allocate(size) if name == _WEIGHTS else np.zeros(size, np.uint8)
+        with file.open("rb", buffering=0) as handle:
+            view, done = memoryview(data), 0
+            while done < size and (got := handle.readinto(view[done:])):
+                done += got
+        sums = [f"{v:016x}" for v in _native.checksums(data, plan["artifact"]["piece_bytes"], _native.usable_cores())]
+        if sums != record.get("xxh64"):
+            bad = next((i for i, (a, b) in enumerate(zip(sums, record["xxh64"], strict=False)) if a != b), 0)
+            raise ArtifactError(
+                f"{file} is damaged: its checksum differs in the 4 MB from byte {bad * _PIECE}", hint=_AGAIN
+            )
+        if name == _WEIGHTS:
+            weights = data
+    if weights is None:
+        raise ArtifactError(f"{path} lists no {_WEIGHTS}", hint=_AGAIN)
+    return weights
+
+
+def _packed(path: Path, plan: dict[str, Any], config: ModelConfig, weights: Bytes) -> PackedModel:
+    try:
+        start = 8 + int.from_bytes(weights[:8].tobytes(), "little")
+        header = json.loads(weights[8:start].tobytes())
+        sizes = json.loads(header.pop("__metadata__")["sizes"])
+        parts = {}
+        for name, entry in header.items():
+            first = start + int(entry["data_offsets"][0])
+            parts[name] = weights[first : first + int(sizes[name])]
+        layouts = {name: Layout(**value) for name, value in plan["recipe"]["layers"].items()}
+        shapes = {"embed": (config.vocab_size, config.hidden_size), **config.linear_shapes()}
+        linears = {name: PackedLinear(layout, *shapes[name], parts.pop(name)) for name, layout in layouts.items()}
+        recipe = Recipe(plan["recipe"]["name"], None, None, layouts, plan["recipe"]["kv"])
+    except (KeyError, TypeError, ValueError, AttributeError) as wrong:
+        raise ArtifactError(f"{path} contradicts itself: {wrong!r}", hint=_AGAIN) from None
+    for name, linear in linears.items():
+        if linear.bytes != packed_bytes(linear.rows, linear.cols, linear.layout):
+            raise ArtifactError(f"{path}: {name} has {linear.bytes} bytes, not what its layout needs", hint=_AGAIN)
+    return PackedModel(config, recipe, linears, {name: data.view(np.float32) for name, data in parts.items()})
+
+
+def _parsed(file: Path, kind: type[T]) -> T:
+    try:
+        return _from_json(json.loads(file.read_bytes()), kind)
+    except (OSError, ValueError, TypeError, KeyError) as wrong:
+        raise ArtifactError(f"{file} cannot be read: {wrong}", hint=_AGAIN) from None
+
+
+def _from_json(value: dict[str, Any], kind: type[T]) -> T:
+    """A frozen dataclass back from as_json: lists become tuples, nested dataclasses are built."""
+    assert is_dataclass(kind)
+    hints = get_type_hints(kind)
+    made: dict[str, Any] = {}
+    for f in fields(kind):
+        given, hint = value[f.name], hints[f.name]
+        if isinstance(given, dict) and is_dataclass(hint):
+            given = _from_json(given, hint)
+        made[f.name] = tuple(given) if isinstance(given, list) else given
+    return kind(**made)

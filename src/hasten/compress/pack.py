@@ -1,0 +1,186 @@
+"""Weights into the native engine's layouts, by recipe.
+
+A `PackedModel` is everything the engine needs to run: integer or bf16 matrices in the layout of native/layout.h, and
+norms and biases in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from hasten import _native
+from hasten.core import Layout, ModelConfig, Recipe
+from hasten.errors import ModelError, UsageError
+
+if TYPE_CHECKING:
+    from hasten.models.source import Source, SourceTensor
+
+_FLOATS = ("F32", "F16", "BF16")
+_ALIGN = 64
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """One matrix in a native layout.
+
+    `relative_error` is the root of (squared rounding error / squared values): 0 where the layout holds the source's
+    values exactly, None where it was not measured (an artifact that was loaded).
+    """
+
+    layout: Layout
+    rows: int
+    cols: int
+    data: npt.NDArray[np.uint8]  # [packed bytes]
+    relative_error: float | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes a pass over the matrix reads."""
+        return int(self.data.nbytes)
+
+
+@dataclass
+class PackedModel:
+    """A model by one recipe, ready to run. `linears` may be replaced one by one."""
+
+    config: ModelConfig
+    recipe: Recipe
+    linears: dict[str, PackedLinear]  # every key of config.linear_shapes(), and `embed` where the head is not tied
+    vectors: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)  # norms and biases
+
+    def _read(self) -> Mapping[str, PackedLinear]:
+        return {name: self.linears[name] for name in self.config.linear_shapes()}
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of linear layers that one decoded token reads, head included."""
+        return sum(linear.bytes for linear in self._read().values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean stored bits over the linear layers, scales and head included, padding not."""
+        linears = self._read().values()
+        weights = sum(linear.rows * linear.cols for linear in linears)
+        return sum(linear.layout.bits_per_weight * linear.rows * linear.cols for linear in linears) / weights
+
+
+def packed_bytes(rows: int, cols: int, layout: Layout) -> int:
+    """Bytes of a [rows, cols] matrix in a layout."""
+    return int(_native.packed_bytes(rows, cols, layout.bits, layout.group, layout.symmetric))
+
+
+def source_layout(tensor: SourceTensor) -> Layout:
+    """The cheapest layout that holds a tensor's values: integers for quantised GGUF types, bf16 for floats."""
+    if tensor.dtype in _FLOATS:
+        return Layout(16)
+    bits, group, symmetric, _ = _native.ggml_layout(tensor.dtype)
+    return Layout(bits, group, symmetric)
+
+
+def pack_linear(
+    tensor: SourceTensor,
+    layout: Layout | None,
+    out: npt.NDArray[np.uint8] | None = None,
+    threads: int | None = None,
+) -> PackedLinear:
+    """Pack one matrix.
+
+    Args:
+        tensor: [rows, cols] as its file holds it.
+        layout: where it goes; None keeps the source's values in `source_layout(tensor)`.
+        out: uint8 [packed bytes] to write to; None makes one.
+        threads: None uses the cores this process may use.
+
+    Raises:
+        ModelError: a value is not finite or does not fit the layout; the tensor is named.
+        UsageError: the layout's group does not divide the columns.
+    """
+    rows, cols = tensor.shape
+    keep = layout is None
+    layout = source_layout(tensor) if layout is None else layout
+    if layout.bits != 16 and cols % layout.group and cols > layout.group:
+        raise UsageError(
+            f"{tensor.name} has {cols} inputs, which groups of {layout.group} do not divide",
+            hint="use groups of 32 (the default)",
+        )
+    data = out if out is not None else np.zeros(packed_bytes(rows, cols, layout), np.uint8)
+    count = _native.usable_cores() if threads is None else threads
+    try:
+        if keep and tensor.dtype not in _FLOATS:
+            error = _native.pack_ggml(tensor.data, tensor.dtype, rows, cols, data, tensor.row_order, count)[1]
+        else:
+            error = _relative(tensor, layout, data, count)
+    except _native.PackError as wrong:
+        raise ModelError(
+            f"{tensor.name}: {wrong}", hint="the file is damaged or the model diverged: get it again"
+        ) from None
+    return PackedLinear(layout, rows, cols, data, float(error))
+
+
+def _relative(tensor: SourceTensor, layout: Layout, data: npt.NDArray[np.uint8], threads: int) -> float:
+    rows, cols = tensor.shape
+    raw, dtype, order = tensor.data, tensor.dtype, tensor.row_order
+    if dtype not in _FLOATS:  # through float32: another width than the file's own
+        raw = _native.dequantize_ggml(raw, dtype, rows * cols, threads).view(np.uint8)
+        dtype = "F32"
+    loss = _native.pack(
+        raw, dtype, rows, cols, layout.bits, layout.group, layout.symmetric, data, order, tensor.offset, threads
+    )
+    squared_error, squares = loss[0], loss[1]
+    return float((squared_error / squares) ** 0.5) if squares > 0 else 0.0
+
+
+def vector(tensor: SourceTensor) -> npt.NDArray[np.float32]:
+    """A norm or bias as float32 [n].
+
+    Raises:
+        ModelError: a value is not finite; the tensor is named.
+    """
+    values = _native.dequantize_ggml(tensor.data, tensor.dtype, int(np.prod(tensor.shape)), 1)
+    if tensor.row_order is not None:
+        values = values[tensor.row_order]
+    if tensor.offset:
+        values = values + np.float32(tensor.offset)
+    if not np.isfinite(values).all():
+        at = int(np.flatnonzero(~np.isfinite(values))[0])
+        raise ModelError(
+            f"{tensor.name}: value {at} is {values[at]}, not a finite number",
+            hint="the file is damaged or the model diverged: get it again",
+        )
+    return np.ascontiguousarray(values, np.float32)
+
+
+def pack_model(source: Source, recipe: Recipe, threads: int | None = None) -> PackedModel:
+    """Pack every matrix of a model by a recipe.
+
+    Args:
+        source: the opened model.
+        recipe: a layout for each linear layer; a tied embedding follows the head.
+        threads: None uses the cores this process may use.
+
+    Raises:
+        ModelError: a value is not finite; the tensor is named.
+        UsageError: the recipe names layers that are not there, or a group that does not divide a layer's inputs.
+    """
+    matrices = {name: tensor for name, tensor in source.tensors.items() if len(tensor.shape) == 2}
+    strange = sorted(set(recipe.layers) - set(matrices))
+    if strange:
+        raise UsageError(
+            f"recipe {recipe.name} names layers that {source.name} does not have: {', '.join(strange[:3])}",
+            hint=f"layer names look like {', '.join(list(matrices)[:3])}",
+        )
+    layouts = {name: recipe.layout_for(name) or source_layout(tensor) for name, tensor in matrices.items()}
+    sizes = [packed_bytes(*matrices[name].shape, layouts[name]) for name in matrices]
+    starts = np.concatenate([[0], np.cumsum([-(-size // _ALIGN) * _ALIGN for size in sizes])])
+    memory = _native.allocate(int(starts[-1]))  # one block for all: huge pages
+    linears = {}
+    for (name, tensor), start, size in zip(matrices.items(), starts, sizes, strict=False):
+        part = memory[int(start) : int(start) + size]
+        linears[name] = pack_linear(tensor, recipe.layout_for(name), part, threads)
+    vectors = {name: vector(tensor) for name, tensor in source.tensors.items() if len(tensor.shape) == 1}
+    return PackedModel(source.config, recipe, linears, vectors)

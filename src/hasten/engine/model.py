@@ -1,0 +1,298 @@
+"""A model that runs: `load` opens it, `LanguageModel` generates, scores and gives hidden states."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from hasten.core import EngineOptions, ModelConfig, Recipe
+from hasten.engine.sampling import SamplingOptions, sample
+from hasten.engine.session import Session
+from hasten.errors import UsageError
+from hasten.runtime.cpu import CpuExecutor
+from hasten.runtime.pages import Sequence as CachedSequence
+
+if TYPE_CHECKING:
+    from hasten.compress.pack import PackedLinear, PackedModel
+    from hasten.models.source import Source
+    from hasten.models.tokenizer import Tokenizer
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One prompt's continuation. Times are of the batch it ran in."""
+
+    text: str
+    token_ids: list[int]  # the end token, if it came, included
+    prompt_tokens: int
+    finish_reason: Literal["stop", "length"]
+    ttft_ms: float | None  # None: no token was asked for
+    decode_tok_per_s: float | None  # None: fewer than two tokens
+
+
+class LanguageModel:
+    """A packed model, its tokenizer and the engine that runs it. Not for several threads at once.
+
+    Made by `hasten.load`.
+    """
+
+    def __init__(self, packed: PackedModel, tokenizer: Tokenizer, name: str, options: EngineOptions) -> None:
+        self.name = name
+        self.packed = packed
+        self.tokenizer = tokenizer
+        self.options = options
+        self.executor = CpuExecutor(packed, options)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's shape and variation points."""
+        return self.packed.config
+
+    @property
+    def recipe(self) -> Recipe:
+        """What was done to the weights."""
+        return self.packed.recipe
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean stored bits over the linear layers, scales and head included."""
+        return self.packed.bits_per_weight
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of linear layers one decoded token reads."""
+        return self.packed.weight_bytes
+
+    @property
+    def threads(self) -> int:
+        """Threads the engine uses."""
+        return self.executor.threads
+
+    @property
+    def context(self) -> int:
+        """Longest prompt plus output, tokens."""
+        return self.executor.context
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int = 128,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        chat: bool = True,
+    ) -> list[Completion]:
+        """Continue prompts, all together.
+
+        Args:
+            prompts: texts; with `chat` each is one user message put through the model's chat template.
+            max_new_tokens: most tokens a prompt gets, 0 or more.
+            temperature, top_k, top_p, min_p, seed: see `SamplingOptions`; temperature 0 is greedy.
+            chat: False continues the text as it stands.
+
+        Returns:
+            One Completion a prompt, in order.
+
+        Raises:
+            UsageError: an empty prompt, one longer than the context, or an option outside its range.
+            TokenizerError: `chat`, and the model has no chat template.
+        """
+        if isinstance(prompts, str):
+            raise UsageError("generate() takes a list of prompts, got one string", hint="model.generate([prompt])")
+        sampling = SamplingOptions(temperature, top_k, top_p, min_p, seed)
+        ids = [self._encode(prompt, chat) for prompt in prompts]
+        started = time.perf_counter()
+        tokens: list[list[int]] = [[] for _ in ids]
+        times: list[list[float]] = [[] for _ in ids]
+        for which, token in self.stream_batch(ids, max_new_tokens, sampling):
+            tokens[which].append(token)
+            times[which].append(time.perf_counter() - started)
+        return [self._completion(*one) for one in zip(ids, tokens, times, strict=True)]
+
+    def _encode(self, prompt: str, chat: bool) -> list[int]:
+        if not prompt:
+            raise UsageError("the prompt is empty", hint='give some text: model.generate(["What is a mutex?"])')
+        if chat:
+            return self.tokenizer.encode_chat([{"role": "user", "content": prompt}])
+        return self.tokenizer.encode(prompt)
+
+    def _completion(self, ids: list[int], tokens: list[int], times: list[float]) -> Completion:
+        stopped = bool(tokens) and tokens[-1] in self.tokenizer.eos_ids
+        span = times[-1] - times[0] if len(times) > 1 else 0.0
+        return Completion(
+            text=self.tokenizer.decode(tokens),
+            token_ids=tokens,
+            prompt_tokens=len(ids),
+            finish_reason="stop" if stopped else "length",
+            ttft_ms=1000 * times[0] if times else None,
+            decode_tok_per_s=(len(times) - 1) / span if span > 0 else None,
+        )
+
+    def session(self) -> Session:
+        """A conversation that keeps what it has computed from call to call."""
+        return Session(self.executor, self.tokenizer.eos_ids)
+
+    def stream(self, ids: Sequence[int], max_new_tokens: int, sampling: SamplingOptions | None = None) -> Iterator[int]:
+        """Continue token ids from an empty cache; new ids as they come, the end token included.
+
+        Raises:
+            UsageError: as `Session.stream`.
+        """
+        session = self.session()
+        tokens = session.stream(ids, max_new_tokens, sampling or SamplingOptions())
+
+        def until_done() -> Iterator[int]:
+            try:
+                yield from tokens
+            finally:
+                session.close()
+
+        return until_done()
+
+    def stream_batch(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: SamplingOptions | None = None
+    ) -> Iterator[tuple[int, int]]:
+        """Continue several prompts together: (which prompt, new id) as they come.
+
+        Each prompt's tokens are what `stream` alone would give: nothing in the engine depends on what else is in the
+        batch. More prompts than `max_sequences` run in groups.
+
+        Raises:
+            UsageError: as `Session.stream`.
+        """
+        options = sampling or SamplingOptions()
+        for ids in prompts:
+            self.session().check(ids, max_new_tokens)
+        for start in range(0, len(prompts), self.options.max_sequences):
+            group = prompts[start : start + self.options.max_sequences]
+            for which, token in self._run_group(group, max_new_tokens, options):
+                yield start + which, token
+
+    def _run_group(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: SamplingOptions
+    ) -> Iterator[tuple[int, int]]:
+        running = {which: CachedSequence() for which in range(len(prompts))}
+        left = {which: min(max_new_tokens, self.context - len(prompts[which])) for which in running}
+        eos = frozenset() if sampling.ignore_eos else frozenset(self.tokenizer.eos_ids)
+        try:
+            if max_new_tokens == 0:
+                return
+            hidden = np.concatenate([self.executor.prefill(running[i], list(prompts[i])) for i in running])
+            while running:
+                positions = np.array([sequence.length for sequence in running.values()], np.int64)
+                new = dict(zip(running, sample(self.executor.head(hidden), sampling, positions), strict=True))
+                for which, token in new.items():
+                    left[which] -= 1
+                    if token in eos or left[which] == 0:
+                        self.executor.truncate(running.pop(which), 0)
+                    yield which, token
+                if running:
+                    batch = [(sequence, [new[which]]) for which, sequence in running.items()]
+                    hidden = self.executor.step(batch, range(len(batch)))
+        finally:
+            for sequence in running.values():
+                self.executor.truncate(sequence, 0)
+
+    def hidden(self, tokens: Sequence[int] | npt.NDArray[np.int32]) -> Floats:
+        """Hidden states of every token of a text read from an empty cache.
+
+        Args:
+            tokens: int32 [T].
+
+        Returns:
+            float32 [T, E], after the final norm.
+
+        Raises:
+            UsageError: more tokens than the context, or an id outside the vocabulary.
+        """
+        sequence = CachedSequence()
+        chunk = self.executor.chunk
+        try:
+            parts = [
+                self.executor.step([(sequence, tokens[at : at + chunk])], range(len(tokens[at : at + chunk])))
+                for at in range(0, len(tokens), chunk)
+            ]
+        finally:
+            self.executor.truncate(sequence, 0)
+        return np.concatenate(parts) if parts else np.zeros((0, self.config.hidden_size), np.float32)
+
+    def logits_of(self, hidden: Floats) -> Floats:
+        """float32 [R, E] hidden states -> float32 [R, V] logits, soft-capped where the model does."""
+        return self.executor.head(hidden)
+
+    def logits(self, tokens: Sequence[int] | npt.NDArray[np.int32]) -> Floats:
+        """float32 [T, V]: what the model predicts after each token of a text. T x V floats: mind the memory."""
+        return self.logits_of(self.hidden(tokens))
+
+    def replace(self, name: str, linear: PackedLinear) -> None:
+        """Run with another matrix in a linear layer's place."""
+        self.executor.replace(name, linear)
+        self.packed.linears[name] = linear
+
+    def close(self) -> None:
+        """Give weights and cache back."""
+        del self.executor, self.packed
+
+
+def load(
+    ref: str | Path,
+    recipe: str | Recipe | None = None,
+    *,
+    threads: int | None = None,
+    context: int | None = None,
+    options: EngineOptions | None = None,
+) -> LanguageModel:
+    """Open a model and make it ready to run.
+
+    Args:
+        ref: an artifact (`NAME.hasten`), a folder with safetensors, a .gguf file, a hub id, or "demo".
+        recipe: what to do with the weights, a name ("w4", "w8-head16", "bf16") or a Recipe; None keeps the values the
+            files hold. An artifact has its recipe already.
+        threads: None uses the cores this process may use.
+        context: longest prompt plus output in tokens; None is the model's own, at most 8192.
+        options: the rest of the engine's options; threads and context above come first.
+
+    Raises:
+        ModelError, FormatError, ArtifactError: the model is missing, damaged or of a kind that is not supported.
+        UsageError: an unknown recipe, a recipe with an artifact, or options out of range.
+    """
+    base = options or EngineOptions()
+    wanted = EngineOptions(
+        threads if threads is not None else base.threads,
+        context if context is not None else base.context,
+        base.max_sequences,
+        base.prefill_chunk,
+    )
+    from hasten.compress.artifact import is_artifact, load_artifact
+
+    if is_artifact(ref):
+        artifact = load_artifact(ref)
+        chosen = artifact.packed.recipe.name
+        if recipe is not None and (recipe if isinstance(recipe, str) else recipe.name) != chosen:
+            raise UsageError(
+                f"{ref} is an artifact with its weights packed as {chosen!r}; it cannot become another recipe",
+                hint="give the source model with --recipe, or drop --recipe",
+            )
+        return LanguageModel(artifact.packed, artifact.tokenizer, artifact.name, wanted)
+    from hasten.compress.pack import pack_model
+    from hasten.models.open import open_model
+
+    parsed = Recipe.parse(recipe) if isinstance(recipe, str) else recipe or Recipe("source")
+    source = open_model(ref)
+    return load_packed(pack_model(source, parsed, wanted.threads), source, wanted)
+
+
+def load_packed(packed: PackedModel, source: Source, options: EngineOptions | None = None) -> LanguageModel:
+    """Run a model that was packed in memory."""
+    return LanguageModel(packed, source.tokenizer(), source.name, options or EngineOptions())

@@ -1,0 +1,98 @@
+"""One conversation's place in the cache: what was computed stays, and only what is new is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hasten.engine.sampling import SamplingOptions, sample
+from hasten.errors import UsageError
+from hasten.runtime.pages import Sequence as CachedSequence
+
+if TYPE_CHECKING:
+    from hasten.runtime.cpu import CpuExecutor
+
+
+class Session:
+    """Token ids that stand in the KV cache, extended turn by turn.
+
+    `stream` takes the whole text of the conversation each time; the longest prefix that is computed already is kept,
+    which changes nothing in the result: keys and values of a prefix do not depend on what follows.
+    """
+
+    def __init__(self, executor: CpuExecutor, eos_ids: Sequence[int]) -> None:
+        self._executor = executor
+        self._eos = frozenset(eos_ids)
+        self._sequence = CachedSequence()
+        self._tokens: list[int] = []  # what the cache holds
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens whose keys and values are in the cache."""
+        return len(self._tokens)
+
+    def stream(self, ids: Sequence[int], max_new_tokens: int, sampling: SamplingOptions) -> Iterator[int]:
+        """Continue `ids`; token ids one by one, the end token included.
+
+        Args:
+            ids: the prompt, all of it.
+            max_new_tokens: 0 or more; ends earlier at an end token or where the context is full.
+            sampling: how tokens are chosen.
+
+        Raises:
+            UsageError: an empty prompt, a negative count, or a prompt that leaves no room in the context.
+        """
+        self.check(ids, max_new_tokens)
+        return self._tokens_of(list(ids), max_new_tokens, sampling)
+
+    def check(self, ids: Sequence[int], max_new_tokens: int) -> None:
+        """Say now what would be wrong with a request.
+
+        Raises:
+            UsageError: as `stream`.
+        """
+        context = self._executor.context
+        if len(ids) == 0:
+            raise UsageError("the prompt is empty", hint="give at least one token")
+        if max_new_tokens < 0:
+            raise UsageError(f"{max_new_tokens} new tokens asked for", hint="use -n 0 or more")
+        if len(ids) + min(max_new_tokens, 1) > context:
+            raise UsageError(
+                f"the prompt has {len(ids)} tokens, the context holds {context} with the answer",
+                hint=f"shorten the prompt or load the model with --context {len(ids) + max(max_new_tokens, 1)} or more",
+            )
+
+    def _tokens_of(self, ids: list[int], max_new_tokens: int, sampling: SamplingOptions) -> Iterator[int]:
+        if max_new_tokens == 0:
+            return
+        # The last token is always computed: its hidden state is what the first new token comes from.
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self._tokens, ids[:-1], strict=False)))
+        self.truncate(same)
+        room = self._executor.context - len(ids)
+        new = ids[same:]
+        for count in range(1, min(max_new_tokens, room) + 1):
+            token = self._next(new, sampling)
+            yield token
+            if (token in self._eos and not sampling.ignore_eos) or count == room:
+                return
+            new = [token]
+
+    def _next(self, new: list[int], sampling: SamplingOptions) -> int:
+        try:
+            hidden = self._executor.prefill(self._sequence, new)
+        finally:  # Ctrl-C may come between chunks: what was computed is kept, and known
+            done = self._sequence.length - len(self._tokens)
+            self._tokens += new[:done]
+        return sample(self._executor.head(hidden), sampling, np.array([self._sequence.length], np.int64))[0]
+
+    def truncate(self, length: int) -> None:
+        """Forget what is past `length` tokens."""
+        self._executor.truncate(self._sequence, length)
+        del self._tokens[length:]
+
+    def close(self) -> None:
+        """Give the pages back."""
+        self.truncate(0)

@@ -1,0 +1,180 @@
+"""Runs a packed model on the CPU: the native decoder, its KV pages, batches of sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hasten import _native
+from hasten.compress.pack import PackedLinear, PackedModel
+from hasten.core import EngineOptions, ModelConfig
+from hasten.errors import MachineError, UsageError
+from hasten.models.rope import tables
+from hasten.runtime.pages import PagePool, Sequence
+
+Ids = npt.NDArray[np.int32]  # token ids
+Floats = npt.NDArray[np.float32]
+_DEFAULT_CONTEXT = 8192
+
+
+def decoder_config(config: ModelConfig) -> dict[str, Any]:
+    """A model's variation points as the native decoder reads them; keys as in native/decoder.h."""
+    rope = tables(config)
+    none: list[float] = []
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "layers": config.num_layers,
+        "heads": config.num_heads,
+        "kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "norm_eps": config.norm_eps,
+        "activation": config.activation,
+        "score_scale": config.score_scale,
+        "attention_softcap": config.attention_softcap or 0.0,
+        "logit_softcap": config.logit_softcap or 0.0,
+        "embed_scale": config.embed_scale,
+        "window": config.sliding_window or 0,
+        "sliding": [int(x) for x in config.sliding_layers or (False,) * config.num_layers],
+        "rope": [int(x) for x in config.rope_layers or (True,) * config.num_layers],
+        "rope_global": rope.global_inv_freq.tolist(),
+        "rope_local": none if rope.local_inv_freq is None else rope.local_inv_freq.tolist(),
+        "rope_long": none if rope.long_inv_freq is None else rope.long_inv_freq.tolist(),
+        "rope_scale": rope.global_scale,
+        "rope_long_scale": rope.long_scale,
+        "rope_long_threshold": rope.long_threshold or 0,
+    }
+
+
+class CpuExecutor:
+    """A packed model on the native engine.
+
+    Args:
+        packed: the model; its arrays are used in place and must not change but through `replace`.
+        options: threads, context and batch limits.
+
+    Raises:
+        MachineError: HASTEN_ISA names an instruction set this machine lacks.
+        UsageError: more threads than cores, or a context that is not positive.
+    """
+
+    def __init__(self, packed: PackedModel, options: EngineOptions) -> None:
+        config = packed.config
+        self.config = config
+        self.threads = _threads(options.threads)
+        self.context = _context(options.context, config)
+        self.chunk = max(1, options.prefill_chunk)
+        self.page_tokens: int = _native.PAGE_TOKENS
+        pages = -(-self.context // self.page_tokens) * options.max_sequences
+        try:
+            self.isa = _native.isa()
+        except ValueError as wrong:
+            raise MachineError(str(wrong), hint=f"unset HASTEN_ISA or use one of: {', '.join(_native.isas())}") from None
+        self._pool = PagePool(pages, self.page_tokens)
+        self._decoder = _native.Decoder(decoder_config(config), self.threads, pages, packed.recipe.kv == "int8")
+        for name, linear in packed.linears.items():
+            self.replace(name, linear)
+        for name, values in packed.vectors.items():
+            self._decoder.set_vector(name, values)
+        self._decoder.check()
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of KV cache one page of `page_tokens` tokens takes, all layers."""
+        return int(self._decoder.page_bytes)
+
+    def replace(self, name: str, linear: PackedLinear) -> None:
+        """Put another matrix in a linear layer's place."""
+        layout = linear.layout
+        self._decoder.set_linear(
+            name, linear.data, linear.rows, linear.cols, layout.bits, layout.group, layout.symmetric
+        )
+
+    def step(self, batch: Seq[tuple[Sequence, Seq[int] | Ids]], rows: Seq[int]) -> Floats:
+        """Compute new tokens of several sequences together; their keys and values join the cache.
+
+        Args:
+            batch: (sequence, its new token ids), every sequence at most once.
+            rows: positions in the packed tokens whose result is wanted.
+
+        Returns:
+            float32 [len(rows), E], hidden states after the final norm.
+
+        Raises:
+            UsageError: a sequence grows past the context, a token id is outside the vocabulary, or the cache is full.
+        """
+        tokens = np.concatenate([np.asarray(ids, np.int32) for _, ids in batch])
+        self._check(tokens, batch)
+        for sequence, ids in batch:
+            self._pool.grow(sequence, sequence.length + len(ids))
+        tables = np.zeros((len(batch), max(len(sequence.pages) for sequence, _ in batch)), np.int32)
+        for row, (sequence, _) in zip(tables, batch, strict=True):
+            row[: len(sequence.pages)] = sequence.pages
+        counts = np.array([len(ids) for _, ids in batch], np.int32)
+        pasts = np.array([sequence.length for sequence, _ in batch], np.int32)
+        hidden: Floats = self._decoder.step(tokens, counts, pasts, tables, np.asarray(rows, np.int32))
+        for sequence, ids in batch:
+            sequence.length += len(ids)
+        return hidden
+
+    def _check(self, tokens: Ids, batch: Seq[tuple[Sequence, Seq[int] | Ids]]) -> None:
+        if tokens.size and (tokens.min() < 0 or tokens.max() >= self.config.vocab_size):
+            raise UsageError(
+                f"token id {int(tokens.max() if tokens.max() >= self.config.vocab_size else tokens.min())} is not in "
+                f"the vocabulary of {self.config.vocab_size}",
+                hint="encode text with this model's own tokenizer",
+            )
+        for sequence, ids in batch:
+            if sequence.length + len(ids) > self.context:
+                raise UsageError(
+                    f"{sequence.length + len(ids)} tokens do not fit the context of {self.context}",
+                    hint="shorten the prompt, or load the model with a larger --context",
+                )
+
+    def prefill(self, sequence: Sequence, tokens: Seq[int] | Ids) -> Floats:
+        """All of a prompt, in chunks; float32 [1, E], the last token's hidden state."""
+        for start in range(0, len(tokens) - self.chunk, self.chunk):
+            self.step([(sequence, tokens[start : start + self.chunk])], [])
+        rest = (len(tokens) - 1) // self.chunk * self.chunk
+        return self.step([(sequence, tokens[rest:])], [len(tokens) - rest - 1])
+
+    def head(self, hidden: Floats) -> Floats:
+        """float32 [R, E] hidden states -> float32 [R, V] logits."""
+        logits: Floats = self._decoder.head(np.ascontiguousarray(hidden, np.float32))
+        return logits
+
+    def truncate(self, sequence: Sequence, length: int) -> None:
+        """Forget a sequence's tokens past `length`; 0 gives all its pages back."""
+        self._pool.truncate(sequence, length)
+
+    def profile(self, reset: bool = True) -> dict[str, float]:
+        """Seconds spent in each operation since the last reset."""
+        return dict(self._decoder.profile(reset))
+
+
+def _threads(wanted: int | None) -> int:
+    cores: int = _native.usable_cores()
+    if wanted is None:
+        return cores
+    if wanted < 1 or wanted > 4 * cores:
+        raise UsageError(
+            f"{wanted} threads asked for, this process may use {cores} cores", hint=f"use --threads 1 to {cores}"
+        )
+    return wanted
+
+
+def _context(wanted: int | None, config: ModelConfig) -> int:
+    if wanted is None:
+        return min(config.context_length, _DEFAULT_CONTEXT)
+    if wanted < 1:
+        raise UsageError(f"a context of {wanted} tokens", hint="use --context 1 or more")
+    if wanted > config.context_length:
+        raise UsageError(
+            f"a context of {wanted} tokens asked for, the model was made for {config.context_length}",
+            hint=f"use --context {config.context_length} or less",
+        )
+    return wanted
