@@ -86,7 +86,7 @@ def _explained(ref: str) -> Iterator[None]:
         raise ModelError(
             f"{ref!r} is no hub id: {error}", hint="hub ids look like Qwen/Qwen3-0.6B"
         ) from error
-    except (hub.HTTPError, OSError) as error:  # the first is the HTTP library's, whichever it is
+    except (hub.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # of its HTTP library
         raise ModelError(
             f"downloading {ref} failed: {error!s:.200}", hint="try again: what is complete is kept"
         ) from error
