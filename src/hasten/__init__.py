@@ -15,10 +15,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hasten.core import Budget, EngineOptions, Layout, Plan, Recipe, Workload
+    from hasten.core import EngineOptions, Layout, Machine, Recipe
     from hasten.engine.model import Completion, LanguageModel, load
+    from hasten.engine.sampling import SamplingOptions
     from hasten.errors import HastenError
     from hasten.machine.probe import probe
+    from hasten.optimize.result import OptimizeResult
     from hasten.optimize.search import optimize
 
 __version__ = "0.1.0"
@@ -30,12 +32,12 @@ _HOME = {
     "probe": "hasten.machine.probe",
     "LanguageModel": "hasten.engine.model",
     "Completion": "hasten.engine.model",
+    "SamplingOptions": "hasten.engine.sampling",
     "Recipe": "hasten.core",
     "Layout": "hasten.core",
     "EngineOptions": "hasten.core",
-    "Budget": "hasten.core",
-    "Workload": "hasten.core",
-    "Plan": "hasten.core",
+    "OptimizeResult": "hasten.optimize.result",
+    "Machine": "hasten.core",
     "HastenError": "hasten.errors",
 }
 
@@ -45,12 +47,12 @@ __all__ = [  # noqa: RUF022  in the order a reader meets them
     "probe",
     "LanguageModel",
     "Completion",
+    "SamplingOptions",
     "Recipe",
     "Layout",
     "EngineOptions",
-    "Budget",
-    "Workload",
-    "Plan",
+    "OptimizeResult",
+    "Machine",
     "HastenError",
 ]
 

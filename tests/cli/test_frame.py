@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 import subprocess
 import sys
 import time
@@ -84,6 +85,25 @@ def test_ctrl_c_says_what_is_kept(verb: Any, capsys: Any) -> None:
     verb(raiser(KeyboardInterrupt()), kept="Run it again to resume.")
     assert cli.main(["boom"]) == 130
     assert capsys.readouterr().err == "\nstopped. Run it again to resume.\n"
+
+
+def test_a_real_ctrl_c() -> None:
+    """The signal itself, in a process of its own: no traceback, exit code 130."""
+    script = (
+        "import sys, time, hasten.cli as c\n"
+        "def wait():\n    print('ready', flush=True)\n    time.sleep(60)\n"
+        "c.overview = wait\nsys.exit(c.main(['--help']))"
+    )
+    program = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    with program:
+        assert program.stdout is not None
+        assert program.stderr is not None
+        assert program.stdout.readline() == "ready\n"
+        program.send_signal(signal.SIGINT)
+        assert program.stderr.read() == "\nstopped. Nothing was changed.\n"
+    assert program.returncode == 130
 
 
 @pytest.mark.parametrize(
