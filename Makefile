@@ -37,9 +37,16 @@ pytest: $(VENV)/.dev
 test-demo: $(VENV)/.dev $(VENV)/.demo
 	$(BIN)/python -m pytest -m demo
 
-# The kernel tests under the address and undefined-behaviour sanitizers.
+# The kernel tests under the address and undefined-behaviour sanitizers (g++). A second copy of the package is built with
+# them; Python itself is not, so their run-time comes first by LD_PRELOAD, and libstdc++ with it, whose throw it wraps.
+SANITIZED := build/sanitize/package
 sanitize: $(VENV)/.dev
-	VENV=$(VENV) tests/native/sanitize.sh
+	rm -rf $(SANITIZED)
+	$(PIP) --no-deps --target $(SANITIZED) -C cmake.define.HASTEN_SANITIZE=ON -C build-dir=build/sanitize/cmake \
+	  -C install.strip=false .
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  PYTHONPATH=$(SANITIZED) $(BIN)/python -m pytest tests/native
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m hasten.cli.reference > docs/reference.md
