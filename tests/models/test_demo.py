@@ -104,7 +104,7 @@ def test_without_wheels_the_hub(
     del wheels[demo.PACKAGES[0]]
     downloaded = tmp_path / demo.HUB_FILE
     downloaded.write_bytes(FILE)
-    monkeypatch.setattr("hasten.models.hub.hub_file", lambda repo, file: downloaded)
+    monkeypatch.setattr("hasten.models.hub.hub_file", lambda *_, **__: downloaded)
     assert demo.demo_file().path == downloaded
     downloaded.write_bytes(FILE[:-1] + b"\xff")
     with pytest.raises(ModelError, match="SHA-256"):

@@ -53,6 +53,10 @@ def test_what_is_no_model(tmp_path: Path) -> None:
         open_model(tmp_path)
     with pytest.raises(ModelError, match="no file"):
         open_model(tmp_path / "gone.gguf")
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(ModelError, match="is an artifact"):
+        open_model(tmp_path)
+    (tmp_path / "plan.json").unlink()
     (tmp_path / "readme.txt").write_text("hello")
     with pytest.raises(FormatError, match="not a GGUF file"):
         open_model(tmp_path / "readme.txt")

@@ -14,6 +14,7 @@ from gguf_bytes import Gguf, Tensor, floats, smallest_model
 from hasten.errors import ModelError
 from hasten.models import Source, check_finite, dequantize, open_model
 from hasten.models.gguf import GgufFile
+from hasten.models.names import hf_names
 from hasten.models.open import gguf_source, interleaved_rows
 
 
@@ -151,6 +152,24 @@ def test_a_base_model_without_prefix_opens(folder: Path) -> None:
     rewrite(folder, strip)
     after = open_model(folder).tensors
     assert before.keys() == after.keys()
+
+
+def test_names_of_every_kind_of_checkpoint() -> None:
+    table = hf_names("sandwich")
+    for prefix in ("model.", "", "language_model.model.", "model.language_model.", "language_model."):
+        assert table.parts(f"{prefix}embed_tokens.weight") == ("embed",)
+        assert table.parts(f"{prefix}layers.12.self_attn.k_proj.bias") == ("layers.12.k.bias",)
+        assert table.parts(f"{prefix}layers.0.pre_feedforward_layernorm.weight") == ("layers.0.mlp_norm",)
+    assert table.parts("language_model.lm_head.weight") == table.parts("lm_head.weight") == ("head",)
+    for foreign in (
+        "model.layers.00.mlp.up_proj.weight",
+        "model.layers.1.mlp.up_proj.scale",
+        "norm",
+        "",
+        ".",
+    ):
+        assert table.parts(foreign) is None and not table.ignores(foreign)
+    assert table.ignores("vision_tower.x.weight") and table.ignores("model.multi_modal_projector.norm.weight")
 
 
 def test_an_untied_head_must_be_there(folder: Path) -> None:

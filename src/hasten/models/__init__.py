@@ -1,11 +1,18 @@
-"""Opening models: folders, hub ids, GGUF files and the demo; their configuration, tensors and tokenizer."""
+"""Opening models: folders, hub ids, GGUF files and the demo; their configuration, tensors and tokenizer.
+
+Names are loaded when they are first used: an artifact needs the tokenizer alone, and starts sooner so.
+"""
 
 from __future__ import annotations
 
-from hasten.models.blocks import dequantize
-from hasten.models.finite import check_finite
-from hasten.models.open import open_model
-from hasten.models.source import Source, SourceFile, SourceTensor, sha256_of
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hasten.models.blocks import dequantize
+    from hasten.models.finite import check_finite
+    from hasten.models.open import open_model
+    from hasten.models.source import Source, SourceFile, SourceTensor, sha256_of
 
 __all__ = [
     "Source",
@@ -16,3 +23,20 @@ __all__ = [
     "open_model",
     "sha256_of",
 ]
+_HOMES = {
+    "Source": "source",
+    "SourceFile": "source",
+    "SourceTensor": "source",
+    "check_finite": "finite",
+    "dequantize": "blocks",
+    "open_model": "open",
+    "sha256_of": "source",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -46,15 +46,23 @@ def download(ref: str) -> Path:
     return folder
 
 
-def hub_file(repo: str, file: str) -> Path:
+def hub_file(repo: str, file: str, is_fixed: bool = False) -> Path:
     """One file of a hub id, in the hub's cache.
+
+    Args:
+        repo: "owner/name".
+        file: its name there.
+        is_fixed: its bytes are known to never change: a cached one is taken without asking the hub.
 
     Raises:
         ModelError: as `download`.
     """
     with _explained(f"{repo}/{file}"):
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
+        cached = try_to_load_from_cache(repo, file) if is_fixed else None
+        if isinstance(cached, str):
+            return Path(cached)
         return Path(hf_hub_download(repo, file))
 
 

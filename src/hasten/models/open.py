@@ -121,6 +121,11 @@ def open_folder(folder: Path) -> Source:
     Raises:
         ModelError, FormatError: as `open_model`.
     """
+    if (folder / "plan.json").is_file():
+        raise ModelError(
+            f"{folder} is an artifact of this program, not a source model",
+            hint=f"run it: hasten generate {folder} -p TEXT; to optimize, give the model it was made from",
+        )
     if not (folder / "config.json").is_file():
         ggufs = sorted(folder.glob("*.gguf"))
         if len(ggufs) == 1:
