@@ -109,7 +109,7 @@ def _content(token: Any) -> str:
 
 
 def _add_configured_tokens(backend: Tokenizer, config: Mapping[str, Any], named: Mapping[str, str]) -> None:
-    """Tokens that only the configuration knows: added ones in id order, then named and further special ones."""
+    """Tokens that only the configuration knows: added ones in id order, then the special ones."""
     from tokenizers import AddedToken
 
     known = {token.content: token.special for token in backend.get_added_tokens_decoder().values()}

@@ -1,8 +1,8 @@
 """Text of tokens as they come: only whole characters, at a constant cost a token.
 
 Decoding everything again for each token would be quadratic. A decoder of the `tokenizers` library is instead
-taken as a chain of small stages that each keep what is not final yet: the bytes of an unfinished character, a run
-of byte tokens, the leading space. The pieces joined are exactly what decoding the whole sequence gives.
+taken as a chain of small stages that each keep what is not final yet: the bytes of an unfinished character, a
+run of byte tokens, the leading space. The pieces joined are exactly what decoding the whole sequence gives.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class _ByteLevel:
 class _ByteFallback:
     """Runs of `<0xE2>` tokens to text.
 
-    A run that is not UTF-8 as a whole gives one U+FFFD a byte, so a run is final only when another token ends it.
+    A run that is not UTF-8 as a whole gives one U+FFFD a byte, so it is final only when another token ends it.
     """
 
     def __init__(self) -> None:

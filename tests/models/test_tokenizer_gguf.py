@@ -1,0 +1,190 @@
+"""Tokenizers out of GGUF files against transformers on the same files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from text_samples import samples
+from tiny_tokenizers import (
+    CHATML,
+    CONTROL,
+    byte_level,
+    byte_level_metadata,
+    sentencepiece_metadata,
+    sentencepiece_model,
+    write_gguf,
+)
+
+from hasten.errors import TokenizerError
+from hasten.models import pre_tokenizer
+from hasten.models.gguf import GgufFile
+from hasten.models.tokenizer import Tokenizer
+
+BYTE_LEVEL = [("qwen2", "qwen2"), ("llama", "llama-bpe"), ("llama", "tekken"), ("qwen2", "gpt-2")]
+SENTENCEPIECE = ["llama", "phi3", "gemma3"]
+
+
+def ours(path: Path) -> Tokenizer:
+    return Tokenizer.from_gguf(GgufFile.open(path).metadata)
+
+
+def theirs(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
+def assert_equal(mine: Tokenizer, reference: Any, texts: list[str]) -> None:
+    """Encoding and decoding, with and without special tokens, and streaming."""
+    for text in texts:
+        for special in (False, True):
+            ids = mine.encode(text, add_special=special)
+            assert ids == reference.encode(text, add_special_tokens=special), text
+            for skip in (False, True):
+                expected = reference.decode(ids, skip_special_tokens=skip)
+                assert mine.decode(ids, skip_special=skip) == expected, text
+                stream = mine.stream(skip_special=skip)
+                assert "".join([*map(stream.push, ids), stream.flush()]) == expected, text
+
+
+@pytest.mark.parametrize(("architecture", "pre"), BYTE_LEVEL)
+def test_byte_level_equals_transformers(architecture: str, pre: str, tmp_path: Path) -> None:
+    metadata = byte_level_metadata(byte_level(pre_tokenizer.kind_of(pre).splits[0]), pre)
+    path = write_gguf(tmp_path / "model.gguf", architecture, metadata, CHATML)
+    mine = ours(path)
+    assert_equal(mine, theirs(path), samples((*CONTROL, "<tool_call>")))
+    for text in samples((*CONTROL, "<tool_call>")):
+        assert mine.decode(mine.encode(text), skip_special=False) == text
+
+
+@pytest.mark.parametrize("architecture", SENTENCEPIECE)
+def test_sentencepiece_equals_transformers(architecture: str, tmp_path: Path) -> None:
+    options = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    metadata = sentencepiece_metadata(sentencepiece_model("bpe", vocab_size=1000, **options))
+    if architecture == "gemma3":
+        metadata["add_space_prefix"] = False
+    if architecture == "phi3":
+        metadata["token_type"][2] = 1  # transformers does not know that Phi-3's control tokens swallow spaces
+    path = write_gguf(tmp_path / "model.gguf", architecture, metadata)
+    assert_equal(ours(path), theirs(path), samples(("<s>", "<unk>")))
+
+
+def test_every_pre_tokenizer_name_builds_and_keeps_text() -> None:
+    trained = byte_level(pre_tokenizer.GPT2)
+    for name in pre_tokenizer.KINDS:
+        metadata = {f"tokenizer.ggml.{k}": v for k, v in byte_level_metadata(trained, name).items()}
+        tokenizer = Tokenizer.from_gguf(metadata)
+        for text in samples(count=60):
+            assert tokenizer.decode(tokenizer.encode(text, add_special=False)) == text, name
+
+
+def test_splits_are_those_of_transformers() -> None:
+    mapping = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")
+    for name, split in mapping.GGUF_PRE_TOKENIZER_SPLITS.items():
+        if name in pre_tokenizer.KINDS:
+            assert pre_tokenizer.KINDS[name].splits == (split,), name
+
+
+def test_digits_stay_single_where_the_model_learned_so() -> None:
+    metadata = byte_level_metadata(byte_level(pre_tokenizer.GPT2), "smollm")
+    smollm = Tokenizer.from_gguf({f"tokenizer.ggml.{k}": v for k, v in metadata.items()})
+    assert len(smollm.encode("1234567")) == 7
+
+
+@pytest.fixture(scope="module")
+def metadata() -> dict[str, Any]:
+    trained = byte_level_metadata(byte_level(pre_tokenizer.QWEN2), "qwen2")
+    return {f"tokenizer.ggml.{k}": v for k, v in trained.items()} | {"general.architecture": "qwen2"}
+
+
+def test_special_ids(metadata: dict[str, Any]) -> None:
+    tokenizer = Tokenizer.from_gguf(metadata)
+    tokens = metadata["tokenizer.ggml.tokens"]
+    assert tokenizer.bos_id == tokens.index("<|endoftext|>")
+    assert tokenizer.eos_ids == (tokens.index("<|im_end|>"), tokens.index("<|endoftext|>"))
+    assert tokenizer.vocab_size == len(tokens)
+    assert tokenizer.encode("<tool_call>") == [tokens.index("<tool_call>")]
+    assert tokenizer.decode([tokens.index("<tool_call>")]) == "<tool_call>"
+    assert tokenizer.decode([tokens.index("<|im_end|>"), len(tokens) + 5]) == ""
+
+
+def test_bos_and_eos_are_added_where_the_file_says(metadata: dict[str, Any]) -> None:
+    flags = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": True}
+    tokenizer = Tokenizer.from_gguf(metadata | flags)
+    plain = tokenizer.encode("a b", add_special=False)
+    assert tokenizer.encode("a b") == [tokenizer.bos_id, *plain, tokenizer.eos_ids[0]]
+    llama = {k: v for k, v in metadata.items() if not k.endswith("add_bos_token")}
+    llama["tokenizer.ggml.pre"] = "llama-bpe"
+    assert Tokenizer.from_gguf(llama).encode("") == [tokenizer.bos_id]
+
+
+def test_control_tokens_may_use_any_character(metadata: dict[str, Any]) -> None:
+    token = "<\uff5cend\u2581of\u2581sentence\uff5c>"
+    tokens = [*metadata["tokenizer.ggml.tokens"], token]
+    types = [*metadata["tokenizer.ggml.token_type"], 3]
+    tokenizer = Tokenizer.from_gguf(
+        metadata | {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+    )
+    assert tokenizer.encode(token) == [len(tokens) - 1] and len(tokens) - 1 in tokenizer.eos_ids
+
+
+def test_strings_may_be_bytes(metadata: dict[str, Any]) -> None:
+    raw = {
+        key: [item.encode() for item in value] if isinstance(value, list) and isinstance(value[0], str) else value
+        for key, value in metadata.items()
+    }
+    assert Tokenizer.from_gguf(raw).encode("Größe 你好") == Tokenizer.from_gguf(metadata).encode("Größe 你好")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"tokenizer.ggml.tokens": None}, "no tokenizer.ggml.tokens"),
+        ({"tokenizer.ggml.tokens": ["a", 3]}, "list of strings"),
+        ({"tokenizer.ggml.tokens": [b"\xff"]}, "no UTF-8"),
+        ({"tokenizer.ggml.merges": None}, "no tokenizer.ggml.merges"),
+        ({"tokenizer.ggml.merges": ["zzz yyy"]}, "merges do not fit"),
+        ({"tokenizer.ggml.merges": ["nospace"]}, "merges do not fit"),
+        ({"tokenizer.ggml.token_type": [1, 2]}, "one a token"),
+        ({"tokenizer.ggml.eos_token_id": 10**6}, "no id of the"),
+        ({"tokenizer.ggml.model": "rwkv"}, "supported are gpt2, llama and t5"),
+        ({"tokenizer.ggml.pre": "nobody"}, "known are .*llama-bpe.*qwen2"),
+        ({"tokenizer.chat_template": 5}, "must be text"),
+    ],
+)
+def test_bad_metadata_is_named(metadata: dict[str, Any], change: dict[str, Any], says: str) -> None:
+    changed = {key: value for key, value in (metadata | change).items() if value is not None}
+    with pytest.raises(TokenizerError, match=says) as caught:
+        Tokenizer.from_gguf(changed)
+    assert caught.value.hint
+
+
+@pytest.mark.demo
+def test_demo_model_equals_transformers() -> None:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    from hasten.models.demo import demo_file
+
+    path = demo_file().path
+    file = GgufFile.open(path)
+    mine = Tokenizer.from_gguf(file.metadata)
+    texts = samples(("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<tool_call>", "<|fim_prefix|>"))
+    reference = theirs(path)
+    assert_equal(mine, reference, texts)
+    assert mine.eos_ids == (151645, 151643) and mine.vocab_size == 151936
+    # The same once more without transformers' reading of the file.
+    tokens = file.metadata["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in file.metadata["tokenizer.ggml.merges"]]
+    backend = Backend(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    backend.pre_tokenizer = pre_tokenizer.byte_level(pre_tokenizer.kind_of("qwen2"))
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([t for i, t in enumerate(tokens) if file.metadata["tokenizer.ggml.token_type"][i] == 3])
+    backend.add_tokens(["<tool_call>", "</tool_call>"])
+    assert_equal(mine, PreTrainedTokenizerFast(tokenizer_object=backend), texts)
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}, {"role": "user", "content": "?"}]
+    expected = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert mine.apply_chat(messages) == expected
