@@ -1,7 +1,7 @@
-"""A workshop with a tiny NumPy model in place of the engine: packing really rounds, so quality and choice are real.
+"""A workshop with a tiny NumPy model in place of the engine: packing really rounds, so quality is real.
 
-The model predicts a letter from the letter before it alone, and the text is drawn from the model itself: its losses
-behave like a trained model's, and rounding its weights makes them worse by the KL divergence it causes.
+The model predicts a letter from the letter before it alone, and the text is drawn from the model itself: its
+losses behave like a trained model's, and rounding its weights makes them worse by the KL it causes.
 """
 
 from __future__ import annotations
@@ -177,8 +177,9 @@ class FakeWorkshop:
             workload=workload,
         )
 
-    def save(self, model: FakeModel, folder: Path, plan: Mapping[str, Any]) -> Path:
+    def save(self, model: FakeModel, folder: Path, plan: Mapping[str, Any], report: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "report.html").write_text(report)
         (folder / "plan.json").write_text(json.dumps(plan))
         return folder
 

@@ -44,7 +44,7 @@ def _chosen(
     chosen: Candidate, goal: Goal, budget: Budget, baseline: Measurement, candidates: Sequence[Candidate]
 ) -> str:
     word = {"latency": "fastest", "throughput": "highest throughput", "memory": "smallest"}[goal]
-    parts = [f"chosen: {word} within {percent(budget.max_ppl_increase)};", f"{spread(chosen.verdict)}."]
+    parts = [f"chosen: {word} within {limit_of(budget)};", f"{spread(chosen.verdict)}."]
     if goal == "latency" and chosen.measurement is not None:
         request = chosen.measurement.workload
         parts.append(
@@ -62,7 +62,7 @@ def _chosen(
 
 
 def _rejected(candidate: Candidate, chosen: Candidate, goal: Goal, budget: Budget) -> str:
-    verdict, limit = candidate.verdict, percent(budget.max_ppl_increase)
+    verdict, limit = candidate.verdict, limit_of(budget)
     if verdict.status == "fail":
         return f"out: {spread(verdict)} is above {limit}."
     if verdict.status == "insufficient":
@@ -80,8 +80,13 @@ def _rejected(candidate: Candidate, chosen: Candidate, goal: Goal, budget: Budge
 
 
 def percent(value: float) -> str:
-    """+1 %, -0.3 %: signed, as many digits as matter."""
-    return f"{value * 100:+.2g} %" if abs(value) < 0.095 else f"{value * 100:+.0f} %"
+    """+0.82 %, -0.30 %, +12 %: signed."""
+    return f"{value * 100:+.2f} %" if abs(value) < 0.0995 else f"{value * 100:+.0f} %"
+
+
+def limit_of(budget: Budget) -> str:
+    """The budget as the user wrote it: +1 %."""
+    return f"{budget.max_ppl_increase * 100:+.4g} %"
 
 
 def spread(verdict: Verdict) -> str:
@@ -91,7 +96,7 @@ def spread(verdict: Verdict) -> str:
 
 
 def _nothing(candidates: Sequence[Candidate], budget: Budget) -> BudgetError:
-    limit = percent(budget.max_ppl_increase)
+    limit = limit_of(budget)
     if not candidates:
         return BudgetError(
             f"no recipe could be tried within {limit}", hint="give a larger --max-ppl-increase"

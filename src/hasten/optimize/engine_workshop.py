@@ -106,7 +106,9 @@ class EngineWorkshop:
         """Squared error over squared values, on 64 rows spread over the tensor."""
         from hasten.compress.pack import pack_linear
 
-        return pack_linear(_some_rows(self.source.tensors[tensor]), layout, threads=1).relative_error ** 2
+        packed = pack_linear(_some_rows(self.source.tensors[tensor]), layout, threads=1)
+        assert packed.relative_error is not None  # pack_linear measures it
+        return packed.relative_error**2
 
     def measure(self, model: Built, workload: Workload, runs: int) -> Measurement:
         """Speed, with its fractions of the machine's ceilings."""
@@ -114,11 +116,12 @@ class EngineWorkshop:
 
         return measure_model(cast("LanguageModel", model), workload, runs, machine=self.machine())
 
-    def save(self, model: Built, folder: Path, plan: Mapping[str, Any]) -> Path:
-        """The artifact: weights, tokenizer, plan."""
+    def save(self, model: Built, folder: Path, plan: Mapping[str, Any], report: str) -> Path:
+        """The artifact: weights, tokenizer, plan, report."""
         from hasten.compress.artifact import save
 
-        return save(folder, cast("LanguageModel", model).packed, self.source, dict(plan))
+        packed = cast("LanguageModel", model).packed
+        return save(folder, packed, self.source, plan, extra={"report.html": report.encode()})
 
 
 def _some_rows(tensor: SourceTensor) -> SourceTensor:

@@ -9,6 +9,7 @@ budget, not its middle, which leaves room for it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -95,9 +96,8 @@ def fit_mixture(
 def reach(candidate: Candidate, tokens: int) -> float:
     """Upper end of the interval as `tokens` tokens would show it: it narrows with their root."""
     verdict = candidate.verdict
-    return verdict.ppl_increase + (verdict.ppl_increase_high - verdict.ppl_increase) * min(
-        1.0, (verdict.tokens / tokens) ** 0.5
-    )
+    half = verdict.ppl_increase_high - verdict.ppl_increase
+    return verdict.ppl_increase + half * math.sqrt(min(1.0, verdict.tokens / tokens))
 
 
 def _first_limit(

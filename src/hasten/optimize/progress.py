@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from hasten.optimize.candidate import Candidate
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -14,6 +16,7 @@ class Progress:
     detail: str  # "w5: quality"
     done: int = 0
     total: int = 0  # 0: no count
+    candidate: Candidate | None = None  # what was just found
 
 
 Observer = Callable[[Progress], None]

@@ -10,9 +10,8 @@ from typing import get_args
 
 import numpy as np
 
-from hasten.cache import write_atomic
-from hasten.core import Budget, EngineOptions, Goal, Plan, Recipe, Workload
-from hasten.errors import UsageError
+from hasten.core import Budget, EngineOptions, Estimate, Goal, Plan, Recipe, Workload
+from hasten.errors import MachineError, UsageError
 from hasten.optimize.candidate import Candidate
 from hasten.optimize.choose import choose, explain
 from hasten.optimize.memory import SearchMemory
@@ -27,6 +26,7 @@ from hasten.optimize.workshop import Built, Workshop
 from hasten.quality.divergence import Reference
 from hasten.quality.text import Text, default_text, text_from_file, windows
 from hasten.report.page import page
+from hasten.speed import estimate
 
 WORKLOADS: dict[Goal, Workload] = {
     "latency": Workload(prompt=512, output=128, batch=1),
@@ -174,12 +174,7 @@ class Search:
     def _uniform(self) -> list[Candidate]:
         shapes = self.workshop.config.linear_shapes()
         widest = max(self.workshop.kept()[name].bits_per_weight for name in shapes)
-        recipes = uniform(widest)
-        found = []
-        for number, recipe in enumerate(recipes):
-            self.observer(Progress("recipes", recipe.name, number, len(recipes)))
-            found.append(self.trials.attempt(recipe))
-        return found
+        return [self.trials.attempt(recipe) for recipe in uniform(widest)]
 
     def _mixture(self, judged: Sequence[Candidate]) -> tuple[tuple[Sensitivity, ...], Candidate | None]:
         harms = self.memory.read("sensitivity")
@@ -197,6 +192,19 @@ class Search:
         tokens = max((c.verdict.tokens for c in judged), default=self.effort.tokens)
         return measured, fit_mixture(measured, judged, self.budget, self.trials.attempt, tokens)
 
+    def _estimate(self, chosen: Candidate) -> Estimate | None:
+        """What the speed model says of the chosen recipe, to be held against the measurement."""
+        try:
+            return estimate(
+                self.workshop.config,
+                self.workshop.machine(),
+                WORKLOADS[self.goal],
+                chosen.recipe,
+                weight_bytes=chosen.weight_bytes,
+            )
+        except MachineError:
+            return None  # ceilings were not measured: unknown
+
     def _write(
         self,
         out: Path,
@@ -213,7 +221,7 @@ class Search:
             options=self.workshop.options,
             measurement=chosen.measurement,
             verdict=chosen.verdict,
-            estimate=None,
+            estimate=self._estimate(chosen),
             because=(chosen.because, *remarks(sensitivities, recipe)),
         )
         machine = self.workshop.machine()
@@ -222,8 +230,7 @@ class Search:
         whole = record(result, sensitivities, asked)
         model = self.workshop.build(recipe)
         try:
-            self.workshop.save(model, out, whole)
+            self.workshop.save(model, out, whole, page(whole))
         finally:
             model.close()
-        write_atomic(out / "report.html", page(whole).encode())
         return result

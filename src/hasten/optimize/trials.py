@@ -31,9 +31,10 @@ class Trials:
         """Judged, and timed if it passes. What is in memory already is not done again."""
         with _Lazily(self.workshop, recipe) as model:
             candidate = self._judged(recipe, model)
-            if not candidate.passes:
-                return candidate
-            return replace(candidate, measurement=self.measured(recipe, model.get))
+            if candidate.passes:
+                candidate = replace(candidate, measurement=self.measured(recipe, model.get))
+        self.observer(Progress("recipes", recipe.name, candidate=candidate))
+        return candidate
 
     def measured(self, recipe: Recipe, model: Callable[[], Built]) -> Measurement:
         """Speed of a recipe on the workload."""

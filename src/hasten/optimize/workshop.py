@@ -35,9 +35,17 @@ class Built(Runnable, Protocol):
 class Workshop(Protocol):
     """An opened source model and everything that can be made of it."""
 
-    name: str
-    config: ModelConfig
     options: EngineOptions
+
+    @property
+    def name(self) -> str:
+        """The source's name."""
+        ...
+
+    @property
+    def config(self) -> ModelConfig:
+        """The source's shape."""
+        ...
 
     def identity(self) -> dict[str, Any]:
         """What the source is, byte for byte: goes into cache keys."""
@@ -71,6 +79,6 @@ class Workshop(Protocol):
         """Speed of a built model."""
         ...
 
-    def save(self, model: Built, folder: Path, plan: Mapping[str, Any]) -> Path:
-        """Writes an artifact; what is there before stays until it is whole."""
+    def save(self, model: Built, folder: Path, plan: Mapping[str, Any], report: str) -> Path:
+        """Writes an artifact with its report.html; what is there before stays until it is whole."""
         ...

@@ -118,7 +118,7 @@ def windows(text: str, tokenizer: Encoder, *, tokens: int, length: int = WINDOW)
             f"the text has {ids.size} tokens, too few to judge on",
             hint="give --text a file of some thousand words",
         )
-    cuts = [ids[at : at + stretch] for at in range(0, max(ids.size - stretch + 1, 1), stretch)]
+    cuts = [ids[at : at + stretch] for at in range(0, max(ids.size - stretch + 1, 1), length)]
     wanted = -(-tokens // length)
     picked = [np.concatenate([start, cuts[i]]) for i in _spread(len(cuts))[:wanted]]
     return tuple(Window(inputs=cut[:-1], targets=cut[1:]) for cut in picked)

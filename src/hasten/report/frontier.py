@@ -14,6 +14,8 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 26, 44
 _LABEL = 12  # font size
 _NICE = (1.0, 2.0, 2.5, 5.0, 10.0)
 
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
 
 @dataclass(frozen=True)
 class Point:
@@ -36,7 +38,7 @@ def frontier(search: Mapping[str, Any]) -> str:
     across, ticks_x = _log_axis([p.kl for p in points])
     up, ticks_y = _linear_axis(max([p.speed for p in points] + [baseline or 0.0]))
     parts = [*_grid(across, ticks_x, up, ticks_y), *_start(up, baseline)]
-    taken = [(_LEFT, up(baseline) - _LABEL - 4, _LEFT + 130.0, up(baseline))] if baseline else []
+    taken: list[Box] = [(_LEFT, up(baseline) - _LABEL - 4, _LEFT + 130.0, up(baseline))] if baseline else []
     parts += [_mark(p, across(p.kl), up(p.speed)) for p in points]
     taken += [(across(p.kl) - 6, up(p.speed) - 6, across(p.kl) + 6, up(p.speed) + 6) for p in points]
     for p in sorted(points, key=lambda p: not p.chosen):
@@ -159,9 +161,6 @@ def _mark(point: Point, x: float, y: float) -> str:
         return f'<circle class="{kind}{hollow}" cx="{x:.1f}" cy="{y:.1f}" r="5.5">{about}</circle>'
     corners = f"{x:.1f},{y - 6:.1f} {x + 6:.1f},{y:.1f} {x:.1f},{y + 6:.1f} {x - 6:.1f},{y:.1f}"
     return f'<polygon class="{kind}{hollow}" points="{corners}">{about}</polygon>'
-
-
-Box = tuple[float, float, float, float]
 
 
 def _label(point: Point, x: float, y: float, taken: list[Box]) -> str:

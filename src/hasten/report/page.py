@@ -87,18 +87,17 @@ def _head(plan: Record, search: Record) -> str:
 
 _COLUMNS = (
     "recipe",
+    "verdict",
     "bits",
     "MB a token",
     "decode tok/s",
     "prefill tok/s",
     "first token ms",
     "perplexity",
-    "95 % interval",
     "mean KL",
     "p99 KL",
     "same top token",
     "tokens",
-    "verdict",
 )
 
 
@@ -136,22 +135,22 @@ def _row(
     chosen: bool,
 ) -> str:
     size = weight_bytes or (measured or {}).get("weight_bytes")
+    status = "" if verdict is None else text(verdict["status"])
     cells = [
+        f'<span class="{status}">{status}</span>',
         number(bits, 2),
         number(size / 1e6 if size else None, 0),
         *(_timed(measured, figure) for figure in ("decode_tok_per_s", "prefill_tok_per_s", "ttft_ms")),
     ]
     if verdict is None:
-        cells += ["", "", "", "", "", "", ""]
+        cells += [""] * 5
     else:
         cells += [
-            percent(verdict["ppl_increase"]),
-            _interval(verdict),
+            f'{percent(verdict["ppl_increase"])}<br><span class="small">{_interval(verdict)}</span>',
             small(verdict["kl_mean"]),
             small(verdict["kl_p99"]),
             share(verdict["top1_agreement"]),
             number(verdict["tokens"], 0),
-            f'<span class="{text(verdict["status"])}">{text(verdict["status"])}</span>',
         ]
     mark = ' class="chosen"' if chosen else ""
     return f'<tr{mark}><th scope="row">{text(name)}</th>' + "".join(f"<td>{c}</td>" for c in cells) + "</tr>"
@@ -205,8 +204,8 @@ def _facts(plan: Record, search: Record) -> str:
             "Quality",
             f"up to {number(judged['tokens'], 0)} tokens of {text(judged['name'])} in windows of 512, each "
             "from an empty cache; the source in bf16 on the same engine reads the same. KL over the whole "
-            "vocabulary. Interval: paired bootstrap over blocks of 64 tokens, 95 %, seeded. A recipe passes when "
-            "the whole interval is within the budget. Widths were chosen on other text than what judged.",
+            "vocabulary. Interval: paired bootstrap over blocks of 64 tokens, 95 %, seeded. A recipe passes "
+            "when the whole interval is within the budget. Widths were chosen on other text than judged.",
         ),
         ("Text", f"sha256 <code>{text(judged['sha256'])}</code>"),
         (

@@ -34,9 +34,10 @@ def sensitivity_map(groups: Sequence[Mapping[str, Any]]) -> str:
     return (
         "<h2>Where few bits hurt</h2>"
         '<div class="scroll" role="region" aria-label="Sensitivity map" tabindex="0"><table class="map">'
-        "<caption>KL divergence (nats) when this group alone goes to 4 bits, measured on calibration text; darker hurts "
-        "more. After it, the width the chosen recipe gives the group.</caption>"
-        f'<thead><tr><th scope="col">layer</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        "<caption>KL divergence (nats) when this group alone goes to 4 bits, measured on calibration text; "
+        "darker hurts more. After it, the width the chosen recipe gives the group.</caption>"
+        f'<thead><tr><th scope="col">layer</th>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
@@ -47,4 +48,5 @@ def _cell(group: Mapping[str, Any] | None, low: float, high: float, span: int = 
     wide = math.log(high / low) if high > low else 1.0
     heat = _DARKEST * max(0.05, math.log(max(harm, low) / low) / wide) if harm > 0 else 0.0
     across = f' colspan="{span}"' if span > 1 else ""
-    return f'<td{across} style="--a:{heat:.2f}">{small(harm)} <span class="small">{text(group["layout"])}</span></td>'
+    width = f'<span class="small">{text(group["layout"])}</span>'
+    return f'<td{across} style="--a:{heat:.2f}">{small(harm)} {width}</td>'

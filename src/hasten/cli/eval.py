@@ -1,0 +1,164 @@
+"""`hasten eval`: what a recipe costs in quality."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hasten.cli.console import emit, note
+from hasten.cli.flags import JsonOption, ModelArgument, RecipeOption, ThreadsOption
+from hasten.cli.progress import Ticker
+from hasten.core import SCHEMA_VERSION, Budget, Verdict, as_json
+from hasten.errors import UsageError
+
+if TYPE_CHECKING:
+    from hasten.engine.model import LanguageModel
+    from hasten.quality.text import Text
+
+KEPT = "Nothing was changed."
+
+TextOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--text",
+        metavar="FILE",
+        help="UTF-8 text to judge on. Default: the prose and code of pydoc_data.topics.",
+        show_default=False,
+    ),
+]
+TokensOption = Annotated[
+    int,
+    typer.Option("--tokens", metavar="N", min=1, help="Tokens to judge on; more narrow the interval."),
+]
+BudgetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--max-ppl-increase",
+        metavar="P",
+        help="Budget such as 1% or 0.01; if given and not met, the exit code is 3. Without it, 1% is judged.",
+        show_default=False,
+    ),
+]
+AgainstOption = Annotated[
+    str | None,
+    typer.Option(
+        "--against",
+        metavar="MODEL",
+        help="The source to compare an artifact with. Default: the one it was made from.",
+        show_default=False,
+    ),
+]
+
+
+def command(
+    model: ModelArgument,
+    recipe: RecipeOption = None,
+    max_ppl_increase: BudgetOption = None,
+    tokens: TokensOption = 8192,
+    text: TextOption = None,
+    against: AgainstOption = None,
+    threads: ThreadsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Measure what a recipe costs in quality against the source model.
+
+    Perplexity, KL divergence and top-1 agreement against the source in bf16 on the same engine, paired,
+    with a 95 % interval. The verdict is pass, fail, or insufficient where the text is too short to tell.
+    """
+    from hasten.cli.budget import fraction
+    from hasten.engine.model import load
+    from hasten.quality.text import default_text, text_from_file
+
+    budget = Budget(fraction(max_ppl_increase)) if max_ppl_increase is not None else Budget()
+    judged = text_from_file(text) if text is not None else default_text()
+    source = _source(model, against)
+    with Ticker() as ticker:
+        ticker.say("the source in bf16: loading")
+        reference = load(source, "bf16", threads=threads)
+        ticker.say("the candidate: loading")
+        candidate = load(model, recipe, threads=threads)
+        verdict = _verdict(candidate, reference, judged, tokens, budget, ticker)
+    document = _document(candidate, verdict, judged, budget)
+    if json:
+        emit(document)
+    else:
+        _print(document, verdict)
+    if max_ppl_increase is not None and verdict.status != "pass":
+        raise typer.Exit(3)
+
+
+def _verdict(
+    candidate: LanguageModel,
+    reference: LanguageModel,
+    judged: Text,
+    tokens: int,
+    budget: Budget,
+    ticker: Ticker,
+) -> Verdict:
+    from hasten.quality.divergence import Reference
+    from hasten.quality.evaluate import evaluate
+    from hasten.quality.text import windows
+
+    cut = windows(judged.evaluation, reference.tokenizer, tokens=tokens)
+    held = Reference(reference, cut)
+    return evaluate(candidate, held, budget, lambda done, total: ticker.count("comparing", done, total))
+
+
+def _source(model: str, against: str | None) -> str:
+    """The model to compare with: MODEL itself, or what an artifact was made from.
+
+    Raises:
+        UsageError: an artifact whose source is not known, or --against without an artifact.
+    """
+    from hasten.compress.artifact import is_artifact
+
+    if not is_artifact(model):
+        if against is not None:
+            raise UsageError(
+                f"--against is for artifacts; {model} is a source itself",
+                hint=f"hasten eval {model} --recipe w8",
+            )
+        return model
+    if against is not None:
+        return against
+    from hasten.cache import read_json
+
+    plan: Any = read_json(Path(model) / "plan.json") or {}
+    name = plan.get("source", {}).get("name")
+    if name != "demo" and "/" not in str(name):
+        raise UsageError(
+            f"{model} was made from {name or 'an unknown model'}, which only you know where to find",
+            hint=f"hasten eval {model} --against PATH_OF_THE_SOURCE",
+        )
+    return str(name)
+
+
+def _document(candidate: LanguageModel, verdict: Verdict, judged: Text, budget: Budget) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": candidate.name,
+        "recipe": candidate.recipe.name,
+        "bits_per_weight": candidate.bits_per_weight,
+        **as_json(verdict),
+        "max_ppl_increase": budget.max_ppl_increase,
+        "text": {"name": judged.name, "sha256": judged.sha256},
+    }
+
+
+def _print(document: dict[str, Any], verdict: Verdict) -> None:
+    import sys
+
+    low, high = verdict.ppl_increase_low, verdict.ppl_increase_high
+    sys.stdout.write(
+        f"{document['model']} as {document['recipe']}, {document['bits_per_weight']:.2f} bits a weight\n"
+        f"perplexity  {verdict.ppl:.3f}, source {verdict.ppl_source:.3f}: {verdict.ppl_increase:+.2%} "
+        f"(95 %: {low:+.2%} to {high:+.2%})\n"
+        f"divergence  mean KL {verdict.kl_mean:.5f}, p99 {verdict.kl_p99:.4f} nats; "
+        f"same top token {verdict.top1_agreement:.1%}\n"
+        f"verdict     {verdict.status} at {document['max_ppl_increase']:+.4g} over {verdict.tokens:,} tokens "
+        f"of {document['text']['name']}\n"
+    )
+    if verdict.status == "insufficient":
+        note(f"hint: more text narrows the interval: --tokens {verdict.tokens * 4}")

@@ -1,0 +1,169 @@
+"""`hasten optimize`: the closed loop from the command line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hasten.cli.budget import fraction
+from hasten.cli.console import console, emit
+from hasten.cli.eval import TextOption, TokensOption
+from hasten.cli.flags import JsonOption, ModelArgument, ThreadsOption
+from hasten.cli.progress import Ticker
+from hasten.core import Goal
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from hasten.optimize.candidate import Candidate
+    from hasten.optimize.progress import Progress
+    from hasten.optimize.result import OptimizeResult
+
+KEPT = "What was measured is kept: run the same command again to go on from there (--fresh starts over)."
+
+BudgetOption = Annotated[
+    str,
+    typer.Option("--max-ppl-increase", metavar="P", help="Perplexity may rise by so much: 1% or 0.01."),
+]
+GoalOption = Annotated[
+    Goal,
+    typer.Option(
+        "--for",
+        help="latency: time of one answer; throughput: 8 answers together; memory: bytes.",
+    ),
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="DIR", help="The artifact. Default: NAME.hasten here.", show_default=False),
+]
+RunsOption = Annotated[
+    int, typer.Option("--runs", metavar="N", min=1, help="Timed runs a recipe, after a warm-up.")
+]
+FreshOption = Annotated[
+    bool, typer.Option("--fresh", help="Ignore what earlier searches found.", show_default=False)
+]
+
+
+def command(
+    model: ModelArgument,
+    max_ppl_increase: BudgetOption = "1%",
+    goal: GoalOption = "latency",
+    out: OutOption = None,
+    text: TextOption = None,
+    tokens: TokensOption = 8192,
+    runs: RunsOption = 3,
+    threads: ThreadsOption = None,
+    fresh: FreshOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Find the fastest recipe within a quality budget and write an artifact.
+
+    Measures the model in bf16, tries uniform widths and a mixture by measured layer sensitivity, judges each
+    against the source, times what passes, and writes the best one with plan.json and report.html. Exit code
+    3: nothing met the budget.
+    """
+    from hasten.optimize.search import Effort, optimize
+
+    budget = fraction(max_ppl_increase)
+    with Ticker() as ticker:
+        result = optimize(
+            model,
+            budget,
+            goal,
+            out,
+            threads=threads,
+            text=text,
+            effort=Effort(tokens=tokens, runs=runs),
+            fresh=fresh,
+            observer=_Watcher(ticker),
+        )
+    if json:
+        emit(result.to_json())
+        return
+    _print(result)
+
+
+class _Watcher:
+    """Shows each step, and every candidate's line as soon as it is known."""
+
+    def __init__(self, ticker: Ticker) -> None:
+        self._ticker = ticker
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.candidate is not None:
+            self._ticker.line("  " + _summary(progress.candidate))
+            return
+        self._ticker.count(_subject(progress), progress.done, progress.total)
+
+
+def _subject(progress: Progress) -> str:
+    if progress.stage == "sensitivity":  # a hundred groups are one subject
+        return "layer sensitivity"
+    return f"{progress.stage}: {progress.detail}"
+
+
+def _summary(candidate: Candidate) -> str:
+    verdict, measured = candidate.verdict, candidate.measurement
+    speed = "" if measured is None else f", {measured.decode_tok_per_s.median:.1f} tok/s"
+    return (
+        f"{candidate.recipe.name}: {candidate.bits_per_weight:.2f} bits, "
+        f"perplexity {verdict.ppl_increase:+.2%}, KL {verdict.kl_mean:.4f}: {verdict.status}{speed}"
+    )
+
+
+def _print(result: OptimizeResult) -> None:
+    from rich.console import Console
+
+    screen = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    screen.print(_table(result))
+    for candidate in result.candidates:
+        mark = ">" if candidate is result.chosen else " "
+        screen.print(f"{mark} {candidate.recipe.name}: {candidate.because}", markup=False, soft_wrap=True)
+    speedup = result.speedup
+    screen.print(
+        f"\n{result.model} as {result.chosen.recipe.name}: decode {speedup.decode:.2f}x, "
+        f"prefill {speedup.prefill:.2f}x, first token {speedup.ttft:.2f}x the speed of bf16",
+        markup=False,
+        soft_wrap=True,
+    )
+    screen.print(f"written to {result.artifact} (report.html in it)", markup=False, soft_wrap=True)
+    console().print(f'try it: hasten generate {result.artifact} -p "What is a mutex?"', markup=False)
+
+
+def _table(result: OptimizeResult) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("recipe", no_wrap=True)
+    for name in ("bits", "decode tok/s", "prefill tok/s", "first token ms", "perplexity", "KL", "top-1"):
+        table.add_column(name, justify="right")
+    table.add_column("verdict")
+    start = result.baseline
+    table.add_row("bf16 (start)", "16.00", *_speeds(start.measurement), f"{start.ppl:.3f}", "", "", "")
+    for candidate in result.candidates:
+        verdict = candidate.verdict
+        table.add_row(
+            candidate.recipe.name,
+            f"{candidate.bits_per_weight:.2f}",
+            *_speeds(candidate.measurement),
+            f"{verdict.ppl_increase:+.2%}",
+            f"{verdict.kl_mean:.4f}",
+            f"{verdict.top1_agreement:.1%}",
+            "chosen" if candidate is result.chosen else verdict.status,
+            style="bold" if candidate is result.chosen else None,
+        )
+    return table
+
+
+def _speeds(measured: Any) -> tuple[str, str, str]:
+    if measured is None:
+        return ("not timed", "not timed", "not timed")
+    return (
+        f"{measured.decode_tok_per_s.median:,.1f}",
+        f"{measured.prefill_tok_per_s.median:,.0f}",
+        f"{measured.ttft_ms.median:,.0f}",
+    )
