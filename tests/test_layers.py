@@ -15,7 +15,8 @@ LAYERS = [
     {"cache"},  # below machine, which keeps the ceilings it measured
     {"machine", "speed"},
     {"models"},
-    {"compress", "runtime"},
+    {"compress"},  # below runtime, which runs what was packed
+    {"runtime"},
     {"engine"},
     {"quality", "bench"},
     {"report"},
