@@ -19,8 +19,9 @@ CPP := $(shell find native tests/native -name '*.cpp' -o -name '*.h' -o -name '*
 .PHONY: demo test lint pytest test-demo sanitize docs clean
 
 demo: $(VENV)/.demo
-	$(BIN)/hasten optimize demo --out build/demo.hasten
-	$(BIN)/hasten generate build/demo.hasten -n 96 -p "Write a Python function that reverses a string."
+	$(BIN)/hasten optimize demo --out demo.hasten
+	$(BIN)/hasten generate demo.hasten -n 96 -p "Write a Python function that reverses a string."
+	@echo "go on with: $(BIN)/hasten chat demo.hasten   (the report: demo.hasten/report.html)"
 
 test: lint pytest
 
