@@ -47,7 +47,7 @@ class Tiny:
             "num_hidden_layers": 3,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
-            "max_position_embeddings": 256,
+            "max_position_embeddings": 1024,
             "tie_word_embeddings": False,
             "bos_token_id": None,
             "eos_token_id": END,
@@ -67,14 +67,39 @@ class Tiny:
         return model.eval()
 
 
-def _tiny(name: str, model_type: str, gguf: str | None = None, seed: int = 0, **settings: Any) -> Tiny:
-    return Tiny(name, model_type, settings, gguf, seed)
+def _tiny(name: str, model_type: str, gguf: str | None = None, **settings: Any) -> Tiny:
+    return Tiny(name, model_type, settings, gguf, _SEEDS[name])
 
 
 def _rope(kind: str, **parameters: Any) -> dict[str, Any]:
     return {"rope_type": kind, "rope_theta": 10_000.0, **parameters}
 
 
+# With these seeds each greedy token of prompts()[0] wins by 0.034 of the logits' spread or more, mostly 0.05,
+# several times what rounding activations to bf16 moves them.
+_SEEDS = {
+    "llama": 102,
+    "llama-odd": 10,
+    "llama-linear": 162,
+    "llama-llama3": 16,
+    "llama-yarn": 41,
+    "llama-yarn-mscale": 15,
+    "llama-dynamic": 27,
+    "llama-wide": 33,
+    "mistral": 120,
+    "mistral-full": 56,
+    "qwen2": 86,
+    "qwen2-sliding": 20,
+    "qwen3": 238,
+    "qwen3-yarn": 100,
+    "gemma3": 74,
+    "gemma3-capped": 36,
+    "phi3": 4,
+    "phi3-sliding": 63,
+    "smollm": 27,
+    "smollm3": 56,
+    "olmo2": 112,
+}
 _LLAMA3 = {
     "factor": 4.0,
     "low_freq_factor": 1.0,
@@ -170,7 +195,7 @@ TINY: dict[str, Tiny] = {
             "smollm",
             "llama",
             "llama",
-            hidden_size=48,
+            hidden_size=96,
             num_attention_heads=3,
             num_key_value_heads=1,
             tie_word_embeddings=True,

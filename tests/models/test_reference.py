@@ -123,8 +123,9 @@ def test_int8_groups_round_within_half_a_step():
         assert ((rounded[:, first : first + 32] - group).abs() <= step * 0.5001).all()
 
 
-def test_on_input_sees_and_replaces_the_input_of_every_linear_layer(tiny_folder):
+def test_on_value_sees_and_replaces_what_an_engine_stores(tiny_folder):
     source = open_model(tiny_folder("qwen2"))
+    config = source.config
     tensors = {name: dequantize(t) for name, t in source.tensors.items()}
     seen = {}
 
@@ -133,9 +134,17 @@ def test_on_input_sees_and_replaces_the_input_of_every_linear_layer(tiny_folder)
         return x / 2 if name == "embed" else x
 
     prompt = prompts()[1]
-    halved = ReferenceDecoder(source.config, tensors, on_input=halve).logits(prompt)
-    np.testing.assert_allclose(halved * 2, ReferenceDecoder(source.config, tensors).logits(prompt), atol=1e-4)
-    assert seen == {name: (len(prompt), cols) for name, (_, cols) in source.config.linear_shapes().items()}
+    halved = ReferenceDecoder(config, tensors, on_value=halve).logits(prompt)
+    np.testing.assert_allclose(halved * 2, ReferenceDecoder(config, tensors).logits(prompt), atol=1e-4)
+    wanted = {name: (len(prompt), cols) for name, (_, cols) in config.linear_shapes().items()}
+    for layer in range(config.num_layers):
+        for name, heads in [
+            ("queries", config.num_heads),
+            ("keys", config.num_kv_heads),
+            ("values", config.num_kv_heads),
+        ]:
+            wanted[f"layers.{layer}.{name}"] = (len(prompt), heads, config.head_dim)
+    assert seen == wanted
 
 
 @pytest.mark.parametrize("tokens", [[], [-1], [263], [5, 10_000]])

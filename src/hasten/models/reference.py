@@ -21,7 +21,7 @@ from hasten.models import rope
 from hasten.models.parameters import parameter_shapes
 
 Tokens = Sequence[int] | npt.NDArray[np.integer[Any]]
-InputHook = Callable[[str, torch.Tensor], torch.Tensor]
+ValueHook = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,10 @@ class ReferenceDecoder:
     Args:
         config: the model's shape and variation points.
         tensors: canonical name -> float32 array; matrices are [rows, cols] = [outputs, inputs]. Not copied.
-        on_input: called with (canonical name, input float32 [T, cols]) before every linear layer;
-            what it returns is used instead. `int8_groups` there gives what an engine with int8 activations
-            computes; a hook that records gives calibration data.
+        on_value: called with (name, value float32) of what an engine stores in fewer bits; what it returns is
+            used instead. The input [T, cols] of every linear layer goes by the layer's canonical name, and
+            attention's are `layers.{i}.queries` [T, H, D], scaled, `.keys` and `.values` [T, K, D]. Rounding
+            there (`int8_groups`) gives what such an engine computes; recording gives calibration data.
 
     Raises:
         ModelError: a tensor is missing or has another shape than the config says.
@@ -56,10 +57,10 @@ class ReferenceDecoder:
         self,
         config: ModelConfig,
         tensors: Mapping[str, npt.NDArray[np.float32]],
-        on_input: InputHook | None = None,
+        on_value: ValueHook | None = None,
     ) -> None:
         self.config = config
-        self.on_input = on_input
+        self.on_value = on_value
         self._tensors = {
             name: torch.from_numpy(np.ascontiguousarray(t, np.float32)) for name, t in tensors.items()
         }
@@ -164,9 +165,12 @@ class ReferenceDecoder:
             q, k = self._norm(p + "q_norm", q), self._norm(p + "k_norm", k)
         if not c.rope_layers or c.rope_layers[layer]:
             q, k = rotation.apply(q), rotation.apply(k)
+        q = self._passed(p + "queries", q * c.score_scale)
+        k, v = self._passed(p + "keys", k), self._passed(p + "values", v)
         k, v = (t.repeat_interleave(c.num_heads // c.num_kv_heads, dim=1) for t in (k, v))  # [T, H, D]
-        scores = torch.einsum("thd,shd->hts", q, k) * c.score_scale
-        scores = _softcap(scores, c.attention_softcap).masked_fill(~mask, float("-inf"))
+        scores = _softcap(torch.einsum("thd,shd->hts", q, k), c.attention_softcap).masked_fill(
+            ~mask, float("-inf")
+        )
         mixed = torch.einsum("hts,shd->thd", scores.softmax(dim=-1), v)
         return self._linear(p + "o", mixed.flatten(1))
 
@@ -176,9 +180,10 @@ class ReferenceDecoder:
         return self._linear(p + "down", gate * up)
 
     def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        if self.on_input is not None:
-            x = self.on_input(name, x)
-        return F.linear(x, self._tensors[name], self._tensors.get(name + ".bias"))
+        return F.linear(self._passed(name, x), self._tensors[name], self._tensors.get(name + ".bias"))
+
+    def _passed(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        return value if self.on_value is None else self.on_value(name, value)
 
     def _norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, x.shape[-1:], self._tensors[name], self.config.norm_eps)
