@@ -87,6 +87,7 @@ struct Unpacked {
   alignas(64) uint8_t u[kDepth / 4 * 128];   // per 4 inputs: panel 0 [16][4], panel 1 [16][4]
   alignas(64) float scale[kDepth / 16 * 32];  // per step: 16 rows of panel 0, of panel 1
   alignas(64) float minimum[kDepth / 16 * 32];
+  alignas(64) float partial[kTokenBlock * 32];  // sums over the pieces of the depth so far
 };
 
 template <int BITS>
@@ -113,10 +114,11 @@ void unpack_pair(const Packed& w, int p, int panels, int k0, int depth, int step
 }
 
 struct Tile {
-  const Unpacked* w;
+  Unpacked* w;
   const QuantRows* x;
   int k0, depth, zero_shift;
-  bool first, add;  // the first piece of the depth starts from zero or adds to what `out` holds
+  bool first, last, add;  // of the pieces of the depth: sums start at zero with the first and reach `out` with the last
+  int t0;                 // first token of the block
   float* out;
   size_t ldo;
 };
@@ -127,11 +129,11 @@ void block_tile(const Tile& tile, int t) {
   const int8_t* q = x.q + static_cast<size_t>(t) * x.cols + tile.k0;
   const float* act = x.scale + static_cast<size_t>(t) * (x.cols / 32) + tile.k0 / 32;
   const int32_t* nsum = (STEP == 16 ? x.nsum16 : x.nsum) + static_cast<size_t>(t) * (x.cols / STEP) + tile.k0 / STEP;
-  float* out = tile.out + t * tile.ldo;
+  float *out = tile.out + t * tile.ldo, *partial = tile.w->partial + (t - tile.t0) * 32;
   __m512 sum[R][M];
   for (int m = 0; m < M; m++)
     for (int r = 0; r < R; r++)
-      sum[r][m] = tile.first ? _mm512_setzero_ps() : _mm512_loadu_ps(out + m * tile.ldo + 16 * r);
+      sum[r][m] = tile.first ? _mm512_setzero_ps() : _mm512_load_ps(partial + 32 * m + 16 * r);
   const __m128i shift = _mm_cvtsi32_si128(tile.zero_shift);
   for (int g = 0; g < tile.depth / STEP; g++) {
     __m512i dot[R][M];
@@ -164,7 +166,10 @@ void block_tile(const Tile& tile, int t) {
     }
   }
   for (int m = 0; m < M; m++)
-    for (int r = 0; r < R; r++) store(out + m * tile.ldo + 16 * r, sum[r][m], tile.add);
+    for (int r = 0; r < R; r++) {
+      if (tile.last) store(out + m * tile.ldo + 16 * r, sum[r][m], tile.add);
+      else _mm512_store_ps(partial + 32 * m + 16 * r, sum[r][m]);
+    }
 }
 
 template <int STEP, bool SYMMETRIC, int R>
@@ -191,8 +196,7 @@ void blocked(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* 
       for (int k0 = 0; k0 < depth; k0 += kDepth) {
         const int here = std::min(kDepth, depth - k0), t1 = std::min(m, t0 + kTokenBlock);
         unpack_pair<BITS>(w, p, panels, k0, here, STEP, unpacked);
-        const bool first = k0 == 0;
-        const Tile tile{&unpacked, &x, k0, here, BITS - 1, first, first && add, out + p * kPanelRows, ldo};
+        const Tile tile{&unpacked, &x, k0, here, BITS - 1, k0 == 0, k0 + here == depth, add, t0, out + p * kPanelRows, ldo};
         if (panels == 2) block_tiles<STEP, SYMMETRIC, 2>(tile, t0, t1);
         else block_tiles<STEP, SYMMETRIC, 1>(tile, t0, t1);
       }
