@@ -8,21 +8,17 @@
 #include <memory>
 #include <optional>
 
-#include "bind.h"
+#include "arrays.h"
 #include "threads.h"
 
 namespace hasten {
 
 namespace {
 
-using Bytes = nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Order = nb::ndarray<nb::numpy, const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Ids = nb::ndarray<nb::numpy, const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Floats = nb::ndarray<nb::numpy, float>;
-
-void require(bool ok, const std::string& what) {
-  if (!ok) throw nb::value_error(what.c_str());
-}
+using Bytes = Input<uint8_t, 1>;
+using Order = Input<int64_t, 1>;
+using Ids = Input<int32_t, 1>;
+using Floats = Owned<float>;
 
 const DtypeInfo& dtype_named(const std::string& name) {
   const DtypeInfo* info = find_dtype(name);
@@ -64,12 +60,6 @@ Packed checked_packed(const Bytes& data, int rows, int cols, const PackedFormat&
   return {format, rows, cols, data.data()};
 }
 
-Floats floats_owned(std::unique_ptr<float[]> values, std::initializer_list<size_t> shape) {
-  float* data = values.release();
-  nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<float*>(p); });
-  return Floats(data, shape, owner);
-}
-
 std::tuple<double, double> py_pack(const Bytes& data, const std::string& dtype, int rows, int cols, int bits, int group,
                                    bool symmetric, const Array<uint8_t, 1>& out, const std::optional<Order>& row_order,
                                    float offset, int threads) {
@@ -100,7 +90,7 @@ Floats py_unpack(const Bytes& data, int rows, int cols, int bits, int group, boo
       for (int row = begin; row < end; ++row) unpack_row(packed, row, out.get() + static_cast<size_t>(row) * cols);
     });
   }
-  return floats_owned(std::move(out), {static_cast<size_t>(rows), static_cast<size_t>(cols)});
+  return owned(std::move(out), {static_cast<size_t>(rows), static_cast<size_t>(cols)});
 }
 
 Floats py_unpack_rows(const Bytes& data, int rows, int cols, int bits, int group, bool symmetric, const Ids& ids) {
@@ -109,7 +99,7 @@ Floats py_unpack_rows(const Bytes& data, int rows, int cols, int bits, int group
     require(ids.data()[i] >= 0 && ids.data()[i] < rows, "row " + std::to_string(ids.data()[i]) + " is out of range");
   std::unique_ptr<float[]> out(new float[ids.size() * cols]);
   for (size_t i = 0; i < ids.size(); ++i) unpack_row(packed, ids.data()[i], out.get() + i * cols);
-  return floats_owned(std::move(out), {ids.size(), static_cast<size_t>(cols)});
+  return owned(std::move(out), {ids.size(), static_cast<size_t>(cols)});
 }
 
 Floats py_dequantize(const Bytes& data, const std::string& dtype, size_t n, int threads) {
@@ -127,7 +117,7 @@ Floats py_dequantize(const Bytes& data, const std::string& dtype, size_t n, int 
       dequantize(info.dtype, data.data() + bytes_of(info, first), last - first, out.get() + first);
     });
   }
-  return floats_owned(std::move(out), {n});
+  return owned(std::move(out), {n});
 }
 
 }  // namespace

@@ -103,7 +103,7 @@ def candidates(bits: int) -> list[np.float32]:
 
 
 def search_scale(x: np.ndarray, bits: int) -> np.ndarray:
-    """Best scale of each group by least squares, x float32 [..., group]; sums in the order of native lanes."""
+    """Best scale of each group by least squares; x float32 [..., group], summed in the native order."""
     n = 1 << (bits - 1)
     peak = np.take_along_axis(x, np.abs(x).argmax(-1)[..., None], -1)[..., 0]
     unit = np.where(np.abs(peak) < 2.0**-26, np.float32(0), reciprocal(peak))
