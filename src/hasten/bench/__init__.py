@@ -1,1 +1,1 @@
-
+"""Speed, measured: our engine and its peers side by side, each in its own process, interleaved."""

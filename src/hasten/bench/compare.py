@@ -1,0 +1,209 @@
+"""Our engine and its peers, interleaved: one comparison, start to end."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from hasten.bench import workloads
+from hasten.bench.ceilings import Cost
+from hasten.bench.measure import measurement_of, with_ceilings
+from hasten.bench.peers import EngineSpec, Peer
+from hasten.bench.process import WorkerProcess
+from hasten.bench.sample import Sample
+from hasten.bench.stats import Ratio, paired_ratio
+from hasten.core import Machine, Measurement, Workload
+from hasten.errors import HastenError, PeerError
+
+PREPARE_LIMIT_S = 7200.0
+LOAD_LIMIT_S = 1200.0
+SHORT_LIMIT_S = 300.0
+SLOWEST_TOK_PER_S = 0.2
+"""A run slower than this counts as hung."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An engine that takes part."""
+
+    spec: EngineSpec
+    peer: Peer | None = None  # None: ours
+    python: str | None = None  # None: this one
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One contender's figures."""
+
+    name: str
+    measurement: Measurement
+    samples: tuple[Sample, ...]
+    notes: str
+    continuation: str  # text of the first run's first sequence: is it sane?
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison gave. `failed` names the peers that did not finish and why."""
+
+    model: str
+    subject: Outcome
+    peers: dict[str, Outcome]
+    ratios: dict[str, dict[str, Ratio]]  # peer -> "decode", "prefill" -> ours over theirs
+    failed: dict[str, HastenError]
+
+
+@dataclass
+class _Seat:
+    """A contender at the table: its process and what it gave so far."""
+
+    contender: Contender
+    process: WorkerProcess
+    about: dict[str, Any]
+    samples: list[Sample] = field(default_factory=list)
+    peak_rss_bytes: int | None = None
+
+
+def compare(
+    contenders: Sequence[Contender],
+    workload: Workload,
+    runs: int,
+    *,
+    machine: Machine | None = None,
+    say: Say = lambda _: None,
+) -> Comparison:
+    """Measure all contenders in turn, `runs` rounds after one warm-up; the first one is ours.
+
+    Round r begins with contender r mod n, so that no engine always comes after the same one. Every round has
+    prompts of its own, the same ids for all. A peer that fails leaves the table; the others go on.
+
+    Raises:
+        HastenError: our own engine failed, or a peer is not installed.
+    """
+    workloads.check(workload)
+    failed: dict[str, HastenError] = {}
+    with ExitStack() as stack:
+        prepared = _prepare_all(contenders, failed, say)
+        seats = _seat_all(contenders, prepared, stack, failed, say)
+        subject = seats[0]
+        text = subject.process.ask("encode", SHORT_LIMIT_S, text=workloads.default_text())
+        ring = workloads.PromptRing(text)
+        for number in range(runs + 1):
+            turn = number % len(seats)
+            say("warm-up" if number == 0 else f"round {number} of {runs}")
+            for seat in seats[turn:] + seats[:turn]:
+                _take_turn(seat, ring.round(number, workload), workload, number > 0, failed)
+            seats = [seat for seat in seats if seat.contender.spec.name not in failed]
+        cost = Cost(**subject.process.ask("cost", SHORT_LIMIT_S, workload=dataclasses.asdict(workload)))
+        outcomes = {seat.contender.spec.name: _outcome(seat, workload, subject) for seat in seats}
+    name = subject.contender.spec.name
+    ours = outcomes.pop(name)
+    if machine is not None:
+        ours = dataclasses.replace(ours, measurement=with_ceilings(ours.measurement, cost, machine))
+    ratios = {peer: _ratios(ours, theirs) for peer, theirs in outcomes.items()}
+    return Comparison(subject.about["model"], ours, outcomes, ratios, failed)
+
+
+def _prepare_all(contenders: Sequence[Contender], failed: dict[str, HastenError], say: Say) -> dict[str, str]:
+    """What each engine needs on disk, in processes of their own: their memory is no part of a peak."""
+    prepared: dict[str, str] = {}
+    for contender in contenders:
+        spec = contender.spec
+        with WorkerProcess(spec.name, contender.python) as process:
+            _check_installed(contender, process)
+            say(f"{spec.name}: preparing (the first time may take minutes)")
+            with _noting(contender, failed):
+                arguments = {"spec": dataclasses.asdict(spec)}
+                prepared[spec.name] = process.ask("prepare", PREPARE_LIMIT_S, **arguments)
+    return prepared
+
+
+def _check_installed(contender: Contender, process: WorkerProcess) -> None:
+    peer = contender.peer
+    if peer is None:
+        return
+    missing = process.ask("check", SHORT_LIMIT_S, requires=list(peer.requires))
+    if missing:
+        raise PeerError(
+            f"{contender.spec.name} is not installed: no module {missing[0]!r}",
+            hint=peer.install_command(contender.python or "python"),
+        )
+
+
+def _seat_all(
+    contenders: Sequence[Contender],
+    prepared: dict[str, str],
+    stack: ExitStack,
+    failed: dict[str, HastenError],
+    say: Say,
+) -> list[_Seat]:
+    seats: list[_Seat] = []
+    for contender in contenders:
+        spec = contender.spec
+        if spec.name in failed:
+            continue
+        say(f"{spec.name}: loading")
+        process = stack.enter_context(WorkerProcess(spec.name, contender.python))
+        with _noting(contender, failed):
+            arguments = {"spec": dataclasses.asdict(spec), "prepared": prepared[spec.name]}
+            about = process.ask("load", LOAD_LIMIT_S, **arguments)
+            process.pause()
+            seats.append(_Seat(contender, process, about))
+    return seats
+
+
+def _take_turn(
+    seat: _Seat, prompts: list[list[int]], workload: Workload, counts: bool, failed: dict[str, HastenError]
+) -> None:
+    tokens = workload.batch * (workload.prompt + workload.output)
+    limit_s = 60 + tokens / SLOWEST_TOK_PER_S
+    with _noting(seat.contender, failed):
+        sample = Sample.from_json(seat.process.ask("run", limit_s, prompts=prompts, output=workload.output))
+        if counts:
+            seat.samples.append(sample)
+        seat.peak_rss_bytes = seat.process.ask("peak_rss", SHORT_LIMIT_S)
+        seat.process.pause()
+
+
+@contextmanager
+def _noting(contender: Contender, failed: dict[str, HastenError]) -> Iterator[None]:
+    """A peer's error is noted in `failed` and goes no further; our own engine's does."""
+    try:
+        yield
+    except HastenError as error:
+        if contender.peer is None:
+            raise
+        failed[contender.spec.name] = error
+
+
+def _outcome(seat: _Seat, workload: Workload, subject: _Seat) -> Outcome:
+    spec, about = seat.contender.spec, seat.about
+    measurement = measurement_of(
+        seat.samples,
+        workload,
+        engine="hasten" if seat.contender.peer is None else spec.name.partition(":")[0],
+        version=about["version"],
+        form=about["format"],
+        weight_bytes=about["weight_bytes"],
+        threads=spec.threads,
+        peak_rss_bytes=seat.peak_rss_bytes,
+    )
+    ids = list(seat.samples[0].ids[0])
+    text = subject.process.ask("decode", SHORT_LIMIT_S, ids=ids)
+    return Outcome(spec.name, measurement, tuple(seat.samples), about["notes"], text)
+
+
+def _ratios(ours: Outcome, theirs: Outcome) -> dict[str, Ratio]:
+    return {
+        "decode": paired_ratio(
+            [s.decode_tok_per_s for s in ours.samples], [s.decode_tok_per_s for s in theirs.samples]
+        ),
+        "prefill": paired_ratio(
+            [s.prefill_tok_per_s for s in ours.samples], [s.prefill_tok_per_s for s in theirs.samples]
+        ),
+    }

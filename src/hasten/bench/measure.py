@@ -1,0 +1,124 @@
+"""Our engine timed in this process, and the figures every engine's runs are boiled down to.
+
+How each figure is defined, for every engine alike:
+
+    ttft_ms             prompt ids in to first token out; a batch: until every sequence has its first
+    prefill_tok_per_s   prompt tokens of all sequences / ttft; every prompt is new, no prefix is reused
+    decode_tok_per_s    tokens after that moment, of all sequences, / time until the last of them;
+                        for one sequence: (output - 1) / (first token to last)
+    tpot_ms             that time / tokens a sequence
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from hasten.bench import workloads
+from hasten.bench.ceilings import Cost, cost_of
+from hasten.bench.memory import peak_rss_bytes
+from hasten.bench.sample import Sample, TokenClock
+from hasten.bench.stats import stat
+from hasten.core import Machine, Measurement, Workload
+
+if TYPE_CHECKING:
+    from hasten.engine.model import LanguageModel
+
+
+def measure_model(
+    model: LanguageModel, workload: Workload, runs: int = 5, *, machine: Machine | None = None, first: int = 0
+) -> Measurement:
+    """Time a loaded model alone: one warm-up and `runs` runs, each on a prompt of its own.
+
+    Args:
+        workload: lengths in tokens and the number of sequences run together. machine: with measured
+        ceilings, to fill `fraction_of_read_ceiling` and `fraction_of_int8_ceiling`; without
+            it they are None.
+        first: number of the first prompt; give another one to measure a model twice.
+    Raises:
+        UsageError: a workload or a number of runs that cannot be measured.
+    """
+    import hasten
+
+    workloads.check(workload)
+    ids = model.tokenizer.encode(workloads.default_text(), add_special=False)
+    ring = workloads.PromptRing(ids)
+    samples = [run_once(model, ring.round(first + i, workload), workload.output) for i in range(runs + 1)]
+    measurement = measurement_of(
+        samples[1:],
+        workload,
+        engine="hasten",
+        version=hasten.__version__,
+        form=model.recipe.name,
+        weight_bytes=model.weight_bytes,
+        threads=model.threads,
+        peak_rss_bytes=peak_rss_bytes(),
+    )
+    return (
+        measurement if machine is None else with_ceilings(measurement, model_cost(model, workload), machine)
+    )
+
+
+def run_once(model: LanguageModel, prompts: list[list[int]], output: int) -> Sample:
+    """One timed run of all prompts together, greedy, not stopping at the end token."""
+    from hasten.engine.sampling import SamplingOptions
+
+    options = SamplingOptions(temperature=0.0, ignore_eos=True)
+    clock = TokenClock(prompts)
+    if len(prompts) == 1:
+        for token in model.stream(prompts[0], output, options):
+            clock.push(0, token)
+    else:
+        for sequence, token in model.stream_batch(prompts, output, options):
+            clock.push(sequence, token)
+    return clock.finish()
+
+
+def model_cost(model: LanguageModel, workload: Workload) -> Cost:
+    """What the workload asks of the machine with this model in its recipe."""
+    config = model.config
+    # int8 keys and values carry one fp16 scale a head and token
+    value_bytes = 2.0 if model.recipe.kv == "bf16" else 1.0 + 2.0 / config.head_dim
+    return cost_of(config, model.weight_bytes, value_bytes, model.bits_per_weight, workload)
+
+
+def measurement_of(
+    samples: Sequence[Sample],
+    workload: Workload,
+    *,
+    engine: str,
+    version: str,
+    form: str,
+    weight_bytes: int | None,
+    threads: int,
+    peak_rss_bytes: int | None,
+) -> Measurement:
+    """The medians of an engine's runs.
+
+    Raises:
+        UsageError: there is no run.
+    """
+    return Measurement(
+        engine=engine,
+        version=version,
+        format=form,
+        weight_bytes=weight_bytes,
+        prefill_tok_per_s=stat([s.prefill_tok_per_s for s in samples]),
+        decode_tok_per_s=stat([s.decode_tok_per_s for s in samples]),
+        ttft_ms=stat([1000 * s.ttft_s for s in samples]),
+        tpot_ms=stat([s.tpot_ms for s in samples]),
+        peak_rss_bytes=peak_rss_bytes,
+        workload=workload,
+        threads=threads,
+    )
+
+
+def with_ceilings(measurement: Measurement, cost: Cost, machine: Machine) -> Measurement:
+    """The measurement with its fractions of the machine's ceilings (formulas: `hasten.bench.ceilings`)."""
+    workload = measurement.workload
+    return dataclasses.replace(
+        measurement,
+        fraction_of_read_ceiling=cost.read_fraction(measurement.decode_tok_per_s.median, workload, machine),
+        fraction_of_int8_ceiling=cost.int8_fraction(measurement.prefill_tok_per_s.median, workload, machine),
+    )
