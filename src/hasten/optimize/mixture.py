@@ -83,10 +83,10 @@ def fit_mixture(
         candidate = attempt(recipe)
         tried.append(candidate)
         point = Point(limit, reach(candidate, tokens))
-        if candidate.passes:
+        if not candidate.passes:
+            above = point if above is None or point.harm < above.harm else above
+        elif point.harm > below.harm:
             below = point
-        else:
-            above = point
         if candidate.passes and point.reach >= _GOOD_ENOUGH * budget.max_ppl_increase:
             break
         limit = _next_limit(below, above, budget)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import get_args
@@ -190,7 +190,10 @@ class Search:
         else:
             measured = draw(self.workshop, groups(self.workshop.config), harms)
         tokens = max((c.verdict.tokens for c in judged), default=self.effort.tokens)
-        return measured, fit_mixture(measured, judged, self.budget, self.trials.attempt, tokens)
+        mixture = fit_mixture(measured, judged, self.budget, self.trials.judge, tokens)
+        if mixture is not None and mixture.passes:
+            mixture = replace(mixture, measurement=self.trials.attempt(mixture.recipe).measurement)
+        return measured, mixture
 
     def _estimate(self, chosen: Candidate) -> Estimate | None:
         """What the speed model says of the chosen recipe, to be held against the measurement."""

@@ -36,6 +36,13 @@ class Trials:
         self.observer(Progress("recipes", recipe.name, candidate=candidate))
         return candidate
 
+    def judge(self, recipe: Recipe) -> Candidate:
+        """Judged, not timed."""
+        with _Lazily(self.workshop, recipe) as model:
+            candidate = self._judged(recipe, model)
+        self.observer(Progress("recipes", recipe.name, candidate=candidate))
+        return candidate
+
     def measured(self, recipe: Recipe, model: Callable[[], Built]) -> Measurement:
         """Speed of a recipe on the workload."""
         key = {"recipe": recipe, "workload": self.workload, "runs": self.runs}

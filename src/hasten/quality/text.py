@@ -56,17 +56,31 @@ class Window:
 
 
 def default_text() -> Text:
-    """Topics of `pydoc_data.topics` in alphabetical order, every fifth one for calibration."""
+    """Topics of `pydoc_data.topics` in alphabetical order, every fifth one for calibration.
+
+    Topics quote one another: a paragraph counts where it comes first, so that no topic repeats another's.
+    """
     from pydoc_data.topics import topics
 
-    names = sorted(topics)
-    held_out = names[::_CALIBRATION_EVERY]
-    judged = [name for name in names if name not in set(held_out)]
-    return Text(
-        name="pydoc_data.topics",
-        calibration="\n\n".join(topics[name].strip() for name in held_out),
-        evaluation="\n\n".join(topics[name].strip() for name in judged),
-    )
+    seen: set[str] = set()
+    parts: tuple[list[str], list[str]] = ([], [])
+    for number, name in enumerate(sorted(topics)):
+        own = _unseen(topics[name], seen)
+        if own:
+            parts[number % _CALIBRATION_EVERY == 0].append(own)
+    evaluation, calibration = ("\n\n".join(part) for part in parts)
+    return Text(name="pydoc_data.topics", calibration=calibration, evaluation=evaluation)
+
+
+def _unseen(topic: str, seen: set[str]) -> str:
+    """The paragraphs of a topic that came in none before; indentation and line breaks do not count."""
+    own = []
+    for paragraph in topic.strip().split("\n\n"):
+        words = " ".join(paragraph.split())
+        if words not in seen:
+            own.append(paragraph)
+            seen.add(words)
+    return "\n\n".join(own)
 
 
 def text_from_file(path: str | Path) -> Text:

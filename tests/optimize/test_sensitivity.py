@@ -1,0 +1,105 @@
+"""The sensitivity map, on the model of NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fakes import CONFIG, FakeWorkshop
+from hasten.core import Layout, Recipe
+from hasten.optimize.progress import Progress, silent
+from hasten.optimize.sensitivity import base_recipe, draw, measure_sensitivity
+from hasten.optimize.space import MENU, groups, layout_bytes, uniform
+from hasten.quality.divergence import Reference
+from hasten.quality.text import windows
+
+
+@pytest.fixture
+def workshop() -> FakeWorkshop:
+    return FakeWorkshop()
+
+
+def test_groups_cover_every_linear_layer_once() -> None:
+    names = [name for group in groups(CONFIG) for name in group.tensors]
+    assert sorted(names) == sorted(CONFIG.linear_shapes())
+    assert len(groups(CONFIG)) == 4 * CONFIG.num_layers + 1
+
+
+def test_harm_is_the_divergence_of_one_group_alone(workshop: FakeWorkshop) -> None:
+    text = workshop.text()
+    source = workshop.build(Recipe.parse("bf16"))
+    found = measure_sensitivity(workshop, source, text, seconds=60, observer=silent)
+    cut = windows(text.calibration, workshop.tokenizer(), tokens=512, length=256)
+
+    def kl(recipe: Recipe) -> float:
+        model = workshop.build(recipe)
+        return float(np.mean([Reference(source, cut).compare(model, i).kl.mean() for i in range(len(cut))]))
+
+    base = base_recipe(workshop.kept())
+    start = kl(base)
+    for s in found:
+        if s.group.name in ("layers.1.down", "head", "layers.0.qkv"):
+            layers = {**base.layers, **dict.fromkeys(s.group.tensors, Layout(4))}
+            alone = kl(Recipe("one", layers=layers)) - start
+            assert s.harm == pytest.approx(alone, rel=1e-4), s.group.name
+
+
+def test_other_widths_follow_the_rounding_error(workshop: FakeWorkshop) -> None:
+    found = draw(workshop, groups(CONFIG), [0.01] * 9)
+    for s in found:
+        harms = [s.harm_of(layout) for layout in MENU]
+        assert harms[0] == pytest.approx(0.01)
+        assert harms == sorted(harms, reverse=True)  # type: ignore[type-var]
+        assert harms[2] / harms[0] == pytest.approx(0.22, abs=0.06)  # type: ignore[operator]  (7 / 15)^2
+        assert s.harm_of(None) == 0.0
+        assert s.harm_of(Layout(4, group=128)) is None
+
+
+def test_predicted_sums_are_near_what_whole_recipes_do(workshop: FakeWorkshop) -> None:
+    text = workshop.text()
+    source = workshop.build(Recipe.parse("bf16"))
+    found = measure_sensitivity(workshop, source, text, seconds=60, observer=silent)
+    cut = windows(text.evaluation, workshop.tokenizer(), tokens=2048)
+    reference = Reference(source, cut)
+    for name, layout in (("w4", Layout(4)), ("w5", Layout(5))):
+        model = workshop.build(Recipe.parse(name))
+        kl = np.mean([reference.compare(model, i).kl.mean() for i in range(len(cut))])
+        assert sum(s.harm_of(layout) or 0.0 for s in found) == pytest.approx(kl, rel=0.5)
+
+
+def test_noise_is_raised_to_a_floor(workshop: FakeWorkshop) -> None:
+    found = draw(workshop, groups(CONFIG), [-0.001, 0.0, 0.01, 0.02, 0.03, 0.01, 0.01, 0.01, 0.01])
+    assert found[0].harm == found[1].harm == pytest.approx(0.001)
+    assert found[4].harm == 0.03
+
+
+def test_what_is_narrow_already_is_not_measured() -> None:
+    workshop = FakeWorkshop(kept_bits=4)
+    seen: list[Progress] = []
+    found = measure_sensitivity(
+        workshop, workshop.build(Recipe.parse("bf16")), workshop.text(), seconds=60, observer=seen.append
+    )
+    assert all(s.harm == 0.0 for s in found)
+    assert len(seen) == len(found) + 1
+
+
+def test_a_slow_machine_reads_fewer_tokens(workshop: FakeWorkshop) -> None:
+    source = workshop.build(Recipe.parse("bf16"))
+    lengths: list[int] = []
+    hidden = source.hidden
+    source.hidden = lambda tokens: (lengths.append(tokens.size), hidden(tokens))[1]  # type: ignore[method-assign]
+    measure_sensitivity(workshop, source, workshop.text(), seconds=1e-6, observer=silent)
+    assert lengths == [256, 256, 64]
+
+
+def test_bytes_are_those_of_the_native_packer() -> None:
+    from hasten.compress.pack import packed_bytes
+
+    for shape in ((16, 32), (17, 33), (896, 4864), (151_936, 896)):
+        for layout in (*MENU, Layout(16), Layout(6, group=16), Layout(4, group=128)):
+            assert layout_bytes(shape, layout) == packed_bytes(*shape, layout), (shape, layout)
+
+
+def test_uniform_recipes() -> None:
+    assert [r.name for r in uniform(16.0)] == ["w8", "w6", "w5", "w5-head8", "w4-head8", "w4"]
+    assert "source" in [r.name for r in uniform(8.5)]
