@@ -90,31 +90,36 @@ void Sampler::collect_from(const float* logits, int vocab, float floor) {
     if (weights_[i] >= floor) kept_.push_back({logits[i], i, weights_[i]});
 }
 
-// Keeps the shortest run of likeliest candidates whose weights reach `mass`, sorting piece by piece until it is
-// reached.
+// Keeps the shortest run of likeliest candidates whose weights reach `mass`: quickselect by weight, O(candidates).
 void Sampler::cut_top_p(double mass) {
-  double sum = 0.0;
-  size_t piece = 128;
-  for (size_t begin = 0; begin < kept_.size(); begin += piece, piece *= 2) {
-    const auto first = kept_.begin() + begin;
-    const auto last = kept_.begin() + std::min(begin + piece, kept_.size());
-    std::partial_sort(first, last, kept_.end(), likelier);
-    for (auto at = first; at != last; ++at) {
-      sum += at->weight;
-      if (sum < mass) continue;
-      kept_.erase(at + 1, kept_.end());
-      return;
+  ranked_ = kept_;
+  double before = 0.0;  // weight of what is likelier than ranked_[low]
+  size_t low = 0, high = ranked_.size();
+  while (high - low > 32) {
+    const size_t middle = low + (high - low) / 2;
+    std::nth_element(ranked_.begin() + low, ranked_.begin() + middle, ranked_.begin() + high, likelier);
+    double left = 0.0;
+    for (size_t i = low; i < middle; ++i) left += ranked_[i].weight;
+    if (before + left >= mass) {
+      high = middle;
+    } else {
+      before += left;
+      low = middle;
     }
   }
+  std::sort(ranked_.begin() + low, ranked_.begin() + high, likelier);
+  size_t last = low;
+  while (last + 1 < high && (before += ranked_[last].weight) < mass) ++last;
+  const Candidate least = ranked_[last];
+  std::erase_if(kept_, [&](const Candidate& c) { return likelier(least, c); });
 }
 
 void Sampler::cut_min_p(float min_p) {
   std::erase_if(kept_, [&](const Candidate& c) { return c.weight < min_p; });
 }
 
-// By order of id, so that the draw does not depend on how the candidates were found.
-int Sampler::draw(double uniform) {
-  std::sort(kept_.begin(), kept_.end(), [](const Candidate& a, const Candidate& b) { return a.id < b.id; });
+// kept_ is in order of id, so that the draw does not depend on how the candidates were found.
+int Sampler::draw(double uniform) const {
   double total = 0.0, sum = 0.0;
   for (const Candidate& c : kept_) total += c.weight;
   int last = kNoToken;

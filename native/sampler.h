@@ -25,8 +25,7 @@ constexpr int kNoToken = -1;  // a logit is NaN, or none is above minus infinity
 // Holds scratch between calls; one for each thread.
 class Sampler {
  public:
-  // O(V) for greedy and for plain temperature; otherwise only what may be kept is sorted. Of equal logits at a cut the
-  // lower ids stay.
+  // O(V); what may be kept is looked at again. Of equal logits at a cut the lower ids stay.
   int operator()(const float* logits, int vocab, const SamplerOptions& options, int64_t position);
 
  private:
@@ -42,10 +41,11 @@ class Sampler {
   void collect_from(const float* logits, int vocab, float floor);
   void cut_top_p(double mass);
   void cut_min_p(float min_p);
-  int draw(double uniform);
+  int draw(double uniform) const;
 
-  std::vector<float> weights_;  // [V], padded to whole lanes
-  std::vector<Candidate> kept_;
+  std::vector<float> weights_;   // [V], padded to whole lanes
+  std::vector<Candidate> kept_;  // in order of id once weighed
+  std::vector<Candidate> ranked_;
 };
 
 }  // namespace hasten
