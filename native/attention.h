@@ -13,6 +13,7 @@ struct Span {
   int count;
   int past;
   const int32_t* pages;  // page table; covers past + count tokens
+  bool is_long = false;  // LongRoPE: the sequence is rotated by the long factors, its cached keys too
 };
 
 struct AttentionCall {

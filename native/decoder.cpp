@@ -80,7 +80,7 @@ void Decoder::angles(const std::vector<Span>& spans) {
     into.cos.resize(n * half);
     into.sin.resize(n * half);
     for (const Span& span : spans) {
-      const bool is_long = scaled && config_.rope_long_threshold > 0 && span.past + span.count > config_.rope_long_threshold;
+      const bool is_long = scaled && span.is_long;
       const std::vector<double>& frequency = is_long ? config_.rope_long : normal;
       const float scale = !scaled ? 1.0f : is_long ? config_.rope_long_scale : config_.rope_scale;
       pool().split(threads_, span.count, 16, [&](int begin, int end, int) {

@@ -19,10 +19,9 @@ struct DecoderConfig {
   float score_scale = 1, attention_softcap = 0, logit_softcap = 0, embed_scale = 1;
   int window = 0;                     // of sliding layers
   std::vector<uint8_t> sliding, rope;  // one flag a layer
-  // Rotary frequencies in radians a token, [rotary_dim / 2]; `local` for sliding layers, `long` past a sequence length.
+  // Rotary frequencies in radians a token, [rotary_dim / 2]; `local` for sliding layers, `long` for spans that say so.
   std::vector<double> rope_global, rope_local, rope_long;
   float rope_scale = 1, rope_long_scale = 1;
-  int rope_long_threshold = 0;  // tokens; 0 = never
 };
 
 struct Layer {

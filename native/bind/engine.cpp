@@ -41,7 +41,6 @@ DecoderConfig read_config(const nb::dict& d) {
   c.rope_long = nb::cast<std::vector<double>>(d["rope_long"]);
   c.rope_scale = static_cast<float>(number("rope_scale"));
   c.rope_long_scale = static_cast<float>(number("rope_long_scale"));
-  c.rope_long_threshold = integer("rope_long_threshold");
   require(c.heads % c.kv_heads == 0, "heads must be a multiple of kv_heads");
   require(c.head_dim <= 1024, "head_dim must be at most 1024");
   require(static_cast<int>(c.sliding.size()) == c.layers && static_cast<int>(c.rope.size()) == c.layers, "one flag a layer");
@@ -68,9 +67,10 @@ class PyDecoder {
 
   nb::ndarray<nb::numpy, float, nb::ndim<2>> step(Array<const int32_t, 1> tokens, Array<const int32_t, 1> counts,
                                                   Array<const int32_t, 1> pasts, Array<const int32_t, 2> tables,
-                                                  Array<const int32_t, 1> rows) {
+                                                  Array<const uint8_t, 1> longs, Array<const int32_t, 1> rows) {
     const int n = static_cast<int>(tokens.size()), hidden = decoder_.config().hidden_size;
-    require(counts.size() == pasts.size() && counts.size() == tables.shape(0), "counts, pasts and page tables differ in length");
+    require(counts.size() == pasts.size() && counts.size() == tables.shape(0) && counts.size() == longs.size(),
+            "counts, pasts, page tables and flags differ in length");
     for (int i = 0; i < n; i++)
       require(tokens.data()[i] >= 0 && tokens.data()[i] < decoder_.config().vocab_size, "a token id is not in the vocabulary");
     std::vector<Span> spans;
@@ -82,7 +82,9 @@ class PyDecoder {
       const size_t used = (past + count + kPageTokens - 1) / kPageTokens;
       require(used <= tables.shape(1), "a page table is too short");
       for (size_t p = 0; p < used; p++) require(pages[p] >= 0 && pages[p] < decoder_.cache().pages(), "a page is not in the cache");
-      spans.push_back({first, count, past, pages});
+      const bool is_long = longs.data()[i] != 0;
+      require(!is_long || decoder_.config().rope_long.size() == decoder_.config().rope_global.size(), "no long rotary frequencies");
+      spans.push_back({first, count, past, pages, is_long});
       first += count;
     }
     require(first == n, "counts do not add up to the tokens");
@@ -173,8 +175,8 @@ void bind_engine(nb::module_& m) {
            nb::arg("bits"), nb::arg("group"), nb::arg("symmetric"))
       .def("set_vector", &PyDecoder::set_vector, nb::arg("name"), nb::arg("values").noconvert())
       .def("check", &PyDecoder::check)
-      .def("step", &PyDecoder::step, nb::arg("tokens"), nb::arg("counts"), nb::arg("pasts"), nb::arg("tables"), nb::arg("rows"),
-           "Packed tokens of many sequences through all layers -> hidden states [rows, E] after the final norm.")
+      .def("step", &PyDecoder::step, nb::arg("tokens"), nb::arg("counts"), nb::arg("pasts"), nb::arg("tables"), nb::arg("longs"),
+           nb::arg("rows"), "Packed tokens of many sequences through all layers -> hidden states [rows, E] after the final norm.")
       .def("head", &PyDecoder::head, nb::arg("hidden").noconvert(), "Hidden states [R, E] -> logits [R, V].")
       .def("copy_page", &PyDecoder::copy_page, nb::arg("source"), nb::arg("target"))
       .def_prop_ro("page_bytes", &PyDecoder::page_bytes)

@@ -27,6 +27,7 @@ BF16_FROM_TWIN = 0.015  # seen: 0.003 to 0.010
 INT8_FROM_TWIN = (
     0.05  # seen: 0.020 to 0.037: int8 roundings fall the other way where bf16 moves a value a little
 )
+NEAR_TIE = 0.1  # of the spread: two logits that bf16 may turn
 GREEDY = SamplingOptions(ignore_eos=True)
 # one model for each way of going through the decoder
 KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gemma3-capped", "phi3", "smollm3", "olmo2"]
@@ -54,7 +55,7 @@ def fitting(source: Source, *, room: int = 0) -> list[list[int]]:
 
 
 def twin(packed: PackedModel, rounds: bool = True) -> ReferenceDecoder:
-    """The reference on the packed weights, rounding as the engine does: int8 into integer layers, else bf16."""
+    """The reference on the packed weights, rounding as the engine does: int8 or bf16."""
     tensors = dict(packed.vectors)
     for name, linear in packed.linears.items():
         layout = linear.layout
@@ -101,9 +102,10 @@ def test_ragged_batch_gives_each_prompt_its_own_tokens(name, tiny_model, tiny_fo
         assert together == [list(engine.stream(prompt, 32, GREEDY)) for prompt in batch]
     for prompt, tokens in zip(batch, together, strict=True):
         assert len(tokens) == min(32, source.config.context_length - len(prompt))
-        wanted = logits(tiny_model(name), [*prompt, *tokens])[len(prompt) - 1 : -1]
+        model = tiny_model(name)  # each token by itself: longrope turns on the length so far
+        wanted = np.stack([logits(model, [*prompt, *tokens[:i]])[-1] for i in range(len(tokens))])
         lost = wanted.max(axis=1) - wanted[np.arange(len(tokens)), tokens]
-        assert lost.max() < 0.06 * wanted.std()
+        assert lost.max() < NEAR_TIE * wanted.std()
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -215,7 +217,7 @@ def test_longrope_changes_factors_where_transformers_does(chunk, tiny_model, tin
             tokens = list(engine.stream(prompt, 32, GREEDY))
             for ids, token in ((prompt + tokens[:i], tokens[i]) for i in (0, 10, 13, 14, 20, 31)):
                 wanted = logits(model, ids)[-1]
-                assert wanted.max() - wanted[token] < 0.06 * wanted.std()
+                assert wanted.max() - wanted[token] < NEAR_TIE * wanted.std()
 
 
 def test_a_session_that_falls_back_below_the_longrope_threshold(tiny_folder):

@@ -183,6 +183,7 @@ class LanguageModel:
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: SamplingOptions
     ) -> Iterator[tuple[int, int]]:
         running = {which: CachedSequence() for which in range(len(prompts))}
+        texts = [list(prompt) for prompt in prompts]
         left = {which: min(max_new_tokens, self.context - len(prompts[which])) for which in running}
         eos = frozenset() if sampling.ignore_eos else frozenset(self.tokenizer.eos_ids)
         try:
@@ -194,15 +195,27 @@ class LanguageModel:
                 new = dict(zip(running, sample(self.executor.head(hidden), sampling, positions), strict=True))
                 for which, token in new.items():
                     left[which] -= 1
+                    texts[which].append(token)
                     if token in eos or left[which] == 0:
                         self.executor.truncate(running.pop(which), 0)
                     yield which, token
                 if running:
-                    batch = [(sequence, [new[which]]) for which, sequence in running.items()]
-                    hidden = self.executor.step(batch, range(len(batch)))
+                    hidden = self._advance(running, texts)
         finally:
             for sequence in running.values():
                 self.executor.truncate(sequence, 0)
+
+    def _advance(self, running: dict[int, CachedSequence], texts: Sequence[list[int]]) -> Floats:
+        """One more token of each running sequence: float32 [R, E]. LongRoPE may need one computed anew."""
+        rows: dict[int, Floats] = {}
+        for which, sequence in running.items():
+            if self.executor.outgrows(sequence, len(texts[which])):
+                self.executor.truncate(sequence, 0)
+                rows[which] = self.executor.prefill(sequence, texts[which])[0]
+        batch = {i: (sequence, texts[i][-1:]) for i, sequence in running.items() if i not in rows}
+        if batch:
+            rows |= zip(batch, self.executor.step(list(batch.values()), range(len(batch))), strict=True)
+        return np.stack([rows[which] for which in running])
 
     def hidden(self, tokens: Sequence[int] | npt.NDArray[np.int32]) -> Floats:
         """Hidden states of every token of a text read from an empty cache.
@@ -217,6 +230,7 @@ class LanguageModel:
             UsageError: more tokens than the context, or an id outside the vocabulary.
         """
         sequence = CachedSequence()
+        self.executor.expect(sequence, len(tokens))
         chunk = self.executor.chunk
         try:
             parts = [

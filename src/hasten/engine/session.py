@@ -81,6 +81,9 @@ class Session:
             new = [token]
 
     def _next(self, new: list[int], sampling: SamplingOptions) -> int:
+        if self._executor.outgrows(self._sequence, len(self._tokens) + len(new)):
+            new = [*self._tokens, *new]
+            self.truncate(0)
         try:
             hidden = self._executor.prefill(self._sequence, new)
         finally:  # Ctrl-C may come between chunks: what was computed is kept, and known

@@ -46,7 +46,6 @@ def decoder_config(config: ModelConfig) -> dict[str, Any]:
         "rope_long": none if rope.long_inv_freq is None else rope.long_inv_freq.tolist(),
         "rope_scale": rope.global_scale,
         "rope_long_scale": rope.long_scale,
-        "rope_long_threshold": rope.long_threshold or 0,
     }
 
 
@@ -68,6 +67,7 @@ class CpuExecutor:
         self.threads = _threads(options.threads)
         self.context = _context(options.context, config)
         self.chunk = max(1, options.prefill_chunk)
+        self._long_threshold = tables(config).long_threshold
         self.page_tokens: int = _native.PAGE_TOKENS
         pages = -(-self.context // self.page_tokens) * options.max_sequences
         try:
@@ -111,15 +111,32 @@ class CpuExecutor:
         self._check(tokens, batch)
         for sequence, ids in batch:
             self._pool.grow(sequence, sequence.length + len(ids))
-        tables = np.zeros((len(batch), max(len(sequence.pages) for sequence, _ in batch)), np.int32)
-        for row, (sequence, _) in zip(tables, batch, strict=True):
+        table = np.zeros((len(batch), max(len(sequence.pages) for sequence, _ in batch)), np.int32)
+        for row, (sequence, ids) in zip(table, batch, strict=True):
+            self.expect(sequence, len(ids))
             row[: len(sequence.pages)] = sequence.pages
         counts = np.array([len(ids) for _, ids in batch], np.int32)
         pasts = np.array([sequence.length for sequence, _ in batch], np.int32)
-        hidden: Floats = self._decoder.step(tokens, counts, pasts, tables, np.asarray(rows, np.int32))
+        longs = np.array([sequence.is_long for sequence, _ in batch], np.uint8)
+        hidden: Floats = self._decoder.step(tokens, counts, pasts, table, longs, np.asarray(rows, np.int32))
         for sequence, ids in batch:
             sequence.length += len(ids)
         return hidden
+
+    def expect(self, sequence: Sequence, length: int) -> None:
+        """Say how many tokens an empty sequence is about to get, in any number of steps, for LongRoPE."""
+        if sequence.length == 0:
+            sequence.is_long = sequence.is_long or self._is_long(length)
+
+    def outgrows(self, sequence: Sequence, length: int) -> bool:
+        """Whether a sequence must be computed anew to be `length` tokens long.
+
+        LongRoPE rotates otherwise past its threshold. True the other way too: what was cut back below it.
+        """
+        return sequence.length > 0 and sequence.is_long != self._is_long(length)
+
+    def _is_long(self, length: int) -> bool:
+        return self._long_threshold is not None and length > self._long_threshold
 
     def _check(self, tokens: Ids, batch: Seq[tuple[Sequence, Seq[int] | Ids]]) -> None:
         if tokens.size and (tokens.min() < 0 or tokens.max() >= self.config.vocab_size):
@@ -137,6 +154,7 @@ class CpuExecutor:
 
     def prefill(self, sequence: Sequence, tokens: Seq[int] | Ids) -> Floats:
         """All of a prompt, in chunks; float32 [1, E], the last token's hidden state."""
+        self.expect(sequence, len(tokens))
         for start in range(0, len(tokens) - self.chunk, self.chunk):
             self.step([(sequence, tokens[start : start + self.chunk])], [])
         rest = (len(tokens) - 1) // self.chunk * self.chunk

@@ -13,6 +13,7 @@ class Sequence:
 
     pages: list[int] = field(default_factory=list)
     length: int = 0
+    is_long: bool = False  # LongRoPE: its keys are rotated by the long factors
 
 
 class PagePool:
@@ -48,3 +49,4 @@ class PagePool:
         while len(sequence.pages) > keep:
             self._free.append(sequence.pages.pop())
         sequence.length = min(sequence.length, length)
+        sequence.is_long = sequence.is_long and sequence.length > 0
