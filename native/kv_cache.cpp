@@ -14,11 +14,9 @@ namespace {
 inline int key_index(int t, int d, int head_dim) { return t / 16 * 16 * head_dim + d / 2 * 32 + t % 16 * 2 + d % 2; }
 inline int value_index(int t, int d) { return d / 16 * 16 * kPageTokens + t / 2 * 32 + d % 16 * 2 + t % 2; }
 
-// One scale for a token's row: the largest magnitude becomes 127.
-float row_scale(const float* row, int n) {
-  float most = 0;
-  for (int i = 0; i < n; i++) most = std::max(most, std::fabs(row[i]));
-  return most / 127.0f;
+// The nearest int8 of value * factor; 0 where the factor is.
+inline uint8_t to_int8(float value, float factor) {
+  return factor > 0 ? static_cast<uint8_t>(static_cast<int8_t>(std::nearbyint(value * factor))) : 0;
 }
 
 }  // namespace
@@ -43,11 +41,13 @@ void KvCache::write(int layer, int page, int head, int token, const float* key, 
     for (int d = 0; d < n; d++) values[value_index(token, d)] = float_to_bf16(value[d]);
     return;
   }
-  const float key_scale = row_scale(key, n), value_scale = row_scale(value, n);
-  const float by_key = key_scale > 0 ? 1 / key_scale : 0, by_value = value_scale > 0 ? 1 / value_scale : 0;
+  // One scale for a token's row: the largest magnitude becomes 127.
+  const float most_key = largest_magnitude(key, n), most_value = largest_magnitude(value, n);
+  const float by_key = to_int8_factor(most_key), by_value = to_int8_factor(most_value);
+  const float key_scale = most_key / 127.0f, value_scale = most_value / 127.0f;
   for (int d = 0; d < n; d++) {
-    k[key_index(token, d, n)] = static_cast<uint8_t>(static_cast<int8_t>(std::nearbyint(key[d] * by_key)));
-    v[value_index(token, d)] = static_cast<uint8_t>(static_cast<int8_t>(std::nearbyint(value[d] * by_value)));
+    k[key_index(token, d, n)] = to_int8(key[d], by_key);
+    v[value_index(token, d)] = to_int8(value[d], by_value);
   }
   std::memcpy(k + static_cast<size_t>(kPageTokens) * n + token * sizeof(float), &key_scale, sizeof(float));
   std::memcpy(v + static_cast<size_t>(kPageTokens) * n + token * sizeof(float), &value_scale, sizeof(float));

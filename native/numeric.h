@@ -43,4 +43,18 @@ inline fp16 float_to_fp16(float v) {
   return sign | static_cast<fp16>((magnitude + 0xfffu + ((magnitude >> 13) & 1) - 0x38000000u) >> 13);
 }
 
+// The largest magnitude; NaN if any value is one. (Their bits are the largest of all.)
+inline float largest_magnitude(const float* x, int n) {
+  uint32_t most = 0;
+  for (int i = 0; i < n; i++) {
+    const uint32_t magnitude = std::bit_cast<uint32_t>(x[i]) & 0x7fffffffu;
+    most = magnitude > most ? magnitude : most;
+  }
+  return std::bit_cast<float>(most);
+}
+
+// What values are multiplied with to become int8 when the largest magnitude is `most`: 0 where they are too small for
+// that, or no numbers; the scale most / 127 then says which.
+inline float to_int8_factor(float most) { return most > 0x1p-120f ? 127.0f / most : 0.0f; }
+
 }  // namespace hasten

@@ -3,6 +3,7 @@
 #include "isa/avx512.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 
 #include "isa/avx512_math.inl"
@@ -81,10 +82,13 @@ void quantize(const float* x, int n, int padded, int8_t* q, float* scale, int32_
     const int k = 32 * g;
     const __m512 a = _mm512_maskz_loadu_ps(lanes_left(n - k), x + k);
     const __m512 b = _mm512_maskz_loadu_ps(lanes_left(n - k - 16), x + k + 16);
-    const float most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
-    const __m512 inverse = _mm512_set1_ps(most > 0 ? 127.0f / most : 0.0f);
-    const __m512i qa = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse));
-    const __m512i qb = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));
+    // As integers, so that NaN is the largest of all.
+    const __m512i bits = _mm512_max_epi32(_mm512_castps_si512(_mm512_abs_ps(a)), _mm512_castps_si512(_mm512_abs_ps(b)));
+    const float most = std::bit_cast<float>(_mm512_reduce_max_epi32(bits)), factor = to_int8_factor(most);
+    const __mmask16 usable = factor > 0 ? 0xffff : 0;
+    const __m512 by = _mm512_set1_ps(factor);
+    const __m512i qa = _mm512_maskz_cvtps_epi32(usable, _mm512_mul_ps(a, by));
+    const __m512i qb = _mm512_maskz_cvtps_epi32(usable, _mm512_mul_ps(b, by));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(q + k), _mm512_cvtepi32_epi8(qa));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(q + k + 16), _mm512_cvtepi32_epi8(qb));
     nsum16[2 * g] = -_mm512_reduce_add_epi32(qa);

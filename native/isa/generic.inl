@@ -81,14 +81,12 @@ inline void linear_bf16(const Packed& w, int p0, int p1, const bf16* x, size_t l
 inline void quantize(const float* x, int n, int padded, int8_t* q, float* scale, int32_t* nsum, int32_t* nsum16) {
   for (int g = 0; g < padded / 32; g++) {
     const int k = 32 * g, here = std::clamp(n - k, 0, 32);
-    float most = 0;
-    for (int i = 0; i < here; i++) most = std::max(most, std::fabs(x[k + i]));
-    const float inverse = most > 0 ? 127.0f / most : 0.0f;
+    const float most = largest_magnitude(x + k, here), factor = to_int8_factor(most);
     scale[g] = most / 127.0f;
     for (int half = 0; half < 2; half++) {
       int sum = 0;
       for (int i = 16 * half; i < 16 * half + 16; i++) {
-        const int value = i < here ? static_cast<int>(std::nearbyint(x[k + i] * inverse)) : 0;
+        const int value = i < here && factor > 0 ? static_cast<int>(std::nearbyint(x[k + i] * factor)) : 0;
         q[k + i] = static_cast<int8_t>(value);
         sum += value;
       }

@@ -1,0 +1,112 @@
+"""Linear kernels against float64, alone and in company, on every instruction set of this machine."""
+
+from __future__ import annotations
+
+import kernel_twins as twin
+import numpy as np
+import pytest
+from kernel_twins import ISAS, Weights, activations, linear_native, random_weights
+from twins import PANEL, Format
+
+from hasten import _native
+
+FORMATS = [Format(16)] + [
+    Format(b, g, s) for b in (8, 6, 5, 4) for g in (16, 32, 64, 128) for s in (True, False)
+]
+# rows, columns: no whole panel, no whole group, one panel, more than one piece of 1024 inputs
+SHAPES = [(40, 96), (1, 40), (72, 160), (17, 896), (33, 1100), (24, 4864)]
+TOKENS = [*range(1, 21), 33, 97, 200]
+
+
+def shape_of(fmt: Format, which: int) -> tuple[int, int]:
+    return SHAPES[(FORMATS.index(fmt) + which) % len(SHAPES)]
+
+
+def tokens_for(cols: int) -> list[int]:
+    """All counts where that is quick, else those at which kernels change."""
+    return TOKENS if cols < 1000 else [1, 2, 6, 7, 9, 16, 17, 33]
+
+
+def expected(w: Weights, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if w.fmt.bits == 16:
+        return twin.linear_bf16(w, x)
+    return twin.linear_int(w, *twin.quantize(x))
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("which", [0, 2, 4])
+def test_equals_the_twin_whatever_the_company(isa: str, fmt: Format, which: int) -> None:
+    """Values to rounding; and a token's row has the same bits alone as among others."""
+    rows, cols = shape_of(fmt, which)
+    w, counts = random_weights(fmt, rows, cols), tokens_for(cols)
+    x = activations(max(counts), cols)
+    wanted, tolerance = expected(w, x)
+    alone = np.concatenate([linear_native(w, x[t : t + 1]) for t in range(max(counts))])
+    error = np.abs(alone - wanted)
+    assert (error <= tolerance).all(), f"row, column {np.argwhere(error > tolerance)[:4].tolist()}"
+    for m in counts:
+        np.testing.assert_array_equal(linear_native(w, x[:m]), alone[:m], err_msg=f"{m} tokens")
+
+
+@pytest.mark.parametrize("fmt", FORMATS[:1] + FORMATS[2::3], ids=str)
+def test_adds_in_one_step(isa: str, fmt: Format) -> None:
+    """`add` puts the finished sum on what is there: the same bits however many tokens and however deep."""
+    for rows, cols in [(40, 96), (24, 2200)]:
+        w = random_weights(fmt, rows, cols)
+        x = activations(20, cols)
+        before = np.random.default_rng(1).standard_normal((20, len(w.u))).astype(np.float32) * 100
+        for m in (1, 5, 7, 16, 20):
+            out = linear_native(w, x[:m], out=before[:m].copy(), add=True)
+            np.testing.assert_array_equal(
+                out, before[:m] + linear_native(w, x[:m]), err_msg=f"{m} tokens, {cols}"
+            )
+
+
+@pytest.mark.parametrize(
+    "fmt", [Format(16), Format(8), Format(6, 16), Format(5, 64), Format(4, 32, False)], ids=str
+)
+@pytest.mark.parametrize("m", [1, 3, 16, 40])
+def test_panels_by_themselves(isa: str, fmt: Format, m: int) -> None:
+    """A range of panels gives the same bits as the whole and touches nothing else, wide rows included."""
+    w = random_weights(fmt, 7 * PANEL - 5, 160)
+    x = activations(m, 160)
+    whole = linear_native(w, x)
+    for first, last in [(0, 1), (1, 2), (0, 3), (2, 7), (5, 7), (3, 3)]:
+        out = np.full((m, 8 * PANEL), 7.25, np.float32)
+        linear_native(w, x, (first, last), out)
+        inside = slice(first * PANEL, last * PANEL)
+        np.testing.assert_array_equal(out[:, inside], whole[:, inside])
+        out[:, inside] = 7.25
+        assert (out == 7.25).all()
+
+
+@pytest.mark.parametrize("fmt", FORMATS[1:], ids=str)
+@pytest.mark.parametrize("m", [1, 19])
+def test_integers_agree_to_the_bit_between_instruction_sets(fmt: Format, m: int) -> None:
+    """They all do the same float operations in the same order, one multiply-add a group."""
+    w = random_weights(fmt, 40, 1100)
+    x = activations(m, 1100)
+    results, before = {}, _native.isa()
+    for name in ISAS:
+        _native.use_isa(name)
+        results[name] = linear_native(w, x)
+    _native.use_isa(before)
+    for name in ISAS:
+        np.testing.assert_array_equal(results[name], results[ISAS[0]], err_msg=name)
+
+
+@pytest.mark.parametrize("fmt", [Format(16), Format(8), Format(4), Format(4, 32, False)], ids=str)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_stays_none(isa: str, fmt: Format, bad: float) -> None:
+    """Damaged weights must show in the logits, not vanish in the rounding of activations."""
+    w = random_weights(fmt, 16, 96)
+    x = activations(8, 96)
+    x[3, 41] = bad
+    out = linear_native(w, x)
+    assert not np.isfinite(out[3]).any() if fmt.bits == 16 else not np.isfinite(out[3]).all()
+    assert np.isfinite(np.delete(out, 3, axis=0)).all()
+
+
+def test_unknown_instruction_set() -> None:
+    with pytest.raises(ValueError, match="neon9"):
+        _native.use_isa("neon9")
