@@ -1,4 +1,4 @@
-"""NumPy twins of the kernels of native/isa/kernels.h and of attention: float64, from their descriptions alone."""
+"""NumPy twins of the kernels of native/isa/kernels.h and of attention: float64, from their descriptions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Weights:
 
 @lru_cache(maxsize=64)
 def random_weights(fmt: Format, rows: int, cols: int, seed: int = 0) -> Weights:
-    """Every value a format can hold, the lowest (-128 for 8 bits) included; scales of either sign, some of them 0.
+    """Every value a format can hold, the lowest (-128 for 8 bits) too; scales of either sign, some of them 0.
 
     The padded columns hold values too: activations are 0 there, so that they must not matter.
     """
@@ -64,7 +64,7 @@ def quantize(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def linear_int(w: Weights, q: np.ndarray, act: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Float64 [M, padded rows] of int8 activations, and how far float32 sums of the same terms may be from it."""
+    """Float64 [M, padded rows] of int8 activations, and how far float32 sums of the terms may be from it."""
     depth, step = w.u.shape[1], min(w.fmt.group, 32)  # inputs a float32 addition takes in
     signed = w.u.astype(np.float64) - w.fmt.zero
     a = q[:, :depth].astype(np.float64).reshape(len(q), -1, 32) * act[:, : depth // 32, None].astype(
@@ -81,14 +81,14 @@ def linear_int(w: Weights, q: np.ndarray, act: np.ndarray) -> tuple[np.ndarray, 
 
 
 def linear_bf16(w: Weights, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Float64 [M, padded rows] of float32 [M, K] activations rounded to bf16, and the tolerance of float32 sums."""
+    """Float64 [M, padded rows] of activations [M, K] rounded to bf16, and the tolerance of float32 sums."""
     values = twins.from_bf16(w.u).astype(np.float64)
     a = twins.from_bf16(twins.to_bf16(twins.pad(x, len(x), values.shape[1]))).astype(np.float64)
     return a @ values.T, rounding(np.abs(a) @ np.abs(values).T, values.shape[1])
 
 
 def rounding(magnitudes: np.ndarray, additions: int) -> np.ndarray:
-    """Tolerance of a float32 sum of terms with these summed magnitudes; smaller than one term of a random sum."""
+    """Tolerance of a float32 sum of terms of these summed magnitudes: less than one term of a random sum."""
     return 4 * EPSILON * np.sqrt(additions + 16) * magnitudes + 1e-34
 
 
@@ -109,7 +109,7 @@ def linear_native(
 
 
 def activations(m: int, cols: int, seed: int = 0) -> np.ndarray:
-    """float32 [m, cols]; the first rows are hard ones: zeros, an outlier, all equal, tiny, denormal, alternating."""
+    """float32 [m, cols]; some rows are hard: zeros, an outlier, all equal, tiny, denormal, alternating."""
     rng = np.random.default_rng([seed, m, cols])
     x = rng.standard_normal((m, cols)).astype(np.float32)
     sign = np.where(np.arange(cols) % 2, np.float32(1), np.float32(-1))
@@ -132,10 +132,10 @@ class Masks:
 def attend(
     q: np.ndarray, keys: np.ndarray, values: np.ndarray, past: int, masks: Masks, int8: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Causal attention of queries [T, H, D] at `past` over keys, values [S, K, D]: float64 [T, H, D], tolerance.
+    """Causal attention of queries [T, H, D] at `past` over keys, values [S, K, D]: values, tolerance.
 
-    Queries and keys are rounded as the engine rounds them. Softmax weights are not: the engine keeps them in bf16, which
-    is what the tolerance is made of.
+    Queries and keys are rounded as the engine rounds them. Softmax weights are not: the engine keeps them in
+    bf16, and the tolerance is what that rounding may do: at most 2^-8 of each term, and half of that at random.
     """
     group = q.shape[1] // keys.shape[1]
     queries = _bf16(q * np.float32(masks.scale))
@@ -148,7 +148,9 @@ def attend(
     scores = np.where(seen, scores, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
-    tolerance = (2.0**-9 * 1.01 + 1e-4) * np.einsum("hts,shd->thd", weights, np.abs(v)) + 1e-6
+    most = np.einsum("hts,shd->thd", weights, np.abs(v))
+    spread = np.sqrt(np.einsum("hts,shd->thd", weights**2, v**2))
+    tolerance = np.minimum(2.0**-8 * most, 6 * 2.0**-9 * spread) + 1e-4 * most + 1e-6
     return np.einsum("hts,shd->thd", weights, v), tolerance
 
 

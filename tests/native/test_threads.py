@@ -32,9 +32,7 @@ def test_callers_take_turns() -> None:
     wrong: list[int] = []
 
     def work() -> None:
-        for i in range(200):
-            if (split(3, 10 + i)[0] != 1).any():
-                wrong.append(i)
+        wrong.extend(i for i in range(200) if (split(3, 10 + i)[0] != 1).any())
 
     callers = [threading.Thread(target=work) for _ in range(4)]
     for caller in callers:

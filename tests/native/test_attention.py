@@ -1,0 +1,182 @@
+"""Attention over the paged cache against float64 softmax, and what must not change its bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import kernel_twins as twin
+import numpy as np
+import pytest
+from kernel_twins import PAGE, Masks
+
+from hasten import _native
+
+PART = 256  # tokens attention works through at a time
+CONTEXTS = [1, 2, 16, 17, 31, 32, 33, 64, 255, 256, 257, 300, 511, 512, 513, 700]
+HEADS = [(1, 1), (2, 1), (7, 1), (8, 1), (4, 2), (14, 2)]  # query heads, KV heads
+SIZES = [16, 32, 64, 80, 96, 128, 256]
+
+
+class Context:
+    """Keys and values of one sequence in a cache full of an older one's leavings, its pages in random order."""
+
+    def __init__(
+        self, tokens: int, heads: tuple[int, int], size: int, int8: bool = False, seed: int = 0
+    ) -> None:
+        rng = np.random.default_rng([seed, tokens, *heads, size])
+        self.q = rng.standard_normal((tokens, heads[0], size)).astype(np.float32)
+        self.keys, self.values = rng.standard_normal((2, tokens, heads[1], size)).astype(np.float32)
+        if int8 and tokens > 3:
+            self.keys[1] = self.values[2] = 0
+        self.int8 = int8
+        pages = -(-tokens // PAGE) + 2
+        self.table = rng.permutation(pages).astype(np.int32)[:-2]
+        self.cache = _native.kernels.KernelCache(heads[1], size, pages, int8)
+        old = rng.standard_normal((pages * PAGE, heads[1], size)).astype(np.float32) * 100
+        self.cache.write(old, old, 0, np.arange(pages, dtype=np.int32))
+        self.cache.write(self.keys, self.values, 0, self.table)
+
+    def attend(self, past: int, count: int, masks: Masks, threads: int = 1) -> np.ndarray:
+        counts, pasts = np.array([count], np.int32), np.array([past], np.int32)
+        q = self.q[past : past + count]
+        return self.cache.attend(
+            q, counts, pasts, self.table[None], masks.scale, masks.window, masks.softcap, threads
+        )
+
+    def expect(self, past: int, count: int, masks: Masks) -> None:
+        end = past + count
+        wanted, tolerance = twin.attend(
+            self.q[past:end], self.keys[:end], self.values[:end], past, masks, self.int8
+        )
+        error = np.abs(self.attend(past, count, masks) - wanted)
+        assert (error <= tolerance).all(), (
+            f"token, head, dim {np.argwhere(error > tolerance)[:3].tolist()}: {(error / tolerance).max()} x"
+        )
+
+
+def pieces(total: int, size: int) -> list[tuple[int, int]]:
+    return [(at, min(size, total - at)) for at in range(0, total, size)]
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["bf16", "int8"])
+@pytest.mark.parametrize("which", range(len(CONTEXTS)))
+def test_one_token_equals_the_twin(isa: str, which: int, int8: bool) -> None:
+    """A decoded token at every kind of border, head sizes and groups in turn."""
+    for turn in range(3):
+        heads, size = HEADS[(which + 2 * turn) % len(HEADS)], SIZES[(which + 3 * turn) % len(SIZES)]
+        context = Context(CONTEXTS[which], heads, size, int8)
+        context.expect(CONTEXTS[which] - 1, 1, Masks(size**-0.5))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("heads", HEADS[::2], ids=str)
+def test_a_prompt_equals_the_twin(isa: str, heads: tuple[int, int], size: int) -> None:
+    Context(70, heads, size).expect(0, 70, Masks(size**-0.5))
+    Context(290, heads, size).expect(230, 60, Masks(size**-0.5))
+
+
+@pytest.mark.parametrize("window", [1, 2, 31, 32, 33, 100, 256, 257, 1000])
+@pytest.mark.parametrize("int8", [False, True], ids=["bf16", "int8"])
+def test_sliding_windows(isa: str, window: int, int8: bool) -> None:
+    context = Context(530, (4, 2), 32, int8)
+    for past, count in [(0, 40), (240, 50), (529, 1)]:
+        context.expect(past, count, Masks(0.2, window))
+
+
+@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize("softcap", [0.5, 4.0, 50.0])
+def test_soft_caps(isa: str, softcap: float, window: int) -> None:
+    Context(300, (2, 1), 64).expect(250, 50, Masks(1.0, window, softcap))
+    Context(300, (2, 1), 64, int8=True).expect(299, 1, Masks(1.0, window, softcap))
+
+
+def test_large_scores_do_not_overflow(isa: str) -> None:
+    """Scores of some hundreds: softmax is then all but a choice of one key."""
+    context = Context(600, (2, 1), 64)
+    out = context.attend(599, 1, Masks(40.0))
+    assert np.isfinite(out).all()
+    wanted, _ = twin.attend(context.q[599:], context.keys, context.values, 599, Masks(40.0), False)
+    np.testing.assert_allclose(out, wanted, atol=0.05)
+
+
+CASES = [
+    ((8, 1), 64, False, Masks(0.125)),
+    ((7, 1), 64, False, Masks(0.125)),
+    ((4, 2), 80, True, Masks(0.2)),
+    ((2, 1), 32, False, Masks(0.2, window=70)),
+    ((4, 4), 16, True, Masks(0.3, window=300, softcap=5.0)),
+]
+
+
+@pytest.mark.parametrize("heads, size, int8, masks", CASES)
+def test_chunks_do_not_change_a_bit(
+    isa: str, heads: tuple[int, int], size: int, int8: bool, masks: Masks
+) -> None:
+    context = Context(530, heads, size, int8)
+    whole = context.attend(0, 530, masks)
+    for chunk in (7, 64, 300):
+        parts = [context.attend(past, count, masks) for past, count in pieces(530, chunk)]
+        np.testing.assert_array_equal(np.concatenate(parts), whole, err_msg=f"chunks of {chunk}")
+    for past in (0, 1, 31, 32, 255, 256, 511, 512, 529):
+        np.testing.assert_array_equal(context.attend(past, 1, masks)[0], whole[past], err_msg=f"token {past}")
+
+
+@pytest.mark.parametrize("heads, size, int8, masks", CASES)
+def test_threads_do_not_change_a_bit(
+    isa: str, heads: tuple[int, int], size: int, int8: bool, masks: Masks
+) -> None:
+    """Few queries are split by parts of the context, many by blocks: both give the same bits."""
+    context = Context(530, heads, size, int8)
+    for past, count in [(529, 1), (510, 20), (0, 30), (300, 230)]:
+        one = context.attend(past, count, masks)
+        for threads in (2, 3, 5):
+            np.testing.assert_array_equal(
+                context.attend(past, count, masks, threads), one, err_msg=f"{threads} threads, {count} tokens"
+            )
+
+
+def attend_together(
+    cache: object, batch: Sequence[tuple[np.ndarray, int, np.ndarray]], masks: Masks, threads: int
+) -> list[np.ndarray]:
+    """(queries, past, page table) of several sequences in one call."""
+    tables = np.full((len(batch), max(len(table) for *_, table in batch)), -1, np.int32)
+    for row, (_, _, table) in zip(tables, batch, strict=True):
+        row[: len(table)] = table
+    counts = np.array([len(q) for q, *_ in batch], np.int32)
+    pasts = np.array([past for _, past, _ in batch], np.int32)
+    q = np.concatenate([q for q, *_ in batch])
+    out = cache.attend(q, counts, pasts, tables, masks.scale, masks.window, masks.softcap, threads)
+    return np.split(out, np.cumsum(counts)[:-1])
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["bf16", "int8"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_company_does_not_change_a_bit(isa: str, threads: int, int8: bool) -> None:
+    """Ragged sequences that decode and prefill together: each gets what it gets alone, in any order."""
+    rng = np.random.default_rng(3)
+    lengths, news = [1, 40, 257, 700, 33, 300], [1, 40, 1, 1, 20, 130]
+    order = rng.permutation(sum(-(-n // PAGE) for n in lengths)).astype(np.int32)
+    cache = _native.kernels.KernelCache(2, 48, len(order), int8)
+    batch = []
+    for length, new in zip(lengths, news, strict=True):
+        table, order = np.split(order, [-(-length // PAGE)])
+        keys, values = rng.standard_normal((2, length, 2, 48)).astype(np.float32)
+        cache.write(keys, values, 0, table)
+        batch.append((rng.standard_normal((new, 6, 48)).astype(np.float32), length - new, table))
+    masks = Masks(0.2)
+    alone = [attend_together(cache, [one], masks, 1)[0] for one in batch]
+    for turn in (list(range(6)), [5, 3, 1, 0, 2, 4]):
+        together = attend_together(cache, [batch[i] for i in turn], masks, threads)
+        for i, out in zip(turn, together, strict=True):
+            np.testing.assert_array_equal(out, alone[i], err_msg=f"sequence {i}")
+
+
+def test_instruction_sets_agree_to_rounding() -> None:
+    before, results = _native.isa(), []
+    context = Context(400, (14, 2), 64)
+    for name in twin.ISAS:
+        _native.use_isa(name)
+        results.append(context.attend(350, 50, Masks(0.125)))
+    _native.use_isa(before)
+    for result in results[1:]:
+        np.testing.assert_allclose(result, results[0], atol=2e-3)
