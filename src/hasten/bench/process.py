@@ -85,10 +85,11 @@ class WorkerProcess:
         """Send one request and wait for its result.
 
         Raises:
-            UsageError, PeerError: what the worker said; PeerError with the end of its stderr if it died or
-            did
-                not answer within the limit (it is killed then).
+            UsageError, PeerError: what the worker said.
+            PeerError: it died, or did not answer within the limit (it is killed then); with its last words.
         """
+        if self._stderr.closed:
+            raise PeerError(f"{self.name} has ended already{self._tail}")
         self._signal("SIGCONT")
         stdin = self._process.stdin
         assert stdin is not None

@@ -30,7 +30,7 @@ class Transformers:
         dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[spec.format]
         self._torch: Any = torch
         self._transformers: Any = transformers
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        self._model = self._transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         self.version = f"{transformers.__version__} (torch {torch.__version__})"
         self.format = spec.format
         unique = {p.data_ptr(): p.numel() * p.element_size() for p in self._model.parameters()}
@@ -62,7 +62,7 @@ class Transformers:
 
 
 def _streamer(transformers: Any, clock: TokenClock) -> Any:
-    class Streamer(transformers.generation.streamers.BaseStreamer):  # type: ignore[misc, name-defined]
+    class Streamer(transformers.generation.streamers.BaseStreamer):  # type: ignore[misc]
         """Hears the prompt once, then one token of every sequence a step."""
 
         started = False

@@ -114,7 +114,7 @@ def _options(folder: Path) -> str:
 
 
 def _streamer(genai: Any, clock: TokenClock) -> Any:
-    class Streamer(genai.StreamerBase):  # type: ignore[misc, name-defined]
+    class Streamer(genai.StreamerBase):  # type: ignore[misc]
         """Hears every token, or several at once."""
 
         def __init__(self) -> None:

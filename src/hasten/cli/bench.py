@@ -1,0 +1,172 @@
+"""`hasten bench`: speed, alone or side by side."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hasten.cli.console import console, emit, note, shown
+from hasten.cli.flags import JsonOption, ModelArgument, RecipeOption, ThreadsOption
+from hasten.core import SCHEMA_VERSION, Machine, Measurement, Stat, Workload, as_json
+
+if TYPE_CHECKING:
+    from hasten.bench.compare import Comparison, Outcome
+
+KEPT = "No figure is kept; what the engines had prepared in the cache is."
+
+ENVIRONMENT = ("HASTEN_ISA", "ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
+"""Variables that change what engines do; the record says how they were set."""
+
+AgainstOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--against",
+        metavar="ENGINE",
+        help="Another engine to run in turn, repeatable: llama.cpp:q4_0 (:q8_0, :q4_k_m, :q6_k, :source), "
+        "transformers (:fp32), openvino:int4 (:int8).",
+        show_default=False,
+    ),
+]
+SourceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--source",
+        metavar="MODEL",
+        help="The model the other engines get. Default: MODEL; needed where that is an artifact.",
+        show_default=False,
+    ),
+]
+PeerPythonOption = Annotated[
+    str | None,
+    typer.Option(
+        "--peer-python",
+        metavar="PATH",
+        envvar="HASTEN_PEER_PYTHON",
+        help="The Python the other engines are installed in. Default: this one.",
+        show_default=False,
+    ),
+]
+
+
+def command(
+    model: ModelArgument,
+    recipe: RecipeOption = None,
+    against: AgainstOption = None,
+    source: SourceOption = None,
+    prompt: Annotated[int, typer.Option("--prompt", metavar="N", help="Prompt tokens.")] = 512,
+    output: Annotated[int, typer.Option("--output", metavar="N", help="Tokens to generate.")] = 128,
+    batch: Annotated[int, typer.Option("--batch", metavar="N", help="Sequences at once.")] = 1,
+    threads: ThreadsOption = None,
+    runs: Annotated[int, typer.Option("--runs", metavar="N", min=1, help="Measured rounds.")] = 5,
+    peer_python: PeerPythonOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Measure speed, alone or side by side with other engines.
+
+    Every engine lives in a process of its own and they are asked in turn, round by round, on the same token
+    ids; figures are medians. What another engine needs (a requantised file, an export) is made once, in the
+    cache.
+    """
+    from hasten.bench.bout import bout
+    from hasten.errors import PeerError
+
+    comparison, machine = bout(
+        model,
+        Workload(prompt, output, batch),
+        recipe=recipe,
+        against=against or [],
+        source=source,
+        threads=threads,
+        runs=runs,
+        peer_python=peer_python,
+        say=note,
+    )
+    if json:
+        emit(document(comparison, machine))
+    else:
+        _show(comparison, machine)
+    if comparison.failed:
+        name, error = next(iter(comparison.failed.items()))
+        raise PeerError(error.message, hint=error.hint or f"leave it out: drop --against {name}")
+
+
+def document(comparison: Comparison, machine: Machine) -> dict[str, Any]:
+    """The record of a comparison, as `--json` prints it."""
+    import hasten
+
+    subject = comparison.subject.measurement
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "machine": as_json(machine),
+        "versions": {"hasten": hasten.__version__, "python": machine.python},
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+        "model": comparison.model,
+        "workload": as_json(subject.workload),
+        "threads": subject.threads,
+        "subject": _entry(comparison.subject),
+        "peers": [_entry(outcome) for outcome in comparison.peers.values()],
+        "ratios": {
+            peer: {
+                "decode": pair["decode"].median,
+                "prefill": pair["prefill"].median,
+                "decode_interval": [pair["decode"].low, pair["decode"].high],
+                "prefill_interval": [pair["prefill"].low, pair["prefill"].high],
+            }
+            for peer, pair in comparison.ratios.items()
+        },
+        "failed": {name: {"error": e.message, "hint": e.hint} for name, e in comparison.failed.items()},
+    }
+
+
+def _entry(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "name": outcome.name,
+        **as_json(outcome.measurement),
+        "notes": outcome.notes,
+        "continuation": outcome.continuation,
+    }
+
+
+def _show(comparison: Comparison, machine: Machine) -> None:
+    from rich.table import Table
+
+    subject = comparison.subject.measurement
+    load = subject.workload
+    table = Table(
+        title=f"{comparison.model}: prompt {load.prompt}, output {load.output}, batch {load.batch}, "
+        f"{subject.threads} threads, median of {subject.decode_tok_per_s.n} interleaved runs (p10 to p90)"
+    )
+    table.add_column("engine")
+    for heading in ("decode tok/s", "prefill tok/s", "first token ms", "peak memory MB", "ours / theirs"):
+        table.add_column(heading, justify="right")
+    table.add_row(f"hasten {subject.format}", *_cells(subject), "")
+    for name, outcome in comparison.peers.items():
+        pair = comparison.ratios[name]
+        faster = f"decode {pair['decode'].median:.2f}x, prefill {pair['prefill'].median:.2f}x"
+        table.add_row(f"{name} ({outcome.measurement.version})", *_cells(outcome.measurement), faster)
+    console().print(table)
+    read, int8 = _percent(subject.fraction_of_read_ceiling), _percent(subject.fraction_of_int8_ceiling)
+    note(
+        f"decode reads at {read} of {shown(machine.read_gb_per_s, 'GB/s')}, prefill computes at {int8} of "
+        f"{shown(machine.int8_tops, 'int8 TOPS', 2)}; both ceilings measured now on {machine.cpu}"
+    )
+
+
+def _cells(measurement: Measurement) -> list[str]:
+    peak = measurement.peak_rss_bytes
+    return [
+        _span(measurement.decode_tok_per_s),
+        _span(measurement.prefill_tok_per_s),
+        _span(measurement.ttft_ms),
+        shown(None if peak is None else peak / 1e6, digits=0),
+    ]
+
+
+def _span(stat: Stat) -> str:
+    return f"{stat.median:,.1f} ({stat.p10:,.1f} to {stat.p90:,.1f})"
+
+
+def _percent(fraction: float | None) -> str:
+    return "unknown" if fraction is None else f"{100 * fraction:.0f} %"

@@ -1,0 +1,235 @@
+"""Workers, their deaths, and the interleaved comparison, with a fake engine in real processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hasten.bench import compare as compare_module
+from hasten.bench.compare import Contender, compare
+from hasten.bench.peers import PEERS, EngineSpec, Peer, parse
+from hasten.bench.peers.once import made_once
+from hasten.bench.process import WorkerProcess
+from hasten.core import Machine, Workload
+from hasten.errors import PeerError, UsageError
+
+HERE = str(Path(__file__).parent)
+WORKLOAD = Workload(prompt=16, output=4)
+FAKE = Peer("fake_engine", ("ok",), ("json",), "fake==1")
+
+
+@pytest.fixture(autouse=True)
+def fake_on_path(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", HERE)
+
+
+def spec(form="ok", name=None, batch=1):
+    return EngineSpec(name or f"fake:{form}", "fake_engine", form, "src", "cache", 1, 20, batch)
+
+
+def entry(form, **fields):
+    return Contender(spec(form), FAKE, **fields)
+
+
+def loaded(form="ok", python=None):
+    process = WorkerProcess(f"fake:{form}", python)
+    arguments = dataclasses.asdict(spec(form))
+    process.ask("load", 20, spec=arguments, prepared=process.ask("prepare", 20, spec=arguments))
+    return process
+
+
+def test_what_an_engine_prints_does_not_disturb_the_channel():
+    with loaded() as process:
+        run = process.ask("run", 20, prompts=[[5] * 16], output=4)
+    assert run["ids"] == [[5, 5, 5, 5]] and run["decode_tokens"] == 3
+
+
+def test_a_worker_runs_without_hasten_installed():
+    """The bootstrap gives the package's files alone, without its __init__."""
+    with loaded(python=sys.executable) as process:
+        assert process.ask("run", 20, prompts=[[5] * 16], output=2)["prompt_tokens"] == 16
+    program = "import sys; sys.modules['numpy'] = None; sys.modules['hasten._native'] = None\n"
+    with pytest.MonkeyPatch.context() as patch:
+        from hasten.bench import process as process_module
+
+        patch.setattr(process_module, "BOOTSTRAP", program + process_module.BOOTSTRAP)
+        with loaded(python=sys.executable) as process:
+            assert process.ask("check", 20, requires=["json", "no_such_module"]) == ["no_such_module"]
+
+
+def test_a_crash_names_the_signal_and_the_last_words():
+    with loaded("crash") as process, pytest.raises(PeerError) as caught:
+        process.ask("run", 20, prompts=[[1]], output=2)
+    assert "SIGABRT" in caught.value.message and "about to fall over" in caught.value.message
+
+
+def test_a_hang_ends_at_the_limit_and_the_process_with_it():
+    with loaded("hang") as process:
+        started = time.monotonic()
+        with pytest.raises(PeerError, match="no answer to 'run' within 1 s"):
+            process.ask("run", 1.0, prompts=[[1]], output=2)
+        assert time.monotonic() - started < 10
+        assert process._process.poll() is not None
+        with pytest.raises(PeerError):
+            process.ask("run", 1.0, prompts=[[1]], output=2)
+
+
+def test_an_error_of_the_engine_is_told_and_the_worker_lives_on():
+    with loaded("raise") as process:
+        with pytest.raises(PeerError, match="ValueError: no such kernel"):
+            process.ask("run", 20, prompts=[[1]], output=2)
+        assert process.ask("check", 20, requires=[]) == []
+
+
+def test_a_python_that_does_not_exist():
+    with pytest.raises(PeerError, match="cannot start") as caught:
+        WorkerProcess("x", "/no/such/python")
+    assert "HASTEN_PEER_PYTHON" in (caught.value.hint or "")
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_a_paused_worker_is_stopped_and_goes_on_when_asked():
+    with loaded() as process:
+        process.pause()
+        stat = Path(f"/proc/{process._process.pid}/stat")
+        deadline = time.monotonic() + 5
+        while stat.read_text().rsplit(")", 1)[1].split()[0] != "T":
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert process.ask("check", 20, requires=[]) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_peak_memory_is_the_workers_own():
+    with loaded() as small, loaded("big") as big:
+        mine, its = small.ask("peak_rss", 20), big.ask("peak_rss", 20)
+    assert mine < 100e6 and its - mine > 150e6
+
+
+def test_engines_take_turns_and_the_faster_one_wins():
+    said = []
+    result = compare([Contender(spec("ok")), entry("slow")], WORKLOAD, 3, say=said.append)
+    assert result.model == "fake" and not result.failed
+    assert result.subject.measurement.decode_tok_per_s.n == 3
+    assert (
+        result.subject.measurement.engine == "hasten"
+        and result.peers["fake:slow"].measurement.engine == "fake"
+    )
+    assert result.ratios["fake:slow"]["decode"].median > 1.5
+    ours, theirs = result.subject.samples, result.peers["fake:slow"].samples
+    assert [s.ids for s in ours] == [s.ids for s in theirs]  # the same prompts, another one each round
+    assert len({s.ids for s in ours}) == 3
+    assert result.subject.continuation == " ".join([str(ours[0].ids[0][0])] * 4)
+    assert said[-1] == "round 3 of 3"
+
+
+def test_the_order_rotates(monkeypatch):
+    asked = []
+    real = compare_module._take_turn
+
+    def noted(seat, *rest):
+        asked.append(seat.contender.spec.format)
+        real(seat, *rest)
+
+    monkeypatch.setattr(compare_module, "_take_turn", noted)
+    compare([Contender(spec("ok")), entry("slow")], WORKLOAD, 2)
+    assert asked == ["ok", "slow", "slow", "ok", "ok", "slow"]
+
+
+@pytest.mark.parametrize("form", ["crash", "raise", "fails-later", "unpreparable"])
+def test_a_failing_peer_does_not_take_the_others_with_it(form):
+    result = compare([Contender(spec("ok")), entry(form), entry("slow")], WORKLOAD, 3)
+    assert list(result.failed) == [f"fake:{form}"] and list(result.peers) == ["fake:slow"]
+    assert result.peers["fake:slow"].measurement.decode_tok_per_s.n == 3
+
+
+def test_our_own_failure_is_an_error():
+    with pytest.raises(PeerError, match="no such kernel"):
+        compare([Contender(spec("raise")), entry("ok")], WORKLOAD, 1)
+
+
+def test_a_missing_peer_says_how_to_install_it():
+    gone = dataclasses.replace(FAKE, requires=("json", "no_such_module"), install_env="A=1")
+    with pytest.raises(PeerError, match="no_such_module") as caught:
+        compare([Contender(spec("ok")), Contender(spec("slow"), gone)], WORKLOAD, 1)
+    assert caught.value.hint == "A=1 python -m pip install fake==1"
+
+
+def test_batches_and_ceilings():
+    here = Machine("cpu", ("scalar",), 1, None, None, None, None, read_gb_per_s=1.0, int8_tops=None)
+    workload = Workload(8, 4, batch=3)
+    result = compare([Contender(spec("ok", batch=3))], workload, 2, machine=here)
+    measured = result.subject.measurement
+    assert len(result.subject.samples[0].ids) == 3
+    steps = measured.decode_tok_per_s.median / 3
+    assert measured.fraction_of_read_ceiling == pytest.approx(steps * 1e6 / 1e9)
+    assert measured.fraction_of_int8_ceiling is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+def test_ctrl_c_and_even_a_killed_driver_leave_no_worker(tmp_path):
+    program = f"""
+import sys, time; sys.path.insert(0, {HERE!r})
+from test_bench_compare import loaded
+with loaded() as process:
+    process.pause()
+    print(process._process.pid, flush=True)
+    time.sleep(60)
+"""
+    for ending in (signal.SIGINT, signal.SIGKILL):
+        driver = subprocess.Popen(
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        assert driver.stdout is not None
+        worker = int(driver.stdout.readline())
+        driver.send_signal(ending)
+        driver.wait(20)
+        driver.stdout.close()
+        deadline = time.monotonic() + 10
+        while alive(worker):
+            assert time.monotonic() < deadline, f"worker survives {ending}"
+            time.sleep(0.02)
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_names_of_peers():
+    assert parse("llama.cpp:q8_0")[2] == "q8_0"
+    assert parse("transformers")[2] == "bf16"
+    for wrong in ("vllm", "llama.cpp:q9_9", ""):
+        with pytest.raises(UsageError) as caught:
+            parse(wrong)
+        assert caught.value.hint
+    assert PEERS["llama.cpp"].install_command("python").endswith("llama-cpp-python==0.3.36")
+
+
+def test_what_is_made_once_is_made_once_and_whole(tmp_path):
+    target = tmp_path / "deep" / "file"
+    calls = []
+
+    def make(path):
+        calls.append(path)
+        path.write_text("whole")
+
+    assert made_once(target, make) == made_once(target, make) == target
+    assert len(calls) == 1 and target.read_text() == "whole"
+
+    def fail(path):
+        path.mkdir()
+        (path / "part").write_text("x")
+        raise PeerError("stopped")
+
+    with pytest.raises(PeerError):
+        made_once(tmp_path / "folder", fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["deep"]
