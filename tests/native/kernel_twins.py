@@ -135,7 +135,7 @@ def attend(
     """Causal attention of queries [T, H, D] at `past` over keys, values [S, K, D]: values, tolerance.
 
     Queries and keys are rounded as the engine rounds them. Softmax weights are not: the engine keeps them in
-    bf16, and the tolerance is what that rounding may do: at most 2^-8 of each term, and half of that at random.
+    bf16, and the tolerance is what that rounding may do: at most 2^-8 of each term, at random half that.
     """
     group = q.shape[1] // keys.shape[1]
     queries = _bf16(q * np.float32(masks.scale))

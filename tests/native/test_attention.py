@@ -18,7 +18,7 @@ SIZES = [16, 32, 64, 80, 96, 128, 256]
 
 
 class Context:
-    """Keys and values of one sequence in a cache full of an older one's leavings, its pages in random order."""
+    """Keys and values of one sequence in a cache full of older ones, its pages in random order."""
 
     def __init__(
         self, tokens: int, heads: tuple[int, int], size: int, int8: bool = False, seed: int = 0
