@@ -1,8 +1,9 @@
 """`NAME.hasten/`: a packed model on disk, ready to map and run.
 
-    plan.json             everything that is known about it; `artifact` in it lists the files with their checksums
+    plan.json             everything that is known about it; `artifact` lists the files and checksums
     config.json           the ModelConfig
-    weights.safetensors   uint8 tensors in the layout of native/layout.h, 64-byte aligned, and float32 norms and biases
+    weights.safetensors   matrices as uint8 in the layout of native/layout.h, norms and biases as float32;
+                          every tensor starts on 64 bytes
     tokenizer.json ...    what Tokenizer.save writes
     report.html           written by optimize
 
@@ -24,7 +25,9 @@ from hasten import _native
 from hasten.cache import new_folder, write_atomic, write_json
 from hasten.compress.pack import PackedLinear, PackedModel, packed_bytes
 from hasten.core import SCHEMA_VERSION, Layout, ModelConfig, Recipe, as_json
-from hasten.errors import ArtifactError
+from hasten.errors import ArtifactError, HastenError, UsageError
+from hasten.models.config_check import checked
+from hasten.models.parameters import parameter_shapes, present_biases
 from hasten.models.source import Source, sha256_of
 from hasten.models.tokenizer import Tokenizer
 
@@ -118,7 +121,9 @@ def _weights_writer(packed: PackedModel) -> Callable[[BinaryIO], None]:
         tensors[name] = ("U8", 1, linear.data)
     for name, values in packed.vectors.items():
         tensors[name] = ("F32", 4, np.ascontiguousarray(values, np.float32).view(np.uint8))
-    header: dict[str, Any] = {"__metadata__": {"sizes": json.dumps({n: int(d.size) for n, (_, _, d) in tensors.items()})}}
+    header: dict[str, Any] = {
+        "__metadata__": {"sizes": json.dumps({n: int(d.size) for n, (_, _, d) in tensors.items()})}
+    }
     at = 0
     for name, (dtype, item, data) in tensors.items():
         end = at + -(-data.size // _ALIGN) * _ALIGN
@@ -145,20 +150,23 @@ def load_artifact(folder: str | Path) -> Artifact:
     path = Path(folder)
     plan = _read_plan(path)
     weights = _verified(path, plan)
-    config = _parsed(path / "config.json", ModelConfig)
+    config = _config(path / "config.json")
     packed = _packed(path, plan, config, weights)
-    name = str(plan.get("source", {}).get("name", path.stem))
+    source = plan.get("source")
+    name = str(source["name"]) if isinstance(source, dict) and "name" in source else path.stem
     return Artifact(name, path, packed, Tokenizer.load(path), plan)
 
 
 def _read_plan(path: Path) -> dict[str, Any]:
     if not path.exists():
-        raise ArtifactError(f"there is no artifact at {path}", hint=f"make one: hasten optimize MODEL --out {path}")
+        raise ArtifactError(
+            f"there is no artifact at {path}", hint=f"make one: hasten optimize MODEL --out {path}"
+        )
     if not (path / _PLAN).is_file():
         raise ArtifactError(f"{path} is no artifact: it has no {_PLAN}", hint=_AGAIN)
     try:
         plan = json.loads((path / _PLAN).read_bytes())
-    except (OSError, ValueError) as wrong:
+    except (OSError, ValueError, RecursionError) as wrong:
         raise ArtifactError(f"{path / _PLAN} cannot be read: {wrong}", hint=_AGAIN) from None
     stored = plan.get("artifact") if isinstance(plan, dict) else None
     if not isinstance(stored, dict) or not isinstance(stored.get("files"), dict):
@@ -175,18 +183,20 @@ def _verified(path: Path, plan: dict[str, Any]) -> Bytes:
     weights = None
     for name, record in plan["artifact"]["files"].items():
         file = path / name
+        if (
+            Path(name).name != name
+            or not isinstance(record, dict)
+            or not isinstance(record.get("xxh64"), list)
+        ):
+            raise ArtifactError(f"{path / _PLAN} does not describe the file {name!r}", hint=_AGAIN)
         if not file.is_file():
             raise ArtifactError(f"{path} lacks {name}", hint=_AGAIN)
         size = file.stat().st_size
         if size != record.get("bytes"):
             raise ArtifactError(f"{file} has {size} bytes, {record.get('bytes')} were written", hint=_AGAIN)
-        data = _native.allocate(size) if name == _WEIGHTS else np.zeros(size, np.uint8)
-        with file.open("rb", buffering=0) as handle:
-            view, done = memoryview(data), 0
-            while done < size and (got := handle.readinto(view[done:])):
-                done += got
-        sums = [f"{v:016x}" for v in _native.checksums(data, plan["artifact"]["piece_bytes"], _native.usable_cores())]
-        if sums != record.get("xxh64"):
+        data = _read(file, _native.allocate(size) if name == _WEIGHTS else np.zeros(size, np.uint8))
+        sums = [f"{v:016x}" for v in _native.checksums(data, _PIECE, _native.usable_cores())]
+        if sums != record["xxh64"]:
             bad = next((i for i, (a, b) in enumerate(zip(sums, record["xxh64"], strict=False)) if a != b), 0)
             raise ArtifactError(
                 f"{file} is damaged: its checksum differs in the 4 MB from byte {bad * _PIECE}", hint=_AGAIN
@@ -196,6 +206,17 @@ def _verified(path: Path, plan: dict[str, Any]) -> Bytes:
     if weights is None:
         raise ArtifactError(f"{path} lists no {_WEIGHTS}", hint=_AGAIN)
     return weights
+
+
+def _read(file: Path, data: Bytes) -> Bytes:
+    try:
+        with file.open("rb", buffering=0) as handle:
+            view, done = data.data, 0
+            while done < data.size and (got := handle.readinto(view[done:])):
+                done += got
+    except OSError as wrong:
+        raise ArtifactError(f"{file} cannot be read: {wrong.strerror}", hint=_AGAIN) from None
+    return data
 
 
 def _packed(path: Path, plan: dict[str, Any], config: ModelConfig, weights: Bytes) -> PackedModel:
@@ -208,21 +229,45 @@ def _packed(path: Path, plan: dict[str, Any], config: ModelConfig, weights: Byte
             first = start + int(entry["data_offsets"][0])
             parts[name] = weights[first : first + int(sizes[name])]
         layouts = {name: Layout(**value) for name, value in plan["recipe"]["layers"].items()}
-        shapes = {"embed": (config.vocab_size, config.hidden_size), **config.linear_shapes()}
-        linears = {name: PackedLinear(layout, *shapes[name], parts.pop(name)) for name, layout in layouts.items()}
-        recipe = Recipe(plan["recipe"]["name"], None, None, layouts, plan["recipe"]["kv"])
-    except (KeyError, TypeError, ValueError, AttributeError) as wrong:
+        shapes = parameter_shapes(config, present_biases(parts))
+        linears = {name: _linear(layout, shapes[name], parts.pop(name)) for name, layout in layouts.items()}
+        vectors = {name: data.view(np.float32) for name, data in parts.items()}
+        recipe = Recipe(str(plan["recipe"]["name"]), None, None, layouts, plan["recipe"]["kv"])
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, UsageError) as wrong:
         raise ArtifactError(f"{path} contradicts itself: {wrong!r}", hint=_AGAIN) from None
+    _check_sizes(path, linears, vectors, shapes)
+    if recipe.kv not in ("bf16", "int8"):
+        raise ArtifactError(f"{path} wants a KV cache of {recipe.kv!r}", hint=_AGAIN)
+    return PackedModel(config, recipe, linears, vectors)
+
+
+def _linear(layout: Layout, shape: tuple[int, ...], data: Bytes) -> PackedLinear:
+    rows, cols = shape
+    return PackedLinear(layout, rows, cols, data)
+
+
+def _check_sizes(
+    path: Path,
+    linears: Mapping[str, PackedLinear],
+    vectors: Mapping[str, npt.NDArray[np.float32]],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> None:
     for name, linear in linears.items():
         if linear.bytes != packed_bytes(linear.rows, linear.cols, linear.layout):
-            raise ArtifactError(f"{path}: {name} has {linear.bytes} bytes, not what its layout needs", hint=_AGAIN)
-    return PackedModel(config, recipe, linears, {name: data.view(np.float32) for name, data in parts.items()})
+            raise ArtifactError(
+                f"{path}: {name} has {linear.bytes} bytes, not what its layout needs", hint=_AGAIN
+            )
+    wrong = {name for name, shape in shapes.items() if len(shape) == 2} ^ set(linears)
+    wrong |= {name for name, shape in shapes.items() if len(shape) == 1} ^ set(vectors)
+    wrong |= {name for name in set(vectors) & set(shapes) if vectors[name].shape != shapes[name]}
+    if wrong:
+        raise ArtifactError(f"{path}: {min(wrong)} is missing, extra or of a wrong size", hint=_AGAIN)
 
 
-def _parsed(file: Path, kind: type[T]) -> T:
+def _config(file: Path) -> ModelConfig:
     try:
-        return _from_json(json.loads(file.read_bytes()), kind)
-    except (OSError, ValueError, TypeError, KeyError) as wrong:
+        return checked(_from_json(json.loads(file.read_bytes()), ModelConfig), file.name)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, HastenError) as wrong:
         raise ArtifactError(f"{file} cannot be read: {wrong}", hint=_AGAIN) from None
 
 

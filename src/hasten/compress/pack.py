@@ -1,7 +1,7 @@
 """Weights into the native engine's layouts, by recipe.
 
-A `PackedModel` is everything the engine needs to run: integer or bf16 matrices in the layout of native/layout.h, and
-norms and biases in float32.
+A `PackedModel` is everything the engine needs to run: integer or bf16 matrices in the layout of
+native/layout.h, and norms and biases in float32.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _ALIGN = 64
 class PackedLinear:
     """One matrix in a native layout.
 
-    `relative_error` is the root of (squared rounding error / squared values): 0 where the layout holds the source's
-    values exactly, None where it was not measured (an artifact that was loaded).
+    `relative_error` is the root of (squared rounding error / squared values): 0 where the layout holds the
+    source's values exactly, None where it was not measured (an artifact that was loaded).
     """
 
     layout: Layout
@@ -50,7 +50,7 @@ class PackedModel:
 
     config: ModelConfig
     recipe: Recipe
-    linears: dict[str, PackedLinear]  # every key of config.linear_shapes(), and `embed` where the head is not tied
+    linears: dict[str, PackedLinear]  # every key of config.linear_shapes(), and `embed` always
     vectors: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)  # norms and biases
 
     def _read(self) -> Mapping[str, PackedLinear]:
@@ -75,7 +75,7 @@ def packed_bytes(rows: int, cols: int, layout: Layout) -> int:
 
 
 def source_layout(tensor: SourceTensor) -> Layout:
-    """The cheapest layout that holds a tensor's values: integers for quantised GGUF types, bf16 for floats."""
+    """The cheapest layout that holds a tensor's values: integers for quantised GGUF types, else bf16."""
     if tensor.dtype in _FLOATS:
         return Layout(16)
     bits, group, symmetric, _ = _native.ggml_layout(tensor.dtype)
@@ -128,9 +128,8 @@ def _relative(tensor: SourceTensor, layout: Layout, data: npt.NDArray[np.uint8],
     if dtype not in _FLOATS:  # through float32: another width than the file's own
         raw = _native.dequantize_ggml(raw, dtype, rows * cols, threads).view(np.uint8)
         dtype = "F32"
-    loss = _native.pack(
-        raw, dtype, rows, cols, layout.bits, layout.group, layout.symmetric, data, order, tensor.offset, threads
-    )
+    stored = (layout.bits, layout.group, layout.symmetric)
+    loss = _native.pack(raw, dtype, rows, cols, *stored, data, order, tensor.offset, threads)
     squared_error, squares = loss[0], loss[1]
     return float((squared_error / squares) ** 0.5) if squares > 0 else 0.0
 
@@ -165,7 +164,7 @@ def pack_model(source: Source, recipe: Recipe, threads: int | None = None) -> Pa
 
     Raises:
         ModelError: a value is not finite; the tensor is named.
-        UsageError: the recipe names layers that are not there, or a group that does not divide a layer's inputs.
+        UsageError: the recipe names layers that are not there, or a group does not divide a layer's inputs.
     """
     matrices = {name: tensor for name, tensor in source.tensors.items() if len(tensor.shape) == 2}
     strange = sorted(set(recipe.layers) - set(matrices))
