@@ -159,7 +159,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What happens to weights, activations and KV. Names: see DESIGN 3.
+    """What happens to weights, activations and KV. Names: docs/concepts.md.
 
     `source` keeps the values the file holds, each tensor in the cheapest layout that holds it. Otherwise
     `default` is the layout of every linear layer, `head` that of the LM head (and a tied embedding), and
@@ -250,7 +250,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Budget:
-    """What may be given up: the quality limit of DESIGN 6."""
+    """What may be given up: the quality limit of docs/concepts.md."""
 
     max_ppl_increase: float = 0.01  # 0.01 = +1 %
 
@@ -331,7 +331,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a recipe costs in quality against the source in bf16 on the same engine and text (DESIGN 6)."""
+    """What a recipe costs in quality against the source in bf16 on the same engine and text (docs/concepts.md)."""
 
     status: Status
     ppl: float

@@ -50,21 +50,21 @@ def _verb(name: str) -> str:
 
 
 def _row(parameter: Any) -> str:
-    is_flag = parameter.param_type_name == "option"
-    names = (
-        ", ".join(f"`{o}`" for o in parameter.opts)
-        if is_flag
-        else f"`{parameter.metavar or parameter.name.upper()}`"
-    )
-    metavar = f" `{parameter.metavar}`" if is_flag and parameter.metavar else ""
+    if parameter.param_type_name == "option":
+        names = ", ".join(f"`{flag}`" for flag in [*parameter.opts, *parameter.secondary_opts])
+        names += f" `{parameter.metavar}`" if parameter.metavar else ""
+    else:
+        names = f"`{parameter.metavar or parameter.name.upper()}`"
     text = " ".join(parameter.help.split()).replace("|", "\\|")
-    return f"| {names}{metavar} | {text} | {_default(parameter)} |"
+    return f"| {names} | {text} | {_flag_default(parameter)} |"
 
 
-def _default(parameter: Any) -> str:
+def _flag_default(parameter: Any) -> str:
     if parameter.required:
         return "required"
     value = parameter.default
+    if value is True:
+        return f"`{parameter.opts[0]}`"
     if value is None or value is False or value == "" or callable(value):
         return ""
     return f"`{value}`"
@@ -73,25 +73,38 @@ def _default(parameter: Any) -> str:
 def _name(name: str) -> str:
     value = getattr(import_module(hasten._HOME[name]), name)
     doc = inspect.getdoc(value) or ""
-    lines = [
-        f"### hasten.{name}",
-        "",
-        "```text",
-        f"{name}{_signature(value)}",
-        "",
-        *doc.splitlines(),
-        "```",
-        "",
-    ]
+    lines = [f"### hasten.{name}", "", "```text", _signature(name, value), "", *doc.splitlines(), "```", ""]
     if inspect.isclass(value):
         lines += _members(value)
     return "\n".join(lines)
 
 
-def _signature(value: Any) -> str:
+def _signature(name: str, value: Any) -> str:
+    """`name(argument: type = default, ...) -> type`, one argument a line where it is long."""
     if inspect.isclass(value) and issubclass(value, BaseException):
-        return "(message, *, hint=None)"
-    return str(inspect.signature(value)).replace("'", "")
+        return f"{name}(message: str, *, hint: str | None = None)"
+    signature = inspect.signature(value)
+    shown: list[str] = []
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in shown:
+            shown.append("*")
+        if parameter.name != "self":
+            shown.append(_parameter(parameter))
+    end = f") -> {signature.return_annotation}" if inspect.isfunction(value) else ")"
+    line = f"{name}({', '.join(shown)}{end}"
+    if len(line) <= 100:
+        return line
+    return "\n".join([f"{name}(", *(f"    {part}," for part in shown), end])
+
+
+def _parameter(parameter: inspect.Parameter) -> str:
+    text = f"{parameter.name}: {parameter.annotation}"
+    default = parameter.default
+    if default is parameter.empty:
+        return text
+    if inspect.isfunction(default):
+        return f"{text} = {default.__name__}"
+    return f"{text} = {'...' if str(default).startswith('<') else repr(default)}"
 
 
 def _members(value: type) -> list[str]:
@@ -99,15 +112,12 @@ def _members(value: type) -> list[str]:
     rows = []
     for member, item in vars(value).items():
         target = item.fget if isinstance(item, property) else getattr(item, "__func__", item)
-        if member.startswith("_") or not (inspect.isfunction(target)):
+        if member.startswith("_") or not inspect.isfunction(target):
             continue
-        shape = (
-            ""
-            if isinstance(item, property)
-            else str(inspect.signature(target)).replace("'", "").replace("self, ", "")
-        )
         summary = (inspect.getdoc(target) or "").split("\n\n")[0].replace("\n", " ")
-        rows.append(f"- `{member}{shape.replace('(self)', '()')}`: {summary}")
+        bound = target if isinstance(item, property) else getattr(value, member)
+        shape = member if isinstance(item, property) else " ".join(_signature(member, bound).split())
+        rows.append(f"- `{shape.replace('( ', '(').replace(', )', ')')}`: {summary}")
     return [*rows, ""] if rows else []
 
 

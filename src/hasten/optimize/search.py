@@ -62,12 +62,17 @@ def optimize(
     """Finds the fastest recipe whose perplexity rises by at most `max_ppl_increase`, and writes it as an
     artifact.
 
-    Args: ref: a GGUF file, a Hugging Face folder, a hub id, or `demo`. max_ppl_increase: the budget against
-        the source in bf16: 0.01 is +1 %. goal: `latency` (time of one request of 512 in, 128 out),
-        `throughput` (8 sequences decoding), `memory` (bytes). out: the artifact's folder; default NAME.hasten
-        here. threads: default, the cores this process may use. text: a UTF-8 file to judge on; default, the
-        prose and code of `pydoc_data.topics`. effort: how many tokens are judged and runs timed. fresh:
-        ignore what an earlier search found. observer: told of every step.
+    Args:
+        ref: a GGUF file, a Hugging Face folder, a hub id, or `demo`.
+        max_ppl_increase: the budget against the source in bf16: 0.01 is +1 %.
+        goal: `latency` (time of one request of 512 in, 128 out), `throughput` (8 sequences decoding) or
+            `memory` (bytes).
+        out: the artifact's folder; default NAME.hasten here.
+        threads: default, the cores this process may use.
+        text: a UTF-8 file to judge on; default, the prose and code of `pydoc_data.topics`.
+        effort: how many tokens are judged and runs timed.
+        fresh: ignore what an earlier search found.
+        observer: told of every step.
 
     Raises:
         BudgetError: no recipe is within the budget.
