@@ -331,7 +331,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a recipe costs in quality against the source in bf16 on the same engine and text (docs/concepts.md)."""
+    """What a recipe costs in quality: against the source in bf16, same engine and text (docs/concepts.md)."""
 
     status: Status
     ppl: float
