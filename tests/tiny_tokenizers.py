@@ -9,7 +9,8 @@ from typing import Any
 from text_samples import corpus
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -34,7 +35,7 @@ def byte_level(split: str, vocab_size: int = 900) -> Any:
 
 
 def byte_level_metadata(tokenizer: Any, pre: str) -> dict[str, Any]:
-    """The `tokenizer.ggml.*` values a GGUF writer makes of it, with three control tokens and one user-defined."""
+    """The `tokenizer.ggml.*` values a GGUF writer makes of it; with control and user-defined tokens."""
     import json
 
     vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])

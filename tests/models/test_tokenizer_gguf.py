@@ -6,6 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from hasten.errors import TokenizerError
+from hasten.models import pre_tokenizer
+from hasten.models.gguf import GgufFile
+from hasten.models.tokenizer import Tokenizer
 from text_samples import samples
 from tiny_tokenizers import (
     CHATML,
@@ -16,11 +21,6 @@ from tiny_tokenizers import (
     sentencepiece_model,
     write_gguf,
 )
-
-from hasten.errors import TokenizerError
-from hasten.models import pre_tokenizer
-from hasten.models.gguf import GgufFile
-from hasten.models.tokenizer import Tokenizer
 
 BYTE_LEVEL = [("qwen2", "qwen2"), ("llama", "llama-bpe"), ("llama", "tekken"), ("qwen2", "gpt-2")]
 SENTENCEPIECE = ["llama", "phi3", "gemma3"]
@@ -61,7 +61,11 @@ def test_byte_level_equals_transformers(architecture: str, pre: str, tmp_path: P
 
 @pytest.mark.parametrize("architecture", SENTENCEPIECE)
 def test_sentencepiece_equals_transformers(architecture: str, tmp_path: Path) -> None:
-    options = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    options = {
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+    }
     metadata = sentencepiece_metadata(sentencepiece_model("bpe", vocab_size=1000, **options))
     if architecture == "gemma3":
         metadata["add_space_prefix"] = False
@@ -132,7 +136,9 @@ def test_control_tokens_may_use_any_character(metadata: dict[str, Any]) -> None:
 
 def test_strings_may_be_bytes(metadata: dict[str, Any]) -> None:
     raw = {
-        key: [item.encode() for item in value] if isinstance(value, list) and isinstance(value[0], str) else value
+        key: [item.encode() for item in value]
+        if isinstance(value, list) and isinstance(value[0], str)
+        else value
         for key, value in metadata.items()
     }
     assert Tokenizer.from_gguf(raw).encode("Größe 你好") == Tokenizer.from_gguf(metadata).encode("Größe 你好")
@@ -182,9 +188,15 @@ def test_demo_model_equals_transformers() -> None:
     backend = Backend(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
     backend.pre_tokenizer = pre_tokenizer.byte_level(pre_tokenizer.kind_of("qwen2"))
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([t for i, t in enumerate(tokens) if file.metadata["tokenizer.ggml.token_type"][i] == 3])
+    backend.add_special_tokens(
+        [t for i, t in enumerate(tokens) if file.metadata["tokenizer.ggml.token_type"][i] == 3]
+    )
     backend.add_tokens(["<tool_call>", "</tool_call>"])
     assert_equal(mine, PreTrainedTokenizerFast(tokenizer_object=backend), texts)
-    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}, {"role": "user", "content": "?"}]
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "ho"},
+        {"role": "user", "content": "?"},
+    ]
     expected = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert mine.apply_chat(messages) == expected

@@ -27,12 +27,11 @@ def from_folder(folder: Path) -> tuple[Tokenizer, TokenizerFields]:
     """
     config = {**_json(folder / "special_tokens_map.json"), **_json(folder / "tokenizer_config.json")}
     named: dict[str, str] = {}
-    if (folder / "tokenizer.json").is_file():
+    complete = (folder / "tokenizer.json").is_file()  # else it says nothing of bos and eos around a text
+    if complete:
         backend = _from_json(folder / "tokenizer.json")
-        frames = "add_bos_token" in config or "add_eos_token" in config
     elif (folder / "tokenizer.model").is_file():
         backend, named = _from_sentencepiece(folder / "tokenizer.model")
-        frames = True
     else:
         raise TokenizerError(
             f"{folder} has no tokenizer: neither tokenizer.json nor tokenizer.model is there",
@@ -40,15 +39,14 @@ def from_folder(folder: Path) -> tuple[Tokenizer, TokenizerFields]:
         )
     named.update({name: _content(config[name]) for name in NAMED_TOKENS if config.get(name) is not None})
     _add_configured_tokens(backend, config, named)
-    bos_id = _id(backend, named.get("bos_token"))
-    if frames:
-        # A SentencePiece file says nothing of framing; Llama, its main user, puts bos first and nothing last.
-        add_bos = config.get("add_bos_token", bool(not (folder / "tokenizer.json").is_file()))
-        eos_id = _id(backend, named.get("eos_token"))
-        frame(backend, bos_id if add_bos else None, eos_id if config.get("add_eos_token") else None)
+    bos_id, eos_id = _id(backend, named.get("bos_token")), _id(backend, named.get("eos_token"))
+    if not complete:
+        # Llama, the main user of these files, puts bos first and nothing last.
+        add_bos, add_eos = config.get("add_bos_token", True), config.get("add_eos_token", False)
+        frame(backend, bos_id if add_bos else None, eos_id if add_eos else None)
     return backend, TokenizerFields(
         bos_id=bos_id,
-        eos_ids=_eos_ids(folder, _id(backend, named.get("eos_token"))),
+        eos_ids=_eos_ids(folder, eos_id),
         vocab_size=backend.get_vocab_size(),
         special_tokens=MappingProxyType(named),
         chat_templates=MappingProxyType(_chat_templates(folder, config)),

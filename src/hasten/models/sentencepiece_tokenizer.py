@@ -29,6 +29,9 @@ class PieceType(IntEnum):
     BYTE = 6
 
 
+_TEXTUAL = (PieceType.NORMAL, PieceType.USER_DEFINED)
+
+
 @dataclass(frozen=True)
 class SentencePieceVocabulary:
     """What a SentencePiece model file or its GGUF copy says.
@@ -101,15 +104,13 @@ def _model(vocabulary: SentencePieceVocabulary) -> Model:
     from tokenizers.models import BPE, Unigram
 
     if vocabulary.kind == "unigram":
-        pieces = list(zip(vocabulary.tokens, vocabulary.scores, strict=True))
-        return Unigram(pieces, vocabulary.unk_id, vocabulary.byte_fallback)
+        return Unigram(_unigram_pieces(vocabulary), vocabulary.unk_id, vocabulary.byte_fallback)
     ids = {token: index for index, token in enumerate(vocabulary.tokens)}
-    textual = (PieceType.NORMAL, PieceType.USER_DEFINED)
     ranks = vocabulary.ranks or dict(zip(vocabulary.tokens, vocabulary.scores, strict=True))
     mergeable = {
         token: ranks[token]
         for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
-        if kind in textual
+        if kind in _TEXTUAL
     }
     unknown = None if vocabulary.unk_id is None else vocabulary.tokens[vocabulary.unk_id]
     return BPE(
@@ -119,6 +120,16 @@ def _model(vocabulary: SentencePieceVocabulary) -> Model:
         fuse_unk=True,
         byte_fallback=vocabulary.byte_fallback,
     )
+
+
+def _unigram_pieces(vocabulary: SentencePieceVocabulary) -> list[tuple[str, float]]:
+    """Pieces and scores; what no text may match (bytes, control) scores below any path of others."""
+    usable = [kind in _TEXTUAL for kind in vocabulary.types]
+    worst = min((s for s, use in zip(vocabulary.scores, usable, strict=True) if use), default=0.0)
+    longest = max(len(token) for token in vocabulary.tokens)
+    never = (worst - 10.0) * (longest + 1)
+    rows = zip(vocabulary.tokens, vocabulary.scores, usable, vocabulary.types, strict=True)
+    return [(t, s if use or kind == PieceType.UNKNOWN else min(never, -1.0)) for t, s, use, kind in rows]
 
 
 def _normalizer(vocabulary: SentencePieceVocabulary) -> Normalizer | None:

@@ -60,7 +60,7 @@ class _ByteLevel:
 class _ByteFallback:
     """Runs of `<0xE2>` tokens to text.
 
-    A run that is not UTF-8 as a whole gives one U+FFFD a byte, so it is final only when another token ends it.
+    A run that is not UTF-8 as a whole gives one U+FFFD a byte, so it is final when another token ends it.
     """
 
     def __init__(self) -> None:

@@ -63,7 +63,7 @@ def _compact(backend: Backend) -> str:
 def load(folder: Path) -> tuple[Callable[[], Backend], TokenizerFields]:
     """Fields at once, and the tokenizer as a call that waits for a thread already parsing it.
 
-    Parsing 150,000 tokens takes about 0.3 s and holds the interpreter lock, so it runs beside native code only,
+    Parsing 150,000 tokens takes about 0.3 s and holds the interpreter lock: it runs beside native code only,
     such as the reading of weights.
 
     Raises:

@@ -1,0 +1,183 @@
+"""Tokenizers of Hugging Face folders against transformers and sentencepiece."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hasten.errors import TokenizerError
+from hasten.models import pre_tokenizer
+from hasten.models.tokenizer import Tokenizer
+from text_samples import samples
+from tiny_tokenizers import CHATML, CONTROL, byte_level, sentencepiece_model
+
+
+def write(path: Path, document: Any) -> None:
+    path.write_text(json.dumps(document), encoding="utf-8")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    from transformers import PreTrainedTokenizerFast
+
+    backend = byte_level(pre_tokenizer.LLAMA3)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=CONTROL[0],
+        eos_token=CONTROL[2],
+        extra_special_tokens=[CONTROL[1]],
+    )
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def assert_equal(mine: Tokenizer, reference: Any, texts: list[str]) -> None:
+    for text in texts:
+        for special in (False, True):
+            ids = mine.encode(text, add_special=special)
+            assert ids == reference.encode(text, add_special_tokens=special), text
+            for skip in (False, True):
+                assert mine.decode(ids, skip_special=skip) == reference.decode(ids, skip_special_tokens=skip)
+
+
+@pytest.mark.parametrize("framed", [False, True])
+def test_folder_equals_transformers(folder: Path, framed: bool) -> None:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    if framed:
+        backend = Backend.from_file(str(folder / "tokenizer.json"))
+        special = [(token, backend.token_to_id(token)) for token in (CONTROL[0], CONTROL[2])]
+        parts = [CONTROL[0], "$A", CONTROL[2]]
+        backend.post_processor = TemplateProcessing(single=parts, special_tokens=special)
+        backend.save(str(folder / "tokenizer.json"))
+    reference = PreTrainedTokenizerFast.from_pretrained(folder)
+    mine = Tokenizer.from_folder(folder)
+    assert_equal(mine, reference, samples(CONTROL))
+    assert len(mine.encode("a")) == len(mine.encode("a", add_special=False)) + 2 * framed
+    messages = [{"role": "user", "content": "Größe 你好"}]
+    expected = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert mine.apply_chat(messages) == expected
+    assert mine.encode_chat(messages) == reference.encode(expected, add_special_tokens=False)
+
+
+def test_end_ids_come_from_all_files(folder: Path) -> None:
+    write(folder / "generation_config.json", {"eos_token_id": [3, 5]})
+    write(folder / "config.json", {"eos_token_id": 5})
+    mine = Tokenizer.from_folder(folder)
+    own = mine.encode(CONTROL[2])[0]
+    assert mine.eos_ids == (own, 3, 5)
+    assert mine.bos_id == mine.encode(CONTROL[0])[0]
+    assert mine.vocab_size == own + 2 or mine.vocab_size > own
+
+
+def test_tokens_that_only_the_configuration_knows_are_added(folder: Path) -> None:
+    backend = byte_level(pre_tokenizer.LLAMA3)
+    backend.save(str(folder / "tokenizer.json"))
+    first = backend.get_vocab_size()
+    listed = {
+        str(first + 1): {"content": "<b>", "special": False},
+        str(first): {"content": "<a>", "special": True},
+    }
+    write(folder / "tokenizer_config.json", {"added_tokens_decoder": listed, "eos_token": {"content": "<a>"}})
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    mine = Tokenizer.from_folder(folder)
+    assert mine.encode("<a><b>") == [first, first + 1]
+    assert mine.decode([first, first + 1]) == "<b>" and mine.eos_ids == (first,)
+
+
+def test_limits_of_the_training_run_are_dropped(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    document = json.loads(path.read_text())
+    document["truncation"] = {"max_length": 2, "strategy": "LongestFirst", "direction": "Right", "stride": 0}
+    write(path, document)
+    assert len(Tokenizer.from_folder(folder).encode("one two three four")) > 2
+
+
+def test_chat_templates_of_every_place(folder: Path) -> None:
+    message = [{"role": "user", "content": "x"}]
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
+    write(path, config | {"chat_template": named})
+    mine = Tokenizer.from_folder(folder)
+    assert (mine.apply_chat(message), mine.apply_chat(message, tools=[{"name": "f"}])) == ("D", "T")
+    write(folder / "chat_template.json", {"chat_template": "J"})
+    assert Tokenizer.from_folder(folder).apply_chat(message) == "J"
+    (folder / "chat_template.jinja").write_text("F")
+    assert Tokenizer.from_folder(folder).apply_chat(message) == "F"
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@pytest.mark.parametrize("plain", [True, False], ids=["identity", "nfkc"])
+def test_sentencepiece_file_equals_sentencepiece(kind: str, plain: bool, tmp_path: Path) -> None:
+    import sentencepiece
+
+    options: dict[str, Any] = {}
+    if plain:
+        options = {
+            "byte_fallback": True,
+            "normalization_rule_name": "identity",
+            "remove_extra_whitespaces": False,
+        }
+    model = sentencepiece_model(kind, vocab_size=1000 if plain else 700, **options)
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    original = sentencepiece.SentencePieceProcessor(model_proto=model)
+    mine = Tokenizer.from_folder(tmp_path)
+    assert mine.bos_id == original.bos_id() and mine.eos_ids == (original.eos_id(),)
+    assert mine.vocab_size == original.get_piece_size()
+    normalizer = mine._backend.normalizer
+    compared = tied = 0
+    for text in samples():
+        ids = mine.encode(text, add_special=False)
+        assert mine.encode(text) == [mine.bos_id, *ids]
+        # The library's compiled NFKC rules leave some combinations of characters alone, in transformers too.
+        if not plain and normalizer.normalize_str(text) != original.normalize(text):
+            continue
+        compared += 1
+        expected = original.encode(text)
+        if kind == "unigram" and ids != expected:
+            ids, expected, tied = (
+                sorted(ids),
+                sorted(expected),
+                tied + 1,
+            )  # equal scores, either order is the best
+        assert ids == expected, text
+        if original.unk_id() not in ids:
+            assert mine.decode(ids) == original.decode(ids), text
+    assert (compared == 1000 if plain else compared > 850) and tied < 10
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "\x00"])
+def test_damaged_files_are_named(folder: Path, name: str, content: str) -> None:
+    (folder / name).write_text(content)
+    with pytest.raises(TokenizerError, match=name) as caught:
+        Tokenizer.from_folder(folder)
+    assert caught.value.hint
+
+
+def test_missing_tokenizer_is_named(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(TokenizerError, match=r"neither tokenizer.json nor tokenizer.model"):
+            Tokenizer.from_folder(folder)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 7, 100, -3])
+def test_cut_sentencepiece_file_is_named(tmp_path: Path, cut: int) -> None:
+    model = sentencepiece_model("bpe", vocab_size=600)
+    (tmp_path / "tokenizer.model").write_bytes(model[:cut])
+    with pytest.raises(TokenizerError, match=r"tokenizer.model is no SentencePiece model"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_other_sentencepiece_kinds_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model("char", vocab_size=400))
+    with pytest.raises(TokenizerError, match="its kind is char"):
+        Tokenizer.from_folder(tmp_path)
