@@ -226,8 +226,10 @@ def _packed(path: Path, plan: dict[str, Any], config: ModelConfig, weights: Byte
         sizes = json.loads(header.pop("__metadata__")["sizes"])
         parts = {}
         for name, entry in header.items():
-            first = start + int(entry["data_offsets"][0])
-            parts[name] = weights[first : first + int(sizes[name])]
+            first, size = int(entry["data_offsets"][0]), int(sizes[name])
+            if min(first, size) < 0:
+                raise ValueError(f"{name} starts at {first} and has {size} bytes")
+            parts[name] = weights[start + first : start + first + size]
         layouts = {name: Layout(**value) for name, value in plan["recipe"]["layers"].items()}
         shapes = parameter_shapes(config, present_biases(parts))
         linears = {name: _linear(layout, shapes[name], parts.pop(name)) for name, layout in layouts.items()}
@@ -267,7 +269,7 @@ def _check_sizes(
 def _config(file: Path) -> ModelConfig:
     try:
         return checked(_from_json(json.loads(file.read_bytes()), ModelConfig), file.name)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError, HastenError) as wrong:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, HastenError) as wrong:
         raise ArtifactError(f"{file} cannot be read: {wrong}", hint=_AGAIN) from None
 
 
@@ -278,7 +280,7 @@ def _from_json(value: dict[str, Any], kind: type[T]) -> T:
     made: dict[str, Any] = {}
     for f in fields(kind):
         given, hint = value[f.name], hints[f.name]
-        if isinstance(given, dict) and is_dataclass(hint):
+        if isinstance(given, dict) and isinstance(hint, type) and is_dataclass(hint):
             given = _from_json(given, hint)
         made[f.name] = tuple(given) if isinstance(given, list) else given
     return kind(**made)

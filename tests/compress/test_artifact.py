@@ -1,0 +1,399 @@
+"""Artifacts: the same bits back, and an error in words for everything else."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pytest
+
+import hasten
+from hasten import _native
+from hasten.compress import artifact
+from hasten.compress.artifact import is_artifact, load_artifact, save
+from hasten.compress.pack import PackedModel, pack_model
+from hasten.core import Recipe
+from hasten.engine.sampling import SamplingOptions
+from hasten.errors import ArtifactError, DiskError, HastenError, UsageError
+from hasten.models.open import open_model
+from hasten.models.source import Source
+
+TEXT = [int(t) for t in np.random.default_rng(2).integers(0, 262, 30)]
+
+
+@pytest.fixture(scope="module")
+def source(tiny_folder: Callable[..., Path]) -> Source:
+    return open_model(tiny_folder("gemma3"))
+
+
+@pytest.fixture(scope="module")
+def packed(source: Source) -> PackedModel:
+    return pack_model(source, Recipe.parse("w4-head8-kv8"), 1)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, source: Source, packed: PackedModel) -> Path:
+    folder = tmp_path_factory.mktemp("made") / "tiny.hasten"
+    return save(folder, packed, source, {"because": ["it is small"]}, {"report.html": b"<html>"})
+
+
+@pytest.fixture
+def copy(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "copy.hasten"))
+
+
+def refused(folder: Path, *words: str) -> ArtifactError:
+    """Loading must fail by an ArtifactError with a hint that holds these words."""
+    with pytest.raises(ArtifactError) as caught:
+        hasten.load(folder, threads=1)
+    for word in words:
+        assert word in caught.value.message, caught.value.message
+    assert caught.value.hint and "hasten" in caught.value.hint
+    return caught.value
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    plan = json.loads((folder / "plan.json").read_text())
+    change(plan)
+    (folder / "plan.json").write_text(json.dumps(plan))
+
+
+def reseal(folder: Path, name: str) -> None:
+    """Put the right size and checksums of a changed file into the plan: someone lies on purpose."""
+    data = np.fromfile(folder / name, np.uint8)
+    sums = [f"{v:016x}" for v in _native.checksums(data, 1 << 22, 1)]
+    rewrite(folder, lambda p: p["artifact"]["files"][name].update(bytes=data.size, xxh64=sums))
+
+
+@pytest.mark.parametrize(
+    "name, recipe",
+    [("gemma3", "w4-head8-kv8"), ("qwen3", "bf16"), ("llama-odd", "source"), ("phi3", "w6")],
+)
+def test_round_trip(tiny_folder: Callable[..., Path], tmp_path: Path, name: str, recipe: str) -> None:
+    source = open_model(tiny_folder(name))
+    packed = pack_model(source, Recipe.parse(recipe), 1)
+    folder = save(tmp_path / "m.hasten", packed, source, {})
+    back = load_artifact(folder)
+    assert asdict(back.packed.config) == asdict(packed.config)
+    assert back.name == source.name
+    assert back.packed.linears.keys() == packed.linears.keys()
+    for key, linear in packed.linears.items():
+        assert replace(back.packed.linears[key], data=linear.data, relative_error=None) == replace(
+            linear, relative_error=None
+        )
+        np.testing.assert_array_equal(back.packed.linears[key].data, linear.data)
+        assert back.packed.linears[key].data.ctypes.data % 64 == 0
+    assert back.packed.vectors.keys() == packed.vectors.keys()
+    for key, values in packed.vectors.items():
+        np.testing.assert_array_equal(back.packed.vectors[key], values)
+    assert back.packed.recipe.kv == packed.recipe.kv and back.packed.recipe.name == recipe
+    assert back.packed.bits_per_weight == packed.bits_per_weight
+
+
+def test_the_same_tokens(made: Path, tiny_folder: Callable[..., Path]) -> None:
+    direct = hasten.load(tiny_folder("gemma3"), "w4-head8-kv8", threads=1)
+    again = hasten.load(made, threads=1)
+    np.testing.assert_array_equal(again.logits(TEXT), direct.logits(TEXT))
+    options = SamplingOptions(ignore_eos=True)
+    assert list(again.stream(TEXT, 20, options)) == list(direct.stream(TEXT, 20, options))
+    text = "hello, 你好 <|end|>"
+    assert again.tokenizer.encode(text) == direct.tokenizer.encode(text)
+    assert again.tokenizer.encode_chat([{"role": "user", "content": text}]) == direct.tokenizer.encode_chat(
+        [{"role": "user", "content": text}]
+    )
+    assert again.recipe.kv == "int8" and again.name == direct.name
+
+
+def test_what_the_plan_says(made: Path, source: Source, packed: PackedModel) -> None:
+    plan = json.loads((made / "plan.json").read_text())
+    assert plan["because"] == ["it is small"] and plan["schema_version"] == 1
+    assert plan["source"]["files"][0]["sha256"] and plan["recipe"]["name"] == "w4-head8-kv8"
+    assert plan["recipe"]["bits_per_weight"] == packed.bits_per_weight
+    assert "report.html" not in plan["artifact"]["files"]  # may be drawn again without breaking the artifact
+    assert sorted(p.name for p in made.iterdir()) == [
+        "config.json",
+        "plan.json",
+        "report.html",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "weights.safetensors",
+    ]
+
+
+def test_other_programs_can_read_the_weights(made: Path, packed: PackedModel) -> None:
+    from safetensors.numpy import load_file
+
+    tensors = load_file(made / "weights.safetensors")
+    linear = packed.linears["layers.0.down"]
+    np.testing.assert_array_equal(tensors["layers.0.down"][: linear.data.size], linear.data)
+
+
+def test_a_recipe_beside_an_artifact(made: Path) -> None:
+    assert hasten.load(made, "w4-head8-kv8", threads=1).recipe.kv == "int8"
+    with pytest.raises(UsageError, match="cannot become another"):
+        hasten.load(made, "w8", threads=1)
+
+
+def test_which_references_are_artifacts(made: Path, tmp_path: Path) -> None:
+    assert is_artifact(made) and is_artifact("nowhere.hasten")
+    assert is_artifact(made.rename(made.with_suffix(".moved")))
+    made.with_suffix(".moved").rename(made)
+    assert not is_artifact(tmp_path) and not is_artifact("demo")
+
+
+@pytest.mark.parametrize("key", ["schema_version", "layout_version"])
+@pytest.mark.parametrize("value", [0, 2, None, "1"])
+def test_another_version(copy: Path, key: str, value: object) -> None:
+    def change(plan: dict[str, Any]) -> None:
+        (plan if key == "schema_version" else plan["artifact"])[key] = value
+
+    rewrite(copy, change)
+    refused(copy, key, str(value))
+
+
+FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "weights.safetensors"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("where", [0.0, 0.01, 0.3, 0.7, 0.999])
+def test_a_flipped_bit(copy: Path, name: str, where: float) -> None:
+    data = bytearray((copy / name).read_bytes())
+    data[int(where * len(data))] ^= 0x10
+    (copy / name).write_bytes(data)
+    refused(copy, name, "damaged")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_cut_short_or_gone(copy: Path, name: str) -> None:
+    data = (copy / name).read_bytes()
+    for size in (len(data) - 1, 9, 0):
+        (copy / name).write_bytes(data[:size])
+        refused(copy, name, "bytes")
+    (copy / name).write_bytes(data + b" ")
+    refused(copy, name, "bytes")
+    (copy / name).unlink()
+    refused(copy, name)
+    (copy / name).mkdir()
+    refused(copy, name)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(b"", b"{", b"[]", b"null", b"7", b'"x"', b"NaN", b"\xff\xfe", b"[" * 100_000),
+        *(b"{}", b'{"artifact": {}}', b'{"artifact": {"files": []}}'),
+        b'{"artifact": {"files": {}}, "schema_version": 1}',
+    ],
+    ids=lambda text: text[:20].decode(errors="replace"),
+)
+def test_a_plan_that_is_garbage(copy: Path, text: bytes) -> None:
+    (copy / "plan.json").write_bytes(text)
+    refused(copy)
+
+
+LIES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "no files": lambda p: p["artifact"].update(files={}),
+    "no weights": lambda p: p["artifact"]["files"].pop("weights.safetensors"),
+    "a record of another kind": lambda p: p["artifact"]["files"].update({"config.json": 7}),
+    "no checksums": lambda p: p["artifact"]["files"]["config.json"].pop("xxh64"),
+    "checksums of another kind": lambda p: p["artifact"]["files"]["config.json"].update(xxh64=5),
+    "no size": lambda p: p["artifact"]["files"]["config.json"].pop("bytes"),
+    "a file elsewhere": lambda p: p["artifact"]["files"].update({"../../x": {"bytes": 0, "xxh64": []}}),
+    "no recipe": lambda p: p.pop("recipe"),
+    "no layers": lambda p: p["recipe"].pop("layers"),
+    "layers of another kind": lambda p: p["recipe"].update(layers=[1]),
+    "a layer too few": lambda p: p["recipe"]["layers"].pop("layers.0.q"),
+    "an unknown layer": lambda p: p["recipe"]["layers"].update({"layers.99.q": {"bits": 4}}),
+    "a norm as a layer": lambda p: p["recipe"]["layers"].update({"final_norm": {"bits": 16}}),
+    "other bits": lambda p: p["recipe"]["layers"]["layers.0.q"].update(bits=8),
+    "bits that do not exist": lambda p: p["recipe"]["layers"]["layers.0.q"].update(bits=3),
+    "a group that does not exist": lambda p: p["recipe"]["layers"]["layers.0.q"].update(group=0),
+    "another group": lambda p: p["recipe"]["layers"]["layers.0.q"].update(group=64),
+    "another zero point": lambda p: p["recipe"]["layers"]["layers.0.q"].update(symmetric=False),
+    "a layout with more in it": lambda p: p["recipe"]["layers"]["layers.0.q"].update(more=1),
+    "another cache": lambda p: p["recipe"].update(kv="int3"),
+    "a cache of another kind": lambda p: p["recipe"].update(kv=["bf16"]),
+    "no cache": lambda p: p["recipe"].pop("kv"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_plan_that_lies(copy: Path, lie: str) -> None:
+    rewrite(copy, LIES[lie])
+    refused(copy)
+
+
+def test_a_plan_may_lack_what_is_only_told(copy: Path) -> None:
+    rewrite(copy, lambda p: p.update(source=7))
+    assert hasten.load(copy, threads=1).name == "copy"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_layers": 6},
+        {"num_layers": 8},
+        {"num_layers": "7"},
+        {"hidden_size": 32},
+        {"vocab_size": -1},
+        {"num_kv_heads": 0},
+        {"num_heads": 3},
+        {"head_dim": 7},
+        {"rope_scaling": 5},
+        {"rope_scaling": {"kind": "linear"}},
+        {"sliding_layers": [True]},
+        {"norm_placement": "pre"},
+    ],
+    ids=str,
+)
+def test_a_config_that_lies(copy: Path, change: dict[str, Any]) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, **change}))
+    reseal(copy, "config.json")
+    refused(copy)
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"{}", b"7", b"\xff", b"[" * 100_000])
+def test_a_config_that_is_garbage(copy: Path, text: bytes) -> None:
+    (copy / "config.json").write_bytes(text)
+    reseal(copy, "config.json")
+    refused(copy, "config.json")
+
+
+@pytest.mark.parametrize("lie", ["length", "sizes", "offsets", "negative", "no metadata", "extra", "empty"])
+def test_a_weights_header_that_lies(copy: Path, lie: str) -> None:
+    path = copy / "weights.safetensors"
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    sizes = json.loads(header["__metadata__"]["sizes"])
+    if lie == "sizes":
+        sizes["layers.0.q"] -= 32
+    elif lie == "offsets":
+        header["layers.0.q"]["data_offsets"] = [len(data), 2 * len(data)]
+    elif lie == "negative":
+        header["layers.0.q"]["data_offsets"] = [-start, 64]
+    elif lie == "extra":
+        header["more"], sizes["more"] = header["final_norm"], 64
+    header["__metadata__"]["sizes"] = json.dumps(sizes)
+    if lie == "no metadata":
+        del header["__metadata__"]
+    text = json.dumps(header).encode()
+    length = 2**63 if lie == "length" else len(text)
+    path.write_bytes(b"" if lie == "empty" else length.to_bytes(8, "little") + text + data[start:])
+    reseal(copy, "weights.safetensors")
+    refused(copy)
+
+
+def test_no_artifact(tmp_path: Path) -> None:
+    refused(tmp_path / "none.hasten", "no artifact at")
+    (tmp_path / "empty.hasten").mkdir()
+    refused(tmp_path / "empty.hasten", "plan.json")
+    (tmp_path / "file.hasten").write_bytes(b"x")
+    refused(tmp_path / "file.hasten", "plan.json")
+    with pytest.raises(HastenError) as caught:
+        hasten.load(tmp_path / "nothing here")
+    assert caught.value.hint
+
+
+def test_another_artifact_is_replaced_whole(
+    made: Path, copy: Path, source: Source, tiny_folder: Callable[..., Path]
+) -> None:
+    other = open_model(tiny_folder("qwen3"))
+    save(copy, pack_model(other, Recipe.parse("bf16"), 1), other, {})
+    assert hasten.load(copy, threads=1).config.architecture == "qwen3"
+    assert not (copy / "report.html").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(
+    tmp_path: Path, source: Source, packed: PackedModel
+) -> None:
+    (tmp_path / "photo.jpg").write_bytes(b"mine")
+    with pytest.raises(DiskError):
+        save(tmp_path, packed, source, {})
+    assert [p.name for p in tmp_path.iterdir()] == ["photo.jpg"]
+
+
+def untouched(folder: Path, before: dict[str, bytes]) -> None:
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert sorted(p.name for p in folder.parent.iterdir()) == [folder.name]
+    hasten.load(folder, threads=1)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO])
+@pytest.mark.parametrize("call", ["fsync", "replace", "open", "mkdir"])
+def test_refused_writes_keep_the_old_one(
+    monkeypatch: pytest.MonkeyPatch, copy: Path, source: Source, packed: PackedModel, code: int, call: str
+) -> None:
+    before = {p.name: p.read_bytes() for p in copy.iterdir()}
+
+    real = os.open
+
+    def refuse(path: Any, flags: int = os.O_CREAT, *args: Any, **options: Any) -> int:
+        if call == "open" and not flags & os.O_CREAT:  # reading stays possible, and so does cleaning up
+            return real(path, flags, *args, **options)
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, refuse)
+        with pytest.raises(DiskError) as caught:
+            save(copy, packed, source, {})
+    assert caught.value.hint
+    untouched(copy, before)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "full"), MemoryError()])
+@pytest.mark.parametrize("step", ["_weights_writer", "_fingerprint", "_recipe_json", "sha256_of", "write"])
+def test_interrupted_anywhere_keeps_the_old_one(
+    monkeypatch: pytest.MonkeyPatch,
+    copy: Path,
+    source: Source,
+    packed: PackedModel,
+    step: str,
+    error: BaseException,
+) -> None:
+    before = {p.name: p.read_bytes() for p in copy.iterdir()}
+
+    def stop(*args: object) -> None:
+        raise error
+
+    def half(packed: PackedModel) -> Callable[[BinaryIO], None]:
+        def write(file: BinaryIO) -> None:
+            file.write(b"half")
+            stop()
+
+        return write
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            artifact, "_weights_writer" if step == "write" else step, half if step == "write" else stop
+        )
+        with pytest.raises(DiskError if isinstance(error, OSError) else type(error)):
+            save(copy, packed, source, {})
+    untouched(copy, before)
+
+
+def test_a_really_small_disk(copy: Path, source: Source, packed: PackedModel) -> None:
+    """The system itself refuses the bytes of the weights: a limit on file size stands in for a full disk."""
+    import resource
+    import signal
+
+    before = {p.name: p.read_bytes() for p in copy.iterdir()}
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (65536, old[1]))
+        with pytest.raises(HastenError) as caught:
+            save(copy, packed, source, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert caught.value.hint
+    untouched(copy, before)
