@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -181,3 +182,36 @@ def test_other_sentencepiece_kinds_are_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model("char", vocab_size=400))
     with pytest.raises(TokenizerError, match="its kind is char"):
         Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_flipped_bytes_give_a_tokenizer_or_an_error_of_ours(kind: str, tmp_path: Path) -> None:
+    rng = random.Random(5)
+    model = sentencepiece_model(kind, vocab_size=700)
+    refused = 0
+    for _ in range(60):
+        flipped = bytearray(model)
+        flipped[rng.choice((rng.randrange(len(model)), rng.randrange(60)))] = rng.randrange(256)
+        (tmp_path / "tokenizer.model").write_bytes(flipped)
+        try:
+            tokenizer = Tokenizer.from_folder(tmp_path)
+            tokenizer.decode(tokenizer.encode("the Größe 你好"))
+        except TokenizerError:
+            refused += 1
+    assert 0 < refused < 60
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bos_token": 5},
+        {"eos_token": {}},
+        {"additional_special_tokens": 5},
+        {"added_tokens_decoder": {"x": {}}},
+    ],
+)
+def test_wrong_kinds_in_the_configuration_are_named(folder: Path, change: dict[str, Any]) -> None:
+    path = folder / "tokenizer_config.json"
+    write(path, json.loads(path.read_text()) | change)
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json"):
+        Tokenizer.from_folder(folder)

@@ -126,7 +126,7 @@ def _add_configured_tokens(backend: Tokenizer, config: Mapping[str, Any], named:
             hint="download the file again",
         ) from error
     more = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
-    further = list(more.values()) if isinstance(more, Mapping) else list(more)
+    further = list(more.values()) if isinstance(more, Mapping) else more if isinstance(more, list) else [more]
     special = [*named.values(), *(_content(token) for token in further)]
     missing = [token for token in dict.fromkeys(special) if not known.get(token)]
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in missing])

@@ -55,7 +55,7 @@ class GgufVocabulary:
             architecture=text_of(metadata, "general.architecture") or "",
             tokens=tokens,
             scores=_numbers(metadata, "scores", len(tokens), 0.0),
-            types=[int(kind) for kind in _numbers(metadata, "token_type", len(tokens), PieceType.NORMAL)],
+            types=_types(metadata, len(tokens)),
             merges=_strings(metadata, "merges"),
             ids={name: found for name, found in ids.items() if found is not None},
             flags={name: bool(metadata[KEY + name]) for name in _FLAGS if KEY + name in metadata},
@@ -119,6 +119,14 @@ def _numbers(metadata: Mapping[str, object], name: str, count: int, default: flo
     if not isinstance(numbers, Sequence) or len(numbers) != count or not _kinds(numbers) <= {int, float}:
         raise TokenizerError(f"{KEY}{name} must hold {count} numbers, one a token", hint=AGAIN)
     return list(numbers)
+
+
+def _types(metadata: Mapping[str, object], count: int) -> list[int]:
+    numbers = _numbers(metadata, "token_type", count, PieceType.NORMAL)
+    types = [number for number in numbers if isinstance(number, int)]
+    if len(types) != count:
+        raise TokenizerError(f"{KEY}token_type must hold integers", hint=AGAIN)
+    return types
 
 
 def _id(metadata: Mapping[str, object], name: str, count: int) -> int | None:

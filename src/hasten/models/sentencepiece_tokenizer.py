@@ -88,6 +88,8 @@ def build(vocabulary: SentencePieceVocabulary) -> Tokenizer:
         normalizer = _normalizer(vocabulary)
         if normalizer is not None:
             backend.normalizer = normalizer
+    except TokenizerError:
+        raise
     except Exception as error:
         raise TokenizerError(
             f"the SentencePiece vocabulary cannot be used: {error}", hint="download the model again"
@@ -104,6 +106,10 @@ def _model(vocabulary: SentencePieceVocabulary) -> Model:
     from tokenizers.models import BPE, Unigram
 
     if vocabulary.kind == "unigram":
+        if vocabulary.unk_id is None:
+            raise TokenizerError(
+                "a unigram vocabulary needs an unknown token", hint="download the model again"
+            )
         return Unigram(_unigram_pieces(vocabulary), vocabulary.unk_id, vocabulary.byte_fallback)
     ids = {token: index for index, token in enumerate(vocabulary.tokens)}
     ranks = vocabulary.ranks or dict(zip(vocabulary.tokens, vocabulary.scores, strict=True))

@@ -107,11 +107,19 @@ class Tokenizer:
 
         Raises:
             UsageError: the text holds what is no Unicode (bytes that are no UTF-8, lone surrogates).
+            TokenizerError: the vocabulary has neither a token for a part of the text nor one for the unknown.
         """
         if not isinstance(text, str):
             raise UsageError(f"a text to encode must be str, got {type(text).__name__}")
         _check_unicode(text)
-        return self._backend.encode(text, add_special_tokens=add_special).ids
+        backend = self._backend  # its own errors stay what they are
+        try:
+            return backend.encode(text, add_special_tokens=add_special).ids
+        except Exception as error:  # the library raises plain Exception
+            raise TokenizerError(
+                f"the model's tokenizer cannot encode this text: {error}",
+                hint="the tokenizer's files contradict themselves: download the model again",
+            ) from error
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of token ids. Ids that the vocabulary lacks give nothing; what is no UTF-8 gives U+FFFD.
