@@ -154,6 +154,18 @@ def test_help_lists_every_verb_and_imports_nothing_heavy(capsys: Any) -> None:
         assert f"  {name} " in done.stdout
 
 
+def test_running_a_verb_loads_no_more_than_it_needs() -> None:
+    """Parsing a verb's flags: neither rich nor pydantic (0.1 s each), nor what loads a model."""
+    script = (
+        "import sys, hasten.cli; code = hasten.cli.main(['generate', 'none', '-p', ' ']);"
+        "heavy = {'rich', 'pydantic', 'torch', 'huggingface_hub', 'jinja2', 'tokenizers'} & set(sys.modules);"
+        "sys.exit(f'imports {heavy}' if heavy else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "the prompt is empty" in done.stderr
+
+
 def test_version_and_no_arguments(capsys: Any) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("hasten 0.")

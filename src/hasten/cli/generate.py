@@ -62,12 +62,12 @@ def command(
     The continuation alone goes to stdout, as it comes; the speed goes to stderr. With -n 0 nothing is
     generated and stdout stays empty.
     """
-    from hasten.engine.model import load
-    from hasten.engine.sampling import SamplingOptions
-
     text = read_stdin() if prompt == "-" else prompt
     if not text.strip():
         raise UsageError("the prompt is empty", hint='give some text: -p "What is a mutex?"')
+    from hasten.engine.model import load
+    from hasten.engine.sampling import SamplingOptions
+
     sampling = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     started = time.perf_counter()
     running = load(model, recipe=recipe, threads=threads, context=context)
