@@ -21,7 +21,7 @@ from hasten.errors import PeerError, UsageError
 
 HERE = str(Path(__file__).parent)
 WORKLOAD = Workload(prompt=16, output=4)
-FAKE = Peer("fake_engine", ("ok",), ("json",), "fake==1")
+FAKE = Peer("fake_engine", ("ok",), ("json",), "fake==1", crash_hint="build it anew")
 
 
 @pytest.fixture(autouse=True)
@@ -145,6 +145,8 @@ def test_the_order_rotates(monkeypatch):
 @pytest.mark.parametrize("form", ["crash", "raise", "fails-later", "unpreparable"])
 def test_a_failing_peer_does_not_take_the_others_with_it(form):
     result = compare([Contender(spec("ok")), entry(form), entry("slow")], WORKLOAD, 3)
+    if form == "crash":
+        assert result.failed["fake:crash"].hint == "build it anew"
     assert list(result.failed) == [f"fake:{form}"] and list(result.peers) == ["fake:slow"]
     assert result.peers["fake:slow"].measurement.decode_tok_per_s.n == 3
 
@@ -233,3 +235,35 @@ def test_what_is_made_once_is_made_once_and_whole(tmp_path):
     with pytest.raises(PeerError):
         made_once(tmp_path / "folder", fail)
     assert [path.name for path in tmp_path.iterdir()] == ["deep"]
+
+
+def test_a_request_becomes_contenders(tmp_path, monkeypatch):
+    from hasten.bench import bout as bout_module
+
+    monkeypatch.setattr(bout_module, "peer_source", lambda ref: Path(f"/models/{ref}"))
+    monkeypatch.setenv("HASTEN_CACHE", str(tmp_path))
+    against = ("llama.cpp:q8_0", "transformers", "llama.cpp:q8_0")
+    request = bout_module.Request(
+        "x.hasten", Workload(16, 4, 2), against=against, source="demo", threads=3, peer_python="/p/python"
+    )
+    ours, llama, torch = bout_module._contenders(request)
+    assert (ours.peer, ours.python, ours.spec.source, ours.spec.format) == (None, None, "x.hasten", "")
+    assert (llama.spec.source, llama.spec.format, llama.python) == ("/models/demo", "q8_0", "/p/python")
+    assert torch.spec.name == "transformers" and torch.spec.format == "bf16"
+    assert {c.spec.context for c in (ours, llama, torch)} == {20} and llama.spec.threads == 3
+
+
+def test_a_forced_instruction_set_has_its_own_ceiling(monkeypatch):
+    from hasten.bench.bout import usable_ceilings
+    from hasten.core import Ceiling, Stat
+
+    rounds = Stat(1.0, 1.0, 1.0, 1)
+    rates = {"avx2": 0.5, "avx512": 2.0, "amx": 9.0}
+    here = Machine("cpu", ("scalar", *rates), 1, None, None, None, None, int8_tops=9.0)
+    here = dataclasses.replace(here, ceilings=tuple(Ceiling(i, "int8", r, rounds) for i, r in rates.items()))
+    monkeypatch.delenv("HASTEN_ISA", raising=False)
+    assert usable_ceilings(here).int8_tops == 9.0
+    monkeypatch.setenv("HASTEN_ISA", "avx512")
+    assert usable_ceilings(here).int8_tops == 2.0
+    monkeypatch.setenv("HASTEN_ISA", "scalar")
+    assert usable_ceilings(here).int8_tops is None

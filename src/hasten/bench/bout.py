@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hasten.bench import workloads
@@ -15,58 +16,64 @@ from hasten.errors import UsageError
 SUBJECT = "hasten.bench.peers.subject"
 
 
-def bout(
-    model: str,
-    workload: Workload,
-    *,
-    recipe: str | None = None,
-    against: Sequence[str] = (),
-    source: str | None = None,
-    threads: int | None = None,
-    runs: int = 5,
-    peer_python: str | None = None,
-    say: Callable[[str], None] = lambda _: None,
-) -> tuple[Comparison, Machine]:
-    """Compare `model` on our engine with other engines on its source.
+@dataclass(frozen=True)
+class Request:
+    """What a user asks to have measured."""
 
-    Args:
-        model: what `hasten.load` takes.
-        against: peers by name, `llama.cpp:q4_0` (see `hasten.bench.peers.PEERS`).
-        source: what the peers get, where `model` is an artifact.
-        peer_python: the Python the peers are installed in; None is this one.
+    model: str  # what `hasten.load` takes
+    workload: Workload = field(default_factory=Workload)
+    recipe: str | None = None
+    against: tuple[str, ...] = ()  # peers by name, `llama.cpp:q4_0` (see `hasten.bench.peers.PEERS`)
+    source: str | None = None  # what the peers get, where `model` is an artifact
+    threads: int | None = None  # None: the cores this process may use
+    runs: int = 5
+    peer_python: str | None = None  # the Python the peers are installed in; None is this one
+
+
+def bout(request: Request, say: Callable[[str], None] = lambda _: None) -> tuple[Comparison, Machine]:
+    """Compare a model on our engine with other engines on its source.
+
     Returns:
         The comparison, and the machine with the ceilings measured just before it.
+
     Raises:
         UsageError: an unknown peer, a bad length, or peers but no source for them.
         PeerError: a peer is not installed.
         HastenError: our own engine failed.
     """
-    from hasten.machine.cores import usable_cores
     from hasten.machine.probe import probe
 
-    workloads.check(workload)
-    parsed = [(name, *parse(name)[1:]) for name in dict.fromkeys(against)]
+    workloads.check(request.workload)
+    contenders = _contenders(request)
+    say("measuring the machine's ceilings")
+    machine = usable_ceilings(probe(measure=True))
+    return compare(contenders, request.workload, request.runs, machine=machine, say=say), machine
+
+
+def _contenders(request: Request) -> list[Contender]:
+    """Ours first, then the peers, each named once."""
+    from hasten.machine.cores import usable_cores
+
     base = EngineSpec(
-        name="hasten" if recipe is None else f"hasten:{recipe}",
+        name="hasten" if request.recipe is None else f"hasten:{request.recipe}",
         module=SUBJECT,
-        format=recipe or "",
-        source=model,
+        format=request.recipe or "",
+        source=request.model,
         cache="",
-        threads=threads or usable_cores(),
-        context=workload.prompt + workload.output,
-        batch=workload.batch,
+        threads=request.threads or usable_cores(),
+        context=request.workload.prompt + request.workload.output,
+        batch=request.workload.batch,
     )
     contenders = [Contender(base)]
+    parsed = [(name, *parse(name)[1:]) for name in dict.fromkeys(request.against)]
     if parsed:
-        origin, cache = str(peer_source(source or model)), str(_cache())
+        origin, cache = str(peer_source(request.source or request.model)), str(_cache())
         for name, peer, form in parsed:
             spec = dataclasses.replace(
                 base, name=name, module=peer.module, format=form, source=origin, cache=cache
             )
-            contenders.append(Contender(spec, peer, peer_python))
-    say("measuring the machine's ceilings")
-    machine = usable_ceilings(probe(measure=True))
-    return compare(contenders, workload, runs, machine=machine, say=say), machine
+            contenders.append(Contender(spec, peer, request.peer_python))
+    return contenders
 
 
 def usable_ceilings(machine: Machine) -> Machine:

@@ -109,12 +109,17 @@ def compare(
     return Comparison(subject.about["model"], ours, outcomes, ratios, failed)
 
 
+def _process(contender: Contender) -> WorkerProcess:
+    hint = contender.peer.crash_hint if contender.peer else None
+    return WorkerProcess(contender.spec.name, contender.python, hint)
+
+
 def _prepare_all(contenders: Sequence[Contender], failed: dict[str, HastenError], say: Say) -> dict[str, str]:
     """What each engine needs on disk, in processes of their own: their memory is no part of a peak."""
     prepared: dict[str, str] = {}
     for contender in contenders:
         spec = contender.spec
-        with WorkerProcess(spec.name, contender.python) as process:
+        with _process(contender) as process:
             _check_installed(contender, process)
             say(f"{spec.name}: preparing (the first time may take minutes)")
             with _noting(contender, failed):
@@ -148,7 +153,7 @@ def _seat_all(
         if spec.name in failed:
             continue
         say(f"{spec.name}: loading")
-        process = stack.enter_context(WorkerProcess(spec.name, contender.python))
+        process = stack.enter_context(_process(contender))
         with _noting(contender, failed):
             arguments = {"spec": dataclasses.asdict(spec), "prepared": prepared[spec.name]}
             about = process.ask("load", LOAD_LIMIT_S, **arguments)

@@ -78,8 +78,8 @@ def run_once(model: LanguageModel, prompts: list[list[int]], output: int) -> Sam
 def model_cost(model: LanguageModel, workload: Workload) -> Cost:
     """What the workload asks of the machine with this model in its recipe."""
     config = model.config
-    # int8 keys and values carry one fp16 scale a head and token
-    value_bytes = 2.0 if model.recipe.kv == "bf16" else 1.0 + 2.0 / config.head_dim
+    # int8 keys and values carry one float32 scale a head and token (native/kv_cache.h)
+    value_bytes = 2.0 if model.recipe.kv == "bf16" else 1.0 + 4.0 / config.head_dim
     return cost_of(config, model.weight_bytes, value_bytes, model.bits_per_weight, workload)
 
 

@@ -41,16 +41,18 @@ class WorkerProcess:
     engine is asked, it is stopped (SIGSTOP), so that no spinning thread of it takes the other's cores.
     """
 
-    def __init__(self, name: str, python: str | None = None) -> None:
+    def __init__(self, name: str, python: str | None = None, crash_hint: str | None = None) -> None:
         """Start it.
 
         Args:
             name: how messages call the engine.
             python: another Python to run it in; None is this one, with hasten as installed here.
+            crash_hint: what to do if the process dies by itself.
         Raises:
             PeerError: that Python does not start.
         """
         self.name = name
+        self._crash_hint = crash_hint
         command = [sys.executable, "-m", "hasten.bench.worker"]
         if python is not None:
             command = [python, "-c", BOOTSTRAP, str(PACKAGE)]
@@ -150,7 +152,7 @@ class WorkerProcess:
         code = self._process.wait()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         self.kill()
-        return PeerError(f"{self.name} {how} during {op!r}{self._tail}")
+        return PeerError(f"{self.name} {how} during {op!r}{self._tail}", hint=self._crash_hint)
 
     def _read_tail(self) -> str:
         self._stderr.seek(0)

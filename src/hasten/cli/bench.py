@@ -9,7 +9,7 @@ import typer
 
 from hasten.cli.console import console, emit, note, shown
 from hasten.cli.flags import JsonOption, ModelArgument, RecipeOption, ThreadsOption
-from hasten.core import SCHEMA_VERSION, Machine, Measurement, Stat, Workload, as_json
+from hasten.core import SCHEMA_VERSION, Machine, Measurement, Workload, as_json
 
 if TYPE_CHECKING:
     from hasten.bench.compare import Comparison, Outcome
@@ -69,20 +69,20 @@ def command(
     ids; figures are medians. What another engine needs (a requantised file, an export) is made once, in the
     cache.
     """
-    from hasten.bench.bout import bout
+    from hasten.bench.bout import Request, bout
     from hasten.errors import PeerError
 
-    comparison, machine = bout(
-        model,
-        Workload(prompt, output, batch),
+    request = Request(
+        model=model,
+        workload=Workload(prompt, output, batch),
         recipe=recipe,
-        against=against or [],
+        against=tuple(against or ()),
         source=source,
         threads=threads,
         runs=runs,
         peer_python=peer_python,
-        say=note,
     )
+    comparison, machine = bout(request, note)
     if json:
         emit(document(comparison, machine))
     else:
@@ -130,23 +130,29 @@ def _entry(outcome: Outcome) -> dict[str, Any]:
 
 
 def _show(comparison: Comparison, machine: Machine) -> None:
+    from rich.box import SIMPLE
     from rich.table import Table
 
     subject = comparison.subject.measurement
     load = subject.workload
     table = Table(
+        box=SIMPLE,
         title=f"{comparison.model}: prompt {load.prompt}, output {load.output}, batch {load.batch}, "
-        f"{subject.threads} threads, median of {subject.decode_tok_per_s.n} interleaved runs (p10 to p90)"
+        f"{subject.threads} threads, medians of {subject.decode_tok_per_s.n} interleaved runs",
     )
-    table.add_column("engine")
-    for heading in ("decode tok/s", "prefill tok/s", "first token ms", "peak memory MB", "ours / theirs"):
+    table.add_column("engine", no_wrap=True)
+    for heading in ("decode\ntok/s", "p10 to p90", "prefill\ntok/s", "first\ntoken ms", "peak\nMB"):
         table.add_column(heading, justify="right")
+    table.add_column("ours / theirs\ndecode, prefill", justify="right")
     table.add_row(f"hasten {subject.format}", *_cells(subject), "")
     for name, outcome in comparison.peers.items():
         pair = comparison.ratios[name]
-        faster = f"decode {pair['decode'].median:.2f}x, prefill {pair['prefill'].median:.2f}x"
-        table.add_row(f"{name} ({outcome.measurement.version})", *_cells(outcome.measurement), faster)
-    console().print(table)
+        faster = f"{pair['decode'].median:.2f}x, {pair['prefill'].median:.2f}x"
+        table.add_row(name, *_cells(outcome.measurement), faster)
+    screen = console()
+    if not screen.is_terminal:
+        screen.width = 110  # a file or a pipe has no width of its own
+    screen.print(table)
     read, int8 = _percent(subject.fraction_of_read_ceiling), _percent(subject.fraction_of_int8_ceiling)
     note(
         f"decode reads at {read} of {shown(machine.read_gb_per_s, 'GB/s')}, prefill computes at {int8} of "
@@ -155,17 +161,14 @@ def _show(comparison: Comparison, machine: Machine) -> None:
 
 
 def _cells(measurement: Measurement) -> list[str]:
-    peak = measurement.peak_rss_bytes
+    decode, peak = measurement.decode_tok_per_s, measurement.peak_rss_bytes
     return [
-        _span(measurement.decode_tok_per_s),
-        _span(measurement.prefill_tok_per_s),
-        _span(measurement.ttft_ms),
+        shown(decode.median),
+        f"{decode.p10:,.1f} to {decode.p90:,.1f}",
+        shown(measurement.prefill_tok_per_s.median, digits=0),
+        shown(measurement.ttft_ms.median, digits=0),
         shown(None if peak is None else peak / 1e6, digits=0),
     ]
-
-
-def _span(stat: Stat) -> str:
-    return f"{stat.median:,.1f} ({stat.p10:,.1f} to {stat.p90:,.1f})"
 
 
 def _percent(fraction: float | None) -> str:

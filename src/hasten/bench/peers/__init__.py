@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from hasten.bench.peers.llama_cpp_build import LLAMA_CPP, cmake_args
 from hasten.bench.sample import Sample
 from hasten.errors import UsageError
 
@@ -56,6 +57,7 @@ class Peer:
     requires: tuple[str, ...]  # modules that must be importable
     install: str  # what to install, after `pip install`
     install_env: str = ""  # variables to set for that
+    crash_hint: str | None = None  # what to do if its process dies
 
     def install_command(self, python: str) -> str:
         """The exact command that installs this peer for that Python."""
@@ -67,8 +69,9 @@ PEERS: dict[str, Peer] = {
         module="hasten.bench.peers.llama_cpp",
         formats=("q4_0", "q8_0", "q4_k_m", "q5_k_m", "q6_k", "source"),
         requires=("llama_cpp",),
-        install="llama-cpp-python==0.3.36",
-        install_env='CMAKE_ARGS="-DGGML_NATIVE=ON"',
+        install=LLAMA_CPP,
+        install_env=cmake_args(),
+        crash_hint=f"build it anew: {cmake_args()} pip install --no-cache-dir --force-reinstall {LLAMA_CPP}",
     ),
     "transformers": Peer(
         module="hasten.bench.peers.hf_transformers",

@@ -6,9 +6,8 @@ llama.cpp's defaults (memory map, repacking, n_batch 2048, n_ubatch 512, flash a
 for the thread counts. The next token is NumPy's argmax over the logits row, which is faster than
 llama.cpp's own greedy sampler.
 
-`GGML_NATIVE=ON` compiles AMX in where the compiler's machine has it, and llama.cpp then uses it; a build
-without it adds `-DCMAKE_C_FLAGS='-mno-amx-tile -mno-amx-int8 -mno-amx-bf16'` and the same CMAKE_CXX_FLAGS
-to CMAKE_ARGS.
+`GGML_NATIVE=ON` compiles AMX in where the compiler's machine has it, and llama.cpp then uses it;
+`llama_cpp_build.cmake_args` gives the flags for builds with and without it.
 """
 
 from __future__ import annotations

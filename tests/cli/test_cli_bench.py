@@ -1,0 +1,99 @@
+"""`hasten bench`: its document and its errors, without running an engine."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hasten.bench import bout as bout_module
+from hasten.bench.compare import Comparison, Outcome
+from hasten.bench.measure import measurement_of
+from hasten.bench.sample import Sample
+from hasten.bench.stats import Ratio
+from hasten.cli import main
+from hasten.core import Machine, Workload
+from hasten.errors import PeerError
+
+MACHINE = Machine("A Processor", ("scalar",), 2, None, None, None, None, read_gb_per_s=50.0)
+
+
+def outcome(name, speed):
+    run = Sample(512, 512 / speed, 127, 127 / speed, ((1, 2),))
+    measured = measurement_of(
+        [run] * 3,
+        Workload(),
+        engine=name.partition(":")[0],
+        version="1",
+        form="w4",
+        weight_bytes=10,
+        threads=2,
+        peak_rss_bytes=None,
+    )
+    return Outcome(name, measured, (run,) * 3, "", "text")
+
+
+def comparison(failed=None):
+    ratio = Ratio(2.0, 1.9, 2.1, 3)
+    peers = {} if failed else {"llama.cpp:q4_0": outcome("llama.cpp:q4_0", 50)}
+    ratios = {name: {"decode": ratio, "prefill": ratio} for name in peers}
+    return Comparison("demo", outcome("hasten:w4", 100), peers, ratios, failed or {})
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    requests = []
+
+    def bout(request, say):
+        requests.append(request)
+        return comparison(), MACHINE
+
+    monkeypatch.setattr(bout_module, "bout", bout)
+    monkeypatch.delenv("HASTEN_PEER_PYTHON", raising=False)
+    return requests
+
+
+def test_the_document(asked, capsys):
+    flags = ["--recipe", "w4", "--against", "llama.cpp:q4_0", "--against", "transformers", "--threads", "2"]
+    assert main(["bench", "demo", *flags, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert asked[0].against == ("llama.cpp:q4_0", "transformers") and asked[0].threads == 2
+    assert asked[0].workload == Workload(512, 128, 1) and asked[0].runs == 5
+    wanted = {"engine", "version", "format", "weight_bytes", "peak_rss_bytes"}
+    figures = {"prefill_tok_per_s", "decode_tok_per_s", "ttft_ms", "tpot_ms"}
+    for entry in (record["subject"], *record["peers"]):
+        assert wanted | figures <= set(entry)
+        for figure in figures:
+            assert set(entry[figure]) == {"median", "p10", "p90", "n"}
+    assert record["subject"]["fraction_of_read_ceiling"] is None
+    assert record["ratios"]["llama.cpp:q4_0"]["decode"] == 2.0
+    assert record["machine"]["read_gb_per_s"] == 50.0 and record["workload"]["prompt"] == 512
+
+
+def test_the_table_goes_to_stderr(asked, capsys):
+    assert main(["bench", "demo"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "llama.cpp:q4_0" in shown.err and "2.00x" in shown.err and "unknown" in shown.err
+
+
+def test_a_failed_peer_is_exit_1_and_the_others_are_printed(monkeypatch, capsys):
+    failed = {"openvino:int4": PeerError("openvino:int4 was killed by SIGSEGV")}
+    monkeypatch.setattr(bout_module, "bout", lambda request, say: (comparison(failed), MACHINE))
+    assert main(["bench", "demo", "--json"]) == 1
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["failed"]["openvino:int4"]["error"].endswith("SIGSEGV")
+    assert "hint: leave it out: drop --against openvino:int4" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--against", "vllm"], "unknown engine"),
+        (["--output", "1"], "at least 2"),
+        (["--runs", "0"], "--runs"),
+    ],
+)
+def test_what_cannot_be_measured_is_a_usage_error(flags, said, capsys):
+    assert main(["bench", "demo", *flags]) == 2
+    assert said in capsys.readouterr().err
