@@ -82,7 +82,7 @@ def test_nothing_within_the_budget_names_the_nearest() -> None:
 
 def test_nothing_decided_asks_for_more_text() -> None:
     with pytest.raises(BudgetError) as caught:
-        choose([candidate("a", None, "insufficient", high=0.011)], "latency", BUDGET)
+        choose([candidate("a", None, "insufficient", high=0.014)], "latency", BUDGET)
     assert caught.value.hint == "judge on more text: --tokens 32768"
 
 

@@ -107,7 +107,7 @@ def _nothing(candidates: Sequence[Candidate], budget: Budget) -> BudgetError:
         f"no recipe is within a perplexity increase of {limit}; {nearest.recipe.name} comes nearest: "
         f"{spread(nearest.verdict)} over {tokens:,} tokens, {nearest.verdict.status}"
     )
-    if nearest.verdict.status == "insufficient":
+    if nearest.verdict.ppl_increase <= budget.max_ppl_increase:  # its interval alone reaches beyond
         return BudgetError(message, hint=f"judge on more text: --tokens {tokens * 4}")
     needed = nearest.verdict.ppl_increase_high * 100
     return BudgetError(message, hint=f"allow more: --max-ppl-increase {max(needed * 1.05, 0.01):.2g}%")

@@ -29,7 +29,7 @@ class Trials:
 
     def attempt(self, recipe: Recipe) -> Candidate:
         """Judged, and timed if it passes. What is in memory already is not done again."""
-        with _Lazily(self.workshop, recipe) as model:
+        with _Lazily(self.workshop, recipe, self.observer) as model:
             candidate = self._judged(recipe, model)
             if candidate.passes:
                 candidate = replace(candidate, measurement=self.measured(recipe, model.get))
@@ -38,7 +38,7 @@ class Trials:
 
     def judge(self, recipe: Recipe) -> Candidate:
         """Judged, not timed."""
-        with _Lazily(self.workshop, recipe) as model:
+        with _Lazily(self.workshop, recipe, self.observer) as model:
             candidate = self._judged(recipe, model)
         self.observer(Progress("recipes", recipe.name, candidate=candidate))
         return candidate
@@ -49,8 +49,9 @@ class Trials:
         kept = self.memory.read("speed", **key)
         if kept is not None:
             return measurement_from(kept)
+        built = model()
         self.observer(Progress("recipes", f"{recipe.name}: speed"))
-        found = self.workshop.measure(model(), self.workload, self.runs)
+        found = self.workshop.measure(built, self.workload, self.runs)
         self.memory.write("speed", found, **key)
         return found
 
@@ -91,12 +92,13 @@ class Trials:
 class _Lazily:
     """A model that is built when it is first needed and closed at the end."""
 
-    def __init__(self, workshop: Workshop, recipe: Recipe) -> None:
-        self._workshop, self._recipe = workshop, recipe
+    def __init__(self, workshop: Workshop, recipe: Recipe, tell: Observer) -> None:
+        self._workshop, self._recipe, self._tell = workshop, recipe, tell
         self._model: Built | None = None
 
     def get(self) -> Built:
         if self._model is None:
+            self._tell(Progress("recipes", f"{self._recipe.name}: packing"))
             self._model = self._workshop.build(self._recipe)
         return self._model
 

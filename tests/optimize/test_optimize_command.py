@@ -1,0 +1,160 @@
+"""`hasten optimize` and `hasten eval` from the outside: documents, streams, exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fakes import FakeWorkshop
+from hasten.cli import main
+from hasten.cli.budget import fraction
+from hasten.core import Recipe
+from hasten.errors import UsageError
+from hasten.quality import text as texts
+
+
+@pytest.fixture(autouse=True)
+def workshop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeWorkshop:
+    """A workshop of NumPy where the command would open the engine's."""
+    made = FakeWorkshop()
+    own = made.text(evaluation=4097)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HASTEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("hasten.optimize.engine_workshop.EngineWorkshop", lambda ref, options: made)
+    monkeypatch.setattr("hasten.optimize.search.default_text", lambda: own)
+    monkeypatch.setattr(texts, "default_text", lambda: own)
+    return made
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch, workshop: FakeWorkshop) -> FakeWorkshop:
+    """`hasten.load` gives models of NumPy."""
+
+    def load(ref: str, recipe: str | None = None, **_: Any) -> Any:
+        model: Any = workshop.build(Recipe.parse(recipe or "source"))
+        model.name, model.tokenizer = "letters", workshop.tokenizer()
+        return model
+
+    monkeypatch.setattr("hasten.engine.model.load", load)
+    return workshop
+
+
+def test_json_alone_on_stdout(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["optimize", "letters", "--max-ppl-increase", "2%", "--tokens", "4096", "--json"]) == 0
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert Path(document["artifact"]) == tmp_path / "letters.hasten"
+    assert (tmp_path / "letters.hasten" / "report.html").exists()
+    assert "layer sensitivity" in err
+    assert "w5: quality" in err
+    assert err.count("layer sensitivity") == 1  # plain lines where stderr is no terminal
+
+
+def test_table_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["optimize", "letters", "--max-ppl-increase", "2%", "--tokens", "4096", "--out", "x.hasten"])
+        == 0
+    )
+    out, err = capsys.readouterr()
+    for word in ("bf16 (start)", "w4-head8", "mix:2%", "chosen", "not timed", "x.hasten", "decode"):
+        assert word in out
+    assert "hasten generate" in err
+
+
+def test_budget_not_met_is_exit_code_3(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["optimize", "letters", "--max-ppl-increase", "0%", "--tokens", "2048"]) == 3
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "comes nearest" in err
+    assert "hint: allow more: --max-ppl-increase" in err
+
+
+def test_ctrl_c_says_how_to_go_on(workshop: FakeWorkshop, capsys: pytest.CaptureFixture[str]) -> None:
+    workshop.interrupt_at = "w5"
+    assert main(["optimize", "letters", "--tokens", "2048"]) == 130
+    assert "run the same command again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--max-ppl-increase", "lots"],
+        ["--max-ppl-increase", "-1%"],
+        ["--max-ppl-increase", "5"],
+        ["--for", "speed"],
+        ["--tokens", "0"],
+        ["--text", "absent.txt"],
+        ["--goal", "latency"],
+    ],
+)
+def test_wrong_flags_are_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["optimize", "letters", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "hint:" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("written", "value"), [("1%", 0.01), ("0.01", 0.01), (".5 %", 0.005), ("+2%", 0.02), ("0", 0.0)]
+)
+def test_budgets(written: str, value: float) -> None:
+    assert fraction(written) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("written", ["", "%", "1", "1 percent", "nan", "inf", "1e-2x", "1%%"])
+def test_budgets_that_cannot_be_read(written: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        fraction(written)
+    assert caught.value.hint
+
+
+def test_eval_json(loaded: FakeWorkshop, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "letters", "--recipe", "w5", "--tokens", "4096", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert {
+        "ppl", "ppl_source", "ppl_increase", "kl_mean", "kl_p99", "top1_agreement", "tokens", "bits_per_weight"
+    } <= set(document)  # fmt: skip
+    assert document["bits_per_weight"] == 5.5
+    assert document["tokens"] == 4096
+    assert document["ppl_increase"] == pytest.approx(document["ppl"] / document["ppl_source"] - 1)
+    assert document["kl_mean"] > 0
+
+
+def test_eval_of_the_reference_itself(loaded: FakeWorkshop, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "letters", "--recipe", "bf16", "--tokens", "512", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["ppl_increase"] == document["kl_mean"] == 0.0
+    assert document["status"] == "pass"
+
+
+def test_eval_for_people(loaded: FakeWorkshop, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "letters", "--recipe", "w4", "--tokens", "2048"]) == 0
+    out = capsys.readouterr().out
+    for word in ("letters as w4", "4.50 bits", "perplexity", "mean KL", "verdict     fail"):
+        assert word in out
+
+
+def test_eval_with_a_budget_that_is_not_met(loaded: FakeWorkshop) -> None:
+    assert main(["eval", "letters", "--recipe", "w4", "--tokens", "2048", "--max-ppl-increase", "1%"]) == 3
+    assert main(["eval", "letters", "--recipe", "w8", "--tokens", "2048", "--max-ppl-increase", "1%"]) == 0
+
+
+def test_eval_of_an_artifact_needs_its_source(
+    loaded: FakeWorkshop, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "x.hasten"
+    folder.mkdir()
+    (folder / "plan.json").write_text(json.dumps({"source": {"name": "own-model"}}))
+    assert main(["eval", str(folder)]) == 2
+    assert "--against" in capsys.readouterr().err
+    assert main(["eval", str(folder), "--against", "letters", "--tokens", "512"]) == 0
+    (folder / "plan.json").write_text(json.dumps({"source": {"name": "owner/model"}}))
+    assert main(["eval", str(folder), "--tokens", "512"]) == 0
+
+
+def test_against_is_for_artifacts(loaded: FakeWorkshop) -> None:
+    assert main(["eval", "letters", "--against", "letters"]) == 2

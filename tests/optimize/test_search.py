@@ -1,0 +1,197 @@
+"""The closed loop on the model of NumPy: choice, record, resuming, giving up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fakes import FakeWorkshop
+from hasten.core import Budget, Goal
+from hasten.errors import BudgetError, UsageError
+from hasten.optimize.progress import Progress
+from hasten.optimize.result import OptimizeResult
+from hasten.optimize.search import WORKLOADS, Effort, Search, check
+from hasten.quality.text import Text
+
+TOKENS = 4096
+Run = Callable[..., OptimizeResult]
+
+
+@pytest.fixture(scope="module")
+def texts() -> dict[int, Text]:
+    return {bits: FakeWorkshop(kept_bits=bits).text(evaluation=TOKENS + 1) for bits in (16, 8)}
+
+
+@pytest.fixture
+def run(tmp_path: Path, texts: dict[int, Text], monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setenv("HASTEN_CACHE", str(tmp_path / "cache"))
+
+    def search(
+        workshop: FakeWorkshop,
+        budget: float = 0.02,
+        goal: Goal = "latency",
+        fresh: bool = False,
+        watch: Callable[[Progress], None] = lambda p: None,
+    ) -> OptimizeResult:
+        text = texts[workshop.kept_bits]
+        effort = Effort(tokens=TOKENS, runs=3)
+        return Search(workshop, Budget(budget), goal, text, effort, fresh, watch).run(tmp_path / "out.hasten")
+
+    return search
+
+
+def test_the_chosen_one_is_the_fastest_that_passes(run: Run) -> None:
+    result = run(FakeWorkshop())
+    passing = [c for c in result.candidates if c.verdict.status == "pass"]
+    assert result.chosen in passing
+    assert result.chosen.cost("latency") <= 1.02 * min(c.cost("latency") for c in passing)
+    assert result.chosen.verdict.ppl_increase_high <= 0.02
+    assert result.speedup.decode > 2.0
+    assert {c.recipe.name for c in result.candidates} == {
+        "w8", "w6", "w5", "w5-head8", "w4-head8", "w4", "mix:2%"
+    }  # fmt: skip
+
+
+def test_only_survivors_are_timed(run: Run) -> None:
+    workshop = FakeWorkshop()
+    result = run(workshop)
+    assert {c.recipe.name for c in result.candidates if c.measurement is not None} == {
+        c.recipe.name for c in result.candidates if c.passes
+    }
+    assert workshop.measured[0] == "bf16"
+    assert len(workshop.measured) == len(set(workshop.measured))
+
+
+def test_the_mixture_is_lighter_than_any_uniform_one_that_passes(run: Run) -> None:
+    result = run(FakeWorkshop(kept_bits=8))
+    mixture = next(c for c in result.candidates if c.recipe.name.startswith("mix"))
+    assert mixture.passes
+    assert all(c is mixture or c.weight_bytes > mixture.weight_bytes for c in result.candidates if c.passes)
+    for layer in range(2):  # what is computed in one pass has one layout
+        names = [f"layers.{layer}.{part}" for part in ("q", "k", "v")]
+        assert len({mixture.recipe.layout_for(name) for name in names}) == 1
+
+
+def test_the_source_is_tried_where_it_is_not_the_baseline_itself(run: Run) -> None:
+    assert "source" in [c.recipe.name for c in run(FakeWorkshop(kept_bits=8)).candidates]
+
+
+@pytest.mark.parametrize("goal", ["throughput", "memory"])
+def test_goals(run: Run, goal: Goal) -> None:
+    result = run(FakeWorkshop(), goal=goal)
+    assert result.baseline.measurement.workload == WORKLOADS[goal]
+    if goal == "memory":
+        assert result.chosen.weight_bytes == min(c.weight_bytes for c in result.candidates if c.passes)
+
+
+def test_json_is_what_was_promised(run: Run) -> None:
+    document = json.loads(json.dumps(run(FakeWorkshop()).to_json(), allow_nan=False))
+    assert list(document) == [
+        "schema_version", "machine", "model", "baseline", "candidates", "chosen", "artifact", "speedup"
+    ]  # fmt: skip
+    first = document["candidates"][0]
+    assert {"recipe", "bits_per_weight", "measurement", "verdict", "because"} <= set(first)
+    assert {"status", "ppl_increase", "kl_mean", "kl_p99", "top1_agreement", "tokens"} <= set(
+        first["verdict"]
+    )
+    assert set(document["speedup"]) == {"decode", "prefill", "ttft"}
+    assert document["chosen"] in [c["recipe"] for c in document["candidates"]]
+    assert all(c["because"] for c in document["candidates"])
+    assert document["baseline"]["measurement"]["decode_tok_per_s"]["n"] == 3
+
+
+def test_the_artifact_has_a_plan_and_a_report(run: Run) -> None:
+    result = run(FakeWorkshop())
+    plan: dict[str, Any] = json.loads((result.artifact / "plan.json").read_text())
+    assert plan["recipe"]["name"] == plan["search"]["chosen"] == result.chosen.recipe.name
+    assert plan["verdict"]["status"] == "pass"
+    assert len(plan["sensitivity"]) == 9
+    assert len(plan["because"]) >= 2
+    assert len(plan["text"]["sha256"]) == 64
+    assert plan["estimate"] is None  # this machine's ceilings are unknown
+    assert "<svg" in (result.artifact / "report.html").read_text()
+
+
+def test_stopped_and_started_again(run: Run) -> None:
+    stopped = FakeWorkshop(interrupt_at="w5-head8")
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped)
+    assert {"bf16", "w8", "w6"} <= set(stopped.measured)
+    again = FakeWorkshop()
+    result = run(again)
+    assert not {"w8", "w6"} & {*again.built, *again.measured}
+    assert "bf16" not in again.measured
+    whole = run(FakeWorkshop(), fresh=True)
+    assert result.to_json() == whole.to_json()
+
+
+def test_a_finished_search_keeps_quality_and_times_again(run: Run) -> None:
+    first = run(FakeWorkshop())
+    again = FakeWorkshop()
+    seen: list[str] = []
+    second = run(again, watch=lambda p: seen.append(p.detail))
+    assert second.to_json() == first.to_json()
+    assert not any("quality" in detail for detail in seen)
+    assert set(again.measured) == {"bf16", *(c.recipe.name for c in first.candidates if c.passes)}
+
+
+def test_fresh_reads_nothing_old(run: Run) -> None:
+    run(FakeWorkshop())
+    again = FakeWorkshop()
+    run(again, fresh=True)
+    assert {"w8", "w6", "w5", "w4", "base"} <= set(again.built)
+
+
+def test_damaged_records_are_misses(run: Run, tmp_path: Path) -> None:
+    first = run(FakeWorkshop())
+    records = list((tmp_path / "cache" / "optimize").iterdir())
+    assert records
+    for record in records:
+        record.write_bytes(record.read_bytes()[:-40])
+    assert run(FakeWorkshop()).to_json() == first.to_json()
+
+
+@pytest.mark.parametrize("change", ["seed", "kept_bits"])
+def test_another_source_is_another_search(run: Run, change: str) -> None:
+    run(FakeWorkshop())
+    other = FakeWorkshop(seed=3) if change == "seed" else FakeWorkshop(kept_bits=8)
+    run(other, budget=0.2)
+    assert "w8" in other.built
+
+
+def test_no_budget_left_is_an_error_and_writes_nothing(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match="comes nearest") as caught:
+        run(FakeWorkshop(), budget=0.0)
+    assert caught.value.exit_code == 3
+    assert not (tmp_path / "out.hasten").exists()
+
+
+def test_models_are_closed_whatever_happens(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    build = FakeWorkshop.build
+
+    def watched(self: FakeWorkshop, recipe: Any) -> Any:
+        made.append(build(self, recipe))
+        return made[-1]
+
+    monkeypatch.setattr(FakeWorkshop, "build", watched)
+    run(FakeWorkshop())
+    with pytest.raises(KeyboardInterrupt):
+        run(FakeWorkshop(interrupt_at="w4"), fresh=True)
+    assert len(made) > 12
+    assert all(model.closed for model in made)
+
+
+@pytest.mark.parametrize("budget", [-0.01, float("nan"), float("inf")])
+def test_budgets_that_mean_nothing(budget: float) -> None:
+    with pytest.raises(UsageError):
+        check(budget, "latency")
+
+
+def test_unknown_goal() -> None:
+    with pytest.raises(UsageError, match="speed"):
+        check(0.01, "speed")
