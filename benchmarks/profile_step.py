@@ -37,15 +37,18 @@ def main() -> int:
     tokens = model.stream(ring.prompt(1, given.prompt), given.output, options)
     started = time.perf_counter()
     next(tokens)
-    _show(f"prefill of {given.prompt}", time.perf_counter() - started, 1, model.executor.profile())
+    wall = time.perf_counter() - started
+    print(f"prefill of {given.prompt}: {1000 * wall:.1f} ms, {given.prompt / wall:.1f} tokens a second")
+    _show(wall, 1, model.executor.profile())
     started = time.perf_counter()
     steps = sum(1 for _ in tokens)
-    _show(f"decode, a token of {steps}", time.perf_counter() - started, steps, model.executor.profile())
+    wall = time.perf_counter() - started
+    print(f"decode: {1000 * wall / steps:.3f} ms a token, {steps / wall:.1f} tokens a second")
+    _show(wall, steps, model.executor.profile())
     return 0
 
 
-def _show(title: str, wall_s: float, steps: int, seconds: dict[str, float]) -> None:
-    print(f"{title}: {1000 * wall_s / steps:.3f} ms, {steps / wall_s:.1f} a second")
+def _show(wall_s: float, steps: int, seconds: dict[str, float]) -> None:
     rest = wall_s - sum(seconds.values())
     for name, value in sorted({**seconds, "outside": rest}.items(), key=lambda item: -item[1]):
         print(f"  {name:<12} {1000 * value / steps:9.3f} ms  {100 * value / wall_s:5.1f} %")
