@@ -255,8 +255,9 @@ class LanguageModel:
         self.packed.linears[name] = linear
 
     def close(self) -> None:
-        """Give weights and cache back."""
-        del self.executor, self.packed
+        """Give weights and cache back; a second call does nothing."""
+        for part in ("executor", "packed"):
+            self.__dict__.pop(part, None)
 
 
 def load(

@@ -38,7 +38,9 @@ class SamplingOptions:
             raise UsageError(f"{name} is {value}", hint=f"give a {name} {range_}")
 
 
-def sample(logits: npt.NDArray[np.float32], options: SamplingOptions, positions: npt.NDArray[np.int64]) -> list[int]:
+def sample(
+    logits: npt.NDArray[np.float32], options: SamplingOptions, positions: npt.NDArray[np.int64]
+) -> list[int]:
     """Next tokens.
 
     Args:
@@ -54,7 +56,13 @@ def sample(logits: npt.NDArray[np.float32], options: SamplingOptions, positions:
     """
     try:
         tokens = _native.sample(
-            logits, options.temperature, options.top_k, options.top_p, options.min_p, options.seed, positions
+            logits,
+            options.temperature,
+            min(options.top_k, logits.shape[1]),
+            options.top_p,
+            options.min_p,
+            options.seed,
+            positions,
         )
     except ValueError as wrong:
         raise HastenError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 class Session:
     """Token ids that stand in the KV cache, extended turn by turn.
 
-    `stream` takes the whole text of the conversation each time; the longest prefix that is computed already is kept,
-    which changes nothing in the result: keys and values of a prefix do not depend on what follows.
+    `stream` takes the whole text of the conversation each time; the longest prefix that is computed already
+    is kept, which changes nothing in the result: keys and values of a prefix do not depend on what follows.
     """
 
     def __init__(self, executor: CpuExecutor, eos_ids: Sequence[int]) -> None:
@@ -28,6 +29,9 @@ class Session:
         self._eos = frozenset(eos_ids)
         self._sequence = CachedSequence()
         self._tokens: list[int] = []  # what the cache holds
+        self._turn = 0  # raised whenever the cache is cut back: an open stream can then not go on
+        # a session that is dropped gives its pages back too
+        weakref.finalize(self, executor.truncate, self._sequence, 0).atexit = False
 
     @property
     def cached_tokens(self) -> int:
@@ -43,7 +47,8 @@ class Session:
             sampling: how tokens are chosen.
 
         Raises:
-            UsageError: an empty prompt, a negative count, or a prompt that leaves no room in the context.
+            UsageError: an empty prompt, a negative count, or a prompt that leaves no room in the context;
+                from the iterator, that the session was given another text or closed in the meantime.
         """
         self.check(ids, max_new_tokens)
         return self._tokens_of(list(ids), max_new_tokens, sampling)
@@ -60,30 +65,38 @@ class Session:
         if max_new_tokens < 0:
             raise UsageError(f"{max_new_tokens} new tokens asked for", hint="use -n 0 or more")
         if len(ids) + min(max_new_tokens, 1) > context:
+            needed, most = len(ids) + max(max_new_tokens, 1), self._executor.config.context_length
+            longer = f" or load the model with --context {needed} or more" if needed <= most else ""
             raise UsageError(
                 f"the prompt has {len(ids)} tokens, the context holds {context} with the answer",
-                hint=f"shorten the prompt or load the model with --context {len(ids) + max(max_new_tokens, 1)} or more",
+                hint=f"shorten the prompt{longer} (the model was made for {most} tokens)",
             )
 
     def _tokens_of(self, ids: list[int], max_new_tokens: int, sampling: SamplingOptions) -> Iterator[int]:
         if max_new_tokens == 0:
             return
         # The last token is always computed: its hidden state is what the first new token comes from.
-        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self._tokens, ids[:-1], strict=False)))
+        pairs = zip(self._tokens, ids[:-1], strict=False)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         self.truncate(same)
         room = self._executor.context - len(ids)
-        new = ids[same:]
+        turn, new = self._turn, ids[same:]
         for count in range(1, min(max_new_tokens, room) + 1):
             token = self._next(new, sampling)
             yield token
             if (token in self._eos and not sampling.ignore_eos) or count == room:
                 return
+            if turn != self._turn:
+                raise UsageError(
+                    "the session was cut back or given another text while this stream was open",
+                    hint="finish one stream before the next, or use model.session() for each",
+                )
             new = [token]
 
     def _next(self, new: list[int], sampling: SamplingOptions) -> int:
         if self._executor.outgrows(self._sequence, len(self._tokens) + len(new)):
             new = [*self._tokens, *new]
-            self.truncate(0)
+            self._forget(0)
         try:
             hidden = self._executor.prefill(self._sequence, new)
         finally:  # Ctrl-C may come between chunks: what was computed is kept, and known
@@ -92,7 +105,11 @@ class Session:
         return sample(self._executor.head(hidden), sampling, np.array([self._sequence.length], np.int64))[0]
 
     def truncate(self, length: int) -> None:
-        """Forget what is past `length` tokens."""
+        """Forget what is past `length` tokens, 0 or more."""
+        self._turn += 1
+        self._forget(max(length, 0))
+
+    def _forget(self, length: int) -> None:
         self._executor.truncate(self._sequence, length)
         del self._tokens[length:]
 

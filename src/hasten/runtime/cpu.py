@@ -13,6 +13,7 @@ from hasten.compress.pack import PackedLinear, PackedModel
 from hasten.core import EngineOptions, ModelConfig
 from hasten.errors import MachineError, UsageError
 from hasten.models.rope import tables
+from hasten.runtime.key_shift import key_shifts
 from hasten.runtime.pages import PagePool, Sequence
 
 Ids = npt.NDArray[np.int32]  # token ids
@@ -58,7 +59,7 @@ class CpuExecutor:
 
     Raises:
         MachineError: HASTEN_ISA names an instruction set this machine lacks.
-        UsageError: more threads than cores, or a context that is not positive.
+        UsageError: more threads than cores, or a context or batch that is not positive.
     """
 
     def __init__(self, packed: PackedModel, options: EngineOptions) -> None:
@@ -67,6 +68,8 @@ class CpuExecutor:
         self.threads = _threads(options.threads)
         self.context = _context(options.context, config)
         self.chunk = max(1, options.prefill_chunk)
+        if options.max_sequences < 1:
+            raise UsageError(f"{options.max_sequences} sequences at once", hint="use EngineOptions(max_sequences=1) or more")
         self._long_threshold = tables(config).long_threshold
         self.page_tokens: int = _native.PAGE_TOKENS
         pages = -(-self.context // self.page_tokens) * options.max_sequences
@@ -78,7 +81,7 @@ class CpuExecutor:
         self._decoder = _native.Decoder(decoder_config(config), self.threads, pages, packed.recipe.kv == "int8")
         for name, linear in packed.linears.items():
             self.replace(name, linear)
-        for name, values in packed.vectors.items():
+        for name, values in (*packed.vectors.items(), *key_shifts(config, packed.vectors).items()):
             self._decoder.set_vector(name, values)
         self._decoder.check()
 
