@@ -147,6 +147,8 @@ void Decoder::rotate_and_store(int index, const std::vector<Span>& spans) {
         }
         for (int h = 0; h < config_.kv_heads; h++) {
           std::copy_n(k + h * d, d, head.data());
+          if (layer.key_shift != nullptr)
+            for (int i = 0; i < d; i++) head[i] -= layer.key_shift[h * d + i];
           std::copy_n(v + h * d, d, head.data() + padded);
           cache_.write(index, page, h, slot, head.data(), head.data() + padded);
         }

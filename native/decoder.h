@@ -28,6 +28,7 @@ struct Layer {
   Linear q, k, v, o, gate, up, down;
   const float *attn_norm = nullptr, *q_norm = nullptr, *k_norm = nullptr, *post_attn_norm = nullptr;
   const float *mlp_norm = nullptr, *post_mlp_norm = nullptr;
+  const float* key_shift = nullptr;  // [kv_heads * head_dim], taken off rotated keys: see runtime/key_shift.py
   int q_norm_size = 0, k_norm_size = 0;  // head_dim: each head by itself; more: the whole projection
 };
 

@@ -86,6 +86,11 @@ void Decoder::set_vector(const std::string& name, const float* values, int size)
     linear->bias = values;
     return;
   }
+  if (parsed.part == "key_shift") {
+    expect(name, "size", size, config_.kv_heads * config_.head_dim);
+    layer.key_shift = values;
+    return;
+  }
   const float** norm = norm_of(layer, parsed.part);
   if (norm == nullptr) throw std::invalid_argument("no such vector: " + name);
   const bool of_query = parsed.part == "q_norm", of_key = parsed.part == "k_norm";
