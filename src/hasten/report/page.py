@@ -13,9 +13,9 @@ from hasten.report.style import STYLE
 Record = Mapping[str, Any]
 
 _GOALS = {
-    "latency": "the fastest answer",
-    "throughput": "the most tokens together",
-    "memory": "the least memory",
+    "latency": "The fastest answer",
+    "throughput": "The most tokens of a batch",
+    "memory": "The least memory",
 }
 
 
@@ -122,7 +122,7 @@ def _table(plan: Record, search: Record) -> str:
     )
     return (
         '<div class="scroll" role="region" aria-label="Recipes tried" tabindex="0"><table>'
-        f"<caption>{about}</caption><thead><tr>{head}</tr></thead><tbody>{first}{rows}</tbody></table></div>"
+        f"<caption><span>{about}</span></caption><thead><tr>{head}</tr></thead><tbody>{first}{rows}</tbody></table></div>"
     )
 
 

@@ -1,39 +1,63 @@
 """The report's looks: light and dark, narrow and wide, printed."""
 
-STYLE = """ :root { color-scheme: light dark; --paper: #fdfdfb; --ink: #1d2329; --soft: #5b6670; --line:
-#dfe3e6; --card: #f3f5f5; --good: #0b7a53; --bad: #b3401f; --pick: #0b57b0; --heat: 200, 90, 20; } @media
-(prefers-color-scheme: dark) { :root { --paper: #14181c; --ink: #e6e9eb; --soft: #9ba6af; --line: #2e363d;
---card: #1c2227; --good: #4cc38a; --bad: #f0855f; --pick: #6cb0ff; --heat: 240, 130, 60; } } * { box-sizing:
-border-box; } body { margin: 0 auto; max-width: 62rem; padding: 1.5rem 1rem 4rem; background: var(--paper);
-color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif;
-} h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .4rem; overflow-wrap: anywhere; } h2 { font-size:
-1.15rem; margin: 2.4rem 0 .6rem; } p { margin: .4rem 0; max-width: 46rem; } .lead { color: var(--soft); } code
-{ font: .9em ui-monospace, "SF Mono", Menlo, Consolas, monospace; overflow-wrap: anywhere; } pre { background:
-var(--card); padding: .7rem .9rem; border-radius: 6px; overflow-x: auto; } .tiles { display: grid;
-grid-template-columns: repeat(auto-fit, minmax(8.2rem, 1fr)); gap: .6rem; margin: 1.2rem 0 0; padding: 0;
-list-style: none; } .tiles li { background: var(--card); border-radius: 8px; padding: .7rem .85rem; } .tiles b
-{ display: block; font-size: 1.5rem; line-height: 1.2; font-variant-numeric: tabular-nums; } .tiles span {
-color: var(--soft); font-size: .86rem; } .chart { display: block; width: 100%; max-width: 46rem; height: auto;
-} .chart text { font: 12px system-ui, sans-serif; fill: var(--soft); } .chart .name { fill: var(--ink); }
-.chart .strong { font-weight: 700; fill: var(--pick); } .chart .grid { stroke: var(--line); stroke-width: 1; }
-.chart .start { stroke: var(--soft); stroke-dasharray: 5 4; } .chart .pass { fill: var(--good); stroke:
-var(--good); } .chart .fail { fill: var(--bad); stroke: var(--bad); } .chart .chosen { fill: var(--pick);
-stroke: var(--pick); } .chart .hollow { fill: var(--paper); stroke-width: 2; } .key { color: var(--soft);
-font-size: .88rem; } .key i { display: inline-block; width: .7em; height: .7em; margin: 0 .3em 0 0; border:
-2px solid; } .key span { white-space: nowrap; margin-right: 1.1em; } .round { border-radius: 50%; } .turned {
-transform: rotate(45deg); } .k-pick { color: var(--pick); background: var(--pick); } .k-good { color:
-var(--good); background: var(--good); } .k-bad { color: var(--bad); } .scroll { overflow-x: auto; } table {
-border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; } caption { text-align:
-left; color: var(--soft); font-size: .88rem; padding-bottom: .4rem; } th, td { padding: .34rem .6rem;
-text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; } thead th { font-weight: 600;
-color: var(--soft); vertical-align: bottom; } th:first-child, td:first-child { text-align: left; padding-left:
-.3rem; } tbody th { font-weight: 600; } tr.chosen th, tr.chosen td { background: var(--card); } tr.chosen th {
-color: var(--pick); box-shadow: inset 3px 0 var(--pick); } .pass { color: var(--good); } .fail, .insufficient
-{ color: var(--bad); } .small { color: var(--soft); font-size: .86em; } .reasons dt { font-weight: 600;
-margin-top: .7rem; } .reasons dd { margin: 0; max-width: 46rem; } .map td { text-align: center; background:
-rgba(var(--heat), var(--a)); border: 2px solid var(--paper); } .facts { display: grid; grid-template-columns:
-minmax(7rem, max-content) 1fr; gap: .25rem 1rem; margin: 0; } .facts dt { color: var(--soft); } .facts dd {
-margin: 0; overflow-wrap: anywhere; } @media (max-width: 34rem) { .facts { grid-template-columns: 1fr; }
-.facts dd { margin-bottom: .5rem; } } @media print { body { max-width: none; } .scroll { overflow: visible; }
+STYLE = """
+:root { color-scheme: light dark; --paper: #fdfdfb; --ink: #1d2329; --soft: #5b6670; --line: #dfe3e6;
+  --card: #f3f5f5; --good: #0b7a53; --bad: #b3401f; --pick: #0b57b0; --heat: 200, 90, 20; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #14181c; --ink: #e6e9eb; --soft: #9ba6af; --line: #2e363d; --card: #1c2227; --good: #4cc38a;
+    --bad: #f0855f; --pick: #6cb0ff; --heat: 240, 130, 60; }
 }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 64rem; padding: 1.5rem 1rem 4rem; background: var(--paper);
+  color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .4rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem; }
+p { margin: .4rem 0; max-width: 46rem; }
+.lead { color: var(--soft); }
+code { font: .9em ui-monospace, "SF Mono", Menlo, Consolas, monospace; overflow-wrap: anywhere; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.2rem, 1fr)); gap: .6rem;
+  margin: 1.2rem 0 0; padding: 0; list-style: none; }
+.tiles li { background: var(--card); border-radius: 8px; padding: .7rem .85rem; }
+.tiles b { display: block; font-size: 1.5rem; line-height: 1.2; font-variant-numeric: tabular-nums; }
+.tiles span { color: var(--soft); font-size: .86rem; }
+.chart { display: block; width: 100%; max-width: 46rem; height: auto; }
+.chart text { font: 12px system-ui, sans-serif; fill: var(--soft); }
+.chart .name { fill: var(--ink); }
+.chart .strong { font-weight: 700; fill: var(--pick); }
+.chart .grid { stroke: var(--line); stroke-width: 1; }
+.chart .start { stroke: var(--soft); stroke-dasharray: 5 4; }
+.chart .pass { fill: var(--good); stroke: var(--good); }
+.chart .fail { fill: var(--bad); stroke: var(--bad); }
+.chart .chosen { fill: var(--pick); stroke: var(--pick); }
+.chart .hollow { fill: var(--paper); stroke-width: 2; }
+.key { color: var(--soft); font-size: .88rem; }
+.key i { display: inline-block; width: .7em; height: .7em; margin: 0 .3em 0 0; border: 2px solid; }
+.key span { white-space: nowrap; margin-right: 1.1em; }
+.round { border-radius: 50%; }
+.turned { transform: rotate(45deg); }
+.k-pick { color: var(--pick); background: var(--pick); }
+.k-good { color: var(--good); background: var(--good); }
+.k-bad { color: var(--bad); }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
+caption { text-align: left; color: var(--soft); font-size: .88rem; padding-bottom: .4rem; }
+caption span { display: block; position: sticky; left: 0; width: min(46rem, calc(100vw - 2rem)); }
+th, td { padding: .34rem .5rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+thead th { font-weight: 600; color: var(--soft); vertical-align: bottom; white-space: normal; }
+th:first-child, td:first-child { text-align: left; padding-left: .4rem; }
+tbody th { font-weight: 600; }
+tr.chosen th, tr.chosen td { background: var(--card); }
+tr.chosen th { color: var(--pick); box-shadow: inset 3px 0 var(--pick); }
+.pass { color: var(--good); }
+.fail, .insufficient { color: var(--bad); }
+.small { color: var(--soft); font-size: .86em; }
+.reasons dt { font-weight: 600; margin-top: .7rem; }
+.reasons dd { margin: 0; max-width: 46rem; }
+.map td { text-align: center; background: rgba(var(--heat), var(--a)); border: 2px solid var(--paper); }
+.map .small { color: inherit; opacity: .75; }
+.facts { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .25rem 1rem; margin: 0; }
+.facts dt { color: var(--soft); }
+.facts dd { margin: 0; overflow-wrap: anywhere; max-width: 46rem; }
+@media (max-width: 34rem) { .facts { grid-template-columns: 1fr; } .facts dd { margin-bottom: .5rem; } }
+@media print { body { max-width: none; } .scroll { overflow: visible; } }
 """
