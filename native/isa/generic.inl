@@ -133,8 +133,8 @@ inline bool visible(const AttendPart& a, int row, int position) {
   return position <= a.position[row] && (a.window == 0 || position > a.position[row] - a.window);
 }
 
-// Scores -> weights exp(score - max) in bf16, max and sum. Masked scores weigh exactly 0, so that trailing pages of other
-// batches change nothing.
+// Scores -> weights exp(score - max) in bf16, max and sum. Masked scores weigh exactly 0, so that trailing pages of
+// other batches change nothing.
 inline void softmax_part(const AttendPart& a) {
   const int tokens = a.pages * kPageTokens;
   for (int row = 0; row < a.rows; row++) {
