@@ -34,7 +34,7 @@ def sensitivity_map(groups: Sequence[Mapping[str, Any]]) -> str:
     return (
         "<h2>Where few bits hurt</h2>"
         '<div class="scroll" role="region" aria-label="Sensitivity map" tabindex="0"><table class="map">'
-        "<caption><span>KL divergence (nats) when this group alone goes to 4 bits, measured on calibration text; "
+        "<caption><span>KL divergence (nats) when this group alone goes to 4 bits, on calibration text; "
         "darker hurts more. After it, the width the chosen recipe gives the group.</span></caption>"
         f'<thead><tr><th scope="col">layer</th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"

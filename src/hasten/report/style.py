@@ -4,8 +4,8 @@ STYLE = """
 :root { color-scheme: light dark; --paper: #fdfdfb; --ink: #1d2329; --soft: #5b6670; --line: #dfe3e6;
   --card: #f3f5f5; --good: #0b7a53; --bad: #b3401f; --pick: #0b57b0; --heat: 200, 90, 20; }
 @media (prefers-color-scheme: dark) {
-  :root { --paper: #14181c; --ink: #e6e9eb; --soft: #9ba6af; --line: #2e363d; --card: #1c2227; --good: #4cc38a;
-    --bad: #f0855f; --pick: #6cb0ff; --heat: 240, 130, 60; }
+  :root { --paper: #14181c; --ink: #e6e9eb; --soft: #9ba6af; --line: #2e363d; --card: #1c2227;
+    --good: #4cc38a; --bad: #f0855f; --pick: #6cb0ff; --heat: 240, 130, 60; }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 64rem; padding: 1.5rem 1rem 4rem; background: var(--paper);
@@ -42,7 +42,8 @@ code { font: .9em ui-monospace, "SF Mono", Menlo, Consolas, monospace; overflow-
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); font-size: .88rem; padding-bottom: .4rem; }
 caption span { display: block; position: sticky; left: 0; width: min(46rem, calc(100vw - 2rem)); }
-th, td { padding: .34rem .5rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { padding: .34rem .5rem; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid var(--line); }
 thead th { font-weight: 600; color: var(--soft); vertical-align: bottom; white-space: normal; }
 th:first-child, td:first-child { text-align: left; padding-left: .4rem; }
 tbody th { font-weight: 600; }
@@ -54,6 +55,7 @@ tr.chosen th { color: var(--pick); box-shadow: inset 3px 0 var(--pick); }
 .reasons dt { font-weight: 600; margin-top: .7rem; }
 .reasons dd { margin: 0; max-width: 46rem; }
 .map td { text-align: center; background: rgba(var(--heat), var(--a)); border: 2px solid var(--paper); }
+.map thead th + th { text-align: center; }
 .map .small { color: inherit; opacity: .75; }
 .facts { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .25rem 1rem; margin: 0; }
 .facts dt { color: var(--soft); }
