@@ -25,8 +25,8 @@ from hasten.core import (
     Stat,
     Workload,
 )
-from hasten.optimize.space import layout_bytes
 from hasten.quality.text import Text
+from hasten.speed.cost import packed_bytes
 
 Floats = npt.NDArray[np.float32]
 ALPHABET = "".join(chr(c) for c in range(0x4E00, 0x4E00 + 48))
@@ -151,7 +151,7 @@ class FakeWorkshop:
         weights = {n: self._packed(n, recipe.layout_for(n)) for n in self.weights}
         count = sum(w.size for w in weights.values())
         bits = sum(layouts[n].bits_per_weight * w.size for n, w in weights.items()) / count
-        size = sum(layout_bytes(w.shape, layouts[n]) for n, w in weights.items())
+        size = sum(packed_bytes(w.shape, layouts[n]) for n, w in weights.items())
         return FakeModel(self.embedding, weights, recipe, bits, size)
 
     def swap(self, model: FakeModel, tensors: Sequence[str], layout: Layout | None) -> None:

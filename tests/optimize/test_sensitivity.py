@@ -9,7 +9,7 @@ from fakes import CONFIG, FakeWorkshop
 from hasten.core import Layout, Recipe
 from hasten.optimize.progress import Progress, silent
 from hasten.optimize.sensitivity import base_recipe, draw, measure_sensitivity
-from hasten.optimize.space import MENU, groups, layout_bytes, uniform
+from hasten.optimize.space import MENU, groups, uniform
 from hasten.quality.divergence import Reference
 from hasten.quality.text import windows
 
@@ -90,14 +90,6 @@ def test_a_slow_machine_reads_fewer_tokens(workshop: FakeWorkshop) -> None:
     source.hidden = lambda tokens: (lengths.append(tokens.size), hidden(tokens))[1]  # type: ignore[method-assign]
     measure_sensitivity(workshop, source, workshop.text(), seconds=1e-6, observer=silent)
     assert lengths == [256, 256, 64]
-
-
-def test_bytes_are_those_of_the_native_packer() -> None:
-    from hasten.compress.pack import packed_bytes
-
-    for shape in ((16, 32), (17, 33), (896, 4864), (151_936, 896)):
-        for layout in (*MENU, Layout(16), Layout(6, group=16), Layout(4, group=128)):
-            assert layout_bytes(shape, layout) == packed_bytes(*shape, layout), (shape, layout)
 
 
 def test_uniform_recipes() -> None:

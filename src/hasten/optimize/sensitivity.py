@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from hasten.core import Layout, Recipe
 from hasten.optimize.mix import Choice
 from hasten.optimize.progress import Observer, Progress
-from hasten.optimize.space import MENU, PROBE, Group, groups, layout_bytes
+from hasten.optimize.space import MENU, PROBE, Group, groups
 from hasten.optimize.workshop import Built, Workshop
 from hasten.quality.divergence import Reference
 from hasten.quality.text import Text, Window, windows
+from hasten.speed.cost import packed_bytes
 
 _WINDOW = 256
 _TOKENS = 512
@@ -112,14 +113,14 @@ def _harm(
 def _menu(workshop: Workshop, group: Group, harm: float, kept: Mapping[str, Layout]) -> tuple[Choice, ...]:
     shapes = workshop.config.linear_shapes()
     at_probe = {name: workshop.error(name, PROBE) for name in group.tensors}
-    menu = [Choice(None, sum(layout_bytes(shapes[name], kept[name]) for name in group.tensors), 0.0)]
+    menu = [Choice(None, sum(packed_bytes(shapes[name], kept[name]) for name in group.tensors), 0.0)]
     for layout in MENU:
         ratios = [
             workshop.error(name, layout) / at_probe[name] for name in group.tensors if at_probe[name] > 0
         ]
         scale = statistics.fmean(ratios) if ratios else 0.0
         menu.append(
-            Choice(layout, sum(layout_bytes(shapes[name], layout) for name in group.tensors), harm * scale)
+            Choice(layout, sum(packed_bytes(shapes[name], layout) for name in group.tensors), harm * scale)
         )
     return tuple(menu)
 

@@ -40,11 +40,3 @@ def uniform(source_bits: float) -> tuple[Recipe, ...]:
     """The fixed recipes to try; without `source` where that is 16 bits wide, the baseline itself."""
     names = UNIFORM if source_bits < 16.0 else UNIFORM[1:]
     return tuple(Recipe.parse(name) for name in names)
-
-
-def layout_bytes(shape: tuple[int, int], layout: Layout) -> int:
-    """Bytes of a packed [rows, cols] matrix: native/layout.h, padding included."""
-    rows, cols = shape
-    width = 32 if layout.bits == 16 else max(layout.group, 32)
-    padded = -(-rows // 16) * 16 * (-(-cols // width) * width)
-    return round(padded * layout.bits_per_weight / 8)
