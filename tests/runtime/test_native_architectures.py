@@ -128,6 +128,15 @@ def test_prefill_in_chunks_is_prefill_at_once(name, chunk, tiny_folder):
         assert list(chunked.stream(prompt, 8, GREEDY)) == list(whole.stream(prompt, 8, GREEDY))
 
 
+@pytest.mark.parametrize("recipe", ["bf16", "w4"])
+@pytest.mark.parametrize("name", KINDS)
+def test_threads_change_nothing(name, recipe, tiny_folder):
+    source = open_model(tiny_folder(name))
+    with running(source, recipe, threads=1) as one, running(source, recipe, threads=3) as three:
+        for prompt in prompts():
+            np.testing.assert_array_equal(one.logits(prompt), three.logits(prompt))
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "qwen3"])
 def test_contexts_of_many_pages_and_parts(name, tiny_folder):
     """600 tokens: attention goes through three parts of the context; windows end in the middle of pages."""
