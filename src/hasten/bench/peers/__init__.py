@@ -36,7 +36,7 @@ class Engine(Protocol):
 
     version: str
     format: str
-    weight_bytes: int | None
+    weight_bytes: int | None  # ours: what one token reads; a peer: all its tensors, the embedding included
     notes: str  # what a reader must know to compare fairly
 
     def generate(self, prompts: list[list[int]], output: int) -> Sample:
