@@ -30,6 +30,9 @@ void add_bias(const Linear& layer, float* row) {
 // Rows of a few hundred floats: below this many a thread, waking another costs more than it saves.
 constexpr int kTokenGrain = 2;
 
+// From here on an MLP's two wide products no longer fit the caches whole.
+constexpr int kManyTokens = 16;
+
 }  // namespace
 
 const char* const Profile::kNames[kOps] = {"embed", "norm", "qkv", "rope+kv", "attention", "out", "gate+up", "gated", "down", "head"};
@@ -54,9 +57,10 @@ void Decoder::reserve(int tokens) {
   q_.resize(n * ld_q_);
   k_.resize(n * ld_kv_);
   v_.resize(n * ld_kv_);
-  gate_.resize(n * ld_ffn_);
-  up_.resize(n * ld_ffn_);
-  acts_.reserve(tokens, std::max({config_.hidden_size, config_.heads * config_.head_dim, config_.intermediate_size}));
+  gate_.resize(std::min(tokens, kManyTokens) * ld_ffn_);
+  up_.resize(std::min(tokens, kManyTokens) * ld_ffn_);
+  acts_.reserve(tokens, std::max(config_.hidden_size, config_.heads * config_.head_dim));
+  gated_.reserve(tokens, config_.intermediate_size);
 }
 
 void Decoder::embed(const int32_t* tokens, int n) {
@@ -101,9 +105,7 @@ void Decoder::angles(const std::vector<Span>& spans) {
 // Norms each residual row (where there is a norm) and puts it into the forms the readers need.
 void Decoder::normed_activations(const float* norm, std::initializer_list<const Linear*> readers, int n) {
   const Timer timer(profile_, Profile::kNorm);
-  bool integers = false, floats = false;
-  for (const Linear* reader : readers) (reader->weight.format.bits == 16 ? floats : integers) = true;
-  acts_.shape(config_.hidden_size, integers, floats);
+  acts_.shape(config_.hidden_size, readers, prefill_);
   pool().split(threads_, n, kTokenGrain, [&](int begin, int end, int) {
     for (int t = begin; t < end; t++) {
       const float* row = &residual_[t * ld_hidden_];
@@ -157,12 +159,12 @@ void Decoder::rotate_and_store(int index, const std::vector<Span>& spans) {
 }
 
 // residual += layer(activations), through a norm of the result where the model has one.
-void Decoder::project_back(const Linear& layer, const float* post_norm, int n) {
+void Decoder::project_back(const Linear& layer, const Activations& x, const float* post_norm, int n) {
   if (post_norm == nullptr && layer.bias == nullptr) {
-    linear({{&layer, residual_.data(), ld_hidden_, true}}, acts_, n, threads_);
+    linear({{&layer, residual_.data(), ld_hidden_, true}}, x, n, threads_);
     return;
   }
-  linear({{&layer, out_.data(), ld_hidden_}}, acts_, n, threads_);
+  linear({{&layer, out_.data(), ld_hidden_}}, x, n, threads_);
   pool().split(threads_, n, kTokenGrain, [&](int begin, int end, int) {
     for (int t = begin; t < end; t++) {
       float *row = &out_[t * ld_hidden_], *residual = &residual_[t * ld_hidden_];
@@ -197,40 +199,47 @@ void Decoder::attention_block(int index, const std::vector<Span>& spans, int n) 
                    spans, threads_);
   }
   const Timer timer(profile_, Profile::kOut);
-  const bool floats = layer.o.weight.format.bits == 16;
-  acts_.shape(config_.heads * config_.head_dim, !floats, floats);
+  acts_.shape(config_.heads * config_.head_dim, {&layer.o}, prefill_);
   pool().split(threads_, n, kTokenGrain, [&](int begin, int end, int) {
     for (int t = begin; t < end; t++) acts_.set(t, &out_[t * ld_q_]);
   });
-  project_back(layer.o, layer.post_attn_norm, n);
+  project_back(layer.o, acts_, layer.post_attn_norm, n);
 }
 
 void Decoder::mlp_block(int index, int n) {
   const Layer& layer = layers_[index];
   normed_activations(layer.mlp_norm, {&layer.gate, &layer.up}, n);
+  if (n > kManyTokens) {
+    const Timer timer(profile_, Profile::kGateUp);
+    gated_.shape(config_.intermediate_size, {&layer.down}, prefill_);
+    linear_gated(layer.gate, layer.up, config_.gate, acts_, n, threads_, gated_);
+  } else {
+    gate_and_up(layer, n);
+  }
+  const Timer timer(profile_, Profile::kDown);
+  project_back(layer.down, gated_, layer.post_mlp_norm, n);
+}
+
+void Decoder::gate_and_up(const Layer& layer, int n) {
   {
     const Timer timer(profile_, Profile::kGateUp);
     linear({{&layer.gate, gate_.data(), ld_ffn_}, {&layer.up, up_.data(), ld_ffn_}}, acts_, n, threads_);
   }
-  {
-    const Timer timer(profile_, Profile::kGated);
-    const bool floats = layer.down.weight.format.bits == 16;
-    acts_.shape(config_.intermediate_size, !floats, floats);
-    pool().split(threads_, n, kTokenGrain, [&](int begin, int end, int) {
-      for (int t = begin; t < end; t++) {
-        float *gate = &gate_[t * ld_ffn_], *up = &up_[t * ld_ffn_];
-        add_bias(layer.gate, gate);
-        add_bias(layer.up, up);
-        kernels().gated(config_.gate, gate, up, config_.intermediate_size);
-        acts_.set(t, gate);
-      }
-    });
-  }
-  const Timer timer(profile_, Profile::kDown);
-  project_back(layer.down, layer.post_mlp_norm, n);
+  const Timer timer(profile_, Profile::kGated);
+  gated_.shape(config_.intermediate_size, {&layer.down}, prefill_);
+  pool().split(threads_, n, kTokenGrain, [&](int begin, int end, int) {
+    for (int t = begin; t < end; t++) {
+      float *gate = &gate_[t * ld_ffn_], *up = &up_[t * ld_ffn_];
+      add_bias(layer.gate, gate);
+      add_bias(layer.up, up);
+      kernels().gated(config_.gate, gate, up, config_.intermediate_size);
+      gated_.set(t, gate);
+    }
+  });
 }
 
-void Decoder::step(const int32_t* tokens, const std::vector<Span>& spans, const std::vector<int>& rows, float* hidden) {
+void Decoder::step(const int32_t* tokens, const std::vector<Span>& spans, const std::vector<int>& rows, bool prefill, float* hidden) {
+  prefill_ = prefill;
   int n = 0;
   for (const Span& span : spans) n += span.count;
   reserve(n);
@@ -252,9 +261,8 @@ void Decoder::head(const float* hidden, int rows, float* logits) {
   const Timer timer(profile_, Profile::kHead);
   const Linear& layer = head_layer();
   const int vocab = config_.vocab_size, padded = round_up(vocab, kPanelRows);
-  const bool floats = layer.weight.format.bits == 16;
   head_acts_.reserve(rows, config_.hidden_size);
-  head_acts_.shape(config_.hidden_size, !floats, floats);
+  head_acts_.shape(config_.hidden_size, {&layer}, false);
   pool().split(threads_, rows, kTokenGrain, [&](int begin, int end, int) {
     for (int t = begin; t < end; t++) head_acts_.set(t, hidden + static_cast<size_t>(t) * config_.hidden_size);
   });

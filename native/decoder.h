@@ -54,7 +54,9 @@ class Decoder {
   //   tokens [sum of counts]; spans describe the sequences in order.
   //   rows: indices into the packed tokens whose final hidden state is wanted.
   //   hidden: [rows][hidden_size], after the final norm.
-  void step(const int32_t* tokens, const std::vector<Span>& spans, const std::vector<int>& rows, float* hidden);
+  //   prefill: the tokens may take the kernels that are fastest for many (Kernels::linear_wide). A token's result does not
+  //   depend on how many others are in the call, only on this flag.
+  void step(const int32_t* tokens, const std::vector<Span>& spans, const std::vector<int>& rows, bool prefill, float* hidden);
   // logits [rows][vocab_size] of hidden states [rows][hidden_size], soft-capped.
   void head(const float* hidden, int rows, float* logits);
 
@@ -74,7 +76,8 @@ class Decoder {
   void rotate_and_store(int index, const std::vector<Span>& spans);
   void mlp_block(int index, int n);
   void normed_activations(const float* norm, std::initializer_list<const Linear*> readers, int n);
-  void project_back(const Linear& layer, const float* post_norm, int n);
+  void gate_and_up(const Layer& layer, int n);
+  void project_back(const Linear& layer, const Activations& x, const float* post_norm, int n);
   const Linear& head_layer() const { return head_.present() ? head_ : embed_; }
 
   DecoderConfig config_;
@@ -84,10 +87,11 @@ class Decoder {
   const float* final_norm_ = nullptr;
   std::vector<Layer> layers_;
 
+  bool prefill_ = false;
   int capacity_ = 0;
   size_t ld_hidden_, ld_q_, ld_kv_, ld_ffn_;  // row strides, whole panels
-  std::vector<float> residual_, out_, q_, k_, v_, gate_, up_;
-  Activations acts_, head_acts_;
+  HugeVector<float> residual_, out_, q_, k_, v_, gate_, up_;
+  Activations acts_, gated_, head_acts_;
   Angles global_, local_;
   Attention attention_;
   Profile profile_;

@@ -16,11 +16,12 @@ void Activations::reserve(int tokens, int cols) {
   bf16_.resize(n);
 }
 
-void Activations::shape(int cols, bool integers, bool bf16) {
+void Activations::shape(int cols, std::initializer_list<const Linear*> readers, bool prefill) {
   cols_ = cols;
   padded_ = round_up(cols, 128);
-  integers_ = integers;
-  wants_bf16_ = bf16;
+  wide_ = prefill && kernels().linear_wide != nullptr;
+  integers_ = wants_bf16_ = false;
+  for (const Linear* reader : readers) (wide_ || reader->weight.format.bits == 16 ? wants_bf16_ : integers_) = true;
 }
 
 void Activations::set(int token, const float* row) {
@@ -30,22 +31,74 @@ void Activations::set(int token, const float* row) {
   if (wants_bf16_) k.to_bf16(row, cols_, padded_, &bf16_[at]);
 }
 
-void linear(std::initializer_list<LinearCall> calls, const Activations& x, int tokens, int threads) {
+void Activations::set_group(int token, int group, const float* values, int count) {
   const Kernels& k = kernels();
+  const size_t at = static_cast<size_t>(token) * padded_ + 32 * group;
+  if (integers_) k.quantize(values, count, 32, &q_[at], &scale_[at / 32], &nsum_[at / 32], &nsum16_[at / 16]);
+  if (wants_bf16_) k.to_bf16(values, count, 32, &bf16_[at]);
+}
+
+void Activations::clear_tail(int token) {
+  static constexpr float kNothing[32] = {};
+  for (int group = (cols_ + 31) / 32; group < padded_ / 32; group++) set_group(token, group, kNothing, 32);
+}
+
+namespace {
+
+// Panels p0 <= p < p1 of a layer into `out`, whose first column is that of panel p0.
+void run_panels(const Packed& w, int p0, int p1, const Activations& x, int tokens, float* out, size_t ldo, bool add) {
+  const Kernels& k = kernels();
+  const Packed part{w.format, (p1 - p0) * kPanelRows, w.cols, w.panel(p0)};
+  if (w.format.bits == 16) k.linear_bf16(part, 0, p1 - p0, x.floats(), x.padded(), tokens, out, ldo, add);
+  else if (x.wide()) k.linear_wide(part, 0, p1 - p0, x.floats(), x.padded(), tokens, out, ldo, add);
+  else k.linear_int(part, 0, p1 - p0, x.integers(), tokens, out, ldo, add);
+}
+
+// Biases of rows first to first + count - 1 onto a strip [tokens][32].
+void add_biases(const Linear& layer, int first, int count, int tokens, float* strip) {
+  if (layer.bias == nullptr) return;
+  for (int t = 0; t < tokens; t++)
+    for (int i = 0; i < count; i++) strip[32 * t + i] += layer.bias[first + i];
+}
+
+}  // namespace
+
+void linear_gated(const Linear& gate, const Linear& up, Gate kind, const Activations& x, int tokens, int threads,
+                  Activations& into) {
+  const int rows = gate.weight.rows, panels = gate.weight.panels();
+  pool().split(threads, (panels + 1) / 2, 1, [&](int begin, int end, int) {
+    static thread_local HugeVector<float> products;
+    products.resize(std::max<size_t>(products.size(), static_cast<size_t>(tokens) * 64));
+    for (int strip = begin; strip < end; strip++) {
+      const int p0 = 2 * strip, p1 = std::min(p0 + 2, panels), count = std::min(32, rows - 32 * strip);
+      float *g = products.data(), *u = g + static_cast<size_t>(tokens) * 32;
+      run_panels(gate.weight, p0, p1, x, tokens, g, 32, false);
+      run_panels(up.weight, p0, p1, x, tokens, u, 32, false);
+      add_biases(gate, 32 * strip, count, tokens, g);
+      add_biases(up, 32 * strip, count, tokens, u);
+      kernels().gated(kind, g, u, 32 * tokens);
+      for (int t = 0; t < tokens; t++) into.set_group(t, strip, g + 32 * t, count);
+    }
+  });
+  for (int t = 0; t < tokens; t++) into.clear_tail(t);
+}
+
+void linear(std::initializer_list<LinearCall> calls, const Activations& x, int tokens, int threads) {
   int panels = 0;
   for (const LinearCall& call : calls) panels += call.layer->weight.panels();
-  // Four panels at once feed one token best; many tokens work on pairs.
-  pool().split(threads, panels, tokens == 1 ? 4 : 2, [&](int begin, int end, int) {
+  // Four panels at once feed one token best; many tokens work on pairs. With many tokens the activations are larger than
+  // the weights: few, long pieces read them less often.
+  const auto piece = [&](int begin, int end, int) {
     int first = 0;
     for (const LinearCall& call : calls) {
       const Packed& w = call.layer->weight;
       const int p0 = std::max(begin - first, 0), p1 = std::min(end - first, w.panels());
       first += w.panels();
       if (p0 >= p1) continue;
-      if (w.format.bits == 16) k.linear_bf16(w, p0, p1, x.floats(), x.padded(), tokens, call.out, call.ldo, call.add);
-      else k.linear_int(w, p0, p1, x.integers(), tokens, call.out, call.ldo, call.add);
+      run_panels(w, p0, p1, x, tokens, call.out + p0 * kPanelRows, call.ldo, call.add);
     }
-  });
+  };
+  pool().split(threads, panels, tokens == 1 ? 4 : 2, piece, tokens > 64 ? 2 : 8);
 }
 
 }  // namespace hasten

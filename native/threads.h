@@ -27,7 +27,7 @@ class ThreadPool {
   // Splits [0, count) into contiguous pieces of at least `grain`, handed out as threads become free, and calls
   // fn(begin, end, thread). Free threads take the next piece, so that a core that others use too does not hold up the rest.
   template <typename Fn>
-  void split(int threads, int count, int grain, Fn&& fn) {
+  void split(int threads, int count, int grain, Fn&& fn, int pieces_per_thread = 8) {
     if (count <= 0) return;
     const int most = (count + grain - 1) / grain;
     if (threads > most) threads = most;
@@ -35,7 +35,7 @@ class ThreadPool {
       fn(0, count, 0);
       return;
     }
-    const int wanted = (count + threads * kPiecesPerThread - 1) / (threads * kPiecesPerThread);
+    const int wanted = (count + threads * pieces_per_thread - 1) / (threads * pieces_per_thread);
     const int piece = (wanted + grain - 1) / grain * grain;
     std::atomic<int> next{0};
     run(threads, [&](int thread) {
@@ -45,7 +45,6 @@ class ThreadPool {
   }
 
  private:
-  static constexpr int kPiecesPerThread = 8;
   using Task = void (*)(void*, int);
   struct Worker {
     std::thread thread;

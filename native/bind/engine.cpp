@@ -67,7 +67,7 @@ class PyDecoder {
 
   nb::ndarray<nb::numpy, float, nb::ndim<2>> step(Array<const int32_t, 1> tokens, Array<const int32_t, 1> counts,
                                                   Array<const int32_t, 1> pasts, Array<const int32_t, 2> tables,
-                                                  Array<const uint8_t, 1> longs, Array<const int32_t, 1> rows) {
+                                                  Array<const uint8_t, 1> longs, Array<const int32_t, 1> rows, bool prefill) {
     const int n = static_cast<int>(tokens.size()), hidden = decoder_.config().hidden_size;
     require(counts.size() == pasts.size() && counts.size() == tables.shape(0) && counts.size() == longs.size(),
             "counts, pasts, page tables and flags differ in length");
@@ -94,7 +94,7 @@ class PyDecoder {
     nb::capsule owner(out, [](void* p) noexcept { delete[] static_cast<float*>(p); });
     {
       nb::gil_scoped_release release;
-      decoder_.step(tokens.data(), spans, wanted, out);
+      decoder_.step(tokens.data(), spans, wanted, prefill, out);
     }
     return {out, {wanted.size(), static_cast<size_t>(hidden)}, owner};
   }
@@ -176,7 +176,7 @@ void bind_engine(nb::module_& m) {
       .def("set_vector", &PyDecoder::set_vector, nb::arg("name"), nb::arg("values").noconvert())
       .def("check", &PyDecoder::check)
       .def("step", &PyDecoder::step, nb::arg("tokens"), nb::arg("counts"), nb::arg("pasts"), nb::arg("tables"), nb::arg("longs"),
-           nb::arg("rows"), "Packed tokens of many sequences through all layers -> hidden states [rows, E] after the final norm.")
+           nb::arg("rows"), nb::arg("prefill"), "Packed tokens of many sequences through all layers -> hidden states [rows, E] after the final norm.")
       .def("head", &PyDecoder::head, nb::arg("hidden").noconvert(), "Hidden states [R, E] -> logits [R, V].")
       .def("copy_page", &PyDecoder::copy_page, nb::arg("source"), nb::arg("target"))
       .def_prop_ro("page_bytes", &PyDecoder::page_bytes)

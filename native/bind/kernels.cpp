@@ -50,7 +50,7 @@ auto to_bf16(Floats x, size_t padded) {
 }
 
 void linear_panels(Rows x, Array<const uint8_t, 1> data, int rows, int bits, int group, bool symmetric, int first,
-                   int last, Array<float, 2> out, bool add) {
+                   int last, Array<float, 2> out, bool add, bool prefill) {
   const int m = static_cast<int>(x.shape(0)), cols = static_cast<int>(x.shape(1));
   const Packed w{{bits, group, symmetric}, rows, cols, data.data()};
   require(m > 0 && cols > 0 && data.size() == w.format.bytes(rows, cols), "packed data has the wrong size");
@@ -59,10 +59,13 @@ void linear_panels(Rows x, Array<const uint8_t, 1> data, int rows, int bits, int
           "out is too small");
   Activations acts;
   acts.reserve(m, cols);
-  acts.shape(cols, bits != 16, bits == 16);
+  const Linear layer{w};
+  acts.shape(cols, {&layer}, prefill);
   for (int t = 0; t < m; t++) acts.set(t, x.data() + static_cast<size_t>(t) * cols);
   if (bits == 16)
     kernels().linear_bf16(w, first, last, acts.floats(), acts.padded(), m, out.data(), out.shape(1), add);
+  else if (acts.wide())
+    kernels().linear_wide(w, first, last, acts.floats(), acts.padded(), m, out.data(), out.shape(1), add);
   else
     kernels().linear_int(w, first, last, acts.integers(), m, out.data(), out.shape(1), add);
 }
@@ -180,7 +183,7 @@ void bind_kernels(nb::module_& parent) {
   m.def("to_bf16", &to_bf16, nb::arg("x").noconvert(), nb::arg("padded"), "float32 [n] -> uint16 [padded].");
   m.def("linear", &linear_panels, nb::arg("x").noconvert(), nb::arg("packed").noconvert(), nb::arg("rows"),
         nb::arg("bits"), nb::arg("group"), nb::arg("symmetric"), nb::arg("first"), nb::arg("last"),
-        nb::arg("out").noconvert(), nb::arg("add") = false,
+        nb::arg("out").noconvert(), nb::arg("add") = false, nb::arg("prefill") = false,
         "Panels first to last - 1 of packed weights [rows, K] times float32 [M, K], into out [M, ld].");
   m.def("rms_norm", &rms_norm, nb::arg("x").noconvert(), nb::arg("weight").noconvert(), nb::arg("eps"),
         nb::arg("in_place") = false);

@@ -64,8 +64,9 @@ namespace hasten {
 
 const Kernels kAmxKernels = {
     .name = "amx",
-    .linear_int = amx::linear_int,
+    .linear_int = avx512::linear_int,
     .linear_bf16 = amx::linear_bf16,
+    .linear_wide = amx::linear_wide,
     .quantize = avx512::quantize,
     .to_bf16 = avx512::to_bf16,
     .rms_norm = avx512::rms_norm,

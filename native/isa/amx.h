@@ -7,7 +7,7 @@
 
 namespace hasten::amx {
 
-void linear_int(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add);
+void linear_wide(const Packed& w, int p0, int p1, const bf16* x, size_t ldx, int m, float* out, size_t ldo, bool add);
 void linear_bf16(const Packed& w, int p0, int p1, const bf16* x, size_t ldx, int m, float* out, size_t ldo, bool add);
 void attend(const AttendPart& part);
 

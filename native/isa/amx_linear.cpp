@@ -1,6 +1,8 @@
-// Linear layers on AMX tiles. Integers: 16 tokens x 16 rows x 32 inputs a product, exact in int32, then scaled in float
-// exactly as the AVX512 kernel does, so both give the same bits. bf16: tiles accumulate in float over the whole depth, for
-// one token as for many, so that a token's result does not depend on its company.
+// Linear layers on AMX tiles, in bf16 with float sums.
+//
+// Integer weights have a scale for 32 inputs, so that int8 tiles would have to leave the tile unit every 32 inputs to be
+// scaled: measured, 50 cycles a product that takes 16. Turned into bf16 once for all tokens of a prefill they need no
+// scaling, and activations need no rounding to int8: four times as fast, and more exact.
 #include <algorithm>
 
 #include "isa/amx.h"
@@ -9,159 +11,82 @@
 namespace hasten::amx {
 namespace {
 
-constexpr int kFewTokens = 6;      // up to here AVX512 streams weights as fast as memory gives them
-constexpr int kTokenBlock = 256;   // tokens whose activations stay in L2 while panels pass by
-constexpr int kDepth = 1024;       // inputs unpacked at a time: 16 KB, a third of L1
-constexpr int kAhead = 4;          // groups multiplied before their results are scaled
+constexpr int kDepth = 1024;  // inputs at a time: 512 tokens of them are 1 MB and stay in L2 while the panels pass by
 
-struct Unpacked {
-  alignas(64) int8_t q[kDepth * kPanelRows];        // per 4 inputs [16 rows][4], signed where the format is symmetric
-  alignas(64) float scale[kDepth / 16 * kPanelRows];
-  alignas(64) float minimum[kDepth / 16 * kPanelRows];
-  alignas(64) float partial[kTokenBlock * kPanelRows];  // sums over the pieces of the depth so far
-};
+// 16 rows x 4 inputs of unsigned weights -> two registers of [16 rows][2] bf16; value = u * scale + bias.
+inline void to_pairs(__m512i u, __m512 scale, __m512 bias, __m512i interleave, bf16* out) {
+  const __m512i byte = _mm512_set1_epi32(255);
+  const __m512i parts[4] = {_mm512_and_si512(u, byte), _mm512_and_si512(_mm512_srli_epi32(u, 8), byte),
+                            _mm512_and_si512(_mm512_srli_epi32(u, 16), byte), _mm512_srli_epi32(u, 24)};
+  for (int pair = 0; pair < 2; pair++) {
+    const __m512 a = _mm512_fmadd_ps(_mm512_cvtepi32_ps(parts[2 * pair]), scale, bias);
+    const __m512 b = _mm512_fmadd_ps(_mm512_cvtepi32_ps(parts[2 * pair + 1]), scale, bias);
+    const auto both = (__m512i)_mm512_cvtne2ps_pbh(b, a);  // 16 of a, then 16 of b
+    _mm512_store_si512(out + 32 * pair, _mm512_permutexvar_epi16(interleave, both));
+  }
+}
 
-void unpack(const Packed& w, int p, int k0, int depth, int step, Unpacked& out) {
+// `depth` inputs of a panel from k0 on as packed bf16.
+void widen(const Packed& w, int p, int k0, int depth, bf16* out) {
   const PackedFormat& format = w.format;
-  const __m512i zero = _mm512_set1_epi8(static_cast<char>(format.symmetric ? 1 << (format.bits - 1) : 0));
+  alignas(64) uint8_t u[128 * kPanelRows];
+  alignas(64) uint16_t order[32];
+  for (int i = 0; i < 32; i++) order[i] = static_cast<uint16_t>(i / 2 + 16 * (i % 2));
+  const __m512i interleave = _mm512_load_si512(order);
+  const __m512 zero = _mm512_set1_ps(-static_cast<float>(1 << (format.bits - 1)));
   const uint8_t* block = w.panel(p) + static_cast<size_t>(k0 / format.group) * format.block_bytes();
   for (int k = 0; k < depth; k += format.group, block += format.block_bytes()) {
-    auto* q = reinterpret_cast<uint8_t*>(out.q) + k * kPanelRows;
-    avx512::unpack_block(format, block, q, 64);
-    if (format.symmetric)
-      for (int i = 0; i < format.group * kPanelRows; i += 64)
-        _mm512_store_si512(q + i, _mm512_sub_epi8(_mm512_load_si512(q + i), zero));
+    avx512::unpack_block(format, block, u, 64);
     const __m512 scale = avx512::load_scales(block + format.quant_bytes());
-    const __m512 minimum = format.symmetric ? _mm512_setzero_ps() : avx512::load_scales(block + format.quant_bytes() + 32);
-    for (int s = 0; s < format.group; s += step) {
-      _mm512_store_ps(out.scale + (k + s) / step * kPanelRows, scale);
-      _mm512_store_ps(out.minimum + (k + s) / step * kPanelRows, minimum);
-    }
+    const __m512 bias = format.symmetric ? _mm512_mul_ps(zero, scale) : avx512::load_scales(block + format.quant_bytes() + 32);
+    for (int i = 0; i < format.group; i += 4)
+      to_pairs(_mm512_load_si512(u + i * kPanelRows), scale, bias, interleave, out + (k + i) * kPanelRows);
   }
 }
 
-// One product of a group into tile C: tokens x rows over STEP inputs. A macro, since gcc wants register numbers spelled out.
-#define HASTEN_MULTIPLY(C, A, B, a, lda, b, dots) \
-  do {                                            \
-    _tile_zero(C);                                \
-    _tile_loadd(A, a, lda);                       \
-    _tile_loadd(B, b, 64);                        \
-    if constexpr (SYMMETRIC)                      \
-      _tile_dpbssd(C, A, B);                      \
-    else                                          \
-      _tile_dpbsud(C, A, B);                      \
-    _tile_stored(C, dots, 64);                    \
-  } while (false)
-
-struct Piece {
-  Unpacked* w;
-  const QuantRows* x;
-  int k0, depth;
-  bool first, last, add;  // of the pieces of the depth: sums start at zero with the first and reach `out` with the last
-  int block;              // first token of the block
-  float* out;  // of the panel's first row
-  size_t ldo;
-};
-
-// sum[t] += scale * act[t] * dot[t] for the tokens of one group.
-template <int STEP, bool SYMMETRIC, int TOKENS>
-inline void scale_group(const Piece& piece, int t0, int g, const int32_t* dots, __m512* sum) {
-  const QuantRows& x = *piece.x;
-  const __m512 scale = _mm512_load_ps(piece.w->scale + g * kPanelRows);
-  const __m512 minimum = _mm512_load_ps(piece.w->minimum + g * kPanelRows);
-  const float* act = x.scale + static_cast<size_t>(t0) * (x.cols / 32) + (piece.k0 + g * STEP) / 32;
-  const int32_t* nsum = (STEP == 16 ? x.nsum16 : x.nsum) + static_cast<size_t>(t0) * (x.cols / STEP) + piece.k0 / STEP + g;
-#pragma GCC unroll 16
-  for (int t = 0; t < TOKENS; t++) {
-    const float a = act[static_cast<size_t>(t) * (x.cols / 32)];
-    const __m512 dot = _mm512_cvtepi32_ps(_mm512_load_si512(dots + 16 * t));
-    sum[t] = _mm512_fmadd_ps(dot, _mm512_mul_ps(scale, _mm512_set1_ps(a)), sum[t]);
-    if constexpr (!SYMMETRIC) {
-      const float total = a * static_cast<float>(-nsum[static_cast<size_t>(t) * (x.cols / STEP)]);
-      sum[t] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(total), sum[t]);
-    }
-  }
-}
-
-template <int STEP, bool SYMMETRIC, int TOKENS>
-void tile_piece(const Piece& piece, int t0) {
-  alignas(64) int32_t dots[2][kAhead][kTileRows * 16];  // two sets: one is scaled while the next is multiplied
-  const QuantRows& x = *piece.x;
-  const int8_t* a = x.q + static_cast<size_t>(t0) * x.cols + piece.k0;
-  float *out = piece.out + t0 * piece.ldo, *partial = piece.w->partial + (t0 - piece.block) * kPanelRows;
-  __m512 sum[TOKENS];
-#pragma GCC unroll 16
-  for (int t = 0; t < TOKENS; t++) sum[t] = piece.first ? _mm512_setzero_ps() : _mm512_load_ps(partial + 16 * t);
-  const int groups = piece.depth / STEP;
-  int g = 0;
-  for (; g + kAhead <= groups; g += kAhead) {
-    auto& now = dots[g / kAhead % 2];
-    const int8_t *ga = a + g * STEP, *gb = piece.w->q + g * STEP * kPanelRows;
-    HASTEN_MULTIPLY(0, 4, 6, ga, x.cols, gb, now[0]);
-    HASTEN_MULTIPLY(1, 5, 7, ga + STEP, x.cols, gb + STEP * kPanelRows, now[1]);
-    HASTEN_MULTIPLY(2, 4, 6, ga + 2 * STEP, x.cols, gb + 2 * STEP * kPanelRows, now[2]);
-    HASTEN_MULTIPLY(3, 5, 7, ga + 3 * STEP, x.cols, gb + 3 * STEP * kPanelRows, now[3]);
-    for (int i = 0; i < kAhead; i++) scale_group<STEP, SYMMETRIC, TOKENS>(piece, t0, g + i, now[i], sum);
-  }
-  for (; g < groups; g++) {
-    HASTEN_MULTIPLY(0, 4, 6, a + g * STEP, x.cols, piece.w->q + g * STEP * kPanelRows, dots[0][0]);
-    scale_group<STEP, SYMMETRIC, TOKENS>(piece, t0, g, dots[0][0], sum);
-  }
-#pragma GCC unroll 16
-  for (int t = 0; t < TOKENS; t++) {
-    float* o = out + t * piece.ldo;
-    if (!piece.last) _mm512_store_ps(partial + 16 * t, sum[t]);
-    else _mm512_storeu_ps(o, piece.add ? _mm512_add_ps(_mm512_loadu_ps(o), sum[t]) : sum[t]);
-  }
-}
-
-// The last tokens, fewer than a tile: in pieces of 8, 4, 2, 1, each a program of its own with its sums in registers.
-template <int STEP, bool SYMMETRIC, int TOKENS = 8>
-void tile_rest(const Piece& piece, int t, int end, Tiles& tiles) {
-  if (t + TOKENS <= end) {
-    tiles.tokens(TOKENS);
-    tile_piece<STEP, SYMMETRIC, TOKENS>(piece, t);
-    t += TOKENS;
-  }
-  if constexpr (TOKENS > 1) tile_rest<STEP, SYMMETRIC, TOKENS / 2>(piece, t, end, tiles);
-}
-
-template <int STEP, bool SYMMETRIC>
-void tiled(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add) {
-  static thread_local Unpacked unpacked;
-  Tiles tiles(STEP, STEP / 4);
-  const int depth = w.padded_cols();
-  for (int t0 = 0; t0 < m; t0 += kTokenBlock)
-    for (int p = p0; p < p1; p++)
-      for (int k0 = 0; k0 < depth; k0 += kDepth) {
-        const int here = std::min(kDepth, depth - k0), t1 = std::min(m, t0 + kTokenBlock);
-        unpack(w, p, k0, here, STEP, unpacked);
-        Tiles::written();
-        const Piece piece{&unpacked, &x, k0, here, k0 == 0, k0 + here == depth, add, t0, out + p * kPanelRows, ldo};
-        int t = t0;
-        for (; t + kTileRows <= t1; t += kTileRows) {
-          tiles.tokens(kTileRows);
-          tile_piece<STEP, SYMMETRIC, kTileRows>(piece, t);
-        }
-        tile_rest<STEP, SYMMETRIC>(piece, t, t1, tiles);
-      }
-}
-
-// 2 x 2 tiles of 16 tokens x 16 rows; A and C tiles hold `second` tokens in the lower half, B tiles 32 inputs each.
-struct Bf16Block {
+// 2 x 2 tiles of 16 tokens x 16 rows, fewer at the edges; B tiles hold 32 inputs.
+struct Block {
   const bf16* w[2];
   const bf16* x[2];
   size_t ldx;
   int depth;
   bool two_panels, two_tokens;
+  bool add;  // sums start from what `out` holds
+  float* out;
+  size_t ldo;
 };
 
+// Register numbers must be spelled out for gcc, hence no loop.
 template <bool TWO_TOKENS, bool TWO_PANELS>
-inline void bf16_products(const Bf16Block& b) {
-  _tile_zero(0);
-  if constexpr (TWO_PANELS) _tile_zero(1);
-  if constexpr (TWO_TOKENS) _tile_zero(2);
-  if constexpr (TWO_TOKENS && TWO_PANELS) _tile_zero(3);
+inline void start_sums(const Block& b) {
+  const size_t stride = 4 * b.ldo;
+  float* lower = b.out + kTileRows * b.ldo;
+  if (b.add) {
+    _tile_loadd(0, b.out, stride);
+    if constexpr (TWO_PANELS) _tile_loadd(1, b.out + kPanelRows, stride);
+    if constexpr (TWO_TOKENS) _tile_loadd(2, lower, stride);
+    if constexpr (TWO_TOKENS && TWO_PANELS) _tile_loadd(3, lower + kPanelRows, stride);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+}
+
+template <bool TWO_TOKENS, bool TWO_PANELS>
+inline void store_sums(const Block& b) {
+  const size_t stride = 4 * b.ldo;
+  float* lower = b.out + kTileRows * b.ldo;
+  _tile_stored(0, b.out, stride);
+  if constexpr (TWO_PANELS) _tile_stored(1, b.out + kPanelRows, stride);
+  if constexpr (TWO_TOKENS) _tile_stored(2, lower, stride);
+  if constexpr (TWO_TOKENS && TWO_PANELS) _tile_stored(3, lower + kPanelRows, stride);
+}
+
+template <bool TWO_TOKENS, bool TWO_PANELS>
+void products(const Block& b) {
+  start_sums<TWO_TOKENS, TWO_PANELS>(b);
   for (int k = 0; k < b.depth; k += 32) {
     if constexpr (!TWO_TOKENS) {  // few tokens: weights come from memory
       for (int line = 0; line < 16; line++) {
@@ -183,55 +108,57 @@ inline void bf16_products(const Bf16Block& b) {
       if constexpr (TWO_PANELS) _tile_dpbf16ps(3, 5, 7);
     }
   }
+  store_sums<TWO_TOKENS, TWO_PANELS>(b);
 }
 
-void bf16_block(const Bf16Block& b, int tokens, float* out, size_t ldo, bool add) {
-  if (b.two_tokens && b.two_panels) bf16_products<true, true>(b);
-  else if (b.two_tokens) bf16_products<true, false>(b);
-  else if (b.two_panels) bf16_products<false, true>(b);
-  else bf16_products<false, false>(b);
-  alignas(64) float c[4][kTileRows * 16];
-  _tile_stored(0, c[0], 64);
-  if (b.two_panels) _tile_stored(1, c[1], 64);
-  if (b.two_tokens) _tile_stored(2, c[2], 64);
-  if (b.two_tokens && b.two_panels) _tile_stored(3, c[3], 64);
-  for (int half = 0; half < (b.two_tokens ? 2 : 1); half++)
-    for (int t = 0; t < tokens; t++)
-      for (int r = 0; r < (b.two_panels ? 2 : 1); r++) {
-        float* o = out + (half * kTileRows + t) * ldo + r * kPanelRows;
-        const __m512 sum = _mm512_load_ps(c[2 * half + r] + 16 * t);
-        _mm512_storeu_ps(o, add ? _mm512_add_ps(_mm512_loadu_ps(o), sum) : sum);
-      }
+// All tokens of a block against one or two panels, 32 tokens at a time.
+void all_tokens(Block b, Tiles& tiles, int m) {
+  const bf16* x = b.x[0];
+  float* out = b.out;
+  for (int t = 0; t < m;) {
+    const int tokens = std::min(kTileRows, m - t);
+    b.two_tokens = t + 2 * kTileRows <= m;
+    b.x[0] = x + t * b.ldx;
+    b.x[1] = b.x[0] + kTileRows * b.ldx;
+    b.out = out + t * b.ldo;
+    tiles.tokens(tokens);
+    if (b.two_tokens && b.two_panels) products<true, true>(b);
+    else if (b.two_tokens) products<true, false>(b);
+    else if (b.two_panels) products<false, true>(b);
+    else products<false, false>(b);
+    t += b.two_tokens ? 2 * kTileRows : tokens;
+  }
 }
 
 }  // namespace
 
-void linear_int(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add) {
-  if (m <= kFewTokens) return avx512::linear_int(w, p0, p1, x, m, out, ldo, add);
-  const bool halves = w.format.group == 16;
-  if (w.format.symmetric) {
-    if (halves) tiled<16, true>(w, p0, p1, x, m, out, ldo, add);
-    else tiled<32, true>(w, p0, p1, x, m, out, ldo, add);
-  } else {
-    if (halves) tiled<16, false>(w, p0, p1, x, m, out, ldo, add);
-    else tiled<32, false>(w, p0, p1, x, m, out, ldo, add);
-  }
+void linear_wide(const Packed& w, int p0, int p1, const bf16* x, size_t ldx, int m, float* out, size_t ldo, bool add) {
+  static thread_local struct {
+    alignas(64) bf16 panel[2][kDepth * kPanelRows];
+  } wide;
+  Tiles tiles(64, 16);
+  const int depth = w.padded_cols();
+  for (int k0 = 0; k0 < depth; k0 += kDepth)
+    for (int p = p0; p < p1; p += 2) {
+      const int here = std::min(kDepth, depth - k0), panels = std::min(2, p1 - p);
+      for (int r = 0; r < panels; r++) widen(w, p + r, k0, here, wide.panel[r]);
+      Tiles::written();
+      all_tokens({{wide.panel[0], wide.panel[1]}, {x + k0, nullptr}, ldx, here, panels == 2, false, add || k0 > 0,
+                  out + p * kPanelRows, ldo},
+                 tiles, m);
+    }
 }
 
 void linear_bf16(const Packed& w, int p0, int p1, const bf16* x, size_t ldx, int m, float* out, size_t ldo, bool add) {
   Tiles tiles(64, 16);
-  for (int t0 = 0; t0 < m; t0 += kTokenBlock)
-    for (int p = p0; p < p1; p += 2) {
-      const int t1 = std::min(m, t0 + kTokenBlock);
-      for (int t = t0; t < t1;) {
-        const bool two = t + 2 * kTileRows <= t1;
-        const int tokens = std::min(kTileRows, t1 - t);
-        tiles.tokens(tokens);
-        Bf16Block block{{}, {x + t * ldx, x + (t + kTileRows) * ldx}, ldx, w.padded_cols(), p + 1 < p1, two};
-        for (int r = 0; r < 2 && p + r < p1; r++) block.w[r] = reinterpret_cast<const bf16*>(w.panel(p + r));
-        bf16_block(block, tokens, out + t * ldo + p * kPanelRows, ldo, add);
-        t += two ? 2 * kTileRows : tokens;
-      }
+  const int depth = w.padded_cols();
+  // Sums are stored and loaded again as they are, so cutting the depth changes nothing in the result.
+  const int piece = m <= 2 * kTileRows ? depth : kDepth;
+  for (int p = p0; p < p1; p += 2)
+    for (int k0 = 0; k0 < depth; k0 += piece) {
+      Block block{{}, {x + k0, nullptr}, ldx, std::min(piece, depth - k0), p + 1 < p1, false, add || k0 > 0, out + p * kPanelRows, ldo};
+      for (int r = 0; r < 2 && p + r < p1; r++) block.w[r] = reinterpret_cast<const bf16*>(w.panel(p + r)) + k0 * kPanelRows;
+      all_tokens(block, tiles, m);
     }
 }
 

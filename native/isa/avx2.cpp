@@ -180,6 +180,7 @@ const Kernels kAvx2Kernels = {
     .name = "avx2",
     .linear_int = avx2::linear_int,
     .linear_bf16 = avx2::linear_bf16,
+    .linear_wide = nullptr,
     .quantize = avx2::quantize,
     .to_bf16 = avx2::to_bf16_row,
     .rms_norm = avx2::rms_norm,

@@ -17,28 +17,27 @@ constexpr int kTokenBlock = 96;
 template <int M, int R>
 void bf16_tile(const Packed& w, int p, const bf16* x, size_t ldx, float* out, size_t ldo, bool add) {
   const bf16* panel[R];
-  for (int r = 0; r < R; r++) panel[r] = reinterpret_cast<const bf16*>(w.panel(p + r));
+  repeat<R>(HASTEN_EACH(r) { panel[r] = reinterpret_cast<const bf16*>(w.panel(p + r)); });
   __m512 sum[M][R];
-  for (int m = 0; m < M; m++)
-    for (int r = 0; r < R; r++) sum[m][r] = _mm512_setzero_ps();
+  repeat<M>(HASTEN_EACH(m) { repeat<R>(HASTEN_EACH(r) { sum[m][r] = _mm512_setzero_ps(); }); });
   const int pairs = w.padded_cols() / 2;
   // Software prefetch only pays where weights come from memory, that is with few tokens.
   constexpr int kStep = 16;
   for (int i = 0; i < pairs; i += kStep) {
-    const bf16* here[R];
-    for (int r = 0; r < R; r++) {
-      here[r] = panel[r] + 32 * i;
-      if constexpr (M <= 2)
+    if constexpr (M <= 2)
+      repeat<R>(HASTEN_EACH(r) {
         for (int line = 0; line < kStep; line++)
-          _mm_prefetch(reinterpret_cast<const char*>(here[r]) + 4096 + 64 * line, _MM_HINT_T0);
-    }
-    dot_tile<M, R>(here, x + 2 * i, ldx, kStep, sum);
+          _mm_prefetch(reinterpret_cast<const char*>(panel[r]) + 4096 + 64 * line, _MM_HINT_T0);
+      });
+    dot_tile<M, R>(panel, x + 2 * i, ldx, kStep, sum);
+    repeat<R>(HASTEN_EACH(r) { panel[r] += 32 * kStep; });
   }
-  for (int m = 0; m < M; m++)
-    for (int r = 0; r < R; r++) {
+  repeat<M>(HASTEN_EACH(m) {
+    repeat<R>(HASTEN_EACH(r) {
       float* o = out + m * ldo + (p + r) * kPanelRows;
       _mm512_storeu_ps(o, add ? _mm512_add_ps(_mm512_loadu_ps(o), sum[m][r]) : sum[m][r]);
-    }
+    });
+  });
 }
 
 template <int M>
@@ -171,6 +170,7 @@ const Kernels kAvx512Kernels = {
     .name = "avx512",
     .linear_int = avx512::linear_int,
     .linear_bf16 = avx512::linear_bf16,
+    .linear_wide = nullptr,
     .quantize = avx512::quantize,
     .to_bf16 = avx512::to_bf16,
     .rms_norm = avx512::rms_norm,

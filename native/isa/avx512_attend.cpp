@@ -15,24 +15,29 @@ template <int M>
 void score_rows(const AttendPart& a, int row, int page) {
   const int d = a.head_dim, tokens = a.pages * kPageTokens;
   const bf16* panels[2] = {a.k[page], a.k[page] + 16 * d};
-  __m512 sum[M][2] = {};
+  __m512 sum[M][2];
+  repeat<M>(HASTEN_EACH(m) { sum[m][0] = sum[m][1] = _mm512_setzero_ps(); });
   dot_tile<M, 2>(panels, a.q + static_cast<size_t>(row) * d, d, d / 2, sum);
-  for (int m = 0; m < M; m++)
-    for (int r = 0; r < 2; r++)
-      _mm512_storeu_ps(a.scores + static_cast<size_t>(row + m) * tokens + page * kPageTokens + 16 * r, sum[m][r]);
+  float* scores = a.scores + static_cast<size_t>(row) * tokens + page * kPageTokens;
+  repeat<M>(HASTEN_EACH(m) {
+    repeat<2>(HASTEN_EACH(r) { _mm512_storeu_ps(scores + m * tokens + 16 * r, sum[m][r]); });
+  });
 }
 
 // Two panels of 16 dims for M rows over all pages of the part.
 template <int M>
 void value_rows(const AttendPart& a, int row, int dim) {
   const int tokens = a.pages * kPageTokens;
-  __m512 sum[M][2] = {};
+  __m512 sum[M][2];
+  repeat<M>(HASTEN_EACH(m) { sum[m][0] = sum[m][1] = _mm512_setzero_ps(); });
   for (int page = 0; page < a.pages; page++) {
     const bf16* panels[2] = {a.v[page] + dim * kPageTokens, a.v[page] + (dim + 16) * kPageTokens};
     dot_tile<M, 2>(panels, a.weights + static_cast<size_t>(row) * tokens + page * kPageTokens, tokens, kPageTokens / 2, sum);
   }
-  for (int m = 0; m < M; m++)
-    for (int r = 0; r < 2; r++) _mm512_storeu_ps(a.out + static_cast<size_t>(row + m) * a.head_dim + dim + 16 * r, sum[m][r]);
+  float* out = a.out + static_cast<size_t>(row) * a.head_dim + dim;
+  repeat<M>(HASTEN_EACH(m) {
+    repeat<2>(HASTEN_EACH(r) { _mm512_storeu_ps(out + m * a.head_dim + 16 * r, sum[m][r]); });
+  });
 }
 
 template <template <int> class Fn>

@@ -5,81 +5,99 @@
 
 #include "isa/avx512.h"
 #include "isa/avx512_unpack.inl"
+#include "isa/repeat.h"
 
 namespace hasten::avx512 {
 namespace {
 
 constexpr int kTile = 6;        // tokens a tile: 12 int and 12 float accumulators of the 32 registers
 constexpr int kTokenBlock = 192;  // tokens whose activations stay in L2 while panels pass by
+constexpr int kAhead = 2304;     // bytes each stream is asked for before it is needed
 constexpr int kDepth = 1024;     // inputs unpacked at a time: 32 KB of weights for a panel pair
 
 inline void store(float* out, __m512 value, bool add) {
   _mm512_storeu_ps(out, add ? _mm512_add_ps(_mm512_loadu_ps(out), value) : value);
 }
 
-inline void prefetch_ahead(const uint8_t* block, int bytes) {
-  for (int line = 0; line < bytes; line += 64) _mm_prefetch(reinterpret_cast<const char*>(block) + 2304 + line, _MM_HINT_T0);
+template <int BYTES>
+[[gnu::always_inline]] inline void prefetch(const uint8_t* block) {
+  repeat<(BYTES + 63) / 64>(HASTEN_EACH(line) { _mm_prefetch(reinterpret_cast<const char*>(block) + 64 * line, _MM_HINT_T0); });
 }
+
+// A format known at compile time: offsets become constants, which is worth a factor of two here.
+template <int BITS, int GROUP, bool SYMMETRIC>
+struct Block {
+  static constexpr int kStep = GROUP < 32 ? GROUP : 32;  // inputs that share one weight scale and one activation scale
+  static constexpr int kQuantBytes = 2 * BITS * GROUP;
+  static constexpr int kBytes = kQuantBytes + (SYMMETRIC ? 32 : 64);
+  static constexpr int kAheadBlocks = kAhead / kBytes + 1;
+};
 
 // M tokens x R panels over the whole depth, weights taken straight from the packed blocks.
-template <int BITS, int STEP, bool SYMMETRIC, int M, int R>
-void stream_tile(const Packed& w, int p, const QuantRows& x, int t0, float* out, size_t ldo, bool add) {
-  const int group = w.format.group, block_bytes = w.format.block_bytes(), quant_bytes = w.format.quant_bytes();
-  const int depth = w.padded_cols();
+template <int BITS, int GROUP, bool SYMMETRIC, int M, int R>
+void stream_tile(const Packed& w, int p, const QuantRows& x, float* out, size_t ldo, bool add) {
+  using B = Block<BITS, GROUP, SYMMETRIC>;
+  constexpr int kStep = B::kStep;
   const uint8_t* panel[R];
-  for (int r = 0; r < R; r++) panel[r] = w.panel(p + r);
-  const int8_t* q = x.q + static_cast<size_t>(t0) * x.cols;
-  const float* act = x.scale + static_cast<size_t>(t0) * (x.cols / 32);
-  const int32_t* nsum = STEP == 16 ? x.nsum16 + static_cast<size_t>(t0) * (x.cols / 16) : x.nsum + static_cast<size_t>(t0) * (x.cols / 32);
+  repeat<R>(HASTEN_EACH(r) { panel[r] = w.panel(p + r); });
+  const size_t cols = x.cols;
+  const int8_t* q = x.q;
+  const float* act = x.scale;
+  const int32_t* nsum = kStep == 16 ? x.nsum16 : x.nsum;
+  // Near the end of a panel the next bytes are those of panel p + R: this one's neighbours are being read already.
+  const size_t jump = (R - 1) * w.format.panel_bytes(w.cols);
+  const int blocks = w.padded_cols() / GROUP;
   __m512 sum[R][M];
-  for (int r = 0; r < R; r++)
-    for (int m = 0; m < M; m++) sum[r][m] = _mm512_setzero_ps();
-  for (int k0 = 0; k0 < depth; k0 += group) {
-    for (int r = 0; r < R; r++) prefetch_ahead(panel[r], block_bytes);
-    for (int s = 0; s < group; s += STEP) {
-      const int k = k0 + s;
+  repeat<R>(HASTEN_EACH(r) { repeat<M>(HASTEN_EACH(m) { sum[r][m] = _mm512_setzero_ps(); }); });
+  for (int b = 0; b < blocks; b++) {
+    const size_t ahead = B::kAheadBlocks * B::kBytes + (b + B::kAheadBlocks < blocks ? 0 : jump);
+    repeat<R>(HASTEN_EACH(r) { prefetch<B::kBytes>(panel[r] + ahead); });
+    repeat<GROUP / kStep>(HASTEN_EACH(s) {
       __m512i dot[R][M];
-      for (int m = 0; m < M; m++) {
+      repeat<M>(HASTEN_EACH(m) {
         __m512i start = _mm512_setzero_si512();
-        if constexpr (SYMMETRIC) start = _mm512_slli_epi32(_mm512_set1_epi32(nsum[m * (x.cols / STEP) + k / STEP]), BITS - 1);
-        for (int r = 0; r < R; r++) dot[r][m] = start;
-      }
-#pragma GCC unroll 4
-      for (int j = 0; j < STEP / 8; j++) {
+        if constexpr (SYMMETRIC) start = _mm512_slli_epi32(_mm512_set1_epi32(nsum[m * (cols / kStep) + s]), BITS - 1);
+        repeat<R>(HASTEN_EACH(r) { dot[r][m] = start; });
+      });
+      repeat<kStep / 8>(HASTEN_EACH(j) {
         __m512i first[R], second[R];
-        for (int r = 0; r < R; r++) unpack8<BITS>(panel[r], group, s / 8 + j, first[r], second[r]);
-        for (int m = 0; m < M; m++) {
-          const __m512i a = broadcast4(q + static_cast<size_t>(m) * x.cols + k + 8 * j);
-          const __m512i b = broadcast4(q + static_cast<size_t>(m) * x.cols + k + 8 * j + 4);
-          for (int r = 0; r < R; r++) dot[r][m] = _mm512_dpbusd_epi32(dot[r][m], first[r], a);
-          for (int r = 0; r < R; r++) dot[r][m] = _mm512_dpbusd_epi32(dot[r][m], second[r], b);
-        }
-      }
-      for (int r = 0; r < R; r++) {
-        const __m512 scale = load_scales(panel[r] + quant_bytes);
-        for (int m = 0; m < M; m++) {
-          const __m512 a = _mm512_set1_ps(act[m * (x.cols / 32) + k / 32]);
-          sum[r][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[r][m]), _mm512_mul_ps(scale, a), sum[r][m]);
+        repeat<R>(HASTEN_EACH(r) { unpack8<BITS>(panel[r], GROUP, s * (kStep / 8) + j, first[r], second[r]); });
+        repeat<M>(HASTEN_EACH(m) {
+          const int8_t* at = q + m * cols + s * kStep + 8 * j;
+          const __m512i a = broadcast4(at), c = broadcast4(at + 4);
+          repeat<R>(HASTEN_EACH(r) { dot[r][m] = _mm512_dpbusd_epi32(dot[r][m], first[r], a); });
+          repeat<R>(HASTEN_EACH(r) { dot[r][m] = _mm512_dpbusd_epi32(dot[r][m], second[r], c); });
+        });
+      });
+      repeat<R>(HASTEN_EACH(r) {
+        const __m512 scale = load_scales(panel[r] + B::kQuantBytes);
+        repeat<M>(HASTEN_EACH(m) {
+          const float a = act[m * (cols / 32) + (kStep == 16 ? 0 : s)];
+          sum[r][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[r][m]), _mm512_mul_ps(scale, _mm512_set1_ps(a)), sum[r][m]);
           if constexpr (!SYMMETRIC) {
-            const float total = act[m * (x.cols / 32) + k / 32] * static_cast<float>(-nsum[m * (x.cols / STEP) + k / STEP]);
-            sum[r][m] = _mm512_fmadd_ps(load_scales(panel[r] + quant_bytes + 32), _mm512_set1_ps(total), sum[r][m]);
+            const float total = a * static_cast<float>(-nsum[m * (cols / kStep) + s]);
+            sum[r][m] = _mm512_fmadd_ps(load_scales(panel[r] + B::kQuantBytes + 32), _mm512_set1_ps(total), sum[r][m]);
           }
-        }
-      }
-    }
-    for (int r = 0; r < R; r++) panel[r] += block_bytes;
+        });
+      });
+    });
+    repeat<R>(HASTEN_EACH(r) { panel[r] += B::kBytes; });
+    q += GROUP;
+    nsum += GROUP / kStep;
+    act += kStep == 16 ? b % 2 : GROUP / 32;
   }
-  for (int r = 0; r < R; r++)
-    for (int m = 0; m < M; m++) store(out + (t0 + m) * ldo + (p + r) * kPanelRows, sum[r][m], add);
+  repeat<R>(HASTEN_EACH(r) {
+    repeat<M>(HASTEN_EACH(m) { store(out + m * ldo + (p + r) * kPanelRows, sum[r][m], add); });
+  });
 }
 
-template <int BITS, int STEP, bool SYMMETRIC, int M>
+template <int BITS, int GROUP, bool SYMMETRIC, int M>
 void stream_panels(const Packed& w, int p0, int p1, const QuantRows& x, float* out, size_t ldo, bool add) {
   int p = p0;
   if constexpr (M == 1)
-    for (; p + 4 <= p1; p += 4) stream_tile<BITS, STEP, SYMMETRIC, M, 4>(w, p, x, 0, out, ldo, add);
-  for (; p + 2 <= p1; p += 2) stream_tile<BITS, STEP, SYMMETRIC, M, 2>(w, p, x, 0, out, ldo, add);
-  for (; p < p1; p++) stream_tile<BITS, STEP, SYMMETRIC, M, 1>(w, p, x, 0, out, ldo, add);
+    for (; p + 4 <= p1; p += 4) stream_tile<BITS, GROUP, SYMMETRIC, M, 4>(w, p, x, out, ldo, add);
+  for (; p + 2 <= p1; p += 2) stream_tile<BITS, GROUP, SYMMETRIC, M, 2>(w, p, x, out, ldo, add);
+  for (; p < p1; p++) stream_tile<BITS, GROUP, SYMMETRIC, M, 1>(w, p, x, out, ldo, add);
 }
 
 // A panel pair's weights over `depth` inputs, unpacked.
@@ -126,50 +144,52 @@ struct Tile {
 template <int STEP, bool SYMMETRIC, int R, int M>
 void block_tile(const Tile& tile, int t) {
   const QuantRows& x = *tile.x;
-  const int8_t* q = x.q + static_cast<size_t>(t) * x.cols + tile.k0;
-  const float* act = x.scale + static_cast<size_t>(t) * (x.cols / 32) + tile.k0 / 32;
-  const int32_t* nsum = (STEP == 16 ? x.nsum16 : x.nsum) + static_cast<size_t>(t) * (x.cols / STEP) + tile.k0 / STEP;
+  const size_t cols = x.cols;
+  const int8_t* q = x.q + t * cols + tile.k0;
+  const float* act = x.scale + t * (cols / 32) + tile.k0 / 32;
+  const int32_t* nsum = (STEP == 16 ? x.nsum16 : x.nsum) + t * (cols / STEP) + tile.k0 / STEP;
   float *out = tile.out + t * tile.ldo, *partial = tile.w->partial + (t - tile.t0) * 32;
+  const bool is_first = tile.first;
   __m512 sum[R][M];
-  for (int m = 0; m < M; m++)
-    for (int r = 0; r < R; r++)
-      sum[r][m] = tile.first ? _mm512_setzero_ps() : _mm512_load_ps(partial + 32 * m + 16 * r);
+  repeat<M>(HASTEN_EACH(m) {
+    repeat<R>(HASTEN_EACH(r) { sum[r][m] = is_first ? _mm512_setzero_ps() : _mm512_load_ps(partial + 32 * m + 16 * r); });
+  });
   const __m128i shift = _mm_cvtsi32_si128(tile.zero_shift);
-  for (int g = 0; g < tile.depth / STEP; g++) {
+  const uint8_t* u = tile.w->u;
+  const float *scales = tile.w->scale, *minimums = tile.w->minimum;
+  for (int g = 0; g < tile.depth / STEP; g++, u += STEP / 4 * 128) {
     __m512i dot[R][M];
-    for (int m = 0; m < M; m++) {
+    repeat<M>(HASTEN_EACH(m) {
       __m512i start = _mm512_setzero_si512();
-      if constexpr (SYMMETRIC) start = _mm512_sll_epi32(_mm512_set1_epi32(nsum[m * (x.cols / STEP) + g]), shift);
-      for (int r = 0; r < R; r++) dot[r][m] = start;
-    }
-    const uint8_t* u = tile.w->u + g * (STEP / 4 * 128);
-#pragma GCC unroll 8
-    for (int i = 0; i < STEP / 4; i++) {
+      if constexpr (SYMMETRIC) start = _mm512_sll_epi32(_mm512_set1_epi32(nsum[m * (cols / STEP) + g]), shift);
+      repeat<R>(HASTEN_EACH(r) { dot[r][m] = start; });
+    });
+    repeat<STEP / 4>(HASTEN_EACH(i) {
       __m512i weight[R];
-      for (int r = 0; r < R; r++) weight[r] = _mm512_load_si512(u + 128 * i + 64 * r);
-      for (int m = 0; m < M; m++) {
-        const __m512i a = broadcast4(q + static_cast<size_t>(m) * x.cols + g * STEP + 4 * i);
-        for (int r = 0; r < R; r++) dot[r][m] = _mm512_dpbusd_epi32(dot[r][m], weight[r], a);
-      }
-    }
-    for (int m = 0; m < M; m++) {
-      const float scale = act[m * (x.cols / 32) + g * STEP / 32];
-      const __m512 a = _mm512_set1_ps(scale);
-      for (int r = 0; r < R; r++) {
-        const __m512 both = _mm512_mul_ps(_mm512_load_ps(tile.w->scale + 32 * g + 16 * r), a);
-        sum[r][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[r][m]), both, sum[r][m]);
+      repeat<R>(HASTEN_EACH(r) { weight[r] = _mm512_load_si512(u + 128 * i + 64 * r); });
+      repeat<M>(HASTEN_EACH(m) {
+        const __m512i a = broadcast4(q + m * cols + g * STEP + 4 * i);
+        repeat<R>(HASTEN_EACH(r) { dot[r][m] = _mm512_dpbusd_epi32(dot[r][m], weight[r], a); });
+      });
+    });
+    repeat<M>(HASTEN_EACH(m) {
+      const float a = act[m * (cols / 32) + g * STEP / 32];
+      repeat<R>(HASTEN_EACH(r) {
+        const __m512 scale = _mm512_mul_ps(_mm512_load_ps(scales + 32 * g + 16 * r), _mm512_set1_ps(a));
+        sum[r][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[r][m]), scale, sum[r][m]);
         if constexpr (!SYMMETRIC) {
-          const __m512 total = _mm512_set1_ps(scale * static_cast<float>(-nsum[m * (x.cols / STEP) + g]));
-          sum[r][m] = _mm512_fmadd_ps(_mm512_load_ps(tile.w->minimum + 32 * g + 16 * r), total, sum[r][m]);
+          const __m512 total = _mm512_set1_ps(a * static_cast<float>(-nsum[m * (cols / STEP) + g]));
+          sum[r][m] = _mm512_fmadd_ps(_mm512_load_ps(minimums + 32 * g + 16 * r), total, sum[r][m]);
         }
-      }
-    }
+      });
+    });
   }
-  for (int m = 0; m < M; m++)
-    for (int r = 0; r < R; r++) {
+  repeat<M>(HASTEN_EACH(m) {
+    repeat<R>(HASTEN_EACH(r) {
       if (tile.last) store(out + m * tile.ldo + 16 * r, sum[r][m], tile.add);
       else _mm512_store_ps(partial + 32 * m + 16 * r, sum[r][m]);
-    }
+    });
+  });
 }
 
 template <int STEP, bool SYMMETRIC, int R>
@@ -203,30 +223,37 @@ void blocked(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* 
     }
 }
 
-template <int BITS, int STEP, bool SYMMETRIC>
-void dispatch(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add) {
+// Formats that recipes make: everything up to a tile of tokens is streamed.
+template <int BITS>
+void usual(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add) {
   switch (m) {
-    case 1: return stream_panels<BITS, STEP, SYMMETRIC, 1>(w, p0, p1, x, out, ldo, add);
-    case 2: return stream_panels<BITS, STEP, SYMMETRIC, 2>(w, p0, p1, x, out, ldo, add);
-    case 3: return stream_panels<BITS, STEP, SYMMETRIC, 3>(w, p0, p1, x, out, ldo, add);
-    case 4: return stream_panels<BITS, STEP, SYMMETRIC, 4>(w, p0, p1, x, out, ldo, add);
-    case 5: return stream_panels<BITS, STEP, SYMMETRIC, 5>(w, p0, p1, x, out, ldo, add);
-    case 6: return stream_panels<BITS, STEP, SYMMETRIC, 6>(w, p0, p1, x, out, ldo, add);
-    default: return blocked<BITS, STEP, SYMMETRIC>(w, p0, p1, x, m, out, ldo, add);
+    case 1: return stream_panels<BITS, 32, true, 1>(w, p0, p1, x, out, ldo, add);
+    case 2: return stream_panels<BITS, 32, true, 2>(w, p0, p1, x, out, ldo, add);
+    case 3: return stream_panels<BITS, 32, true, 3>(w, p0, p1, x, out, ldo, add);
+    case 4: return stream_panels<BITS, 32, true, 4>(w, p0, p1, x, out, ldo, add);
+    case 5: return stream_panels<BITS, 32, true, 5>(w, p0, p1, x, out, ldo, add);
+    case 6: return stream_panels<BITS, 32, true, 6>(w, p0, p1, x, out, ldo, add);
+    default: return blocked<BITS, 32, true>(w, p0, p1, x, m, out, ldo, add);
   }
 }
 
-// Groups of 16 come from GGUF k-quants alone: streamed for one token, blocked otherwise, to keep the program small.
+// The rest (other groups, minimums): streamed for one token, blocked otherwise, which keeps the program small.
 template <int BITS, bool SYMMETRIC>
 void by_group(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add) {
-  if (w.format.group >= 32) return dispatch<BITS, 32, SYMMETRIC>(w, p0, p1, x, m, out, ldo, add);
-  if (m == 1) return stream_panels<BITS, 16, SYMMETRIC, 1>(w, p0, p1, x, out, ldo, add);
-  blocked<BITS, 16, SYMMETRIC>(w, p0, p1, x, m, out, ldo, add);
+  if (m > 1 && w.format.group == 16) return blocked<BITS, 16, SYMMETRIC>(w, p0, p1, x, m, out, ldo, add);
+  if (m > 1) return blocked<BITS, 32, SYMMETRIC>(w, p0, p1, x, m, out, ldo, add);
+  switch (w.format.group) {
+    case 16: return stream_panels<BITS, 16, SYMMETRIC, 1>(w, p0, p1, x, out, ldo, add);
+    case 32: return stream_panels<BITS, 32, SYMMETRIC, 1>(w, p0, p1, x, out, ldo, add);
+    case 64: return stream_panels<BITS, 64, SYMMETRIC, 1>(w, p0, p1, x, out, ldo, add);
+    default: return stream_panels<BITS, 128, SYMMETRIC, 1>(w, p0, p1, x, out, ldo, add);
+  }
 }
 
 template <int BITS>
 void by_symmetry(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add) {
-  if (w.format.symmetric) by_group<BITS, true>(w, p0, p1, x, m, out, ldo, add);
+  if (w.format.symmetric && w.format.group == 32) usual<BITS>(w, p0, p1, x, m, out, ldo, add);
+  else if (w.format.symmetric) by_group<BITS, true>(w, p0, p1, x, m, out, ldo, add);
   else by_group<BITS, false>(w, p0, p1, x, m, out, ldo, add);
 }
 

@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "isa/repeat.h"
 #include "layout.h"
 #include "numeric.h"
 
@@ -47,14 +48,16 @@ inline __m512bh broadcast_pair(const bf16* x) {
 // sum[m][r] += x[m] . w[r] over `pairs` pairs of inputs; w[r] is [pairs][16][2]. One chain of additions an output, in
 // the order of the inputs, whatever M and R.
 template <int M, int R>
-inline void dot_tile(const bf16* const* w, const bf16* x, size_t ldx, int pairs, __m512 (&sum)[M][R]) {
+[[gnu::always_inline]] inline void dot_tile(const bf16* const* w, const bf16* x, size_t ldx, int pairs, __m512 (&sum)[M][R]) {
+  const bf16* panel[R];
+  repeat<R>(HASTEN_EACH(r) { panel[r] = w[r]; });
   for (int i = 0; i < pairs; i++) {
     __m512bh weight[R];
-    for (int r = 0; r < R; r++) weight[r] = (__m512bh)_mm512_loadu_si512(w[r] + 32 * i);
-    for (int m = 0; m < M; m++) {
+    repeat<R>(HASTEN_EACH(r) { weight[r] = (__m512bh)_mm512_loadu_si512(panel[r] + 32 * i); });
+    repeat<M>(HASTEN_EACH(m) {
       const __m512bh pair = broadcast_pair(x + m * ldx + 2 * i);
-      for (int r = 0; r < R; r++) sum[m][r] = _mm512_dpbf16_ps(sum[m][r], weight[r], pair);
-    }
+      repeat<R>(HASTEN_EACH(r) { sum[m][r] = _mm512_dpbf16_ps(sum[m][r], weight[r], pair); });
+    });
   }
 }
 

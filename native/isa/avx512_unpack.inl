@@ -9,7 +9,7 @@ namespace hasten::avx512 {
 namespace {
 
 template <int BITS>
-inline void unpack8(const uint8_t* block, int group, int j, __m512i& first, __m512i& second) {
+[[gnu::always_inline]] inline void unpack8(const uint8_t* block, int group, int j, __m512i& first, __m512i& second) {
   if constexpr (BITS == 8) {
     first = _mm512_loadu_si512(block + 128 * j);
     second = _mm512_loadu_si512(block + 128 * j + 64);

@@ -58,7 +58,11 @@ struct Kernels {
   // The same for bf16 weights and activations; x rows are padded with zeros to a multiple of 32 columns.
   void (*linear_bf16)(const Packed& w, int p0, int p1, const bf16* x, size_t ldx, int m, float* out, size_t ldo, bool add);
 
-  // n inputs -> q, scale, nsum, nsum16 of one row, padded with zeros to `padded` (a multiple of 128).
+  // Integer weights against bf16 activations, for prefill where that is faster than linear_int; null where it is not. Each
+  // weight is rounded to bf16; sums are float. Arguments as of linear_bf16.
+  void (*linear_wide)(const Packed& w, int p0, int p1, const bf16* x, size_t ldx, int m, float* out, size_t ldo, bool add);
+
+  // n inputs -> q, scale, nsum, nsum16 of one row, padded with zeros to `padded` (a multiple of 32).
   void (*quantize)(const float* x, int n, int padded, int8_t* q, float* scale, int32_t* nsum, int32_t* nsum16);
   // n inputs -> bf16, padded with zeros to `padded`.
   void (*to_bf16)(const float* x, int n, int padded, bf16* out);

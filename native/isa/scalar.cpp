@@ -7,6 +7,7 @@ const Kernels kScalarKernels = {
     .name = "scalar",
     .linear_int = generic::linear_int,
     .linear_bf16 = generic::linear_bf16,
+    .linear_wide = nullptr,
     .quantize = generic::quantize,
     .to_bf16 = generic::to_bf16,
     .rms_norm = generic::rms_norm,

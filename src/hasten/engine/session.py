@@ -82,7 +82,7 @@ class Session:
         room = self._executor.context - len(ids)
         turn, new = self._turn, ids[same:]
         for count in range(1, min(max_new_tokens, room) + 1):
-            token = self._next(new, sampling)
+            token = self._next(new, sampling, prefill=count == 1)
             yield token
             if (token in self._eos and not sampling.ignore_eos) or count == room:
                 return
@@ -93,16 +93,20 @@ class Session:
                 )
             new = [token]
 
-    def _next(self, new: list[int], sampling: SamplingOptions) -> int:
+    def _next(self, new: list[int], sampling: SamplingOptions, *, prefill: bool) -> int:
         if self._executor.outgrows(self._sequence, len(self._tokens) + len(new)):
-            new = [*self._tokens, *new]
+            new, prefill = [*self._tokens, *new], True
             self._forget(0)
         try:
-            hidden = self._executor.prefill(self._sequence, new)
+            if prefill:
+                hidden = self._executor.prefill(self._sequence, new)
+            else:
+                hidden = self._executor.step([(self._sequence, new)], [0])
         finally:  # Ctrl-C may come between chunks: what was computed is kept, and known
             done = self._sequence.length - len(self._tokens)
             self._tokens += new[:done]
-        return sample(self._executor.head(hidden), sampling, np.array([self._sequence.length], np.int64))[0]
+        position = np.array([self._sequence.length], np.int64)
+        return sample(self._executor.head(hidden), sampling, position)[0]
 
     def truncate(self, length: int) -> None:
         """Forget what is past `length` tokens, 0 or more."""

@@ -97,12 +97,17 @@ class CpuExecutor:
             name, linear.data, linear.rows, linear.cols, layout.bits, layout.group, layout.symmetric
         )
 
-    def step(self, batch: Seq[tuple[Sequence, Seq[int] | Ids]], rows: Seq[int]) -> Floats:
+    def step(
+        self, batch: Seq[tuple[Sequence, Seq[int] | Ids]], rows: Seq[int], *, prefill: bool = False
+    ) -> Floats:
         """Compute new tokens of several sequences together; their keys and values join the cache.
 
         Args:
             batch: (sequence, its new token ids), every sequence at most once.
             rows: positions in the packed tokens whose result is wanted.
+            prefill: the tokens are prompt: where the machine has tiles (AMX), quantised weights are then read as bf16
+                with bf16 activations, which is faster and more exact; decoding quantises activations to int8. Either
+                way a token's result does not depend on what else is in the call.
 
         Returns:
             float32 [len(rows), E], hidden states after the final norm.
@@ -121,7 +126,7 @@ class CpuExecutor:
         counts = np.array([len(ids) for _, ids in batch], np.int32)
         pasts = np.array([sequence.length for sequence, _ in batch], np.int32)
         longs = np.array([sequence.is_long for sequence, _ in batch], np.uint8)
-        hidden: Floats = self._decoder.step(tokens, counts, pasts, table, longs, np.asarray(rows, np.int32))
+        hidden: Floats = self._decoder.step(tokens, counts, pasts, table, longs, np.asarray(rows, np.int32), prefill)
         for sequence, ids in batch:
             sequence.length += len(ids)
         return hidden
@@ -159,9 +164,9 @@ class CpuExecutor:
         """All of a prompt, in chunks; float32 [1, E], the last token's hidden state."""
         self.expect(sequence, len(tokens))
         for start in range(0, len(tokens) - self.chunk, self.chunk):
-            self.step([(sequence, tokens[start : start + self.chunk])], [])
+            self.step([(sequence, tokens[start : start + self.chunk])], [], prefill=True)
         rest = (len(tokens) - 1) // self.chunk * self.chunk
-        return self.step([(sequence, tokens[rest:])], [len(tokens) - rest - 1])
+        return self.step([(sequence, tokens[rest:])], [len(tokens) - rest - 1], prefill=True)
 
     def head(self, hidden: Floats) -> Floats:
         """float32 [R, E] hidden states -> float32 [R, V] logits."""
