@@ -87,6 +87,18 @@ def linear_bf16(w: Weights, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return a @ values.T, rounding(np.abs(a) @ np.abs(values).T, values.shape[1])
 
 
+def linear_wide(w: Weights, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Integer weights rounded to bf16 against bf16 activations [M, K]: [M, padded rows], tolerance."""
+    groups = (w.u.astype(np.float64) - w.fmt.zero).reshape(len(w.u), -1, w.fmt.group)
+    values = w.scale[..., None] * groups + w.minimum[..., None]
+    values = _bf16(values.astype(np.float32).reshape(w.u.shape))
+    a = _bf16(twins.pad(x, len(x), values.shape[1]))
+    magnitudes = np.abs(a) @ np.abs(values).T
+    # with minimums a weight may lie between two bf16 values, and one rounding more or less then decides
+    ties = 0.0 if w.fmt.symmetric else 2.0**-8 * np.abs(a).max(1, keepdims=True) * np.abs(values).max(1)
+    return a @ values.T, rounding(magnitudes, values.shape[1]) + ties
+
+
 def rounding(magnitudes: np.ndarray, additions: int) -> np.ndarray:
     """Tolerance of a float32 sum of terms of these summed magnitudes: less than one term of a random sum."""
     return 4 * EPSILON * np.sqrt(additions + 16) * magnitudes + 1e-34
@@ -98,13 +110,16 @@ def linear_native(
     panels: tuple[int, int] | None = None,
     out: np.ndarray | None = None,
     add: bool = False,
+    prefill: bool = False,
 ) -> np.ndarray:
     """The kernel of the instruction set in use, float32 [M, padded rows]."""
     if out is None:
         out = np.full((len(x), len(w.u)), np.nan, np.float32)
     first, last = panels or (0, len(w.u) // PANEL)
     fmt = w.fmt
-    _native.kernels.linear(x, w.packed, w.rows, fmt.bits, fmt.group, fmt.symmetric, first, last, out, add)
+    _native.kernels.linear(
+        x, w.packed, w.rows, fmt.bits, fmt.group, fmt.symmetric, first, last, out, add, prefill
+    )
     return out
 
 

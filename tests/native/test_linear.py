@@ -49,17 +49,17 @@ def test_equals_the_twin_whatever_the_company(isa: str, fmt: Format, which: int)
 
 
 @pytest.mark.parametrize("fmt", FORMATS[:1] + FORMATS[2::3], ids=str)
-def test_adds_in_one_step(isa: str, fmt: Format) -> None:
-    """`add` puts the finished sum on what is there: the same bits however many tokens and however deep."""
+def test_adds_the_same_whatever_the_company(isa: str, fmt: Format) -> None:
+    """`add` onto what is there: the same bits however many tokens and however deep."""
     for rows, cols in [(40, 96), (24, 2200)]:
         w = random_weights(fmt, rows, cols)
-        x = activations(20, cols)
-        before = np.random.default_rng(1).standard_normal((20, len(w.u))).astype(np.float32) * 100
-        for m in (1, 5, 7, 16, 20):
+        x = activations(40, cols)
+        before = np.random.default_rng(1).standard_normal((40, len(w.u))).astype(np.float32) * 100
+        sums = linear_native(w, x, out=before.copy(), add=True)
+        np.testing.assert_allclose(sums, before + linear_native(w, x), rtol=2e-6, atol=1e-3)
+        for m in (1, 5, 7, 16, 20, 33):
             out = linear_native(w, x[:m], out=before[:m].copy(), add=True)
-            np.testing.assert_array_equal(
-                out, before[:m] + linear_native(w, x[:m]), err_msg=f"{m} tokens, {cols}"
-            )
+            np.testing.assert_array_equal(out, sums[:m], err_msg=f"{m} tokens, {cols}")
 
 
 @pytest.mark.parametrize(
@@ -93,6 +93,34 @@ def test_integers_agree_to_the_bit_between_instruction_sets(fmt: Format, m: int)
     _native.use_isa(before)
     for name in ISAS:
         np.testing.assert_array_equal(results[name], results[ISAS[0]], err_msg=name)
+
+
+@pytest.mark.parametrize("fmt", FORMATS[1:], ids=str)
+def test_prompts_equal_the_twin_whatever_the_company(isa: str, fmt: Format) -> None:
+    """Where an instruction set has a kernel of its own for prompts; elsewhere it is the one for decoding."""
+    for rows, cols in [(40, 96), (17, 1100)]:
+        w, x = random_weights(fmt, rows, cols), activations(70, cols)
+        whole = linear_native(w, x, prefill=True)
+        if np.array_equal(whole, linear_native(w, x)):
+            return
+        wanted, tolerance = twin.linear_wide(w, x)
+        error = np.abs(whole - wanted)
+        assert (error <= tolerance).all(), f"row, column {np.argwhere(error > tolerance)[:4].tolist()}"
+        before = np.random.default_rng(1).standard_normal(whole.shape).astype(np.float32) * 100
+        sums = linear_native(w, x, out=before.copy(), add=True, prefill=True)
+        np.testing.assert_allclose(
+            sums, before + whole, rtol=1e-6, atol=2e-4
+        )  # added piece by piece of the depth
+        for m in (1, 2, 7, 15, 16, 17, 31, 32, 33, 48, 65):
+            np.testing.assert_array_equal(
+                linear_native(w, x[:m], prefill=True), whole[:m], err_msg=f"{m} tokens"
+            )
+            added = linear_native(w, x[:m], out=before[:m].copy(), add=True, prefill=True)
+            np.testing.assert_array_equal(added, sums[:m])
+        last = len(w.u) // PANEL
+        part = linear_native(w, x, (1, last), np.full_like(whole, 7.25), prefill=True)
+        np.testing.assert_array_equal(part[:, PANEL:], whole[:, PANEL:])
+        assert (part[:, :PANEL] == 7.25).all()
 
 
 @pytest.mark.parametrize("fmt", [Format(16), Format(8), Format(4), Format(4, 32, False)], ids=str)

@@ -29,6 +29,7 @@ class Session:
         self._eos = frozenset(eos_ids)
         self._sequence = CachedSequence()
         self._tokens: list[int] = []  # what the cache holds
+        self._prompt = 0  # how many of them were computed as prompt
         self._turn = 0  # raised whenever the cache is cut back: an open stream can then not go on
         # a session that is dropped gives its pages back too
         weakref.finalize(self, executor.truncate, self._sequence, 0).atexit = False
@@ -76,7 +77,10 @@ class Session:
         if max_new_tokens == 0:
             return
         # The last token is always computed: its hidden state is what the first new token comes from.
-        pairs = zip(self._tokens, ids[:-1], strict=False)
+        # Where prompts take other kernels than answers, the last answer is computed again, now as prompt: what
+        # is kept must not change what follows.
+        kept = self._tokens if self._executor.decodes_like_prefill else self._tokens[: self._prompt]
+        pairs = zip(kept, ids[:-1], strict=False)
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         self.truncate(same)
         room = self._executor.context - len(ids)
@@ -105,6 +109,8 @@ class Session:
         finally:  # Ctrl-C may come between chunks: what was computed is kept, and known
             done = self._sequence.length - len(self._tokens)
             self._tokens += new[:done]
+            if prefill:
+                self._prompt = len(self._tokens)
         position = np.array([self._sequence.length], np.int64)
         return sample(self._executor.head(hidden), sampling, position)[0]
 
@@ -116,6 +122,7 @@ class Session:
     def _forget(self, length: int) -> None:
         self._executor.truncate(self._sequence, length)
         del self._tokens[length:]
+        self._prompt = min(self._prompt, length)
 
     def close(self) -> None:
         """Give the pages back."""

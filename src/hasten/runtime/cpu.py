@@ -69,16 +69,24 @@ class CpuExecutor:
         self.context = _context(options.context, config)
         self.chunk = max(1, options.prefill_chunk)
         if options.max_sequences < 1:
-            raise UsageError(f"{options.max_sequences} sequences at once", hint="use EngineOptions(max_sequences=1) or more")
+            raise UsageError(
+                f"{options.max_sequences} sequences at once",
+                hint="use EngineOptions(max_sequences=1) or more",
+            )
         self._long_threshold = tables(config).long_threshold
         self.page_tokens: int = _native.PAGE_TOKENS
         pages = -(-self.context // self.page_tokens) * options.max_sequences
         try:
             self.isa = _native.isa()
         except ValueError as wrong:
-            raise MachineError(str(wrong), hint=f"unset HASTEN_ISA or use one of: {', '.join(_native.isas())}") from None
+            raise MachineError(
+                str(wrong), hint=f"unset HASTEN_ISA or use one of: {', '.join(_native.isas())}"
+            ) from None
         self._pool = PagePool(pages, self.page_tokens)
-        self._decoder = _native.Decoder(decoder_config(config), self.threads, pages, packed.recipe.kv == "int8")
+        self._bits: dict[str, int] = {}  # of each linear layer
+        self._decoder = _native.Decoder(
+            decoder_config(config), self.threads, pages, packed.recipe.kv == "int8"
+        )
         for name, linear in packed.linears.items():
             self.replace(name, linear)
         for name, values in (*packed.vectors.items(), *key_shifts(config, packed.vectors).items()):
@@ -90,9 +98,15 @@ class CpuExecutor:
         """Bytes of KV cache one page of `page_tokens` tokens takes, all layers."""
         return int(self._decoder.page_bytes)
 
+    @property
+    def decodes_like_prefill(self) -> bool:
+        """Whether a token gets the same keys and values to the bit as prompt and as answer; see `step`."""
+        return self.isa != "amx" or set(self._bits.values()) == {16}
+
     def replace(self, name: str, linear: PackedLinear) -> None:
         """Put another matrix in a linear layer's place."""
         layout = linear.layout
+        self._bits[name] = layout.bits
         self._decoder.set_linear(
             name, linear.data, linear.rows, linear.cols, layout.bits, layout.group, layout.symmetric
         )
@@ -126,7 +140,9 @@ class CpuExecutor:
         counts = np.array([len(ids) for _, ids in batch], np.int32)
         pasts = np.array([sequence.length for sequence, _ in batch], np.int32)
         longs = np.array([sequence.is_long for sequence, _ in batch], np.uint8)
-        hidden: Floats = self._decoder.step(tokens, counts, pasts, table, longs, np.asarray(rows, np.int32), prefill)
+        hidden: Floats = self._decoder.step(
+            tokens, counts, pasts, table, longs, np.asarray(rows, np.int32), prefill
+        )
         for sequence, ids in batch:
             sequence.length += len(ids)
         return hidden
@@ -188,7 +204,8 @@ def _threads(wanted: int | None) -> int:
         return cores
     if wanted < 1 or wanted > 4 * cores:
         raise UsageError(
-            f"{wanted} threads asked for, this process may use {cores} cores", hint=f"use --threads 1 to {cores}"
+            f"{wanted} threads asked for, this process may use {cores} cores",
+            hint=f"use --threads 1 to {cores}",
         )
     return wanted
 
