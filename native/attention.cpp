@@ -72,7 +72,8 @@ void Attention::part(const AttentionCall& call, const Task& task, int part, Scra
     for (int side = 0; side < 2; side++) {  // every int8 value is a bf16 value too
       bf16* to = scratch.unpacked.data() + (2 * p + side) * values;
       const auto* from = reinterpret_cast<const int8_t*>(sides[side]);
-      for (size_t i = 0; i < values; i++) to[i] = static_cast<bf16>(std::bit_cast<uint32_t>(static_cast<float>(from[i])) >> 16);
+      for (size_t i = 0; i < values; i++)
+        to[i] = static_cast<bf16>(std::bit_cast<uint32_t>(static_cast<float>(from[i])) >> 16);
       (side ? v : k)[p] = to;
       (side ? v_scale : k_scale)[p] = reinterpret_cast<const float*>(sides[side] + values);
     }
@@ -105,7 +106,8 @@ struct RowSink {
   const AttentionCall& call;
   int group, token0, head;
   void put(int row, const float* values, float sum) const {
-    float* out = call.out + (token0 + row / group) * call.ldo + static_cast<size_t>(head * group + row % group) * call.head_dim;
+    float* out =
+        call.out + (token0 + row / group) * call.ldo + static_cast<size_t>(head * group + row % group) * call.head_dim;
     const float by = sum > 0 ? 1.0f / sum : 0.0f;
     for (int i = 0; i < call.head_dim; i++) out[i] = values[i] * by;
   }
@@ -183,7 +185,8 @@ void Attention::run(const AttentionCall& call, const std::vector<Span>& spans, i
       float max = kNone, sum = 0;
       for (size_t p = task.partial; p < end; p++) {
         const float* from = partials_.data() + p * task_floats;
-        merge(from + static_cast<size_t>(r) * dp, from[rows * dp + r], from[rows * (dp + 1) + r], dp, total.data(), max, sum);
+        merge(from + static_cast<size_t>(r) * dp, from[rows * dp + r], from[rows * (dp + 1) + r], dp, total.data(), max,
+              sum);
       }
       sink.put(r, total.data(), sum);
     }

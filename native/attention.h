@@ -7,9 +7,10 @@
 
 namespace hasten {
 
-// One sequence of the batch: `count` new tokens after `past` cached ones. Their keys and values are in the cache already.
+// One sequence of the batch: `count` new tokens after `past` cached ones. Their keys and values are in the cache
+// already.
 struct Span {
-  int first;   // index of its first token in the packed batch
+  int first;  // index of its first token in the packed batch
   int count;
   int past;
   const int32_t* pages;  // page table; covers past + count tokens
@@ -21,26 +22,26 @@ struct AttentionCall {
   int layer;
   const float* q;  // [tokens][heads * head_dim], rotated
   size_t ldq;
-  float* out;      // the same shape
+  float* out;  // the same shape
   size_t ldo;
-  int heads;       // query heads
-  int head_dim;    // unpadded
-  float scale;     // scores are q.k * scale
-  int window;      // tokens; 0 = all
-  float softcap;   // 0 = none
+  int heads;      // query heads
+  int head_dim;   // unpadded
+  float scale;    // scores are q.k * scale
+  int window;     // tokens; 0 = all
+  float softcap;  // 0 = none
 };
 
 class Attention {
  public:
-  // Splits the work by (sequence, KV head, block of queries), and by part of the context where that gives too few pieces
-  // for the threads. The result is the same bit for bit either way.
+  // Splits the work by (sequence, KV head, block of queries), and by part of the context where that gives too few
+  // pieces for the threads. The result is the same bit for bit either way.
   void run(const AttentionCall& call, const std::vector<Span>& spans, int threads);
 
  private:
   struct Task {
     const Span* span;
-    int head;       // KV head
-    int first;      // first token of the block, within the span
+    int head;   // KV head
+    int first;  // first token of the block, within the span
     int count;
     size_t partial;  // where its partial results start, in parts
   };
@@ -50,7 +51,8 @@ class Attention {
     std::vector<int> position;
   };
 
-  void part(const AttentionCall& call, const Task& task, int part, Scratch& scratch, float* out, float* max, float* sum);
+  void part(const AttentionCall& call, const Task& task, int part, Scratch& scratch, float* out, float* max,
+            float* sum);
   void stage_queries(const AttentionCall& call, const Task& task, Scratch& scratch);
   void whole(const AttentionCall& call, const Task& task, Scratch& scratch);
 

@@ -1,5 +1,5 @@
-// XXH64 (https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md): a checksum at memory speed, so that every start
-// can afford to verify an artifact.
+// XXH64 (https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md): a checksum at memory speed, so that every
+// start can afford to verify an artifact.
 #pragma once
 
 #include <cstddef>

@@ -35,7 +35,8 @@ constexpr int kManyTokens = 16;
 
 }  // namespace
 
-const char* const Profile::kNames[kOps] = {"embed", "norm", "qkv", "rope+kv", "attention", "out", "gate+up", "gated", "down", "head"};
+const char* const Profile::kNames[kOps] = {"embed", "norm",    "qkv",   "rope+kv", "attention",
+                                           "out",   "gate+up", "gated", "down",    "head"};
 
 Decoder::Decoder(DecoderConfig config, int threads, int kv_pages, bool kv_int8)
     : config_(std::move(config)),
@@ -180,7 +181,8 @@ void Decoder::attention_block(int index, const std::vector<Span>& spans, int n) 
   normed_activations(layer.attn_norm, {&layer.q, &layer.k, &layer.v}, n);
   {
     const Timer timer(profile_, Profile::kQkv);
-    linear({{&layer.q, q_.data(), ld_q_}, {&layer.k, k_.data(), ld_kv_}, {&layer.v, v_.data(), ld_kv_}}, acts_, n, threads_);
+    linear({{&layer.q, q_.data(), ld_q_}, {&layer.k, k_.data(), ld_kv_}, {&layer.v, v_.data(), ld_kv_}}, acts_, n,
+           threads_);
   }
   rotate_and_store(index, spans);
   {
@@ -238,7 +240,8 @@ void Decoder::gate_and_up(const Layer& layer, int n) {
   });
 }
 
-void Decoder::step(const int32_t* tokens, const std::vector<Span>& spans, const std::vector<int>& rows, bool prefill, float* hidden) {
+void Decoder::step(const int32_t* tokens, const std::vector<Span>& spans, const std::vector<int>& rows, bool prefill,
+                   float* hidden) {
   prefill_ = prefill;
   int n = 0;
   for (const Span& span : spans) n += span.count;

@@ -17,7 +17,7 @@ struct DecoderConfig {
   float norm_eps = 1e-6f;
   Gate gate = Gate::kSilu;
   float score_scale = 1, attention_softcap = 0, logit_softcap = 0, embed_scale = 1;
-  int window = 0;                     // of sliding layers
+  int window = 0;                      // of sliding layers
   std::vector<uint8_t> sliding, rope;  // one flag a layer
   // Rotary frequencies in radians a token, [rotary_dim / 2]; `local` for sliding layers, `long` for spans that say so.
   std::vector<double> rope_global, rope_local, rope_long;
@@ -28,7 +28,7 @@ struct Layer {
   Linear q, k, v, o, gate, up, down;
   const float *attn_norm = nullptr, *q_norm = nullptr, *k_norm = nullptr, *post_attn_norm = nullptr;
   const float *mlp_norm = nullptr, *post_mlp_norm = nullptr;
-  const float* key_shift = nullptr;  // [kv_heads * head_dim], taken off rotated keys: see runtime/key_shift.py
+  const float* key_shift = nullptr;      // [kv_heads * head_dim], taken off rotated keys: see runtime/key_shift.py
   int q_norm_size = 0, k_norm_size = 0;  // head_dim: each head by itself; more: the whole projection
 };
 
@@ -43,8 +43,8 @@ class Decoder {
  public:
   Decoder(DecoderConfig config, int threads, int kv_pages, bool kv_int8);
 
-  // Weights by canonical name ("layers.3.q", "layers.3.q.bias", "embed", "final_norm" ...). The memory stays the caller's
-  // and must outlive the decoder. Throws std::invalid_argument on a name or a shape that does not fit.
+  // Weights by canonical name ("layers.3.q", "layers.3.q.bias", "embed", "final_norm" ...). The memory stays the
+  // caller's and must outlive the decoder. Throws std::invalid_argument on a name or a shape that does not fit.
   void set_linear(const std::string& name, const Packed& weight);
   void set_vector(const std::string& name, const float* values, int size);
   // Throws unless every part that each model needs is there.
@@ -54,9 +54,10 @@ class Decoder {
   //   tokens [sum of counts]; spans describe the sequences in order.
   //   rows: indices into the packed tokens whose final hidden state is wanted.
   //   hidden: [rows][hidden_size], after the final norm.
-  //   prefill: the tokens may take the kernels that are fastest for many (Kernels::linear_wide). A token's result does not
-  //   depend on how many others are in the call, only on this flag.
-  void step(const int32_t* tokens, const std::vector<Span>& spans, const std::vector<int>& rows, bool prefill, float* hidden);
+  //   prefill: the tokens may take the kernels that are fastest for many (Kernels::linear_wide). A token's result does
+  //   not depend on how many others are in the call, only on this flag.
+  void step(const int32_t* tokens, const std::vector<Span>& spans, const std::vector<int>& rows, bool prefill,
+            float* hidden);
   // logits [rows][vocab_size] of hidden states [rows][hidden_size], soft-capped.
   void head(const float* hidden, int rows, float* logits);
 

@@ -1,3 +1,5 @@
+#include "isa/kernels.h"
+
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -5,7 +7,6 @@
 #include <vector>
 
 #include "cpu.h"
-#include "isa/kernels.h"
 
 namespace hasten {
 namespace {

@@ -1,9 +1,10 @@
-// Paged keys and values of all layers. A page holds kPageTokens tokens of every layer and KV head; which pages a sequence
-// owns is the caller's business.
+// Paged keys and values of all layers. A page holds kPageTokens tokens of every layer and KV head; which pages a
+// sequence owns is the caller's business.
 //
 // Within a page, keys of a head lie as [tokens / 16][dims / 2][16 tokens][2 dims] and values as
-// [dims / 16][tokens / 2][16 dims][2 tokens]: the layout of packed bf16 weights, so that attention runs on the same tiles.
-// int8 pages have the same order with one byte a value and one float scale a token and head, for keys and for values.
+// [dims / 16][tokens / 2][16 dims][2 tokens]: the layout of packed bf16 weights, so that attention runs on the same
+// tiles. int8 pages have the same order with one byte a value and one float scale a token and head, for keys and for
+// values.
 #pragma once
 
 #include <cstddef>

@@ -1,11 +1,11 @@
 // How packed weights lie in memory and on disk. One layout serves every instruction set.
 //
 // A matrix [rows, cols] is cut into panels of 16 output rows (the last one padded with zero rows), a panel into blocks
-// of `group` inputs (cols padded with zeros to a multiple of max(group, 32)). Blocks of a panel follow one another, so one
-// thread reads one panel as a single stream. Inside a block rows are interleaved so that 64 bytes feed 16 rows:
+// of `group` inputs (cols padded with zeros to a multiple of max(group, 32)). Blocks of a panel follow one another, so
+// one thread reads one panel as a single stream. Inside a block rows are interleaved so that 64 bytes feed 16 rows:
 //
-//   bits 16   per 2 inputs:  [16 rows][2] bf16                                                      = 64 bytes, no scales
-//   bits 8    per 4 inputs:  [16 rows][4] u8, u = q + 128                                           = 64 bytes
+//   bits 16   per 2 inputs:  [16 rows][2] bf16                                                      = 64 bytes, no
+//   scales bits 8    per 4 inputs:  [16 rows][4] u8, u = q + 128                                           = 64 bytes
 //   bits 4-6  nibble plane, per 8 inputs j: byte row*4+t holds the low four bits of u at input 8j+t (low nibble) and
 //             at input 8j+4+t (high nibble)                                                         = 64 bytes
 //   bits 5    then a plane of bit 4: per 4 inputs i, bit row*4+t of one little-endian 64-bit word   = 8 bytes

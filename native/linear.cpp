@@ -49,9 +49,12 @@ namespace {
 void run_panels(const Packed& w, int p0, int p1, const Activations& x, int tokens, float* out, size_t ldo, bool add) {
   const Kernels& k = kernels();
   const Packed part{w.format, (p1 - p0) * kPanelRows, w.cols, w.panel(p0)};
-  if (w.format.bits == 16) k.linear_bf16(part, 0, p1 - p0, x.floats(), x.padded(), tokens, out, ldo, add);
-  else if (x.wide()) k.linear_wide(part, 0, p1 - p0, x.floats(), x.padded(), tokens, out, ldo, add);
-  else k.linear_int(part, 0, p1 - p0, x.integers(), tokens, out, ldo, add);
+  if (w.format.bits == 16)
+    k.linear_bf16(part, 0, p1 - p0, x.floats(), x.padded(), tokens, out, ldo, add);
+  else if (x.wide())
+    k.linear_wide(part, 0, p1 - p0, x.floats(), x.padded(), tokens, out, ldo, add);
+  else
+    k.linear_int(part, 0, p1 - p0, x.integers(), tokens, out, ldo, add);
 }
 
 // Biases of rows first to first + count - 1 onto a strip [tokens][32].
@@ -86,8 +89,8 @@ void linear_gated(const Linear& gate, const Linear& up, Gate kind, const Activat
 void linear(std::initializer_list<LinearCall> calls, const Activations& x, int tokens, int threads) {
   int panels = 0;
   for (const LinearCall& call : calls) panels += call.layer->weight.panels();
-  // Four panels at once feed one token best; many tokens work on pairs. With many tokens the activations are larger than
-  // the weights: few, long pieces read them less often.
+  // Four panels at once feed one token best; many tokens work on pairs. With many tokens the activations are larger
+  // than the weights: few, long pieces read them less often.
   const auto piece = [&](int begin, int end, int) {
     int first = 0;
     for (const LinearCall& call : calls) {

@@ -26,7 +26,8 @@ class Activations {
   void shape(int cols, std::initializer_list<const Linear*> readers, bool prefill);
   // Quantises one token's row of `cols` floats.
   void set(int token, const float* row);
-  // Quantises `count` values of a row from column 32 * group on, at most 32. Columns past the last are the caller's to clear.
+  // Quantises `count` values of a row from column 32 * group on, at most 32. Columns past the last are the caller's to
+  // clear.
   void set_group(int token, int group, const float* values, int count);
   // Zeros past the last whole group of a row that is filled by set_group.
   void clear_tail(int token);
@@ -53,12 +54,13 @@ struct LinearCall {
   bool add = false;
 };
 
-// The gated half of an MLP for many tokens: into[t] = act(gate . x[t] + bias) * (up . x[t] + bias), quantised. Strips of 32
-// rows are finished one by one, so that the two wide products never travel to memory and back.
+// The gated half of an MLP for many tokens: into[t] = act(gate . x[t] + bias) * (up . x[t] + bias), quantised. Strips
+// of 32 rows are finished one by one, so that the two wide products never travel to memory and back.
 void linear_gated(const Linear& gate, const Linear& up, Gate kind, const Activations& x, int tokens, int threads,
                   Activations& into);
 
-// Runs layers that read the same activations in one go, their panels shared out over the threads. Biases are the caller's.
+// Runs layers that read the same activations in one go, their panels shared out over the threads. Biases are the
+// caller's.
 void linear(std::initializer_list<LinearCall> calls, const Activations& x, int tokens, int threads);
 
 }  // namespace hasten

@@ -83,8 +83,10 @@ void ThreadPool::grow(int workers) {
       for (;;) {
         int spins = 0;
         while (worker->ticket.load(std::memory_order_acquire) == seen) {
-          if (++spins < kSpins) relax();
-          else worker->ticket.wait(seen, std::memory_order_acquire);
+          if (++spins < kSpins)
+            relax();
+          else
+            worker->ticket.wait(seen, std::memory_order_acquire);
         }
         seen++;
         if (stop_) return;
@@ -112,9 +114,12 @@ void ThreadPool::run_erased(int threads, Task task, void* context) {
   }
   task(context, 0);
   int spins = 0;
-  for (int left = pending_.load(std::memory_order_acquire); left != 0; left = pending_.load(std::memory_order_acquire)) {
-    if (++spins < kSpins) relax();
-    else pending_.wait(left, std::memory_order_acquire);
+  for (int left = pending_.load(std::memory_order_acquire); left != 0;
+       left = pending_.load(std::memory_order_acquire)) {
+    if (++spins < kSpins)
+      relax();
+    else
+      pending_.wait(left, std::memory_order_acquire);
   }
 }
 

@@ -20,12 +20,14 @@ class ThreadPool {
   template <typename Fn>
   void run(int threads, Fn&& fn) {
     using Plain = std::remove_reference_t<Fn>;
-    run_erased(threads, [](void* context, int thread) { (*static_cast<Plain*>(context))(thread); },
-               const_cast<void*>(static_cast<const void*>(&fn)));
+    run_erased(
+        threads, [](void* context, int thread) { (*static_cast<Plain*>(context))(thread); },
+        const_cast<void*>(static_cast<const void*>(&fn)));
   }
 
   // Splits [0, count) into contiguous pieces of at least `grain`, handed out as threads become free, and calls
-  // fn(begin, end, thread). Free threads take the next piece, so that a core that others use too does not hold up the rest.
+  // fn(begin, end, thread). Free threads take the next piece, so that a core that others use too does not hold up the
+  // rest.
   template <typename Fn>
   void split(int threads, int count, int grain, Fn&& fn, int pieces_per_thread = 8) {
     if (count <= 0) return;

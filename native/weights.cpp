@@ -18,7 +18,8 @@ Name parse(const std::string& name, int layers) {
   if (rest.rfind("layers.", 0) == 0) {
     const size_t dot = rest.find('.', 7);
     parsed.layer = std::stoi(rest.substr(7, dot - 7));
-    if (dot == std::string::npos || parsed.layer < 0 || parsed.layer >= layers) throw std::invalid_argument("no such weight: " + name);
+    if (dot == std::string::npos || parsed.layer < 0 || parsed.layer >= layers)
+      throw std::invalid_argument("no such weight: " + name);
     rest = rest.substr(dot + 1);
   }
   parsed.bias = rest.size() > 5 && rest.substr(rest.size() - 5) == ".bias";
@@ -49,7 +50,8 @@ const float** norm_of(Layer& layer, const std::string& part) {
 
 void expect(const std::string& name, const char* what, int got, int want) {
   if (got != want)
-    throw std::invalid_argument(name + ": " + what + " is " + std::to_string(got) + ", must be " + std::to_string(want));
+    throw std::invalid_argument(name + ": " + what + " is " + std::to_string(got) + ", must be " +
+                                std::to_string(want));
 }
 
 }  // namespace
@@ -64,7 +66,11 @@ void Decoder::set_linear(const std::string& name, const Packed& weight) {
   const int e = config_.hidden_size, f = config_.intermediate_size, q = config_.heads * config_.head_dim;
   const int kv = config_.kv_heads * config_.head_dim;
   const std::string& part = parsed.part;
-  const int rows = part == "q" ? q : part == "k" || part == "v" ? kv : part == "gate" || part == "up" ? f : part == "embed" || part == "head" ? config_.vocab_size : e;
+  const int rows = part == "q"                         ? q
+                   : part == "k" || part == "v"        ? kv
+                   : part == "gate" || part == "up"    ? f
+                   : part == "embed" || part == "head" ? config_.vocab_size
+                                                       : e;
   expect(name, "row count", weight.rows, rows);
   expect(name, "column count", weight.cols, part == "o" ? q : part == "down" ? f : e);
   linear->weight = weight;
@@ -109,8 +115,10 @@ void Decoder::check() const {
   for (int i = 0; i < config_.layers; i++) {
     const Layer& layer = layers_[i];
     for (const Linear* linear : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down})
-      if (!linear->present()) throw std::invalid_argument("a linear layer of layer " + std::to_string(i) + " is missing");
-    if ((layer.attn_norm == nullptr && layer.post_attn_norm == nullptr) || (layer.mlp_norm == nullptr && layer.post_mlp_norm == nullptr))
+      if (!linear->present())
+        throw std::invalid_argument("a linear layer of layer " + std::to_string(i) + " is missing");
+    if ((layer.attn_norm == nullptr && layer.post_attn_norm == nullptr) ||
+        (layer.mlp_norm == nullptr && layer.post_mlp_norm == nullptr))
       throw std::invalid_argument("a norm of layer " + std::to_string(i) + " is missing");
   }
 }

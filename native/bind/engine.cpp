@@ -43,7 +43,8 @@ DecoderConfig read_config(const nb::dict& d) {
   c.rope_long_scale = static_cast<float>(number("rope_long_scale"));
   require(c.heads % c.kv_heads == 0, "heads must be a multiple of kv_heads");
   require(c.head_dim <= 1024, "head_dim must be at most 1024");
-  require(static_cast<int>(c.sliding.size()) == c.layers && static_cast<int>(c.rope.size()) == c.layers, "one flag a layer");
+  require(static_cast<int>(c.sliding.size()) == c.layers && static_cast<int>(c.rope.size()) == c.layers,
+          "one flag a layer");
   require(2 * c.rope_global.size() <= static_cast<size_t>(c.head_dim), "more rotary dimensions than head_dim");
   return c;
 }
@@ -51,9 +52,11 @@ DecoderConfig read_config(const nb::dict& d) {
 // Keeps the arrays the decoder points into.
 class PyDecoder {
  public:
-  PyDecoder(const nb::dict& config, int threads, int pages, bool kv_int8) : decoder_(read_config(config), threads, pages, kv_int8) {}
+  PyDecoder(const nb::dict& config, int threads, int pages, bool kv_int8)
+      : decoder_(read_config(config), threads, pages, kv_int8) {}
 
-  void set_linear(const std::string& name, Array<const uint8_t, 1> data, int rows, int cols, int bits, int group, bool symmetric) {
+  void set_linear(const std::string& name, Array<const uint8_t, 1> data, int rows, int cols, int bits, int group,
+                  bool symmetric) {
     const PackedFormat format{bits, group, symmetric};
     require(data.size() == format.bytes(rows, cols), "packed data has the wrong size");
     decoder_.set_linear(name, {format, rows, cols, data.data()});
@@ -67,12 +70,14 @@ class PyDecoder {
 
   nb::ndarray<nb::numpy, float, nb::ndim<2>> step(Array<const int32_t, 1> tokens, Array<const int32_t, 1> counts,
                                                   Array<const int32_t, 1> pasts, Array<const int32_t, 2> tables,
-                                                  Array<const uint8_t, 1> longs, Array<const int32_t, 1> rows, bool prefill) {
+                                                  Array<const uint8_t, 1> longs, Array<const int32_t, 1> rows,
+                                                  bool prefill) {
     const int n = static_cast<int>(tokens.size()), hidden = decoder_.config().hidden_size;
     require(counts.size() == pasts.size() && counts.size() == tables.shape(0) && counts.size() == longs.size(),
             "counts, pasts, page tables and flags differ in length");
     for (int i = 0; i < n; i++)
-      require(tokens.data()[i] >= 0 && tokens.data()[i] < decoder_.config().vocab_size, "a token id is not in the vocabulary");
+      require(tokens.data()[i] >= 0 && tokens.data()[i] < decoder_.config().vocab_size,
+              "a token id is not in the vocabulary");
     std::vector<Span> spans;
     int first = 0;
     for (size_t i = 0; i < counts.size(); i++) {
@@ -81,9 +86,11 @@ class PyDecoder {
       require(count > 0 && past >= 0, "a sequence has no new tokens");
       const size_t used = (past + count + kPageTokens - 1) / kPageTokens;
       require(used <= tables.shape(1), "a page table is too short");
-      for (size_t p = 0; p < used; p++) require(pages[p] >= 0 && pages[p] < decoder_.cache().pages(), "a page is not in the cache");
+      for (size_t p = 0; p < used; p++)
+        require(pages[p] >= 0 && pages[p] < decoder_.cache().pages(), "a page is not in the cache");
       const bool is_long = longs.data()[i] != 0;
-      require(!is_long || decoder_.config().rope_long.size() == decoder_.config().rope_global.size(), "no long rotary frequencies");
+      require(!is_long || decoder_.config().rope_long.size() == decoder_.config().rope_global.size(),
+              "no long rotary frequencies");
       spans.push_back({first, count, past, pages, is_long});
       first += count;
     }
@@ -101,7 +108,8 @@ class PyDecoder {
 
   nb::ndarray<nb::numpy, float, nb::ndim<2>> head(Array<const float, 2> hidden) {
     const size_t rows = hidden.shape(0), vocab = decoder_.config().vocab_size;
-    require(hidden.shape(1) == static_cast<size_t>(decoder_.config().hidden_size), "hidden states have the wrong width");
+    require(hidden.shape(1) == static_cast<size_t>(decoder_.config().hidden_size),
+            "hidden states have the wrong width");
     float* out = new float[std::max<size_t>(rows * vocab, 1)];
     nb::capsule owner(out, [](void* p) noexcept { delete[] static_cast<float*>(p); });
     if (rows > 0) {
@@ -152,7 +160,8 @@ std::vector<uint64_t> checksums(Array<const uint8_t, 1> data, size_t piece, int 
   std::vector<uint64_t> out((bytes + piece - 1) / piece);
   nb::gil_scoped_release release;
   pool().split(threads, static_cast<int>(out.size()), 1, [&](int begin, int end, int) {
-    for (size_t i = begin; i < static_cast<size_t>(end); i++) out[i] = xxh64(from + i * piece, std::min(piece, bytes - i * piece), 0);
+    for (size_t i = begin; i < static_cast<size_t>(end); i++)
+      out[i] = xxh64(from + i * piece, std::min(piece, bytes - i * piece), 0);
   });
   return out;
 }
@@ -165,18 +174,20 @@ void bind_engine(nb::module_& m) {
   m.def("isa", [] { return std::string(kernels().name); }, "The instruction set in use.");
   m.def("use_isa", &use_isa, nb::arg("name"), "Switch the instruction set; for tests that compare them.");
   m.def("usable_cores", &usable_cores, "Cores this process may run on.");
-  m.def("allocate", &allocate, nb::arg("bytes"), "uint8 [bytes], zero-filled, on huge pages where the system gives them.");
+  m.def("allocate", &allocate, nb::arg("bytes"),
+        "uint8 [bytes], zero-filled, on huge pages where the system gives them.");
   m.def("checksums", &checksums, nb::arg("data"), nb::arg("piece"), nb::arg("threads") = 1,
         "XXH64 with seed 0 of every `piece` bytes.");
   nb::class_<PyDecoder>(m, "Decoder")
       .def(nb::init<const nb::dict&, int, int, bool>(), nb::arg("config"), nb::arg("threads"), nb::arg("kv_pages"),
            nb::arg("kv_int8"))
-      .def("set_linear", &PyDecoder::set_linear, nb::arg("name"), nb::arg("data").noconvert(), nb::arg("rows"), nb::arg("cols"),
-           nb::arg("bits"), nb::arg("group"), nb::arg("symmetric"))
+      .def("set_linear", &PyDecoder::set_linear, nb::arg("name"), nb::arg("data").noconvert(), nb::arg("rows"),
+           nb::arg("cols"), nb::arg("bits"), nb::arg("group"), nb::arg("symmetric"))
       .def("set_vector", &PyDecoder::set_vector, nb::arg("name"), nb::arg("values").noconvert())
       .def("check", &PyDecoder::check)
-      .def("step", &PyDecoder::step, nb::arg("tokens"), nb::arg("counts"), nb::arg("pasts"), nb::arg("tables"), nb::arg("longs"),
-           nb::arg("rows"), nb::arg("prefill"), "Packed tokens of many sequences through all layers -> hidden states [rows, E] after the final norm.")
+      .def("step", &PyDecoder::step, nb::arg("tokens"), nb::arg("counts"), nb::arg("pasts"), nb::arg("tables"),
+           nb::arg("longs"), nb::arg("rows"), nb::arg("prefill"),
+           "Packed tokens of many sequences through all layers -> hidden states [rows, E] after the final norm.")
       .def("head", &PyDecoder::head, nb::arg("hidden").noconvert(), "Hidden states [R, E] -> logits [R, V].")
       .def("copy_page", &PyDecoder::copy_page, nb::arg("source"), nb::arg("target"))
       .def_prop_ro("page_bytes", &PyDecoder::page_bytes)

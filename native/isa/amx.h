@@ -13,8 +13,8 @@ void attend(const AttendPart& part);
 
 constexpr int kTileRows = 16;
 
-// Registers 0-3 hold results [tokens][16 floats or ints], 4-5 activations [tokens][a_bytes], 6-7 weights [b_rows][64 bytes].
-// Gives the registers back when it goes: their 8 KB would be saved and restored at every context switch.
+// Registers 0-3 hold results [tokens][16 floats or ints], 4-5 activations [tokens][a_bytes], 6-7 weights [b_rows][64
+// bytes]. Gives the registers back when it goes: their 8 KB would be saved and restored at every context switch.
 class Tiles {
  public:
   Tiles(int a_bytes, int b_rows) {

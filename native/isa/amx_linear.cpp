@@ -1,8 +1,8 @@
 // Linear layers on AMX tiles, in bf16 with float sums.
 //
-// Integer weights have a scale for 32 inputs, so that int8 tiles would have to leave the tile unit every 32 inputs to be
-// scaled: measured, 50 cycles a product that takes 16. Turned into bf16 once for all tokens of a prefill they need no
-// scaling, and activations need no rounding to int8: four times as fast, and more exact.
+// Integer weights have a scale for 32 inputs, so that int8 tiles would have to leave the tile unit every 32 inputs to
+// be scaled: measured, 50 cycles a product that takes 16. Turned into bf16 once for all tokens of a prefill they need
+// no scaling, and activations need no rounding to int8: four times as fast, and more exact.
 #include <algorithm>
 
 #include "isa/amx.h"
@@ -38,7 +38,8 @@ void widen(const Packed& w, int p, int k0, int depth, bf16* out) {
   for (int k = 0; k < depth; k += format.group, block += format.block_bytes()) {
     avx512::unpack_block(format, block, u, 64);
     const __m512 scale = avx512::load_scales(block + format.quant_bytes());
-    const __m512 bias = format.symmetric ? _mm512_mul_ps(zero, scale) : avx512::load_scales(block + format.quant_bytes() + 32);
+    const __m512 bias =
+        format.symmetric ? _mm512_mul_ps(zero, scale) : avx512::load_scales(block + format.quant_bytes() + 32);
     for (int i = 0; i < format.group; i += 4)
       to_pairs(_mm512_load_si512(u + i * kPanelRows), scale, bias, interleave, out + (k + i) * kPanelRows);
   }
@@ -122,10 +123,14 @@ void all_tokens(Block b, Tiles& tiles, int m) {
     b.x[1] = b.x[0] + kTileRows * b.ldx;
     b.out = out + t * b.ldo;
     tiles.tokens(tokens);
-    if (b.two_tokens && b.two_panels) products<true, true>(b);
-    else if (b.two_tokens) products<true, false>(b);
-    else if (b.two_panels) products<false, true>(b);
-    else products<false, false>(b);
+    if (b.two_tokens && b.two_panels)
+      products<true, true>(b);
+    else if (b.two_tokens)
+      products<true, false>(b);
+    else if (b.two_panels)
+      products<false, true>(b);
+    else
+      products<false, false>(b);
     t += b.two_tokens ? 2 * kTileRows : tokens;
   }
 }
@@ -143,8 +148,15 @@ void linear_wide(const Packed& w, int p0, int p1, const bf16* x, size_t ldx, int
       const int here = std::min(kDepth, depth - k0), panels = std::min(2, p1 - p);
       for (int r = 0; r < panels; r++) widen(w, p + r, k0, here, wide.panel[r]);
       Tiles::written();
-      all_tokens({{wide.panel[0], wide.panel[1]}, {x + k0, nullptr}, ldx, here, panels == 2, false, add || k0 > 0,
-                  out + p * kPanelRows, ldo},
+      all_tokens({{wide.panel[0], wide.panel[1]},
+                  {x + k0, nullptr},
+                  ldx,
+                  here,
+                  panels == 2,
+                  false,
+                  add || k0 > 0,
+                  out + p * kPanelRows,
+                  ldo},
                  tiles, m);
     }
 }
@@ -156,8 +168,17 @@ void linear_bf16(const Packed& w, int p0, int p1, const bf16* x, size_t ldx, int
   const int piece = m <= 2 * kTileRows ? depth : kDepth;
   for (int p = p0; p < p1; p += 2)
     for (int k0 = 0; k0 < depth; k0 += piece) {
-      Block block{{}, {x + k0, nullptr}, ldx, std::min(piece, depth - k0), p + 1 < p1, false, add || k0 > 0, out + p * kPanelRows, ldo};
-      for (int r = 0; r < 2 && p + r < p1; r++) block.w[r] = reinterpret_cast<const bf16*>(w.panel(p + r)) + k0 * kPanelRows;
+      Block block{{},
+                  {x + k0, nullptr},
+                  ldx,
+                  std::min(piece, depth - k0),
+                  p + 1 < p1,
+                  false,
+                  add || k0 > 0,
+                  out + p * kPanelRows,
+                  ldo};
+      for (int r = 0; r < 2 && p + r < p1; r++)
+        block.w[r] = reinterpret_cast<const bf16*>(w.panel(p + r)) + k0 * kPanelRows;
       all_tokens(block, tiles, m);
     }
 }

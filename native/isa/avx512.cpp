@@ -61,7 +61,9 @@ void bf16_rest(const Packed& w, int p0, int p1, const bf16* x, size_t ldx, int m
   }
 }
 
-inline __mmask16 lanes_left(int left) { return left >= 16 ? 0xffff : static_cast<__mmask16>((1u << std::max(left, 0)) - 1); }
+inline __mmask16 lanes_left(int left) {
+  return left >= 16 ? 0xffff : static_cast<__mmask16>((1u << std::max(left, 0)) - 1);
+}
 
 }  // namespace
 

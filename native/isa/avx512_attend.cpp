@@ -19,9 +19,8 @@ void score_rows(const AttendPart& a, int row, int page) {
   repeat<M>(HASTEN_EACH(m) { sum[m][0] = sum[m][1] = _mm512_setzero_ps(); });
   dot_tile<M, 2>(panels, a.q + static_cast<size_t>(row) * d, d, d / 2, sum);
   float* scores = a.scores + static_cast<size_t>(row) * tokens + page * kPageTokens;
-  repeat<M>(HASTEN_EACH(m) {
-    repeat<2>(HASTEN_EACH(r) { _mm512_storeu_ps(scores + m * tokens + 16 * r, sum[m][r]); });
-  });
+  repeat<M>(
+      HASTEN_EACH(m) { repeat<2>(HASTEN_EACH(r) { _mm512_storeu_ps(scores + m * tokens + 16 * r, sum[m][r]); }); });
 }
 
 // Two panels of 16 dims for M rows over all pages of the part.
@@ -32,12 +31,12 @@ void value_rows(const AttendPart& a, int row, int dim) {
   repeat<M>(HASTEN_EACH(m) { sum[m][0] = sum[m][1] = _mm512_setzero_ps(); });
   for (int page = 0; page < a.pages; page++) {
     const bf16* panels[2] = {a.v[page] + dim * kPageTokens, a.v[page] + (dim + 16) * kPageTokens};
-    dot_tile<M, 2>(panels, a.weights + static_cast<size_t>(row) * tokens + page * kPageTokens, tokens, kPageTokens / 2, sum);
+    dot_tile<M, 2>(panels, a.weights + static_cast<size_t>(row) * tokens + page * kPageTokens, tokens, kPageTokens / 2,
+                   sum);
   }
   float* out = a.out + static_cast<size_t>(row) * a.head_dim + dim;
-  repeat<M>(HASTEN_EACH(m) {
-    repeat<2>(HASTEN_EACH(r) { _mm512_storeu_ps(out + m * a.head_dim + 16 * r, sum[m][r]); });
-  });
+  repeat<M>(
+      HASTEN_EACH(m) { repeat<2>(HASTEN_EACH(r) { _mm512_storeu_ps(out + m * a.head_dim + 16 * r, sum[m][r]); }); });
 }
 
 template <template <int> class Fn>
@@ -81,7 +80,8 @@ void softmax_part(const AttendPart& a) {
     for (int t = 0; t < tokens; t += 16) {
       __m512 v = _mm512_loadu_ps(s + t);
       if (a.k_scale) v = _mm512_mul_ps(v, _mm512_loadu_ps(a.k_scale[t / kPageTokens] + t % kPageTokens));
-      if (a.softcap > 0) v = _mm512_mul_ps(tanh(_mm512_div_ps(v, _mm512_set1_ps(a.softcap))), _mm512_set1_ps(a.softcap));
+      if (a.softcap > 0)
+        v = _mm512_mul_ps(tanh(_mm512_div_ps(v, _mm512_set1_ps(a.softcap))), _mm512_set1_ps(a.softcap));
       v = _mm512_mask_mov_ps(none, visible(a, row, _mm512_add_epi32(lane, _mm512_set1_epi32(a.first + t))), v);
       _mm512_storeu_ps(s + t, v);
       most = _mm512_max_ps(most, v);

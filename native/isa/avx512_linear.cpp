@@ -1,6 +1,6 @@
 // Integer linear layers on AVX512-VNNI. Few tokens: weights stream from memory straight into VPDPBUSD on the unsigned
-// values, the zero point folded into the accumulator's start through -sum(q). Many tokens: a panel pair is unpacked into L1
-// once and multiplied with tiles of 6 tokens x 32 rows.
+// values, the zero point folded into the accumulator's start through -sum(q). Many tokens: a panel pair is unpacked
+// into L1 once and multiplied with tiles of 6 tokens x 32 rows.
 #include <algorithm>
 
 #include "isa/avx512.h"
@@ -10,10 +10,10 @@
 namespace hasten::avx512 {
 namespace {
 
-constexpr int kTile = 6;        // tokens a tile: 12 int and 12 float accumulators of the 32 registers
+constexpr int kTile = 6;          // tokens a tile: 12 int and 12 float accumulators of the 32 registers
 constexpr int kTokenBlock = 192;  // tokens whose activations stay in L2 while panels pass by
-constexpr int kAhead = 2304;     // bytes each stream is asked for before it is needed
-constexpr int kDepth = 1024;     // inputs unpacked at a time: 32 KB of weights for a panel pair
+constexpr int kAhead = 2304;      // bytes each stream is asked for before it is needed
+constexpr int kDepth = 1024;      // inputs unpacked at a time: 32 KB of weights for a panel pair
 
 inline void store(float* out, __m512 value, bool add) {
   _mm512_storeu_ps(out, add ? _mm512_add_ps(_mm512_loadu_ps(out), value) : value);
@@ -21,7 +21,8 @@ inline void store(float* out, __m512 value, bool add) {
 
 template <int BYTES>
 [[gnu::always_inline]] inline void prefetch(const uint8_t* block) {
-  repeat<(BYTES + 63) / 64>(HASTEN_EACH(line) { _mm_prefetch(reinterpret_cast<const char*>(block) + 64 * line, _MM_HINT_T0); });
+  repeat<(BYTES + 63) / 64>(
+      HASTEN_EACH(line) { _mm_prefetch(reinterpret_cast<const char*>(block) + 64 * line, _MM_HINT_T0); });
 }
 
 // A format known at compile time: offsets become constants, which is worth a factor of two here.
@@ -73,7 +74,8 @@ void stream_tile(const Packed& w, int p, const QuantRows& x, float* out, size_t 
         const __m512 scale = load_scales(panel[r] + B::kQuantBytes);
         repeat<M>(HASTEN_EACH(m) {
           const float a = act[m * (cols / 32) + (kStep == 16 ? 0 : s)];
-          sum[r][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[r][m]), _mm512_mul_ps(scale, _mm512_set1_ps(a)), sum[r][m]);
+          sum[r][m] =
+              _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[r][m]), _mm512_mul_ps(scale, _mm512_set1_ps(a)), sum[r][m]);
           if constexpr (!SYMMETRIC) {
             const float total = a * static_cast<float>(-nsum[m * (cols / kStep) + s]);
             sum[r][m] = _mm512_fmadd_ps(load_scales(panel[r] + B::kQuantBytes + 32), _mm512_set1_ps(total), sum[r][m]);
@@ -86,9 +88,8 @@ void stream_tile(const Packed& w, int p, const QuantRows& x, float* out, size_t 
     nsum += GROUP / kStep;
     act += kStep == 16 ? b % 2 : GROUP / 32;
   }
-  repeat<R>(HASTEN_EACH(r) {
-    repeat<M>(HASTEN_EACH(m) { store(out + m * ldo + (p + r) * kPanelRows, sum[r][m], add); });
-  });
+  repeat<R>(
+      HASTEN_EACH(r) { repeat<M>(HASTEN_EACH(m) { store(out + m * ldo + (p + r) * kPanelRows, sum[r][m], add); }); });
 }
 
 template <int BITS, int GROUP, bool SYMMETRIC, int M>
@@ -102,7 +103,7 @@ void stream_panels(const Packed& w, int p0, int p1, const QuantRows& x, float* o
 
 // A panel pair's weights over `depth` inputs, unpacked.
 struct Unpacked {
-  alignas(64) uint8_t u[kDepth / 4 * 128];   // per 4 inputs: panel 0 [16][4], panel 1 [16][4]
+  alignas(64) uint8_t u[kDepth / 4 * 128];    // per 4 inputs: panel 0 [16][4], panel 1 [16][4]
   alignas(64) float scale[kDepth / 16 * 32];  // per step: 16 rows of panel 0, of panel 1
   alignas(64) float minimum[kDepth / 16 * 32];
   alignas(64) float partial[kTokenBlock * 32];  // sums over the pieces of the depth so far
@@ -152,7 +153,8 @@ void block_tile(const Tile& tile, int t) {
   const bool is_first = tile.first;
   __m512 sum[R][M];
   repeat<M>(HASTEN_EACH(m) {
-    repeat<R>(HASTEN_EACH(r) { sum[r][m] = is_first ? _mm512_setzero_ps() : _mm512_load_ps(partial + 32 * m + 16 * r); });
+    repeat<R>(
+        HASTEN_EACH(r) { sum[r][m] = is_first ? _mm512_setzero_ps() : _mm512_load_ps(partial + 32 * m + 16 * r); });
   });
   const __m128i shift = _mm_cvtsi32_si128(tile.zero_shift);
   const uint8_t* u = tile.w->u;
@@ -186,8 +188,10 @@ void block_tile(const Tile& tile, int t) {
   }
   repeat<M>(HASTEN_EACH(m) {
     repeat<R>(HASTEN_EACH(r) {
-      if (tile.last) store(out + m * tile.ldo + 16 * r, sum[r][m], tile.add);
-      else _mm512_store_ps(partial + 32 * m + 16 * r, sum[r][m]);
+      if (tile.last)
+        store(out + m * tile.ldo + 16 * r, sum[r][m], tile.add);
+      else
+        _mm512_store_ps(partial + 32 * m + 16 * r, sum[r][m]);
     });
   });
 }
@@ -216,9 +220,12 @@ void blocked(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* 
       for (int k0 = 0; k0 < depth; k0 += kDepth) {
         const int here = std::min(kDepth, depth - k0), t1 = std::min(m, t0 + kTokenBlock);
         unpack_pair<BITS>(w, p, panels, k0, here, STEP, unpacked);
-        const Tile tile{&unpacked, &x, k0, here, BITS - 1, k0 == 0, k0 + here == depth, add, t0, out + p * kPanelRows, ldo};
-        if (panels == 2) block_tiles<STEP, SYMMETRIC, 2>(tile, t0, t1);
-        else block_tiles<STEP, SYMMETRIC, 1>(tile, t0, t1);
+        const Tile tile{&unpacked, &x, k0, here, BITS - 1, k0 == 0, k0 + here == depth, add, t0, out + p * kPanelRows,
+                        ldo};
+        if (panels == 2)
+          block_tiles<STEP, SYMMETRIC, 2>(tile, t0, t1);
+        else
+          block_tiles<STEP, SYMMETRIC, 1>(tile, t0, t1);
       }
     }
 }
@@ -252,9 +259,12 @@ void by_group(const Packed& w, int p0, int p1, const QuantRows& x, int m, float*
 
 template <int BITS>
 void by_symmetry(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add) {
-  if (w.format.symmetric && w.format.group == 32) usual<BITS>(w, p0, p1, x, m, out, ldo, add);
-  else if (w.format.symmetric) by_group<BITS, true>(w, p0, p1, x, m, out, ldo, add);
-  else by_group<BITS, false>(w, p0, p1, x, m, out, ldo, add);
+  if (w.format.symmetric && w.format.group == 32)
+    usual<BITS>(w, p0, p1, x, m, out, ldo, add);
+  else if (w.format.symmetric)
+    by_group<BITS, true>(w, p0, p1, x, m, out, ldo, add);
+  else
+    by_group<BITS, false>(w, p0, p1, x, m, out, ldo, add);
 }
 
 template <int BITS>

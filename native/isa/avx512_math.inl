@@ -10,7 +10,8 @@
 namespace hasten::avx512 {
 namespace {
 
-// e^x by range reduction to [-ln2/2, ln2/2] and a polynomial of degree 6 (relative error below 1e-7); below -87 it is 0.
+// e^x by range reduction to [-ln2/2, ln2/2] and a polynomial of degree 6 (relative error below 1e-7); below -87 it is
+// 0.
 inline __m512 exp(__m512 x) {
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 8);
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145751953125f), x);
@@ -48,7 +49,8 @@ inline __m512bh broadcast_pair(const bf16* x) {
 // sum[m][r] += x[m] . w[r] over `pairs` pairs of inputs; w[r] is [pairs][16][2]. One chain of additions an output, in
 // the order of the inputs, whatever M and R.
 template <int M, int R>
-[[gnu::always_inline]] inline void dot_tile(const bf16* const* w, const bf16* x, size_t ldx, int pairs, __m512 (&sum)[M][R]) {
+[[gnu::always_inline]] inline void dot_tile(const bf16* const* w, const bf16* x, size_t ldx, int pairs,
+                                            __m512 (&sum)[M][R]) {
   const bf16* panel[R];
   repeat<R>(HASTEN_EACH(r) { panel[r] = w[r]; });
   for (int i = 0; i < pairs; i++) {

@@ -13,8 +13,8 @@
 
 namespace hasten {
 
-// Activations of `m` tokens as int8 with one scale for 32 inputs. Rows are padded with zeros to `cols`, a multiple of 128.
-// value = scale * q.  q in [-127, 127].
+// Activations of `m` tokens as int8 with one scale for 32 inputs. Rows are padded with zeros to `cols`, a multiple of
+// 128. value = scale * q.  q in [-127, 127].
 struct QuantRows {
   const int8_t* q;        // [m][cols]
   const float* scale;     // [m][cols / 32]
@@ -27,23 +27,23 @@ enum class Gate { kSilu, kGeluTanh };
 
 // A query block against one part of the context, for one KV head. All rows share keys and values.
 struct AttendPart {
-  const bf16* q;             // [rows][head_dim], already multiplied by the score scale
-  int rows;                  // query rows: tokens x query heads that share the KV head
-  const int* position;       // [rows] absolute position of each row's token
-  int head_dim;              // multiple of 32
-  const bf16* const* k;      // [pages] K pages: per 16 tokens, per 2 dims: [16][2]
-  const bf16* const* v;      // [pages] V pages: per 16 dims, per 2 tokens: [16][2]
+  const bf16* q;                // [rows][head_dim], already multiplied by the score scale
+  int rows;                     // query rows: tokens x query heads that share the KV head
+  const int* position;          // [rows] absolute position of each row's token
+  int head_dim;                 // multiple of 32
+  const bf16* const* k;         // [pages] K pages: per 16 tokens, per 2 dims: [16][2]
+  const bf16* const* v;         // [pages] V pages: per 16 dims, per 2 tokens: [16][2]
   const float* const* k_scale;  // [pages] one float a token (int8 pages), or null
   const float* const* v_scale;
-  int pages;                 // in this part; page p holds tokens first + p * kPageTokens ...
-  int first;                 // absolute position of the part's first token
-  int window;                // tokens a row may look back on, itself included; 0 = all
-  float softcap;             // 0 = none
-  float* scores;             // scratch [rows][pages * kPageTokens]
-  bf16* weights;             // scratch [rows][pages * kPageTokens]
-  float* out;                // [rows][head_dim] sum of exp(score - max) * v
-  float* max;                // [rows] largest score of the part; -inf if the row sees nothing of it
-  float* sum;                // [rows] sum of exp(score - max)
+  int pages;      // in this part; page p holds tokens first + p * kPageTokens ...
+  int first;      // absolute position of the part's first token
+  int window;     // tokens a row may look back on, itself included; 0 = all
+  float softcap;  // 0 = none
+  float* scores;  // scratch [rows][pages * kPageTokens]
+  bf16* weights;  // scratch [rows][pages * kPageTokens]
+  float* out;     // [rows][head_dim] sum of exp(score - max) * v
+  float* max;     // [rows] largest score of the part; -inf if the row sees nothing of it
+  float* sum;     // [rows] sum of exp(score - max)
 };
 
 constexpr int kPageTokens = 32;
@@ -52,15 +52,17 @@ constexpr int kPartTokens = 256;  // attention works through the context in part
 struct Kernels {
   const char* name;
 
-  // out[t][16*p + r] (+)= sum_k w[16*p + r][k] * x[t][k] for panels p0 <= p < p1, t < m. `out` has room for whole panels.
-  // w.format.bits is 4, 5, 6 or 8.
+  // out[t][16*p + r] (+)= sum_k w[16*p + r][k] * x[t][k] for panels p0 <= p < p1, t < m. `out` has room for whole
+  // panels. w.format.bits is 4, 5, 6 or 8.
   void (*linear_int)(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add);
   // The same for bf16 weights and activations; x rows are padded with zeros to a multiple of 32 columns.
-  void (*linear_bf16)(const Packed& w, int p0, int p1, const bf16* x, size_t ldx, int m, float* out, size_t ldo, bool add);
+  void (*linear_bf16)(const Packed& w, int p0, int p1, const bf16* x, size_t ldx, int m, float* out, size_t ldo,
+                      bool add);
 
-  // Integer weights against bf16 activations, for prefill where that is faster than linear_int; null where it is not. Each
-  // weight is rounded to bf16; sums are float. Arguments as of linear_bf16.
-  void (*linear_wide)(const Packed& w, int p0, int p1, const bf16* x, size_t ldx, int m, float* out, size_t ldo, bool add);
+  // Integer weights against bf16 activations, for prefill where that is faster than linear_int; null where it is not.
+  // Each weight is rounded to bf16; sums are float. Arguments as of linear_bf16.
+  void (*linear_wide)(const Packed& w, int p0, int p1, const bf16* x, size_t ldx, int m, float* out, size_t ldo,
+                      bool add);
 
   // n inputs -> q, scale, nsum, nsum16 of one row, padded with zeros to `padded` (a multiple of 32).
   void (*quantize)(const float* x, int n, int padded, int8_t* q, float* scale, int32_t* nsum, int32_t* nsum16);
@@ -86,7 +88,8 @@ extern const Kernels kAvx512Kernels;
 extern const Kernels kAmxKernels;
 #endif
 
-// The table in use: the best this machine has, or what HASTEN_ISA names. Throws std::invalid_argument if that cannot run.
+// The table in use: the best this machine has, or what HASTEN_ISA names. Throws std::invalid_argument if that cannot
+// run.
 const Kernels& kernels();
 
 // Names of the tables this machine can run, best last.

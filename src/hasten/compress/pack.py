@@ -174,7 +174,7 @@ def pack_model(source: Source, recipe: Recipe, threads: int | None = None) -> Pa
             hint=f"layer names look like {', '.join(list(matrices)[:3])}",
         )
     layouts = {name: recipe.layout_for(name) or source_layout(tensor) for name, tensor in matrices.items()}
-    sizes = [packed_bytes(*matrices[name].shape, layouts[name]) for name in matrices]
+    sizes = [packed_bytes(t.shape[0], t.shape[1], layouts[name]) for name, t in matrices.items()]
     starts = np.concatenate([[0], np.cumsum([-(-size // _ALIGN) * _ALIGN for size in sizes])])
     memory = _native.allocate(int(starts[-1]))  # one block for all: huge pages
     linears = {}

@@ -109,7 +109,9 @@ class LanguageModel:
             TokenizerError: `chat`, and the model has no chat template.
         """
         if isinstance(prompts, str):
-            raise UsageError("generate() takes a list of prompts, got one string", hint="model.generate([prompt])")
+            raise UsageError(
+                "generate() takes a list of prompts, got one string", hint="model.generate([prompt])"
+            )
         sampling = SamplingOptions(temperature, top_k, top_p, min_p, seed)
         ids = [self._encode(prompt, chat) for prompt in prompts]
         started = time.perf_counter()
@@ -122,7 +124,9 @@ class LanguageModel:
 
     def _encode(self, prompt: str, chat: bool) -> list[int]:
         if not prompt:
-            raise UsageError("the prompt is empty", hint='give some text: model.generate(["What is a mutex?"])')
+            raise UsageError(
+                "the prompt is empty", hint='give some text: model.generate(["What is a mutex?"])'
+            )
         if chat:
             return self.tokenizer.encode_chat([{"role": "user", "content": prompt}])
         return self.tokenizer.encode(prompt)
@@ -143,7 +147,9 @@ class LanguageModel:
         """A conversation that keeps what it has computed from call to call."""
         return Session(self.executor, self.tokenizer.eos_ids)
 
-    def stream(self, ids: Sequence[int], max_new_tokens: int, sampling: SamplingOptions | None = None) -> Iterator[int]:
+    def stream(
+        self, ids: Sequence[int], max_new_tokens: int, sampling: SamplingOptions | None = None
+    ) -> Iterator[int]:
         """Continue token ids from an empty cache; new ids as they come, the end token included.
 
         Raises:
@@ -165,8 +171,8 @@ class LanguageModel:
     ) -> Iterator[tuple[int, int]]:
         """Continue several prompts together: (which prompt, new id) as they come.
 
-        Each prompt's tokens are what `stream` alone would give: nothing in the engine depends on what else is in the
-        batch. More prompts than `max_sequences` run in groups.
+        Each prompt's tokens are what `stream` alone would give: nothing in the engine depends on what else is
+        in the batch. More prompts than `max_sequences` run in groups.
 
         Raises:
             UsageError: as `Session.stream`.
@@ -246,7 +252,7 @@ class LanguageModel:
         return self.executor.head(hidden)
 
     def logits(self, tokens: Sequence[int] | npt.NDArray[np.int32]) -> Floats:
-        """float32 [T, V]: what the model predicts after each token of a text. T x V floats: mind the memory."""
+        """float32 [T, V]: what the model predicts after each token of a text. Mind the T x V floats."""
         return self.logits_of(self.hidden(tokens))
 
     def replace(self, name: str, linear: PackedLinear) -> None:
@@ -272,14 +278,14 @@ def load(
 
     Args:
         ref: an artifact (`NAME.hasten`), a folder with safetensors, a .gguf file, a hub id, or "demo".
-        recipe: what to do with the weights, a name ("w4", "w8-head16", "bf16") or a Recipe; None keeps the values the
-            files hold. An artifact has its recipe already.
+        recipe: what to do with the weights, a name ("w4", "w8-head16", "bf16") or a Recipe; None keeps the
+            values the files hold. An artifact has its recipe already.
         threads: None uses the cores this process may use.
         context: longest prompt plus output in tokens; None is the model's own, at most 8192.
         options: the rest of the engine's options; threads and context above come first.
 
     Raises:
-        ModelError, FormatError, ArtifactError: the model is missing, damaged or of a kind that is not supported.
+        ModelError, FormatError, ArtifactError: the model is missing, damaged or of an unsupported kind.
         UsageError: an unknown recipe, a recipe with an artifact, or options out of range.
     """
     base = options or EngineOptions()
@@ -296,7 +302,7 @@ def load(
         chosen = artifact.packed.recipe.name
         if recipe is not None and (recipe if isinstance(recipe, str) else recipe.name) != chosen:
             raise UsageError(
-                f"{ref} is an artifact with its weights packed as {chosen!r}; it cannot become another recipe",
+                f"{ref} is an artifact, packed as {chosen!r} already; it cannot become another recipe",
                 hint="give the source model with --recipe, or drop --recipe",
             )
         return LanguageModel(artifact.packed, artifact.tokenizer, artifact.name, wanted)

@@ -119,15 +119,15 @@ class CpuExecutor:
         Args:
             batch: (sequence, its new token ids), every sequence at most once.
             rows: positions in the packed tokens whose result is wanted.
-            prefill: the tokens are prompt: where the machine has tiles (AMX), quantised weights are then read as bf16
-                with bf16 activations, which is faster and more exact; decoding quantises activations to int8. Either
-                way a token's result does not depend on what else is in the call.
+            prefill: the tokens are prompt: where the machine has tiles (AMX), quantised weights are then read
+                as bf16 with bf16 activations, which is faster and more exact; decoding quantises activations to
+                int8. Either way a token's result does not depend on what else is in the call.
 
         Returns:
             float32 [len(rows), E], hidden states after the final norm.
 
         Raises:
-            UsageError: a sequence grows past the context, a token id is outside the vocabulary, or the cache is full.
+            UsageError: a sequence outgrows the context, a token id is unknown, or the cache is full.
         """
         tokens = np.concatenate([np.asarray(ids, np.int32) for _, ids in batch])
         self._check(tokens, batch)
@@ -164,8 +164,9 @@ class CpuExecutor:
 
     def _check(self, tokens: Ids, batch: Seq[tuple[Sequence, Seq[int] | Ids]]) -> None:
         if tokens.size and (tokens.min() < 0 or tokens.max() >= self.config.vocab_size):
+            strange = int(tokens.max() if tokens.max() >= self.config.vocab_size else tokens.min())
             raise UsageError(
-                f"token id {int(tokens.max() if tokens.max() >= self.config.vocab_size else tokens.min())} is not in "
+                f"token id {strange} is not in "
                 f"the vocabulary of {self.config.vocab_size}",
                 hint="encode text with this model's own tokenizer",
             )

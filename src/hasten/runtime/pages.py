@@ -37,7 +37,8 @@ class PagePool:
         missing = -(-length // self.page_tokens) - len(sequence.pages)
         if missing > len(self._free):
             raise UsageError(
-                f"the KV cache has {len(self._free)} free pages of {self.page_tokens} tokens, {missing} are needed",
+                f"the KV cache has {len(self._free)} free pages of {self.page_tokens} tokens, "
+                f"{missing} are needed",
                 hint="run fewer sequences at once, or load the model with a larger context",
             )
         for _ in range(missing):
