@@ -77,8 +77,8 @@ class Session:
         if max_new_tokens == 0:
             return
         # The last token is always computed: its hidden state is what the first new token comes from.
-        # Where prompts take other kernels than answers, the last answer is computed again, now as prompt: what
-        # is kept must not change what follows.
+        # Where prompts take other kernels than answers, the last answer is computed again, as prompt: what
+        # what is kept must not change what follows.
         kept = self._tokens if self._executor.decodes_like_prefill else self._tokens[: self._prompt]
         pairs = zip(kept, ids[:-1], strict=False)
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
