@@ -77,7 +77,7 @@ class Session:
         if max_new_tokens == 0:
             return
         # The last token is always computed: its hidden state is what the first new token comes from.
-        # Where prompts take other kernels than answers, the last answer is computed again, as prompt: what
+        # Where prompts take other kernels than answers, the last answer is computed again, as prompt:
         # what is kept must not change what follows.
         kept = self._tokens if self._executor.decodes_like_prefill else self._tokens[: self._prompt]
         pairs = zip(kept, ids[:-1], strict=False)
