@@ -11,6 +11,7 @@ namespace hasten::avx512 {
 namespace {
 
 constexpr int kTile = 6;          // tokens a tile: 12 int and 12 float accumulators of the 32 registers
+constexpr int kStreamed = 24;     // tokens up to which weights are streamed
 constexpr int kTokenBlock = 192;  // tokens whose activations stay in L2 while panels pass by
 constexpr int kAhead = 2304;      // bytes each stream is asked for before it is needed
 constexpr int kDepth = 1024;      // inputs unpacked at a time: 32 KB of weights for a panel pair
@@ -230,18 +231,36 @@ void blocked(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* 
     }
 }
 
-// Formats that recipes make: everything up to a tile of tokens is streamed.
+// The same activations from token t on.
+QuantRows from_token(const QuantRows& x, int t) {
+  const size_t at = static_cast<size_t>(t) * x.cols;
+  return {x.q + at, x.scale + at / 32, x.nsum + at / 32, x.nsum16 + at / 16, x.cols};
+}
+
 template <int BITS>
-void usual(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add) {
+void stream_tokens(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add) {
   switch (m) {
     case 1: return stream_panels<BITS, 32, true, 1>(w, p0, p1, x, out, ldo, add);
     case 2: return stream_panels<BITS, 32, true, 2>(w, p0, p1, x, out, ldo, add);
     case 3: return stream_panels<BITS, 32, true, 3>(w, p0, p1, x, out, ldo, add);
     case 4: return stream_panels<BITS, 32, true, 4>(w, p0, p1, x, out, ldo, add);
     case 5: return stream_panels<BITS, 32, true, 5>(w, p0, p1, x, out, ldo, add);
-    case 6: return stream_panels<BITS, 32, true, 6>(w, p0, p1, x, out, ldo, add);
-    default: return blocked<BITS, 32, true>(w, p0, p1, x, m, out, ldo, add);
+    default: return stream_panels<BITS, 32, true, 6>(w, p0, p1, x, out, ldo, add);
   }
+}
+
+// Formats that recipes make. Up to a tile of tokens weights are streamed; up to a few tiles, a panel pair is streamed
+// for each tile, from memory for the first and from L1 for the others; beyond that unpacking them first pays.
+template <int BITS>
+void usual(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add) {
+  if (m <= kTile) return stream_tokens<BITS>(w, p0, p1, x, m, out, ldo, add);
+  if (m > kStreamed) return blocked<BITS, 32, true>(w, p0, p1, x, m, out, ldo, add);
+  const int tiles = (m + kTile - 1) / kTile;
+  for (int p = p0; p < p1; p += 2)
+    for (int i = 0; i < tiles; i++) {
+      const int t = m * i / tiles, end = m * (i + 1) / tiles;
+      stream_tokens<BITS>(w, p, std::min(p + 2, p1), from_token(x, t), end - t, out + t * ldo, ldo, add);
+    }
 }
 
 // The rest (other groups, minimums): streamed for one token, blocked otherwise, which keeps the program small.

@@ -166,8 +166,7 @@ class CpuExecutor:
         if tokens.size and (tokens.min() < 0 or tokens.max() >= self.config.vocab_size):
             strange = int(tokens.max() if tokens.max() >= self.config.vocab_size else tokens.min())
             raise UsageError(
-                f"token id {strange} is not in "
-                f"the vocabulary of {self.config.vocab_size}",
+                f"token id {strange} is not in the vocabulary of {self.config.vocab_size}",
                 hint="encode text with this model's own tokenizer",
             )
         for sequence, ids in batch:
