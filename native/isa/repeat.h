@@ -7,6 +7,13 @@
 
 namespace hasten {
 
+#ifdef HASTEN_SANITIZED
+// Under the sanitizers every load is checked: written out, one kernel file takes minutes and gigabytes to compile.
+template <int N, typename Fn>
+void repeat(Fn&& fn) {
+  for (int i = 0; i < N; i++) fn(i);
+}
+#else
 // fn(integral_constant<int, 0>), ..., fn(integral_constant<int, N - 1>)
 template <int N, typename Fn>
 [[gnu::always_inline]] inline void repeat(Fn&& fn) {
@@ -14,8 +21,13 @@ template <int N, typename Fn>
     (fn(std::integral_constant<int, I>{}), ...);
   }(std::make_integer_sequence<int, N>{});
 }
+#endif
 
 }  // namespace hasten
 
 // A lambda body for repeat() that must disappear into its caller.
+#ifdef HASTEN_SANITIZED
+#define HASTEN_EACH(i) [&](auto i)
+#else
 #define HASTEN_EACH(i) [&](auto i) __attribute__((always_inline))
+#endif

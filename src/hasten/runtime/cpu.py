@@ -119,9 +119,9 @@ class CpuExecutor:
         Args:
             batch: (sequence, its new token ids), every sequence at most once.
             rows: positions in the packed tokens whose result is wanted.
-            prefill: the tokens are prompt: where the machine has tiles (AMX), quantised weights are then read
-                as bf16 with bf16 activations, which is faster and more exact; decoding quantises activations to
-                int8. Either way a token's result does not depend on what else is in the call.
+            prefill: the tokens are prompt: where the machine has tiles (AMX), quantised weights are then
+                read as bf16 with bf16 activations, which is faster and more exact; decoding quantises
+                activations to int8. Either way a token's result does not depend on what else is in the call.
 
         Returns:
             float32 [len(rows), E], hidden states after the final norm.
