@@ -53,7 +53,7 @@ def command(
     goal: GoalOption = "latency",
     out: OutOption = None,
     text: TextOption = None,
-    tokens: TokensOption = 8192,
+    tokens: TokensOption = 4096,
     runs: RunsOption = 3,
     threads: ThreadsOption = None,
     fresh: FreshOption = False,

@@ -42,9 +42,9 @@ _BASELINE = Recipe.parse("bf16")
 class Effort:
     """How much is measured; the defaults fit three minutes for half a billion weights on two cores."""
 
-    tokens: int = 8192  # judged
+    tokens: int = 4096  # judged
     runs: int = 3  # timed, after a warm-up
-    sensitivity_seconds: float = 50.0
+    sensitivity_seconds: float = 30.0
 
 
 def optimize(
