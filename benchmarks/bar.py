@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -64,6 +65,9 @@ class Settings:
         return chosen
 
 
+ABSOLUTE = re.compile(r"(?<![\w./])/(?:[\w.+-]+/)+")
+"""Folders of absolute paths: a record says what was run, not where it lay."""
+
 Benchmark = Callable[[Settings], "tuple[list[Bar], Any]"]
 
 
@@ -92,5 +96,6 @@ def record(name: str, settings: Settings, bars: Sequence[Bar], details: Any) -> 
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / (f"{name}-{settings.isa}.json" if settings.isa else f"{name}.json")
-    path.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    text = json.dumps(document, indent=2, allow_nan=False)
+    path.write_text(ABSOLUTE.sub("", text) + "\n", encoding="utf-8")
     return path

@@ -13,7 +13,7 @@ from hasten.errors import HastenError, UsageError
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Temperature first, then top-k, top-p and min-p cut the candidates, as in llama.cpp and transformers.
+    """Temperature first, then top-k, top-p and min-p cut the candidates, as in transformers.
 
     Raises:
         UsageError: a value outside its range.
