@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hasten.core import Machine, ModelConfig, Workload
+from hasten.speed.cost import kv_read_bytes
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,6 @@ class Cost:
             return None
         prompts_per_s = prefill_tok_per_s / workload.prompt
         return self.prefill_ops * prompts_per_s / (machine.int8_tops * 1e12)
-
-
-def kv_read_bytes(config: ModelConfig, context: float, bytes_per_value: float) -> float:
-    """Bytes of keys and values one decoded token reads at `context` tokens, sliding windows respected."""
-    per_layer = 2 * config.num_kv_heads * config.head_dim * bytes_per_value
-    total = 0.0
-    for layer in range(config.num_layers):
-        slides = bool(config.sliding_layers) and config.sliding_layers[layer]
-        window = config.sliding_window if slides and config.sliding_window else context
-        total += per_layer * min(context, window)
-    return total
 
 
 def cost_of(
