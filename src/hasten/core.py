@@ -10,6 +10,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from hasten.errors import UsageError
@@ -237,6 +238,35 @@ class EngineOptions:
     )
     max_sequences: int = field(default=16, metadata={"help": "sequences that may decode together"})
     prefill_chunk: int = field(default=512, metadata={"help": "prompt tokens computed in one step"})
+    kv_gb: float | None = field(
+        default=None,
+        metadata={"help": "memory for keys and values, GB; default: what max_sequences times context may take"},
+    )
+
+
+CachePolicy = Literal["lru", "lfu", "s3fifo", "cost"]
+
+
+@dataclass(frozen=True)
+class ServingOptions:
+    """How the engine shares a model among many requests."""
+
+    prefix_cache: bool = field(
+        default=True, metadata={"help": "keep computed prompts and reuse them where another begins the same"}
+    )
+    cache_policy: CachePolicy = field(
+        default="lru", metadata={"help": "which cached page goes first: lru, lfu, s3fifo or cost"}
+    )
+    kv_disk: Path | None = field(
+        default=None, metadata={"help": "folder that keeps computed prompts over restarts; default: none"}
+    )
+    kv_disk_gb: float = field(default=8.0, metadata={"help": "most that folder may hold, GB"})
+    speculate: bool = field(
+        default=True, metadata={"help": "draft tokens from what was said before; never changes an answer"}
+    )
+    max_waiting: int = field(
+        default=256, metadata={"help": "requests that may wait; one more is refused at once"}
+    )
 
 
 @dataclass(frozen=True)

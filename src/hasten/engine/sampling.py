@@ -12,6 +12,17 @@ from hasten.errors import HastenError, UsageError
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """A token with its natural-log probability in the model's own distribution: before penalties, bias, grammar
+    and temperature."""
+
+    token: int
+    logprob: float
+    rank: int  # 1 = the likeliest
+    top: tuple[tuple[int, float], ...] = ()  # (token, logprob) of the likeliest, best first
+
+
+@dataclass(frozen=True)
 class SamplingOptions:
     """Temperature first, then top-k, top-p and min-p cut the candidates, as in transformers.
 

@@ -1,0 +1,95 @@
+"""What is asked of the engine, and what comes back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from hasten.engine.sampling import SamplingOptions, TokenLogprob
+from hasten.errors import UsageError
+
+if TYPE_CHECKING:
+    from hasten.engine.grammar import Grammar
+
+FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
+Pooling = Literal["none", "mean", "last"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt and what to do with it.
+
+    Raises:
+        UsageError: a value outside its range.
+    """
+
+    prompt: tuple[int, ...]  # token ids
+    max_new_tokens: int = 128  # 0 computes the prompt alone: for prompt logprobs and embeddings
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    stop: tuple[str, ...] = ()  # texts that end the answer; they are not part of it
+    stop_token_ids: tuple[int, ...] = ()
+    n: int = 1  # answers, drawn independently (seed, seed + 1, ...) from one computed prompt
+    logprobs: int | None = None  # alternatives reported with each new token; 0 = the chosen one alone
+    prompt_logprobs: int | None = None  # the same for the prompt's tokens; the prompt is then computed whole
+    grammar: Grammar | None = None  # what the answer must match
+    pooling: Pooling = "none"  # an embedding of the prompt instead of an answer
+    priority: int = 0  # higher runs first
+    deadline_ms: float | None = None  # from arrival to the last token
+    client: str = ""  # who asks: clients of one priority share the machine evenly
+    salt: str = ""  # prompts of different salts share nothing in the prefix cache
+    prefix_cache: bool = True  # may read computed prefixes; what it computes is kept either way
+    id: str = ""  # names the request in logs; the engine makes one up where empty
+
+    def __post_init__(self) -> None:
+        self._need(len(self.prompt) > 0, "the prompt is empty", "give at least one token")
+        self._need(
+            self.max_new_tokens >= 0, f"{self.max_new_tokens} new tokens asked for", "ask for 0 or more"
+        )
+        self._need(1 <= self.n <= 128, f"n is {self.n}", "ask for 1 to 128 answers")
+        for name, value in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            self._need(value is None or 0 <= value <= 20, f"{name} is {value}", f"use {name} from 0 to 20")
+        self._need(
+            self.deadline_ms is None or self.deadline_ms > 0,
+            f"a deadline of {self.deadline_ms} ms",
+            "give a deadline above 0 ms",
+        )
+        self._need(all(self.stop), "an empty stop text", "leave it out, or give a text of one character or more")
+
+    def _need(self, good: bool, message: str, hint: str) -> None:
+        if not good:
+            raise UsageError(message, hint=hint)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one answer cost. Times in milliseconds from the request's arrival."""
+
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt, taken from the prefix cache
+    output_tokens: int
+    drafted_tokens: int  # proposed by speculation
+    accepted_tokens: int  # and confirmed
+    preemptions: int
+    queue_ms: float  # until it was first computed
+    ttft_ms: float | None
+    e2e_ms: float
+
+
+@dataclass(frozen=True)
+class Output:
+    """News of one answer of one request: the tokens of one step, and in the last one how it ended."""
+
+    request_id: str
+    index: int  # which of n
+    token_ids: tuple[int, ...] = ()
+    text: str = ""  # new text: whole characters, nothing that may still become part of a stop text
+    logprobs: tuple[TokenLogprob, ...] = ()  # one a token, if asked for
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # with the first output; None for token 0
+    finish_reason: FinishReason | None = None
+    stop: str | int | None = None  # the stop text or token id that ended it, if one did
+    error: str = ""  # with finish_reason "error" and "deadline"
+    embedding: npt.NDArray[np.float32] | None = None  # float32 [E], not normalised
+    usage: Usage | None = None  # with finish_reason
