@@ -9,6 +9,8 @@ HastenError
 ├── DiskError         a file that cannot be written: full, read-only or forbidden disk (exit 1)
 ├── MachineError      this machine lacks what was asked for (exit 1)
 ├── PeerError         an engine to compare with is missing or failed (exit 1)
+├── QueueFull         the engine has as many waiting requests as it may have (exit 1)
+├── DeadlineError     a request that cannot be answered in its time (exit 1)
 └── BudgetError       nothing met the quality or latency budget (exit 3)
 """
 
@@ -63,6 +65,22 @@ class MachineError(HastenError):
 
 class PeerError(HastenError):
     """An engine to compare with is missing or failed."""
+
+
+class QueueFull(HastenError):
+    """As many requests wait as may wait.
+
+    Args:
+        retry_after_s: when a place is likely to be free, seconds.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None, retry_after_s: float = 1.0) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineError(HastenError):
+    """A request that cannot be answered in its time; said when it arrives, not when the time is over."""
 
 
 class BudgetError(HastenError):
