@@ -55,7 +55,17 @@ void KvCache::write(int layer, int page, int head, int token, const float* key, 
 
 void KvCache::copy(int from, int to) {
   for (int layer = 0; layer < shape_.layers; layer++)
-    std::memcpy(at(layer, to, 0), at(layer, from, 0), 2 * shape_.side_bytes() * shape_.heads);
+    std::memcpy(at(layer, to, 0), at(layer, from, 0), shape_.layer_bytes());
+}
+
+void KvCache::read(int page, uint8_t* out) const {
+  for (int layer = 0; layer < shape_.layers; layer++, out += shape_.layer_bytes())
+    std::memcpy(out, at(layer, page, 0), shape_.layer_bytes());
+}
+
+void KvCache::write(int page, const uint8_t* data) {
+  for (int layer = 0; layer < shape_.layers; layer++, data += shape_.layer_bytes())
+    std::memcpy(at(layer, page, 0), data, shape_.layer_bytes());
 }
 
 }  // namespace hasten

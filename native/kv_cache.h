@@ -23,7 +23,8 @@ struct KvShape {
   size_t side_bytes() const {  // keys or values of one head in one page
     return static_cast<size_t>(kPageTokens) * (int8 ? head_dim + sizeof(float) : 2 * head_dim);
   }
-  size_t page_bytes() const { return 2 * side_bytes() * heads * layers; }
+  size_t layer_bytes() const { return 2 * side_bytes() * heads; }  // of one page
+  size_t page_bytes() const { return layer_bytes() * layers; }
 };
 
 class KvCache {
@@ -45,6 +46,10 @@ class KvCache {
 
   // Copies a page, all layers and heads.
   void copy(int from, int to);
+  // The same out of and into memory of page_bytes(): all of layer 0, then layer 1, ... The bytes mean the same in any
+  // page of any cache of this shape.
+  void read(int page, uint8_t* out) const;
+  void write(int page, const uint8_t* data);
 
  private:
   uint8_t* at(int layer, int page, int head) const {

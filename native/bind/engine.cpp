@@ -125,6 +125,22 @@ class PyDecoder {
     decoder_.cache().copy(from, to);
   }
   size_t page_bytes() { return decoder_.cache().shape().page_bytes(); }
+  nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> read_page(int page) {
+    require(page >= 0 && page < decoder_.cache().pages(), "a page is not in the cache");
+    auto* out = new uint8_t[page_bytes()];
+    nb::capsule owner(out, [](void* p) noexcept { delete[] static_cast<uint8_t*>(p); });
+    {
+      nb::gil_scoped_release release;
+      decoder_.cache().read(page, out);
+    }
+    return {out, {page_bytes()}, owner};
+  }
+  void write_page(int page, Array<const uint8_t, 1> data) {
+    require(page >= 0 && page < decoder_.cache().pages(), "a page is not in the cache");
+    require(data.size() == page_bytes(), "a page's data has the wrong size");
+    nb::gil_scoped_release release;
+    decoder_.cache().write(page, data.data());
+  }
 
   nb::dict profile(bool reset) {
     nb::dict out;
@@ -191,6 +207,9 @@ void bind_engine(nb::module_& m) {
       .def("head", &PyDecoder::head, nb::arg("hidden").noconvert(), "Hidden states [R, E] -> logits [R, V].")
       .def("copy_page", &PyDecoder::copy_page, nb::arg("source"), nb::arg("target"))
       .def_prop_ro("page_bytes", &PyDecoder::page_bytes)
+      .def("read_page", &PyDecoder::read_page, nb::arg("page"), "A page's keys and values as uint8 [page_bytes].")
+      .def("write_page", &PyDecoder::write_page, nb::arg("page"), nb::arg("data").noconvert(),
+           "Put what read_page gave into a page.")
       .def("profile", &PyDecoder::profile, nb::arg("reset") = true, "Seconds by operation since the last reset.");
 }
 

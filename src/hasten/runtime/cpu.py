@@ -193,6 +193,15 @@ class CpuExecutor:
         """Forget a sequence's tokens past `length`; 0 gives all its pages back."""
         self._pool.truncate(sequence, length)
 
+    def read_page(self, page: int) -> npt.NDArray[np.uint8]:
+        """A copy of one page's keys and values, all layers: uint8 [page_bytes]."""
+        data: npt.NDArray[np.uint8] = self._decoder.read_page(page)
+        return data
+
+    def write_page(self, page: int, data: npt.NDArray[np.uint8]) -> None:
+        """Put what `read_page` gave, uint8 [page_bytes], into a page of this executor or one just like it."""
+        self._decoder.write_page(page, data)
+
     def profile(self, reset: bool = True) -> dict[str, float]:
         """Seconds spent in each operation since the last reset."""
         return dict(self._decoder.profile(reset))
