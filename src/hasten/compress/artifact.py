@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from hasten import _native
 from hasten.cache import new_folder, write_atomic, write_json
-from hasten.compress.pack import PackedLinear, PackedModel, packed_bytes
+from hasten.compress.pack import PIECE_BYTES, PackedLinear, PackedModel, checksum_of, packed_bytes
 from hasten.core import SCHEMA_VERSION, Layout, ModelConfig, Recipe, as_json
 from hasten.errors import ArtifactError, HastenError, UsageError
 from hasten.models.config_check import checked
@@ -37,7 +37,6 @@ LAYOUT_VERSION = 1
 _PLAN = "plan.json"
 _WEIGHTS = "weights.safetensors"
 _ALIGN = 64
-_PIECE = 1 << 22  # bytes a checksum covers: 4 MB, so that threads share the work
 _AGAIN = "make it again: hasten optimize MODEL --out DIR"
 
 Bytes = npt.NDArray[np.uint8]
@@ -93,7 +92,12 @@ def save(
             "schema_version": SCHEMA_VERSION,
             "source": {"name": source.name, "files": sources},
             "recipe": _recipe_json(packed),
-            "artifact": {"layout_version": LAYOUT_VERSION, "piece_bytes": _PIECE, "files": files},
+            "artifact": {
+                "layout_version": LAYOUT_VERSION,
+                "piece_bytes": PIECE_BYTES,
+                "files": files,
+                "tensors": _tensor_checksums(packed),
+            },
         }
         write_json(fresh / _PLAN, record)
     return Path(folder)
@@ -108,9 +112,14 @@ def _recipe_json(packed: PackedModel) -> dict[str, Any]:
     }
 
 
+def _tensor_checksums(packed: PackedModel) -> dict[str, str]:
+    threads = _native.usable_cores()
+    return {name: checksum_of(linear, threads) for name, linear in packed.linears.items()}
+
+
 def _fingerprint(path: Path) -> dict[str, Any]:
     data = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
-    sums = _native.checksums(np.asarray(data), _PIECE, _native.usable_cores())
+    sums = _native.checksums(np.asarray(data), PIECE_BYTES, _native.usable_cores())
     return {"bytes": int(data.size), "xxh64": [f"{value:016x}" for value in sums]}
 
 
@@ -195,11 +204,12 @@ def _verified(path: Path, plan: dict[str, Any]) -> Bytes:
         if size != record.get("bytes"):
             raise ArtifactError(f"{file} has {size} bytes, {record.get('bytes')} were written", hint=_AGAIN)
         data = _read(file, _native.allocate(size) if name == _WEIGHTS else np.zeros(size, np.uint8))
-        sums = [f"{v:016x}" for v in _native.checksums(data, _PIECE, _native.usable_cores())]
+        sums = [f"{v:016x}" for v in _native.checksums(data, PIECE_BYTES, _native.usable_cores())]
         if sums != record["xxh64"]:
             bad = next((i for i, (a, b) in enumerate(zip(sums, record["xxh64"], strict=False)) if a != b), 0)
             raise ArtifactError(
-                f"{file} is damaged: its checksum differs in the 4 MB from byte {bad * _PIECE}", hint=_AGAIN
+                f"{file} is damaged: its checksum differs in the 4 MB from byte {bad * PIECE_BYTES}",
+                hint=_AGAIN,
             )
         if name == _WEIGHTS:
             weights = data
@@ -232,7 +242,11 @@ def _packed(path: Path, plan: dict[str, Any], config: ModelConfig, weights: Byte
             parts[name] = weights[start + first : start + first + size]
         layouts = {name: Layout(**value) for name, value in plan["recipe"]["layers"].items()}
         shapes = parameter_shapes(config, present_biases(parts))
-        linears = {name: _linear(layout, shapes[name], parts.pop(name)) for name, layout in layouts.items()}
+        known = plan["artifact"].get("tensors", {})  # artifacts made before 0.2 have none
+        linears = {
+            name: _linear(layout, shapes[name], parts.pop(name), known.get(name))
+            for name, layout in layouts.items()
+        }
         vectors = {name: data.view(np.float32) for name, data in parts.items()}
         recipe = Recipe(str(plan["recipe"]["name"]), None, None, layouts, plan["recipe"]["kv"])
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, UsageError) as wrong:
@@ -243,9 +257,11 @@ def _packed(path: Path, plan: dict[str, Any], config: ModelConfig, weights: Byte
     return PackedModel(config, recipe, linears, vectors)
 
 
-def _linear(layout: Layout, shape: tuple[int, ...], data: Bytes) -> PackedLinear:
+def _linear(layout: Layout, shape: tuple[int, ...], data: Bytes, checksum: str | None) -> PackedLinear:
     rows, cols = shape
-    return PackedLinear(layout, rows, cols, data)
+    if checksum is not None and not isinstance(checksum, str):
+        raise TypeError(f"a checksum is {checksum!r}")
+    return PackedLinear(layout, rows, cols, data, checksum=checksum)
 
 
 def _check_sizes(

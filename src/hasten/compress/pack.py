@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _FLOATS = ("F32", "F16", "BF16")
 _ALIGN = 64
+PIECE_BYTES = 1 << 22
+"""Bytes a checksum covers: 4 MB, so that threads share the work."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class PackedLinear:
     """One matrix in a native layout.
 
     `relative_error` is the root of (squared rounding error / squared values): 0 where the layout holds the
-    source's values exactly, None where it was not measured (an artifact that was loaded).
+    source's values exactly, None where it was not measured (an artifact that was loaded). `checksum` is what
+    `checksum_of` gives, where it is known.
     """
 
     layout: Layout
@@ -37,6 +40,7 @@ class PackedLinear:
     cols: int
     data: npt.NDArray[np.uint8]  # [packed bytes]
     relative_error: float | None = None
+    checksum: str | None = field(default=None, compare=False)
 
     @property
     def bytes(self) -> int:
@@ -67,6 +71,13 @@ class PackedModel:
         linears = self._read().values()
         weights = sum(linear.rows * linear.cols for linear in linears)
         return sum(linear.layout.bits_per_weight * linear.rows * linear.cols for linear in linears) / weights
+
+
+def checksum_of(linear: PackedLinear, threads: int = 1) -> str:
+    """A checksum of a matrix's packed bytes: XXH64 of every 4 MB, joined. Computed where it is not known."""
+    if linear.checksum is not None:
+        return linear.checksum
+    return "".join(f"{value:016x}" for value in _native.checksums(linear.data, PIECE_BYTES, threads))
 
 
 def packed_bytes(rows: int, cols: int, layout: Layout) -> int:

@@ -25,10 +25,14 @@ class Tokenizer:
     Args:
         backend: gives the library's tokenizer; called once, when the vocabulary is first needed.
         fields: everything known without the vocabulary.
+        digest: gives `digest` where it is known; None computes it when it is asked for.
     """
 
-    def __init__(self, backend: Callable[[], Backend], fields: TokenizerFields) -> None:
+    def __init__(
+        self, backend: Callable[[], Backend], fields: TokenizerFields, digest: Callable[[], str] | None = None
+    ) -> None:
         self._get_backend = backend
+        self._get_digest = digest
         self.fields = fields
 
     @classmethod
@@ -178,6 +182,18 @@ class Tokenizer:
             TokenizerError: the tokenizer's decoder has a part that cannot be streamed.
         """
         return TextStream(self._backend.id_to_token, self._decoder, self.special_ids if skip_special else ())
+
+    @cached_property
+    def digest(self) -> str:
+        """Names the tokenizer, chat templates included: 64 hexadecimal digits; `save` and `load` keep it.
+
+        Takes 0.5 s for 150,000 tokens where the tokenizer was not loaded from an artifact.
+        """
+        if self._get_digest is not None:
+            return self._get_digest()
+        from hasten.models.tokenizer_store import computed_digest
+
+        return computed_digest(self._backend, self.fields)
 
     @cached_property
     def special_ids(self) -> frozenset[int]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
+from hasten.core import as_json
 from hasten.errors import ArtifactError
 from hasten.models.tokenizer_fields import TokenizerFields
 
@@ -51,6 +53,17 @@ def save(backend: Backend, fields: TokenizerFields, folder: Path) -> None:
         ) from error
 
 
+def digest(vocabulary: str, fields: TokenizerFields) -> str:
+    """Names a tokenizer: of the SHA-256 of its tokenizer.json as `save` writes it, and of its fields."""
+    known = json.dumps([vocabulary, as_json(fields)], sort_keys=True)
+    return hashlib.sha256(known.encode()).hexdigest()
+
+
+def computed_digest(backend: Backend, fields: TokenizerFields) -> str:
+    """`digest` of a tokenizer that lies in no file of ours; takes 0.5 s for 150,000 tokens."""
+    return digest(hashlib.sha256(_compact(backend).encode()).hexdigest(), fields)
+
+
 def _compact(backend: Backend) -> str:
     """tokenizer.json without blanks and with merges as "left right": half the bytes, quicker to load."""
     document = json.loads(backend.to_str())
@@ -60,8 +73,8 @@ def _compact(backend: Backend) -> str:
     return json.dumps(document, ensure_ascii=False, separators=(",", ":"))
 
 
-def load(folder: Path) -> tuple[Callable[[], Backend], TokenizerFields]:
-    """Fields at once, and the tokenizer as a call that waits for a thread already parsing it.
+def load(folder: Path) -> tuple[Callable[[], Backend], TokenizerFields, Callable[[], str]]:
+    """Fields at once, and the tokenizer and its digest as calls that wait for a thread already parsing it.
 
     Parsing 150,000 tokens takes about 0.3 s and holds the interpreter lock: it runs beside native code only,
     such as the reading of weights.
@@ -72,7 +85,8 @@ def load(folder: Path) -> tuple[Callable[[], Backend], TokenizerFields]:
     if not (folder / VOCABULARY).is_file():
         raise ArtifactError(f"{folder} has no {VOCABULARY}", hint=_AGAIN)
     fields = _fields(folder / CONFIG)
-    return _Parsing(folder / VOCABULARY, fields.vocab_size).result, fields
+    parsing = _Parsing(folder / VOCABULARY, fields.vocab_size)
+    return parsing.result, fields, lambda: digest(parsing.sha256(), fields)
 
 
 class _Parsing:
@@ -82,6 +96,7 @@ class _Parsing:
         self._path = path
         self._vocab_size = vocab_size
         self._backend: Backend | None = None
+        self._sha256 = ""
         self._reason = ""
         self._thread = Thread(target=self._parse, name="hasten-tokenizer", daemon=True)
         self._thread.start()
@@ -90,9 +105,15 @@ class _Parsing:
         from tokenizers import Tokenizer
 
         try:
-            self._backend = Tokenizer.from_file(str(self._path))
+            data = self._path.read_bytes()
+            self._sha256 = hashlib.sha256(data).hexdigest()  # 3 ms
+            self._backend = Tokenizer.from_buffer(data)
         except Exception as error:  # noqa: BLE001 - the library raises plain Exception
             self._reason = str(error)
+
+    def sha256(self) -> str:
+        self.result()
+        return self._sha256
 
     def result(self) -> Backend:
         self._thread.join()
