@@ -17,5 +17,6 @@ void bind_pack(nb::module_& m);        // pack, unpack, ggml conversion
 void bind_sampler(nb::module_& m);     // sampling
 void bind_divergence(nb::module_& m);  // KL, NLL, top-1 over rows of logits
 void bind_probe(nb::module_& m);       // measured ceilings
+void bind_draft(nb::module_& m);       // drafts for speculation
 
 }  // namespace hasten

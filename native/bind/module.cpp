@@ -8,4 +8,5 @@ NB_MODULE(_native, m) {
   hasten::bind_sampler(m);
   hasten::bind_divergence(m);
   hasten::bind_probe(m);
+  hasten::bind_draft(m);
 }
