@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from hasten.errors import TokenizerError
 
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class _Stage(Protocol):
@@ -67,7 +67,7 @@ class _ByteFallback:
         self._run = bytearray()
 
     def push(self, piece: str) -> list[str]:
-        match = _BYTE_TOKEN.fullmatch(piece)
+        match = BYTE_TOKEN.fullmatch(piece)
         if match:
             self._run.append(int(match.group(1), 16))
             return []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,8 @@ from hasten.models.tokenizer_fields import TokenizerFields
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
+
+    from hasten.models.token_bytes import TokenBytes
 
 
 class Tokenizer:
@@ -175,13 +177,32 @@ class Tokenizer:
         text = self.apply_chat(messages, add_generation_prompt, tools=tools, variables=variables)
         return self.encode(text, add_special=False)
 
-    def stream(self, skip_special: bool = True) -> TextStream:
+    def stream(self, skip_special: bool = True, keep: Collection[int] = ()) -> TextStream:
         """A stream whose pieces, joined, are what `decode` gives for all pushed ids.
+
+        Args:
+            skip_special: leave the special tokens out.
+            keep: special ids that are left in nevertheless, such as the marks of tool calls.
 
         Raises:
             TokenizerError: the tokenizer's decoder has a part that cannot be streamed.
         """
-        return TextStream(self._backend.id_to_token, self._decoder, self.special_ids if skip_special else ())
+        skip = self.special_ids - frozenset(keep) if skip_special else ()
+        return TextStream(self._backend.id_to_token, self._decoder, skip)
+
+    def token_bytes(self) -> TokenBytes:
+        """What every id adds to a text, as bytes.
+
+        Raises:
+            TokenizerError: the tokenizer has no decoder.
+        """
+        from hasten.models.token_bytes import token_bytes
+
+        return token_bytes(self._backend, self._decoder, self.eos_ids)
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token by its own spelling, None where the vocabulary lacks it."""
+        return self._backend.token_to_id(token)
 
     @cached_property
     def digest(self) -> str:
