@@ -51,10 +51,10 @@ def alone(model: LanguageModel, prompt: str, count: int, **options: Any) -> list
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "top_k": 40, "top_p": 0.9, "seed": 3}], ids=str)
 def test_a_batch_gives_each_what_it_gets_alone(model: LanguageModel, options: dict[str, Any]) -> None:
     """Five prompts in groups of three."""
-    before = model.executor._pool.free
+    before = model.executor.pool.free
     completions = model.generate(PROMPTS, 12, chat=False, **options)
     assert [c.token_ids for c in completions] == [alone(model, p, 12, **options) for p in PROMPTS]
-    assert model.executor._pool.free == before
+    assert model.executor.pool.free == before
     for prompt, completion in zip(PROMPTS, completions, strict=True):
         assert completion.prompt_tokens == len(model.tokenizer.encode(prompt))
         assert completion.text == model.tokenizer.decode(completion.token_ids)
@@ -100,21 +100,21 @@ def test_nothing_asked_for(model: LanguageModel) -> None:
 def test_requests_that_cannot_be(
     model: LanguageModel, prompts: Any, options: dict[str, Any], word: str
 ) -> None:
-    before = model.executor._pool.free
+    before = model.executor.pool.free
     with pytest.raises(UsageError, match=word) as caught:
         model.generate(prompts, **{"max_new_tokens": 3, **options})
     assert caught.value.hint
-    assert model.executor._pool.free == before
+    assert model.executor.pool.free == before
 
 
 def test_a_batch_left_early_gives_its_pages_back(model: LanguageModel) -> None:
-    before = model.executor._pool.free
+    before = model.executor.pool.free
     batch = model.stream_batch([[1, 2, 3], [4], [5, 6], [7]], 9, GREEDY)
     for _ in range(5):
         next(batch)
-    assert model.executor._pool.free < before
+    assert model.executor.pool.free < before
     batch.close()
-    assert model.executor._pool.free == before
+    assert model.executor.pool.free == before
 
 
 def test_more_tokens_than_the_context_holds(model: LanguageModel) -> None:

@@ -36,7 +36,7 @@ def no_page_is_lost(model: LanguageModel) -> Iterator[None]:
 
 
 def free(model: LanguageModel) -> int:
-    return model.executor._pool.free
+    return model.executor.pool.free
 
 
 def text(length: int, seed: int = 0) -> list[int]:

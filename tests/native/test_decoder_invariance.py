@@ -84,12 +84,12 @@ def test_pages(isa: str, load: Callable[..., LanguageModel], name: str, recipe: 
     """Scrambled pages that hold older texts."""
     model = load(name, recipe)
     fresh = model.logits(TEXT)
-    free = model.executor._pool.free
+    free = model.executor.pool.free
     for seed in range(2):
         held = churn(model, seed)
         np.testing.assert_array_equal(model.logits(TEXT), fresh)
         release(model, held)
-    assert model.executor._pool.free == free
+    assert model.executor.pool.free == free
 
 
 @pytest.mark.parametrize("name, recipe", CASES)

@@ -35,6 +35,7 @@ class Request:
     logprobs: int | None = None  # alternatives reported with each new token; 0 = the chosen one alone
     prompt_logprobs: int | None = None  # the same for the prompt's tokens; the prompt is then computed whole
     grammar: Grammar | None = None  # what the answer must match
+    skip_special: bool = True  # special tokens leave no text; False keeps the markers of tool calls
     pooling: Pooling = "none"  # an embedding of the prompt instead of an answer
     priority: int = 0  # higher runs first
     deadline_ms: float | None = None  # from arrival to the last token
@@ -56,7 +57,9 @@ class Request:
             f"a deadline of {self.deadline_ms} ms",
             "give a deadline above 0 ms",
         )
-        self._need(all(self.stop), "an empty stop text", "leave it out, or give a text of one character or more")
+        self._need(
+            all(self.stop), "an empty stop text", "leave it out, or give a text of one character or more"
+        )
 
     def _need(self, good: bool, message: str, hint: str) -> None:
         if not good:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -15,6 +16,7 @@ from hasten.errors import MachineError, UsageError
 from hasten.models.rope import tables
 from hasten.runtime.key_shift import key_shifts
 from hasten.runtime.pages import PagePool, Sequence
+from hasten.speed.cost import kv_bytes_per_value
 
 Ids = npt.NDArray[np.int32]  # token ids
 Floats = npt.NDArray[np.float32]
@@ -75,23 +77,39 @@ class CpuExecutor:
             )
         self._long_threshold = tables(config).long_threshold
         self.page_tokens: int = _native.PAGE_TOKENS
-        pages = -(-self.context // self.page_tokens) * options.max_sequences
         try:
             self.isa = _native.isa()
         except ValueError as wrong:
             raise MachineError(
                 str(wrong), hint=f"unset HASTEN_ISA or use one of: {', '.join(_native.isas())}"
             ) from None
-        self._pool = PagePool(pages, self.page_tokens)
         self._bits: dict[str, int] = {}  # of each linear layer
+        pages = self._pages(packed, options)
         self._decoder = _native.Decoder(
             decoder_config(config), self.threads, pages, packed.recipe.kv == "int8"
         )
+        self.pool = PagePool(pages, self.page_tokens)
         for name, linear in packed.linears.items():
             self.replace(name, linear)
         for name, values in (*packed.vectors.items(), *key_shifts(config, packed.vectors).items()):
             self._decoder.set_vector(name, values)
         self._decoder.check()
+
+    def _pages(self, packed: PackedModel, options: EngineOptions) -> int:
+        """How many pages the cache has; its memory is only used once a page is written."""
+        longest = -(-self.context // self.page_tokens)
+        if options.kv_gb is None:
+            return longest * options.max_sequences
+        each = kv_bytes_per_value(self.config, packed.recipe)
+        size = self.config.kv_bytes_per_token(each) * self.page_tokens
+        pages = int(options.kv_gb * 1e9) // size
+        if pages < longest:
+            raise UsageError(
+                f"{options.kv_gb} GB for keys and values hold {pages * self.page_tokens} tokens, "
+                f"less than one context of {self.context}",
+                hint=f"use --kv-gb {math.ceil(longest * size / 1e7) / 100} or more, or a smaller --context",
+            )
+        return pages
 
     @property
     def page_bytes(self) -> int:
@@ -132,7 +150,7 @@ class CpuExecutor:
         tokens = np.concatenate([np.asarray(ids, np.int32) for _, ids in batch])
         self._check(tokens, batch)
         for sequence, ids in batch:
-            self._pool.grow(sequence, sequence.length + len(ids))
+            self.pool.grow(sequence, sequence.length + len(ids))
         table = np.zeros((len(batch), max(len(sequence.pages) for sequence, _ in batch)), np.int32)
         for row, (sequence, ids) in zip(table, batch, strict=True):
             self.expect(sequence, len(ids))
@@ -150,16 +168,17 @@ class CpuExecutor:
     def expect(self, sequence: Sequence, length: int) -> None:
         """Say how many tokens an empty sequence is about to get, in any number of steps, for LongRoPE."""
         if sequence.length == 0:
-            sequence.is_long = sequence.is_long or self._is_long(length)
+            sequence.is_long = sequence.is_long or self.is_long(length)
 
     def outgrows(self, sequence: Sequence, length: int) -> bool:
         """Whether a sequence must be computed anew to be `length` tokens long.
 
         LongRoPE rotates otherwise past its threshold. True the other way too: what was cut back below it.
         """
-        return sequence.length > 0 and sequence.is_long != self._is_long(length)
+        return sequence.length > 0 and sequence.is_long != self.is_long(length)
 
-    def _is_long(self, length: int) -> bool:
+    def is_long(self, length: int) -> bool:
+        """Whether LongRoPE rotates a text of this length by its long factors."""
         return self._long_threshold is not None and length > self._long_threshold
 
     def _check(self, tokens: Ids, batch: Seq[tuple[Sequence, Seq[int] | Ids]]) -> None:
@@ -191,7 +210,11 @@ class CpuExecutor:
 
     def truncate(self, sequence: Sequence, length: int) -> None:
         """Forget a sequence's tokens past `length`; 0 gives all its pages back."""
-        self._pool.truncate(sequence, length)
+        self.pool.truncate(sequence, length)
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy a page of keys and values, all layers."""
+        self._decoder.copy_page(source, target)
 
     def read_page(self, page: int) -> npt.NDArray[np.uint8]:
         """A copy of one page's keys and values, all layers: uint8 [page_bytes]."""

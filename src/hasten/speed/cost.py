@@ -112,3 +112,13 @@ def _weights(config: ModelConfig, recipe: Recipe) -> tuple[float, float, float, 
         layout = recipe.layout_for(name)
         counts[name == head, layout is None or layout.bits != 16] += rows * cols
     return counts[False, True], counts[False, False], counts[True, True], counts[True, False]
+
+
+def prompt_flops(config: ModelConfig, start: int, count: int) -> float:
+    """Operations to compute `count` prompt tokens behind `start` others, head left out; a multiply-add is two."""
+    rows, cols = config.linear_shapes()["embed" if config.tied_head else "head"]
+    linear = 2.0 * (config.linear_weights - rows * cols) * count
+    seen = sum(
+        _seen_by_prompt(window, start + count) - _seen_by_prompt(window, start) for window in _windows(config)
+    )
+    return linear + 4.0 * config.num_heads * config.head_dim * seen

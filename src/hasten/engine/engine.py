@@ -1,0 +1,413 @@
+"""The engine for many users: requests come and go, every step computes a little of each."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from hasten.core import ServingOptions
+from hasten.engine.admission import Admission
+from hasten.engine.answer import Answer, Clock, Floats
+from hasten.engine.batch import Work, execute
+from hasten.engine.forecast import Forecast
+from hasten.engine.keep import PrefixKeeper
+from hasten.engine.prompt_result import embedding, read_prompt
+from hasten.engine.request import Output, Request
+from hasten.engine.sampling import Choice, SequenceSampler, choose
+from hasten.engine.scheduler import Scheduler
+from hasten.engine.speculate import Speculator
+from hasten.engine.stats import Counters, EngineStats
+
+if TYPE_CHECKING:
+    from hasten.engine.grammar import GrammarCompiler
+    from hasten.engine.model import LanguageModel
+
+Masks = npt.NDArray[np.uint32]
+Draw = tuple[Work, Floats]  # a work that has a token to draw, and the results [1 + drafts, E] to draw from
+
+
+class Engine:
+    """Runs many requests on one model: continuous batching, chunked prefill, prefix cache, speculation.
+
+    Nothing about a request's answer depends on what else runs: not on batch, chunks, preemption, what was cached
+    or drafted. One thread at a time; `hasten.engine.async_engine.AsyncEngine` is for servers.
+
+    Args:
+        model: stays the caller's, who must not run it otherwise while the engine has requests.
+        options: caches, speculation, queue.
+    """
+
+    def __init__(self, model: LanguageModel, options: ServingOptions | None = None) -> None:
+        self.model = model
+        self.options = options or ServingOptions()
+        self.counters = Counters()
+        self.forecast = Forecast()
+        self._executor = model.executor
+        self._scheduler = Scheduler(model.options.max_sequences)
+        self._speculator = Speculator() if self.options.speculate else None
+        self._keeper = PrefixKeeper(model, self.options, self.counters)
+        self._admission = Admission(model, self.options, self._scheduler, self.forecast)
+        self._grammars: GrammarCompiler | None = None
+        self._mask_maker = ThreadPoolExecutor(1, thread_name_prefix="hasten-masks")
+        self._answers: dict[str, list[Answer]] = {}  # by request, until all of them ended
+        self._mail: dict[str, deque[Output]] = {}  # of requests that are streamed
+        self._unclaimed: list[Output] = []
+
+    # What comes in ------------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> str:
+        """Take a request on.
+
+        Returns:
+            Its id, which its Outputs carry.
+
+        Raises:
+            UsageError: the prompt does not fit, an id is in use or a grammar cannot be read.
+            QueueFull: `max_waiting` requests wait already.
+            DeadlineError: it would not be done in its time.
+        """
+        self.counters.requests += 1
+        try:
+            request = self._admission.check(request, self._answers)
+            start = self.compiler().compile(request.grammar).start if request.grammar else None
+        except Exception:
+            self.counters.refused += 1
+            raise
+        clock = Clock(time.perf_counter())
+        answers = [Answer(request, index, self.model.tokenizer, clock) for index in range(request.n)]
+        for answer in answers:
+            answer.grammar = start() if start else None
+            answer.sampler = SequenceSampler(answer.sampling, request.prompt, self.model.config.vocab_size)
+        answers[0].siblings = answers[1:]
+        self._answers[request.id] = answers
+        self._scheduler.arrive(answers[0])
+        return request.id
+
+    def compiler(self) -> GrammarCompiler:
+        """What reads grammars for this model; built when the first one comes."""
+        if self._grammars is None:
+            from hasten.engine.grammar import GrammarCompiler
+
+            self._grammars = GrammarCompiler(self.model.tokenizer, self.model.config.vocab_size)
+        return self._grammars
+
+    def cancel(self, request_id: str) -> bool:
+        """Stop a request; its Outputs end with finish_reason "cancelled". False: there is none of that id."""
+        answers = self._answers.get(request_id)
+        if answers is None:
+            return False
+        self.counters.cancelled += 1
+        now = time.perf_counter()
+        self._post([self._end(answer, answer.output(now, finish="cancelled")) for answer in list(answers)])
+        return True
+
+    # One step -----------------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step has anything to do or to tell."""
+        return bool(self._answers or self._unclaimed)
+
+    def step(self) -> list[Output]:
+        """Compute a little of every running request: prompt chunks and answer tokens, mixed.
+
+        Returns:
+            What is new, also of requests that ended since the last step; nothing if nothing is there to do.
+        """
+        self._post(self._advance())
+        outputs, self._unclaimed = self._unclaimed, []
+        return outputs
+
+    def _advance(self) -> list[Output]:
+        started = time.perf_counter()
+        outputs = self._refuse_late(started)
+        works = self._schedule()
+        if not works:
+            return outputs
+        masks = self._start_masks(works)
+        before = time.perf_counter()
+        hidden = execute(self._executor, works)
+        computed = time.perf_counter()
+        draws = self._after(works, hidden, outputs)
+        drawing = time.perf_counter()
+        choices = self._draw(draws, masks)
+        drawn = time.perf_counter()
+        for (work, _), choice in zip(draws, choices, strict=True):
+            outputs.append(self._publish(work, choice, drawn))
+        busy_s = computed - before + drawn - drawing
+        self._observe(works, busy_s)
+        self.counters.step_s += time.perf_counter() - started
+        self.counters.schedule_s += time.perf_counter() - started - busy_s
+        return outputs
+
+    def _refuse_late(self, now: float) -> list[Output]:
+        """End what cannot keep its deadline any more."""
+        late = [answer for answer in self._scheduler.answers() if self._admission.is_late(answer, now)]
+        return [
+            self._end(one, one.output(now, finish="deadline", error="the deadline passed"))
+            for answer in late
+            for one in [answer, *answer.siblings]
+        ]
+
+    def _schedule(self) -> list[Work]:
+        """Choose the step's work and get its pages; preempts by recompute where there are too few."""
+        scheduler = self._scheduler
+        for answer in list(scheduler.running):
+            self._outgrow(answer)
+        works = []
+        for answer in sorted(scheduler.running, key=scheduler.order):
+            ready = answer in scheduler.running and not answer.in_prompt and answer.pending == 1
+            if ready and self._reserve(answer, 1):
+                works.append(Work.of(answer, 1))
+        works = [work for work in works if work.answer in scheduler.running]
+        scheduler.admit(self._begin, self._preempt)
+        works = [work for work in works if work.answer in scheduler.running]
+        self._add_drafts(works)
+        return works + self._chunks(works)
+
+    def _chunks(self, works: list[Work]) -> list[Work]:
+        """What is left to compute of prompts, and of answers that were preempted, up to the step's budget."""
+        budget, chunks = self._executor.chunk, []
+        decoding = {id(work.answer) for work in works}
+        for answer in sorted(self._scheduler.running, key=self._scheduler.order):
+            if budget == 0 or id(answer) in decoding:
+                continue
+            known = answer.prompt_tokens - answer.cached.length if answer.in_prompt else answer.pending
+            chunks.append(Work.of(answer, min(known, budget)))  # its pages were given when it was admitted
+            budget -= chunks[-1].count
+        return chunks
+
+    def _outgrow(self, answer: Answer) -> None:
+        """LongRoPE: past its threshold all of a text is computed anew, as prompt, with other factors."""
+        if not self._executor.outgrows(answer.cached, len(answer.tokens)):
+            return
+        self._keeper.release(answer)
+        answer.prompt_tokens = len(answer.tokens)
+        if not self._keeper.begin(answer):
+            self._preempt(answer)
+            self._scheduler.stand_back(answer)
+
+    def _begin(self, answer: Answer) -> bool:
+        if not self._keeper.begin(answer, spare=len(self._scheduler.running)):
+            return False
+        if answer.clock.started is None:
+            answer.clock.started = time.perf_counter()
+        return True
+
+    def _reserve(self, answer: Answer, tokens: int) -> bool:
+        """Pages for so many more tokens; others, and in the end itself, are preempted for them."""
+        while not self._keeper.reserve(answer, tokens):
+            last = self._scheduler.last()
+            self._preempt(last)
+            self._scheduler.stand_back(last)
+            if last is answer:
+                return False
+        return True
+
+    def _preempt(self, answer: Answer) -> None:
+        self._keeper.release(answer)
+        answer.preemptions += 1
+        self.counters.preemptions += 1
+
+    def _add_drafts(self, works: list[Work]) -> None:
+        if self._speculator is None or not works:
+            return
+        for work in works:
+            if work.answer.draft is None:
+                work.answer.draft = self._speculator.open(work.answer.tokens)
+        rooms = [self._draft_room(work.answer) for work in works]
+        proposals = self._speculator.propose([work.answer.draft for work in works], rooms)
+        for work, drafts in zip(works, proposals, strict=True):
+            if drafts and self._keeper.reserve(work.answer, 1 + len(drafts)):
+                work.drafts = drafts
+
+    def _draft_room(self, answer: Answer) -> int:
+        room = max(0, min(answer.left, self._executor.context - len(answer.tokens)) - 1)
+        return 0 if self._executor.outgrows(answer.cached, len(answer.tokens) + room) else room
+
+    def _start_masks(self, works: list[Work]) -> dict[int, Future[Masks]]:
+        """Grammar masks, made while the model computes."""
+        return {
+            id(work.answer): self._mask_maker.submit(work.answer.grammar.masks, work.drafts)
+            for work in works
+            if work.answer.grammar is not None and work.completes
+        }
+
+    def _after(self, works: list[Work], hidden: list[Floats], outputs: list[Output]) -> list[Draw]:
+        """Share what was computed; end prompts that want no answer; fork the others' siblings."""
+        draws: list[Draw] = []
+        now = time.perf_counter()
+        for work, rows in zip(works, hidden, strict=True):
+            answer = work.answer
+            if work.is_prompt:
+                self._keeper.publish(answer)
+                self.counters.prompt_tokens += work.count
+                self._scheduler.share.serve(answer.request.client, work.count, 0)
+                if answer.every_row:
+                    read_prompt(self._executor, answer, rows, answer.cached.length - work.count)
+            if not work.completes:
+                continue
+            if answer.request.max_new_tokens == 0:
+                vector = embedding(answer, rows[-1])
+                outputs.append(self._end(answer, answer.output(now, finish="length", embedding=vector)))
+                continue
+            draws.append((work, rows[-1 - len(work.drafts) :]))
+            draws += [(Work.of(one, 0), rows[-1:]) for one in self._fork(answer)]
+        return draws
+
+    def _fork(self, leader: Answer) -> list[Answer]:
+        """The siblings that go on from a computed prompt at once; the others wait for a place."""
+        forked = []
+        for sibling in leader.siblings:
+            has_slot = len(self._scheduler.running) < self._scheduler.slots
+            if has_slot and self._keeper.fork(leader, sibling):
+                sibling.clock.started = leader.clock.started
+                self._scheduler.join(sibling)
+                forked.append(sibling)
+            else:
+                self._scheduler.arrive(sibling)
+        leader.siblings = []
+        return forked
+
+    def _draw(self, draws: list[Draw], masks: dict[int, Future[Masks]]) -> list[Choice]:
+        """The next tokens: of all rows of a step in one call."""
+        if not draws:
+            return []
+        allowed: list[Masks | None] = []
+        for at, (work, rows) in enumerate(draws):
+            grammar = work.answer.grammar
+            if grammar is None:
+                allowed.append(None)
+                continue
+            future = masks.get(id(work.answer))
+            mask = future.result() if future is not None else grammar.masks([])
+            allowed.append(mask)
+            work.drafts = work.drafts[: len(mask) - 1]  # the grammar forbids the rest
+            draws[at] = (work, rows[: len(mask)])
+        answers = [work.answer for work, _ in draws]
+        return choose(
+            self._executor.head(np.concatenate([rows for _, rows in draws])),
+            [answer.sampler for answer in answers],
+            [work.drafts for work, _ in draws],
+            [len(answer.tokens) for answer in answers],
+            allowed,
+            [answer.request.logprobs for answer in answers],
+        )
+
+    def _publish(self, work: Work, choice: Choice, now: float) -> Output:
+        """Give an answer its new tokens, and forget the drafts that were wrong."""
+        answer = work.answer
+        if choice.error:
+            return self._end(answer, answer.output(now, finish="error", error=choice.error))
+        if answer.clock.first is None:
+            answer.clock.first = now
+        tokens, logprobs, finish, text = answer.take(choice)
+        self._executor.truncate(answer.cached, len(answer.tokens) - 1)
+        self._count(work, len(tokens))
+        if finish is None and answer.draft is not None and self._speculator is not None:
+            self._speculator.accept(answer.draft, tokens, len(work.drafts))
+        if finish is None and answer.grammar is not None:
+            answer.grammar.accept(tokens)
+        output = answer.output(now, tokens, text, logprobs, finish)
+        if finish is not None:
+            return self._end(answer, output)
+        if self._executor.decodes_like_prefill:
+            self._keeper.publish(answer)
+        return output
+
+    def _count(self, work: Work, made: int) -> None:
+        answer, counters = work.answer, self.counters
+        answer.drafted += len(work.drafts)
+        answer.accepted += made - 1
+        counters.drafted_tokens += len(work.drafts)
+        counters.accepted_tokens += made - 1
+        counters.output_tokens += made
+        self._scheduler.share.serve(answer.request.client, 0, made)
+
+    def _observe(self, works: list[Work], seconds: float) -> None:
+        prompts = sum(work.count for work in works if work.count > 1 or work.is_prompt)
+        decodes = [work for work in works if work.count == 1 and not work.is_prompt]
+        self.counters.steps += 1
+        self.counters.batch = len(works)
+        rows = sum(1 + len(work.drafts) for work in decodes)
+        if rows == len(decodes):
+            self.forecast.observe(prompts, len(decodes), seconds)
+        if prompts == 0 and self._speculator is not None:
+            self._speculator.observe(rows, len(decodes), seconds)
+
+    def _end(self, answer: Answer, output: Output) -> Output:
+        """An answer is over: its pages, its place and its id are free again."""
+        self._keeper.end(answer)
+        if self._speculator is not None and answer.draft is not None:
+            self._speculator.close(answer.draft, keep=output.finish_reason in ("stop", "length"))
+            answer.draft = None
+        self._scheduler.leave(answer)
+        others = self._answers[answer.request.id]
+        others.remove(answer)
+        if not others:
+            del self._answers[answer.request.id]
+        return output
+
+    # What goes out ------------------------------------------------------------------------------------------
+
+    def stream(self, request: Request) -> Iterator[Output]:
+        """Take a request on and run the engine until it is done; others run along.
+
+        Closing the iterator early cancels the request.
+
+        Raises:
+            UsageError, QueueFull, DeadlineError: at once, as `add`.
+        """
+        name = self.add(request)
+        mail = self._mail[name] = deque()
+        return self._deliver(name, mail, request.n)
+
+    def _deliver(self, name: str, mail: deque[Output], answers: int) -> Iterator[Output]:
+        try:
+            while answers:
+                while not mail:
+                    self._post(self._advance())
+                output = mail.popleft()
+                answers -= output.finish_reason is not None
+                yield output
+        finally:
+            self.cancel(name)
+            del self._mail[name]
+
+    def _post(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            self._mail.get(output.request_id, self._unclaimed).append(output)
+
+    def tidy(self) -> bool:
+        """Do a little of what can wait: for when nothing else is to do. False: nothing is left.
+
+        On machines whose prompts and answers take different kernels (AMX), answers are computed once more as
+        the prompt they will be in the next turn: see `PrefixKeeper.settle`.
+        """
+        return self._keeper.settle()
+
+    def stats(self) -> EngineStats:
+        """What the engine holds now and has done since it started."""
+        scheduler, pool = self._scheduler, self._executor.pool
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            kv_pages=pool.pages,
+            kv_pages_used=pool.pages - pool.free,
+            kv_pages_cached=self._keeper.cached_pages,
+            **asdict(self.counters),
+        )
+
+    def close(self) -> None:
+        """Cancel what runs and give all pages back; the model stays open."""
+        for name in list(self._answers):
+            self.cancel(name)
+        self._mask_maker.shutdown()
+        self._keeper.close()

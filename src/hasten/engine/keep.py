@@ -1,0 +1,207 @@
+"""Gives answers their pages, and keeps what was computed for those who begin the same."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from hasten.cache.policy import new_policy
+from hasten.core import ServingOptions
+from hasten.engine.answer import Answer
+from hasten.engine.prefix import Chain, Match, PrefixCache, root_key
+from hasten.engine.stats import Counters
+from hasten.runtime.pages import Sequence as CachedSequence
+from hasten.speed.cost import prompt_flops
+
+if TYPE_CHECKING:
+    from hasten.cache.kv_disk import KvDisk
+    from hasten.engine.model import LanguageModel
+
+_SETTLE_PAGES = 2  # computed at a time while nothing else is to do: who comes then waits at most for these
+_COST_FLOPS = 1e12  # a second's; only the proportions between pages matter
+
+
+class PrefixKeeper:
+    """The pages of all answers, and the prefix cache over them.
+
+    Where prompts and answers take different kernels (`CpuExecutor.decodes_like_prefill`), only pages computed
+    as prompt are shared. An answer is then computed once more, as the prompt it will be in the next turn, when
+    the engine has nothing else to do: see `settle`.
+    """
+
+    def __init__(self, model: LanguageModel, options: ServingOptions, counters: Counters) -> None:
+        self._executor = model.executor
+        self._pool = model.executor.pool
+        self._counters = counters
+        self._disk = _disk(model, options)
+        self._prefix: PrefixCache | None = None
+        self._unsettled: deque[tuple[list[int], str]] = deque(maxlen=2 * model.options.max_sequences)
+        if options.prefix_cache:
+            config, bytes_ = model.config, self._pool.pages * self._executor.page_bytes
+            self._prefix = PrefixCache(
+                self._pool,
+                self._executor,
+                new_policy(options.cache_policy, bytes_),
+                lambda start, count: prompt_flops(config, start, count) / _COST_FLOPS,
+                self._disk,
+            )
+
+    @property
+    def cached_pages(self) -> int:
+        """Pages in the prefix cache."""
+        return len(self._prefix) if self._prefix is not None else 0
+
+    def begin(self, answer: Answer, spare: int = 0) -> bool:
+        """Pages for all known tokens of an answer, computed ones among them.
+
+        Args:
+            spare: pages that must stay free beside, for the others to grow.
+
+        Returns:
+            False: there are not enough.
+        """
+        known, size = len(answer.tokens), self._pool.page_tokens
+        needed = -(-known // size) + spare
+        if needed > self._pool.free + self.cached_pages:
+            return False
+        found = self._match(answer)
+        if not self._pool.ensure(needed - len(found.pages)):
+            for page in found.pages:
+                self._pool.release(page)
+            return False
+        answer.cached = CachedSequence(found.pages, found.tokens, self._executor.is_long(known))
+        answer.published = found.tokens // size
+        self._pool.grow(answer.cached, known)
+        if answer.preemptions == 0:
+            answer.hit_tokens = found.tokens
+            self._counters.prefix_hit_tokens += found.tokens
+            self._counters.disk_hit_tokens += found.disk_tokens
+            self._counters.prefix_query_tokens += known
+        return True
+
+    def _match(self, answer: Answer) -> Match:
+        self._cover(answer)
+        assert answer.chain is not None
+        if self._prefix is None or not answer.request.prefix_cache or answer.every_row:
+            return Match()
+        return self._prefix.match(answer.tokens[: self._shareable(answer)], answer.chain)
+
+    def _cover(self, answer: Answer) -> None:
+        """Bring an answer's keys up to what of it can be shared."""
+        root = self._root(answer.request.salt, len(answer.tokens))
+        if answer.chain is None or answer.chain.root != root:
+            answer.chain, answer.published = Chain(root, self._pool.page_tokens), 0
+        answer.chain.cover(answer.tokens, self._shareable(answer))
+
+    def _root(self, salt: str, length: int) -> bytes:
+        return root_key(salt, "long" if self._executor.is_long(length) else "")
+
+    def _shareable(self, answer: Answer) -> int:
+        """How many of an answer's tokens may be shared once they are computed."""
+        return len(answer.tokens) if self._executor.decodes_like_prefill else answer.prompt_tokens
+
+    def reserve(self, answer: Answer, tokens: int) -> bool:
+        """Pages for `tokens` more tokens; False: there are not enough."""
+        length = answer.cached.length + tokens
+        missing = -(-length // self._pool.page_tokens) - len(answer.cached.pages)
+        if missing > 0 and not self._pool.ensure(missing):
+            return False
+        self._pool.grow(answer.cached, length)
+        return True
+
+    def publish(self, answer: Answer) -> None:
+        """Share what an answer has computed."""
+        computed = min(answer.cached.length, len(answer.tokens), self._shareable(answer))
+        end = computed // self._pool.page_tokens
+        if self._prefix is None or end <= answer.published:
+            return
+        self._cover(answer)
+        assert answer.chain is not None
+        self._prefix.publish(answer.tokens, answer.chain, answer.cached.pages, answer.published, end)
+        answer.published = end
+
+    def fork(self, leader: Answer, sibling: Answer) -> bool:
+        """Give a sibling the leader's computed prompt: full pages shared, the last one copied."""
+        size, length = self._pool.page_tokens, leader.cached.length
+        full, rest = divmod(length, size)
+        if rest and not self._pool.ensure(1):
+            return False
+        for page in leader.cached.pages[:full]:
+            self._pool.share(page)
+        sibling.cached = CachedSequence(leader.cached.pages[:full], length, leader.cached.is_long)
+        if rest:
+            sibling.cached.pages.append(self._pool.take())
+            self._executor.copy_page(leader.cached.pages[full], sibling.cached.pages[full])
+        assert leader.chain is not None
+        sibling.chain, sibling.published = leader.chain.copy(), leader.published
+        sibling.hit_tokens = leader.hit_tokens
+        return True
+
+    def release(self, answer: Answer) -> None:
+        """Take an answer's pages; those in the prefix cache stay there."""
+        self._executor.truncate(answer.cached, 0)
+
+    def end(self, answer: Answer) -> None:
+        """An answer is done: share its last page too, and remember to settle it."""
+        if self._prefix is not None and answer.cached.length:
+            self.publish(answer)
+            computed = min(answer.cached.length, len(answer.tokens))
+            if computed <= self._shareable(answer):
+                self._keep_tail(answer.tokens[:computed], answer)
+            elif answer.request.prefix_cache:
+                self._unsettled.append((answer.tokens, answer.request.salt))
+        self.release(answer)
+
+    def _keep_tail(self, tokens: list[int], answer: Answer) -> None:
+        if self._prefix is not None and answer.chain is not None and len(tokens) % self._pool.page_tokens:
+            at = len(tokens) // self._pool.page_tokens
+            self._prefix.publish_tail(tokens, answer.chain, answer.cached.pages[at])
+
+    @property
+    def unsettled(self) -> int:
+        """Ended answers that the next turn would have to compute as prompt."""
+        return len(self._unsettled)
+
+    def settle(self) -> bool:
+        """Compute a little of an ended answer as prompt, for the next turn. False: nothing is left to do."""
+        if not self._unsettled or self._prefix is None:
+            return False
+        tokens, salt = self._unsettled[-1]
+        size = self._pool.page_tokens
+        chain = Chain(self._root(salt, len(tokens)), size)
+        chain.cover(tokens, len(tokens))
+        found = self._prefix.match(tokens, chain)
+        sequence = CachedSequence(found.pages, found.tokens, self._executor.is_long(len(tokens)))
+        end = min(len(tokens), (found.tokens // size + _SETTLE_PAGES) * size)
+        try:
+            missing = -(-end // size) - len(sequence.pages)
+            if end - found.tokens <= 1 or not self._pool.ensure(missing):
+                self._unsettled.pop()
+                return bool(self._unsettled)
+            self._executor.step([(sequence, tokens[found.tokens : end])], [], prefill=True)
+            self._prefix.publish(tokens, chain, sequence.pages, found.tokens // size, end // size)
+            if end == len(tokens):
+                if end % size:
+                    self._prefix.publish_tail(tokens, chain, sequence.pages[-1])
+                self._unsettled.pop()
+        finally:
+            self._executor.truncate(sequence, 0)
+        return bool(self._unsettled)
+
+    def close(self) -> None:
+        """Write what waits for the disk and give up the cached pages."""
+        if self._disk is not None:
+            self._disk.close()
+        if self._prefix is not None:
+            self._prefix.clear()
+            self._pool.reclaim = None
+
+
+def _disk(model: LanguageModel, options: ServingOptions) -> KvDisk | None:
+    if options.kv_disk is None or not options.prefix_cache:
+        return None
+    from hasten.cache.kv_disk import KvDisk
+    from hasten.engine.fingerprint import fingerprint
+
+    limit = int(options.kv_disk_gb * 1e9)
+    return KvDisk(options.kv_disk, limit, fingerprint(model), model.executor.page_bytes, options.cache_policy)
