@@ -14,11 +14,7 @@ from hasten.errors import UsageError
 
 
 class Policy(Protocol):
-    """Keeps the order in which entries go; holds keys, never what they stand for. Not for several threads.
-
-    Pages of one prompt depend on the page before: tell of them (insert, touch) the deepest first, so that a
-    parent is never older than its children.
-    """
+    """Keeps the order in which entries go; holds keys, never what they stand for. Not for several threads."""
 
     def insert(self, key: bytes, *, cost: float, bytes: int) -> None:
         """An entry came in: `cost` seconds to compute it again, `bytes` it takes. A known key is touched."""
@@ -32,8 +28,10 @@ class Policy(Protocol):
     def victim(self, evictable: Callable[[bytes], bool]) -> bytes | None:
         """The entry that goes now; it is out of the order then. None where nothing may go.
 
-        Entries that may not go (in use, or others depend on them) are passed over and count as used now:
-        without that, the same ones would be walked over for every victim.
+        Entries that may not go (in use, or others depend on them) are passed over. The last of them is next
+        in line, as what depended on it may just have gone; one passed over again counts as used now. So a
+        prompt's pages go from its end to its beginning, and what is in use is not walked over for every
+        victim. Finding that nothing may go takes a look at every entry.
         """
 
     def __len__(self) -> int:
