@@ -4,7 +4,6 @@
 #include <limits>
 
 #include "isa/kernels.h"
-#include "lanes.h"
 
 // This file is compiled with -ffp-contract=off: a seed gives the same tokens on every instruction set.
 
@@ -12,30 +11,14 @@ namespace hasten {
 
 namespace {
 
-HASTEN_CLONES double weigh_row(const float* logits, int n, float largest, float temperature, float* weights) {
-  double total = 0.0;
-  for (int i = 0; i < n; i += kLanes) {
-    f32x8 v = all8(-std::numeric_limits<float>::infinity());
-    if (n - i >= kLanes)
-      v = load8(logits + i);
-    else
-      for (int lane = 0; lane < n - i; ++lane) v[lane] = logits[i + lane];
-    store8(weights + i, exp8((v - largest) / temperature));
-  }
-  for (int i = 0; i < n; ++i) total += weights[i];
-  return total;
+double mass_of(const std::vector<Candidate>& candidates) {
+  double mass = 0.0;
+  for (const Candidate& c : candidates) mass += c.weight;
+  return mass;
 }
 
-// The first token whose running sum of weights passes `target`.
-int draw_from_all(const float* weights, int n, double target) {
-  double sum = 0.0;
-  int last = kNoToken;
-  for (int i = 0; i < n; ++i) {
-    if (weights[i] == 0.0f) continue;
-    last = i;
-    if ((sum += weights[i]) > target) break;
-  }
-  return last;
+float as_float(double temperature) {
+  return static_cast<float>(std::min(temperature, static_cast<double>(std::numeric_limits<float>::max())));
 }
 
 }  // namespace
@@ -52,42 +35,6 @@ double uniform_at(uint64_t seed, uint64_t position) {
     key[1] += 0xBB67AE85u;
   }
   return static_cast<double>((uint64_t{c[1]} << 32 | c[0]) >> 11) * 0x1p-53;
-}
-
-bool Sampler::likelier(const Candidate& a, const Candidate& b) {
-  return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
-}
-
-// The k largest logits. What does not beat the k-th of those seen so far is passed by with one comparison.
-void Sampler::collect_top_k(const float* logits, int vocab, int k) {
-  float floor = -std::numeric_limits<float>::infinity();
-  const size_t room = 2 * static_cast<size_t>(k) + 256;
-  for (int i = 0; i < vocab; ++i) {
-    if (!(logits[i] > floor)) continue;
-    kept_.push_back({logits[i], i, 0.0f});
-    if (kept_.size() < room) continue;
-    std::nth_element(kept_.begin(), kept_.begin() + k - 1, kept_.end(), likelier);
-    kept_.resize(k);
-    floor = kept_.back().logit;
-  }
-  if (kept_.size() <= static_cast<size_t>(k)) return;
-  std::nth_element(kept_.begin(), kept_.begin() + k - 1, kept_.end(), likelier);
-  kept_.resize(k);
-}
-
-double Sampler::weigh_kept(float largest, float temperature) {
-  std::sort(kept_.begin(), kept_.end(), [](const Candidate& a, const Candidate& b) { return a.id < b.id; });
-  const size_t n = kept_.size();
-  weights_.resize(round_up(static_cast<int>(n), kLanes));
-  for (size_t i = 0; i < n; ++i) weights_[i] = kept_[i].logit;
-  const double total = weigh_row(weights_.data(), static_cast<int>(n), largest, temperature, weights_.data());
-  for (size_t i = 0; i < n; ++i) kept_[i].weight = weights_[i];
-  return total;
-}
-
-void Sampler::collect_from(const float* logits, int vocab, float floor) {
-  for (int i = 0; i < vocab; ++i)
-    if (weights_[i] >= floor) kept_.push_back({logits[i], i, weights_[i]});
 }
 
 // Keeps the shortest run of likeliest candidates whose weights reach `mass`: quickselect by weight, O(candidates).
@@ -114,46 +61,70 @@ void Sampler::cut_top_p(double mass) {
   std::erase_if(kept_, [&](const Candidate& c) { return likelier(least, c); });
 }
 
-void Sampler::cut_min_p(float min_p) {
-  std::erase_if(kept_, [&](const Candidate& c) { return c.weight < min_p; });
+// kept_: everything that top-p and min-p may keep. All tokens lighter than (1 - top_p) * total / V weigh less than
+// 1 - top_p together, so that the cut passes them by whatever it keeps; mostly a few of the likeliest do, and are tried
+// first.
+void Sampler::collect_likely(const RowBlocks& row, const SamplerOptions& options, double total) {
+  constexpr double kFirst = 1e-3, kNext = 1.0 / 32;
+  const double least = std::max((1.0 - options.top_p) * total / row.size(), options.min_p);
+  double floor = options.top_p < 1.0 ? std::max(std::min(kFirst * total, 1.0), least) : least;
+  for (;;) {
+    row.collect_weights_from(static_cast<float>(0.999 * floor), &kept_);
+    if (floor <= least || mass_of(kept_) >= options.top_p * total) return;
+    floor = std::max(kNext * floor, least);
+  }
+}
+
+// Weighs kept_ as if there were nothing else; returns the sum.
+double Sampler::weigh_top_k(float temperature) {
+  logits_.resize(kept_.size());
+  for (size_t i = 0; i < kept_.size(); ++i) logits_[i] = kept_[i].logit;
+  few_.survey(logits_.data(), static_cast<int>(logits_.size()));
+  const double total = few_.weigh(temperature);
+  few_.collect_weights_from(0.0f, &ranked_);
+  for (Candidate& c : ranked_) c.id = kept_[c.id].id;
+  kept_.swap(ranked_);
+  return total;
 }
 
 // kept_ is in order of id, so that the draw does not depend on how the candidates were found.
-int Sampler::draw(double uniform) const {
-  double total = 0.0, sum = 0.0;
-  for (const Candidate& c : kept_) total += c.weight;
+int Sampler::draw_kept(double uniform) const {
+  const double target = uniform * mass_of(kept_);
+  double sum = 0.0;
   int last = kNoToken;
   for (const Candidate& c : kept_) {
     if (c.weight == 0.0f) continue;
     last = c.id;
-    if ((sum += c.weight) > uniform * total) break;
+    if ((sum += c.weight) > target) break;
   }
   return last;
 }
 
-int Sampler::operator()(const float* logits, int vocab, const SamplerOptions& options, int64_t position) {
-  constexpr float kInfinity = std::numeric_limits<float>::infinity();
-  const int best = kernels().argmax(logits, vocab);
-  if (best < 0 || logits[best] == -kInfinity) return kNoToken;
-  const auto temperature = static_cast<float>(options.temperature);
-  if (temperature <= 0.0f || options.top_k == 1 || logits[best] == kInfinity) return best;
+int Sampler::draw(RowBlocks* row, const SamplerOptions& options, int64_t position) {
+  const int best = row->best();
+  if (best == kNoToken || options.greedy() || row->largest() == std::numeric_limits<float>::infinity()) return best;
   const double uniform = uniform_at(options.seed, static_cast<uint64_t>(position));
-  kept_.clear();
+  const float temperature = as_float(options.temperature);
   double total = 0.0;
-  if (options.top_k > 0 && options.top_k < vocab) {
-    collect_top_k(logits, vocab, options.top_k);
-    total = weigh_kept(logits[best], temperature);
+  if (options.top_k > 0 && options.top_k < row->size()) {
+    row->collect_top(options.top_k, &kept_);
+    total = weigh_top_k(temperature);
   } else {
-    weights_.resize(round_up(vocab, kLanes));
-    total = weigh_row(logits, vocab, logits[best], temperature, weights_.data());
-    if (options.top_p >= 1.0 && options.min_p <= 0.0) return draw_from_all(weights_.data(), vocab, uniform * total);
-    // All tokens lighter than this weigh less than 1 - top_p together: the cut passes them by whatever it keeps.
-    const double floor = std::max((1.0 - options.top_p) * total / vocab, options.top_p < 1.0 ? 0.0 : options.min_p);
-    collect_from(logits, vocab, static_cast<float>(0.999 * floor));
+    total = row->weigh(temperature);
+    if (options.top_p >= 1.0 && options.min_p <= 0.0) return row->draw(uniform * total);
+    collect_likely(*row, options, total);
   }
   if (options.top_p < 1.0) cut_top_p(options.top_p * total);
-  cut_min_p(static_cast<float>(options.min_p));
-  return draw(uniform);
+  std::erase_if(kept_, [&](const Candidate& c) { return c.weight < static_cast<float>(options.min_p); });
+  return draw_kept(uniform);
+}
+
+int Sampler::operator()(const float* logits, int vocab, const SamplerOptions& options, int64_t position) {
+  if (options.greedy()) {
+    const int best = kernels().argmax(logits, vocab);
+    return best < 0 || logits[best] == -std::numeric_limits<float>::infinity() ? kNoToken : best;
+  }
+  return row_.survey(logits, vocab) ? draw(&row_, options, position) : kNoToken;
 }
 
 }  // namespace hasten

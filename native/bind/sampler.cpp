@@ -19,7 +19,7 @@ Owned<int32_t> py_sample(const Input<float, 2>& logits, double temperature, int 
   {
     nb::gil_scoped_release release;
     pool().split(usable_cores(), rows, 1, [&](int begin, int end, int) {
-      Sampler sampler;
+      static thread_local Sampler sampler;  // its scratch is as long as a row
       for (int r = begin; r < end; ++r)
         tokens[r] = sampler(logits.data() + static_cast<size_t>(r) * vocab, vocab, options, positions.data()[r]);
     });

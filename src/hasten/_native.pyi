@@ -89,6 +89,36 @@ def sample(
     seed: int,
     positions: NDArray[np.int64],
 ) -> NDArray[np.int32]: ...
+
+class SequenceSampler:
+    def __init__(
+        self,
+        vocab: int,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+        seed: int,
+        repetition: float,
+        presence: float,
+        frequency: float,
+        bias: Sequence[tuple[int, float]],
+    ) -> None: ...
+    def add_prompt(self, tokens: Sequence[int]) -> None: ...
+    def accept(self, tokens: Sequence[int]) -> None: ...
+
+Score = tuple[int, float, int, tuple[tuple[int, float], ...]]  # token, logprob, rank, likeliest tokens
+
+def choose(
+    logits: NDArray[np.float32],
+    samplers: list[SequenceSampler],
+    drafts: Sequence[Sequence[int]],
+    positions: Sequence[int],
+    masks: list[NDArray[np.uint32] | None],
+    tops: list[int | None],
+    threads: int = 0,
+) -> list[tuple[list[int], list[Score], str]]: ...
+def score(logits: NDArray[np.float32], targets: Sequence[int], top: int, threads: int = 0) -> list[Score]: ...
 def divergence(
     ref: NDArray[np.float32], cand: NDArray[np.float32], targets: NDArray[np.int32], threads: int = 0
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]: ...
@@ -108,7 +138,7 @@ class RecentTexts:
 class DraftText:
     def __init__(self, recent: RecentTexts | None) -> None: ...
     def append(self, tokens: Sequence[int]) -> None: ...
-    def propose(self, most: int, least: int = 1) -> tuple[int, int, list[int]]: ...
+    def propose(self, most: int, least: int = 1) -> tuple[int, int, list[int], list[int]]: ...
     def lengths(self) -> list[int]: ...
     @property
     def tokens(self) -> int: ...
