@@ -385,6 +385,14 @@ class Engine:
         for output in outputs:
             self._mail.get(output.request_id, self._unclaimed).append(output)
 
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._answers
+
+    @property
+    def untidy(self) -> bool:
+        """Whether `tidy` has anything to do."""
+        return self._keeper.unsettled > 0
+
     def tidy(self) -> bool:
         """Do a little of what can wait: for when nothing else is to do. False: nothing is left.
 

@@ -1,0 +1,192 @@
+"""The engine for servers: a thread of its own steps it, any number of asyncio tasks listen."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from hasten.core import ServingOptions
+from hasten.engine.engine import Engine
+from hasten.engine.request import Output, Request
+from hasten.engine.stats import EngineStats
+from hasten.errors import HastenError
+
+if TYPE_CHECKING:
+    from hasten.engine.model import LanguageModel
+
+_log = logging.getLogger(__name__)
+_SETTLE_AFTER_S = 0.2  # of idleness: a client that asks again at once must not wait for work that could wait
+
+
+class EngineClosed(HastenError):
+    """The engine was closed, or its thread failed, before the request was done."""
+
+
+class _Listener:
+    """One request's outputs on their way to its asyncio task."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.ready = asyncio.Event()
+        self.news: deque[Output | BaseException] = deque()
+
+    def put(self, news: list[Output | BaseException]) -> None:
+        """From any thread: hand news over."""
+        self.loop.call_soon_threadsafe(self._arrive, news)
+
+    def _arrive(self, news: list[Output | BaseException]) -> None:
+        self.news.extend(news)
+        self.ready.set()
+
+
+class AsyncEngine:
+    """An Engine in a thread of its own. All methods may be called from any thread or loop.
+
+    Args:
+        model: nobody else may run it meanwhile.
+        options: caches, speculation, queue.
+    """
+
+    def __init__(self, model: LanguageModel, options: ServingOptions | None = None) -> None:
+        self.model = model
+        self._engine = Engine(model, options)
+        self._listeners: dict[str, _Listener] = {}
+        self._orders: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._state = "open"  # then "draining", then "closed"
+        self._thread_ended = False
+        self._stats = self._engine.stats()
+        self._thread = threading.Thread(target=self._run, name="hasten-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine itself; only its options and the model may be read from here."""
+        return self._engine
+
+    def stats(self) -> EngineStats:
+        """As of the end of the last step."""
+        return self._stats
+
+    async def stream(self, request: Request) -> AsyncIterator[Output]:
+        """Run a request; its outputs as they come. Closing the iterator cancels it within one step.
+
+        Raises:
+            UsageError, QueueFull, DeadlineError: with the first output, as `Engine.add`.
+            EngineClosed: the engine was closed, or failed.
+        """
+        if self._state != "open":
+            raise EngineClosed("the engine is shutting down", hint="ask another server, or again later")
+        request = replace(request, id=request.id or uuid4().hex)
+        if request.grammar is not None:  # reading one may take long; others go on meanwhile
+            await asyncio.to_thread(self._engine.compiler().compile, request.grammar)
+        listener, left = _Listener(), request.n
+        self._order(lambda: self._add(request, listener))
+        try:
+            while left:
+                await listener.ready.wait()
+                listener.ready.clear()
+                while listener.news:
+                    news = listener.news.popleft()
+                    if isinstance(news, BaseException):
+                        left = 0
+                        raise news
+                    left -= news.finish_reason is not None
+                    yield news
+        finally:
+            if left and not self._thread_ended:
+                with contextlib.suppress(EngineClosed):
+                    self._order(lambda: self._cancel(request.id))
+
+    async def close(self, drain: bool = True) -> None:
+        """Take nothing new; end what runs (drain: when it is done) and the thread. The model stays open."""
+        self._finish(drain)
+        await asyncio.to_thread(self._thread.join)
+
+    def _finish(self, drain: bool) -> None:
+        with self._wake:
+            self._state = "draining" if drain else "closed"
+            self._wake.notify()
+
+    # In the engine's thread ---------------------------------------------------------------------------------
+
+    def _order(self, order: Callable[[], None]) -> None:
+        with self._wake:
+            if self._thread_ended:
+                raise EngineClosed("the engine was closed", hint="start it again")
+            self._orders.append(order)
+            self._wake.notify()
+
+    def _add(self, request: Request, listener: _Listener) -> None:
+        if self._state == "closed":
+            listener.put([EngineClosed("the engine was closed", hint="start it again")])
+            return
+        try:
+            self._engine.add(request)
+            self._listeners[request.id] = listener
+        except HastenError as refused:
+            listener.put([refused])
+
+    def _cancel(self, request_id: str) -> None:
+        self._listeners.pop(request_id, None)
+        self._engine.cancel(request_id)
+
+    def _run(self) -> None:
+        failure: BaseException = EngineClosed("the engine was closed", hint="start it again")
+        try:
+            while self._next():
+                self._tell(self._engine.step())
+                self._stats = self._engine.stats()
+        except Exception as wrong:  # noqa: BLE001  whoever waits must hear of it, whatever it was
+            _log.exception("the engine stopped")
+            failure = wrong
+        with self._wake:
+            self._state, self._thread_ended = "closed", True
+        for order in self._orders:  # what came in the meantime hears it too
+            order()
+        for listener in self._listeners.values():
+            listener.put([failure])
+        self._engine.close()
+
+    def _next(self) -> bool:
+        """Follow orders and wait for work; False when it is time to stop."""
+        idle_since = time.monotonic()
+        while True:
+            with self._wake:
+                orders = list(self._orders)
+                self._orders.clear()
+                if not orders and not self._engine.busy:
+                    if self._state != "open":
+                        return False
+                    patience = _SETTLE_AFTER_S - (time.monotonic() - idle_since)
+                    if patience > 0 and self._engine.untidy:
+                        self._wake.wait(patience)
+                    elif not self._engine.untidy:
+                        self._wake.wait()
+            for order in orders:
+                order()
+            if self._state == "closed":
+                return False
+            if self._engine.busy:
+                return True
+            if not orders and time.monotonic() - idle_since >= _SETTLE_AFTER_S:
+                self._engine.tidy()
+
+    def _tell(self, outputs: list[Output]) -> None:
+        news: dict[str, list[Output | BaseException]] = {}
+        for output in outputs:
+            news.setdefault(output.request_id, []).append(output)
+        for name, some in news.items():
+            listener = self._listeners.get(name)
+            if listener is not None:
+                listener.put(some)
+            if name not in self._engine:
+                self._listeners.pop(name, None)
