@@ -12,7 +12,7 @@ constexpr size_t kRemembered = 128;  // tokens looked back on to find a sequence
 
 }  // namespace
 
-SuffixAutomaton::SuffixAutomaton() { states_.push_back({0, kNone, kNone, 0}); }
+SuffixAutomaton::SuffixAutomaton() { states_.push_back({0, kNone, kNone, 0, 0}); }
 
 size_t SuffixAutomaton::slot(int32_t state, int32_t token) const {
   const uint64_t key = uint64_t{static_cast<uint32_t>(state)} << 32 | static_cast<uint32_t>(token);
@@ -71,11 +71,13 @@ int32_t SuffixAutomaton::split(int32_t from, int32_t token, int32_t whole) {
 void SuffixAutomaton::append(int32_t token) {
   // Every suffix of the text until now has just occurred; only now, so that repeated() knows the time before.
   int32_t seen = states_[last_].link;
-  for (int step = 0; seen > 0 && step < kFresh; ++step, seen = states_[seen].link)
+  for (int step = 0; seen > 0 && step < kFresh; ++step, seen = states_[seen].link) {
     states_[seen].end = states_[last_].end;
+    ++states_[seen].count;
+  }
 
   const int32_t fresh = static_cast<int32_t>(states_.size());
-  states_.push_back({states_[last_].length + 1, 0, static_cast<int32_t>(text_.size()), 0});
+  states_.push_back({states_[last_].length + 1, 0, static_cast<int32_t>(text_.size()), 1, 0});
   text_.push_back(token);
   int32_t from = last_, next = kNone;
   for (; from != kNone && (next = target(from, token)) == kNone; from = states_[from].link) set(from, token, fresh);
@@ -98,6 +100,15 @@ SuffixAutomaton::Match SuffixAutomaton::advance(Match match, int32_t token) cons
     if (const int32_t next = target(state, token); next != kNone) return {next, match.length + 1};
   }
   return {};
+}
+
+Evidence SuffixAutomaton::evidence(int32_t& state, int32_t token) const {
+  if (state == 0) return Evidence::kOnce;  // the copy has gone on past the text's end
+  const int32_t times = states_[state].count;
+  state = std::max(target(state, token), 0);
+  if (state == 0 || times <= 1) return Evidence::kOnce;
+  if (states_[state].count >= times) return Evidence::kAlways;
+  return 2 * states_[state].count >= times ? Evidence::kMostly : Evidence::kSeldom;
 }
 
 size_t SuffixAutomaton::bytes() const {
@@ -187,11 +198,13 @@ DraftText::Proposal DraftText::propose(size_t most, int32_t least) {
   proposal.length = match.length;
   const std::vector<int32_t>& text = where->text();
   const size_t begin = static_cast<size_t>(where->end_of(match));
+  int32_t state = match.state;
   for (size_t i = begin; proposal.tokens.size() < most; ++i) {
     // past the end of its own text the sequence goes on with what it was just proposed
     const int32_t token = i < text.size() ? text[i] : proposal.tokens[i - text.size()];
     if (token == kSeparator) break;
     proposal.tokens.push_back(token);
+    proposal.evidence.push_back(static_cast<int32_t>(where->evidence(state, token)));
   }
   return proposal;
 }

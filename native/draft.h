@@ -9,12 +9,15 @@
 
 namespace hasten {
 
+// What followed a match so far, seen from one token.
+enum class Evidence { kOnce = 0, kAlways = 1, kMostly = 2, kSeldom = 3 };  // kMostly: half of the times or more
+
 // The smallest automaton that accepts every substring of a text, kept as the text grows; token ids as letters. A state
 // stands for substrings that end at the same places. Source: Blumer et al., The smallest automaton recognizing the
 // subwords of a text (1985); for drafts: Hu et al., SAM Decoding (2024), Oliaro et al., SuffixDecoding (2024).
 //
-// At most 2 states and 3 transitions a token. Most states have one transition, which stands in the state itself (24
-// bytes); the others stand in one hash table (16 bytes, and 4 to 8 of index).
+// At most 2 states and 3 transitions a token. Most states have one transition, which stands in the state itself (28
+// bytes); the others stand in one hash table (16 bytes, and 5 to 11 of index).
 class SuffixAutomaton {
  public:
   // A suffix of some other text that occurs in this one: the longest such, if it was moved on token by token.
@@ -33,20 +36,24 @@ class SuffixAutomaton {
   // The longest suffix of this text that occurs in it earlier.
   Match repeated() const;
   // Where in the text an occurrence of the match ends, exclusive: the latest one, without the one that ends the text.
-  // (Of a match with over kFresh suffixes that occur too, the shortest ones know an older occurrence.)
   int32_t end_of(Match match) const { return states_[match.state].end + 1; }
+  // What speaks for a token after a state's substrings, from what followed them so far; moves on to the state after it.
+  Evidence evidence(int32_t& state, int32_t token) const;
 
   const std::vector<int32_t>& text() const { return text_; }
   size_t bytes() const;  // memory held, spare room included
 
  private:
   static constexpr int32_t kNone = -1;
+  // With each token so many suffixes that occurred before have their place and count brought up to date, from the
+  // longest down: the rest stay behind, which only texts of one repeated token come to.
   static constexpr int kFresh = 64;
 
   struct State {
     int32_t length;  // of its longest substring
     int32_t link;    // the state of its longest suffix that ends at more places
-    int32_t end;     // where its latest known occurrence ends, inclusive
+    int32_t end;     // where its latest occurrence ends, inclusive
+    int32_t count;   // how often it occurs
     int32_t token;   // the first transition
     int32_t target = kNone;
     int32_t more = kNone;  // the others: a list in edges_
@@ -96,8 +103,9 @@ class DraftText {
   enum class Source { kNone = 0, kOwn = 1, kRecent = 2 };
   struct Proposal {
     Source source = Source::kNone;
-    int32_t length = 0;           // tokens matched
-    std::vector<int32_t> tokens;  // what followed them there
+    int32_t length = 0;             // tokens matched
+    std::vector<int32_t> tokens;    // what followed them there
+    std::vector<int32_t> evidence;  // of each token
   };
 
   // `recent` may be null.

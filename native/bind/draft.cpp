@@ -17,9 +17,9 @@ void need_tokens(const Tokens& tokens) {
   for (const int32_t token : tokens) require(token >= 0, "token ids are 0 or more");
 }
 
-std::tuple<int, int32_t, Tokens> py_propose(DraftText& draft, size_t most, int32_t least) {
+std::tuple<int, int32_t, Tokens, Tokens> py_propose(DraftText& draft, size_t most, int32_t least) {
   DraftText::Proposal found = draft.propose(most, least);
-  return {static_cast<int>(found.source), found.length, std::move(found.tokens)};
+  return {static_cast<int>(found.source), found.length, std::move(found.tokens), std::move(found.evidence)};
 }
 
 }  // namespace
@@ -46,8 +46,9 @@ void bind_draft(nb::module_& m) {
           nb::arg("tokens"), "Token ids the text goes on with.")
       .def(
           "propose", &py_propose, nb::arg("most"), nb::arg("least") = 1,
-          "(source, tokens matched, what followed): source 0 no match of at least `least` tokens, 1 the sequence's own "
-          "text, 2 a recent one; at most `most` token ids.")
+          "(source, tokens matched, what followed, evidence): source 0 no match of at least `least` tokens, 1 the "
+          "sequence's own text, 2 a recent one; at most `most` token ids. Evidence of each token, from what came after "
+          "the same tokens before: 0 they came once, 1 it always followed, 2 half of the times or more, 3 less.")
       .def("lengths", &DraftText::lengths,
            "Tokens of the text's end that occur earlier in it, in the newer and in the older half of the recent texts.")
       .def_prop_ro(

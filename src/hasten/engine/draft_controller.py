@@ -1,0 +1,180 @@
+"""How many tokens to guess in this step: as many as make tokens a second the most.
+
+The model, with its units:
+
+- A step of M rows takes t(M) seconds. `StepTimes` learns the table from steps that were measured.
+- The next token of a draft is confirmed with probability p. `Acceptance` learns p by how many tokens the
+  text's end has in common with the place that is copied from (once j tokens are confirmed, the match is j
+  tokens longer, so p changes along a draft) and by what else followed those tokens before. A single answer
+  may be easier or harder than the others: its odds are the shared ones times a factor of its own, its lift.
+- A draft of k tokens then gives 1 + p1 + p1 p2 + ... + p1 ... pk tokens. `choose` takes the drafted tokens of
+  all sequences in order of these products and stops where (expected tokens) / t(rows), tokens a second of the
+  whole batch, is the largest. Every total is looked at, for t(M) has steps.
+
+What is learnt about p costs nothing: a proposal is compared with the answer whether it was verified or not.
+So drafting stops as soon as it does not pay, and starts again with the first match that is worth it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+_GAIN = 0.1  # weight of a new measurement in t(M)
+_OUTLIER = 1.5  # a measurement counts at most as so many times what was expected: others use the machine too
+_FORGET = 512  # steps after which an entry of t(M) that was not measured again is no longer believed
+_SLOPE = (
+    0.05  # what a row adds to t(1), as a share of it, where nothing is known: hopeful, so that it is tried
+)
+_MARGIN = 1.02  # drafts must promise so much more than none: what is learnt is not exact
+_FLOOR = 0.02  # a token less likely than this is not looked at
+
+
+class StepTimes:
+    """Seconds a pure decode step takes, by rows: measured, averaged, straight lines in between."""
+
+    def __init__(self) -> None:
+        self._rows: list[int] = []  # measured, ascending
+        self._seconds: dict[int, float] = {}
+        self._seen: dict[int, int] = {}  # when each was last measured, in steps
+        self._times: dict[int, int] = {}  # how often it was
+        self._steps = 0
+
+    def observe(self, rows: int, seconds: float) -> None:
+        """A step of `rows` rows took so long."""
+        self._steps += 1
+        before = self._seconds.get(rows)
+        if before is None:
+            self._rows.insert(bisect_left(self._rows, rows), rows)
+            self._seconds[rows], self._times[rows] = seconds, 0
+        elif self._times[rows] < 3:  # the first steps of a kind meet cold memory
+            self._seconds[rows] = min(before, seconds)
+        else:
+            self._seconds[rows] += _GAIN * (min(seconds, _OUTLIER * before) - before)
+        self._seen[rows] = self._steps
+        self._times[rows] += 1
+        if self._steps % 64 == 0:
+            self._forget()
+
+    def _forget(self) -> None:
+        """An entry that was too high by chance would never be measured again if it were believed for ever."""
+        self._rows = [rows for rows in self._rows if self._steps - self._seen[rows] <= _FORGET]
+        for known in (self._seconds, self._seen, self._times):
+            for rows in known.keys() - set(self._rows):
+                del known[rows]
+
+    def curve(self, rows: int, count: int) -> list[float]:
+        """t(rows), ..., t(rows + count - 1), seconds; in units of the smallest step if none was measured."""
+        known, times = self._rows, self._seconds
+        if not known:
+            return [1.0 + _SLOPE * (row - rows) for row in range(rows, rows + count)]
+        first, last = known[0], known[-1]
+        slope = beyond = _SLOPE * times[first] / (1.0 + _SLOPE * (first - 1))
+        if first < last:  # no row costs more than those before: twice the rows are two steps at worst
+            beyond = max(0.0, min((times[last] - times[first]) / (last - first), times[last] / last))
+        curve = []
+        at = bisect_left(known, rows)
+        for row in range(rows, rows + count):
+            while at < len(known) and known[at] < row:
+                at += 1
+            if at == len(known):
+                curve.append(times[last] + beyond * (row - last))
+            elif known[at] == row:
+                curve.append(times[row])
+            elif at == 0:
+                curve.append(times[first] - slope * (first - row))
+            else:
+                low, high = known[at - 1], known[at]
+                share = (row - low) / (high - low)
+                curve.append(times[low] + share * (times[high] - times[low]))
+        return curve
+
+
+_BUCKETS = (1, 2, 3, 4, 5, 7, 9, 13, 17, 25, 33, 65)  # smallest match of each, tokens
+_BUCKET = [max(sum(least <= length for least in _BUCKETS) - 1, 0) for length in range(_BUCKETS[-1] + 1)]
+_PRIOR = (0.2, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.92, 0.95)
+_DOUBT = (0.7, 2.0, 0.5, 0.2)  # odds of each kind of evidence over the ones above
+_PRIOR_WEIGHT = 8.0  # tokens
+_MEMORY = 1 - 1 / 400  # of what was learnt over all answers, a token
+_PACE = 0.25  # of an answer's own factor: the step of its log odds for a token that was not expected at all
+_MOST_LIFT = 16.0
+
+
+def bucket_of(length: int) -> int:
+    """Which class a match of so many tokens falls into."""
+    return _BUCKET[min(length, _BUCKETS[-1])]
+
+
+class Acceptance:
+    """Odds that the next token of a draft is confirmed, learnt over all answers.
+
+    A class of tokens is a source (own text, recent texts), the evidence for the token (`_native.DraftText`:
+    what followed the same tokens before) and the length of the match.
+    """
+
+    def __init__(self, sources: int = 2) -> None:
+        odds = [[p / (1 - p) * doubt for p in _PRIOR] for doubt in _DOUBT]
+        self._hits = [[[_PRIOR_WEIGHT * o / (1 + o) for o in own] for own in odds] for _ in range(sources)]
+        self._misses = [[[_PRIOR_WEIGHT / (1 + o) for o in own] for own in odds] for _ in range(sources)]
+
+    def chance(self, source: int, length: int, evidence: int, lift: float = 1.0) -> float:
+        """Probability that a token after a match of `length` tokens is the right one, for odds x `lift`."""
+        bucket = bucket_of(length)
+        hits = lift * self._hits[source][evidence][bucket]
+        return hits / (hits + self._misses[source][evidence][bucket])
+
+    def gains(self, source: int, length: int, evidence: Sequence[int], lift: float) -> list[float]:
+        """Expected tokens that each token of a draft adds: products of chances, falling."""
+        gains, gain = [], 1.0
+        hits, misses = self._hits[source], self._misses[source]
+        for matched, kind in enumerate(evidence, length):
+            bucket = _BUCKET[matched] if matched < _BUCKETS[-1] else len(_BUCKETS) - 1
+            likely = lift * hits[kind][bucket]
+            gain *= likely / (likely + misses[kind][bucket])
+            if gain < _FLOOR:
+                break
+            gains.append(gain)
+        return gains
+
+    def learn(self, source: int, length: int, evidence: int, hit: bool, lift: float) -> float:
+        """The token after a match of `length` was or was not the right one; returns the answer's new lift.
+
+        The shared counts fade over some hundred tokens. The lift is logistic regression with one coefficient
+        (its log), learnt token by token.
+        """
+        expected = self.chance(source, length, evidence, lift)
+        bucket = bucket_of(length)
+        hits, misses = self._hits[source][evidence], self._misses[source][evidence]
+        hits[bucket] = hits[bucket] * _MEMORY + hit
+        misses[bucket] = misses[bucket] * _MEMORY + (not hit)
+        step = 1.0 + _PACE * (hit - expected)
+        return min(max(lift * step, 1 / _MOST_LIFT), _MOST_LIFT)
+
+
+def choose(gains: Sequence[Sequence[float]], times: StepTimes) -> list[int]:
+    """Draft lengths of the sequences that decode in this step.
+
+    Args:
+        gains: for each sequence the expected tokens that its first, second, ... drafted token adds; falling.
+            A sequence without a proposal has none but takes a row all the same.
+        times: t(M).
+
+    Returns:
+        Tokens to draft for each sequence. O(n log n) in the tokens proposed.
+    """
+    rows = len(gains)
+    ranked = sorted((-gain, which) for which, own in enumerate(gains) for gain in own)
+    lengths = [0] * rows
+    if not ranked:
+        return lengths
+    curve = times.curve(rows, len(ranked) + 1)
+    expected = float(rows)
+    best, taken = _MARGIN * expected / curve[0], 0
+    for count, (gain, _) in enumerate(ranked, 1):
+        expected -= gain
+        rate = expected / curve[count]
+        if rate > best:
+            best, taken = rate, count
+    for _, which in ranked[:taken]:
+        lengths[which] += 1
+    return lengths
