@@ -1,0 +1,258 @@
+"""What an answer must match: JSON schemas, regular expressions, grammars and choices, on llguidance.
+
+llguidance (https://github.com/guidance-ai/llguidance, MIT) walks the vocabulary's trie with a lexer of regular
+expression derivatives and an Earley parser; a mask of 150,000 tokens takes it 0.02 to 0.2 ms. It releases the
+interpreter lock while it compiles and while it makes masks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from hasten.errors import UsageError
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+    from hasten.models.tokenizer import Tokenizer
+
+GrammarKind = Literal["json_schema", "json_object", "regex", "lark", "choice", "structural"]
+MaskRows = npt.NDArray[np.uint32]
+
+_KEPT = 64  # compiled grammars a model keeps
+_PROBE = 4  # tokens taken on trial: an expression that explodes does so within the first
+_TOO_MUCH = ("too big", "too many", "too complex", "toocomplex", "fuel", "current row", "too large")
+_SIMPLER = "make it simpler: fewer alternatives, shorter repetitions"
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What an answer must match.
+
+    `source` is a JSON schema as JSON text, nothing for `json_object`, a regular expression (Rust's syntax; the
+    whole answer must match), a grammar in llguidance's Lark dialect, or a JSON list of texts for `choice`.
+    `structural` is a Lark grammar that `tool_grammar` wrote.
+    """
+
+    kind: GrammarKind
+    source: str = ""
+
+
+class GrammarCompiler:
+    """Grammars for one model's vocabulary. For several threads at once.
+
+    Args:
+        tokenizer: whose tokens the masks speak of; read at the first grammar (0.6 s for 150,000 tokens).
+        vocab_size: V, rows of the model's head; ids that the tokenizer lacks are never allowed.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._vocabulary: LLTokenizer | None = None
+        self._kept: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def compile(self, grammar: Grammar) -> CompiledGrammar:
+        """A grammar ready to start answers with; the last 64 are kept.
+
+        Time and memory are bounded by llguidance's own counters, not by a clock: the same grammar is taken or
+        refused on every machine.
+
+        Raises:
+            UsageError: the grammar is not valid, uses what is not supported, matches nothing or is too big.
+        """
+        with self._lock:
+            if grammar in self._kept:
+                self._kept.move_to_end(grammar)
+                return self._kept[grammar]
+        compiled = self._compile(grammar)
+        with self._lock:
+            self._kept[grammar] = compiled
+            while len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+        return compiled
+
+    def _compile(self, grammar: Grammar) -> CompiledGrammar:
+        from llguidance import LLMatcher
+
+        from hasten.engine.grammar_source import LIMITS, source_of
+
+        source = source_of(grammar)
+        matcher = LLMatcher(self._get_vocabulary(), source, log_level=0, limits=LIMITS())
+        if matcher.is_error():
+            raise _refusal(grammar, matcher.get_error())
+        compiled = CompiledGrammar(grammar, matcher, self._vocab_size, self._tokenizer.eos_ids)
+        compiled.probe()
+        return compiled
+
+    def _get_vocabulary(self) -> LLTokenizer:
+        with self._lock:
+            if self._vocabulary is None:
+                from hasten.engine.grammar_vocabulary import vocabulary_of
+
+                self._vocabulary = vocabulary_of(self._tokenizer, self._vocab_size)
+            return self._vocabulary
+
+
+class CompiledGrammar:
+    """One grammar over one vocabulary; made by `GrammarCompiler.compile`."""
+
+    def __init__(
+        self, grammar: Grammar, matcher: LLMatcher, vocab_size: int, eos_ids: tuple[int, ...]
+    ) -> None:
+        self.grammar = grammar
+        self.vocab_size = vocab_size
+        self.eos_ids = frozenset(index for index in eos_ids if index < vocab_size)
+        self._matcher = matcher
+
+    def start(self) -> GrammarState:
+        """The state before the first token of an answer; microseconds, the compiled parts are shared."""
+        return GrammarState(self)
+
+    def new_matcher(self) -> LLMatcher:
+        """llguidance's matcher before the first token."""
+        return self._matcher.deep_copy()
+
+    def probe(self) -> None:
+        """Take a few tokens on trial.
+
+        Raises:
+            UsageError: nothing matches, or the first steps are already too much work.
+        """
+        state = self.start()
+        for _ in range(_PROBE):
+            if state.finished:
+                return
+            row = state.masks(())[0]
+            allowed = np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little"))
+            state.accept([int(allowed[-1])])
+        state.masks(())
+
+
+class GrammarState:
+    """How far one answer has come in its grammar. One thread at a time."""
+
+    def __init__(self, compiled: CompiledGrammar) -> None:
+        self._compiled = compiled
+        self._matcher = compiled.new_matcher()
+        self._accepted: list[int] = []
+        self._ended = False
+        self._failure = ""
+
+    @property
+    def finished(self) -> bool:
+        """Whether only an end token is left, or has come."""
+        return self._ended or (self._matcher.is_stopped() and not self._matcher.is_error())
+
+    def masks(self, drafts: Sequence[int]) -> MaskRows:
+        """Which tokens may come now, and after each draft.
+
+        Args:
+            drafts: tokens that may come next, in order. The first that the grammar forbids, or that ends the
+                answer, cuts the rest.
+
+        Returns:
+            uint32 [1 + k, ceil(V / 32)], k <= len(drafts); bit i of word w is token 32 w + i. End tokens are
+            allowed exactly where the grammar is matched, and nothing else is where it can only end.
+
+        Raises:
+            UsageError: the grammar needs more work than its limits allow, or no token of the vocabulary spells
+                what it asks next. The answer cannot go on.
+        """
+        rows: MaskRows = np.zeros((1 + len(drafts), (self._compiled.vocab_size + 31) // 32), np.uint32)
+        reason = self._failure or self._fill(rows[0])
+        if reason:
+            raise _refusal(self._compiled.grammar, reason)
+        used = 0
+        while used < len(drafts) and self._take(rows[used], drafts[used], rows[used + 1]):
+            used += 1
+        if self._matcher.is_error():
+            self._restore()
+        elif used:
+            self._matcher.rollback(used)
+        return rows[: used + 1]
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        """Go on by tokens that came, an end token among them perhaps.
+
+        A token that no mask allowed makes the next `masks` raise.
+        """
+        for token in tokens:
+            if token in self._compiled.eos_ids:
+                self._ended = True
+            if self._ended or self._failure:
+                return
+            if not self._matcher.try_consume_tokens([int(token)]):
+                self._failure = self._matcher.get_error() or f"token {token} is not allowed here"
+                return
+            self._accepted.append(int(token))
+
+    def forced(self) -> list[int]:
+        """Tokens that the grammar leaves no choice about from here on, in order: drafts that cost nothing."""
+        if self.finished or self._failure or self._matcher.is_error():
+            return []
+        return self._matcher.compute_ff_tokens()
+
+    def _fill(self, row: MaskRows) -> str:
+        """Write one mask; the reason where there is none."""
+        if self.finished:
+            for token in self._compiled.eos_ids:
+                row[token >> 5] |= np.uint32(1 << (token & 31))
+            return ""
+        self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        if self._matcher.is_error():
+            return self._matcher.get_error()
+        return "" if row.any() else "NoExtension"
+
+    def _take(self, row: MaskRows, token: int, after: MaskRows) -> bool:
+        """Consume a draft that `row` allows and write the mask after it; False cuts the drafts here."""
+        if not 0 <= token < self._compiled.vocab_size or token in self._compiled.eos_ids or self._ended:
+            return False
+        if not int(row[token >> 5]) >> (token & 31) & 1:
+            return False
+        if not self._matcher.try_consume_tokens([int(token)]):
+            return False
+        if self._fill(after):
+            if not self._matcher.is_error():
+                self._matcher.rollback(1)
+            return False
+        return True
+
+    def _restore(self) -> None:
+        """A draft used its work up; the state before it is built again from the accepted tokens."""
+        self._matcher = self._compiled.new_matcher()
+        self._matcher.consume_tokens(self._accepted)
+
+
+def _refusal(grammar: Grammar, reason: str) -> UsageError:
+    """llguidance's words as an error of ours: what is wrong and what to do."""
+    what = {
+        "json_schema": "the JSON schema",
+        "json_object": "the JSON object",
+        "regex": "the regular expression",
+        "lark": "the grammar",
+        "choice": "the choice",
+        "structural": "the tools' grammar",
+    }[grammar.kind]
+    first = " ".join(reason.split("<state>")[0].replace("<non-verbose/>", "").split())
+    if len(first) > 300:
+        first = first[:200] + " ... " + first[-80:]
+    if "NoExtension" in first:
+        return UsageError(
+            f"{what} cannot be matched: nothing, or no token of this model, may come next",
+            hint="look for contradictions and for references that only lead back to themselves",
+        )
+    if any(sign in first.lower() for sign in _TOO_MUCH):
+        return UsageError(f"{what} needs too much work: {first}", hint=_SIMPLER)
+    return UsageError(
+        f"{what} cannot be used: {first}",
+        hint="leave out what is named, or see https://github.com/guidance-ai/llguidance/tree/main/docs",
+    )
