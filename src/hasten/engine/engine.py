@@ -176,11 +176,16 @@ class Engine:
         """What is left to compute of prompts, and of answers that were preempted, up to the step's budget."""
         budget, chunks = self._executor.chunk, []
         decoding = {id(work.answer) for work in works}
+        making: set[bytes] = set()
         for answer in sorted(self._scheduler.running, key=self._scheduler.order):
             if budget == 0 or id(answer) in decoding:
                 continue
+            self._keeper.catch_up(answer)
+            if making.intersection(self._keeper.next_keys(answer, 1)):
+                continue  # another one computes the same: it is there in the next step
             known = answer.prompt_tokens - answer.cached.length if answer.in_prompt else answer.pending
             chunks.append(Work.of(answer, min(known, budget)))  # its pages were given when it was admitted
+            making.update(self._keeper.next_keys(answer, chunks[-1].count))
             budget -= chunks[-1].count
         return chunks
 

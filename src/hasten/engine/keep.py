@@ -79,6 +79,33 @@ class PrefixKeeper:
             self._counters.prefix_query_tokens += known
         return True
 
+    def next_keys(self, answer: Answer, tokens: int) -> list[bytes]:
+        """The keys of the pages that a prompt's next `tokens` tokens fill."""
+        size, start = self._pool.page_tokens, answer.cached.length
+        if self._prefix is None or answer.chain is None or not answer.in_prompt:
+            return []
+        return answer.chain.keys[start // size : max((start + tokens) // size, start // size + 1)]
+
+    def catch_up(self, answer: Answer) -> None:
+        """Take what others have computed of an answer's prompt since it was admitted."""
+        if self._prefix is None or not any(key in self._prefix for key in self.next_keys(answer, 1)):
+            return
+        found, known = self._match(answer), len(answer.tokens)
+        if found.tokens <= answer.cached.length:
+            for page in found.pages:
+                self._pool.release(page)
+            return
+        gained = found.tokens - answer.cached.length
+        is_long = answer.cached.is_long
+        self._executor.truncate(answer.cached, 0)
+        answer.cached = CachedSequence(found.pages, found.tokens, is_long)
+        self._pool.grow(answer.cached, known)
+        answer.published = found.tokens // self._pool.page_tokens
+        if answer.preemptions == 0:
+            answer.hit_tokens += gained
+            self._counters.prefix_hit_tokens += gained
+            self._counters.disk_hit_tokens += found.disk_tokens
+
     def _match(self, answer: Answer) -> Match:
         self._cover(answer)
         assert answer.chain is not None

@@ -134,6 +134,9 @@ class PrefixCache:
         """Pages in the cache."""
         return len(self._entries)
 
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._entries
+
     def match(self, tokens: Sequence[int], chain: Chain) -> Match:
         """Take the longest computed prefix of a prompt, the last token left out: its result is wanted.
 
