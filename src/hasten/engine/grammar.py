@@ -1,8 +1,8 @@
 """What an answer must match: JSON schemas, regular expressions, grammars and choices, on llguidance.
 
-llguidance (https://github.com/guidance-ai/llguidance, MIT) walks the vocabulary's trie with a lexer of regular
-expression derivatives and an Earley parser; a mask of 150,000 tokens takes it 0.02 to 0.2 ms. It releases the
-interpreter lock while it compiles and while it makes masks.
+llguidance (https://github.com/guidance-ai/llguidance, MIT) walks the vocabulary's trie with a lexer of
+regular expression derivatives and an Earley parser; a mask of 150,000 tokens takes it 0.02 to 0.2 ms. It
+releases the interpreter lock while it compiles and while it makes masks.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _SIMPLER = "make it simpler: fewer alternatives, shorter repetitions"
 class Grammar:
     """What an answer must match.
 
-    `source` is a JSON schema as JSON text, nothing for `json_object`, a regular expression (Rust's syntax; the
-    whole answer must match), a grammar in llguidance's Lark dialect, or a JSON list of texts for `choice`.
-    `structural` is a Lark grammar that `tool_grammar` wrote.
+    `source` is a JSON schema as JSON text, nothing for `json_object`, a regular expression (Rust's syntax,
+    digits are 0 to 9; the whole answer must match), a grammar in llguidance's Lark dialect, or a JSON list of
+    texts for `choice`. `structural` is a Lark grammar that `tool_grammar` wrote.
     """
 
     kind: GrammarKind
@@ -83,10 +83,10 @@ class GrammarCompiler:
     def _compile(self, grammar: Grammar) -> CompiledGrammar:
         from llguidance import LLMatcher
 
-        from hasten.engine.grammar_source import LIMITS, source_of
+        from hasten.engine.grammar_source import limits, source_of
 
         source = source_of(grammar)
-        matcher = LLMatcher(self._get_vocabulary(), source, log_level=0, limits=LIMITS())
+        matcher = LLMatcher(self._get_vocabulary(), source, log_level=0, limits=limits())
         if matcher.is_error():
             raise _refusal(grammar, matcher.get_error())
         compiled = CompiledGrammar(grammar, matcher, self._vocab_size, self._tokenizer.eos_ids)
@@ -112,6 +112,9 @@ class CompiledGrammar:
         self.vocab_size = vocab_size
         self.eos_ids = frozenset(index for index in eos_ids if index < vocab_size)
         self._matcher = matcher
+        self.end_row: MaskRows = np.zeros((vocab_size + 31) // 32, np.uint32)
+        for token in self.eos_ids:
+            self.end_row[token >> 5] |= np.uint32(1 << (token & 31))
 
     def start(self) -> GrammarState:
         """The state before the first token of an answer; microseconds, the compiled parts are shared."""
@@ -149,7 +152,7 @@ class GrammarState:
 
     @property
     def finished(self) -> bool:
-        """Whether only an end token is left, or has come."""
+        """Whether only an end token is left, or has come; an empty match shows with its first mask."""
         return self._ended or (self._matcher.is_stopped() and not self._matcher.is_error())
 
     def masks(self, drafts: Sequence[int]) -> MaskRows:
@@ -164,13 +167,15 @@ class GrammarState:
             allowed exactly where the grammar is matched, and nothing else is where it can only end.
 
         Raises:
-            UsageError: the grammar needs more work than its limits allow, or no token of the vocabulary spells
-                what it asks next. The answer cannot go on.
+            UsageError: the grammar needs more work than its limits allow, or no token of the vocabulary
+                spells what it asks next. The answer cannot go on.
         """
         rows: MaskRows = np.zeros((1 + len(drafts), (self._compiled.vocab_size + 31) // 32), np.uint32)
         reason = self._failure or self._fill(rows[0])
         if reason:
             raise _refusal(self._compiled.grammar, reason)
+        if np.array_equal(rows[0], self._compiled.end_row):
+            self._ended = True
         used = 0
         while used < len(drafts) and self._take(rows[used], drafts[used], rows[used + 1]):
             used += 1
@@ -204,8 +209,7 @@ class GrammarState:
     def _fill(self, row: MaskRows) -> str:
         """Write one mask; the reason where there is none."""
         if self.finished:
-            for token in self._compiled.eos_ids:
-                row[token >> 5] |= np.uint32(1 << (token & 31))
+            row[:] = self._compiled.end_row
             return ""
         self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
         if self._matcher.is_error():

@@ -34,7 +34,7 @@ _KNOWN = _SCHEMAS | _SCHEMA_LISTS | _SCHEMA_MAPS | _RULES | _NOTES
 
 
 @functools.cache
-def LIMITS() -> LLParserLimits:  # noqa: N802 - a constant that needs the library
+def limits() -> LLParserLimits:
     """Work that one grammar may cause: about 0.2 s to compile, 15 ms a mask; memory follows the states."""
     from llguidance import LLParserLimits
 
@@ -55,7 +55,7 @@ def source_of(grammar: Grammar) -> str:
     Raises:
         UsageError: the source is too long, too deep, no Unicode or JSON, or a schema has an unknown keyword.
     """
-    from llguidance import LLMatcher
+    from llguidance import LLMatcher, regex_to_lark
 
     _check_text(grammar.source)
     match grammar.kind:
@@ -68,7 +68,8 @@ def source_of(grammar: Grammar) -> str:
         case "choice":
             return LLMatcher.grammar_from_lark(_choice(grammar.source))
         case "regex":
-            return LLMatcher.grammar_from_regex(grammar.source)
+            # \d means 0 to 9, as in JSON schemas, not the digits of all scripts
+            return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(grammar.source, 'd')}/")
         case "lark" | "structural":
             return LLMatcher.grammar_from_lark(grammar.source)
     raise UsageError(
@@ -105,8 +106,8 @@ def parsed(source: str) -> Any:
 def check_schema(schema: Any) -> None:
     """Walk a JSON schema's nested schemas.
 
-    llguidance refuses what it knows and lacks (`not`, `uniqueItems`); what it does not know it would pass over,
-    as the standard wants of annotations. A misspelt `requierd` is no annotation, so both are refused by name.
+    llguidance refuses what it knows and lacks (`not`, `uniqueItems`); what it does not know it would pass
+    over, as the standard wants of annotations. A misspelt `requierd` is none: both are refused by name.
 
     Raises:
         UsageError: a keyword is neither a rule nor a known annotation, or the nesting is too deep.
@@ -151,11 +152,11 @@ def _choice(source: str) -> str:
         raise UsageError("a choice must be a JSON list of texts", hint='for example ["yes", "no"]')
     texts = [text for text in dict.fromkeys(choices) if text]
     alternatives = " | ".join(quoted(text) for text in texts)
-    if len(texts) == len(choices):
-        return f"start: CHOICE\nCHOICE: {alternatives}\n"
-    return f"start: CHOICE?\nCHOICE: {alternatives}\n" if texts else 'start: ""\n'
+    if not texts:
+        return 'start: ""\n'
+    return f"start: CHOICE{'?' * ('' in choices)}\nCHOICE: {alternatives}\n"
 
 
 def quoted(text: str) -> str:
     """A text as a literal of a Lark grammar."""
-    return json.dumps(text, ensure_ascii=False)
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
