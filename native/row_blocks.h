@@ -37,8 +37,8 @@ class RowBlocks {
   // 1 for the likeliest token.
   int rank_of(int id) const;
 
-  // The sum of e^((logit - largest) / temperature), in doubles; the largest must be finite. Weights are good to 2 units
-  // in the last place of a float; below e^-87 they are 0.
+  // The sum of e^((logit - largest) / temperature), good to 3e-7 of itself; the largest must be finite. A weight w is
+  // good to (1 - ln w) * 1e-7 of itself; below e^-87 it is 0.
   double weigh(float temperature);
   // The first token whose running sum of weights passes `target`, in order of id. After weigh().
   int draw(double target) const;
@@ -55,7 +55,7 @@ class RowBlocks {
   const float* row_ = nullptr;
   int n_ = 0;
   float largest_ = 0.0f;
-  float per_temperature_ = 0.0f;  // 1 / the temperature weighed with; 0 = not weighed yet
+  float factor_ = 0.0f;  // log2(e) / the temperature weighed with; 0 = not weighed yet
   double total_ = 0.0;
   float tail_[kBlock];  // the last block where it is not whole, filled up with minus infinity
   std::vector<float> block_largest_;
