@@ -13,7 +13,9 @@ from hasten.bench.workloads import PromptRing, default_text
 
 Message = dict[str, str]
 
-INTRODUCTION = "You answer questions about Python for our customers. This is the part of the manual you have:\n"
+INTRODUCTION = (
+    "You answer questions about Python for our customers. This is the part of the manual you have:\n"
+)
 
 TOPICS = (
     "list comprehensions",

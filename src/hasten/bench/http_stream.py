@@ -98,7 +98,9 @@ async def send(
         raise PeerError(f"{method} {path}: {type(error).__name__}: {error}") from None
 
 
-def send_now(address: Address, method: str, path: str, body: bytes = b"", limit_s: float = 60.0) -> HttpAnswer:
+def send_now(
+    address: Address, method: str, path: str, body: bytes = b"", limit_s: float = 60.0
+) -> HttpAnswer:
     """`send` for callers that are not asynchronous."""
     return asyncio.run(send(address, method, path, body, limit_s=limit_s))
 

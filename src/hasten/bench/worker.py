@@ -42,6 +42,7 @@ class Worker:
             "prepare": self.prepare,
             "load": self.load,
             "run": self.run,
+            "chats": self.chats,
             "cost": self.cost,
             "encode": lambda text: self._engine.encode(text),
             "decode": lambda ids: self._engine.decode(ids),
@@ -74,6 +75,10 @@ class Worker:
     def run(self, prompts: list[list[int]], output: int) -> Any:
         """One timed run."""
         return as_json(self._engine.generate(prompts, output))
+
+    def chats(self, prompts: list[list[int]], output: int) -> Any:
+        """Many requests at once, each timed for itself (engines that batch continuously)."""
+        return as_json(self._engine.chats(prompts, output))
 
     def cost(self, workload: dict[str, Any]) -> Any:
         """The workload's cost (our engine only)."""

@@ -24,7 +24,9 @@ def load(spec: EngineSpec, prepared: str) -> Subject:
     import hasten
     from hasten.engine.model import load as load_model
 
-    model = load_model(prepared, recipe=spec.format or None, threads=spec.threads, context=spec.context)
+    model = load_model(  # keeping it would write to the disk while others are timed
+        prepared, recipe=spec.format or None, threads=spec.threads, context=spec.context, store=False
+    )
     return Subject(model=model, version=hasten.__version__, format=model.recipe.name)
 
 

@@ -1,0 +1,96 @@
+"""The bars of serving: measures them, compares with the limit, writes benchmarks/results/serving-*.json.
+
+    python benchmarks/serving.py all --artifact w4.hasten --peer-python PATH
+    python benchmarks/serving.py turns --artifact w4.hasten
+
+The artifact is made of the source model with recipe w4 if there is none at that path. PATH is a Python with
+openvino-genai, optimum-intel and "llama-cpp-python[server]"; `--isa` is as in bars.py. The soak (soak.py) and
+speculation (speculation.py) are scripts of their own. Run it on a quiet machine. Exit code 1: a bar was
+missed or could not be measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from bar import Benchmark, Settings, record, say
+from hasten.errors import HastenError
+
+RECIPE = "w4"
+
+
+def benchmarks() -> dict[str, Benchmark]:
+    """Subcommand -> what it measures."""
+    import serving_chats
+    import serving_cost
+    import serving_turns
+
+    return {
+        "chats": serving_chats.measure,
+        "turns": serving_turns.from_memory,
+        "disk": serving_turns.from_disk,
+        "zero-hit": serving_cost.zero_hit,
+        "overhead": serving_cost.overhead,
+        "startup": serving_cost.start,
+    }
+
+
+def main() -> int:
+    """Run the benchmark that was asked for, or all of them."""
+    known = benchmarks()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["all", *known])
+    parser.add_argument("--model", default="demo", help="the source model")
+    parser.add_argument(
+        "--artifact", default="demo-w4.hasten", help="made from the source if it is not there"
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--peer-python", default=os.environ.get("HASTEN_PEER_PYTHON"))
+    parser.add_argument("--isa", choices=["avx2", "avx512"], help="keep every engine to this instruction set")
+    given = parser.parse_args()
+    settings = Settings(given.model, given.artifact, given.threads, given.runs, given.peer_python, given.isa)
+    os.environ.update(settings.environment())
+    try:
+        make_artifact(settings)
+    except HastenError as error:
+        say(f"no artifact: {error.message}")
+        return 1
+    names = list(known) if given.what == "all" else [given.what]
+    kept = [run(name, known[name], settings) for name in names]
+    return 0 if all(kept) else 1
+
+
+def make_artifact(settings: Settings) -> None:
+    """Pack the source model as w4 and keep it at the artifact's path, once."""
+    if Path(settings.artifact).exists():
+        return
+    from hasten.compress.artifact import save
+    from hasten.compress.pack import pack_model
+    from hasten.core import Recipe
+    from hasten.models.open import open_model
+
+    say(f"packing {settings.model} as {RECIPE} to {settings.artifact}")
+    source = open_model(settings.model)
+    save(settings.artifact, pack_model(source, Recipe.parse(RECIPE), settings.threads), source, {})
+
+
+def run(name: str, benchmark: Benchmark, settings: Settings) -> bool:
+    """One benchmark; True if all its bars were kept."""
+    say(f"== {name}")
+    try:
+        bars, details = benchmark(settings)
+    except HastenError as error:
+        say(f"failed: {error.message}" + (f"\nhint: {error.hint}" if error.hint else ""))
+        return False
+    say(f"written: {record(f'serving-{name}', settings, bars, details)}")
+    return all(bar.passed for bar in bars)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

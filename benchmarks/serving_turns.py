@@ -1,0 +1,132 @@
+"""What the prefix cache saves in a conversation: from memory, and from disk after a restart."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field
+from typing import Any
+
+import serving_contenders as contenders
+from bar import Bar, Settings, say
+from hasten.bench.chats import Conversation, Message
+from hasten.bench.load import Answer
+from hasten.bench.stats import percentile, stat
+from hasten.errors import PeerError
+
+FIRST_TOKENS = 4
+"""Tokens asked for where only the first is timed."""
+
+
+@dataclass
+class Waits:
+    """Times to first token of the last turn, ms, and how much of its prompt the cache held."""
+
+    hot_ms: list[float] = field(default_factory=list)
+    cold_ms: list[float] = field(default_factory=list)
+    prompt_tokens: list[int | None] = field(default_factory=list)
+    cached_tokens: list[int | None] = field(default_factory=list)
+
+    def add(self, hot: Answer, cold: Answer) -> None:
+        """One more conversation."""
+        self.hot_ms.append(_ttft_ms(hot))
+        self.cold_ms.append(_ttft_ms(cold))
+        self.prompt_tokens.append(hot.prompt_tokens)
+        self.cached_tokens.append(hot.cached_tokens)
+        say(
+            f"conversation {len(self.hot_ms)}: last turn {self.hot_ms[-1]:.1f} ms "
+            f"({hot.cached_tokens} of {hot.prompt_tokens} tokens cached), "
+            f"cold {self.cold_ms[-1]:.0f} ms ({cold.cached_tokens} cached)"
+        )
+
+    @property
+    def ratio(self) -> float:
+        """Median over median."""
+        return percentile(self.hot_ms, 0.5) / percentile(self.cold_ms, 0.5)
+
+    def details(self) -> dict[str, Any]:
+        """For the record."""
+        return {
+            "hot_ms": stat(self.hot_ms),
+            "cold_ms": stat(self.cold_ms),
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "ratio": self.ratio,
+        }
+
+
+def from_memory(settings: Settings) -> tuple[list[Bar], Any]:
+    """Turn 6 of a conversation about a text; and of one whose turns are all of one length, without a bar."""
+    about_text, even = _conversations(settings)
+    text_waits, even_waits = Waits(), Waits()
+    with contenders.our_server(settings) as served:
+        _warm_up(served)
+        for number in range(settings.runs):
+            for plan, waits, offset in ((about_text, text_waits, 0), (even, even_waits, 500)):
+                messages = talk(served, plan, number + offset, plan.turns)
+                hot = one(served, messages, FIRST_TOKENS)
+                waits.add(hot, one(served, renamed(messages, f"cold {number}"), FIRST_TOKENS))
+    bars = [Bar("TTFT of turn 6 at 2,000 tokens / cold prefill", text_waits.ratio, 0.06, "x", at_least=False)]
+    return bars, {"about_a_text": text_waits.details(), "even_turns": even_waits.details()}
+
+
+def from_disk(settings: Settings) -> tuple[list[Bar], Any]:
+    """The same, with the server ended (SIGTERM) before turn 6 and started anew on the same folder."""
+    plan, _ = _conversations(settings)
+    waits = Waits()
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(settings.runs):
+            with contenders.our_server(settings, "--kv-disk", folder) as served:
+                messages = talk(served, plan, number, plan.turns)
+                served.server.terminate()
+            with contenders.our_server(settings, "--kv-disk", folder) as served:
+                _warm_up(served)
+                hot = one(served, messages, FIRST_TOKENS)
+                waits.add(hot, one(served, renamed(messages, f"cold {number}"), FIRST_TOKENS))
+    name = "TTFT of turn 6 after a restart, from disk / cold prefill"
+    return [Bar(name, waits.ratio, 0.20, "x", at_least=False)], waits.details()
+
+
+def talk(served: contenders.Served, plan: Conversation, number: int, turns: int) -> list[Message]:
+    """Hold a conversation up to the question of turn `turns`, which is not yet answered."""
+    messages = [plan.opening(number)]
+    for turn in range(2, turns + 1):
+        answer = one(served, messages, plan.answer_tokens)
+        messages += [{"role": "assistant", "content": answer.text}, plan.question(turn)]
+    return messages
+
+
+def one(served: contenders.Served, messages: list[Message], output: int) -> Answer:
+    """One good answer.
+
+    Raises:
+        PeerError: it is none.
+    """
+    answer = served.ask([messages], output)[0]
+    if answer.error:
+        raise PeerError(f"{served.name}: {answer.error}")
+    return answer
+
+
+def renamed(messages: list[Message], name: str) -> list[Message]:
+    """The same conversation with other first words: nothing of it is cached."""
+    first = {**messages[0], "content": f"{name}. " + messages[0]["content"].partition(". ")[2]}
+    return [first, *messages[1:]]
+
+
+def _conversations(settings: Settings) -> tuple[Conversation, Conversation]:
+    from hasten.models.open import open_model
+
+    tokenizer = open_model(settings.model).tokenizer()
+    even = Conversation(tokenizer, answer_tokens=300, question_tokens=24)
+    return Conversation(tokenizer), even
+
+
+def _warm_up(served: contenders.Served) -> None:
+    """A long prompt of its own: weights and buffers are then in memory."""
+    one(served, [{"role": "user", "content": "Say something about this list: " + "item, " * 400}], 16)
+
+
+def _ttft_ms(answer: Answer) -> float:
+    if answer.first_s is None:
+        raise PeerError(f"an answer without text: {answer}")
+    return 1000 * answer.first_s
