@@ -66,6 +66,7 @@ def save(
     source: Source,
     plan: Mapping[str, Any],
     extra: Mapping[str, bytes] | None = None,
+    threads: int | None = None,
 ) -> Path:
     """Write an artifact; one that is there already is replaced in one step, and survives any failure.
 
@@ -75,17 +76,21 @@ def save(
         source: where it came from: its tokenizer and the digests of its files go along.
         plan: what is known about the choice; written into plan.json beside what reading needs.
         extra: more files by name (report.html).
+        threads: for the checksums; None uses the cores this process may use.
 
     Raises:
         DiskError: full, read-only or forbidden disk; or a folder that is no artifact stands there.
     """
+    count = _native.usable_cores() if threads is None else threads
     with new_folder(folder, marker=_PLAN) as fresh:
         write_json(fresh / "config.json", as_json(packed.config))
         write_atomic(fresh / _WEIGHTS, _weights_writer(packed))
         source.tokenizer().save(fresh)
         for name, data in (extra or {}).items():
             write_atomic(fresh / name, data)
-        files = {p.name: _fingerprint(p) for p in sorted(fresh.iterdir()) if p.name not in (extra or {})}
+        files = {
+            p.name: _fingerprint(p, count) for p in sorted(fresh.iterdir()) if p.name not in (extra or {})
+        }
         sources = [{"path": f.path.name, "bytes": f.bytes, "sha256": sha256_of(f)} for f in source.files]
         record = {
             **plan,
@@ -96,7 +101,7 @@ def save(
                 "layout_version": LAYOUT_VERSION,
                 "piece_bytes": PIECE_BYTES,
                 "files": files,
-                "tensors": _tensor_checksums(packed),
+                "tensors": {name: checksum_of(linear, count) for name, linear in packed.linears.items()},
             },
         }
         write_json(fresh / _PLAN, record)
@@ -112,14 +117,9 @@ def _recipe_json(packed: PackedModel) -> dict[str, Any]:
     }
 
 
-def _tensor_checksums(packed: PackedModel) -> dict[str, str]:
-    threads = _native.usable_cores()
-    return {name: checksum_of(linear, threads) for name, linear in packed.linears.items()}
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
+def _fingerprint(path: Path, threads: int) -> dict[str, Any]:
     data = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
-    sums = _native.checksums(np.asarray(data), PIECE_BYTES, _native.usable_cores())
+    sums = _native.checksums(np.asarray(data), PIECE_BYTES, threads)
     return {"bytes": int(data.size), "xxh64": [f"{value:016x}" for value in sums]}
 
 
@@ -164,6 +164,16 @@ def load_artifact(folder: str | Path) -> Artifact:
     source = plan.get("source")
     name = str(source["name"]) if isinstance(source, dict) and "name" in source else path.stem
     return Artifact(name, path, packed, Tokenizer.load(path), plan)
+
+
+def verify_files(folder: str | Path) -> None:
+    """Read every file of an artifact and compare its checksum.
+
+    Raises:
+        ArtifactError: as `load_artifact`.
+    """
+    path = Path(folder)
+    _verified(path, _read_plan(path))
 
 
 def _read_plan(path: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -273,8 +273,13 @@ def load(
     threads: int | None = None,
     context: int | None = None,
     options: EngineOptions | None = None,
+    store: bool = True,
 ) -> LanguageModel:
     """Open a model and make it ready to run.
+
+    What is packed here is kept in the cache folder (docs/cache.md), when the model is let go, the process
+    ends or 20 s have passed; the next `load` of the same files and recipe reads it from there. A file that
+    changed is packed anew, and a cache that cannot be used costs a warning.
 
     Args:
         ref: an artifact (`NAME.hasten`), a folder with safetensors, a .gguf file, a hub id, or "demo".
@@ -283,17 +288,17 @@ def load(
         threads: None uses the cores this process may use.
         context: longest prompt plus output in tokens; None is the model's own, at most 8192.
         options: the rest of the engine's options; threads and context above come first.
+        store: False neither reads nor keeps packed weights; so does `HASTEN_CACHE_PACKED=0`.
 
     Raises:
         ModelError, FormatError, ArtifactError: the model is missing, damaged or of an unsupported kind.
         UsageError: an unknown recipe, a recipe with an artifact, or options out of range.
     """
     base = options or EngineOptions()
-    wanted = EngineOptions(
-        threads if threads is not None else base.threads,
-        context if context is not None else base.context,
-        base.max_sequences,
-        base.prefill_chunk,
+    wanted = replace(
+        base,
+        threads=threads if threads is not None else base.threads,
+        context=context if context is not None else base.context,
     )
     from hasten.compress.artifact import is_artifact, load_artifact
 
@@ -306,12 +311,28 @@ def load(
                 hint="give the source model with --recipe, or drop --recipe",
             )
         return LanguageModel(artifact.packed, artifact.tokenizer, artifact.name, wanted)
-    from hasten.compress.pack import pack_model
-    from hasten.models.open import open_model
-
     parsed = Recipe.parse(recipe) if isinstance(recipe, str) else recipe or Recipe("source")
-    source = open_model(ref)
-    return load_packed(pack_model(source, parsed, wanted.threads), source, wanted)
+    return _load_source(ref, parsed, wanted, store)
+
+
+def _load_source(ref: str | Path, recipe: Recipe, options: EngineOptions, store: bool) -> LanguageModel:
+    """A model from the store, or packed now and stored later."""
+    from hasten.compress.packed_store import keep_later, open_store
+    from hasten.models.locate import locate
+
+    place = locate(ref)
+    kept = open_store() if store else None
+    found, origin = kept.find(place, recipe) if kept is not None else (None, None)
+    if found is not None:
+        return LanguageModel(found.packed, found.tokenizer, place.name, options)
+    from hasten.compress.pack import pack_model
+    from hasten.models.open import open_place
+
+    source = open_place(place)
+    model = load_packed(pack_model(source, recipe, options.threads), source, options)
+    if kept is not None and origin is not None:
+        keep_later(kept, origin, model.packed, source, owner=model)
+    return model
 
 
 def load_packed(packed: PackedModel, source: Source, options: EngineOptions | None = None) -> LanguageModel:

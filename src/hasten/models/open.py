@@ -16,14 +16,13 @@ from hasten.models.fields import Fields
 from hasten.models.gguf import GgufFile
 from hasten.models.gguf_config import FAMILIES, gguf_config
 from hasten.models.hf_config import hf_config, token_ids
+from hasten.models.locate import Place, locate
 from hasten.models.names import gguf_names, hf_names
 from hasten.models.parameters import fill, parameter_shapes, present_biases
 from hasten.models.source import Source, SourceFile, SourceTensor, once
 
 if TYPE_CHECKING:
     from hasten.models.tokenizer import Tokenizer
-
-DEMO = "demo"
 
 
 def open_model(ref: str | Path) -> Source:
@@ -37,26 +36,18 @@ def open_model(ref: str | Path) -> Source:
         ModelError: there is no such model, or it is incomplete or of a kind that is not supported.
         FormatError: a file cannot be read as the format it claims to be.
     """
-    path = Path(ref).expanduser()
-    if str(ref) == DEMO and not path.exists():
-        from hasten.models.demo import demo_file
-
-        file = demo_file()
-        return replace(open_gguf(file.path), name=DEMO, files=(file,))
-    if path.is_dir():
-        return open_folder(path)
-    if path.exists() or (path.suffix == ".gguf" and not _is_hub_file(str(ref))):
-        return open_gguf(path)
-    from hasten.models.hub import download
-
-    found = download(str(ref))
-    source = open_folder(found) if found.is_dir() else open_gguf(found)
-    return replace(source, name=str(ref))
+    return open_place(locate(ref))
 
 
-def _is_hub_file(ref: str) -> bool:
-    """owner/name/file.gguf"""
-    return ref.count("/") == 2 and not ref.startswith(("/", ".", "~"))
+def open_place(place: Place) -> Source:
+    """Open a model that was located.
+
+    Raises:
+        ModelError, FormatError: as `open_model`.
+    """
+    source = open_folder(place.path) if place.path.is_dir() else open_gguf(place.path)
+    files = source.files if place.known is None else (place.known,)
+    return replace(source, name=place.name, files=files)
 
 
 def open_gguf(path: Path) -> Source:
