@@ -1,4 +1,4 @@
-"""Prompts to measure speculation with: three kinds of answer that repeat their prompt, and one that does not."""
+"""Prompts to measure speculation with: three kinds of answer repeat their prompt, one does not."""
 
 from __future__ import annotations
 
