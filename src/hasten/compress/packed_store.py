@@ -62,7 +62,8 @@ def keep_later(
 ) -> Deferred:
     """Keep a model when `owner`, which runs it, is gone; see `Deferred`.
 
-    A disk that refuses costs one warning. What is kept is the model as it is now: matrices replaced later do not count.
+    A disk that refuses costs one warning. What is kept is the model as it is now: matrices replaced later do
+    not count.
     """
     now = replace(packed, linears=dict(packed.linears), vectors=dict(packed.vectors))
 
@@ -132,7 +133,7 @@ class PackedStore:
         self.index.remember(origin.states, content.digest)
         key = _key(content.digest, recipe)
         folder = self.models / _name(key)
-        if folder.exists():
+        if folder.exists() and self._is_sound(folder, key):
             return folder
         if not self._make_room(sum(linear.bytes for linear in packed.linears.values()), source.name):
             return None
@@ -226,13 +227,19 @@ class PackedStore:
             _check(entry, key)
             artifact = load_artifact(entry)
         except (ArtifactError, OSError) as wrong:
-            if entry.is_dir():  # else another process dropped it while we read
-                _log.warning("packed weights in the cache are damaged, dropped and made anew: %s", wrong)
-                with contextlib.suppress(OSError):
-                    vanish(entry)
+            _drop_damaged(entry, wrong)
             return None
         _append(entry / _USED)
         return replace(artifact, packed=replace(artifact.packed, recipe=recipe))
+
+    def _is_sound(self, entry: Path, key: Mapping[str, Any]) -> bool:
+        """Whether an entry looks whole; one that does not is dropped."""
+        try:
+            _check(entry, key)
+        except (ArtifactError, OSError) as wrong:
+            _drop_damaged(entry, wrong)
+            return False
+        return True
 
     def _knows_size(self, size: int) -> bool:
         """Whether an entry was made from files of so many bytes together."""
@@ -246,6 +253,13 @@ class PackedStore:
 
 def _with_digest(file: SourceFile, content: Content) -> SourceFile:
     return replace(file, sha256=content.files.get(str(file.path.absolute()), file.sha256))
+
+
+def _drop_damaged(entry: Path, wrong: Exception) -> None:
+    if entry.is_dir():  # else another process dropped it while we read
+        _log.warning("packed weights in the cache are damaged, dropped and made anew: %s", wrong)
+        with contextlib.suppress(OSError):
+            vanish(entry)
 
 
 def _check(entry: Path, key: Mapping[str, Any]) -> None:
