@@ -16,7 +16,6 @@ from hasten.errors import MachineError, UsageError
 from hasten.models.rope import tables
 from hasten.runtime.key_shift import key_shifts
 from hasten.runtime.pages import PagePool, Sequence
-from hasten.speed.cost import kv_bytes_per_value
 
 Ids = npt.NDArray[np.int32]  # token ids
 Floats = npt.NDArray[np.float32]
@@ -100,8 +99,7 @@ class CpuExecutor:
         longest = -(-self.context // self.page_tokens)
         if options.kv_gb is None:
             return longest * options.max_sequences
-        each = kv_bytes_per_value(self.config, packed.recipe)
-        size = self.config.kv_bytes_per_token(each) * self.page_tokens
+        size = _page_bytes(self.config, packed.recipe.kv == "int8", self.page_tokens)
         pages = int(options.kv_gb * 1e9) // size
         if pages < longest:
             raise UsageError(
@@ -228,6 +226,12 @@ class CpuExecutor:
     def profile(self, reset: bool = True) -> dict[str, float]:
         """Seconds spent in each operation since the last reset."""
         return dict(self._decoder.profile(reset))
+
+
+def _page_bytes(config: ModelConfig, int8: bool, tokens: int) -> int:
+    """As native/kv_cache.h lays a page out: heads padded to 32 values, a scale a token and head beside int8."""
+    dim = -(-config.head_dim // 32) * 32
+    return 2 * config.num_layers * config.num_kv_heads * tokens * (dim + 4 if int8 else 2 * dim)
 
 
 def _threads(wanted: int | None) -> int:

@@ -1,0 +1,87 @@
+"""The plain twin of the engine: one request alone, its prompt in one piece, then a token a step; nothing shared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from hasten.engine.grammar import GrammarCompiler
+from hasten.engine.model import LanguageModel
+from hasten.engine.request import Output, Request
+from hasten.engine.sampling import SequenceSampler, TokenLogprob, choose
+from hasten.runtime.pages import Sequence
+
+
+@dataclass
+class Plain:
+    """One finished answer."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    text: str = ""
+    finish: str | None = None
+
+
+def plain(model: LanguageModel, request: Request, index: int = 0) -> Plain:
+    """What the engine must give, whatever else it does."""
+    executor, done = model.executor, Plain()
+    sampling = replace(request.sampling, seed=request.sampling.seed + index)
+    sampler = SequenceSampler(sampling, request.prompt, model.config.vocab_size)
+    grammar = None
+    if request.grammar is not None:
+        grammar = GrammarCompiler(model.tokenizer, model.config.vocab_size).compile(request.grammar).start()
+    known, prompt = list(request.prompt), len(request.prompt)
+    sequence = Sequence()
+    executor.expect(sequence, prompt)
+    try:
+        while done.finish is None:
+            if executor.outgrows(sequence, len(known)):  # LongRoPE: all of it is prompt now
+                executor.truncate(sequence, 0)
+                prompt = len(known)
+                executor.expect(sequence, prompt)
+            new = known[sequence.length :]
+            hidden = executor.step([(sequence, new)], [len(new) - 1], prefill=len(known) == prompt)
+            masks = None if grammar is None else grammar.masks([])
+            choice = choose(
+                executor.head(hidden), [sampler], [[]], [len(known)], [masks], [request.logprobs]
+            )[0]
+            known += choice.tokens
+            done.tokens += choice.tokens
+            done.logprobs += choice.logprobs
+            _finish(model, request, done, len(known))
+            if grammar is not None and done.finish is None:
+                grammar.accept(choice.tokens)
+    finally:
+        executor.truncate(sequence, 0)
+    return done
+
+
+def _finish(model: LanguageModel, request: Request, done: Plain, known: int) -> None:
+    ends = () if request.sampling.ignore_eos else model.tokenizer.eos_ids
+    last = done.tokens[-1]
+    whole = done.tokens[:-1] if last in ends or last in request.stop_token_ids else done.tokens
+    text = model.tokenizer.decode(whole)
+    found = [text.find(stop) for stop in request.stop if stop in text]
+    if len(whole) < len(done.tokens) or found:
+        done.finish = "stop"
+    elif len(done.tokens) == request.max_new_tokens or known == model.context:
+        done.finish = "length"
+    done.text = text[: min(found)] if found else text
+
+
+def gather(outputs: list[Output], request_id: str, index: int = 0) -> Plain:
+    """The engine's outputs of one answer, joined."""
+    mine = [one for one in outputs if one.request_id == request_id and one.index == index]
+    assert [one.finish_reason for one in mine[:-1]] == [None] * (len(mine) - 1)
+    return Plain(
+        [token for one in mine for token in one.token_ids],
+        [logprob for one in mine for logprob in one.logprobs],
+        "".join(one.text for one in mine),
+        mine[-1].finish_reason,
+    )
+
+
+def random_prompt(seed: int, length: int) -> tuple[int, ...]:
+    """Byte tokens of the tiny vocabulary, no special ones."""
+    return tuple(int(token) for token in np.random.default_rng(seed).integers(97, 122, length))
