@@ -1,0 +1,238 @@
+"""The tier below memory: pages of keys and values kept on disk, over restarts and for several processes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hasten.cache.kv_entry import MOST_KEY_BYTES, BadEntry, Bytes
+from hasten.cache.kv_folder import KvFolder
+from hasten.core import CachePolicy
+
+_QUEUE_BYTES = 128 << 20  # copies that may wait to be written
+_QUEUE_PAGES = 4  # at least, however large a page
+_RESCAN_S = 60.0  # what other processes did is looked up that often, while pages are written
+_REST_S = 30.0  # after the system refused a write, none is tried for so long
+_SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN}
+_NICE = 10  # of the writing thread: answering comes first
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class KvDiskStats:
+    """What the tier holds and has done. `hits` and `misses` count pages."""
+
+    entries: int  # of this model
+    bytes: int  # of this model
+    foreign_bytes: int  # other models' in the same folder
+    hits: int
+    misses: int
+    dropped: int  # damaged or unreadable pages found
+    writes: int
+    write_drops: int  # pages that were not written: the queue was full, or the disk refuses
+    queued: int
+
+
+class KvDisk:
+    """Pages under keys that name all that a page depends on; see `KvFolder` for the files.
+
+    `has`, `read` and `write` never wait for a write: a thread of its own, at low priority, writes, makes room
+    and looks after the folder. What goes wrong with the folder is logged once and the engine goes on without:
+    nothing here raises.
+
+    Args:
+        folder: made if it is missing.
+        limit_bytes: most the files may take, those of other models included.
+        fingerprint: names model, recipe, tokenizer and all else that a page depends on.
+        page_bytes: of every page.
+        policy: which page goes first when the limit is reached.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        limit_bytes: int,
+        fingerprint: str,
+        page_bytes: int,
+        policy: CachePolicy = "lru",
+    ) -> None:
+        self.page_bytes = page_bytes
+        self._folder = KvFolder(Path(folder).absolute(), limit_bytes, fingerprint, policy)
+        self._most_queued = max(_QUEUE_PAGES, _QUEUE_BYTES // page_bytes)
+        self._changed = threading.Condition()
+        self._queue: dict[bytes, tuple[Bytes, float, bytes]] = {}  # key -> data, cost, parent; in order
+        self._used: deque[bytes] = deque(maxlen=1 << 16)
+        self._gone: set[bytes] = set()  # pages that were not there any more, not yet booked as such
+        self._busy = True  # until the first scan is done
+        self._closed = False
+        self._rest_until = 0.0
+        self._warned: set[str] = set()
+        self._scanned = 0.0
+        self._hits = self._misses = self._dropped = self._writes = self._write_drops = 0
+        self._thread = threading.Thread(target=self._run, name="hasten-kv-disk", daemon=True)
+        self._thread.start()
+
+    def has(self, key: bytes) -> bool:
+        """Whether a page is there or about to be; `read` may still find it damaged. Costs a look at the disk
+        for pages that this process does not know."""
+        try:
+            return key in self._queue or (key not in self._gone and self._folder.holds(key))
+        except OSError as error:
+            self._warn(error)
+            return False
+
+    def read(self, key: bytes, out: Bytes) -> bool:
+        """Read a page straight into `out`, uint8 [page_bytes].
+
+        Returns:
+            False where the page is missing, damaged, or another's: `out` holds anything then. A damaged
+            page is removed and logged.
+        """
+        waiting = self._queue.get(key)
+        try:
+            if waiting is not None:
+                np.copyto(out, waiting[0])
+            else:
+                self._folder.read(key, out)
+        except (BadEntry, OSError) as error:
+            self._misses += 1
+            self._lost(key, error)
+            return False
+        self._hits += 1
+        self._used.append(key)
+        return True
+
+    def _lost(self, key: bytes, error: BadEntry | OSError) -> None:
+        if isinstance(error, OSError) and error.errno in _SHORTAGES:  # says nothing about the page
+            self._warn(error)
+            return
+        self._gone.add(key)
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            self._dropped += 1
+            self._folder.drop(key, str(error))
+
+    def write(self, key: bytes, data: Bytes, cost: float, parent: bytes = b"") -> None:
+        """Keep a page: it is copied, queued and written later, or dropped and counted if too many wait.
+
+        Args:
+            data: uint8 [page_bytes].
+            cost: seconds it took to compute.
+            parent: key of the page before it in the text; a page goes only after those behind it are gone.
+        """
+        assert data.nbytes == self.page_bytes, "a page has another size"
+        assert 0 < len(key) <= MOST_KEY_BYTES and len(parent) <= MOST_KEY_BYTES, "a key is too long"
+        with self._changed:
+            if key in self._queue:
+                return
+            resting = time.monotonic() < self._rest_until
+            if self._closed or resting or len(self._queue) >= self._most_queued:
+                self._write_drops += 1
+                return
+            self._queue[key] = (np.array(data), cost, parent if parent != key else b"")
+            self._changed.notify_all()
+
+    def flush(self, timeout_s: float | None = None) -> bool:
+        """Wait until what is queued is written; False if that took longer."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._queue and not self._busy, timeout_s)
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Write what is queued, for `timeout_s` at most, and stop. A second call does nothing."""
+        self.flush(timeout_s)
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join(timeout_s)
+
+    def stats(self) -> KvDiskStats:
+        """Figures of this moment."""
+        return KvDiskStats(
+            entries=len(self._folder.shelf),
+            bytes=self._folder.shelf.bytes,
+            foreign_bytes=self._folder.foreign_bytes,
+            hits=self._hits,
+            misses=self._misses,
+            dropped=self._dropped,
+            writes=self._writes,
+            write_drops=self._write_drops,
+            queued=len(self._queue),
+        )
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):  # one thread's own priority: Linux
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        try:
+            self._scan()
+            self._serve()
+        finally:  # nobody waits for a thread that ended
+            with self._changed:
+                self._closed, self._busy = True, False
+                self._queue.clear()
+                self._changed.notify_all()
+
+    def _serve(self) -> None:
+        while self._wait():
+            key, (data, cost, parent) = next(iter(self._queue.items()))
+            if time.monotonic() - self._scanned > _RESCAN_S:
+                self._scan()
+            self._settle()
+            written = self._store(key, data, cost, parent)
+            with self._changed:
+                del self._queue[key]
+                self._writes += written
+                self._write_drops += not written
+        self._settle()
+
+    def _wait(self) -> bool:
+        """Sleep until there is something to write; False when it is over."""
+        with self._changed:
+            self._busy = False
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._queue or self._closed)
+            self._busy = not self._closed
+            return not self._closed
+
+    def _scan(self) -> None:
+        try:
+            self._folder.scan()
+        except OSError as error:
+            self._warn(error)
+        self._scanned = time.monotonic()
+
+    def _settle(self) -> None:
+        """Book what was read, and what was found missing, since the last time."""
+        for key in tuple(self._gone):
+            self._folder.shelf.remove(key)
+            self._gone.discard(key)
+        while self._used:
+            self._folder.touch(self._used.popleft())
+
+    def _store(self, key: bytes, data: Bytes, cost: float, parent: bytes) -> bool:
+        if time.monotonic() < self._rest_until:
+            return False
+        try:
+            return self._folder.store(key, data, cost, parent)
+        except OSError as error:
+            self._warn(error)
+            self._rest_until = time.monotonic() + _REST_S
+            return False
+
+    def _warn(self, error: OSError) -> None:
+        """Once for each kind of refusal."""
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        if reason not in self._warned:
+            self._warned.add(reason)
+            log.warning(
+                "the KV cache on disk is not available; going on without it",
+                extra={"folder": str(self._folder.root), "reason": reason},
+            )
