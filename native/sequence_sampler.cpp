@@ -128,11 +128,14 @@ SequenceChoice gather(const SequenceRows& sequence, std::vector<RowChoice>& rows
 
 }  // namespace
 
+// However hard the penalty, it neither rules a token out nor makes it certain.
 float Penalties::of(float logit, int32_t answer) const {
-  if (logit == -kInfinity) return logit;
+  constexpr float kMost = std::numeric_limits<float>::max();
+  if (std::isinf(logit)) return logit;
   float out = logit > 0.0f ? logit / repetition : logit * repetition;
   out -= frequency * static_cast<float>(answer);
-  return answer > 0 ? out - presence : out;
+  if (answer > 0) out -= presence;
+  return std::isnan(out) ? out : std::clamp(out, -kMost, kMost);
 }
 
 SequenceSampler::SequenceSampler(int vocab, const SamplerOptions& options, const Penalties& penalties, Bias bias)
