@@ -29,6 +29,7 @@ VERBS = {
     ),
     "generate": Verb("hasten.cli.generate", "Continue one prompt and print the continuation."),
     "chat": Verb("hasten.cli.chat", "Talk with a model in the terminal."),
+    "serve": Verb("hasten.cli.serve", "Serve models with the OpenAI API, chat page included."),
     "eval": Verb("hasten.cli.eval", "Measure what a recipe costs in quality against the source model."),
     "bench": Verb("hasten.cli.bench", "Measure speed, alone or side by side with other engines."),
 }

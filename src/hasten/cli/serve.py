@@ -1,0 +1,71 @@
+"""`hasten serve`: the OpenAI API on one model or several."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from hasten.cli.dataclass_flags import fill, parameters
+from hasten.cli.flags import RecipeOption
+from hasten.core import EngineOptions, ServingOptions
+from hasten.serve.options import ServeOptions
+
+KEPT = "The server is down; what ran was cancelled."
+
+ModelsArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[MODEL]...",
+        help="What to serve: artifacts, GGUF files, Hugging Face folders, hub ids, or demo. "
+        "NAME=MODEL gives it another name.",
+        show_default=False,
+    ),
+]
+ModelOption = Annotated[
+    list[str] | None,
+    typer.Option("--model", metavar="MODEL", help="The same as an argument, repeatable.", show_default=False),
+]
+
+
+def command(
+    models: ModelsArgument = None, model: ModelOption = None, recipe: RecipeOption = None, **flags: Any
+) -> None:
+    """Serve models with the OpenAI API, chat page included.
+
+    Prints one line with the address when requests are answered. SIGTERM or Ctrl-C stops it: what runs then
+    gets --drain-s seconds to finish. Without --api-key everybody who reaches the address is let in.
+    """
+    from hasten.serve.pool import names_of
+    from hasten.serve.server import ServeSetup, serve
+
+    setup = ServeSetup(
+        refs=names_of([*(models or ()), *(model or ())]),
+        options=fill(ServeOptions, flags),
+        engine=fill(EngineOptions, flags),
+        serving=fill(ServingOptions, flags),
+        recipe=recipe,
+    )
+    serve(setup, _announce)
+
+
+def _announce(url: str) -> None:
+    sys.stdout.write(f"{url}\n")
+    sys.stdout.flush()
+
+
+def _with_flags() -> None:
+    """Give `command` the flags of the three dataclasses."""
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "flags"]
+    more = [
+        *parameters(ServeOptions, env={"api_keys": "HASTEN_API_KEY"}),
+        *parameters(EngineOptions),
+        *parameters(ServingOptions),
+    ]
+    command.__signature__ = inspect.Signature([*own, *more])  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in [*own, *more]}
+
+
+_with_flags()

@@ -1,0 +1,78 @@
+"""`POST /v1/embeddings`."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hasten.engine.request import Request
+from hasten.serve.endpoints.completion import prompts_of
+from hasten.serve.feed import Feed
+from hasten.serve.generate import asker_of
+from hasten.serve.prepare import Asker, encode, limit_of
+from hasten.serve.protocol.embedding import EmbeddingRequest
+from hasten.serve.tally import Tally
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from hasten.serve.exchange import Exchange
+    from hasten.serve.options import ServeOptions
+    from hasten.serve.pool import Served
+
+
+async def embeddings(exchange: Exchange) -> None:
+    """Texts as vectors of length 1: hidden states of the last layer, their mean or that of the last token."""
+    spec = await exchange.body(EmbeddingRequest)
+    service = exchange.service
+    async with service.pool.use(spec.model) as served:
+        asker = asker_of(exchange)
+        requests = await service.work(lambda: prepare(spec, served, asker, service.options))
+        tally = Tally(service.metrics, served.name, exchange.call)
+        vectors: list[npt.NDArray[np.float32] | None] = [None] * len(requests)
+        async with Feed(served.engine, requests) as feed:
+            async for news in feed.batches():
+                for which, output in news:
+                    tally.take(which, output)
+                    if output.embedding is not None:
+                        vectors[which] = output.embedding
+        plain = spec.encoding_format != "base64"
+        data = [
+            {"object": "embedding", "index": i, "embedding": written(vector, plain)}
+            for i, vector in enumerate(vectors)
+            if vector is not None
+        ]
+        usage = {"prompt_tokens": tally.prompt_tokens, "total_tokens": tally.prompt_tokens}
+        await exchange.json({"object": "list", "data": data, "model": served.name, "usage": usage})
+
+
+def written(vector: npt.NDArray[np.float32], plain: bool) -> Any:
+    """A vector scaled to length 1, as numbers or as base64 of little-endian float32."""
+    length = float(np.linalg.norm(vector))
+    unit = (vector / length if length > 0 else vector).astype("<f4")
+    return unit.tolist() if plain else base64.b64encode(unit.tobytes()).decode()
+
+
+def prepare(spec: EmbeddingRequest, served: Served, asker: Asker, options: ServeOptions) -> list[Request]:
+    """One request an input. In a worker thread."""
+    requests = []
+    for number, text in enumerate(prompts_of(spec.input)):
+        prompt = encode(served, text, spec.add_special_tokens is not False)
+        limit_of(0, len(prompt), served, options)
+        one = replace(asker, request_id=f"{asker.request_id}-{number}")
+        requests.append(
+            Request(
+                prompt=prompt,
+                max_new_tokens=0,
+                pooling=spec.pooling or options.pooling,
+                priority=spec.priority or 0,
+                deadline_ms=spec.deadline_ms,
+                client=f"{one.client}/{spec.user}" if spec.user else one.client,
+                salt=spec.cache_salt or "",
+                id=one.request_id,
+            )
+        )
+    return requests

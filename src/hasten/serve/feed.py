@@ -1,0 +1,81 @@
+"""The outputs of one or more engine requests as one stream, in as few pieces as the reader is slow."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING
+
+from hasten.engine.request import Output, Request
+from hasten.serve.problem import Problem
+
+if TYPE_CHECKING:
+    from hasten.serve.pool import ServedEngine
+
+News = tuple[int, Output]  # (which of the requests, its output)
+
+
+class Feed:
+    """Collects outputs while the client is being written to: what waits goes out in one piece.
+
+    What waits is bounded by the answers' own length. An async context manager: leaving it cancels what still
+    runs, within one step of the engine.
+    """
+
+    def __init__(self, engine: ServedEngine, requests: Sequence[Request]) -> None:
+        self._engine = engine
+        self._requests = requests
+        self._news: list[News] = []
+        self._arrived = asyncio.Event()
+        self._error: BaseException | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._open = len(requests)
+
+    async def __aenter__(self) -> Feed:
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._pump(i, one)) for i, one in enumerate(self._requests)]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def batches(self) -> AsyncIterator[list[News]]:
+        """All news since the last batch, at least one.
+
+        Raises:
+            Problem: an answer ended by an error or its deadline.
+            HastenError: what the engine says to a request it does not take.
+        """
+        while self._open or self._news:
+            await self._arrived.wait()
+            self._arrived.clear()
+            news, self._news = self._news, []
+            if news:
+                yield news
+            if self._error is not None:
+                raise self._error
+
+    async def _pump(self, which: int, request: Request) -> None:
+        stream = self._engine.stream(request)
+        try:
+            async for output in stream:
+                if output.finish_reason in ("error", "deadline", "cancelled"):
+                    raise _failure(output)
+                self._news.append((which, output))
+                self._arrived.set()
+        except Exception as error:  # noqa: BLE001  the reader raises it, in the task that serves the client
+            self._error = self._error or error
+        finally:
+            self._open -= 1
+            self._arrived.set()
+            await stream.aclose()  # type: ignore[attr-defined]
+
+
+def _failure(output: Output) -> Problem:
+    if output.finish_reason == "deadline":
+        return Problem(504, output.error or "the deadline passed", code="deadline_exceeded")
+    if output.finish_reason == "cancelled":
+        return Problem(503, "the server stopped the request", code="cancelled")
+    return Problem(500, output.error or "the answer could not be finished", code="generation_failed")

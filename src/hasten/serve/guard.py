@@ -1,0 +1,235 @@
+"""The outermost layer: who may come in, how the client is watched while it waits, the log line at the end.
+
+Plain ASGI: a layer costs a function call a message, and no task or queue of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import re
+import secrets
+import time
+from typing import TYPE_CHECKING, Any
+
+from hasten.serve.call import App, Call, Message, Receive, Scope, Send
+from hasten.serve.problem import Problem, problem_of
+
+if TYPE_CHECKING:
+    from hasten.serve.log import Log
+    from hasten.serve.metrics import Metrics
+    from hasten.serve.options import ServeOptions
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:/+=-]{1,128}")
+CLOSED = ("/v1/", "/tokenize", "/detokenize", "/metrics", "/stats", "/openapi.json")
+"""Paths that need a key where keys are set. The page is only files; liveness and readiness tell nothing."""
+
+_ALLOWED = (
+    (b"access-control-allow-methods", b"GET, POST, DELETE, OPTIONS"),
+    (b"access-control-allow-headers", b"authorization, content-type, x-request-id"),
+    (b"access-control-max-age", b"600"),
+)
+
+
+class Guard:
+    """Wraps the application.
+
+    It gives every request an id (or takes the client's), checks keys, answers other origins' questions,
+    cancels the work of a client that goes away or stops reading, turns every exception into an answer, and logs.
+    """
+
+    def __init__(self, app: App, options: ServeOptions, log: Log, metrics: Metrics) -> None:
+        self._app = app
+        self._options = options
+        self._keys = [key.encode() for key in options.api_keys]
+        self._origins = {origin.encode() for origin in options.cors_origins}
+        self._log = log
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"")
+        name = given.decode() if _REQUEST_ID.fullmatch(given) else secrets.token_hex(12)
+        call = scope["hasten.call"] = Call(name, _address(scope))
+        origin = headers.get(b"origin", b"")
+        watch = _Watch(call, receive, send, self._options.send_timeout_s, self._extra_headers(call, origin))
+        try:
+            await self._serve(scope, headers, watch)
+        except asyncio.CancelledError:
+            if not (call.left or call.stalled):
+                if not call.started:
+                    await _answer(Problem(503, "the server is stopping", code="stopping"), watch.send)
+                raise
+        except Exception as error:  # noqa: BLE001  a client gets an answer whatever happens
+            await self._failed(error, call, watch)
+        finally:
+            watch.stop()
+            if call.stalled and "hasten.abort" in scope:
+                scope["hasten.abort"]()  # closing would wait for the client to read
+            self._report(scope, call)
+
+    async def _serve(self, scope: Scope, headers: dict[bytes, bytes], watch: _Watch) -> None:
+        call = watch.call
+        if scope["method"] == "OPTIONS" and b"access-control-request-method" in headers:
+            allowed = headers.get(b"origin", b"") in self._origins
+            status = 204 if allowed else 403
+            extra = _ALLOWED if allowed else ()
+            await watch.send({"type": "http.response.start", "status": status, "headers": list(extra)})
+            await watch.send({"type": "http.response.body", "body": b""})
+            return
+        if self._keys and scope["path"].startswith(CLOSED):
+            call.client = self._check_key(headers)
+        await self._app(scope, watch.receive, watch.send)
+
+    def _check_key(self, headers: dict[bytes, bytes]) -> str:
+        """Which key was given. All keys are compared, each in constant time.
+
+        Raises:
+            Problem: 401 without a key or with a wrong one.
+        """
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        found = -1
+        for number, mine in enumerate(self._keys):
+            if hmac.compare_digest(mine, key.strip()):
+                found = number
+        if found < 0 or scheme.lower() != b"bearer":
+            said = "the API key is wrong" if key else "an API key is needed: Authorization: Bearer KEY"
+            raise Problem(401, said, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+        return f"key-{found}"
+
+    def _extra_headers(self, call: Call, origin: bytes) -> list[tuple[bytes, bytes]]:
+        extra = [(b"x-request-id", call.request_id.encode())]
+        if origin and origin in self._origins:
+            extra += [
+                (b"access-control-allow-origin", origin),
+                (b"access-control-expose-headers", b"x-request-id, retry-after"),
+                (b"vary", b"origin"),
+            ]
+        return extra
+
+    async def _failed(self, error: Exception, call: Call, watch: _Watch) -> None:
+        problem = problem_of(error)
+        call.fields.setdefault("error", problem.message)
+        if problem.status == 500:
+            self._fault(error, call)
+        if call.left or call.stalled:
+            return
+        if not call.started:
+            await _answer(problem, watch.send)
+
+    def _fault(self, error: Exception, call: Call) -> None:
+        import traceback
+
+        text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        self._log.event("fault", "error", request_id=call.request_id, traceback=text)
+
+    def _report(self, scope: Scope, call: Call) -> None:
+        status = 499 if (call.left or call.stalled) and not call.complete else call.status or 500
+        path = scope["path"] if scope["path"] in self._metrics.paths else "other"
+        self._metrics.http(scope["method"], path, status)
+        fields: dict[str, Any] = {"client": call.client, **call.fields}
+        if call.stalled:
+            fields["error"] = "the client did not read its answer in time"
+        self._log.request(
+            request_id=call.request_id,
+            method=scope["method"],
+            path=scope["path"][:200],
+            status=status,
+            duration_ms=round(1000 * (time.monotonic() - call.began), 2),
+            **fields,
+        )
+
+
+class _Watch:
+    """The client's end of a call: cancels the task that serves it when the client leaves or stops reading."""
+
+    def __init__(
+        self, call: Call, receive: Receive, send: Send, patience_s: float, extra: list[tuple[bytes, bytes]]
+    ) -> None:
+        self.call = call
+        self._receive = receive
+        self._send = send
+        self._patience_s = patience_s
+        self._extra = extra
+        self._serving = asyncio.current_task()
+        self._listener: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._loop = asyncio.get_running_loop()
+
+    async def receive(self) -> Message:
+        """The application's `receive`; once the body is in, somebody listens whether the client leaves."""
+        if self._listener is not None:
+            return await _never()
+        message = await self._receive()
+        if message["type"] == "http.request" and not message.get("more_body", False):
+            self._listener = self._loop.create_task(self._listen())
+        return message
+
+    async def send(self, message: Message) -> None:
+        """The application's `send`, timed."""
+        call = self.call
+        if message["type"] == "http.response.start":
+            call.started, call.status = True, message["status"]
+            message["headers"] = [*message.get("headers", ()), *self._extra]
+        call.sending_since = self._loop.time()
+        if self._timer is None:
+            self._timer = self._loop.call_later(self._patience_s, self._check)
+        await self._send(message)
+        call.sending_since = None
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            call.complete = True
+
+    def stop(self) -> None:
+        """The call is over."""
+        if self._listener is not None:
+            self._listener.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _check(self) -> None:
+        """Runs once a patience, not once a message."""
+        since = self.call.sending_since
+        waited = 0.0 if since is None else self._loop.time() - since
+        if waited < self._patience_s:
+            self._timer = self._loop.call_later(self._patience_s - waited, self._check)
+            return
+        self.call.stalled = True
+        self._cancel()
+
+    async def _listen(self) -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            while (await self._receive())["type"] != "http.disconnect":
+                continue
+            if not self.call.complete:
+                self.call.left = True
+                self._cancel()
+
+    def _cancel(self) -> None:
+        if self._serving is not None:
+            self._serving.cancel()
+
+
+async def _never() -> Message:
+    """The body is read and the listener owns the rest: whoever asks again waits until it is cancelled."""
+    await asyncio.get_running_loop().create_future()
+    return {"type": "http.disconnect"}
+
+
+async def _answer(problem: Problem, send: Send) -> None:
+    body = problem.body()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        *((name.encode(), value.encode()) for name, value in problem.headers.items()),
+    ]
+    await send({"type": "http.response.start", "status": problem.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _address(scope: Scope) -> str:
+    return str((scope.get("client") or ("unknown",))[0])

@@ -1,0 +1,195 @@
+"""What Prometheus reads at `/metrics`: vLLM's names with the prefix `hasten_`, so that dashboards translate.
+
+Source of the names: vLLM's docs/usage/metrics.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+if TYPE_CHECKING:
+    from hasten.engine.request import Usage
+    from hasten.engine.stats import EngineStats
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_FIRST = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+)
+_EACH = (
+    0.001,
+    0.0025,
+    0.005,
+    0.0075,
+    0.01,
+    0.015,
+    0.025,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.75,
+    1,
+    2.5,
+)
+_WHOLE = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+
+# EngineStats -> (name, help); counters get `_total` from the client library.
+_GAUGES = {
+    "running": ("num_requests_running", "Answers being computed."),
+    "waiting": ("num_requests_waiting", "Answers waiting to be computed."),
+    "batch": ("batch_size", "Sequences in the last step."),
+    "kv_pages": ("kv_pages", "Pages of keys and values there are."),
+    "kv_pages_cached": ("kv_pages_cached", "Pages kept for prompts to come."),
+}
+_COUNTERS = {
+    "prefix_query_tokens": ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
+    "prefix_hit_tokens": ("prefix_cache_hits", "Prompt tokens found in the prefix cache."),
+    "disk_hit_tokens": ("prefix_cache_disk_hits", "Prompt tokens found in the cache on disk."),
+    "prompt_tokens": ("prompt_tokens", "Prompt tokens."),
+    "output_tokens": ("generation_tokens", "Tokens generated."),
+    "drafted_tokens": ("spec_decode_num_draft_tokens", "Tokens proposed by speculation."),
+    "accepted_tokens": ("spec_decode_num_accepted_tokens", "Proposed tokens that were right."),
+    "preemptions": ("num_preemptions", "Answers put back to make room."),
+    "steps": ("engine_steps", "Steps of the engine."),
+    "requests": ("engine_requests", "Requests the engine took."),
+    "cancelled": ("engine_requests_cancelled", "Requests cancelled."),
+    "refused": ("engine_requests_refused", "Requests refused: full queue or deadline."),
+    "schedule_s": ("schedule_seconds", "Time spent deciding what to compute."),
+    "step_s": ("step_seconds", "Time spent in steps."),
+}
+
+
+class EngineSource(Protocol):
+    """Gives the engines that run now."""
+
+    def loaded(self) -> Iterable[tuple[str, EngineStats]]:
+        """(model, its engine's numbers) of every loaded model."""
+        ...
+
+
+class Metrics:
+    """Everything counted. One a server: tests run several in a process."""
+
+    def __init__(self, paths: Iterable[str] = ()) -> None:
+        self.paths = frozenset(paths)  # label values: a client must not be able to make new ones
+        self.registry = CollectorRegistry(auto_describe=False)
+        label = ["model_name"]
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"hasten_{name}", text, label, registry=self.registry, buckets=buckets)
+
+        self._ttft = histogram("time_to_first_token_seconds", "Arrival to first token.", _FIRST)
+        self._tpot = histogram(
+            "time_per_output_token_seconds", "Mean time of an answer's tokens after its first.", _EACH
+        )
+        self._gap = histogram("inter_token_latency_seconds", "Between two publications of an answer.", _EACH)
+        self._e2e = histogram("e2e_request_latency_seconds", "Arrival to last token.", _WHOLE)
+        self._queue = histogram("request_queue_time_seconds", "Arrival to being computed.", _WHOLE)
+        self._prompt = histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
+        self._output = histogram("request_generation_tokens", "Tokens generated for an answer.", _TOKENS)
+        self._finished = Counter(
+            "hasten_request_success",
+            "Answers finished, by reason.",
+            ["model_name", "finished_reason"],
+            registry=self.registry,
+        )
+        self._http = Counter(
+            "hasten_http_requests",
+            "HTTP requests, by outcome.",
+            ["method", "path", "status"],
+            registry=self.registry,
+        )
+        self.first_tokens: dict[str, tuple[float, int]] = {}  # model -> (sum of TTFT in seconds, answers)
+        self._cached = Counter(
+            "hasten_response_cache_hits", "Requests answered from memory.", label, registry=self.registry
+        )
+
+    def http(self, method: str, path: str, status: int) -> None:
+        """A request that has ended."""
+        known = method if method in ("GET", "POST", "DELETE", "OPTIONS", "HEAD") else "other"
+        self._http.labels(known, path, str(status)).inc()
+
+    def answered_from_memory(self, model: str) -> None:
+        """A request that the response cache answered."""
+        self._cached.labels(model).inc()
+
+    def finished(self, model: str, reason: str, usage: Usage | None, gaps_s: Iterable[float]) -> None:
+        """An answer that has ended; everything about it is counted here, nothing while it runs."""
+        self._finished.labels(model, reason).inc()
+        if usage is None:
+            return
+        self._e2e.labels(model).observe(usage.e2e_ms / 1000)
+        self._queue.labels(model).observe(usage.queue_ms / 1000)
+        self._prompt.labels(model).observe(usage.prompt_tokens)
+        self._output.labels(model).observe(usage.output_tokens)
+        if usage.ttft_ms is not None:
+            self._ttft.labels(model).observe(usage.ttft_ms / 1000)
+            total, count = self.first_tokens.get(model, (0.0, 0))
+            self.first_tokens[model] = total + usage.ttft_ms / 1000, count + 1
+            if usage.output_tokens > 1:
+                each = (usage.e2e_ms - usage.ttft_ms) / (usage.output_tokens - 1)
+                self._tpot.labels(model).observe(each / 1000)
+        gap = self._gap.labels(model)
+        for seconds in gaps_s:
+            gap.observe(seconds)
+
+    def watch(self, engines: EngineSource) -> None:
+        """Report the engines' own numbers too, as they are when asked."""
+        self.registry.register(_Engines(engines))
+
+    def render(self) -> bytes:
+        """The page, in Prometheus's text format."""
+        return generate_latest(self.registry)
+
+
+class _Engines:
+    def __init__(self, engines: EngineSource) -> None:
+        self._engines = engines
+
+    def collect(self) -> Iterator[Metric]:
+        """Called by the registry at each scrape."""
+        now = list(self._engines.loaded())
+        text = "Pages in use, 0 to 1; those kept for prompts to come do not count."
+        usage = GaugeMetricFamily("hasten_kv_cache_usage_perc", text, labels=["model_name"])
+        for model, stats in now:
+            busy = stats.kv_pages_used - stats.kv_pages_cached
+            usage.add_metric([model], busy / max(1, stats.kv_pages))
+        yield usage
+        for field, (name, text) in _GAUGES.items():
+            gauge = GaugeMetricFamily(f"hasten_{name}", text, labels=["model_name"])
+            for model, stats in now:
+                gauge.add_metric([model], getattr(stats, field))
+            yield gauge
+        for field, (name, text) in _COUNTERS.items():
+            counter = CounterMetricFamily(f"hasten_{name}", text, labels=["model_name"])
+            for model, stats in now:
+                counter.add_metric([model], getattr(stats, field))
+            yield counter

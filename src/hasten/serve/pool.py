@@ -1,0 +1,223 @@
+"""The models of one server: which there are, which are in memory, and who uses them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from hasten.errors import HastenError, UsageError
+from hasten.serve.problem import Problem
+
+if TYPE_CHECKING:
+    from hasten.engine.model import LanguageModel
+    from hasten.engine.request import Output, Request
+    from hasten.engine.stats import EngineStats
+    from hasten.serve.log import Log
+
+
+class ServedEngine(Protocol):
+    """What the server needs of `AsyncEngine`."""
+
+    def stream(self, request: Request) -> AsyncIterator[Output]:
+        """Outputs as they come; closing the iterator cancels the request."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """Numbers, from any thread."""
+        ...
+
+    async def close(self, drain: bool = True) -> None:
+        """Stop; with `drain` after what runs."""
+        ...
+
+
+Loader = Callable[[str], "tuple[LanguageModel, ServedEngine]"]
+
+
+@dataclass(eq=False)
+class Served:
+    """A model in memory."""
+
+    name: str
+    model: LanguageModel
+    engine: ServedEngine
+    users: int = 0
+    used: float = field(default_factory=time.monotonic)
+    leaving: bool = False  # no new users: its place is wanted
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def context(self) -> int:
+        """Longest prompt plus output, tokens."""
+        return self.model.context
+
+
+class ModelPool:
+    """Models by name, loaded when first asked for; the longest unused leaves when there are too many.
+
+    A model is only dropped when nobody uses it: the one that has to go takes no new requests, finishes what
+    it has, and requests that still want it wait for a place in their turn.
+
+    Args:
+        refs: name -> what `hasten.load` takes. Only these names exist: no request can name a path.
+        loader: loads one, in a thread.
+        most: models in memory at once.
+    """
+
+    def __init__(self, refs: dict[str, str], loader: Loader, most: int, log: Log | None = None) -> None:
+        self.refs = refs
+        self.created = int(time.time())
+        self._loader = loader
+        self._most = most
+        self._log = log
+        self._loaded: dict[str, Served] = {}
+        self._loading: dict[str, asyncio.Task[None]] = {}
+        self._placing = asyncio.Lock()
+
+    @property
+    def default(self) -> str:
+        """The model of requests that name none."""
+        return next(iter(self.refs))
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request would find a model in memory."""
+        return bool(self._loaded)
+
+    def loaded(self) -> list[tuple[str, EngineStats]]:
+        """(name, its engine's numbers) of the models in memory."""
+        return [(name, served.engine.stats()) for name, served in list(self._loaded.items())]
+
+    def is_loaded(self, name: str) -> bool:
+        """Whether a model is in memory."""
+        return name in self._loaded
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """What is known of a model in memory: its context and its recipe."""
+        served = self._loaded.get(name)
+        if served is None:
+            return {}
+        return {"max_model_len": served.context, "recipe": served.model.recipe.name}
+
+    def adopt(self, name: str, model: LanguageModel, engine: ServedEngine) -> None:
+        """Take a model that was loaded while the server was being built."""
+        self._loaded[name] = Served(name, model, engine)
+
+    @asynccontextmanager
+    async def use(self, name: str | None) -> AsyncIterator[Served]:
+        """The model of that name, loaded if need be, kept while the context lasts.
+
+        Raises:
+            Problem: 404, there is no model of that name; 503, it cannot be loaded.
+        """
+        served = await self._acquire(self.default if name is None else name)
+        try:
+            yield served
+        finally:
+            served.users -= 1
+            served.used = time.monotonic()
+            if served.users == 0:
+                served.idle.set()
+
+    async def _acquire(self, name: str) -> Served:
+        if name not in self.refs:
+            raise Problem(
+                404,
+                f"the model {name[:200]!r} does not exist; /v1/models lists those that do",
+                param="model",
+                code="model_not_found",
+            )
+        while True:
+            served = self._loaded.get(name)
+            if served is not None and not served.leaving:
+                served.users += 1
+                served.idle.clear()
+                return served
+            task = self._loading.get(name)
+            if task is None:
+                task = self._loading[name] = asyncio.get_running_loop().create_task(self._load(name))
+                task.add_done_callback(lambda done: self._loaded_or_not(name, done))
+            await asyncio.shield(task)  # a client that leaves does not stop what others wait for too
+
+    def _loaded_or_not(self, name: str, task: asyncio.Task[None]) -> None:
+        self._loading.pop(name, None)
+        if not task.cancelled() and task.exception() is not None and self._log is not None:
+            self._log.event("load_failed", "error", model=name, error=str(task.exception()))
+
+    async def _load(self, name: str) -> None:
+        async with self._placing:
+            served = self._loaded.get(name)
+            if served is not None and not served.leaving:
+                return
+            while len(self._loaded) >= self._most:
+                await self._evict()
+            began = time.monotonic()
+            try:
+                model, engine = await asyncio.get_running_loop().run_in_executor(
+                    None, self._loader, self.refs[name]
+                )
+            except HastenError as error:
+                raise Problem(
+                    503, f"the model {name!r} cannot be loaded: {error.message}", code="load_failed"
+                ) from error
+            self._loaded[name] = Served(name, model, engine)
+            self._say("model_loaded", model=name, duration_ms=round(1000 * (time.monotonic() - began)))
+
+    async def _evict(self) -> None:
+        victim = min(self._loaded.values(), key=lambda served: (served.users > 0, served.used))
+        victim.leaving = True
+        while victim.users:
+            await victim.idle.wait()
+        del self._loaded[victim.name]
+        await victim.engine.close(drain=False)
+        victim.model.close()
+        self._say("model_unloaded", model=victim.name)
+
+    async def close(self) -> None:
+        """Stop all engines; what still runs is cancelled."""
+        for task in list(self._loading.values()):
+            task.cancel()
+        while self._loaded:
+            _, served = self._loaded.popitem()
+            await served.engine.close(drain=False)
+            served.model.close()
+
+    def _say(self, event: str, **fields: Any) -> None:
+        if self._log is not None:
+            self._log.event(event, **fields)
+
+
+def names_of(given: Iterable[str]) -> dict[str, str]:
+    """Served names of models: `NAME=MODEL` says one, else an artifact's or file's stem, or the hub id itself.
+
+    Raises:
+        UsageError: two models of one name, or none at all.
+    """
+    refs: dict[str, str] = {}
+    for text in given:
+        name, separator, ref = text.partition("=")
+        if not separator or "/" in name:
+            name, ref = "", text
+        name = name or _own_name(ref)
+        if not ref:
+            raise UsageError(f"{text!r} names no model", hint="use NAME=MODEL, for example chat=demo")
+        if name in refs:
+            raise UsageError(
+                f"two models would be served as {name!r}", hint=f"name one: --model other={refs[name]}"
+            )
+        refs[name] = ref
+    if not refs:
+        raise UsageError("no model is named", hint="hasten serve demo, or hasten serve NAME.hasten")
+    return refs
+
+
+def _own_name(ref: str) -> str:
+    path = Path(ref)
+    if path.suffix in (".hasten", ".gguf"):
+        return path.stem
+    return path.resolve().name if path.is_dir() else ref

@@ -1,0 +1,229 @@
+"""From what a client asks to what the engine is asked; in a worker thread, templates and tokenizers are slow."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hasten.engine.request import Request
+from hasten.engine.sampling import SamplingOptions
+from hasten.serve.problem import Problem
+
+if TYPE_CHECKING:
+    from hasten.engine.grammar import Grammar
+    from hasten.serve.options import ServeOptions
+    from hasten.serve.pool import Served
+    from hasten.serve.protocol.sampling import SamplingFields
+
+_GRAMMAR_HINT = (
+    "give one of response_format, structured_outputs, guided_json, guided_regex, guided_choice, "
+    "guided_grammar"
+)
+
+
+@dataclass(frozen=True)
+class Asker:
+    """Who asks, and the request's own id."""
+
+    client: str
+    request_id: str
+
+
+def messages_of(given: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as templates read them: text in one piece, calls with their arguments as objects.
+
+    Raises:
+        Problem: the arguments of a call are no JSON object.
+    """
+    messages = []
+    for number, message in enumerate(given):
+        plain = {key: value for key, value in message.items() if value is not None}
+        if "content" in plain:
+            plain["content"] = _text_of(plain["content"])
+        else:
+            plain["content"] = ""
+        if plain["role"] == "developer":
+            plain["role"] = "system"
+        if "tool_calls" in plain:
+            path = f"messages.{number}.tool_calls"
+            plain["tool_calls"] = [_call(one, f"{path}.{i}") for i, one in enumerate(plain["tool_calls"])]
+        messages.append(plain)
+    return messages
+
+
+def _text_of(content: str | Sequence[Mapping[str, Any]]) -> str:
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+
+
+def _call(call: Mapping[str, Any], path: str) -> dict[str, Any]:
+    function = call["function"]
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise Problem(
+            400, f"{path}.function.arguments must be a JSON object", param=path, code="invalid_value"
+        )
+    return {**call, "function": {"name": function["name"], "arguments": arguments}}
+
+
+def encode(served: Served, prompt: str | Sequence[int], add_special: bool = True) -> tuple[int, ...]:
+    """Token ids of a prompt that is text or token ids already.
+
+    Raises:
+        Problem: an id outside the vocabulary.
+    """
+    if isinstance(prompt, str):
+        return tuple(served.model.tokenizer.encode(prompt, add_special))
+    vocabulary = served.model.config.vocab_size
+    if any(token >= vocabulary for token in prompt):
+        raise Problem(
+            400,
+            f"a token id is {max(prompt)}; the vocabulary has {vocabulary}",
+            param="prompt",
+            code="invalid_value",
+        )
+    return tuple(prompt)
+
+
+def limit_of(asked: int | None, prompt: int, served: Served, options: ServeOptions) -> int:
+    """Tokens an answer may have.
+
+    Args:
+        asked: what the client wants; None is as many as fit.
+        prompt: tokens of the prompt.
+
+    Raises:
+        Problem: the prompt, or prompt and answer together, do not fit.
+    """
+    if options.max_prompt_tokens is not None and prompt > options.max_prompt_tokens:
+        raise Problem(
+            400,
+            f"the prompt has {prompt} tokens, this server takes {options.max_prompt_tokens}",
+            code="prompt_too_long",
+        )
+    room = served.context - prompt
+    if room < (1 if asked is None else min(1, asked)):
+        raise Problem(
+            400,
+            f"the prompt has {prompt} tokens, the context {served.context}: no room for an answer",
+            code="context_length_exceeded",
+        )
+    most = room if options.max_output_tokens is None else min(room, options.max_output_tokens)
+    if asked is None:
+        return most
+    if asked > room:
+        raise Problem(
+            400,
+            f"the prompt has {prompt} tokens and {asked} more are asked for; the context is {served.context}",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )
+    if asked > most:
+        raise Problem(
+            400,
+            f"{asked} tokens are asked for, this server gives {most}",
+            param="max_tokens",
+            code="too_many_tokens",
+        )
+    return asked
+
+
+def sampling_of(spec: SamplingFields) -> SamplingOptions:
+    """Sampling with OpenAI's defaults: temperature 1, another seed each time."""
+    values: dict[str, Any] = {
+        "temperature": 1.0 if spec.temperature is None else spec.temperature,
+        "top_k": max(0, spec.top_k or 0),
+        "seed": secrets.randbits(63) if spec.seed is None else spec.seed % 2**64,
+        "ignore_eos": bool(spec.ignore_eos),
+        "logit_bias": {int(token): bias for token, bias in (spec.logit_bias or {}).items()},
+    }
+    for name in ("top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+        if (value := getattr(spec, name)) is not None:
+            values[name] = value
+    return SamplingOptions(**values)
+
+
+def request_of(
+    spec: SamplingFields,
+    prompt: tuple[int, ...],
+    asker: Asker,
+    *,
+    max_new_tokens: int,
+    logprobs: int | None,
+    grammar: Grammar | None,
+    skip_special: bool | None = None,
+) -> Request:
+    """The engine's request. Its `id` is set by the caller's id and `client` by user and address or key."""
+    stop = (spec.stop,) if isinstance(spec.stop, str) else tuple(spec.stop or ())
+    wanted = spec.skip_special_tokens is not False if skip_special is None else skip_special
+    return Request(
+        prompt=prompt,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling_of(spec),
+        stop=stop,
+        stop_token_ids=tuple(spec.stop_token_ids or ()),
+        n=spec.n or 1,
+        logprobs=logprobs,
+        prompt_logprobs=spec.prompt_logprobs,
+        grammar=grammar,
+        skip_special=wanted,
+        priority=spec.priority or 0,
+        deadline_ms=spec.deadline_ms,
+        client=f"{asker.client}/{spec.user}" if spec.user else asker.client,
+        salt=spec.cache_salt or "",
+        id=asker.request_id,
+    )
+
+
+def grammar_of(spec: SamplingFields, response_format: Mapping[str, Any] | None) -> Grammar | None:
+    """What the answer must match, None if anything goes.
+
+    Raises:
+        Problem: more than one thing is asked for.
+    """
+    wanted = _formats(response_format)
+    guided = spec.structured_outputs
+    if guided is not None:
+        wanted += _guided(guided.json_, guided.regex, guided.choice, guided.grammar)
+        wanted += [("json_object", "")] if guided.json_object else []
+    wanted += _guided(spec.guided_json, spec.guided_regex, spec.guided_choice, spec.guided_grammar)
+    if len(wanted) > 1:
+        raise Problem(400, f"an answer can follow one grammar, {len(wanted)} are given; {_GRAMMAR_HINT}")
+    if not wanted:
+        return None
+    from hasten.engine.grammar import Grammar
+
+    kind, source = wanted[0]
+    return Grammar(kind, source)  # type: ignore[arg-type]
+
+
+def _formats(response_format: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    match response_format:
+        case {"type": "json_object"}:
+            return [("json_object", "")]
+        case {"type": "json_schema", "json_schema": {"schema": schema}} | {
+            "type": "json_schema",
+            "schema": schema,
+        }:
+            return [("json_schema", json.dumps(schema))]
+    return []
+
+
+def _guided(
+    schema: Mapping[str, Any] | str | None, regex: str | None, choice: Sequence[str] | None, lark: str | None
+) -> list[tuple[str, str]]:
+    found = []
+    if schema is not None:
+        found.append(("json_schema", schema if isinstance(schema, str) else json.dumps(schema)))
+    if regex is not None:
+        found.append(("regex", regex))
+    if choice is not None:
+        found.append(("choice", json.dumps(list(choice))))
+    if lark is not None:
+        found.append(("lark", lark))
+    return found

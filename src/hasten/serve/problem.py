@@ -1,0 +1,92 @@
+"""What a client is told when a request fails: OpenAI's error object, and the status it comes with.
+
+    {"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
+
+Source: https://platform.openai.com/docs/guides/error-codes and the API's own answers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from hasten.errors import DeadlineError, HastenError, QueueFull, TokenizerError, UsageError
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+
+
+class Problem(Exception):
+    """A request that ends with an error.
+
+    Args:
+        status: HTTP status.
+        message: what is wrong and what would be right.
+        param: the field at fault, as a path (`messages.0.content`).
+        code: a word for programs.
+        headers: more response headers.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    @property
+    def type(self) -> str:
+        """OpenAI's word for this kind of error."""
+        return _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+
+    def document(self) -> dict[str, Any]:
+        """The error object."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return {"error": error}
+
+    def body(self) -> bytes:
+        """The error object as JSON."""
+        return json.dumps(self.document()).encode()
+
+
+def problem_of(error: BaseException) -> Problem:
+    """How an exception is told to the client. What nobody foresaw is told without its text, which may hold
+    another client's words; the log has it."""
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, QueueFull):
+        wait = str(max(1, math.ceil(error.retry_after_s)))
+        return Problem(429, _said(error), code="queue_full", headers={"retry-after": wait})
+    if isinstance(error, DeadlineError):
+        # 503 and not 408: the client was not slow, the server is busy; without the load it could be met
+        return Problem(503, _said(error), code="deadline_unreachable", headers={"retry-after": "1"})
+    if isinstance(error, UsageError):
+        return Problem(400, _said(error), code="invalid_value")
+    if isinstance(error, TokenizerError):
+        return Problem(400, _said(error), code="invalid_prompt")
+    if isinstance(error, HastenError):
+        return Problem(500, _said(error), code="engine_error")
+    if isinstance(error, MemoryError):
+        return Problem(503, "the server is out of memory", code="out_of_memory", headers={"retry-after": "5"})
+    return Problem(
+        500, f"a fault of the server ({type(error).__name__}); its log says more", code="internal_error"
+    )
+
+
+def _said(error: HastenError) -> str:
+    return f"{error.message}; {error.hint}" if error.hint else error.message

@@ -1,0 +1,198 @@
+"""The process: a socket, the first model and the application made side by side, signals and the end."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from hasten.core import EngineOptions, ServingOptions
+from hasten.errors import MachineError, UsageError
+from hasten.serve.options import ServeOptions
+
+if TYPE_CHECKING:
+    from hasten.engine.model import LanguageModel
+    from hasten.serve.pool import Loader, ServedEngine
+
+_SEND_BUFFER = 256 << 10  # bytes the kernel may hold for a client that does not read; Linux doubles it
+_EXTRA = "pip install 'hasten[serve]'"
+
+
+@dataclass(frozen=True)
+class ServeSetup:
+    """All that `hasten serve` was told."""
+
+    refs: dict[str, str]  # name -> model
+    options: ServeOptions = field(default_factory=ServeOptions)
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    serving: ServingOptions = field(default_factory=ServingOptions)
+    recipe: str | None = None
+
+    def load(self, ref: str) -> tuple[LanguageModel, ServedEngine]:
+        """Open a model and start its engine."""
+        from hasten.engine.async_engine import AsyncEngine
+        from hasten.engine.model import load
+
+        model = load(ref, recipe=self.recipe, options=self.engine)
+        return model, AsyncEngine(model, self.serving)
+
+
+def serve(setup: ServeSetup, say: Callable[[str], None], loader: Loader | None = None) -> None:
+    """Run until SIGTERM or Ctrl-C; what runs then gets `drain_s` to finish.
+
+    The first model loads in a thread of its own while the web framework is imported and the application
+    is built.
+
+    Args:
+        setup: what to serve and how.
+        say: writes the line with the address, once requests would be answered.
+        loader: how models are loaded, for tests.
+
+    Raises:
+        MachineError: the extra `serve` is not installed.
+        UsageError: the address cannot be listened on.
+        HastenError: the first model cannot be loaded.
+    """
+    listener = listen(setup.options)
+    load = loader or setup.load
+    first = _in_thread(lambda: load(next(iter(setup.refs.values()))))
+    try:
+        server = _server(setup, load, first, listener, say)
+    except BaseException:
+        listener.close()
+        raise
+    server.run(sockets=[listener])
+
+
+def listen(options: ServeOptions) -> socket.socket:
+    """The bound socket.
+
+    Raises:
+        UsageError: the address is taken, forbidden or none of this machine's.
+    """
+    try:
+        found = socket.getaddrinfo(
+            options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        family, kind, protocol, _, address = found[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise UsageError(
+            f"cannot listen on {options.host}: {error.strerror}",
+            hint="use --host 127.0.0.1, or 0.0.0.0 for all",
+        ) from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)  # connections inherit it
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise UsageError(
+            f"cannot listen on {options.host} port {options.port}: {error.strerror}",
+            hint="choose another: --port 8001, or --port 0 for any free one",
+        ) from None
+    return listener
+
+
+def _in_thread(task: Callable[[], Any]) -> Future[Any]:
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(task())
+        except BaseException as error:  # noqa: BLE001  raised again where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="hasten-load", daemon=True).start()
+    return future
+
+
+def _server(
+    setup: ServeSetup, load: Loader, first: Future[Any], listener: socket.socket, say: Callable[[str], None]
+) -> Any:
+    try:
+        import uvicorn
+
+        from hasten.serve.app import build
+        from hasten.serve.protocol_limits import limited
+    except ImportError as error:
+        raise MachineError(f"hasten serve needs {error.name}, which is not installed", hint=_EXTRA) from None
+    from hasten.serve.log import Log
+    from hasten.serve.metrics import Metrics
+    from hasten.serve.pool import ModelPool
+    from hasten.serve.routes import ROUTES
+    from hasten.serve.service import Service
+
+    options = setup.options
+    log = Log(requests=options.log)
+    pool = ModelPool(setup.refs, load, options.max_loaded or len(setup.refs), log)
+    metrics = Metrics(route.path for route in ROUTES)
+    metrics.watch(pool)
+    service = Service(options, pool, metrics, log)
+    config = uvicorn.Config(
+        build(service),
+        http=limited(options),
+        ws="none",
+        loop="uvloop",
+        lifespan="on",
+        access_log=False,
+        log_config=None,
+        log_level="critical",
+        server_header=False,
+        backlog=4096,
+        timeout_keep_alive=int(options.keep_alive_s),
+        timeout_graceful_shutdown=int(options.drain_s),
+    )
+    model, engine = first.result()
+    pool.adopt(pool.default, model, engine)
+    return _drained(config, service, lambda: say(url_of(listener)))
+
+
+def _drained(config: Any, service: Any, ready: Callable[[], None]) -> Any:
+    """uvicorn's server, which announces itself, tells the service that it drains and ends with exit code 0."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            ready()
+            service.log.event("ready", models=list(service.pool.refs))
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            service.draining = True
+            service.log.event("draining", seconds=config.timeout_graceful_shutdown)
+            await super().shutdown(sockets)
+            service.log.event("stopped")
+            service.log.close()
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            if threading.current_thread() is not threading.main_thread():
+                yield
+                return
+            signals = (signal.SIGINT, signal.SIGTERM)
+            before = {one: signal.signal(one, self.handle_exit) for one in signals}
+            try:
+                yield
+            finally:
+                for one, handler in before.items():
+                    signal.signal(one, handler)
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            self.force_exit = self.should_exit  # the second time is meant
+            self.should_exit = True
+
+    return Server(config)
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where the server is, as a link."""
+    host, port = listener.getsockname()[:2]
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{shown}:{port}"

@@ -1,0 +1,168 @@
+"""Answers in the form of `/v1/chat/completions` and `/v1/completions`, whole or as server-sent events.
+
+A chunk is a prepared head, the escaped text and a prepared tail: formatting one costs about a microsecond.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from json.encoder import encode_basestring
+from typing import TYPE_CHECKING, Any
+
+from hasten.engine.request import Output
+from hasten.serve.logprobs import TokenTexts
+
+if TYPE_CHECKING:
+    from hasten.serve.feed import News
+    from hasten.serve.tally import Tally
+
+
+def dumps(value: Any) -> str:
+    """Compact JSON."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def event(text: str) -> str:
+    """One server-sent event."""
+    return f"data: {text}\n\n"
+
+
+@dataclass
+class Part:
+    """What has come of one answer."""
+
+    texts: list[str] = field(default_factory=list)
+    logprobs: list[Any] = field(default_factory=list)
+    length: int = 0  # characters so far
+    finish: str | None = None
+    stop: str | int | None = None
+    opened: bool = False  # the stream has said who speaks
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(self.texts)
+
+
+class Shape(ABC):
+    """One response on its way.
+
+    Args:
+        model: name to show.
+        texts: spells tokens, for logprobs.
+        tally: counts for `usage`.
+        answers: answers a request has.
+        requests: requests of the call.
+        with_usage: the stream reports usage.
+    """
+
+    prefix: str
+    kind: str
+    chunk_kind: str
+
+    def __init__(
+        self, model: str, texts: TokenTexts, tally: Tally, answers: int, requests: int, with_usage: bool
+    ) -> None:
+        self.id = f"{self.prefix}-{secrets.token_hex(12)}"
+        self.created = int(time.time())
+        self.model = model
+        self.texts = texts
+        self.tally = tally
+        self.answers = answers
+        self.parts = [Part() for _ in range(answers * requests)]
+        self.with_usage = with_usage
+        self.prompt_logprobs: dict[int, Any] = {}
+        head = {"id": self.id, "object": self.chunk_kind, "created": self.created, "model": model}
+        self.head = event(dumps(head))[:-3] + ',"choices":['  # an open object, no closing brace
+        self.tail = '],"usage":null}\n\n' if with_usage else "]}\n\n"
+
+    def take(self, news: Sequence[News]) -> None:
+        """Note outputs for a response in one piece."""
+        for which, output in news:
+            self.tally.take(which, output)
+            part = self._note(which, output)
+            part.texts.append(output.text)
+
+    def chunks(self, news: Sequence[News]) -> bytes:
+        """The events for outputs that came."""
+        events = []
+        for which, output in news:
+            self.tally.take(which, output)
+            number = which * self.answers + output.index
+            part = self._note(which, output)
+            events.append(self._chunk(number, part, output))
+        return "".join(events).encode("utf-8", "replace")
+
+    def _note(self, which: int, output: Output) -> Part:
+        part = self.parts[which * self.answers + output.index]
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs[which] = self.texts.prompt(output.prompt_logprobs)
+        if output.logprobs:
+            part.logprobs.extend(output.logprobs)
+        if output.finish_reason is not None:
+            part.finish, part.stop = output.finish_reason, output.stop
+        return part
+
+    def last(self) -> bytes:
+        """The events at the end of a stream."""
+        if not self.with_usage:
+            return b"data: [DONE]\n\n"
+        usage = f'{self.head}],"usage":{dumps(self.tally.usage())}}}\n\n'
+        return usage.encode() + b"data: [DONE]\n\n"
+
+    def document(self) -> dict[str, Any]:
+        """The response in one piece."""
+        return {
+            "id": self.id,
+            "object": self.kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": [self._choice(number, part) for number, part in enumerate(self.parts)],
+            "usage": self.tally.usage(),
+        }
+
+    @abstractmethod
+    def _chunk(self, number: int, part: Part, output: Output) -> str: ...
+
+    @abstractmethod
+    def _choice(self, number: int, part: Part) -> dict[str, Any]: ...
+
+
+class CompletionShape(Shape):
+    """`/v1/completions`."""
+
+    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+
+    def _chunk(self, number: int, part: Part, output: Output) -> str:
+        logprobs = "null"
+        if output.logprobs:
+            logprobs = dumps(self.texts.completion(output.logprobs, part.length))
+            part.length += sum(len(self.texts.text(one.token)) for one in output.logprobs)
+        end = "null"
+        extra = ""
+        if output.finish_reason is not None:
+            end = f'"{output.finish_reason}"'
+            extra = f',"stop_reason":{dumps(output.stop)}'
+        prompt = self.prompt_logprobs.pop(number // self.answers, None)
+        if prompt is not None:
+            extra += f',"prompt_logprobs":{dumps(prompt)}'
+        return (
+            f'{self.head}{{"index":{number},"text":{encode_basestring(output.text)},"logprobs":{logprobs},'
+            f'"finish_reason":{end}{extra}}}{self.tail}'
+        )
+
+    def _choice(self, number: int, part: Part) -> dict[str, Any]:
+        choice = {
+            "index": number,
+            "text": part.text,
+            "logprobs": self.texts.completion(part.logprobs, 0) if part.logprobs else None,
+            "finish_reason": part.finish,
+            "stop_reason": part.stop,
+        }
+        prompt = self.prompt_logprobs.get(number // self.answers)
+        return choice if prompt is None else {**choice, "prompt_logprobs": prompt}
