@@ -36,7 +36,7 @@ class Guard:
     """Wraps the application.
 
     It gives every request an id (or takes the client's), checks keys, answers other origins' questions,
-    cancels the work of a client that goes away or stops reading, turns every exception into an answer, and logs.
+    cancels the work of a client that leaves or stops reading, turns every exception into an answer, and logs.
     """
 
     def __init__(self, app: App, options: ServeOptions, log: Log, metrics: Metrics) -> None:

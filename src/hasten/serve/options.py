@@ -10,10 +10,6 @@ from typing import Literal
 from hasten.errors import UsageError
 
 
-def field(default=default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True)
 class ServeOptions:
     """Addresses, keys and limits of `hasten serve`. A limit keeps one client from taking the rest's.
@@ -22,25 +18,56 @@ class ServeOptions:
         UsageError: a value outside its range.
     """
 
-    host: str = _option("127.0.0.1", metadata={"help": "address to listen on; 0.0.0.0 is every network this machine has"})
+    host: str = field(
+        default="127.0.0.1",
+        metadata={"help": "address to listen on; 0.0.0.0 is every network this machine has"},
+    )
     port: int = field(default=8000, metadata={"help": "port to listen on; 0 picks a free one"})
-    api_keys: tuple[str, ...] = field(default=(), metadata={"help": "keys that are let in; none: everybody is"})
-    cors_origins: tuple[str, ...] = field(default=(), metadata={"help": "web origins whose pages may call the API; none by default"})
-    max_loaded: int | None = field(default=None, metadata={"help": "models in memory at once, the longest unused leaves; default: all that are named"})
-    max_connections: int = field(default=4096, metadata={"help": "open connections; one more is refused at once"})
+    api_keys: tuple[str, ...] = field(
+        default=(), metadata={"help": "key that lets a client in, repeatable; none: everybody is let in"}
+    )
+    cors_origins: tuple[str, ...] = field(
+        default=(), metadata={"help": "web origin whose pages may call the API, repeatable; default: none"}
+    )
+    max_loaded: int | None = field(
+        default=None,
+        metadata={"help": "models in memory at once, the longest unused leaves; default: all that are named"},
+    )
+    max_connections: int = field(
+        default=4096, metadata={"help": "open connections; one more is refused at once"}
+    )
     max_body_mb: float = field(default=16.0, metadata={"help": "longest request body, MB"})
     max_header_kb: float = field(default=32.0, metadata={"help": "most a request's headers may take, KB"})
-    header_timeout_s: float = field(default=10.0, metadata={"help": "seconds a connection may take to send its headers"})
-    body_timeout_s: float = field(default=30.0, metadata={"help": "seconds a request may take to send its body"})
-    send_timeout_s: float = field(default=30.0, metadata={"help": "seconds a client may leave an answer unread before it is cancelled"})
+    header_timeout_s: float = field(
+        default=10.0, metadata={"help": "seconds a connection may take to send its headers"}
+    )
+    body_timeout_s: float = field(
+        default=30.0, metadata={"help": "seconds a request may take to send its body"}
+    )
+    send_timeout_s: float = field(
+        default=30.0, metadata={"help": "seconds a client may leave an answer unread before it is cancelled"}
+    )
     keep_alive_s: float = field(default=30.0, metadata={"help": "seconds an idle connection is kept"})
-    drain_s: float = field(default=30.0, metadata={"help": "seconds that running requests get to finish when the server stops"})
-    max_prompt_tokens: int | None = field(default=None, metadata={"help": "longest prompt, tokens; default: the context"})
-    max_output_tokens: int | None = field(default=None, metadata={"help": "longest answer, tokens; default: what the context leaves"})
-    pooling: Literal["mean", "last"] = field(default="mean", metadata={"help": "how embeddings are pooled: mean or last (token)"})
-    response_cache_ttl: float | None = field(default=None, metadata={"help": "seconds a repeated deterministic request is answered from memory; default: never"})
+    drain_s: float = field(
+        default=30.0, metadata={"help": "seconds that running requests get to finish when the server stops"}
+    )
+    max_prompt_tokens: int | None = field(
+        default=None, metadata={"help": "longest prompt, tokens; default: the context"}
+    )
+    max_output_tokens: int | None = field(
+        default=None, metadata={"help": "longest answer, tokens; default: what the context leaves"}
+    )
+    pooling: Literal["mean", "last"] = field(
+        default="mean", metadata={"help": "how embeddings are pooled: mean, or the last token's"}
+    )
+    response_cache_ttl: float | None = field(
+        default=None,
+        metadata={"help": "seconds a repeated deterministic request is answered from memory; default: never"},
+    )
     response_cache_mb: float = field(default=64.0, metadata={"help": "most that memory may hold, MB"})
-    record: Path | None = field(default=None, metadata={"help": "file to append a trace of requests to, for hasten cache replay"})
+    record: Path | None = field(
+        default=None, metadata={"help": "file to append a trace of requests to, for hasten cache replay"}
+    )
     log: bool = field(default=True, metadata={"help": "write one JSON line a request to stderr"})
 
     def __post_init__(self) -> None:

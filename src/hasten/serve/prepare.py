@@ -1,4 +1,7 @@
-"""From what a client asks to what the engine is asked; in a worker thread, templates and tokenizers are slow."""
+"""From what a client asks to what the engine is asked.
+
+Runs in a worker thread: templates and tokenizers are slow.
+."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ def _server(
 
 
 def _drained(config: Any, service: Any, ready: Callable[[], None]) -> Any:
-    """uvicorn's server, which announces itself, tells the service that it drains and ends with exit code 0."""
+    """uvicorn's server, which announces itself, tells the service that it drains and leaves with code 0."""
     import uvicorn
 
     class Server(uvicorn.Server):
