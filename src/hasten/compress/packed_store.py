@@ -223,21 +223,23 @@ class PackedStore:
         entry = self.models / _name(key)
         if not entry.is_dir():
             return None
+        seen = _identity(entry)
         try:
             _check(entry, key)
             artifact = load_artifact(entry)
         except (ArtifactError, OSError) as wrong:
-            _drop_damaged(entry, wrong)
+            _drop_damaged(entry, seen, wrong)
             return None
         _append(entry / _USED)
         return replace(artifact, packed=replace(artifact.packed, recipe=recipe))
 
     def _is_sound(self, entry: Path, key: Mapping[str, Any]) -> bool:
         """Whether an entry looks whole; one that does not is dropped."""
+        seen = _identity(entry)
         try:
             _check(entry, key)
         except (ArtifactError, OSError) as wrong:
-            _drop_damaged(entry, wrong)
+            _drop_damaged(entry, seen, wrong)
             return False
         return True
 
@@ -255,8 +257,17 @@ def _with_digest(file: SourceFile, content: Content) -> SourceFile:
     return replace(file, sha256=content.files.get(str(file.path.absolute()), file.sha256))
 
 
-def _drop_damaged(entry: Path, wrong: Exception) -> None:
-    if entry.is_dir():  # else another process dropped it while we read
+def _identity(entry: Path) -> tuple[int, int] | None:
+    try:
+        status = entry.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _drop_damaged(entry: Path, seen: tuple[int, int] | None, wrong: Exception) -> None:
+    """Drop what was found wrong, unless another process dropped it, or made it anew, while we read."""
+    if seen is not None and seen == _identity(entry):
         _log.warning("packed weights in the cache are damaged, dropped and made anew: %s", wrong)
         with contextlib.suppress(OSError):
             vanish(entry)

@@ -94,6 +94,7 @@ class _Parsing:
 
     def __init__(self, path: Path, vocab_size: int) -> None:
         self._path = path
+        self._data = _read(path)  # now: what was verified a moment ago may be gone when the thread gets to it
         self._vocab_size = vocab_size
         self._backend: Backend | None = None
         self._sha256 = ""
@@ -105,9 +106,9 @@ class _Parsing:
         from tokenizers import Tokenizer
 
         try:
-            data = self._path.read_bytes()
-            self._sha256 = hashlib.sha256(data).hexdigest()  # 3 ms
-            self._backend = Tokenizer.from_buffer(data)
+            self._sha256 = hashlib.sha256(self._data).hexdigest()  # 3 ms
+            self._backend = Tokenizer.from_buffer(self._data)
+            self._data = b""
         except Exception as error:  # noqa: BLE001 - the library raises plain Exception
             self._reason = str(error)
 
@@ -123,6 +124,13 @@ class _Parsing:
         if size != self._vocab_size:
             raise ArtifactError(f"{self._path} has {size} tokens, {self._vocab_size} were saved", hint=_AGAIN)
         return self._backend
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}", hint=_AGAIN) from error
 
 
 def _fields(path: Path) -> TokenizerFields:
