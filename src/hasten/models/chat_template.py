@@ -46,15 +46,7 @@ def render(
     """
     import jinja2
 
-    if (
-        isinstance(messages, (str, bytes))
-        or not messages
-        or not all(isinstance(m, Mapping) for m in messages)
-    ):
-        raise UsageError(
-            "a chat needs at least one message, each a mapping with role and content",
-            hint='for example [{"role": "user", "content": "Hello"}]',
-        )
+    check(messages)
     source = _choose(templates, tools is not None)
     try:
         text: str = _compile(source).render(
@@ -71,6 +63,19 @@ def render(
             hint=f"check the roles and their order (many templates take no system message), or {RAW_HINT}",
         ) from error
     return text
+
+
+def check(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Raise UsageError unless the messages are a non-empty list of mappings."""
+    if (
+        isinstance(messages, (str, bytes))
+        or not messages
+        or not all(isinstance(m, Mapping) for m in messages)
+    ):
+        raise UsageError(
+            "a chat needs at least one message, each a mapping with role and content",
+            hint='for example [{"role": "user", "content": "Hello"}]',
+        )
 
 
 def _choose(templates: Mapping[str, str], with_tools: bool) -> str:

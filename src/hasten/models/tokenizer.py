@@ -148,17 +148,27 @@ class Tokenizer:
     ) -> str:
         """Messages as text through the model's chat template; see `chat_template.render`.
 
+        Args:
+            messages: as OpenAI's API takes them: contents may be lists of text parts, calls' arguments JSON
+                text.
+            tools: function descriptions; where the template knows none, the system message tells of them.
+            variables: further names the template reads (`enable_thinking`).
+
         Raises:
             TokenizerError: the model has no template, or it refuses the messages.
-            UsageError: the messages are not a list of mappings.
+            UsageError: the messages are not a list of mappings, or have content that is no text.
         """
+        from hasten.models.tools.messages import prepared
+
+        chat_template.check(messages)
+        chat, more = prepared(messages, tools, self.fields.chat_templates)
         return chat_template.render(
             self.fields.chat_templates,
-            messages,
+            chat,
             add_generation_prompt=add_generation_prompt,
             special_tokens=self.fields.special_tokens,
             tools=tools,
-            variables=variables,
+            variables={**more, **(variables or {})},
         )
 
     def encode_chat(
