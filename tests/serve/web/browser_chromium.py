@@ -158,14 +158,15 @@ class Page:
             raise PageError(details.get("exception", {}).get("description", details["text"]))
         return reply["result"].get("value")
 
-    def until(self, script: str, seconds: float = 20.0) -> Any:
-        """Waits until an expression is true; returns it."""
+    def until(self, script: str, seconds: float = 20.0) -> None:
+        """Waits until an expression is true."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            if value := self.run(script):
-                return value
+            if self.run(f"!!({script})"):
+                return
             time.sleep(0.02)
-        raise PageError(f"not true within {seconds} s: {script}\npage: {self.run('document.body.innerText')[:2000]}")
+        shown = self.run("document.body.innerText")[:2000]
+        raise PageError(f"not true within {seconds} s: {script}\npage: {shown}")
 
     def text(self, selector: str) -> str:
         return str(self.run(f"document.querySelector({json.dumps(selector)}).textContent"))
@@ -188,7 +189,12 @@ class Page:
         codes = {"Enter": 13, "Escape": 27, "Tab": 9, "Space": 32}
         text = {"Enter": "\r", "Space": " "}.get(key, "")
         name = " " if key == "Space" else key
-        params = {"key": name, "code": key, "windowsVirtualKeyCode": codes[key], "modifiers": 8 if shift else 0}
+        params = {
+            "key": name,
+            "code": key,
+            "windowsVirtualKeyCode": codes[key],
+            "modifiers": 8 if shift else 0,
+        }
         self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **params)
         self.call("Input.dispatchKeyEvent", type="keyUp", **params)
 
