@@ -28,6 +28,8 @@ SAMPLED = SamplingOptions(temperature=1.0, top_p=0.95, seed=11, ignore_eos=True)
 PENALISED = SamplingOptions(
     temperature=0.8, seed=5, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.2
 )
+LETTERS = Grammar("regex", "[a-f]{5,20}[xyz]")
+PAIRS = Grammar("regex", "(ab|cd|ef)+z")
 REQUESTS = {
     "grows": Request(random_prompt(3, 20), 100, SAMPLED),
     "grows too": Request(random_prompt(4, 20), 105, SamplingOptions(ignore_eos=True)),
@@ -38,8 +40,8 @@ REQUESTS = {
     "bias": Request(SHARED[:33], 16, SamplingOptions(logit_bias={98: 4.0, 99: -100.0})),
     "logprobs": Request((*SHARED, 103), 16, SAMPLED, logprobs=4),
     "several": Request((*SHARED, 104, 105), 10, SAMPLED, n=3, logprobs=0),
-    "grammar": Request(SHARED, 30, SamplingOptions(temperature=1.0, seed=4), grammar=Grammar("regex", "[a-f]{5,20}[xyz]")),
-    "grammar, penalties": Request(SHARED, 20, PENALISED, grammar=Grammar("regex", "(ab|cd|ef)+z"), logprobs=2),
+    "grammar": Request(SHARED, 30, SamplingOptions(1.0, seed=4), grammar=LETTERS),
+    "grammar, penalties": Request(SHARED, 20, PENALISED, grammar=PAIRS, logprobs=2),
     "stop id": Request((*SHARED, 106), 30, SAMPLED, stop_token_ids=(101, 109, 116)),
     "short": Request((97,), 9, SAMPLED),
     "long": Request(random_prompt(2, 90), 30, SamplingOptions(ignore_eos=True)),
@@ -217,7 +219,7 @@ def test_requests_that_come_and_go(
 
 
 def test_stop_texts_beside_the_rest(load: Callable[..., LanguageModel]) -> None:
-    """A stop text of two characters that the answer really contains, across token borders, drafts on and off."""
+    """A stop text that the answer really contains, across token borders, drafts on and off."""
     model = load("qwen3", "w4")
     said = plain(model, Request(SHARED, 40, SAMPLED))
     text = model.tokenizer.decode(said.tokens)

@@ -78,15 +78,16 @@ class Admission:
         seconds = self._finish_s(request)
         if seconds is not None and 1000 * seconds > request.deadline_ms:
             raise DeadlineError(
-                f"the answer would take about {1000 * seconds:.0f} ms, its deadline is {request.deadline_ms:g} ms",
+                f"the answer would take about {1000 * seconds:.0f} ms, "
+                f"its deadline is {request.deadline_ms:g} ms",
                 hint="ask for fewer new tokens, or give more time",
             )
 
     def _finish_s(self, request: Request) -> float | None:
         """Seconds until a new request is done if it gets all tokens it asks for; None: nothing measured yet.
 
-        Counted are the prompts that go before it, what is left of the shortest running answer if all places are
-        taken, its own prompt (nothing of it cached) and its own steps among as many others as may run.
+        Counted are the prompts that go before it, what is left of the shortest running answer if all places
+        are taken, its own prompt (nothing of it cached) and its own steps among as many others as may run.
         """
         scheduler = self._scheduler
         ahead = [

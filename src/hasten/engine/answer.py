@@ -39,12 +39,20 @@ class Clock:
 class Answer:
     """One of a request's n answers.
 
-    `tokens` are the prompt and the answer so far. The first `prompt_tokens` of them are computed as prompt, the
-    rest as answer, however often they are computed: where the two take different kernels, an answer that was
-    thrown out and computed again is the same to the bit.
+    `tokens` are the prompt and the answer so far. The first `prompt_tokens` of them are computed as prompt,
+    the rest as answer, however often they are computed: where the two take different kernels, an answer
+    that was thrown out and computed again is the same to the bit.
     """
 
-    def __init__(self, request: Request, index: int, tokenizer: Tokenizer, clock: Clock) -> None:
+    def __init__(
+        self,
+        request: Request,
+        index: int,
+        clock: Clock,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        grammar: GrammarState | None = None,
+    ) -> None:
         self.request = request
         self.index = index
         self.clock = clock
@@ -53,9 +61,9 @@ class Answer:
         self.cached = CachedSequence()
         self.chain: Chain | None = None  # set when it is first scheduled
         self.published = 0  # full pages that were offered to the prefix cache
-        self.sampler: SequenceSampler | None = None
+        self.sampler = SequenceSampler(self.sampling, request.prompt, vocab_size)
         self.deadline = clock.arrived + (request.deadline_ms or float("inf")) / 1000
-        self.grammar: GrammarState | None = None
+        self.grammar = grammar
         self.draft: Draft | None = None
         self.hit_tokens = self.drafted = self.accepted = self.preemptions = 0
         self.stop: str | int | None = None  # what ended it, if a stop text or token did

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten.engine.answer import Answer
+from hasten.runtime.pages import Sequence as CachedSequence
 
 if TYPE_CHECKING:
     from hasten.runtime.cpu import CpuExecutor
@@ -43,8 +44,8 @@ class Work:
 def execute(executor: CpuExecutor, works: Sequence[Work]) -> list[Floats]:
     """Compute a step.
 
-    Where prompts and answers take different kernels they go in two calls: a token's result must depend on which
-    it is and on nothing else in the step.
+    Where prompts and answers take different kernels they go in two calls: a token's result must depend on
+    which it is and on nothing else in the step.
 
     Returns:
         float32 [len(work.rows()), E] of each work, after the final norm.
@@ -60,7 +61,10 @@ def execute(executor: CpuExecutor, works: Sequence[Work]) -> list[Floats]:
 
 
 def _compute(executor: CpuExecutor, works: list[Work]) -> list[Floats]:
-    batch, rows, sizes, first = [], [], [], 0
+    batch: list[tuple[CachedSequence, list[int]]] = []
+    rows: list[int] = []
+    sizes: list[int] = []
+    first = 0
     for work in works:
         answer, done = work.answer, work.answer.cached.length
         batch.append((answer.cached, answer.tokens[done : done + work.count] + work.drafts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +21,7 @@ from hasten.engine.forecast import Forecast
 from hasten.engine.keep import PrefixKeeper
 from hasten.engine.prompt_result import embedding, read_prompt
 from hasten.engine.request import Output, Request
-from hasten.engine.sampling import Choice, SequenceSampler, choose
+from hasten.engine.sampling import Choice, choose
 from hasten.engine.scheduler import Scheduler
 from hasten.engine.speculate import Speculator
 from hasten.engine.stats import Counters, EngineStats
@@ -36,12 +37,15 @@ Draw = tuple[Work, Floats]  # a work that has a token to draw, and the results [
 class Engine:
     """Runs many requests on one model: continuous batching, chunked prefill, prefix cache, speculation.
 
-    Nothing about a request's answer depends on what else runs: not on batch, chunks, preemption, what was cached
-    or drafted. One thread at a time; `hasten.engine.async_engine.AsyncEngine` is for servers.
+    Nothing about a request's answer depends on what else runs: not on batch, chunks, preemption, what was
+    cached or drafted. One thread at a time; `hasten.engine.async_engine.AsyncEngine` is for servers.
 
     Args:
         model: stays the caller's, who must not run it otherwise while the engine has requests.
         options: caches, speculation, queue.
+
+    Raises:
+        UsageError: another engine's prefix cache is open on this model.
     """
 
     def __init__(self, model: LanguageModel, options: ServingOptions | None = None) -> None:
@@ -59,6 +63,15 @@ class Engine:
         self._answers: dict[str, list[Answer]] = {}  # by request, until all of them ended
         self._mail: dict[str, deque[Output]] = {}  # of requests that are streamed
         self._unclaimed: list[Output] = []
+        # an engine that is dropped gives its pages back too
+        self._dropped = weakref.finalize(self, self._keeper.close)
+        self._dropped.atexit = False
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     # What comes in ------------------------------------------------------------------------------------------
 
@@ -81,10 +94,11 @@ class Engine:
             self.counters.refused += 1
             raise
         clock = Clock(time.perf_counter())
-        answers = [Answer(request, index, self.model.tokenizer, clock) for index in range(request.n)]
-        for answer in answers:
-            answer.grammar = start() if start else None
-            answer.sampler = SequenceSampler(answer.sampling, request.prompt, self.model.config.vocab_size)
+        tokenizer, vocab = self.model.tokenizer, self.model.config.vocab_size
+        answers = [
+            Answer(request, index, clock, tokenizer, vocab, start() if start else None)
+            for index in range(request.n)
+        ]
         answers[0].siblings = answers[1:]
         self._answers[request.id] = answers
         self._scheduler.arrive(answers[0])
@@ -423,4 +437,4 @@ class Engine:
         for name in list(self._answers):
             self.cancel(name)
         self._mask_maker.shutdown()
-        self._keeper.close()
+        self._dropped()

@@ -29,7 +29,7 @@ class Forecast:
         return self._decode_s[nearest]
 
     def finish_s(self, prompt_tokens: int, steps: int, sequences: int) -> float | None:
-        """Seconds until so many prompt tokens and then decode steps are computed; None: nothing measured yet."""
+        """Seconds for so many prompt tokens and then decode steps; None: nothing measured yet."""
         step = self.decode_s(sequences)
         if self.prefill_s is None or step is None:
             return None

@@ -10,6 +10,7 @@ from hasten.core import ServingOptions
 from hasten.engine.answer import Answer
 from hasten.engine.prefix import Chain, Match, PrefixCache, root_key
 from hasten.engine.stats import Counters
+from hasten.errors import UsageError
 from hasten.runtime.pages import Sequence as CachedSequence
 from hasten.speed.cost import prompt_flops
 
@@ -24,9 +25,9 @@ _COST_FLOPS = 1e12  # a second's; only the proportions between pages matter
 class PrefixKeeper:
     """The pages of all answers, and the prefix cache over them.
 
-    Where prompts and answers take different kernels (`CpuExecutor.decodes_like_prefill`), only pages computed
-    as prompt are shared. An answer is then computed once more, as the prompt it will be in the next turn, when
-    the engine has nothing else to do: see `settle`.
+    Where prompts and answers take different kernels (`CpuExecutor.decodes_like_prefill`), only pages
+    computed as prompt are shared. An answer is then computed once more, as the prompt it will be in the
+    next turn, when the engine has nothing else to do: see `settle`.
     """
 
     def __init__(self, model: LanguageModel, options: ServingOptions, counters: Counters) -> None:
@@ -37,6 +38,11 @@ class PrefixKeeper:
         self._prefix: PrefixCache | None = None
         self._unsettled: deque[tuple[list[int], str]] = deque(maxlen=2 * model.options.max_sequences)
         if options.prefix_cache:
+            if self._pool.reclaim is not None:
+                raise UsageError(
+                    "this model has an engine with a prefix cache already",
+                    hint="close that one first, or use ServingOptions(prefix_cache=False)",
+                )
             config, bytes_ = model.config, self._pool.pages * self._executor.page_bytes
             self._prefix = PrefixCache(
                 self._pool,

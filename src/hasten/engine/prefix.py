@@ -1,10 +1,10 @@
 """The prefix cache: pages of computed prompts, found again by what stands in them and before them.
 
-A full page's key is a hash of its tokens and of the key before it, down to a root that names model, recipe and
-salt: equal keys mean equal keys and values, to the bit. Every page here was computed as prompt (or the machine
-computes answers the same way), so that reading it gives what computing it would give.
-Source of the scheme: vLLM's automatic prefix caching; of partly shared pages: SGLang's radix tree (Zheng et al.
-2024), here without the tree.
+A full page's key is a hash of its tokens and of the key before it, down to a root that names model, recipe
+and salt: equal keys mean equal keys and values, to the bit. Every page here was computed as prompt (or the
+machine computes answers the same way), so that reading it gives what computing it would give. Source of the
+scheme: vLLM's automatic prefix caching; of partly shared pages: SGLang's radix tree (Zheng et al. 2024),
+here without the tree.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ Bytes = npt.NDArray[np.uint8]
 class PageMemory(Protocol):
     """Where pages lie: the executor, or nothing at all when a trace is replayed."""
 
-    page_bytes: int
+    @property
+    def page_bytes(self) -> int: ...
 
     def copy_page(self, source: int, target: int) -> None: ...
 
@@ -105,9 +106,9 @@ class PrefixCache:
     """Pages found by key, each owned by the cache beside the sequences that use it.
 
     Args:
-        pool: whose pages these are; its `reclaim` is set to this cache's.
-        memory: reads, writes and copies pages.
-        policy: which page goes first when one is needed. A page goes only if no sequence uses it and no cached
+        pool: whose pages these are; its `reclaim` is set to this cache's. memory: reads, writes and copies
+        pages. policy: which page goes first when one is needed. A page goes only if no sequence uses it and
+        no cached
             page stands behind it.
         cost: seconds to compute `count` tokens behind `start` others.
         disk: None, or the tier that keeps pages over restarts.
@@ -192,7 +193,7 @@ class PrefixCache:
     def publish(
         self, tokens: Sequence[int], chain: Chain, pages: Sequence[int], start: int, end: int
     ) -> None:
-        """Keep a sequence's full pages number `start` to `end`; those that are there already stay as they are."""
+        """Keep a sequence's full pages number `start` to `end`; those that are there already stay."""
         size = self._pool.page_tokens
         for at in range(start, end):
             key = chain.keys[at]

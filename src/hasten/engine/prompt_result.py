@@ -32,7 +32,7 @@ def read_prompt(executor: CpuExecutor, answer: Answer, hidden: Floats, start: in
 
 
 def embedding(answer: Answer, last: Floats) -> Floats | None:
-    """The prompt's embedding float32 [E], if one was asked for; `last` float32 [E] is its last token's result."""
+    """The prompt's embedding float32 [E], if one was asked for; `last` [E] is its last token's result."""
     if answer.request.pooling == "mean" and answer.pooled is not None:
         return (answer.pooled / len(answer.request.prompt)).astype(np.float32)
     return last.copy() if answer.request.pooling == "last" else None

@@ -229,7 +229,7 @@ class CpuExecutor:
 
 
 def _page_bytes(config: ModelConfig, int8: bool, tokens: int) -> int:
-    """As native/kv_cache.h lays a page out: heads padded to 32 values, a scale a token and head beside int8."""
+    """As native/kv_cache.h lays a page out: heads padded to 32 values, int8 with a scale a token and head."""
     dim = -(-config.head_dim // 32) * 32
     return 2 * config.num_layers * config.num_kv_heads * tokens * (dim + 4 if int8 else 2 * dim)
 

@@ -1,4 +1,4 @@
-"""Which pages of the KV cache belong to whom. A page may have several owners; the last one to let go frees it."""
+"""Which pages of the KV cache belong to whom. A page may have several owners; the last to let go frees it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Sequence:
 class PagePool:
     """Free pages, the last freed first: its memory is in use already and still in the processor's cache.
 
-    A page that has several owners is read-only: a sequence writes behind its last token, so whoever shares pages
-    shares full ones only, or copies.
+    A page that has several owners is read-only: a sequence writes behind its last token, so whoever shares
+    pages shares full ones only, or copies.
     """
 
     def __init__(self, pages: int, page_tokens: int) -> None:

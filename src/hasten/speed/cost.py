@@ -115,7 +115,7 @@ def _weights(config: ModelConfig, recipe: Recipe) -> tuple[float, float, float, 
 
 
 def prompt_flops(config: ModelConfig, start: int, count: int) -> float:
-    """Operations to compute `count` prompt tokens behind `start` others, head left out; a multiply-add is two."""
+    """Operations for `count` prompt tokens behind `start` others, head left out; a multiply-add is two."""
     rows, cols = config.linear_shapes()["embed" if config.tied_head else "head"]
     linear = 2.0 * (config.linear_weights - rows * cols) * count
     seen = sum(
