@@ -91,10 +91,14 @@ SuffixAutomaton::Match SuffixAutomaton::repeated() const {
   return link <= 0 ? Match{} : Match{link, states_[link].length};
 }
 
-SuffixAutomaton::Match SuffixAutomaton::advance(Match match, int32_t token) const {
-  // the state may have been split since: the match then belongs to the part for short substrings
+SuffixAutomaton::Match SuffixAutomaton::settled(Match match) const {
   while (match.state > 0 && match.length <= states_[states_[match.state].link].length)
     match.state = states_[match.state].link;
+  return match;
+}
+
+SuffixAutomaton::Match SuffixAutomaton::advance(Match match, int32_t token) const {
+  match = settled(match);
   for (int32_t state = match.state; state != kNone; state = states_[state].link) {
     if (state != match.state) match = {state, states_[state].length};
     if (const int32_t next = target(state, token); next != kNone) return {next, match.length + 1};
@@ -186,7 +190,7 @@ DraftText::Proposal DraftText::propose(size_t most, int32_t least) {
   const auto consider = [&](const SuffixAutomaton* automaton, SuffixAutomaton::Match found, Source source) {
     if (!automaton || found.length < least || found.length <= match.length) return;
     where = automaton;
-    match = found;
+    match = automaton->settled(found);
     proposal.source = source;
   };
   consider(&own_, own_.repeated(), Source::kOwn);

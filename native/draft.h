@@ -33,6 +33,9 @@ class SuffixAutomaton {
   // The match of a text that is one token longer. Amortised O(1) over the tokens of that text, also if tokens are
   // appended here in between.
   Match advance(Match match, int32_t token) const;
+  // The same match after tokens were appended here: states may have been split since, and the match then belongs to the
+  // part for short substrings.
+  Match settled(Match match) const;
   // The longest suffix of this text that occurs in it earlier.
   Match repeated() const;
   // Where in the text an occurrence of the match ends, exclusive: the latest one, without the one that ends the text.

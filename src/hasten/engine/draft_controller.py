@@ -20,37 +20,45 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 
-_GAIN = 0.1  # weight of a new measurement in t(M)
-_OUTLIER = 1.5  # a measurement counts at most as so many times what was expected: others use the machine too
+_GAIN = 0.05  # weight of a new measurement in t(M)
+_PACE_GAIN = 0.4  # and in the pace
+_OUTLIER = 1.5  # a measurement counts at most as so many times what was expected of it
 _FORGET = 512  # steps after which an entry of t(M) that was not measured again is no longer believed
-_SLOPE = (
-    0.05  # what a row adds to t(1), as a share of it, where nothing is known: hopeful, so that it is tried
-)
+_SLOPE = 0.05  # what a row adds to t(1), as a share of it, until it is measured: hopeful, so that it is tried
 _MARGIN = 1.02  # drafts must promise so much more than none: what is learnt is not exact
 _FLOOR = 0.02  # a token less likely than this is not looked at
 
 
 class StepTimes:
-    """Seconds a pure decode step takes, by rows: measured, averaged, straight lines in between."""
+    """Seconds a pure decode step takes, by rows: measured, averaged, straight lines in between.
+
+    A step takes pace x t(rows). The pace is what slows all steps alike, longer contexts or others on the
+    machine; it follows the last few steps. So entries measured at different times can be compared.
+    """
 
     def __init__(self) -> None:
         self._rows: list[int] = []  # measured, ascending
-        self._seconds: dict[int, float] = {}
+        self._seconds: dict[int, float] = {}  # at pace 1
         self._seen: dict[int, int] = {}  # when each was last measured, in steps
         self._times: dict[int, int] = {}  # how often it was
+        self._pace = 1.0
         self._steps = 0
 
     def observe(self, rows: int, seconds: float) -> None:
         """A step of `rows` rows took so long."""
         self._steps += 1
+        level = seconds / self._pace
         before = self._seconds.get(rows)
         if before is None:
-            self._rows.insert(bisect_left(self._rows, rows), rows)
-            self._seconds[rows], self._times[rows] = seconds, 0
+            expected = self.curve(rows, 1)[0] if self._rows else level
+            at = bisect_left(self._rows, rows)
+            self._rows.insert(at, rows)
+            self._seconds[rows], self._times[rows] = min(level, _OUTLIER * expected), 0
         elif self._times[rows] < 3:  # the first steps of a kind meet cold memory
-            self._seconds[rows] = min(before, seconds)
+            self._seconds[rows] = min(before, level)
         else:
-            self._seconds[rows] += _GAIN * (min(seconds, _OUTLIER * before) - before)
+            self._seconds[rows] += _GAIN * (min(level, _OUTLIER * before) - before)
+            self._pace += _PACE_GAIN * (min(seconds / before, _OUTLIER * self._pace) - self._pace)
         self._seen[rows] = self._steps
         self._times[rows] += 1
         if self._steps % 64 == 0:
