@@ -53,12 +53,13 @@ class StepTimes:
             expected = self.curve(rows, 1)[0] if self._rows else level
             at = bisect_left(self._rows, rows)
             self._rows.insert(at, rows)
-            self._seconds[rows], self._times[rows] = min(level, _OUTLIER * expected), 0
-        elif self._times[rows] < 3:  # the first steps of a kind meet cold memory
-            self._seconds[rows] = min(before, level)
+            self._seconds[rows] = min(level, _OUTLIER * expected)
+            self._times[rows] = 0
         else:
-            self._seconds[rows] += _GAIN * (min(level, _OUTLIER * before) - before)
-            self._pace += _PACE_GAIN * (min(seconds / before, _OUTLIER * self._pace) - self._pace)
+            gain = max(_GAIN, 2 / (2 + self._times[rows]))  # what is new is learnt fast
+            self._seconds[rows] += gain * (min(level, _OUTLIER * before) - before)
+            if self._times[rows] > 3:
+                self._pace += _PACE_GAIN * (min(seconds / before, _OUTLIER * self._pace) - self._pace)
         self._seen[rows] = self._steps
         self._times[rows] += 1
         if self._steps % 64 == 0:
