@@ -1,0 +1,135 @@
+"""Forced tool calls are calls, in every family's way, with the arguments that the schema wants."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import pytest
+
+pytest.importorskip("llguidance")
+
+from hasten.engine.tool_grammar import tool_grammar
+from hasten.errors import UsageError
+from hasten.models import pre_tokenizer
+from hasten.models.tokenizer import Tokenizer
+from hasten.models.tools.stream import parse_tool_calls
+from hasten.models.tools.style import ToolStyle, tool_style
+from masked_vocabulary import Vocabulary
+from tiny_tokenizers import byte_level, byte_level_metadata
+
+MARKS = ("<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "<|tool_call|>", "<|/tool_call|>")
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 9}, "days": {"type": "integer", "maximum": 9}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "description": "d", "parameters": WEATHER}},
+    {"type": "function", "function": {"name": "time.now", "description": "no arguments"}},
+]
+TEMPLATES = {
+    "hermes": "{{ tools }}<tool_call>\n{'name': x}",
+    "hermes_list": "{{ tools }}<tool_call>[{'name': x}]</tool_call>",
+    "llama": "{{ tools }}<|python_tag|>",
+    "mistral": "{{ tools }}[TOOL_CALLS] [",
+    "mistral_args": "{{ tools }}[TOOL_CALLS]f[ARGS]",
+    "phi": "<|tool|><|tool_call|>",
+    "described": "{{ messages }}",
+}
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[str, Any]:
+    metadata = byte_level_metadata(byte_level(pre_tokenizer.QWEN2), "qwen2")
+    metadata["tokens"] = [*metadata["tokens"], *MARKS]
+    metadata["token_type"] = [*metadata["token_type"], *[3] * len(MARKS)]  # control tokens, skipped in decode
+    return {f"tokenizer.ggml.{k}": v for k, v in metadata.items()}
+
+
+def answer(vocabulary: Vocabulary, style: ToolStyle, rng: random.Random, **options: Any) -> str:
+    """A forced answer as the server sees it: through the tokenizer's own text stream."""
+    grammar = tool_grammar(TOOLS, style=style, **options)
+    assert grammar is not None
+    ids = vocabulary.draw(vocabulary.compiler.compile(grammar).start(), rng)
+    stream = vocabulary.tokenizer.stream(keep=style.keep_ids)
+    return "".join([*(stream.push(i) for i in ids), stream.flush()])
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_forced_calls_are_calls(name: str, trained: dict[str, Any]) -> None:
+    tokenizer = Tokenizer.from_gguf(trained | {"tokenizer.chat_template": TEMPLATES[name]})
+    vocabulary, style = Vocabulary(tokenizer), tool_style(tokenizer, "llama")
+    assert style.name == ("hermes" if name == "described" else name) and style.described == (
+        name == "described"
+    )
+    counts = set()
+    for seed in range(25):
+        rng = random.Random(seed)
+        content, calls = parse_tool_calls(answer(vocabulary, style, rng, tool_choice="required"), style)
+        assert content == "" and calls
+        counts.add(len(calls))
+        for call in calls:
+            arguments = json.loads(call.arguments)
+            if call.name == "weather":
+                assert isinstance(arguments["city"], str) and arguments.get("days", 0) <= 9
+            else:
+                assert call.name == "time.now" and arguments == {}
+        named = {"type": "function", "function": {"name": "weather"}}
+        text = answer(vocabulary, style, rng, tool_choice=named, parallel=False)
+        content, calls = parse_tool_calls(text, style)
+        assert content == "" and [call.name for call in calls] == ["weather"]
+    assert counts == {1} if name == "llama" else max(counts) > 1
+
+
+def test_nothing_is_forced_where_the_model_may_choose() -> None:
+    assert tool_grammar(TOOLS, "none") is None and tool_grammar(TOOLS, "auto") is None
+    assert tool_grammar([], "auto") is None
+
+
+BAD_SCHEMA = [{"type": "function", "function": {"name": "f", "parameters": {"requierd": []}}}]
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "says"),
+    [
+        ([], "required", "no tools"),
+        (TOOLS, "sometimes", "sometimes"),
+        (TOOLS, {"type": "function", "function": {"name": "nobody"}}, "nobody"),
+        (TOOLS, {"name": "weather"}, "tool_choice"),
+        (TOOLS * 2, "auto", "two functions"),
+        ([{"type": "web_search"}], "auto", "web_search"),
+        (["weather"], "auto", "str"),
+        ("weather", "auto", "list"),
+        ([{"type": "function", "function": {"name": "a b"}}], "auto", "a b"),
+        ([{"type": "function", "function": {"name": "f", "parameters": [1]}}], "auto", "no JSON schema"),
+        (
+            [{"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}],
+            "auto",
+            "no object",
+        ),
+        (BAD_SCHEMA, "required", "'f': .*'requierd'"),
+        ([{"type": "function", "function": {"name": str(i)}} for i in range(129)], "auto", "at most 128"),
+    ],
+)
+def test_what_is_wrong_is_named(tools: Any, choice: Any, says: str) -> None:
+    with pytest.raises(UsageError, match=says) as caught:
+        tool_grammar(tools, choice)
+    assert caught.value.hint
+
+
+@pytest.mark.demo
+def test_demo_style() -> None:
+    from hasten.models.demo import demo_file
+    from hasten.models.gguf import GgufFile
+
+    tokenizer = Tokenizer.from_gguf(GgufFile.open(demo_file().path).metadata)
+    style = tool_style(tokenizer, "qwen2")
+    assert style == ToolStyle() and "<tools>" in tokenizer.apply_chat(
+        [{"role": "user", "content": "x"}], tools=TOOLS
+    )
+    vocabulary = Vocabulary(tokenizer, padding=0)
+    text = answer(vocabulary, style, random.Random(0), tool_choice="required")
+    assert text.startswith("<tool_call>\n") and parse_tool_calls(text, style)[1]
