@@ -1,4 +1,4 @@
-"""The plain twin of the engine: one request alone, its prompt in one piece, a token a step, nothing shared."""
+"""The plain twin of the engine: one request alone, prompt in one piece, a token a step, nothing shared."""
 
 from __future__ import annotations
 
