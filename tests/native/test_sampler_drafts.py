@@ -14,10 +14,18 @@ from hasten.engine.sampling import Choice, SamplingOptions, SequenceSampler, Tok
 
 VOCAB = 70
 PROMPT = [1, 2, 3, 40, 69]
+ANSWER = [t for t in range(0, VOCAB, 2) for _ in range(1 + t % 3)]  # drafts meet what is counted already
 
 
 def rows(count: int, seed: int, spread: float = 2.0) -> np.ndarray:
     return (np.random.default_rng(seed).standard_normal((count, VOCAB)) * spread).astype(np.float32)
+
+
+def started(options: SamplingOptions) -> SequenceSampler:
+    """A sampler in the middle of its answer."""
+    sampler = SequenceSampler(options, PROMPT, VOCAB)
+    sampler.accept(ANSWER)
+    return sampler
 
 
 def plainly(
@@ -66,16 +74,16 @@ def test_the_same_as_one_at_a_time(options: dict[str, Any], masked: bool, logpro
         count = 1 + trial % 9
         logits, position = rows(count, trial), 1000 * trial
         masks = twin.mask_words(random.random((count, VOCAB)) < 0.6) if masked else None
-        plain = plainly(SequenceSampler(sampling, PROMPT, VOCAB), logits, position, masks, logprobs)
+        plain = plainly(started(sampling), logits, position, masks, logprobs)
         drafts = plain.tokens[:-1]
         wrong = int(random.integers(0, count + 2))  # some drafts are right to the end
         if wrong < len(drafts):
             drafts[wrong] = (drafts[wrong] + 1) % VOCAB
-        sampler = SequenceSampler(sampling, PROMPT, VOCAB)
+        sampler = started(sampling)
         (choice,) = choose(logits, [sampler], [drafts], [position], [masks], [logprobs])
         length = min(wrong, count - 1) + 1
         assert choice == Choice(plain.tokens[:length], plain.logprobs[:length])
-        fresh = SequenceSampler(sampling, PROMPT, VOCAB)
+        fresh = started(sampling)
         fresh.accept(choice.tokens)
         assert state_of(sampler) == state_of(fresh)
         lengths.append(length)
@@ -85,11 +93,11 @@ def test_the_same_as_one_at_a_time(options: dict[str, Any], masked: bool, logpro
 def test_a_thousand_drafts() -> None:
     options = SamplingOptions(temperature=1.0, frequency_penalty=0.1, repetition_penalty=1.1, seed=3)
     logits = rows(1001, seed=1)
-    plain = plainly(SequenceSampler(options, PROMPT, VOCAB), logits, 0, None, None)
+    plain = plainly(started(options), logits, 0, None, None)
     for right in (0, 1, 500, 1000):
         drafts = plain.tokens[:right] + [(t + 1) % VOCAB for t in plain.tokens[right:1000]]
         for threads in (1, 3):
-            sampler = SequenceSampler(options, PROMPT, VOCAB)
+            sampler = started(options)
             (choice,) = choose(logits, [sampler], [drafts], [0], [None], [None], threads=threads)
             assert choice.tokens == plain.tokens[: right + 1]
 
@@ -99,9 +107,9 @@ def test_many_sequences_with_drafts_of_all_lengths() -> None:
     plain, drafts, logits = [], [], []
     for i in range(20):
         logits.append(rows(1 + i % 7, seed=i))
-        plain.append(plainly(SequenceSampler(options, PROMPT, VOCAB), logits[-1], 50 * i, None, 2))
+        plain.append(plainly(started(options), logits[-1], 50 * i, None, 2))
         drafts.append(plain[-1].tokens[: i % 7])
-    samplers = [SequenceSampler(options, PROMPT, VOCAB) for _ in drafts]
+    samplers = [started(options) for _ in drafts]
     positions = [50 * i for i in range(20)]
     assert choose(np.concatenate(logits), samplers, drafts, positions, [None] * 20, [2] * 20) == plain
 
