@@ -1,0 +1,55 @@
+"""schemathesis makes requests out of the OpenAPI document and checks every answer against it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import client_server
+import pytest
+from client_server import Server
+
+EXAMPLES = os.environ.get("HASTEN_SCHEMATHESIS_EXAMPLES", "6")
+"""Requests an operation; set it to 500 for a long run by hand."""
+
+CHECKS = (
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_schema_conformance",
+)
+
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("schemathesis") is None, reason="schemathesis is not installed (hasten[dev])"
+    ),
+    pytest.mark.skipif(
+        importlib.util.find_spec("fastapi") is None, reason="the server's packages are not installed"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = client_server.tiny_folder(tmp_path_factory.mktemp("schemathesis"))
+    with client_server.running(folder, "--max-output-tokens", "8") as running:
+        yield running
+
+
+def test_answers_are_as_the_document_says(server: Server, tmp_path: Path) -> None:
+    program = "from schemathesis.cli import schemathesis; schemathesis()"
+    options = ["--max-examples", EXAMPLES, "--checks", ",".join(CHECKS), "--seed", "1", "--phases", "fuzzing"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, "run", f"{server.url}/openapi.json", *options, "--no-color"],
+        capture_output=True,
+        text=True,
+        timeout=3600,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert server.settled()["running"] == 0
