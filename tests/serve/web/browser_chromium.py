@@ -1,7 +1,7 @@
 """A headless Chromium under the DevTools protocol, spoken over a pipe: no port, no driver, no package.
 
-Protocol: https://chromedevtools.github.io/devtools-protocol/. Messages are JSON documents, each ended by a zero byte;
-the browser reads them from file descriptor 3 and writes to 4.
+Protocol: https://chromedevtools.github.io/devtools-protocol/. Messages are JSON documents, each ended by a
+zero byte; the browser reads them from file descriptor 3 and writes to 4.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ from typing import Any
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-PIPES = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execvp(sys.argv[3], sys.argv[3:])"
+PIPES = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.dup2(int(sys.argv[2]), 4)
+os.execvp(sys.argv[3], sys.argv[3:])
+"""
 FLAGS = (
     "--headless=new",
     "--remote-debugging-pipe",
@@ -174,8 +179,9 @@ class Page:
     def click(self, selector: str) -> None:
         """A real click in the middle of an element."""
         box = self.run(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'nearest'}});"
-            " const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]; })()"
+            f"(() => {{ const found = document.querySelector({json.dumps(selector)});"
+            " found.scrollIntoView({block: 'nearest'}); const b = found.getBoundingClientRect();"
+            " return [b.x + b.width / 2, b.y + b.height / 2]; })()"
         )
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)

@@ -1,4 +1,4 @@
-"""A stand-in for `hasten serve`: the page's files, and answers in OpenAI's stream format that a test writes itself."""
+"""A stand-in for `hasten serve`: the page's files, and streamed answers that a test writes itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ FIGURES = {
     "waiting": 3,
     "batch": 4,
     "kv_pages": 200,
-    "kv_pages_used": 50,
+    "kv_pages_used": 60,
+    "kv_pages_cached": 10,
     "requests": 7,
     "output_tokens": 0,
     "prefix_query_tokens": 1000,
@@ -63,7 +64,7 @@ class StandIn:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def figures(self) -> dict[str, Any]:
-        """Counters that grow by the second: 50 tokens, 2 first tokens after 40 ms each, half the prompt cached."""
+        """Counters that grow by the second: 50 tokens, first tokens after 40 ms, half the prompts cached."""
         age = time.monotonic() - self.started
         grown = {
             "output_tokens": round(50 * age),

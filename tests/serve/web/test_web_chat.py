@@ -26,8 +26,9 @@ def fill(page: Page, **values: Any) -> None:
     """Settings by name, as a user's typing would leave them."""
     for name, value in values.items():
         page.run(
-            f"(() => {{ const field = document.getElementById({json.dumps(name)}); field.value = {json.dumps(str(value))};"
-            " for (const kind of ['input', 'change']) field.dispatchEvent(new Event(kind, {bubbles: true})); })()"
+            f"(() => {{ const field = document.getElementById({json.dumps(name)});"
+            f" field.value = {json.dumps(str(value))}; for (const kind of ['input', 'change'])"
+            " field.dispatchEvent(new Event(kind, {bubbles: true})); })()"
         )
 
 
@@ -52,8 +53,8 @@ def test_it_opens_clean_and_asks_nobody_else(page: Page, server: StandIn) -> Non
 
 def test_enter_sends_and_the_answer_streams_in(page: Page, server: StandIn) -> None:
     page.run(
-        "window.said = []; new MutationObserver(() => said.push(document.querySelector('#announcer').textContent))"
-        ".observe(document.querySelector('#announcer'), {childList: true})"
+        "window.said = []; const place = document.querySelector('#announcer');"
+        "new MutationObserver(() => said.push(place.textContent)).observe(place, {childList: true})"
     )
     server.script.pieces, server.script.pause_s = [f"word{n} " for n in range(20)], 0.02
     ask(page, "Hi", wait=False)

@@ -1,4 +1,4 @@
-"""The Markdown renderer in a real Chromium: what it draws, that hostile text stays text, that its time is linear."""
+"""The Markdown renderer in a real Chromium: what it draws, what it refuses, its linear time."""
 
 from __future__ import annotations
 
@@ -48,10 +48,11 @@ def drawn(page: Page, *texts: str, give: str = "place.innerHTML") -> str:
 
 CASES = {
     "one\ntwo\n\nthree": "<p>one\ntwo</p><p>three</p>",
-    "# A\n### B": "<h4>A</h4><h6>B</h6>",
+    "## A\n#### B\n### C\n# D": "<h4>A</h4><h5>B</h5><h5>C</h5><h4>D</h4>",
     "**a** *b* ~~c~~ `d` __e__ _f_": "<p><strong>a</strong> <em>b</em> <del>c</del> <code>d</code>"
     " <strong>e</strong> <em>f</em></p>",
-    "***both*** a * b * c snake_case_name 2**3": "<p><strong><em>both</em></strong> a * b * c snake_case_name 2**3</p>",
+    "***both*** a * b * c snake_case_name 2**3": "<p><strong><em>both</em></strong>"
+    " a * b * c snake_case_name 2**3</p>",
     r"\*not\* `a\*b` ``x`y``": "<p>*not* <code>a\\*b</code> <code>x`y</code></p>",
     "- a\n  - b\n- c": "<ul><li>a<ul><li>b</li></ul></li><li>c</li></ul>",
     "3. a\n4. b": '<ol start="3"><li>a</li><li>b</li></ol>',
@@ -62,7 +63,7 @@ CASES = {
     "[a](https://x.org/b_(c)) <https://y.org>.": '<p><a href="https://x.org/b_(c)">a</a>'
     ' &lt;<a href="https://y.org/">https://y.org</a>&gt;.</p>',
     "![cat](https://x.org/cat.png)": '<p><a href="https://x.org/cat.png">cat</a></p>',
-    "[a](/local) [b](javascript:x) [c](data:text/html,x)": "<p>a (/local) b (javascript:x) c (data:text/html,x)</p>",
+    "[a](/local) [b](javascript:x) [c](data:a,x)": "<p>a (/local) b (javascript:x) c (data:a,x)</p>",
     "": "",
 }
 
@@ -110,7 +111,8 @@ def test_hostile_text_stays_text(quiet_page: Page) -> None:
         assert set(names) <= MADE, text
         attributes = RENDER % (
             json.dumps([text]),
-            "[...place.querySelectorAll('*')].flatMap((e) => [...e.attributes].map((a) => a.name + '=' + a.value))",
+            "[...place.querySelectorAll('*')].flatMap((e) => [...e.attributes])"
+            ".map((a) => a.name + '=' + a.value)",
         )
         for attribute in quiet_page.run(attributes):
             assert not attribute.startswith(("on", "src", "style")), (text, attribute)
@@ -128,9 +130,6 @@ def test_the_browser_itself_refuses_markup(quiet_page: Page) -> None:
             "(() => { try { document.body.innerHTML = '<b>x</b>'; } catch (e) { return e.name; } })()"
         )
         == "TypeError"
-    )
-    quiet_page.run(
-        "(() => { const s = document.createElement('div'); s.setAttribute('style', 'color: red'); return s; })()"
     )
 
 
@@ -171,7 +170,8 @@ def test_a_finished_block_is_not_drawn_again(quiet_page: Page) -> None:
       render(place, "one\\n\\n```\\nx");
       const [first, code] = place.children;
       render(place, "one\\n\\n```\\nx\\ny\\n```\\n\\nend");
-      return place.children[0] === first && place.children[1] === code && code.querySelector("code").textContent;
+      const same = place.children[0] === first && place.children[1] === code;
+      return same && code.querySelector("code").textContent;
     })()
     """
     assert quiet_page.run(script) == "x\ny"

@@ -8,6 +8,8 @@ from browser_server import StandIn
 
 pytestmark = pytest.mark.browser
 
+TALK = "document.querySelector('#conversation')"
+
 
 def test_live_figures_follow_the_server(page: Page, server: StandIn) -> None:
     page.until("document.querySelectorAll('#figures polyline').length >= 6")
@@ -21,7 +23,8 @@ def test_live_figures_follow_the_server(page: Page, server: StandIn) -> None:
     assert 40 <= int(shown["figure-rate"]) <= 60
     assert page.text("#live-note").startswith("demo, up")
     page.run(
-        "(() => { const m = document.querySelector('#model'); m.value = 'other'; m.dispatchEvent(new Event('change')); })()"
+        "(() => { const choice = document.querySelector('#model');"
+        " choice.value = 'other'; choice.dispatchEvent(new Event('change')); })()"
     )
     page.until("document.querySelector('#live-note').textContent.includes('not loaded')")
     assert page.text("#figure-batch") == "\u2013"
@@ -78,7 +81,7 @@ def test_nothing_is_wider_than_the_screen(page: Page, server: StandIn, width: in
     page.until("document.querySelector('.turn.assistant .figures')?.textContent")
     over = "document.documentElement.scrollWidth - innerWidth"
     assert page.run(over) <= 0
-    inside = "(() => { const c = document.querySelector('#conversation'); return c.scrollWidth - c.clientWidth; })()"
+    inside = f"{TALK}.scrollWidth - {TALK}.clientWidth"
     assert page.run(inside) <= 0
     page.run("document.querySelector('#panel').hidden && document.querySelector('#panel-toggle').click()")
     assert page.run(over) <= 0
@@ -90,17 +93,18 @@ def test_the_panel_covers_a_narrow_screen(page: Page) -> None:
     expanded = "document.querySelector('#panel-toggle').getAttribute('aria-expanded')"
     assert page.run(expanded) == "false"
     page.click("#panel-toggle")
-    assert page.run("!document.querySelector('#panel').hidden && document.querySelector('main').hidden")
+    covered = "getComputedStyle(document.querySelector('#composer')).display === 'none'"
+    assert page.run(covered) and not page.run("document.querySelector('#panel').hidden")
     assert page.run(expanded) == "true"
     page.click("#panel-toggle")
-    assert page.run("!document.querySelector('main').hidden")
+    assert not page.run(covered)
 
 
 def test_the_page_follows_the_end_unless_the_reader_left_it(page: Page, server: StandIn) -> None:
     server.script.pieces, server.script.pause_s = [f"line {n}\n\n" for n in range(80)], 0.02
     page.type("Write")
     page.press("Enter")
-    gap = "(() => { const c = document.querySelector('#conversation'); return c.scrollHeight - c.scrollTop - c.clientHeight; })()"
+    gap = f"{TALK}.scrollHeight - {TALK}.scrollTop - {TALK}.clientHeight"
     page.until("document.querySelector('#conversation').scrollTop > 100")
     assert page.run(gap) < 48
     page.run("document.querySelector('#conversation').scrollTop = 0")

@@ -1,4 +1,4 @@
-"""The page at `/`: plain files, no build step, nothing fetched from elsewhere; and the headers they go out with.
+"""The page at `/`: plain files, no build step, nothing fetched from elsewhere; and their headers.
 
 The whole site is a dictionary from URL path to bytes: a path that is not a key does not exist, so there is no
 file name for a request to escape from.

@@ -39,7 +39,7 @@ const FIGURES = [
     lasts: true,
   },
   { id: "rate", name: "Tokens a second", about: "all clients", read: (s) => rate(s, "output_tokens"), write: whole, top: 10 },
-  { id: "batch", name: "Batch", about: "answers in the last step", read: (s) => s.at(-1).batch, write: whole, top: 4 },
+  { id: "batch", name: "Batch", about: "answers in the last step", read: (s) => (s.at(-1).running ? s.at(-1).batch : 0), write: whole, top: 4 },
   { id: "queue", name: "Queue", about: "answers that wait", read: (s) => s.at(-1).waiting, write: whole, top: 4 },
   {
     id: "hits",
@@ -54,7 +54,7 @@ const FIGURES = [
     id: "pages",
     name: "KV memory",
     about: "pages in use",
-    read: (s) => share(s.at(-1).kv_pages_used, s.at(-1).kv_pages),
+    read: (s) => share(s.at(-1).kv_pages_used - s.at(-1).kv_pages_cached, s.at(-1).kv_pages),
     write: percent,
     top: 1,
   },

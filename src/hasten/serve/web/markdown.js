@@ -116,7 +116,7 @@ function draw(block, depth) {
     case "code":
       return drawCode(block, text);
     case "heading":
-      return inline(element(`h${Math.min(6, block.level + 3)}`), text);
+      return inline(element(`h${block.rank ?? 6}`), text);
     case "rule":
       return element("hr");
     case "quote":
@@ -183,6 +183,17 @@ function fill(parent, lines, depth) {
   return parent;
 }
 
+/** Ranks of the top headings, h4 to h6: the first is h4 and none skips one, whatever marks the model took. */
+function rank(blocks) {
+  let first = null;
+  let last = 3;
+  for (const block of blocks.filter((one) => one.kind === "heading")) {
+    first ??= block.level;
+    block.rank = last = Math.min(6, last + 1, Math.max(4, 4 + block.level - first));
+  }
+  return blocks;
+}
+
 /**
  * Draws `text` into `parent`. Called again with a longer text it keeps every block that has not changed, so a
  * streamed answer costs one block a frame, and a selection in a finished block stays.
@@ -190,7 +201,7 @@ function fill(parent, lines, depth) {
 export function render(parent, text) {
   const lines = text.replaceAll("\r\n", "\n").replaceAll("\t", "    ").split("\n");
   const drawn = (parent.blocks ??= []);
-  const blocks = split(lines);
+  const blocks = rank(split(lines));
   blocks.forEach((block, index) => {
     const key = JSON.stringify({ ...block, end: 0 });
     const old = drawn[index];

@@ -48,12 +48,13 @@ function setUpPanel(moved) {
   const move = (open) => {
     byId("panel").hidden = !open;
     button.setAttribute("aria-expanded", String(open));
-    document.querySelector("main").hidden = open && narrow.matches;
+    document.querySelector("main").toggleAttribute("data-covered", open && narrow.matches);
     moved();
   };
   move(!narrow.matches);
   button.addEventListener("click", () => move(byId("panel").hidden));
   narrow.addEventListener("change", () => move(!narrow.matches));
+  byId("skip").addEventListener("click", () => narrow.matches && move(false));
   return move;
 }
 
