@@ -187,6 +187,13 @@ class Tokenizer:
         text = self.apply_chat(messages, add_generation_prompt, tools=tools, variables=variables)
         return self.encode(text, add_special=False)
 
+    def pieces(self, text: str) -> list[str]:
+        """A text cut so that its pieces' ids (without special ones around them), joined, are the text's.
+
+        Cut behind special tokens, where the tokenizer is of a kind for which that holds; else one piece.
+        """
+        return [text] if self._cut is None else self._cut(text)
+
     def stream(self, skip_special: bool = True, keep: Collection[int] = ()) -> TextStream:
         """A stream whose pieces, joined, are what `decode` gives for all pushed ids.
 
@@ -230,6 +237,12 @@ class Tokenizer:
     def special_ids(self) -> frozenset[int]:
         """Ids that `decode` leaves out."""
         return frozenset(i for i, token in self._backend.get_added_tokens_decoder().items() if token.special)
+
+    @cached_property
+    def _cut(self) -> Callable[[str], list[str]] | None:
+        from hasten.models.prompt_pieces import cutter
+
+        return cutter(self._backend)
 
     @cached_property
     def _backend(self) -> Backend:

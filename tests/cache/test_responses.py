@@ -1,0 +1,147 @@
+"""The response cache: only what can have one answer, for as long as it is good, and never a damaged one."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hasten.cache.response_folder import ResponseFolder
+from hasten.cache.responses import ResponseCache
+
+ASKED = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def key(**changes: Any) -> str:
+    found = ResponseCache.key("f", {**ASKED, **changes})
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    "request_, expected",
+    [
+        ({"temperature": 0}, True),
+        ({"temperature": 0.0, "top_p": 0.5}, True),
+        ({"temperature": 0.7, "seed": 3}, True),
+        ({"seed": 0}, True),
+        ({}, False),
+        ({"temperature": 0.7}, False),
+        ({"temperature": None, "seed": None}, False),
+        ({"temperature": False}, False),
+        ({"seed": True}, False),
+        ({"temperature": 0, "x": object()}, False),
+        ({"temperature": 0, "x": float("nan")}, False),
+    ],
+)
+def test_only_deterministic_requests_have_a_key(request_: dict[str, Any], expected: bool) -> None:
+    assert (ResponseCache.key("f", request_) is not None) is expected
+
+
+def test_keys() -> None:
+    assert key() == key(stream=True, user="me", stream_options={"include_usage": True})
+    assert key() == ResponseCache.key("f", dict(reversed(list(ASKED.items()))))
+    others = {key(), key(max_tokens=5), key(model="n"), key(messages=[]), key(seed=1), key(salt="x")}
+    assert len(others) == 6 and ResponseCache.key("g", ASKED) not in others
+
+
+def test_get_put_and_time() -> None:
+    clock = Clock()
+    cache = ResponseCache(10_000, ttl_s=60, clock=clock)
+    assert cache.get(key()) is None
+    assert cache.put(key(), b"answer")
+    assert cache.get(key()) == b"answer"
+    clock.now += 59.9
+    assert cache.get(key()) == b"answer"
+    clock.now += 0.2  # a hit does not make it younger
+    assert cache.get(key()) is None
+    found = cache.stats()
+    assert (found.hits, found.misses, found.expired, found.entries, found.bytes) == (2, 2, 1, 0, 0)
+
+
+@pytest.mark.parametrize("reason", ["cancelled", "error", "deadline", "content_filter"])
+def test_answers_that_did_not_end_are_not_kept(reason: str) -> None:
+    cache = ResponseCache(10_000, 60)
+    assert not cache.put(key(), b"half", finish_reasons=["stop", reason])
+    assert cache.get(key()) is None
+    assert cache.put(key(), b"all", finish_reasons=["stop", "length", "tool_calls"])
+
+
+def test_bounded_by_bytes_and_last_use() -> None:
+    cache = ResponseCache(5_000, 60)
+    keys = [key(seed=i) for i in range(4)]
+    for one in keys[:3]:
+        cache.put(one, bytes(1000))
+    assert cache.get(keys[0]) is not None
+    cache.put(keys[3], bytes(1000))
+    assert [cache.get(one) is not None for one in keys] == [True, False, True, True]
+    assert cache.stats().evicted == 1 and cache.stats().bytes <= 5_000
+    assert not cache.put(key(seed=9), bytes(5000))
+    cache.put(keys[3], bytes(10))  # replaced, not added
+    assert cache.stats().entries == 3 and cache.stats().bytes < 4_000
+
+
+def test_kept_over_restarts(tmp_path: Path) -> None:
+    folder = tmp_path / "answers"
+    ResponseCache(10_000, 60, folder=ResponseFolder(folder)).put(key(), b"answer")
+    later = ResponseCache(10_000, 60, folder=ResponseFolder(folder))
+    assert later.get(key()) == b"answer" and later.stats().hits == 1
+    assert ResponseCache(10_000, 0.0, folder=ResponseFolder(folder)).get(key()) is None
+    assert list(folder.iterdir()) == []  # too old: dropped
+
+
+def test_age_is_kept_over_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, real = Clock(), time.time()
+    ResponseCache(10_000, 60, folder=ResponseFolder(tmp_path)).put(key(), b"answer")
+    monkeypatch.setattr(time, "time", lambda: real + 50)
+    later = ResponseCache(10_000, 60, clock, ResponseFolder(tmp_path))
+    assert later.get(key()) == b"answer"
+    clock.now += 11
+    monkeypatch.setattr(time, "time", lambda: real + 61)
+    assert later.get(key()) is None
+
+
+@pytest.mark.parametrize("cut", [None, 0, 3, 40, -1])
+def test_damaged_files_are_dropped(tmp_path: Path, cut: int | None, caplog: Any) -> None:
+    ResponseCache(10_000, 60, folder=ResponseFolder(tmp_path)).put(key(), b"answer")
+    (file,) = tmp_path.iterdir()
+    data = bytearray(file.read_bytes())
+    data[-4] ^= 1
+    file.write_bytes(data if cut is None else file.read_bytes()[:cut])
+    assert ResponseCache(10_000, 60, folder=ResponseFolder(tmp_path)).get(key()) is None
+    assert "damaged" in caplog.text and not file.exists()
+
+
+def test_a_changed_time_is_damage(tmp_path: Path) -> None:
+    """Nobody makes an old answer young."""
+    ResponseCache(10_000, 60, folder=ResponseFolder(tmp_path)).put(key(), b"answer")
+    (file,) = tmp_path.iterdir()
+    data = bytearray(file.read_bytes())
+    data[46] ^= 1
+    file.write_bytes(data)
+    assert ResponseFolder(tmp_path).read(key(), 1e12) is None
+
+
+def test_the_folder_is_bounded(tmp_path: Path) -> None:
+    folder = ResponseFolder(tmp_path)
+    for i in range(20):
+        folder.write(f"{i:064x}", bytes(1000), 5_000)
+    assert 3 <= len(folder.held()) <= 4 and sum(one.bytes for one in folder.held()) <= 5_000
+
+
+def test_a_disk_that_refuses_costs_one_warning(tmp_path: Path, caplog: Any) -> None:
+    (tmp_path / "file").write_text("")
+    cache = ResponseCache(10_000, 60, folder=ResponseFolder(tmp_path / "file"))
+    for i in range(3):
+        assert cache.put(key(seed=i), b"x")
+        assert cache.get(key(seed=i)) == b"x"
+    assert caplog.text.count("not kept on disk") == 1
