@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from json.encoder import encode_basestring
 from typing import Any
 
 from hasten.engine.request import Output
-from hasten.serve.calls import CallDelta, CallReader
+from hasten.models.tools.stream import ArgumentsDelta, CallStarted, TextDelta, ToolCallStream, ToolEvent
 from hasten.serve.logprobs import TokenTexts
 from hasten.serve.shape import Part, Shape, dumps
 from hasten.serve.tally import Tally
@@ -33,7 +33,7 @@ class ChatShape(Shape):
         answers: int,
         with_usage: bool,
         *,
-        reader: Callable[[], CallReader] | None = None,
+        reader: Callable[[], ToolCallStream] | None = None,
         with_logprobs: bool = False,
     ) -> None:
         super().__init__(model, texts, tally, answers, 1, with_usage)
@@ -69,19 +69,16 @@ class ChatShape(Shape):
             logprobs = dumps({"content": self.texts.chat(output.logprobs), "refusal": None})
         news = reader.push(output.text)
         if output.finish_reason is not None:
-            news = [*news, *reader.end()]
+            news = [*news, *reader.flush()]
         for one in news:
-            if isinstance(one, CallDelta):
-                events.append(self._delta(number, f'"tool_calls":[{dumps(one.chunk())}]', logprobs))
-            else:
-                events.append(self._delta(number, f'"content":{encode_basestring(one)}', logprobs))
+            events.append(self._delta(number, _delta_of(one), logprobs))
             logprobs = "null"
+            part.called = part.called or isinstance(one, CallStarted)
         if logprobs != "null":
             events.append(self._delta(number, '"content":""', logprobs))
         if output.finish_reason is not None:
-            reason = (
-                "tool_calls" if reader.called and output.finish_reason == "stop" else output.finish_reason
-            )
+            called = part.called and output.finish_reason == "stop"
+            reason = "tool_calls" if called else output.finish_reason
             events.append(self._finish(number, reason, output.stop))
         return "".join(events)
 
@@ -108,11 +105,10 @@ class ChatShape(Shape):
         reason = part.finish
         if self._readers:
             reader = self._readers[number]
-            news = [*reader.push(part.text), *reader.end()]
-            text = "".join(one for one in news if isinstance(one, str))
-            message["content"] = text or (None if reader.called else "")
-            if reader.called:
-                message["tool_calls"] = reader.calls()
+            text, calls = _gathered([*reader.push(part.text), *reader.flush()])
+            message["content"] = text or (None if calls else "")
+            if calls:
+                message["tool_calls"] = calls
                 reason = "tool_calls" if reason == "stop" else reason
         logprobs = None
         if self._with_logprobs:
@@ -131,3 +127,29 @@ class ChatShape(Shape):
         if 0 in self.prompt_logprobs:
             document["prompt_logprobs"] = self.prompt_logprobs[0]
         return document
+
+
+def _delta_of(one: ToolEvent) -> str:
+    """A piece of an answer as the inside of a `delta`."""
+    if isinstance(one, TextDelta):
+        return f'"content":{encode_basestring(one.text)}'
+    call: dict[str, Any] = {"index": one.index, "function": {}}
+    if isinstance(one, CallStarted):
+        call |= {"id": one.id, "type": "function", "function": {"name": one.name, "arguments": ""}}
+    else:
+        call["function"] = {"arguments": one.text}
+    return f'"tool_calls":[{dumps(call)}]'
+
+
+def _gathered(news: Sequence[ToolEvent]) -> tuple[str, list[dict[str, Any]]]:
+    """Text and calls of a whole answer."""
+    text = ""
+    calls: list[dict[str, Any]] = []
+    for one in news:
+        if isinstance(one, TextDelta):
+            text += one.text
+        elif isinstance(one, CallStarted):
+            calls.append({"id": one.id, "type": "function", "function": {"name": one.name, "arguments": ""}})
+        elif isinstance(one, ArgumentsDelta):
+            calls[one.index]["function"]["arguments"] += one.text
+    return text, calls

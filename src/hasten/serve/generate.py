@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from hasten.serve.feed import Feed, News
 from hasten.serve.prepare import Asker
-from hasten.serve.problem import problem_of
-from hasten.serve.shape import dumps, event
+from hasten.serve.problem import Problem, problem_of
 
 if TYPE_CHECKING:
     from hasten.engine.request import Request
@@ -28,6 +27,8 @@ class Response(Protocol):
 
     def last(self) -> bytes: ...
 
+    def failed(self, problem: Problem) -> bytes: ...
+
 
 def asker_of(exchange: Exchange) -> Asker:
     """Who asks. The engine's id is the request's own and a few random digits: clients may repeat theirs."""
@@ -45,16 +46,22 @@ async def respond(
     Raises:
         Problem, HastenError: before anything was sent.
     """
+    recorder = exchange.service.recorder
+    recording = recorder.follow(served, requests) if recorder is not None else None
     async with Feed(served.engine, requests) as feed:
         if not stream:
             async for news in feed.batches():
                 response.take(news)
+                if recording is not None:
+                    recording.take(news)
             document = response.document()
             await exchange.json(document)
             return document
         try:
             async for news in feed.batches():
                 data = response.chunks(news)
+                if recording is not None:
+                    recording.take(news)
                 if data:
                     await exchange.events(data)
         except Exception as error:
@@ -62,7 +69,7 @@ async def respond(
                 raise
             problem = problem_of(error)
             exchange.call.fields["error"] = problem.message
-            await exchange.end((event(dumps(problem.document())) + event("[DONE]")).encode())
+            await exchange.end(response.failed(problem))
             return None
         await exchange.end(response.last())
         return None

@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 from hasten.engine.request import Request
 from hasten.engine.sampling import SamplingOptions
 from hasten.serve.problem import Problem
+from hasten.serve.tools import Tools, offered, plan_of
 
 if TYPE_CHECKING:
     from hasten.engine.grammar import Grammar
     from hasten.serve.options import ServeOptions
     from hasten.serve.pool import Served
+    from hasten.serve.protocol.chat import ChatRequest
     from hasten.serve.protocol.sampling import SamplingFields
+    from hasten.serve.tools import ToolPlan
 
 _GRAMMAR_HINT = (
     "give one of response_format, structured_outputs, guided_json, guided_regex, guided_choice, "
@@ -35,43 +38,56 @@ class Asker:
     request_id: str
 
 
-def messages_of(given: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages as templates read them: text in one piece, calls with their arguments as objects.
+def prepare_chat(
+    spec: ChatRequest, served: Served, asker: Asker, options: ServeOptions
+) -> tuple[Request, ToolPlan | None]:
+    """The engine's request for a conversation, and what reads calls from its answer. In a worker thread."""
+    tools = offered(spec.tools, spec.tool_choice)
+    plan = plan_of(served, tools, spec.tool_choice, spec.parallel_tool_calls is not False) if tools else None
+    grammar = grammar_of(spec, spec.response_format)
+    if plan is not None and plan.grammar is not None:
+        if grammar is not None:
+            raise Problem(
+                400, "an answer that must call a tool can follow no other format", param="tool_choice"
+            )
+        grammar = plan.grammar
+    prompt = chat_tokens(
+        served, spec.messages, tools, spec.add_generation_prompt is not False, spec.chat_template_kwargs
+    )
+    asked = spec.max_tokens if spec.max_completion_tokens is None else spec.max_completion_tokens
+    request = request_of(
+        spec,
+        prompt,
+        asker,
+        max_new_tokens=limit_of(asked, len(prompt), served, options),
+        logprobs=(spec.top_logprobs or 0) if spec.logprobs else None,
+        grammar=grammar,
+        skip_special=False if plan is not None else None,  # some models' marks of a call are special tokens
+    )
+    return request, plan
+
+
+def chat_tokens(
+    served: Served,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Tools | None,
+    add_generation_prompt: bool,
+    variables: Mapping[str, Any] | None,
+) -> tuple[int, ...]:
+    """A conversation through the model's template. In a worker thread.
 
     Raises:
-        Problem: the arguments of a call are no JSON object.
+        UsageError, TokenizerError: the template does not take it.
     """
-    messages = []
-    for number, message in enumerate(given):
-        plain = {key: value for key, value in message.items() if value is not None}
-        if "content" in plain:
-            plain["content"] = _text_of(plain["content"])
-        else:
-            plain["content"] = ""
-        if plain["role"] == "developer":
-            plain["role"] = "system"
-        if "tool_calls" in plain:
-            path = f"messages.{number}.tool_calls"
-            plain["tool_calls"] = [_call(one, f"{path}.{i}") for i, one in enumerate(plain["tool_calls"])]
-        messages.append(plain)
-    return messages
+    from hasten.models.tools.messages import prepared
 
-
-def _text_of(content: str | Sequence[Mapping[str, Any]]) -> str:
-    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
-
-
-def _call(call: Mapping[str, Any], path: str) -> dict[str, Any]:
-    function = call["function"]
-    try:
-        arguments = json.loads(function["arguments"] or "{}")
-    except (ValueError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise Problem(
-            400, f"{path}.function.arguments must be a JSON object", param=path, code="invalid_value"
-        )
-    return {**call, "function": {"name": function["name"], "arguments": arguments}}
+    tokenizer = served.model.tokenizer
+    plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    chat, named = prepared(plain, tools, tokenizer.fields.chat_templates)
+    ids = tokenizer.encode_chat(
+        chat, add_generation_prompt, tools=tools, variables={**named, **(variables or {})}
+    )
+    return tuple(ids)
 
 
 def encode(served: Served, prompt: str | Sequence[int], add_special: bool = True) -> tuple[int, ...]:

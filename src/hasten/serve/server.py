@@ -59,15 +59,22 @@ def serve(setup: ServeSetup, say: Callable[[str], None], loader: Loader | None =
         UsageError: the address cannot be listened on.
         HastenError: the first model cannot be loaded.
     """
+    server, listener = made(setup, say, loader)
+    server.run(sockets=[listener])
+
+
+def made(
+    setup: ServeSetup, say: Callable[[str], None], loader: Loader | None = None
+) -> tuple[Any, socket.socket]:
+    """uvicorn's server, its first model loaded, and the socket to run it on; see `serve`."""
     listener = listen(setup.options)
     load = loader or setup.load
     first = _in_thread(lambda: load(next(iter(setup.refs.values()))))
     try:
-        server = _server(setup, load, first, listener, say)
+        return _server(setup, load, first, listener, say), listener
     except BaseException:
         listener.close()
         raise
-    server.run(sockets=[listener])
 
 
 def listen(options: ServeOptions) -> socket.socket:

@@ -9,6 +9,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
+from hasten.serve.recorder import Recorder
+from hasten.serve.stored import ResponseStore
+
 if TYPE_CHECKING:
     from hasten.serve.log import Log
     from hasten.serve.metrics import Metrics
@@ -26,6 +29,8 @@ class Service:
         self.pool = pool
         self.metrics = metrics
         self.log = log
+        self.stored = ResponseStore()
+        self.recorder = Recorder(options.record) if options.record is not None else None
         self.draining = False
         self.began = time.monotonic()
         # templates and tokenizers run here: a long prompt or a slow template stops nobody's stream
@@ -41,5 +46,7 @@ class Service:
         return self.pool.ready and not self.draining
 
     def close(self) -> None:
-        """Let the threads go."""
+        """Let the threads go and end the recording."""
         self._workers.shutdown(wait=False, cancel_futures=True)
+        if self.recorder is not None:
+            self.recorder.close()

@@ -19,6 +19,7 @@ from hasten.serve.logprobs import TokenTexts
 
 if TYPE_CHECKING:
     from hasten.serve.feed import News
+    from hasten.serve.problem import Problem
     from hasten.serve.tally import Tally
 
 
@@ -42,6 +43,7 @@ class Part:
     finish: str | None = None
     stop: str | int | None = None
     opened: bool = False  # the stream has said who speaks
+    called: bool = False  # a tool
 
     @property
     def text(self) -> str:
@@ -114,6 +116,10 @@ class Shape(ABC):
             return b"data: [DONE]\n\n"
         usage = f'{self.head}],"usage":{dumps(self.tally.usage())}}}\n\n'
         return usage.encode() + b"data: [DONE]\n\n"
+
+    def failed(self, problem: Problem) -> bytes:
+        """The events of a stream that broke off."""
+        return (event(dumps(problem.document())) + event("[DONE]")).encode("utf-8", "replace")
 
     def document(self) -> dict[str, Any]:
         """The response in one piece."""

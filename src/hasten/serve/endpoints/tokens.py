@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hasten.serve.prepare import messages_of
+from hasten.serve.prepare import chat_tokens
 from hasten.serve.problem import Problem
 from hasten.serve.protocol.tokens import DetokenizeRequest, TokenizeRequest
 
@@ -28,12 +28,9 @@ def _tokens(spec: TokenizeRequest, served: Served) -> dict[str, Any]:
     if spec.prompt is not None:
         ids = tokenizer.encode(spec.prompt, spec.add_special_tokens is not False)
     else:
-        ids = tokenizer.encode_chat(
-            messages_of(spec.messages or ()),
-            spec.add_generation_prompt is not False,
-            tools=spec.tools or None,
-            variables=spec.chat_template_kwargs,
-        )
+        generation = spec.add_generation_prompt is not False
+        messages = spec.messages or ()
+        ids = list(chat_tokens(served, messages, spec.tools or None, generation, spec.chat_template_kwargs))
     texts = [tokenizer.decode([i], skip_special=False) for i in ids] if spec.return_token_strs else None
     return {"count": len(ids), "max_model_len": served.context, "tokens": ids, "token_strs": texts}
 
