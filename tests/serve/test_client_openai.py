@@ -171,12 +171,14 @@ def test_embeddings_in_both_encodings(client: Any) -> None:
 def test_responses_whole_streamed_and_continued(client: Any) -> None:
     first = client.responses.create(model=NAME, input="What is a mutex?", temperature=0, max_output_tokens=16)
     assert first.output_text == ask(client).choices[0].message.content
-    with client.responses.stream(
-        model=NAME, input="What is a mutex?", temperature=0, max_output_tokens=16
-    ) as stream:
-        deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
-        final = stream.get_final_response()
-    assert "".join(deltas) == final.output_text == first.output_text
+    events = list(
+        client.responses.create(
+            model=NAME, input="What is a mutex?", temperature=0, max_output_tokens=16, stream=True
+        )
+    )
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert events[-1].type == "response.incomplete"  # the tokens ended before the answer
+    assert "".join(deltas) == events[-1].response.output_text == first.output_text
     second = client.responses.create(
         model=NAME, input="And?", previous_response_id=first.id, temperature=0, max_output_tokens=16
     )
@@ -189,6 +191,15 @@ def test_responses_parse_gives_an_object(client: Any) -> None:
         model=NAME, input="Is it?", text_format=Verdict, temperature=0, max_output_tokens=200
     )
     assert isinstance(parsed.output_parsed, Verdict)
+
+
+def test_responses_stream_to_an_object(client: Any) -> None:
+    with client.responses.stream(
+        model=NAME, input="Is it?", text_format=Verdict, temperature=0, max_output_tokens=200
+    ) as stream:
+        final = stream.get_final_response()
+    assert final.status == "completed"
+    assert isinstance(final.output_parsed, Verdict)
 
 
 def test_a_closed_stream_is_cancelled(server: Server, client: Any) -> None:
