@@ -34,20 +34,14 @@ async function ask(path, { body, signal } = {}) {
 }
 
 async function refusal(response) {
-  const text = await response.text().catch(() => "");
   const after = parseFloat(response.headers.get("Retry-After"));
   const details = { status: response.status, retryAfter: Number.isFinite(after) ? after : null };
-  return explained(text, details) ?? new ServerError(`The server answered ${response.status}.`, details);
+  const body = await response.json().catch(() => null);
+  return fault(body, details) ?? new ServerError(`The server answered ${response.status}.`, details);
 }
 
-/** The error in a JSON body or event of the form {"error": {"message", "hint"}}, or null. */
-function explained(text, details = {}) {
-  let found;
-  try {
-    found = JSON.parse(text);
-  } catch {
-    return null;
-  }
+/** The error in a body or event of the form {"error": {"message", "hint"}}, or null. */
+function fault(found, details = {}) {
   const error = found?.error ?? found?.detail;
   if (!error) return null;
   if (typeof error === "string") return new ServerError(error, details);
@@ -83,9 +77,10 @@ export async function* chat(body, signal) {
       complete = true;
       break;
     }
-    const error = explained(data);
+    const event = JSON.parse(data);
+    const error = fault(event);
     if (error) throw error;
-    yield JSON.parse(data);
+    yield event;
   }
   if (!complete) {
     throw new ServerError("The connection ended before the answer did.", {
