@@ -65,7 +65,9 @@ def test_every_series_exists(query: str, reported: dict[str, set[str]]) -> None:
         assert labels <= reported[name], (name, labels)
         for group in re.findall(r"by \(([^)]*)\)", query):
             assert set(group.split(", ")) <= reported[name], (name, group)
-        assert ("rate(" + name in query or "increase(" + name in query) == name.endswith(("_total", "_bucket"))
+        assert ("rate(" + name in query or "increase(" + name in query) == name.endswith(
+            ("_total", "_bucket")
+        )
 
 
 def test_every_series_of_weight_is_shown(reported: dict[str, set[str]]) -> None:
