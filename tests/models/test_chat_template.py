@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
+from jinja2.sandbox import SandboxedEnvironment
 
 from hasten.errors import TokenizerError, UsageError
 from hasten.models.chat_template import render
@@ -224,3 +226,83 @@ def test_bad_messages_are_usage_errors(messages: list[Mapping[str, Any]]) -> Non
     with pytest.raises(UsageError) as caught:
         render({"default": CHATML}, messages)
     assert caught.value.hint
+
+
+def doubling(step: str, after: str = "") -> str:
+    """A template that takes a step sixty times."""
+    loop = "{% for i in range(60) %}" + step + "{% endfor %}"
+    return "{% set ns = namespace(s='xx') %}" + loop + after
+
+
+RUNAWAYS = [
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "{% for i in [1] recursive %}{{ loop([1, 1]) }}{% endfor %}",
+    doubling("{% set ns.s = ns.s ~ ns.s %}"),
+    doubling("{% set ns.s = ns.s + ns.s %}"),
+    doubling("{% set ns.s = [ns.s, ns.s] %}", "{{ ns.s }}"),
+    doubling("{% set ns.s = (ns.s, ns.s) %}", "{{ ns.s == ns.s }}"),
+    doubling("{% set ns.s = {'a': ns.s, 'b': ns.s} %}", "{{ ns.s | tojson }}"),
+    doubling("{% set ns.s = dict(a=ns.s, b=ns.s) %}"),
+    doubling("{% set ns.s = ns.s | replace('x', ns.s) %}"),
+    doubling("{% set ns.s = ns.s.replace('x', ns.s) %}"),
+    doubling("{% set ns.s = ns.s.join(ns.s) %}"),
+    doubling("{% set ns.s = ns.s | join(ns.s) %}"),
+    doubling("{% set x %}{{ ns.s }}{{ ns.s }}{% endset %}{% set ns.s = x %}"),
+    doubling("{% set ns.s = '{0}{0}'.format(ns.s) %}"),
+    doubling("{% set ns.s = '%s%s' % (ns.s, ns.s) %}"),
+    doubling("{% set ns.s = ns.s.translate({120: ns.s}) %}"),
+    "{{ 'x' * 10 ** 10 }}",
+    "{{ 2 ** (10 ** 9) }}{{ 1 }}",
+    "{{ [0] * 10 ** 9 }}",
+    "{{ '%999999999d' % 1 }}",
+    "{{ '%*d' % (999999999, 1) }}",
+    "{{ '%999999999d' | format(1) }}",
+    "{{ '{:999999999d}'.format(1) }}",
+    "{{ '{:{}}'.format(1, 999999999) }}",
+    "{{ 'x'.center(10 ** 10) }}{{ 1 }}",
+    "{{ 'x' | center(10 ** 10) }}",
+    "{{ 'x'.ljust(10 ** 10) }}",
+    "{{ ('a\\n' * 100000) | indent(100000) }}",
+    "{{ messages | tojson(indent=10 ** 9) }}",
+    "{{ [1] | batch(10 ** 9, 'x') | list }}",
+    "{{ lipsum(n=10 ** 9) }}",
+    "{{ (1).to_bytes(10 ** 10, 'big') }}",
+    "{% set x = range(99999) | map('string') | map('center', 99999) | list %}",
+    "{% set x = ''.join(range(99999) | map('string') | map('center', 99999)) %}",
+    "{% macro m() %}" + "x" * 10_000 + "{% endmacro %}"
+    "{% set x %}{% for i in range(99999) %}{{ m() }}{% endfor %}{% endset %}",
+    "{% set x %}{% for i in range(99999) %}" + "y" * 10_000 + "{% endfor %}{% endset %}",
+    "x" * (2 << 20),
+]
+
+
+@pytest.mark.parametrize("source", RUNAWAYS, ids=lambda source: source[:40])
+def test_no_template_runs_away(source: str) -> None:
+    started = time.process_time()
+    with pytest.raises(TokenizerError, match="chat template") as caught:
+        render({"default": source}, TURNS)
+    assert time.process_time() - started < 8
+    assert caught.value.hint and "--raw" in caught.value.hint
+
+
+def test_long_chats_stay_within_the_bounds() -> None:
+    turns = [{"role": ("user", "assistant")[i % 2], "content": f"turn {i} " * 100} for i in range(3000)]
+    for template in (CHATML, LLAMA3):
+        text = render({"default": template}, turns, special_tokens=SPECIAL)
+        assert text.count("turn 2999") == 100
+    whole = render({"default": CHATML}, [{"role": "user", "content": "x" * 4_000_000}])
+    assert len(whole) > 4_000_000
+
+
+def test_loops_still_know_where_they_are() -> None:
+    source = (
+        "{% for x in 'abc' %}{{ loop.index }}{{ loop.first }}{{ loop.last }}{{ loop.length }}"
+        "{{ loop.previtem }}{{ loop.nextitem }}|{% else %}none{% endfor %}"
+        "{% for x in [] %}{% else %}none{% endfor %}"
+        "{% for k, v in {'a': [1, 2]}.items() %}{{ k }}{{ v }}{% endfor %}"
+        "{% for x in [1, [2, [3]]] recursive %}{{ loop(x) if x is iterable else x }}{% endfor %}"
+    )
+    plain = SandboxedEnvironment().from_string(source).render()
+    assert render({"default": source}, TURNS) == plain

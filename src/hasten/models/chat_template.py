@@ -17,6 +17,8 @@ from hasten.errors import TokenizerError, UsageError
 if TYPE_CHECKING:
     import jinja2
 
+    from hasten.models.template_limits import LimitedEnvironment
+
 RAW_HINT = "use --raw to send text without a template"
 # What code inside a template can raise besides jinja2's own errors.
 _TEMPLATE_FAULTS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
@@ -42,20 +44,24 @@ def render(
 
     Raises:
         UsageError: the messages are not a non-empty list of mappings of plain values.
-        TokenizerError: there is no template, or it is not valid, or it refuses the messages.
+        TokenizerError: there is no template, or it is not valid, refuses the messages, or does not end within
+            the bounds of `template_limits`.
     """
     import jinja2
 
     check(messages)
-    source = _choose(templates, tools is not None)
+    from hasten.models.template_limits import limited
+
+    template, literal = _compile(_choose(templates, tools is not None))
     try:
-        text: str = _compile(source).render(
-            messages=_plain(messages),
-            tools=None if tools is None else _plain(tools),
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **{**(special_tokens or {}), **_plain(variables or {})},
-        )
+        with limited(literal):
+            text: str = template.render(
+                messages=_plain(messages),
+                tools=None if tools is None else _plain(tools),
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **{**(special_tokens or {}), **_plain(variables or {})},
+            )
     except (jinja2.TemplateError, *_TEMPLATE_FAULTS) as error:
         reason = str(error) or type(error).__name__
         raise TokenizerError(
@@ -90,12 +96,13 @@ def _choose(templates: Mapping[str, str], with_tools: bool) -> str:
 
 
 @functools.lru_cache(maxsize=8)
-def _compile(source: str) -> jinja2.Template:
+def _compile(source: str) -> tuple[jinja2.Template, int]:
+    """The template, and the characters of plain text in it."""
     import jinja2
 
     try:
-        return _environment().from_string(source)
-    except (jinja2.TemplateSyntaxError, RecursionError) as error:
+        return _environment().bounded(source)
+    except (jinja2.TemplateError, *_TEMPLATE_FAULTS) as error:
         raise TokenizerError(
             f"the model's chat template is no valid Jinja: {error}",
             hint=f"repair the template, or {RAW_HINT}",
@@ -103,14 +110,15 @@ def _compile(source: str) -> jinja2.Template:
 
 
 @functools.cache
-def _environment() -> jinja2.Environment:
+def _environment() -> LimitedEnvironment:
     import jinja2.ext
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    environment = ImmutableSandboxedEnvironment(
+    from hasten.models.template_limits import LimitedEnvironment, guarded
+
+    environment = LimitedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_generation_tag(), jinja2.ext.loopcontrols]
     )
-    environment.filters["tojson"] = _tojson
+    environment.filters["tojson"] = guarded("tojson", _tojson)
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment
