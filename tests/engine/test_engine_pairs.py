@@ -109,6 +109,11 @@ def expected(load: Callable[..., LanguageModel]) -> Callable[..., dict[tuple[str
     return get
 
 
+def foretell(engine: Engine, oracle: Oracle | None) -> None:
+    """Put an oracle in the speculator's place."""
+    engine._speculator = engine._planner._speculator = oracle  # type: ignore[assignment]
+
+
 def run(engine: Engine, requests: dict[str, Request]) -> list[Output]:
     """All requests at once, in the engine's own steps."""
     outputs: list[Output] = []
@@ -146,7 +151,7 @@ def test_company_changes_nothing(
     engine = Engine(model, ServingOptions(prefix_cache=prefix, speculate=False))
     if drafts:
         texts = [(REQUESTS[kind].prompt, answer.tokens) for (kind, _), answer in answers.items()]
-        engine._speculator = Oracle(texts)  # type: ignore[assignment]
+        foretell(engine, Oracle(texts))
     kinds = list(REQUESTS)
     for _ in range(2):
         check(run(engine, REQUESTS), answers, kinds)
@@ -177,7 +182,7 @@ def test_every_instruction_set(
         for index in range(REQUESTS[kind].n)
     }
     engine = Engine(model, ServingOptions(speculate=False))
-    engine._speculator = Oracle([(REQUESTS[k].prompt, a.tokens) for (k, _), a in answers.items()])  # type: ignore[assignment]
+    foretell(engine, Oracle([(REQUESTS[k].prompt, a.tokens) for (k, _), a in answers.items()]))
     for _ in range(2):
         check(run(engine, {kind: REQUESTS[kind] for kind in kinds}), answers, kinds)
         while engine.tidy():
@@ -191,7 +196,7 @@ def test_requests_that_come_and_go(
     """Random arrivals and cancels, drafts, few pages: who stays gets what it gets alone; no page is lost."""
     model, answers = load("qwen3", "w4", 24, 6), expected("qwen3", "w4")
     engine = Engine(model, ServingOptions(speculate=False))
-    engine._speculator = Oracle([(REQUESTS[k].prompt, a.tokens) for (k, _), a in answers.items()])  # type: ignore[assignment]
+    foretell(engine, Oracle([(REQUESTS[k].prompt, a.tokens) for (k, _), a in answers.items()]))
     rng = np.random.default_rng(3)
     kinds, outputs, cancelled, added = list(REQUESTS), [], set(), []
     while len(added) < 60 or engine.busy:
@@ -230,7 +235,7 @@ def test_stop_texts_beside_the_rest(load: Callable[..., LanguageModel]) -> None:
     assert answer.text == text[: text.find(stop)]
     for oracle in (None, Oracle([(SHARED, said.tokens)])):
         engine = Engine(model, ServingOptions(speculate=False))
-        engine._speculator = oracle  # type: ignore[assignment]
+        foretell(engine, oracle)
         outputs = run(engine, {"one": request, "other": REQUESTS["sampled"]})
         assert gather(outputs, "one") == answer
         assert (

@@ -143,8 +143,9 @@ class AsyncEngine:
         failure: BaseException = EngineClosed("the engine was closed", hint="start it again")
         try:
             while self._next():
-                self._tell(self._engine.step())
-                self._stats = self._engine.stats()
+                outputs = self._engine.step()
+                self._stats = self._engine.stats()  # whoever hears of an output finds it counted
+                self._tell(outputs)
         except Exception as wrong:  # noqa: BLE001  whoever waits must hear of it, whatever it was
             _log.exception("the engine stopped")
             failure = wrong

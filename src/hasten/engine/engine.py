@@ -19,12 +19,14 @@ from hasten.engine.answer import Answer, Clock, Floats
 from hasten.engine.batch import Work, execute
 from hasten.engine.forecast import Forecast
 from hasten.engine.keep import PrefixKeeper
+from hasten.engine.planner import Planner
 from hasten.engine.prompt_result import embedding, read_prompt
 from hasten.engine.request import Output, Request
 from hasten.engine.sampling import Choice, choose
 from hasten.engine.scheduler import Scheduler
 from hasten.engine.speculate import Speculator
 from hasten.engine.stats import Counters, EngineStats
+from hasten.errors import HastenError
 
 if TYPE_CHECKING:
     from hasten.engine.grammar import GrammarCompiler
@@ -58,6 +60,9 @@ class Engine:
         self._speculator = Speculator() if self.options.speculate else None
         self._keeper = PrefixKeeper(model, self.options, self.counters)
         self._admission = Admission(model, self.options, self._scheduler, self.forecast)
+        self._planner = Planner(
+            self._executor, self._scheduler, self._keeper, self._speculator, self.counters
+        )
         self._grammars: GrammarCompiler | None = None
         self._mask_maker = ThreadPoolExecutor(1, thread_name_prefix="hasten-masks")
         self._answers: dict[str, list[Answer]] = {}  # by request, until all of them ended
@@ -89,20 +94,23 @@ class Engine:
         self.counters.requests += 1
         try:
             request = self._admission.check(request, self._answers)
-            start = self.compiler().compile(request.grammar).start if request.grammar else None
-        except Exception:
+            answers = self._answers_of(request)
+        except HastenError:
             self.counters.refused += 1
             raise
-        clock = Clock(time.perf_counter())
-        tokenizer, vocab = self.model.tokenizer, self.model.config.vocab_size
-        answers = [
-            Answer(request, index, clock, tokenizer, vocab, start() if start else None)
-            for index in range(request.n)
-        ]
         answers[0].siblings = answers[1:]
         self._answers[request.id] = answers
         self._scheduler.arrive(answers[0])
         return request.id
+
+    def _answers_of(self, request: Request) -> list[Answer]:
+        start = self.compiler().compile(request.grammar).start if request.grammar else None
+        tokenizer, vocab = self.model.tokenizer, self.model.config.vocab_size
+        clock = Clock(time.perf_counter())
+        return [
+            Answer(request, index, clock, tokenizer, vocab, start() if start else None)
+            for index in range(request.n)
+        ]
 
     def compiler(self) -> GrammarCompiler:
         """What reads grammars for this model; built when the first one comes."""
@@ -142,7 +150,7 @@ class Engine:
     def _advance(self) -> list[Output]:
         started = time.perf_counter()
         outputs = self._refuse_late(started)
-        works = self._schedule()
+        works = self._planner.plan()
         if not works:
             return outputs
         masks = self._start_masks(works)
@@ -169,87 +177,6 @@ class Engine:
             for answer in late
             for one in [answer, *answer.siblings]
         ]
-
-    def _schedule(self) -> list[Work]:
-        """Choose the step's work and get its pages; preempts by recompute where there are too few."""
-        scheduler = self._scheduler
-        for answer in list(scheduler.running):
-            self._outgrow(answer)
-        works = []
-        for answer in sorted(scheduler.running, key=scheduler.order):
-            ready = answer in scheduler.running and not answer.in_prompt and answer.pending == 1
-            if ready and self._reserve(answer, 1):
-                works.append(Work.of(answer, 1))
-        works = [work for work in works if work.answer in scheduler.running]
-        scheduler.admit(self._begin, self._preempt)
-        works = [work for work in works if work.answer in scheduler.running]
-        self._add_drafts(works)
-        return works + self._chunks(works)
-
-    def _chunks(self, works: list[Work]) -> list[Work]:
-        """What is left to compute of prompts, and of answers that were preempted, up to the step's budget."""
-        budget, chunks = self._executor.chunk, []
-        decoding = {id(work.answer) for work in works}
-        making: set[bytes] = set()
-        for answer in sorted(self._scheduler.running, key=self._scheduler.order):
-            if budget == 0 or id(answer) in decoding:
-                continue
-            self._keeper.catch_up(answer)
-            if making.intersection(self._keeper.next_keys(answer, 1)):
-                continue  # another one computes the same: it is there in the next step
-            known = answer.prompt_tokens - answer.cached.length if answer.in_prompt else answer.pending
-            chunks.append(Work.of(answer, min(known, budget)))  # its pages were given when it was admitted
-            making.update(self._keeper.next_keys(answer, chunks[-1].count))
-            budget -= chunks[-1].count
-        return chunks
-
-    def _outgrow(self, answer: Answer) -> None:
-        """LongRoPE: past its threshold all of a text is computed anew, as prompt, with other factors."""
-        if not self._executor.outgrows(answer.cached, len(answer.tokens)):
-            return
-        self._keeper.release(answer)
-        answer.prompt_tokens = len(answer.tokens)
-        if not self._keeper.begin(answer):
-            self._preempt(answer)
-            self._scheduler.stand_back(answer)
-
-    def _begin(self, answer: Answer) -> bool:
-        if not self._keeper.begin(answer, spare=len(self._scheduler.running)):
-            return False
-        if answer.clock.started is None:
-            answer.clock.started = time.perf_counter()
-        return True
-
-    def _reserve(self, answer: Answer, tokens: int) -> bool:
-        """Pages for so many more tokens; others, and in the end itself, are preempted for them."""
-        while not self._keeper.reserve(answer, tokens):
-            last = self._scheduler.last()
-            self._preempt(last)
-            self._scheduler.stand_back(last)
-            if last is answer:
-                return False
-        return True
-
-    def _preempt(self, answer: Answer) -> None:
-        self._keeper.release(answer)
-        answer.preemptions += 1
-        self.counters.preemptions += 1
-
-    def _add_drafts(self, works: list[Work]) -> None:
-        if self._speculator is None or not works:
-            return
-        for work in works:
-            if work.answer.draft is None:
-                work.answer.draft = self._speculator.open(work.answer.tokens)
-        rooms = [self._draft_room(work.answer) for work in works]
-        proposals = self._speculator.propose([work.answer.draft for work in works], rooms)
-        for work, drafts in zip(works, proposals, strict=True):
-            if drafts and self._keeper.reserve(work.answer, 1 + len(drafts)):
-                work.drafts = drafts
-
-    def _draft_room(self, answer: Answer) -> int:
-        room = max(0, min(answer.left, self._executor.context - len(answer.tokens)) - 1)
-        return 0 if self._executor.outgrows(answer.cached, len(answer.tokens) + room) else room
 
     def _start_masks(self, works: list[Work]) -> dict[int, Future[Masks]]:
         """Grammar masks, made while the model computes."""
@@ -318,6 +245,7 @@ class Engine:
             [len(answer.tokens) for answer in answers],
             allowed,
             [answer.request.logprobs for answer in answers],
+            threads=self._executor.threads,
         )
 
     def _publish(self, work: Work, choice: Choice, now: float) -> Output:

@@ -1,0 +1,115 @@
+"""Chooses what a step computes, and sees to its pages."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from hasten.engine.answer import Answer
+from hasten.engine.batch import Work
+from hasten.engine.keep import PrefixKeeper
+from hasten.engine.scheduler import Scheduler
+from hasten.engine.speculate import Speculator
+from hasten.engine.stats import Counters
+
+if TYPE_CHECKING:
+    from hasten.runtime.cpu import CpuExecutor
+
+
+class Planner:
+    """A step's work: a token of every answer that decodes, drafts behind it, then prompts up to a budget."""
+
+    def __init__(
+        self,
+        executor: CpuExecutor,
+        scheduler: Scheduler,
+        keeper: PrefixKeeper,
+        speculator: Speculator | None,
+        counters: Counters,
+    ) -> None:
+        self._executor = executor
+        self._scheduler = scheduler
+        self._keeper = keeper
+        self._speculator = speculator
+        self._counters = counters
+
+    def plan(self) -> list[Work]:
+        """Choose the step's work and get its pages; preempts by recompute where there are too few."""
+        scheduler = self._scheduler
+        for answer in list(scheduler.running):
+            self._outgrow(answer)
+        works = []
+        for answer in sorted(scheduler.running, key=scheduler.order):
+            ready = answer in scheduler.running and not answer.in_prompt and answer.pending == 1
+            if ready and self._reserve(answer, 1):
+                works.append(Work.of(answer, 1))
+        works = [work for work in works if work.answer in scheduler.running]
+        scheduler.admit(self._begin, self._preempt)
+        works = [work for work in works if work.answer in scheduler.running]
+        self._add_drafts(works)
+        return works + self._chunks(works)
+
+    def _chunks(self, works: list[Work]) -> list[Work]:
+        """What is left to compute of prompts, and of answers that were preempted, up to the step's budget."""
+        budget, chunks = self._executor.chunk, []
+        decoding = {id(work.answer) for work in works}
+        making: set[bytes] = set()
+        for answer in sorted(self._scheduler.running, key=self._scheduler.order):
+            if budget == 0 or id(answer) in decoding:
+                continue
+            self._keeper.catch_up(answer)
+            if making.intersection(self._keeper.next_keys(answer, 1)):
+                continue  # another one computes the same: it is there in the next step
+            known = answer.prompt_tokens - answer.cached.length if answer.in_prompt else answer.pending
+            chunks.append(Work.of(answer, min(known, budget)))  # its pages were given when it was admitted
+            making.update(self._keeper.next_keys(answer, chunks[-1].count))
+            budget -= chunks[-1].count
+        return chunks
+
+    def _outgrow(self, answer: Answer) -> None:
+        """LongRoPE: past its threshold all of a text is computed anew, as prompt, with other factors."""
+        if not self._executor.outgrows(answer.cached, len(answer.tokens)):
+            return
+        self._keeper.release(answer)
+        answer.prompt_tokens = len(answer.tokens)
+        if not self._keeper.begin(answer):
+            self._preempt(answer)
+            self._scheduler.stand_back(answer)
+
+    def _begin(self, answer: Answer) -> bool:
+        if not self._keeper.begin(answer, spare=len(self._scheduler.running)):
+            return False
+        if answer.clock.started is None:
+            answer.clock.started = time.perf_counter()
+        return True
+
+    def _reserve(self, answer: Answer, tokens: int) -> bool:
+        """Pages for so many more tokens; others, and in the end itself, are preempted for them."""
+        while not self._keeper.reserve(answer, tokens):
+            last = self._scheduler.last()
+            self._preempt(last)
+            self._scheduler.stand_back(last)
+            if last is answer:
+                return False
+        return True
+
+    def _preempt(self, answer: Answer) -> None:
+        self._keeper.release(answer)
+        answer.preemptions += 1
+        self._counters.preemptions += 1
+
+    def _add_drafts(self, works: list[Work]) -> None:
+        if self._speculator is None or not works:
+            return
+        for work in works:
+            if work.answer.draft is None:
+                work.answer.draft = self._speculator.open(work.answer.tokens)
+        rooms = [self._draft_room(work.answer) for work in works]
+        proposals = self._speculator.propose([work.answer.draft for work in works], rooms)
+        for work, drafts in zip(works, proposals, strict=True):
+            if drafts and self._keeper.reserve(work.answer, 1 + len(drafts)):
+                work.drafts = drafts
+
+    def _draft_room(self, answer: Answer) -> int:
+        room = max(0, min(answer.left, self._executor.context - len(answer.tokens)) - 1)
+        return 0 if self._executor.outgrows(answer.cached, len(answer.tokens) + room) else room
