@@ -267,9 +267,12 @@ def test_a_disk_that_fails(
     assert fingerprint(start(folder)) == fingerprint(start(folder))
 
 
-def test_a_folder_that_cannot_be_made(folder: Path, tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
+@pytest.mark.parametrize("where", ["file", "/proc/none", "/dev/null"])
+def test_a_folder_that_cannot_be_made(
+    folder: Path, tmp_path: Path, monkeypatch: Any, caplog: Any, where: str
+) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("HASTEN_CACHE", str(tmp_path / "file"))
+    monkeypatch.setenv("HASTEN_CACHE", str(tmp_path / where))
     for _ in range(2):
         assert list(start(folder).stream(PROMPT, 3))
     assert caplog.text.count("packed weights are not kept") == 1

@@ -24,13 +24,23 @@ def write_record(path: str | Path, key: Mapping[str, Any], value: Any) -> Path:
 
 def read_record(path: str | Path, key: Mapping[str, Any]) -> Any | None:
     """The value kept under exactly this `key`, or None: missing, torn, altered, other key or version."""
+    record = _whole(path)
+    return record.get("value") if record is not None and record.get("key") == _plain(key) else None
+
+
+def is_whole_record(path: str | Path) -> bool:
+    """Whether a file is a record as it was written, whatever its key."""
+    return _whole(path) is not None
+
+
+def _whole(path: str | Path) -> dict[str, Any] | None:
     record = read_json(path)
     if not isinstance(record, dict):
         return None
     found = record.pop("sha256", None)
     if record.get("schema_version") != SCHEMA_VERSION or found != _checksum(record):
         return None
-    return record.get("value") if record.get("key") == _plain(key) else None
+    return record
 
 
 def _plain(key: Mapping[str, Any]) -> Any:

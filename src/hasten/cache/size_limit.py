@@ -85,8 +85,9 @@ def make_room(held: Iterable[Held], need: int, limit: int, drop: Callable[[Path]
 def tree_bytes(path: Path) -> int:
     """Bytes of a file, or of all files below a folder; what vanishes meanwhile counts nothing."""
     total = 0
-    for file in path.rglob("*") if path.is_dir() else [path]:
-        with contextlib.suppress(OSError):
-            if not file.is_symlink() and file.is_file():
-                total += file.stat().st_size
+    with contextlib.suppress(OSError):  # of a folder that goes while it is listed
+        for file in path.rglob("*") if path.is_dir() else [path]:
+            with contextlib.suppress(OSError):
+                if not file.is_symlink() and file.is_file():
+                    total += file.stat().st_size
     return total

@@ -9,7 +9,7 @@ from typing import Any
 
 import hasten
 from hasten.cli import VERBS
-from hasten.cli.frame import parser_of
+from hasten.cli.frame import parser_of, subcommands_of, subparser_of
 
 HEAD = """# Reference
 
@@ -24,6 +24,9 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 budget not met, 130 stopped by Ctrl-C. 
 | environment variable | effect |
 | --- | --- |
 | `HASTEN_DEBUG=1` | show the traceback of an error |
+| `HASTEN_CACHE=DIR` | keep everything that can be made again in DIR |
+| `HASTEN_CACHE_PACKED=0` | neither keep packed weights nor use kept ones |
+| `HASTEN_CACHE_GB=N` | most that packed weights may take, GB; default 20, or half of the disk |
 | `HASTEN_ISA=avx2` | force an instruction set: `scalar`, `avx2`, `avx512` or `amx` |
 | `HF_HUB_OFFLINE=1` | use downloaded models only |
 """
@@ -42,11 +45,17 @@ def reference() -> str:
 
 
 def _verb(name: str) -> str:
-    module = import_module(VERBS[name].module)
-    rows = [_row(parameter) for parameter in parser_of(name, VERBS[name].module).params]
-    doc = inspect.getdoc(module.command) or ""
+    home = VERBS[name].module
+    parts = [_command(f"hasten {name}", parser_of(name, home))]
+    parts += [_command(f"hasten {name} {sub}", subparser_of(home, sub)) for sub in subcommands_of(home)]
+    return "\n".join(parts)
+
+
+def _command(name: str, parser: Any) -> str:
+    doc = inspect.cleandoc(parser.help or "")
+    rows = [_row(parameter) for parameter in parser.params]
     table = "\n".join(["| argument or flag | meaning | default |", "| --- | --- | --- |", *rows])
-    return f"### hasten {name}\n\n{doc}\n\n{table}\n"
+    return f"### {name}\n\n{doc}\n" + (f"\n{table}\n" if rows else "")
 
 
 def _row(parameter: Any) -> str:

@@ -86,7 +86,7 @@ class ContentIndex:
         A disk that cannot be written is no harm: the files are read again then.
         """
         if states.is_settled:
-            with contextlib.suppress(DiskError):
+            with contextlib.suppress(DiskError, OSError):
                 write_record(self._record(states), _key(states), content)
 
     def _record(self, states: FileStates) -> Path:

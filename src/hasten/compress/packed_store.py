@@ -70,8 +70,8 @@ def keep_later(
     def work() -> None:
         try:
             store.keep(origin, now.recipe, now, source)
-        except DiskError as error:
-            warn_once("disk", f"packed weights are not kept: {error.message}")
+        except (DiskError, OSError) as error:
+            warn_once("disk", f"packed weights are not kept: {error}")
 
     return Deferred(work, owner)
 
