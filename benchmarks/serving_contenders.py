@@ -58,7 +58,8 @@ class Served:
         return {} if self.name.startswith("llama") else {"stream_options": {"include_usage": True}}
 
     def pause(self) -> None:
-        """See `Contender`."""
+        """See `Contender`. Ours tidies up when idle: that is not put off to the next round."""
+        self.server.settle()
         self.server.pause()
 
 

@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import IO
 
@@ -17,6 +18,7 @@ from hasten.bench.http_stream import Address, send_now
 from hasten.errors import PeerError
 
 POLL_S = 0.005
+SETTLED_S = 0.4
 TAIL_LINES = 12
 
 
@@ -100,6 +102,25 @@ class ServerProcess:
                     return time.perf_counter() - self.started_s
             time.sleep(POLL_S)
         raise PeerError(f"{self.name} was not ready within {limit_s:.0f} s{self.last_words()}")
+
+    def settle(self, limit_s: float = 10.0) -> None:
+        """Wait until it has used next to no processor time for a while: ours tidies up when it is idle."""
+        until = time.perf_counter() + limit_s
+        used = self._cpu_s()
+        while time.perf_counter() < until:
+            time.sleep(SETTLED_S)
+            before, used = used, self._cpu_s()
+            if used - before < 0.1 * SETTLED_S:
+                return
+
+    def _cpu_s(self) -> float:
+        """Processor time of all its threads so far, seconds; 0 once it is gone."""
+        try:
+            text = Path(f"/proc/{self.pid}/stat").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return 0.0
+        fields = text.rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def pause(self) -> None:
         """Stop the process until it is resumed."""
