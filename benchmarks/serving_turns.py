@@ -60,29 +60,25 @@ class Waits:
 
 
 def from_memory(settings: Settings) -> tuple[list[Bar], Any]:
-    """Turn 6 of a conversation about a text; without a bar: asked at once, and with turns of one length."""
-    about_text, even = _conversations(settings)
-    kinds = {
-        "about_a_text": (about_text, THINK_S, Waits()),
-        "about_a_text_asked_at_once": (about_text, 0.0, Waits()),
-        "even_turns": (even, THINK_S, Waits()),
-    }
+    """Turn 6 of a conversation about a text, asked after a time to read; and asked at once, without a bar."""
+    plan = _conversation(settings)
+    kinds = {"after_reading": (THINK_S, Waits()), "at_once": (0.0, Waits())}
     with contenders.our_server(settings) as served:
         _warm_up(served)
         for number in range(settings.runs):
-            for place, (plan, think_s, waits) in enumerate(kinds.values()):
+            for place, (think_s, waits) in enumerate(kinds.values()):
                 messages = talk(served, plan, number + 500 * place, think_s)
                 hot = one(served, messages, FIRST_TOKENS)
                 served.server.settle()
                 waits.add(hot, one(served, renamed(messages, f"cold {number}"), FIRST_TOKENS))
-    ratio = kinds["about_a_text"][2].ratio
+    ratio = kinds["after_reading"][1].ratio
     bars = [Bar("TTFT of turn 6 at 2,000 tokens / cold prefill", ratio, 0.06, "x", at_least=False)]
-    return bars, {name: waits.details() for name, (_, _, waits) in kinds.items()}
+    return bars, {name: waits.details() for name, (_, waits) in kinds.items()}
 
 
 def from_disk(settings: Settings) -> tuple[list[Bar], Any]:
     """The same, with the server ended (SIGTERM) before turn 6 and started anew on the same folder."""
-    plan, _ = _conversations(settings)
+    plan = _conversation(settings)
     waits = Waits()
     with tempfile.TemporaryDirectory() as folder:
         for number in range(settings.runs):
@@ -126,12 +122,10 @@ def renamed(messages: list[Message], name: str) -> list[Message]:
     return [first, *messages[1:]]
 
 
-def _conversations(settings: Settings) -> tuple[Conversation, Conversation]:
+def _conversation(settings: Settings) -> Conversation:
     from hasten.models.open import open_model
 
-    tokenizer = open_model(settings.model).tokenizer()
-    even = Conversation(tokenizer, answer_tokens=300, question_tokens=24)
-    return Conversation(tokenizer), even
+    return Conversation(open_model(settings.model).tokenizer())
 
 
 def _warm_up(served: contenders.Served) -> None:
