@@ -85,7 +85,7 @@ def test_ls(cache: Path, capsys: Any) -> None:
     assert kinds(run(capsys, "ls", "--kind", "exports", "--kind", "responses")) == ["exports", "responses"]
     assert main(["cache", "ls"]) == 0
     out = capsys.readouterr().out
-    assert "exports" in out and "just now" in out and "3 records" in out
+    assert "exports" in out and "just now" in out and " records\n" in out
 
 
 def test_ls_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -146,8 +146,8 @@ class PackedStore:
         if need > limit:
             warn_once(
                 "large",
-                f"the packed weights of {name} take {need / 1e9:.2f} GB, and the cache may hold "
-                f"{limit / 1e9:.2f} GB (HASTEN_CACHE_GB): they are not kept",
+                f"the packed weights of {name} take {need / 1e6:,.0f} MB, and the cache may hold "
+                f"{limit / 1e6:,.0f} MB (HASTEN_CACHE_GB): they are not kept",
             )
             return False
         for gone in make_room(held, need, limit, vanish):
