@@ -20,6 +20,8 @@ from hasten.runtime.pages import Sequence as CachedSequence
 
 if TYPE_CHECKING:
     from hasten.compress.pack import PackedLinear, PackedModel
+    from hasten.core import ServingOptions
+    from hasten.engine.engine import Engine
     from hasten.models.source import Source
     from hasten.models.tokenizer import Tokenizer
 
@@ -142,6 +144,16 @@ class LanguageModel:
             ttft_ms=1000 * times[0] if times else None,
             decode_tok_per_s=(len(times) - 1) / span if span > 0 else None,
         )
+
+    def engine(self, options: ServingOptions | None = None) -> Engine:
+        """An engine for many requests that come and go, with prefix cache and speculation: docs/engine.md.
+
+        Raises:
+            UsageError: another engine's prefix cache is open on this model.
+        """
+        from hasten.engine.engine import Engine
+
+        return Engine(self, options)
 
     def session(self) -> Session:
         """A conversation that keeps what it has computed from call to call."""
