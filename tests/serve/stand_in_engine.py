@@ -1,4 +1,4 @@
-"""An engine that repeats its prompt, one byte a token: what the server makes of outputs is tested without a model."""
+"""An engine that repeats its prompt, one byte a token: the server is tested without a model."""
 
 from __future__ import annotations
 

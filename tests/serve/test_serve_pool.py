@@ -1,0 +1,115 @@
+"""Several models in one server: loaded when asked for, dropped when unused, never under a request."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+from running_server import Running, chat, serving, wait_for
+from stand_in_engine import StandInEngine, StandInModel
+
+from hasten.errors import ModelError, UsageError
+from hasten.serve.options import ServeOptions
+from hasten.serve.pool import ModelPool, names_of
+from hasten.serve.problem import Problem
+
+PATH = "/v1/chat/completions"
+
+
+def test_names_come_from_what_is_served() -> None:
+    given = ["/a/b/qwen.hasten", "x/y.gguf", "Qwen/Qwen3-0.6B", "demo", "fast=z.hasten"]
+    assert list(names_of(given)) == ["qwen", "y", "Qwen/Qwen3-0.6B", "demo", "fast"]
+    assert names_of(["fast=z.hasten"]) == {"fast": "z.hasten"}
+    for wrong in ([], ["a/x.gguf", "b/x.gguf"], ["x="]):
+        with pytest.raises(UsageError):
+            names_of(wrong)
+
+
+def loaded(server: Running) -> list[str]:
+    return [entry["id"] for entry in server.ask("/v1/models").json["data"] if entry["loaded"]]
+
+
+def test_models_take_turns_in_memory() -> None:
+    engines = {"a": StandInEngine("A"), "b": StandInEngine("B"), "c": StandInEngine("C")}
+    with serving(ServeOptions(port=0, log=False, max_loaded=2), engines) as server:
+        assert loaded(server) == ["a"]
+        for name in ("b", "a", "c"):
+            reply = server.ask(PATH, chat(model=name)).json
+            assert (reply["model"], reply["choices"][0]["message"]["content"]) == (name, name.upper())
+        assert loaded(server) == ["a", "c"]  # b was the longest unused
+        assert engines["b"].closed
+        assert server.models["b"].closed
+        assert not engines["a"].closed
+        assert server.ask(PATH, chat()).json["model"] == "a"  # the first is the default
+
+
+def test_a_model_in_use_is_waited_for() -> None:
+    engines = {"a": StandInEngine("A" * 20, delay_s=0.02), "b": StandInEngine("B")}
+    with serving(ServeOptions(port=0, log=False, max_loaded=1), engines) as server:
+        answers: dict[str, Any] = {}
+
+        def ask(name: str) -> None:
+            answers[name] = server.ask(PATH, chat(model=name)).json["choices"][0]["message"]["content"]
+
+        first = threading.Thread(target=ask, args=("a",))
+        first.start()
+        wait_for(lambda: engines["a"].running == 1)
+        ask("b")
+        first.join()
+        assert answers == {"a": "A" * 20, "b": "B"}  # a's answer was not cut short for b
+        assert engines["a"].closed
+        ask("a")  # and comes back, while nobody uses b
+        assert loaded(server) == ["a"]
+
+
+def test_a_model_that_cannot_be_loaded_fails_its_requests_alone() -> None:
+    good = StandInEngine("A")
+
+    def load(ref: str) -> tuple[Any, Any]:
+        if ref == "b":
+            raise ModelError("b is damaged", hint="download it again")
+        return StandInModel(ref), good
+
+    with serving(ServeOptions(port=0, log=False), {"a": good, "b": good}, load) as server:
+        reply = server.ask(PATH, chat(model="b"))
+        assert (reply.status, reply.error["code"]) == (503, "load_failed")
+        assert "b is damaged" in reply.error["message"]
+        assert server.ask(PATH, chat(model="a")).status == 200
+
+
+def test_one_load_serves_all_who_wait_and_outlives_a_client() -> None:
+    loads = []
+    gate = threading.Event()
+
+    def load(ref: str) -> tuple[Any, Any]:
+        loads.append(ref)
+        gate.wait(5)
+        return StandInModel(ref), StandInEngine()
+
+    async def scenario() -> None:
+        pool = ModelPool({"a": "a"}, load, 1)
+
+        async def use() -> str:
+            async with pool.use("a") as served:
+                return served.name
+
+        tasks = [asyncio.create_task(use()) for _ in range(5)]
+        await asyncio.sleep(0.05)
+        tasks[0].cancel()
+        await asyncio.sleep(0)
+        gate.set()
+        done = await asyncio.gather(*tasks, return_exceptions=True)
+        assert isinstance(done[0], asyncio.CancelledError)
+        assert done[1:] == ["a"] * 4
+        assert loads == ["a"]
+        with pytest.raises(Problem):
+            await use_unknown(pool)
+        await pool.close()
+
+    async def use_unknown(pool: ModelPool) -> None:
+        async with pool.use("A"):
+            pass
+
+    asyncio.run(scenario())
