@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import sys
 import threading
 import time
 from typing import Any
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 pytest.importorskip("llguidance")
 
 from hasten.engine.grammar import Grammar
-from hasten.errors import UsageError
+from hasten.errors import MachineError, UsageError
 from hasten.models import pre_tokenizer
 from hasten.models.tokenizer import Tokenizer
 from masked_vocabulary import Vocabulary, bits
@@ -294,6 +295,13 @@ def test_masks_let_other_threads_run() -> None:
     stop.set()
     thread.join()
     assert after - before >= 3
+
+
+def test_a_missing_package_is_named(vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(MachineError, match="llguidance") as caught:
+        vocabulary.start("regex", "never compiled before")
+    assert caught.value.hint and "hasten[serve]" in caught.value.hint
 
 
 def test_a_vocabulary_that_cannot_spell_it_says_so() -> None:

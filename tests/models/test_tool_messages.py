@@ -33,7 +33,8 @@ QWEN = """{%- if tools %}{{- '<|im_start|>system\\n' }}{%- if messages[0]['role'
     {%- endif %}
 {%- endfor %}"""
 LLAMA = """{%- if tools is not none %}{{- "Environment: ipython\\n" }}
-{%- for t in tools %}{{- t | tojson(indent=4) }}{%- endfor %}{{- 'Respond in the format {"name": function name, "parameters": dictionary}' }}{%- endif %}
+{%- for t in tools %}{{- t | tojson(indent=4) }}{%- endfor %}
+{{- 'Respond in the format {"name": function name, "parameters": dictionary}' }}{%- endif %}
 {%- for message in messages %}
     {%- if not (message.role == 'ipython' or message.role == 'tool' or 'tool_calls' in message) %}
         {{- '<|start_header_id|>' + message['role'] + '\\n\\n' + message['content'] | trim + '<|eot_id|>' }}

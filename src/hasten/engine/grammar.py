@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import numpy.typing as npt
 
-from hasten.errors import UsageError
+from hasten.errors import MachineError, UsageError
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -68,6 +68,7 @@ class GrammarCompiler:
 
         Raises:
             UsageError: the grammar is not valid, uses what is not supported, matches nothing or is too big.
+            MachineError: llguidance is not installed.
         """
         with self._lock:
             if grammar in self._kept:
@@ -81,8 +82,13 @@ class GrammarCompiler:
         return compiled
 
     def _compile(self, grammar: Grammar) -> CompiledGrammar:
-        from llguidance import LLMatcher
-
+        try:
+            from llguidance import LLMatcher
+        except ImportError as error:
+            raise MachineError(
+                f"structured output needs the package llguidance: {error}",
+                hint='pip install "hasten[serve]"',
+            ) from error
         from hasten.engine.grammar_source import limits, source_of
 
         source = source_of(grammar)
