@@ -174,6 +174,7 @@ void DraftText::meet() {
 void DraftText::append(const std::vector<int32_t>& tokens) {
   meet();
   for (const int32_t token : tokens) own_.append(token);
+  if (prompt_ == 0) prompt_ = tokens.size();
   follow(tokens.size());
 }
 
@@ -193,7 +194,7 @@ DraftText::Proposal DraftText::propose(size_t most, int32_t least) {
     match = automaton->settled(found);
     proposal.source = source;
   };
-  consider(&own_, own_.repeated(), Source::kOwn);
+  consider(&own_, own_.repeated(), Source::kPrompt);
   if (recent_) {
     consider(recent_->newer(), newer_, Source::kRecent);
     consider(recent_->older(), older_, Source::kRecent);
@@ -202,6 +203,7 @@ DraftText::Proposal DraftText::propose(size_t most, int32_t least) {
   proposal.length = match.length;
   const std::vector<int32_t>& text = where->text();
   const size_t begin = static_cast<size_t>(where->end_of(match));
+  if (where == &own_ && begin >= prompt_) proposal.source = Source::kAnswer;
   int32_t state = match.state;
   for (size_t i = begin; proposal.tokens.size() < most; ++i) {
     // past the end of its own text the sequence goes on with what it was just proposed

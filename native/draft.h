@@ -103,7 +103,7 @@ class RecentTexts {
 // Where one sequence stands in its own text and in the recent ones.
 class DraftText {
  public:
-  enum class Source { kNone = 0, kOwn = 1, kRecent = 2 };
+  enum class Source { kNone = 0, kPrompt = 1, kRecent = 2, kAnswer = 3 };
   struct Proposal {
     Source source = Source::kNone;
     int32_t length = 0;             // tokens matched
@@ -114,8 +114,8 @@ class DraftText {
   // `recent` may be null.
   explicit DraftText(std::shared_ptr<const RecentTexts> recent) : recent_(std::move(recent)) {}
 
-  // Amortised O(1) a token. Of a long piece only the end is looked up in the recent texts: a match there is no longer
-  // than 128 tokens and what came after.
+  // The first piece is the prompt. Amortised O(1) a token. Of a long piece only the end is looked up in the recent
+  // texts: a match there is no longer than 128 tokens and what came after.
   void append(const std::vector<int32_t>& tokens);
   // What followed the longest match of at least `least` tokens; of equal ones the own text's. Copied where the text
   // that is copied ends while copying: a loop of three tokens is proposed as often as it fits.
@@ -133,6 +133,7 @@ class DraftText {
   std::shared_ptr<const RecentTexts> recent_;
   SuffixAutomaton::Match newer_, older_;
   uint64_t generation_ = 0;
+  size_t prompt_ = 0;  // tokens
 };
 
 }  // namespace hasten

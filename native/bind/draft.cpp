@@ -44,11 +44,11 @@ void bind_draft(nb::module_& m) {
             draft.append(tokens);
           },
           nb::arg("tokens"), "Token ids the text goes on with.")
-      .def(
-          "propose", &py_propose, nb::arg("most"), nb::arg("least") = 1,
-          "(source, tokens matched, what followed, evidence): source 0 no match of at least `least` tokens, 1 the "
-          "sequence's own text, 2 a recent one; at most `most` token ids. Evidence of each token, from what came after "
-          "the same tokens before: 0 they came once, 1 it always followed, 2 half of the times or more, 3 less.")
+      .def("propose", &py_propose, nb::arg("most"), nb::arg("least") = 1,
+           "(source, tokens matched, what followed, evidence): source 0 no match of at least `least` tokens, 1 the "
+           "prompt (what was appended first), 2 a recent text, 3 the answer; at most `most` token ids. Evidence of "
+           "each token, from what came after "
+           "the same tokens before: 0 they came once, 1 it always followed, 2 half of the times or more, 3 less.")
       .def("lengths", &DraftText::lengths,
            "Tokens of the text's end that occur earlier in it, in the newer and in the older half of the recent texts.")
       .def_prop_ro(

@@ -182,8 +182,8 @@ def test_an_answer_of_its_own_kind_is_lifted_or_lowered() -> None:
 
 def test_gains_are_products_of_chances() -> None:
     acceptance = Acceptance()
-    gains = acceptance.gains(0, 4, [0, 0, 2], 1.0)
+    gains = acceptance.gains(0, 4, [0, 0, 2], [1.0] * 4)
     chances = [acceptance.chance(0, 4, 0), acceptance.chance(0, 5, 0), acceptance.chance(0, 6, 2)]
     assert gains == pytest.approx([chances[0], chances[0] * chances[1], chances[0] * chances[1] * chances[2]])
     assert gains == sorted(gains, reverse=True)
-    assert acceptance.gains(0, 1, [3] * 15, 1 / 16) == [], "what is hopeless is not looked at"
+    assert acceptance.gains(0, 1, [3] * 15, [1 / 16] * 4) == [], "what is hopeless is not looked at"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hasten import _native
 
 ONCE, ALWAYS, MOSTLY, SELDOM = range(4)
-OWN, RECENT = 1, 2
+PROMPT, RECENT, ANSWER = 1, 2, 3
 texts = st.integers(1, 4).flatmap(lambda letters: st.lists(st.integers(0, letters), max_size=60))
 
 
@@ -67,7 +67,7 @@ def test_the_longest_repeat_and_what_followed_it_last(text: list[int]) -> None:
         if length == 0:
             assert (source, matched, tokens) == (0, 0, [])
         else:
-            assert (source, matched) == (OWN, length)
+            assert (source, matched) == (PROMPT if place < 1 else ANSWER, length)
             assert tokens == continued(text[:count], place, 7)
         assert len(evidence) == len(tokens)
 
@@ -126,13 +126,21 @@ def test_the_latest_of_several_places_is_copied() -> None:
 def test_the_own_text_goes_first_where_both_match_as_long() -> None:
     recent = _native.RecentTexts(1000)
     recent.add(draft_of([1, 2, 5]))
-    assert draft_of([1, 2, 6, 1, 2], recent).propose(1)[:3] == (OWN, 2, [6])
+    assert draft_of([1, 2, 6, 1, 2], recent).propose(1)[:3] == (PROMPT, 2, [6])
     recent.add(draft_of([6, 1, 2, 9]))
     assert draft_of([1, 2, 6, 1, 2], recent).propose(1)[:3] == (RECENT, 3, [9])
 
 
 def test_a_loop_is_proposed_as_often_as_it_fits() -> None:
     assert draft_of([4, 5, 6, 4, 5, 6]).propose(8)[2] == [4, 5, 6, 4, 5, 6, 4, 5]
+
+
+def test_the_prompt_is_told_from_the_answer() -> None:
+    draft = draft_of([1, 2, 3, 4])
+    draft.append([1, 2])
+    assert draft.propose(1)[:3] == (PROMPT, 2, [3])
+    draft.append([9, 1, 2])
+    assert draft.propose(1)[:3] == (ANSWER, 2, [9])
 
 
 def test_evidence() -> None:

@@ -6,7 +6,7 @@ The model, with its units:
 - The next token of a draft is confirmed with probability p. `Acceptance` learns p by how many tokens the
   text's end has in common with the place that is copied from (once j tokens are confirmed, the match is j
   tokens longer, so p changes along a draft) and by what else followed those tokens before. A single answer
-  may be easier or harder than the others: its odds are the shared ones times a factor of its own, its lift.
+  may be easier or harder than the others: its odds are the shared ones times factors of its own, its lifts.
 - A draft of k tokens then gives 1 + p1 + p1 p2 + ... + p1 ... pk tokens. `choose` takes the drafted tokens of
   all sequences in order of these products and stops where (expected tokens) / t(rows), tokens a second of the
   whole batch, is the largest. Every total is looked at, for t(M) has steps.
@@ -99,10 +99,12 @@ class StepTimes:
         return curve
 
 
+SOURCES = 3  # the prompt, recent texts, the answer
 _BUCKETS = (1, 2, 3, 4, 5, 7, 9, 13, 17, 25, 33, 65)  # smallest match of each, tokens
 _BUCKET = [max(sum(least <= length for least in _BUCKETS) - 1, 0) for length in range(_BUCKETS[-1] + 1)]
 _PRIOR = (0.2, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.92, 0.95)
 _DOUBT = (0.7, 2.0, 0.5, 0.2)  # odds of each kind of evidence over the ones above
+KINDS = len(_DOUBT)
 _PRIOR_WEIGHT = 8.0  # tokens
 _MEMORY = 1 - 1 / 400  # of what was learnt over all answers, a token
 _PACE = 0.25  # of an answer's own factor: the step of its log odds for a token that was not expected at all
@@ -117,14 +119,14 @@ def bucket_of(length: int) -> int:
 class Acceptance:
     """Odds that the next token of a draft is confirmed, learnt over all answers.
 
-    A class of tokens is a source (own text, recent texts), the evidence for the token (`_native.DraftText`:
-    what followed the same tokens before) and the length of the match.
+    A class of tokens is a source (see SOURCES), the evidence for the token (`_native.DraftText`: what
+    followed the same tokens before) and the length of the match.
     """
 
-    def __init__(self, sources: int = 2) -> None:
+    def __init__(self) -> None:
         odds = [[p / (1 - p) * doubt for p in _PRIOR] for doubt in _DOUBT]
-        self._hits = [[[_PRIOR_WEIGHT * o / (1 + o) for o in own] for own in odds] for _ in range(sources)]
-        self._misses = [[[_PRIOR_WEIGHT / (1 + o) for o in own] for own in odds] for _ in range(sources)]
+        self._hits = [[[_PRIOR_WEIGHT * o / (1 + o) for o in own] for own in odds] for _ in range(SOURCES)]
+        self._misses = [[[_PRIOR_WEIGHT / (1 + o) for o in own] for own in odds] for _ in range(SOURCES)]
 
     def chance(self, source: int, length: int, evidence: int, lift: float = 1.0) -> float:
         """Probability that a token after a match of `length` tokens is the right one, for odds x `lift`."""
@@ -132,13 +134,13 @@ class Acceptance:
         hits = lift * self._hits[source][evidence][bucket]
         return hits / (hits + self._misses[source][evidence][bucket])
 
-    def gains(self, source: int, length: int, evidence: Sequence[int], lift: float) -> list[float]:
+    def gains(self, source: int, length: int, evidence: Sequence[int], lifts: Sequence[float]) -> list[float]:
         """Expected tokens that each token of a draft adds: products of chances, falling."""
         gains, gain = [], 1.0
         hits, misses = self._hits[source], self._misses[source]
         for matched, kind in enumerate(evidence, length):
             bucket = _BUCKET[matched] if matched < _BUCKETS[-1] else len(_BUCKETS) - 1
-            likely = lift * hits[kind][bucket]
+            likely = lifts[kind] * hits[kind][bucket]
             gain *= likely / (likely + misses[kind][bucket])
             if gain < _FLOOR:
                 break

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hasten import _native
-from hasten.engine.draft_controller import Acceptance, StepTimes, choose
+from hasten.engine.draft_controller import KINDS, SOURCES, Acceptance, StepTimes, choose
 from hasten.errors import UsageError
 
 _MATCH_LEAST = 1  # tokens: a match of one is seldom worth a row, but that is the controller's to say
@@ -25,10 +25,11 @@ class Draft:
     prompt: Sequence[int]
     recent: _native.RecentTexts | None  # None: neither read nor joined
     text: _native.DraftText | None = None
-    lift: float = 1.0  # odds of this answer's drafts over those of all answers
-    source: int = 0  # of the proposal: 0 own text, 1 recent texts
-    matched: int = 0  # tokens of the match that the proposal goes on from
-    proposal: list[int] = field(default_factory=list)  # all of it, more than was drafted
+    # odds of this answer's drafts over those of all answers, [SOURCES][kinds of evidence]
+    lifts: list[list[float]] = field(default_factory=lambda: [[1.0] * KINDS for _ in range(SOURCES)])
+    source: int = 0  # of the proposal: 0 the prompt, 1 recent texts, 2 the answer
+    matched: int = 0  # tokens that the text has in common with the place that is copied from
+    proposal: list[int] = field(default_factory=list)  # all of it, more than is drafted
     evidence: list[int] = field(default_factory=list)  # of each of its tokens
 
     def native(self) -> _native.DraftText:
@@ -91,22 +92,23 @@ class Speculator:
         Returns:
             One list a sequence, often empty.
         """
-        gains: list[list[float]] = []
-        for draft, most in zip(drafts, room, strict=True):
-            most = min(most, self.most)
-            if draft is None or most <= 0:
-                gains.append([])
-                if draft is not None:
-                    draft.proposal = []
-                continue
-            source, draft.matched, draft.proposal, draft.evidence = draft.native().propose(most, _MATCH_LEAST)
-            draft.source = max(source - 1, 0)
-            gains.append(self.acceptance.gains(draft.source, draft.matched, draft.evidence, draft.lift))
-        lengths = choose(gains, self.times)
+        gains = [self._gains(*one) for one in zip(drafts, room, strict=True)]
         return [
             draft.proposal[:length] if draft is not None and length else []
-            for draft, length in zip(drafts, lengths, strict=True)
+            for draft, length in zip(drafts, choose(gains, self.times), strict=True)
         ]
+
+    def _gains(self, draft: Draft | None, room: int) -> list[float]:
+        """Look a sequence's proposal up; what its tokens promise."""
+        if draft is None:
+            return []
+        draft.proposal = []
+        most = min(room, self.most)
+        if most <= 0:
+            return []
+        source, draft.matched, draft.proposal, draft.evidence = draft.native().propose(most, _MATCH_LEAST)
+        draft.source = max(source - 1, 0)
+        return self.acceptance.gains(draft.source, draft.matched, draft.evidence, draft.lifts[draft.source])
 
     def accept(self, draft: Draft, tokens: Sequence[int], drafted: int) -> None:
         """The answer got these tokens: the drafts that were confirmed and the one drawn after them.
@@ -120,11 +122,13 @@ class Speculator:
             drafted: how many of the proposal were verified.
         """
         assert drafted <= len(draft.proposal), "no more can be verified than was proposed"
+        lifts = draft.lifts[draft.source]
         for place, (guess, token) in enumerate(zip(draft.proposal, tokens, strict=False)):
-            hit = guess == token
             matched, evidence = draft.matched + place, draft.evidence[place]
-            draft.lift = self.acceptance.learn(draft.source, matched, evidence, hit, draft.lift)
-            if not hit:
+            lifts[evidence] = self.acceptance.learn(
+                draft.source, matched, evidence, guess == token, lifts[evidence]
+            )
+            if guess != token:
                 break
         draft.proposal = []
         if draft.text is None:
