@@ -1,0 +1,99 @@
+"""Work that was put off is done: when its owner goes, when it is asked for, at the end of the process."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+
+from hasten.cache.deferred import Deferred, flush
+from hasten.errors import DiskError
+
+
+class Owner:
+    """Something that can be let go."""
+
+
+def wait_for(done: list[Any]) -> None:
+    until = time.monotonic() + 5
+    while not done and time.monotonic() < until:
+        time.sleep(0.002)
+    assert done
+
+
+def test_nothing_happens_while_the_owner_is_there() -> None:
+    done: list[int] = []
+    owner = Owner()
+    Deferred(lambda: done.append(1), owner)
+    time.sleep(0.03)
+    assert not done
+    del owner
+    wait_for(done)
+
+
+def test_after_a_while() -> None:
+    done: list[int] = []
+    owner = Owner()
+    Deferred(lambda: done.append(1), owner, delay_s=0.01)
+    wait_for(done)
+    assert owner is not None
+
+
+def test_flush() -> None:
+    done: list[int] = []
+    owner = Owner()
+    for i in range(3):
+        Deferred(lambda i=i: done.append(i), owner)
+    flush()
+    assert sorted(done) == [0, 1, 2]
+    flush()
+    assert len(done) == 3
+
+
+@pytest.mark.parametrize("error", [DiskError("disk is full"), ValueError("disk is full")])
+def test_what_goes_wrong_is_logged(error: Exception, caplog: Any) -> None:
+    def fail() -> None:
+        raise error
+
+    owner = Owner()
+    Deferred(fail, owner)
+    flush()
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and "disk is full" in record.getMessage() and not record.exc_info
+
+
+SCRIPT = """
+import sys, time
+from hasten.cache.deferred import Deferred
+class Owner: pass
+owner = Owner()
+def work():
+    print("begun", flush=True)
+    time.sleep(float(sys.argv[1]))
+    print("done", flush=True)
+Deferred(work, owner)
+print("end", flush=True)
+"""
+
+
+def test_at_the_end_of_the_process() -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT, "0.1"], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["end", "begun", "done"] and done.stderr == "" and done.returncode == 0
+
+
+def test_ctrl_c_gives_it_up() -> None:
+    began = time.monotonic()
+    program = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, "60"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    with program:
+        assert program.stdout is not None and program.stderr is not None
+        assert [program.stdout.readline().strip() for _ in range(2)] == ["end", "begun"]
+        program.send_signal(signal.SIGINT)
+        assert program.stdout.read() == "" and program.stderr.read() == ""
+    assert time.monotonic() - began < 30
