@@ -11,7 +11,7 @@ import hasten
 PACKAGE = Path(hasten.__file__).parent
 
 LAYERS = [
-    {"errors", "core"},
+    {"errors", "core", "rope_scaling"},
     {"cache"},  # below machine, which keeps the ceilings it measured
     {"machine", "speed"},
     {"models"},
@@ -28,9 +28,10 @@ RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 BELOW_ALL = {"_native"}  # the compiled module imports nothing of ours
 ALLOWED = {
     ("core", "errors"),
+    ("core", "rope_scaling"),
     ("cli", "__all__"),
     ("cli", "_HOME"),
-}  # core raises errors; cli lists the names
+}  # core raises errors and has the rope's stretching as a field; cli lists the names
 
 
 def imported(tree: ast.AST, package: str) -> Iterator[str]:

@@ -14,37 +14,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hasten.errors import UsageError
+from hasten.rope_scaling import RopeScaling
 
 SCHEMA_VERSION = 1
 """Version of every JSON document and artifact this program writes."""
 
 NormPlacement = Literal["pre", "post", "sandwich"]
 Activation = Literal["silu", "gelu_tanh"]
-RopeKind = Literal["default", "linear", "llama3", "yarn", "longrope", "dynamic"]
 Goal = Literal["latency", "throughput", "memory"]
 Status = Literal["pass", "fail", "insufficient"]
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched for long context.
-
-    Source: the `rope_scaling` object of a Hugging Face config.json; the names are its names.
-    """
-
-    kind: RopeKind = "default"
-    factor: float = 1.0
-    original_context_length: int | None = None  # tokens
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0  # yarn
-    attention_factor: float | None = None  # yarn, longrope: scales cos and sin; None = derived from factor
-    mscale: float | None = None  # yarn
-    mscale_all_dim: float | None = None  # yarn
-    truncate: bool = True  # yarn: round the correction range to whole dimensions
-    short_factor: tuple[float, ...] = ()  # longrope, [rotary_dim / 2]
-    long_factor: tuple[float, ...] = ()  # longrope, [rotary_dim / 2]
 
 
 @dataclass(frozen=True)
@@ -240,7 +218,9 @@ class EngineOptions:
     prefill_chunk: int = field(default=512, metadata={"help": "prompt tokens computed in one step"})
     kv_gb: float | None = field(
         default=None,
-        metadata={"help": "memory for keys and values, GB; default: what max_sequences times context may take"},
+        metadata={
+            "help": "memory for keys and values, GB; default: what max_sequences times context may take"
+        },
     )
 
 

@@ -8,10 +8,11 @@ import json
 import numpy as np
 import pytest
 
-from hasten.core import ModelConfig, RopeScaling
+from hasten.core import ModelConfig
 from hasten.errors import ModelError
 from hasten.models import rope
 from hasten.models.hf_config import hf_config
+from hasten.rope_scaling import RopeScaling
 from tiny_models import TINY
 
 

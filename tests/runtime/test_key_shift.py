@@ -7,7 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from hasten.core import ModelConfig, RopeScaling
+from hasten.core import ModelConfig
+from hasten.rope_scaling import RopeScaling
 from hasten.runtime.key_shift import key_shifts
 
 CONFIG = ModelConfig(

@@ -12,13 +12,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hasten.core import ModelConfig, NormPlacement, RopeScaling
+from hasten.core import ModelConfig, NormPlacement
 from hasten.errors import ModelError
 from hasten.models.config_check import checked, refuse, unsupported_architecture
 from hasten.models.fields import Fields, bf16_rounded
 from hasten.models.gguf import GgufMetadata
 from hasten.models.gguf_rope import gguf_rope
 from hasten.models.source import SourceTensor
+from hasten.rope_scaling import RopeScaling
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from hasten.core import RopeScaling
 from hasten.errors import ModelError
 from hasten.models.fields import Fields
 from hasten.models.source import SourceTensor
+from hasten.rope_scaling import RopeScaling
 
 _KINDS = ("none", "linear", "yarn", "longrope")
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from hasten.core import RopeKind, RopeScaling
 from hasten.errors import ModelError
 from hasten.models.fields import Fields
+from hasten.rope_scaling import RopeKind, RopeScaling
 
 _KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 _LAYER_TYPES = ("full_attention", "sliding_attention")

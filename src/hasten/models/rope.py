@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from hasten.core import ModelConfig, RopeScaling
+from hasten.core import ModelConfig
 from hasten.errors import ModelError
+from hasten.rope_scaling import RopeScaling
 
 Frequencies = npt.NDArray[np.float64]  # [rotary_dim / 2], radians a token
 
