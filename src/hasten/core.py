@@ -218,9 +218,7 @@ class EngineOptions:
     prefill_chunk: int = field(default=512, metadata={"help": "prompt tokens computed in one step"})
     kv_gb: float | None = field(
         default=None,
-        metadata={
-            "help": "memory for keys and values, GB; default: what max_sequences times context may take"
-        },
+        metadata={"help": "memory for keys and values, GB; default: room for max_sequences full contexts"},
     )
 
 
