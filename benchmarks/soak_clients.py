@@ -19,10 +19,17 @@ from hasten.errors import PeerError
 LIMIT_S = 300.0
 """Longest a client waits for an answer: with 64 clients and little memory a long one takes a minute."""
 
-KINDS = {"chat": 50, "whole": 8, "known": 12, "hang-up": 15, "leave": 3, "bad": 12}
+KINDS = {"chat": 45, "whole": 8, "known": 12, "form": 5, "hang-up": 15, "leave": 3, "bad": 12}
 """What a client does next, by weight."""
 
 CHAT = "/v1/chat/completions"
+
+FORM: dict[str, Any] = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 40}, "hard": {"type": "boolean"}},
+    "required": ["name", "hard"],
+    "additionalProperties": False,
+}
 
 WRONG_FIELDS: tuple[dict[str, Any], ...] = (
     {"temperature": -1},
@@ -97,6 +104,7 @@ class Client:
             "chat": self._chat,
             "whole": self._whole,
             "known": self._known,
+            "form": self._form,
             "hang-up": self._hang_up,
             "leave": self._leave,
             "bad": self._bad,
@@ -115,8 +123,9 @@ class Client:
         messages = [{"role": "user", "content": question}]
         if pick.random() < 0.5:
             messages.insert(0, {"role": "system", "content": self._text[: pick.choice((200, 1500))]})
-        body = {**self._shared(), "messages": messages, "max_tokens": pick.choice((1, 8, 32, 64, 96))}
-        return {**body, "temperature": pick.choice((0, 0, 0.8)), "seed": pick.randrange(2**31)}
+        body = {**self._shared(), "messages": messages, "max_tokens": pick.choice((1, 8, 32, 64, 192))}
+        body |= {"temperature": pick.choice((0, 0, 0.8)), "seed": pick.randrange(2**31)}
+        return {**body, "priority": pick.choice((0, 0, 0, 0, 1)), "user": f"client {self.seed}"}
 
     def _shared(self) -> dict[str, Any]:
         return {"model": self.model, "stream_options": {"include_usage": True}}
@@ -130,6 +139,19 @@ class Client:
         answer = await ask_known(self.address, self.model, question)
         if self.tally.good("known", answer, KNOWN_TOKENS) and answer.text != right:
             self.tally.wrong_answers.append(f"{question!r}: {answer.text!r} in place of {right!r}")
+
+    async def _form(self) -> None:
+        """An answer that must be JSON of a schema, once it is whole."""
+        form = {"type": "json_schema", "json_schema": {"name": "form", "schema": FORM}}
+        body = {**self.body(), "response_format": form, "max_tokens": 96}
+        answer = await stream_call(self.address, Call(body), LIMIT_S)
+        if self.tally.good("form", answer, 96) and answer.finish_reason == "stop":
+            try:
+                good = set(json.loads(answer.text)) == {"name", "hard"}
+            except ValueError:
+                good = False
+            if not good:
+                self.tally.wrong_answers.append(f"not of the schema: {answer.text!r}")
 
     async def _whole(self) -> None:
         """An answer in one piece."""
