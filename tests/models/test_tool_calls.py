@@ -75,9 +75,11 @@ NO_CALLS = [
 SAMPLES = CALLS + [(style, answer, answer, []) for style, answer in NO_CALLS]
 
 
-def through(style: ToolStyle, pieces: list[str]) -> tuple[str, list[tuple[str, Any]]]:
+def through(
+    style: ToolStyle, pieces: list[str], names: tuple[str, ...] = ()
+) -> tuple[str, list[tuple[str, Any]]]:
     """Content and calls of a stream, its events checked for order."""
-    stream = ToolCallStream(style, new_id=lambda: "id")
+    stream = ToolCallStream(style, names, new_id=lambda: "id")
     content, calls = "", []
     events = [event for piece in pieces for event in stream.push(piece)] + stream.flush()
     for event in events:
@@ -109,21 +111,55 @@ def test_pieces_change_nothing(style: ToolStyle, answer: str, content: str, call
 
 
 PARTS = [OPEN, CLOSE, X, "[TOOL_CALLS]", "[ARGS]", "<|tool_call|>", "<|/tool_call|>", "<|python_tag|>", P]
-PARTS += [*'f"{}[] \n\\<;', "text", '{"name": "f", "parameters": {"a": "</tool_call>"}}']
+PARTS += [*'f"{}[] \n\\<;', "text", "```json\n", "```", '{"name": "f", "parameters": {"a": "</tool_call>"}}']
+
+
+FENCED = [
+    (f"```json\n{X}\n```", "", [F]),
+    (f"```\n{X}\n```\n", "", [F]),
+    (f" {X}\n{Y}", "", BOTH),
+    (f"{OPEN}{X}{CLOSE}\n{Y}", "", BOTH),
+    (X.replace("f", "nobody"), X.replace("f", "nobody"), []),
+    ('{"name": "f"}', '{"name": "f"}', []),
+    ('{"city": "f", "arguments": {}}', '{"city": "f", "arguments": {}}', []),
+    (f"{X} is a call", f"{X} is a call", []),
+    (f"```json\n{X}\n``` is a call", f"```json\n{X}\n``` is a call", []),
+    ("```python\nprint()\n```", "```python\nprint()\n```", []),
+    ("``", "``", []),
+]
+
+
+@pytest.mark.parametrize(("answer", "content", "calls"), FENCED)
+def test_forgotten_marks(answer: str, content: str, calls: list[Any]) -> None:
+    for style in (HERMES, PHI):
+        if OPEN in answer and style is PHI:
+            continue
+        assert through(style, [answer], ("f", "g")) == (content, calls)
+        assert through(style, list(answer), ("f", "g")) == (content, calls)
+        for cut in range(len(answer) + 1):
+            assert through(style, [answer[:cut], answer[cut:]], ("f", "g")) == (content, calls)
+    assert through(LIST, [X])[1] == [], "without the names, JSON is content"
+
+
+def test_json_that_is_no_call_passes_at_once() -> None:
+    stream = ToolCallStream(HERMES, names=["f"])
+    assert stream.push('{"na') == []
+    assert stream.push('tion": 1') == [TextDelta("{"), TextDelta('"nation": 1')]
 
 
 @settings(max_examples=400, deadline=None)
 @given(
     parts=st.lists(st.sampled_from(PARTS), max_size=12),
     style=st.sampled_from([HERMES, LIST, LLAMA, MISTRAL, ARGS, PHI]),
+    names=st.sampled_from([(), ("f", "g")]),
     seed=st.integers(0, 2**32),
 )
-def test_any_text_in_any_pieces(parts: list[str], style: ToolStyle, seed: int) -> None:
+def test_any_text_in_any_pieces(parts: list[str], style: ToolStyle, names: Any, seed: int) -> None:
     answer, rng = "".join(parts), random.Random(seed)
     cuts = sorted(rng.choices(range(len(answer) + 1), k=5))
     pieces = [answer[a:b] for a, b in zip([0, *cuts], [*cuts, len(answer)], strict=True)]
-    whole = through(style, [answer])
-    assert through(style, pieces) == whole == through(style, list(answer))
+    whole = through(style, [answer], names)
+    assert through(style, pieces, names) == whole == through(style, list(answer), names)
     if not whole[1]:
         assert whole[0] == answer, "what is no call is content, all of it"
 

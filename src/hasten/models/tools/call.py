@@ -32,8 +32,11 @@ def new_call_id(style: ToolStyle) -> str:
     return "call_" + secrets.token_hex(12)
 
 
-def read_calls(body: str, style: ToolStyle) -> tuple[list[ToolCall], str] | None:
+def read_calls(body: str, style: ToolStyle, bare: bool = False) -> tuple[list[ToolCall], str] | None:
     """The calls between a style's marks.
+
+    Args:
+        bare: there were no marks, so an object without arguments is no call.
 
     Returns:
         The calls and the text after them; None where the body is no call.
@@ -48,7 +51,7 @@ def read_calls(body: str, style: ToolStyle) -> tuple[list[ToolCall], str] | None
             break
         if named:
             value = {"name": named.group(1), "arguments": value}
-        found = [_call(item, style) for item in (value if isinstance(value, list) else [value])]
+        found = [_call(item, style, bare) for item in (value if isinstance(value, list) else [value])]
         good = [call for call in found if call is not None]
         if not good or len(good) < len(found):
             break
@@ -63,13 +66,13 @@ def read_calls(body: str, style: ToolStyle) -> tuple[list[ToolCall], str] | None
     return (calls, rest) if calls else None
 
 
-def _call(value: Any, style: ToolStyle) -> ToolCall | None:
+def _call(value: Any, style: ToolStyle, bare: bool) -> ToolCall | None:
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
         value = value["function"]
     if not isinstance(value, dict) or not _is_name(value.get("name")):
         return None
     given = [value[key] for key in (style.arguments_key, "arguments", "parameters") if key in value]
-    if style.bare and not given:
+    if bare and not given:
         return None  # any JSON object with a name is no call
     arguments = given[0] if given else {}
     if isinstance(arguments, str):
