@@ -87,6 +87,19 @@ def test_nothing_is_wider_than_the_screen(page: Page, server: StandIn, width: in
     assert page.run(over) <= 0
 
 
+def test_the_message_box_grows_with_its_text(page: Page) -> None:
+    height = "document.querySelector('#prompt').offsetHeight"
+    single = page.run(height)
+    page.type("many words " * 30)
+    assert page.run(height) > 1.5 * single
+    assert page.run("document.querySelector('#prompt').scrollHeight") < page.run(height)  # nothing to scroll
+    page.type("line\n" * 100)
+    assert page.run(height) <= 0.4 * 800
+    page.run("document.querySelector('#prompt').select()")
+    page.type("x")
+    assert page.run(height) == single
+
+
 def test_the_panel_covers_a_narrow_screen(page: Page) -> None:
     page.resize(390, 700)
     page.until("document.querySelector('#panel').hidden")
@@ -113,6 +126,9 @@ def test_the_page_follows_the_end_unless_the_reader_left_it(page: Page, server: 
     assert page.run("document.querySelector('#conversation').scrollTop") == 0
     page.click("#to-end")
     page.until(f"{gap} < 48 && document.querySelector('#to-end').hidden")
+    page.press("Escape")
+    page.resize(390, 400)  # a phone's keyboard comes up
+    page.until(f"{gap} < 48")
 
 
 def test_every_control_has_a_name(page: Page, server: StandIn) -> None:

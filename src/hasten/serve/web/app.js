@@ -205,7 +205,8 @@ function restore(turns) {
 /** The message box grows with its text, up to what style.css allows. */
 function fit() {
   const box = byId("prompt");
-  box.rows = Math.min(8, Math.max(1, box.value.split("\n").length));
+  box.style.height = "auto";
+  box.style.height = `${box.scrollHeight + 2}px`; // and its border
   byId("send").disabled = box.value.trim() === "";
 }
 
@@ -250,7 +251,7 @@ byId("prompt").addEventListener("input", fit);
 byId("stop").addEventListener("click", () => writing?.abort());
 byId("edit-cancel").addEventListener("click", () => setEditing(false));
 byId("conversation").addEventListener("click", act);
-byId("conversation").addEventListener("scroll", () => (byId("to-end").hidden = view.atEnd()));
+view.stayAtEnd((there) => (byId("to-end").hidden = there));
 byId("to-end").addEventListener("click", view.toEnd);
 byId("model").addEventListener("change", () => {
   keep("localStorage", "model", byId("model").value);

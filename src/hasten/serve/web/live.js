@@ -24,7 +24,7 @@ function rate(samples, name) {
   return seconds > 0 ? gained(samples, name) / seconds : null;
 }
 
-const percent = (value) => `${Math.round(100 * value)} %`;
+const percent = (value) => `${(100 * value).toFixed(value > 0 && value < 0.01 ? 1 : 0)} %`;
 const whole = (value) => String(Math.round(value));
 
 // `read` gives the figure of this moment from the samples so far, null for none. `top` is the least full scale.

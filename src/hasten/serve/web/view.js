@@ -121,6 +121,16 @@ export function toEnd() {
   scroller().scrollTop = scroller().scrollHeight;
 }
 
+/** Keeps a reader at the end there while the window changes, such as for a phone's keyboard. */
+export function stayAtEnd(moved) {
+  let there = true;
+  scroller().addEventListener("scroll", () => {
+    there = atEnd();
+    moved(there);
+  });
+  new ResizeObserver(() => there && toEnd()).observe(scroller());
+}
+
 /** Says `text` to a screen reader when it is next free. */
 export function announce(text) {
   byId("announcer").textContent = "";
