@@ -115,15 +115,20 @@ class Client:
             await asyncio.sleep(self._random.random() * 0.2)
 
     def body(self) -> dict[str, Any]:
-        """A good request: a shared or an own beginning, short or long, greedy or sampled."""
+        """A good request: a shared or an own beginning, short or long, greedy or sampled.
+
+        A third asks little and wants much: such answers are all let in, then grow out of the pages.
+        """
         pick = self._random
         start = pick.choice((0, 0, 5000, 9000, pick.randrange(300_000)))
-        context = self._text[start : start + pick.choice((40, 300, 1200, 3000))]
-        question = f"Explain {pick.choice(TOPICS)}. Number {pick.randrange(1000)}.\n{context}"
+        long_answer = pick.random() < 0.33
+        context = "" if long_answer else self._text[start : start + pick.choice((40, 300, 1200, 3000))]
+        question = f"Explain {pick.choice(TOPICS)} at length. Number {pick.randrange(1000)}.\n{context}"
         messages = [{"role": "user", "content": question}]
-        if pick.random() < 0.5:
+        if context and pick.random() < 0.5:
             messages.insert(0, {"role": "system", "content": self._text[: pick.choice((200, 1500))]})
-        body = {**self._shared(), "messages": messages, "max_tokens": pick.choice((1, 8, 32, 64, 192))}
+        most = 384 if long_answer else pick.choice((1, 8, 32, 64, 128))
+        body = {**self._shared(), "messages": messages, "max_tokens": most}
         body |= {"temperature": pick.choice((0, 0, 0.8)), "seed": pick.randrange(2**31)}
         return {**body, "priority": pick.choice((0, 0, 0, 0, 1)), "user": f"client {self.seed}"}
 
