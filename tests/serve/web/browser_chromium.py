@@ -164,7 +164,7 @@ class Page:
         return reply["result"].get("value")
 
     def until(self, script: str, looks: int = 800) -> None:
-        """Waits until an expression is true: `looks` times, 25 ms apart. A machine that rests does not count."""
+        """Waits until an expression is true: `looks` times, 25 ms apart. Time stopped does not count."""
         for _ in range(looks):
             if self.run(f"!!({script})"):
                 return
