@@ -135,9 +135,21 @@ class NoDisk:
 
 @dataclass
 class _Running:
+    """A request while it runs. Its first answer grows token by token, evenly over the time it took."""
+
     request: TraceRequest
-    tokens: list[int]  # the prompt
+    prompt_tokens: int
+    tokens: list[int]  # of the prompt and the first answer, but the last: that is never computed
+    chain: Chain
     sequence: Sequence
+
+    def moment(self, length: int) -> float:
+        """When `length` tokens were computed."""
+        request, made = self.request, len(self.tokens) - self.prompt_tokens
+        if length >= len(self.tokens):
+            return request.ended
+        first = min(request.started + (request.prefill_s or 0.0), request.ended)
+        return first + (request.ended - first) * (length - self.prompt_tokens) / made
 
 
 class _Books:
@@ -155,62 +167,82 @@ class _Books:
             lambda start, count: count * (model.token_cost + model.context_cost * start),
             disk,
         )
-        self._running: list[tuple[float, int, _Running]] = []  # heap by end
+        self._events: list[tuple[float, int, int, _Running]] = []  # heap: when, order, tokens computed then
         self._count = 0
+        self._running = 0
+        self._idle_since = 0.0
         self._unsettled: deque[list[int]] = deque(maxlen=2 * model.max_sequences)
         self._token_s = trace.least_seconds_per_token
-        self._idle_since = 0.0
 
     def begin(self, request: TraceRequest) -> tuple[int, int]:
         """A request begins, after those that ended before: (prompt tokens found, of them on disk)."""
-        while self._running and self._running[0][0] <= request.started:
-            self._idle_since, _, ended = heapq.heappop(self._running)
-            self._end(ended)
+        while self._events and self._events[0][0] <= request.started:
+            self._go_on()
         if not self._running:
             self._idle(request.started - self._idle_since)
-        tokens = request.prompt.tolist()
-        chain = self._chain(tokens)
-        while (taken := self._take(tokens, chain, request.reads, len(self._running))) is None:
-            if not self._running:
+        prompt = request.prompt.tolist()
+        answer = request.outputs[0].tolist()[:-1] if request.outputs else []
+        chain = self._chain(prompt)
+        while (taken := self._take(prompt, chain, request.reads)) is None:
+            if not self._events:
                 return 0, 0  # it never fitted
-            self._end(heapq.heappop(self._running)[2])  # it waited for one to end
+            self._go_on()  # it waited for others to end
         sequence, found = taken
-        self._publish(tokens, chain, sequence, found.tokens, len(tokens))
-        self._count += 1
-        heapq.heappush(self._running, (request.ended, self._count, _Running(request, tokens, sequence)))
+        self._publish(prompt, chain, sequence, found.tokens, len(prompt))
+        running = _Running(request, len(prompt), prompt + answer, self._chain(prompt + answer), sequence)
+        self._running += 1
+        self._wait(running, len(prompt))
         return found.tokens, found.disk_tokens
 
+    def _wait(self, running: _Running, computed: int) -> None:
+        """Come back to a request when its last page is full, or when it ends."""
+        size = self._pool.page_tokens
+        stop = min(-(-computed // size) * size, len(running.tokens))
+        self._count += 1
+        heapq.heappush(self._events, (running.moment(stop), self._count, stop, running))
+
+    def _go_on(self) -> None:
+        """The next thing that happened to a running request."""
+        moment, _, computed, running = heapq.heappop(self._events)
+        sequence = running.sequence
+        if self._model.shares_answers and computed > sequence.length and self._has_room(sequence, computed):
+            self._publish(running.tokens, running.chain, sequence, sequence.length, computed)
+        if computed < len(running.tokens):
+            if self._pool.ensure(1):
+                self._pool.grow(sequence, computed + 1)
+            self._wait(running, computed + 1)
+            return
+        self._end(running)
+        self._running -= 1
+        self._idle_since = moment
+
+    def _has_room(self, sequence: Sequence, tokens: int) -> bool:
+        return len(sequence.pages) * self._pool.page_tokens >= tokens
+
     def _end(self, running: _Running) -> None:
-        """A request ends: its answers can be found from now on. Their last token was never computed."""
-        prompt, sequence, outputs = running.tokens, running.sequence, running.request.outputs
-        texts = [prompt + output.tolist() for output in outputs if len(output) > 1]
-        if not texts:
-            self._tail(prompt, self._chain(prompt), sequence)
-        elif self._model.shares_answers:
-            tokens = texts.pop(0)[:-1]
-            chain = self._chain(tokens)
-            if self._pool.ensure(-(-len(tokens) // self._pool.page_tokens) - len(sequence.pages)):
-                self._pool.grow(sequence, len(tokens))
-                self._publish(tokens, chain, sequence, len(prompt), len(tokens))
-                self._tail(tokens, chain, sequence)
+        """A request ends: its answers can be found from now on."""
+        prompt, sequence = running.tokens[: running.prompt_tokens], running.sequence
+        texts = [prompt + output.tolist() for output in running.request.outputs if len(output) > 1]
+        if (self._model.shares_answers or not texts) and self._has_room(sequence, len(running.tokens)):
+            self._tail(running.tokens, running.chain, sequence)
         self._pool.truncate(sequence, 0)
         if not self._model.shares_answers:
             self._unsettled.extend(texts)
             return
-        for tokens in texts:  # further answers to one prompt
-            while self._settle(tokens[:-1]):
+        for tokens in texts[1:]:  # further answers to one prompt
+            while not self._settle(tokens[:-1])[1]:
                 pass
 
     def _idle(self, seconds: float) -> None:
         """Nothing runs for so long: answers are computed once more as prompt, the newest first."""
         while self._unsettled and seconds > 0:
-            computed = self._settle(self._unsettled[-1])
+            computed, done = self._settle(self._unsettled[-1])
             seconds -= computed * self._token_s
-            if not computed:
+            if done:
                 self._unsettled.pop()
 
-    def _settle(self, tokens: list[int]) -> int:
-        """The next pages of an answer, computed as prompt: how many tokens; 0: all is done that can be."""
+    def _settle(self, tokens: list[int]) -> tuple[int, bool]:
+        """The next pages of an answer, computed as prompt: (how many tokens, whether that was all)."""
         size, chain = self._pool.page_tokens, self._chain(tokens)
         found = self._prefix.match(tokens, chain)
         sequence = Sequence(found.pages, found.tokens)
@@ -222,15 +254,13 @@ class _Books:
             if end == len(tokens):
                 self._tail(tokens, chain, sequence)
         self._pool.truncate(sequence, 0)
-        return end - found.tokens if more else 0
+        return (end - found.tokens if more else 0), (not more or end == len(tokens))
 
-    def _take(
-        self, tokens: list[int], chain: Chain, reads: bool, spare: int
-    ) -> tuple[Sequence, Match] | None:
-        """Pages for all of a text, found ones first, `spare` more to remain; None: there are not enough."""
+    def _take(self, tokens: list[int], chain: Chain, reads: bool) -> tuple[Sequence, Match] | None:
+        """Pages for all of a text, found ones first, and one more for each other; None: there are too few."""
         found = self._prefix.match(tokens, chain) if reads else Match()
         sequence = Sequence(found.pages, found.tokens)
-        needed = -(-len(tokens) // self._pool.page_tokens) + spare
+        needed = -(-len(tokens) // self._pool.page_tokens) + self._running
         if not self._pool.ensure(needed - len(found.pages)):
             self._pool.truncate(sequence, 0)
             return None
