@@ -138,12 +138,15 @@ class CompiledGrammar:
         """
         state = self.start()
         for _ in range(_PROBE):
+            row = state.masks(())[0]
+            if state.failure:
+                raise state.failure
             if state.finished:
                 return
-            row = state.masks(())[0]
             allowed = np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little"))
             state.accept([int(allowed[-1])])
-        state.masks(())
+        if state.failure:
+            raise state.failure
 
 
 class GrammarState:
@@ -154,7 +157,7 @@ class GrammarState:
         self._matcher = compiled.new_matcher()
         self._accepted: list[int] = []
         self._ended = False
-        self._failure = ""
+        self.failure: UsageError | None = None  # why the answer cannot go on
 
     @property
     def finished(self) -> bool:
@@ -170,16 +173,17 @@ class GrammarState:
 
         Returns:
             uint32 [1 + k, ceil(V / 32)], k <= len(drafts); bit i of word w is token 32 w + i. End tokens are
-            allowed exactly where the grammar is matched, and nothing else is where it can only end.
-
-        Raises:
-            UsageError: the grammar needs more work than its limits allow, or no token of the vocabulary
-                spells what it asks next. The answer cannot go on.
+            allowed exactly where the grammar is matched, and nothing else is where it can only end. Where the
+            answer cannot go on there is one empty row, and `failure` says why: the grammar needs more work
+            than its limits allow, no token spells what it asks, or a token came that it forbids.
         """
         rows: MaskRows = np.zeros((1 + len(drafts), (self._compiled.vocab_size + 31) // 32), np.uint32)
-        reason = self._failure or self._fill(rows[0])
+        reason = "" if self.failure else self._fill(rows[0])
         if reason:
-            raise _refusal(self._compiled.grammar, reason)
+            self.failure = _refusal(self._compiled.grammar, reason)
+        if self.failure:
+            rows[0] = 0
+            return rows[:1]
         if np.array_equal(rows[0], self._compiled.end_row):
             self._ended = True
         used = 0
@@ -194,21 +198,22 @@ class GrammarState:
     def accept(self, tokens: Sequence[int]) -> None:
         """Go on by tokens that came, an end token among them perhaps.
 
-        A token that no mask allowed makes the next `masks` raise.
+        A token that no mask allowed is kept as `failure`.
         """
         for token in tokens:
             if token in self._compiled.eos_ids:
                 self._ended = True
-            if self._ended or self._failure:
+            if self._ended or self.failure:
                 return
             if not self._matcher.try_consume_tokens([int(token)]):
-                self._failure = self._matcher.get_error() or f"token {token} is not allowed here"
+                reason = self._matcher.get_error() or f"token {token} is not allowed here"
+                self.failure = _refusal(self._compiled.grammar, reason)
                 return
             self._accepted.append(int(token))
 
     def forced(self) -> list[int]:
         """Tokens that the grammar leaves no choice about from here on, in order: drafts that cost nothing."""
-        if self.finished or self._failure or self._matcher.is_error():
+        if self.finished or self.failure or self._matcher.is_error():
             return []
         return self._matcher.compute_ff_tokens()
 

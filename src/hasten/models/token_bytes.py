@@ -43,7 +43,7 @@ def token_bytes(backend: Backend, decoder: Mapping[str, Any], eos_ids: tuple[int
             values[index] = spell(text)
     special = {index for index in eos_ids if index < len(values)}
     for index, token in added.items():
-        # The byte-level decoder lets a piece pass that is not of its alphabet; one that is, it reads as bytes.
+        # The byte-level decoder reads these as bytes too where they are of its alphabet.
         values[index] = token.content.encode() if token.special else spell(token.content)
         if token.special:
             special.add(index)
