@@ -75,7 +75,7 @@ class Running:
         self, path: str, body: Any = None, *, method: str = "", headers: Mapping[str, str] | None = None
     ) -> Reply:
         """One request on a connection of its own; `body` is JSON, or bytes as they are."""
-        connection = http.client.HTTPConnection(*self.address, timeout=20)
+        connection = http.client.HTTPConnection(*self.address, timeout=90)
         try:
             data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
             sent = {**(JSON if body is not None else {}), **(headers or {})}
@@ -87,7 +87,7 @@ class Running:
 
     def connect(self) -> socket.socket:
         """A bare connection."""
-        return socket.create_connection(self.address, timeout=20)
+        return socket.create_connection(self.address, timeout=90)
 
 
 @contextmanager

@@ -33,17 +33,20 @@ class ByteTokenizer:
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         return list(text.encode())
 
-    def encode_chat(
+    def pieces(self, text: str) -> list[str]:
+        return [text]
+
+    def apply_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         *,
         tools: Any = None,
         variables: Mapping[str, Any] | None = None,
-    ) -> list[int]:
+    ) -> str:
         if any("refuse me" in m["content"] for m in messages):
             raise TokenizerError("the template refuses", hint="be polite")
-        return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages))
+        return "".join(f"<{m['role']}>{m['content']}" for m in messages)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         return bytes(i for i in ids if i < 256).decode("utf-8", "replace")

@@ -33,8 +33,8 @@ def start(tiny_folder: Callable[..., Path]) -> Iterator[Callable[..., tuple[Runn
             f"tiny={tiny_folder('qwen2')}",
             "--port",
             "0",
-            *flags,
         ]
+        command += ["--threads", "1", *flags]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -53,7 +53,7 @@ def start(tiny_folder: Callable[..., Path]) -> Iterator[Callable[..., tuple[Runn
 
 @pytest.fixture(scope="module")
 def tiny(start: Callable[..., tuple[Running, Any]]) -> Running:
-    return start("--max-sequences", "4")[0]
+    return start("--max-sequences", "4", "--context", "300")[0]
 
 
 def test_it_answers_as_the_library_does(tiny: Running, tiny_folder: Callable[..., Path]) -> None:
@@ -85,7 +85,7 @@ def test_clients_that_come_and_go_leave_no_pages(tiny: Running) -> None:
         return tiny.ask("/stats").json["models"]["tiny"]
 
     def leave() -> None:
-        body = json.dumps(chat("abc", max_tokens=900, ignore_eos=True, stream=True)).encode()
+        body = json.dumps(chat("abc", max_tokens=250, ignore_eos=True, stream=True)).encode()
         with tiny.connect() as connection:
             head = f"POST {PATH} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
             connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
@@ -105,27 +105,42 @@ def test_clients_that_come_and_go_leave_no_pages(tiny: Running) -> None:
 def test_an_answer_longer_than_the_context_ends_with_length(tiny: Running) -> None:
     reply = tiny.ask(PATH, chat("abc", ignore_eos=True, n=2)).json
     assert {choice["finish_reason"] for choice in reply["choices"]} == {"length"}
-    assert reply["usage"]["completion_tokens"] == 2 * (1024 - reply["usage"]["prompt_tokens"])
+    assert reply["usage"]["completion_tokens"] == 2 * (300 - reply["usage"]["prompt_tokens"])
 
 
 def test_sigterm_lets_answers_finish(start: Callable[..., tuple[Running, Any]]) -> None:
     server, process = start()
     replies: list[Any] = []
-    body = chat("abc", max_tokens=900, ignore_eos=True, stream=True)
+    body = chat("abc", max_tokens=300, ignore_eos=True, stream=True)
     client = threading.Thread(target=lambda: replies.append(server.ask(PATH, body)))
     client.start()
     wait_for(lambda: server.ask("/stats").json["models"]["tiny"]["running"] == 1)
     process.send_signal(signal.SIGTERM)
-    client.join(20)
+    client.join(90)
     assert replies[0].body.endswith(b"data: [DONE]\n\n")
-    assert process.wait(10) == 0
+    assert process.wait(60) == 0
     lines = [json.loads(line) for line in process.stderr.read().splitlines()]
     assert [line["event"] for line in lines if line["event"] != "request"] == ["ready", "draining", "stopped"]
     logged = next(line for line in lines if line.get("output_tokens"))
-    assert logged["output_tokens"] == 900
+    assert logged["output_tokens"] == 300
     assert logged["model"] == "tiny"
     with pytest.raises(OSError):
         socket.create_connection(server.address, 1)
+
+
+def test_requests_are_recorded(start: Callable[..., tuple[Running, Any]], tmp_path: Path) -> None:
+    from hasten.engine.trace import read_trace
+
+    trace = tmp_path / "trace.jsonl"
+    server, process = start("--record", str(trace))
+    server.ask(PATH, chat("secret", n=2, max_tokens=5, ignore_eos=True))
+    server.ask(PATH, chat("secret words", stream=True, max_tokens=7, ignore_eos=True))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    first, second = read_trace(trace).requests
+    assert [len(output) for output in first.outputs] == [5, 5]
+    assert [len(output) for output in second.outputs] == [7]
+    assert "secret" not in trace.read_text()
 
 
 def test_drain_has_an_end(start: Callable[..., tuple[Running, Any]]) -> None:
@@ -144,9 +159,9 @@ def test_drain_has_an_end(start: Callable[..., tuple[Running, Any]]) -> None:
         client.start()
     wait_for(lambda: server.ask("/stats").json["models"]["tiny"]["running"] > 0)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 0
+    assert process.wait(60) == 0
     for client in clients:
-        client.join(10)
+        client.join(60)
 
 
 @pytest.mark.parametrize(

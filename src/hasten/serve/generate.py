@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hasten.serve.feed import Feed, News
@@ -14,10 +16,14 @@ if TYPE_CHECKING:
     from hasten.engine.request import Request
     from hasten.serve.exchange import Exchange
     from hasten.serve.pool import Served
+    from hasten.serve.protocol.strict import Strict
+    from hasten.serve.tally import Tally
 
 
 class Response(Protocol):
-    """What forms the answer: `take` and `document`, or `chunks` and `last`."""
+    """What forms the answer: `take` and `document`, or `chunks` and `last` or `failed`."""
+
+    tally: Tally
 
     def take(self, news: Sequence[News]) -> None: ...
 
@@ -30,38 +36,40 @@ class Response(Protocol):
     def failed(self, problem: Problem) -> bytes: ...
 
 
+@dataclass(frozen=True)
+class Question:
+    """What is asked of which model."""
+
+    served: Served
+    spec: Strict
+    requests: Sequence[Request]
+    stream: bool
+
+
 def asker_of(exchange: Exchange) -> Asker:
     """Who asks. The engine's id is the request's own and a few random digits: clients may repeat theirs."""
     call = exchange.call
     return Asker(call.client, f"{call.request_id}-{secrets.token_hex(4)}")
 
 
-async def respond(
-    exchange: Exchange, served: Served, requests: Sequence[Request], response: Response, stream: bool
-) -> dict[str, Any] | None:
-    """Run requests and answer; the document, where it was sent in one piece.
+async def respond(exchange: Exchange, question: Question, response: Response) -> None:
+    """Run requests and answer.
 
     The headers of a stream go out with its first token, so that until then an error can have its own status.
 
     Raises:
         Problem, HastenError: before anything was sent.
     """
-    recorder = exchange.service.recorder
-    recording = recorder.follow(served, requests) if recorder is not None else None
-    async with Feed(served.engine, requests) as feed:
-        if not stream:
-            async for news in feed.batches():
+    async with AsyncExitStack() as stack:
+        batches = await _batches(exchange, question, response, stack)
+        if not question.stream:
+            async for news in batches:
                 response.take(news)
-                if recording is not None:
-                    recording.take(news)
-            document = response.document()
-            await exchange.json(document)
-            return document
+            await exchange.json(response.document())
+            return
         try:
-            async for news in feed.batches():
+            async for news in batches:
                 data = response.chunks(news)
-                if recording is not None:
-                    recording.take(news)
                 if data:
                     await exchange.events(data)
         except Exception as error:
@@ -70,6 +78,45 @@ async def respond(
             problem = problem_of(error)
             exchange.call.fields["error"] = problem.message
             await exchange.end(response.failed(problem))
-            return None
+            return
         await exchange.end(response.last())
-        return None
+
+
+async def _batches(
+    exchange: Exchange, question: Question, response: Response, stack: AsyncExitStack
+) -> AsyncIterator[list[News]]:
+    """The outputs: from memory where they are known, else from the engine, and then remembered."""
+    service, served = exchange.service, question.served
+    key = None
+    if service.memory is not None:
+        memory = service.memory
+        key = await service.work(lambda: memory.key(served, question.spec, question.requests))
+        known = memory.recall(key) if key is not None else None
+        if known is not None:
+            response.tally.remembered()
+            return _once(known)
+    feed = await stack.enter_async_context(Feed(served.engine, question.requests))
+    if key is None and service.recorder is None:
+        return feed.batches()
+    return _noted(exchange, question, feed, key)
+
+
+async def _once(news: list[News]) -> AsyncIterator[list[News]]:
+    yield news
+
+
+async def _noted(
+    exchange: Exchange, question: Question, feed: Feed, key: str | None
+) -> AsyncIterator[list[News]]:
+    """The outputs as they come; recorded, and remembered under `key`, when all of them are there."""
+    service = exchange.service
+    said: list[News] = []
+    recording = service.recorder.follow(question.served, question.requests) if service.recorder else None
+    async for news in feed.batches():
+        if key is not None:
+            said += news
+        if recording is not None:
+            recording.take(news)
+        yield news
+    if key is not None and service.memory is not None:
+        service.memory.keep(key, said)

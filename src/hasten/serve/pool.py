@@ -7,9 +7,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from hasten.cache.prompts import PromptCache
 from hasten.errors import HastenError, UsageError
 from hasten.serve.problem import Problem
 
@@ -50,6 +52,18 @@ class Served:
     used: float = field(default_factory=time.monotonic)
     leaving: bool = False  # no new users: its place is wanted
     idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What answers depend on besides the request; a pass over the weights where it is not known yet."""
+        from hasten.engine.fingerprint import fingerprint
+
+        return fingerprint(self.model)
+
+    @cached_property
+    def prompts(self) -> PromptCache:
+        """Token ids of what was said before: turns of a conversation, system prompts."""
+        return PromptCache(self.model.tokenizer)
 
     @property
     def context(self) -> int:

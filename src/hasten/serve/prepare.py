@@ -84,10 +84,10 @@ def chat_tokens(
     tokenizer = served.model.tokenizer
     plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
     chat, named = prepared(plain, tools, tokenizer.fields.chat_templates)
-    ids = tokenizer.encode_chat(
+    text = tokenizer.apply_chat(
         chat, add_generation_prompt, tools=tools, variables={**named, **(variables or {})}
     )
-    return tuple(ids)
+    return tuple(served.prompts.get_or_encode(text))
 
 
 def encode(served: Served, prompt: str | Sequence[int], add_special: bool = True) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from hasten.engine.trace import TraceModel, TraceWriter
 if TYPE_CHECKING:
     from hasten.engine.request import Request, Usage
     from hasten.serve.feed import News
+    from hasten.serve.log import Log
     from hasten.serve.pool import Served
 
 
@@ -22,7 +23,8 @@ class Recorder:
         DiskError: the file cannot be opened.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, log: Log) -> None:
+        self._log = log
         self._writer = TraceWriter(path)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hasten-record")
 
@@ -32,8 +34,15 @@ class Recorder:
 
     def add(self, served: Served, request: Request, outputs: Sequence[Sequence[int]], usage: Usage) -> None:
         """One request with all its answers; returns at once."""
-        model = TraceModel.of(served.name, served.model)
-        self._thread.submit(self._writer.add, model, request, outputs, usage)
+        self._thread.submit(self._write, served, request, outputs, usage)
+
+    def _write(
+        self, served: Served, request: Request, outputs: Sequence[Sequence[int]], usage: Usage
+    ) -> None:
+        try:
+            self._writer.add(TraceModel.of(served.name, served.model), request, outputs, usage)
+        except Exception as error:  # noqa: BLE001  a trace is worth no answer
+            self._log.event("record_failed", "error", error=f"{type(error).__name__}: {error}")
 
     def close(self) -> None:
         """Write what waits."""

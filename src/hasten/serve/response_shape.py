@@ -41,7 +41,7 @@ class ResponseShape:
         self.output: list[dict[str, Any]] = []
         self._fields = fields
         self._texts = texts
-        self._tally = tally
+        self.tally = tally
         self._reader = reader
         self._status = "in_progress"
         self._error: dict[str, Any] | None = None
@@ -59,7 +59,7 @@ class ResponseShape:
             events.append(self._event("response.created", response=self.document()))
             events.append(self._event("response.in_progress", response=self.document()))
         for which, output in news:
-            self._tally.take(which, output)
+            self.tally.take(which, output)
             for one in self._read(output):
                 events += self._follow(one, output.logprobs)
             if output.finish_reason is not None:
@@ -81,11 +81,11 @@ class ResponseShape:
         """The response in one piece."""
         done = self._status != "in_progress"
         usage = {
-            "input_tokens": self._tally.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": self._tally.cached_tokens},
-            "output_tokens": self._tally.output_tokens,
+            "input_tokens": self.tally.prompt_tokens,
+            "input_tokens_details": {"cached_tokens": self.tally.cached_tokens},
+            "output_tokens": self.tally.output_tokens,
             "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": self._tally.prompt_tokens + self._tally.output_tokens,
+            "total_tokens": self.tally.prompt_tokens + self.tally.output_tokens,
         }
         cut = {"reason": "max_output_tokens"} if self._status == "incomplete" else None
         return {

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
+from hasten.serve.memory import ResponseMemory
 from hasten.serve.recorder import Recorder
 from hasten.serve.stored import ResponseStore
 
@@ -30,7 +31,8 @@ class Service:
         self.metrics = metrics
         self.log = log
         self.stored = ResponseStore()
-        self.recorder = Recorder(options.record) if options.record is not None else None
+        self.memory = ResponseMemory.of(options)
+        self.recorder = Recorder(options.record, log) if options.record is not None else None
         self.draining = False
         self.began = time.monotonic()
         # templates and tokenizers run here: a long prompt or a slow template stops nobody's stream

@@ -23,7 +23,14 @@ class Tally:
         self._gaps: dict[tuple[int, int], list[float]] = {}
         self._prompts: dict[int, Usage] = {}
         self._output_tokens = 0
+        self._is_new = True
         call.fields["model"] = model
+
+    def remembered(self) -> None:
+        """The outputs to come were computed for an earlier call: the times in them are not this one's."""
+        self._is_new = False
+        self._metrics.answered_from_memory(self._model)
+        self._call.fields["response_cache"] = "hit"
 
     def take(self, which: int, output: Output) -> None:
         """One output of request `which`."""
@@ -33,7 +40,8 @@ class Tally:
         self._last[key] = now
         if output.finish_reason is None:
             return
-        self._metrics.finished(self._model, output.finish_reason, output.usage, self._gaps.pop(key, ()))
+        if self._is_new:
+            self._metrics.finished(self._model, output.finish_reason, output.usage, self._gaps.pop(key, ()))
         if output.usage is not None:
             self._prompts.setdefault(which, output.usage)
             self._output_tokens += output.usage.output_tokens
@@ -45,6 +53,8 @@ class Tally:
         fields["prompt_tokens"] = self.prompt_tokens
         fields["cached_tokens"] = self.cached_tokens
         fields["output_tokens"] = self._output_tokens
+        if not self._is_new:
+            return
         fields["queue_ms"] = round(usage.queue_ms, 2)
         if usage.ttft_ms is not None:
             fields["ttft_ms"] = round(usage.ttft_ms, 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hasten.serve.chat_shape import ChatShape
-from hasten.serve.generate import asker_of, respond
+from hasten.serve.generate import Question, asker_of, respond
 from hasten.serve.logprobs import TokenTexts
 from hasten.serve.prepare import prepare_chat
 from hasten.serve.problem import Problem
@@ -34,7 +34,7 @@ async def chat(exchange: Exchange) -> None:
             reader=tools.reader if tools else None,
             with_logprobs=request.logprobs is not None,
         )
-        await respond(exchange, served, [request], shape, bool(spec.stream))
+        await respond(exchange, Question(served, spec, [request], bool(spec.stream)), shape)
 
 
 def check(spec: ChatRequest) -> None:

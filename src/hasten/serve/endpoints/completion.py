@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from hasten.serve.generate import asker_of, respond
+from hasten.serve.generate import Question, asker_of, respond
 from hasten.serve.logprobs import TokenTexts
 from hasten.serve.prepare import Asker, encode, grammar_of, limit_of, request_of
 from hasten.serve.problem import Problem
@@ -37,7 +37,7 @@ async def completions(exchange: Exchange) -> None:
         tally = Tally(service.metrics, served.name, exchange.call)
         texts = TokenTexts(served.model.tokenizer)
         shape = CompletionShape(served.name, texts, tally, spec.n or 1, len(requests), usage)
-        await respond(exchange, served, requests, shape, bool(spec.stream))
+        await respond(exchange, Question(served, spec, requests, bool(spec.stream)), shape)
 
 
 def prompts_of(

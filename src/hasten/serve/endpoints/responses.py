@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hasten.serve.generate import asker_of, respond
+from hasten.serve.generate import Question, asker_of, respond
 from hasten.serve.logprobs import TokenTexts
 from hasten.serve.prepare import prepare_chat
 from hasten.serve.problem import Problem
@@ -41,7 +41,7 @@ async def create(exchange: Exchange) -> None:
             Tally(service.metrics, served.name, exchange.call),
             tools.reader() if tools else None,
         )
-        await respond(exchange, served, [request], shape, bool(spec.stream))
+        await respond(exchange, Question(served, spec, [request], bool(spec.stream)), shape)
     if spec.store is not False and shape.output:
         document = shape.document()
         messages = [*told, *messages_of(shape.output)]
