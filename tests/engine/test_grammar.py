@@ -313,6 +313,16 @@ def test_a_vocabulary_that_cannot_spell_it_says_so() -> None:
 
 
 @pytest.mark.demo
+def test_a_grammar_that_holds_everybody_up_is_refused() -> None:
+    from hasten.models.demo import demo_file
+    from hasten.models.gguf import GgufFile
+
+    vocabulary = Vocabulary(Tokenizer.from_gguf(GgufFile.open(demo_file().path).metadata), padding=0)
+    with pytest.raises(UsageError, match="each token takes"):
+        vocabulary.start("regex", "b(a{300}){300}")
+
+
+@pytest.mark.demo
 def test_demo_vocabulary() -> None:
     from hasten.models.demo import demo_file
     from hasten.models.gguf import GgufFile

@@ -8,6 +8,7 @@ releases the interpreter lock while it compiles and while it makes masks.
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ MaskRows = npt.NDArray[np.uint32]
 
 _KEPT = 64  # compiled grammars a model keeps
 _PROBE = 4  # tokens taken on trial: an expression that explodes does so within the first
+_SLOW_S = 0.020  # processor time of one mask; a hundred times the usual
 _TOO_MUCH = ("too big", "too many", "too complex", "toocomplex", "fuel", "current row", "too large")
 _SIMPLER = "make it simpler: fewer alternatives, shorter repetitions"
 
@@ -63,8 +65,8 @@ class GrammarCompiler:
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         """A grammar ready to start answers with; the last 64 are kept.
 
-        Time and memory are bounded by llguidance's own counters, not by a clock: the same grammar is taken or
-        refused on every machine.
+        Time and memory are bounded by llguidance's own counters; a grammar whose masks each take longer than
+        20 ms of processor time all the same would hold up every answer of a step, and is refused too.
 
         Raises:
             UsageError: the grammar is not valid, uses what is not supported, matches nothing or is too big.
@@ -137,8 +139,11 @@ class CompiledGrammar:
             UsageError: nothing matches, or the first steps are already too much work.
         """
         state = self.start()
+        times = []
         for _ in range(_PROBE):
+            started = time.thread_time()
             row = state.masks(())[0]
+            times.append(time.thread_time() - started)
             if state.failure:
                 raise state.failure
             if state.finished:
@@ -147,6 +152,8 @@ class CompiledGrammar:
             state.accept([int(allowed[-1])])
         if state.failure:
             raise state.failure
+        if min(times) > _SLOW_S:
+            raise _refusal(self.grammar, f"too many choices, each token takes {1000 * min(times):.0f} ms")
 
 
 class GrammarState:

@@ -35,12 +35,12 @@ _KNOWN = _SCHEMAS | _SCHEMA_LISTS | _SCHEMA_MAPS | _RULES | _NOTES
 
 @functools.cache
 def limits() -> LLParserLimits:
-    """Work that one grammar may cause: about 0.2 s to compile, 15 ms a mask; memory follows the states."""
+    """Work that one grammar may cause: about 0.2 s to compile, a few ms a mask; memory follows the states."""
     from llguidance import LLParserLimits
 
     return LLParserLimits(
         initial_lexer_fuel=200_000,
-        step_lexer_fuel=200_000,
+        step_lexer_fuel=40_000,
         step_max_items=50_000,
         max_items_in_row=8_000,
         max_lexer_states=20_000,  # 1 to 2 KB each
