@@ -22,6 +22,7 @@ SUBCOMMANDS = {
     "verify": "hasten.cli.cache:verify",
     "clear": "hasten.cli.cache:clear",
     "stats": "hasten.cli.cache:stats",
+    "replay": "hasten.cli.cache_replay:replay_command",
 }
 
 KindOption = Annotated[
