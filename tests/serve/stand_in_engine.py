@@ -33,6 +33,9 @@ class ByteTokenizer:
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         return list(text.encode())
 
+    def token_bytes(self) -> SimpleNamespace:
+        return SimpleNamespace(values=[bytes([i]) for i in range(256)])
+
     def pieces(self, text: str) -> list[str]:
         return [text]
 

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hasten.engine.sampling import TokenLogprob
-    from hasten.models.tokenizer import Tokenizer
 
 FLOOR = -9999.0
 """What stands for minus infinity, which JSON cannot say; OpenAI's own value."""
 
 
 class TokenTexts:
-    """Texts and bytes of single tokens."""
+    """Texts and bytes of single tokens.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._texts: dict[int, str] = {}
+    Args:
+        values: bytes of every token; called once, when the first is needed. Reading a large vocabulary takes
+            half a second: a worker thread has done it before.
+    """
+
+    def __init__(self, values: Callable[[], Sequence[bytes]]) -> None:
+        self._get_values = values
+
+    @cached_property
+    def _values(self) -> Sequence[bytes]:
+        return self._get_values()
+
+    def spelled(self, token: int) -> bytes:
+        """The token's own bytes; nothing for ids without a meaning."""
+        return self._values[token] if token < len(self._values) else b""
 
     def text(self, token: int) -> str:
         """The token alone as text; bytes that are no character of their own come as U+FFFD."""
-        if token not in self._texts:
-            self._texts[token] = self._tokenizer.decode([token], skip_special=False)
-        return self._texts[token]
+        return self.spelled(token).decode("utf-8", "replace")
 
     def chat(self, logprobs: Iterable[TokenLogprob]) -> list[dict[str, Any]]:
         """`logprobs.content` of a chat choice."""
@@ -34,8 +44,7 @@ class TokenTexts:
         ]
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self.text(token)
-        return {"token": text, "logprob": finite(logprob), "bytes": list(text.encode("utf-8", "replace"))}
+        return {"token": self.text(token), "logprob": finite(logprob), "bytes": list(self.spelled(token))}
 
     def completion(self, logprobs: Iterable[TokenLogprob], offset: int) -> dict[str, Any]:
         """`logprobs` of a completion choice; `offset` is where in the text the first token begins."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -59,6 +59,11 @@ class Served:
         from hasten.engine.fingerprint import fingerprint
 
         return fingerprint(self.model)
+
+    @cached_property
+    def token_bytes(self) -> Sequence[bytes]:
+        """Bytes of every token."""
+        return self.model.tokenizer.token_bytes().values
 
     @cached_property
     def prompts(self) -> PromptCache:

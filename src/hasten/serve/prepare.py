@@ -56,6 +56,7 @@ def prepare_chat(
     )
     asked = spec.max_tokens if spec.max_completion_tokens is None else spec.max_completion_tokens
     request = request_of(
+        served,
         spec,
         prompt,
         asker,
@@ -168,6 +169,7 @@ def sampling_of(spec: SamplingFields) -> SamplingOptions:
 
 
 def request_of(
+    served: Served,
     spec: SamplingFields,
     prompt: tuple[int, ...],
     asker: Asker,
@@ -177,7 +179,9 @@ def request_of(
     grammar: Grammar | None,
     skip_special: bool | None = None,
 ) -> Request:
-    """The engine's request. Its `id` is set by the caller's id and `client` by user and address or key."""
+    """The engine's request; `client` is the user of an address or key. In a worker thread."""
+    if logprobs is not None or spec.prompt_logprobs is not None:
+        _ = served.token_bytes  # read here, not where streams are written
     stop = (spec.stop,) if isinstance(spec.stop, str) else tuple(spec.stop or ())
     wanted = spec.skip_special_tokens is not False if skip_special is None else skip_special
     return Request(

@@ -27,7 +27,7 @@ async def chat(exchange: Exchange) -> None:
         usage = bool((spec.stream_options or {}).get("include_usage"))
         shape = ChatShape(
             served.name,
-            TokenTexts(served.model.tokenizer),
+            TokenTexts(lambda: served.token_bytes),
             Tally(service.metrics, served.name, exchange.call),
             request.n,
             usage,

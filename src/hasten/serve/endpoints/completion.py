@@ -35,7 +35,7 @@ async def completions(exchange: Exchange) -> None:
         requests = await service.work(lambda: prepare(spec, served, asker, service.options))
         usage = bool((spec.stream_options or {}).get("include_usage"))
         tally = Tally(service.metrics, served.name, exchange.call)
-        texts = TokenTexts(served.model.tokenizer)
+        texts = TokenTexts(lambda: served.token_bytes)
         shape = CompletionShape(served.name, texts, tally, spec.n or 1, len(requests), usage)
         await respond(exchange, Question(served, spec, requests, bool(spec.stream)), shape)
 
@@ -61,6 +61,8 @@ def prepare(spec: CompletionRequest, served: Served, asker: Asker, options: Serv
         limit = limit_of(asked, len(prompt), served, options)
         one = replace(asker, request_id=f"{asker.request_id}-{number}")
         requests.append(
-            request_of(spec, prompt, one, max_new_tokens=limit, logprobs=spec.logprobs, grammar=grammar)
+            request_of(
+                served, spec, prompt, one, max_new_tokens=limit, logprobs=spec.logprobs, grammar=grammar
+            )
         )
     return requests

@@ -37,7 +37,7 @@ async def create(exchange: Exchange) -> None:
         request, tools = await service.work(lambda: prepare_chat(chat, served, asker, service.options))
         shape = ResponseShape(
             fields_of(spec, served.name),
-            TokenTexts(served.model.tokenizer),
+            TokenTexts(lambda: served.token_bytes),
             Tally(service.metrics, served.name, exchange.call),
             tools.reader() if tools else None,
         )
