@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
@@ -30,6 +31,7 @@ def build(service: Service) -> App:
         redoc_url=None,
         lifespan=_lifespan(service),
         redirect_slashes=False,
+        **_no_telemetry(),
     )
     app.openapi = document  # type: ignore[method-assign]
     for route in ROUTES:
@@ -42,6 +44,13 @@ def build(service: Service) -> App:
     for kind in (Problem, HastenError, HTTPException, Exception):
         app.add_exception_handler(kind, _failed)
     return Guard(app, service.options, service.log, service.metrics)
+
+
+def _no_telemetry() -> dict[str, Any]:
+    """Newer FastAPIs trace requests by themselves; ours know tokens and models too, one span is enough."""
+    if "telemetry" not in inspect.signature(FastAPI).parameters:
+        return {}
+    return {"telemetry": {"tracing": False}}
 
 
 def _handler(service: Service, endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from hasten.serve.call import App, Call, Message, Receive, Scope, Send
 from hasten.serve.problem import Problem, problem_of
+from hasten.serve.traces import new_tracer
 
 if TYPE_CHECKING:
     from hasten.serve.log import Log
@@ -45,6 +46,7 @@ class Guard:
         self._keys = [key.encode() for key in options.api_keys]
         self._origins = {origin.encode() for origin in options.cors_origins}
         self._log = log
+        self._tracer = new_tracer()
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -59,7 +61,8 @@ class Guard:
         origin = headers.get(b"origin", b"")
         watch = _Watch(call, receive, send, self._options.send_timeout_s, self._extra_headers(call, origin))
         try:
-            await self._serve(scope, headers, watch)
+            with self._tracer.span(scope, call) if self._tracer is not None else contextlib.nullcontext():
+                await self._serve(scope, headers, watch)
         except asyncio.CancelledError:
             if not (call.left or call.stalled):
                 if not call.started:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import signal
 import socket
 import threading
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from hasten.serve.pool import Loader, ServedEngine
 
 _SEND_BUFFER = 256 << 10  # bytes the kernel may hold for a client that does not read; Linux doubles it
+_OWN_FILES = 256  # beside connections: weights, caches, sockets that are being refused
 _EXTRA = "pip install 'hasten[serve]'"
 
 
@@ -67,6 +69,7 @@ def made(
     setup: ServeSetup, say: Callable[[str], None], loader: Loader | None = None
 ) -> tuple[Any, socket.socket]:
     """uvicorn's server, its first model loaded, and the socket to run it on; see `serve`."""
+    _allow_files(setup.options.max_connections)
     listener = listen(setup.options)
     load = loader or setup.load
     first = _in_thread(lambda: load(next(iter(setup.refs.values()))))
@@ -105,6 +108,24 @@ def listen(options: ServeOptions) -> socket.socket:
             hint="choose another: --port 8001, or --port 0 for any free one",
         ) from None
     return listener
+
+
+def _allow_files(connections: int) -> None:
+    """Let the process open so many connections, as far as the system allows it.
+
+    Raises:
+        UsageError: it does not.
+    """
+    wanted = connections + _OWN_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise UsageError(
+            f"--max-connections {connections} needs {wanted} files; the system allows {hard}",
+            hint=f"use --max-connections {max(1, hard - _OWN_FILES)}, or raise the limit: ulimit -Hn {wanted}",
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _in_thread(task: Callable[[], Any]) -> Future[Any]:
