@@ -53,12 +53,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[], float]:
     return now
 
 
-def live(model: Any, options: ServingOptions, path: Path, seed: int, clock: Any) -> tuple[float, float]:
+def live(
+    model: Any, options: ServingOptions, path: Path, seed: int, clock: Any, users: int = 40
+) -> tuple[float, float]:
     """Serve chats, three at a time, and record them: the engine's own (hit ratio, disk hit ratio)."""
     engine, writer = Engine(model, options), TraceWriter(path)
     described = TraceModel.of("tiny", model)
     rng = np.random.default_rng(seed)
-    left = [(chat, []) for chat in chats(seed, users=40, turns=4)]
+    left = [(chat, []) for chat in chats(seed, users, turns=4)]
     pause = False
     running: dict[str, tuple[Any, Request, list[int], float]] = {}
     while left or running:
@@ -69,7 +71,10 @@ def live(model: Any, options: ServingOptions, path: Path, seed: int, clock: Any)
             request = Request(prompt, max_new_tokens=int(rng.integers(1, 40)), sampling=sampling)
             arrived = clock()
             running[engine.add(request)] = ((chat[1:], list(prompt)), request, [], arrived)
-        for output in engine.step():
+        outputs = engine.step()
+        if engine._keeper._disk is not None:  # pages that wait to be written are found too
+            engine._keeper._disk.flush()
+        for output in outputs:
             (chat, said), request, tokens, arrived = running[output.request_id]
             tokens.extend(output.token_ids)
             if output.usage is not None:
@@ -115,9 +120,9 @@ def test_a_replay_hits_as_the_engine_did(
 
 def test_the_disk_tier_is_replayed_too(tiny_folder: Callable[..., Path], tmp_path: Path, clock: Any) -> None:
     model = opened(tiny_folder("qwen3"), "bf16")
-    limit = 300 * (model.executor.page_bytes + HEADER_BYTES)
+    limit = 400 * (model.executor.page_bytes + HEADER_BYTES)
     serving = ServingOptions(speculate=False, kv_disk=tmp_path / "kv", kv_disk_gb=limit / 1e9)
-    ratio, disk_ratio = live(model, serving, tmp_path / "t", 4, clock)
+    ratio, disk_ratio = live(model, serving, tmp_path / "t", 4, clock, users=60)
     trace = read_trace(tmp_path / "t")
     result = replay(trace, "lru", trace.model.kv_pages * trace.model.page_bytes, limit)
     print(f"live {ratio:.4f} {disk_ratio:.4f}, replayed {result.hit_ratio:.4f} {result.disk_hit_ratio:.4f}")
