@@ -56,7 +56,7 @@ class Oracle:
         self._texts = [[*prompt, *tokens] for prompt, tokens in answers]
         self._random = np.random.default_rng(7)
 
-    def open(self, prompt: Sequence[int]) -> list[int]:
+    def open(self, prompt: Sequence[int], *, shared: bool = True) -> list[int]:
         return list(prompt)
 
     def propose(self, drafts: Sequence[list[int]], room: Sequence[int]) -> list[list[int]]:

@@ -103,10 +103,13 @@ class Planner:
             return
         for work in works:
             if work.answer.draft is None:
-                work.answer.draft = self._speculator.open(work.answer.tokens)
+                shared = not work.answer.request.salt  # others' speed must not tell what a salted text says
+                work.answer.draft = self._speculator.open(work.answer.tokens, shared=shared)
         rooms = [self._draft_room(work.answer) for work in works]
         proposals = self._speculator.propose([work.answer.draft for work in works], rooms)
-        for work, drafts in zip(works, proposals, strict=True):
+        for work, drafts, room in zip(works, proposals, rooms, strict=True):
+            forced = work.answer.grammar.forced()[:room] if work.answer.grammar is not None else []
+            drafts = max(drafts, forced, key=len)
             if drafts and self._keeper.reserve(work.answer, 1 + len(drafts)):
                 work.drafts = drafts
 
