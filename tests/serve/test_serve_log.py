@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import threading
 
-from hasten.serve.log import Log
+from hasten.serve.log import Forward, Log
 
 
 def test_lines_are_json_and_leave_out_what_is_not_known() -> None:
@@ -55,6 +56,16 @@ def test_a_full_pipe_loses_lines_and_says_how_many(monkeypatch: object) -> None:
     lost = sum(entry.get("dropped_lines", 0) for entry in entries)
     assert lost + len(entries) in (10_500, 10_501)
     assert lost >= 499
+
+
+def test_what_the_library_logs_comes_along() -> None:
+    stream = io.StringIO()
+    log = Log(stream)
+    record = logging.LogRecord("hasten.cache", logging.WARNING, "f", 1, "dropped %s", ("x",), None)
+    Forward(log).handle(record)
+    log.close()
+    entry = json.loads(stream.getvalue())
+    assert (entry["event"], entry["level"], entry["message"]) == ("log", "warning", "dropped x")
 
 
 def test_a_closed_stream_is_no_error() -> None:

@@ -113,3 +113,19 @@ def test_one_load_serves_all_who_wait_and_outlives_a_client() -> None:
             pass
 
     asyncio.run(scenario())
+
+
+def test_an_engine_that_failed_is_loaded_anew() -> None:
+    from hasten.engine.async_engine import EngineClosed
+
+    engines = [StandInEngine(error=EngineClosed("the engine failed")), StandInEngine("fine")]
+    spare = iter(engines)
+    with serving(
+        ServeOptions(port=0, log=False), {"a": engines[0]}, lambda ref: (StandInModel(ref), next(spare))
+    ) as server:
+        reply = server.ask(PATH, chat())
+        assert (reply.status, reply.error["code"]) == (503, "engine_stopped")
+        assert server.ask("/ready").status == 503
+        assert server.ask(PATH, chat()).json["choices"][0]["message"]["content"] == "fine"
+        assert engines[0].closed
+        assert server.ask("/ready").status == 200

@@ -7,6 +7,7 @@ dropped and the next line says how many were.
 from __future__ import annotations
 
 import json
+import logging
 import queue
 import sys
 import threading
@@ -64,6 +65,26 @@ class Log:
                 self._stream.flush()
             except (OSError, ValueError):  # nobody reads any more: the server goes on
                 continue
+
+
+class Forward(logging.Handler):
+    """Hands on what the library logs: a cache entry that was dropped, an engine that stopped."""
+
+    def __init__(self, log: Log) -> None:
+        super().__init__(logging.INFO)
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Called by logging, from any thread."""
+        trace = logging.Formatter().formatException(record.exc_info) if record.exc_info else None
+        self._log.event(
+            "log",
+            record.levelname.lower(),
+            logger=record.name,
+            message=record.getMessage(),
+            traceback=trace,
+            **{name: value for name, value in vars(record).items() if name in ("path", "reason")},
+        )
 
 
 def _stamp(moment: float) -> str:

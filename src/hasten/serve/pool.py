@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hasten.cache.prompts import PromptCache
+from hasten.engine.async_engine import EngineClosed
 from hasten.errors import HastenError, UsageError
 from hasten.serve.problem import Problem
 
@@ -106,7 +107,7 @@ class ModelPool:
     @property
     def ready(self) -> bool:
         """Whether a request would find a model in memory."""
-        return bool(self._loaded)
+        return any(not served.leaving for served in self._loaded.values())
 
     def loaded(self) -> list[tuple[str, EngineStats]]:
         """(name, its engine's numbers) of the models in memory."""
@@ -137,6 +138,9 @@ class ModelPool:
         served = await self._acquire(self.default if name is None else name)
         try:
             yield served
+        except EngineClosed:
+            served.leaving = True  # its engine failed: whoever comes next has it loaded anew
+            raise
         finally:
             served.users -= 1
             served.used = time.monotonic()
@@ -173,8 +177,10 @@ class ModelPool:
             served = self._loaded.get(name)
             if served is not None and not served.leaving:
                 return
+            if served is not None:
+                await self._evict(served)
             while len(self._loaded) >= self._most:
-                await self._evict()
+                await self._evict(min(self._loaded.values(), key=lambda one: (one.users > 0, one.used)))
             began = time.monotonic()
             try:
                 model, engine = await asyncio.get_running_loop().run_in_executor(
@@ -187,8 +193,7 @@ class ModelPool:
             self._loaded[name] = Served(name, model, engine)
             self._say("model_loaded", model=name, duration_ms=round(1000 * (time.monotonic() - began)))
 
-    async def _evict(self) -> None:
-        victim = min(self._loaded.values(), key=lambda served: (served.users > 0, served.used))
+    async def _evict(self, victim: Served) -> None:
         victim.leaving = True
         while victim.users:
             await victim.idle.wait()

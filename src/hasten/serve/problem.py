@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from hasten.engine.async_engine import EngineClosed
 from hasten.errors import DeadlineError, HastenError, QueueFull, TokenizerError, UsageError
 
 _TYPES = {
@@ -75,6 +76,8 @@ def problem_of(error: BaseException) -> Problem:
     if isinstance(error, DeadlineError):
         # 503 and not 408: the client was not slow, the server is busy; without the load it could be met
         return Problem(503, _said(error), code="deadline_unreachable", headers={"retry-after": "1"})
+    if isinstance(error, EngineClosed):
+        return Problem(503, _said(error), code="engine_stopped", headers={"retry-after": "1"})
     if isinstance(error, UsageError):
         return Problem(400, _said(error), code="invalid_value")
     if isinstance(error, TokenizerError):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import resource
 import signal
 import socket
@@ -122,8 +124,8 @@ def _allow_files(connections: int) -> None:
         return
     if hard != resource.RLIM_INFINITY and hard < wanted:
         raise UsageError(
-            f"--max-connections {connections} needs {wanted} files; the system allows {hard}",
-            hint=f"use --max-connections {max(1, hard - _OWN_FILES)}, or raise the limit: ulimit -Hn {wanted}",
+            f"--max-connections {connections} needs {wanted} files, {hard} are allowed",
+            hint=f"use --max-connections {max(1, hard - _OWN_FILES)}, or raise it: ulimit -Hn {wanted}",
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
@@ -174,8 +176,8 @@ def _server(
         log_level="critical",
         server_header=False,
         backlog=4096,
-        timeout_keep_alive=int(options.keep_alive_s),
-        timeout_graceful_shutdown=int(options.drain_s),
+        timeout_keep_alive=math.ceil(options.keep_alive_s),
+        timeout_graceful_shutdown=math.ceil(options.drain_s),
     )
     model, engine = first.result()
     pool.adopt(pool.default, model, engine)
@@ -186,8 +188,13 @@ def _drained(config: Any, service: Any, ready: Callable[[], None]) -> Any:
     """uvicorn's server, which announces itself, tells the service that it drains and leaves with code 0."""
     import uvicorn
 
+    from hasten.serve.log import Forward
+
     class Server(uvicorn.Server):
+        forward = Forward(service.log)
+
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            logging.getLogger("hasten").addHandler(self.forward)
             await super().startup(sockets)
             ready()
             service.log.event("ready", models=list(service.pool.refs))
@@ -196,6 +203,7 @@ def _drained(config: Any, service: Any, ready: Callable[[], None]) -> Any:
             service.draining = True
             service.log.event("draining", seconds=config.timeout_graceful_shutdown)
             await super().shutdown(sockets)
+            logging.getLogger("hasten").removeHandler(self.forward)
             service.log.event("stopped")
             service.log.close()
 

@@ -68,8 +68,8 @@ def _attributes(scope: Scope, call: Call) -> Mapping[str, Any]:
 def new_tracer() -> Tracer | None:
     """A tracer, or None where nothing would collect its spans: without the packages, or not set up.
 
-    An endpoint in the environment (OTEL_EXPORTER_OTLP_ENDPOINT) sets up the SDK and its OTLP exporter, if they
-    are installed; a provider that the process set up before is used as it is.
+    An endpoint in the environment (OTEL_EXPORTER_OTLP_ENDPOINT) sets up the SDK and its OTLP exporter, if
+    they are installed; a provider that the process set up before is used as it is.
     """
     if importlib.util.find_spec("opentelemetry") is None:
         return None

@@ -14,9 +14,12 @@ from hasten.serve.feed import Feed
 from hasten.serve.generate import asker_of
 from hasten.serve.prepare import Asker, encode, limit_of
 from hasten.serve.protocol.embedding import EmbeddingRequest
+from hasten.serve.shape import dumps
 from hasten.serve.tally import Tally
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy.typing as npt
 
     from hasten.serve.exchange import Exchange
@@ -40,13 +43,19 @@ async def embeddings(exchange: Exchange) -> None:
                     if output.embedding is not None:
                         vectors[which] = output.embedding
         plain = spec.encoding_format != "base64"
-        data = [
-            {"object": "embedding", "index": i, "embedding": written(vector, plain)}
-            for i, vector in enumerate(vectors)
-            if vector is not None
-        ]
-        usage = {"prompt_tokens": tally.prompt_tokens, "total_tokens": tally.prompt_tokens}
-        await exchange.json({"object": "list", "data": data, "model": served.name, "usage": usage})
+        data = await service.work(lambda: _listed(vectors, plain))
+        usage = f'{{"prompt_tokens":{tally.prompt_tokens},"total_tokens":{tally.prompt_tokens}}}'
+        text = f'{{"object":"list","data":[{data}],"model":{dumps(served.name)},"usage":{usage}}}'
+        await exchange.raw(text.encode(), "application/json")
+
+
+def _listed(vectors: Sequence[npt.NDArray[np.float32] | None], plain: bool) -> str:
+    """The entries of `data`, encoded one by one: the encoder keeps other threads waiting while it runs."""
+    return ",".join(
+        dumps({"object": "embedding", "index": number, "embedding": written(vector, plain)})
+        for number, vector in enumerate(vectors)
+        if vector is not None
+    )
 
 
 def written(vector: npt.NDArray[np.float32], plain: bool) -> Any:
