@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 
 import pytest
 
@@ -22,7 +22,7 @@ Script = Callable[[bytes], Sequence[bytes]]
 """A request -> the pieces of the answer, 10 ms apart."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def serving(script: Script) -> Iterator[Address]:
     """A server that answers every connection by its script and then closes it."""
     loop = asyncio.new_event_loop()
@@ -32,10 +32,11 @@ def serving(script: Script) -> Iterator[Address]:
         length = next(
             (int(x.split(b":")[1]) for x in head.split(b"\r\n") if x.lower().startswith(b"content-length")), 0
         )
-        for piece in script(head + await reader.readexactly(length)):
-            writer.write(piece)
-            await writer.drain()
-            await asyncio.sleep(0.01)
+        with contextlib.suppress(OSError):  # a client that hung up
+            for piece in script(head + await reader.readexactly(length)):
+                writer.write(piece)
+                await writer.drain()
+                await asyncio.sleep(0.01)
         writer.close()
 
     server = loop.run_until_complete(asyncio.start_server(handle, "127.0.0.1", 0))
@@ -44,14 +45,16 @@ def serving(script: Script) -> Iterator[Address]:
     try:
         yield Address("127.0.0.1", server.sockets[0].getsockname()[1])
     finally:
+        server.close()
+        asyncio.run_coroutine_threadsafe(_handled(), loop).result(10)
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
-        server.close()
-        left = asyncio.all_tasks(loop)  # a client that hung up left its answer half written
-        for task in left:
-            task.cancel()
-        loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
         loop.close()
+
+
+async def _handled() -> None:
+    """Wait until every answer of this loop is written."""
+    await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()})
 
 
 def chunked(*parts: bytes) -> list[bytes]:
