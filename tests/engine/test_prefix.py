@@ -54,7 +54,7 @@ class Disk:
         out[:] = self.entries[key]
         return True
 
-    def write(self, key: bytes, data: np.ndarray, cost: float) -> None:
+    def write(self, key: bytes, data: np.ndarray, cost: float, parent: bytes) -> None:
         assert cost > 0
         self.entries[key] = data.copy()
 

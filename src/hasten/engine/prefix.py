@@ -43,7 +43,7 @@ class PageDisk(Protocol):
 
     def read(self, key: bytes, out: Bytes) -> bool: ...
 
-    def write(self, key: bytes, data: Bytes, cost: float) -> None: ...
+    def write(self, key: bytes, data: Bytes, cost: float, parent: bytes) -> None: ...
 
 
 class Chain:
@@ -203,7 +203,8 @@ class PrefixCache:
             raw = np.asarray(tokens[at * size : (at + 1) * size], np.int32).tobytes()
             self._insert(key, _Entry(pages[at], chain.before(at), raw), at * size)
             if self._disk is not None and not self._disk.has(key):
-                self._disk.write(key, self._memory.read_page(pages[at]), self._cost(at * size, size))
+                cost, parent = self._cost(at * size, size), chain.before(at)
+                self._disk.write(key, self._memory.read_page(pages[at]), cost, parent)
 
     def publish_tail(self, tokens: Sequence[int], chain: Chain, page: int) -> None:
         """Keep the last page of a sequence that ended, which is not full."""
