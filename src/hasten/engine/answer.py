@@ -70,6 +70,7 @@ class Answer:
         self.siblings: list[Answer] = []  # wait for this one's prompt
         self.prompt_logprobs: list[TokenLogprob | None] = []
         self.pooled: npt.NDArray[np.float64] | None = None  # [E], summed over the prompt so far
+        self.prompt_read = 0  # prompt tokens in these two: once is enough, however often they are computed
         self._text = tokenizer.stream(skip_special=request.skip_special)
         self._stops = StopTexts(request.stop)
         eos = () if request.sampling.ignore_eos else tokenizer.eos_ids
@@ -98,14 +99,20 @@ class Answer:
 
     @property
     def every_row(self) -> bool:
-        """Whether the hidden states of all of the prompt are wanted, not only the last."""
-        return self.request.prompt_logprobs is not None or self.request.pooling == "mean"
+        """Whether the hidden states of all of the prompt are wanted still, not only the last."""
+        wanted = self.request.prompt_logprobs is not None or self.request.pooling == "mean"
+        return wanted and self.prompt_read < len(self.request.prompt)
 
     @property
     def sampling(self) -> SamplingOptions:
         """The request's options with this answer's own seed."""
         options = self.request.sampling
         return replace(options, seed=(options.seed + self.index) % 2**64) if self.index else options
+
+    def share_prompt(self) -> None:
+        """What the prompt gave is the same for all of n."""
+        for one in self.siblings:
+            one.prompt_logprobs, one.prompt_read = list(self.prompt_logprobs), self.prompt_read
 
     def take(self, choice: Choice) -> tuple[list[int], list[TokenLogprob], FinishReason | None, str]:
         """Add what was drawn, up to where the answer ends: (tokens, logprobs, how it ended, new text)."""
@@ -150,7 +157,7 @@ class Answer:
     ) -> Output:
         """News of this answer; the first carries the prompt's logprobs, the last the usage."""
         prompt_logprobs = None
-        if self.prompt_logprobs and (self.made == len(tokens) or finish is not None):
+        if len(self.prompt_logprobs) == len(self.request.prompt):
             prompt_logprobs = tuple(self.prompt_logprobs)
             self.prompt_logprobs = []
         return Output(

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ from hasten.engine.forecast import Forecast
 from hasten.engine.keep import PrefixKeeper
 from hasten.engine.planner import Planner
 from hasten.engine.prompt_result import embedding, read_prompt
-from hasten.engine.request import Output, Request
+from hasten.engine.request import FinishReason, Output, Request
 from hasten.engine.sampling import Choice, choose
 from hasten.engine.scheduler import Scheduler
 from hasten.engine.speculate import Speculator
@@ -100,15 +100,16 @@ class Engine:
             raise
         answers[0].siblings = answers[1:]
         self._answers[request.id] = answers
+        self._mail.pop(request.id, None)  # of one that ended: its outputs are all there
         self._scheduler.arrive(answers[0])
         return request.id
 
     def _answers_of(self, request: Request) -> list[Answer]:
         start = self.compiler().compile(request.grammar).start if request.grammar else None
         tokenizer, vocab = self.model.tokenizer, self.model.config.vocab_size
-        clock = Clock(time.perf_counter())
+        now = time.perf_counter()
         return [
-            Answer(request, index, clock, tokenizer, vocab, start() if start else None)
+            Answer(request, index, Clock(now), tokenizer, vocab, start() if start else None)
             for index in range(request.n)
         ]
 
@@ -144,6 +145,10 @@ class Engine:
             What is new, also of requests that ended since the last step; nothing if nothing is there to do.
         """
         self._post(self._advance())
+        return self.news()
+
+    def news(self) -> list[Output]:
+        """What is new without a step: of requests that were cancelled."""
         outputs, self._unclaimed = self._unclaimed, []
         return outputs
 
@@ -157,6 +162,7 @@ class Engine:
         before = time.perf_counter()
         hidden = execute(self._executor, works)
         computed = time.perf_counter()
+        rows = sum(1 + len(work.drafts) for work in works)  # before a grammar cuts drafts: all were computed
         draws = self._after(works, hidden, outputs)
         drawing = time.perf_counter()
         choices = self._draw(draws, masks)
@@ -164,7 +170,7 @@ class Engine:
         for (work, _), choice in zip(draws, choices, strict=True):
             outputs.append(self._publish(work, choice, drawn))
         busy_s = computed - before + drawn - drawing
-        self._observe(works, busy_s)
+        self._observe(works, rows, busy_s)
         self.counters.step_s += time.perf_counter() - started
         self.counters.schedule_s += time.perf_counter() - started - busy_s
         return outputs
@@ -173,9 +179,9 @@ class Engine:
         """End what cannot keep its deadline any more."""
         late = [answer for answer in self._scheduler.answers() if self._admission.is_late(answer, now)]
         return [
-            self._end(one, one.output(now, finish="deadline", error="the deadline passed"))
-            for answer in late
-            for one in [answer, *answer.siblings]
+            output
+            for one in late
+            for output in self._end_all(one, now, "deadline", error="the deadline passed")
         ]
 
     def _start_masks(self, works: list[Work]) -> dict[int, Future[Masks]]:
@@ -197,12 +203,17 @@ class Engine:
                 self.counters.prompt_tokens += work.count
                 self._scheduler.share.serve(answer.request.client, work.count, 0)
                 if answer.every_row:
-                    read_prompt(self._executor, answer, rows, answer.cached.length - work.count)
+                    try:
+                        read_prompt(self._executor, answer, rows, answer.cached.length - work.count)
+                    except HastenError as wrong:
+                        outputs += self._end_all(answer, now, "error", error=wrong.message)
+                        continue
             if not work.completes:
                 continue
+            answer.share_prompt()
             if answer.request.max_new_tokens == 0:
                 vector = embedding(answer, rows[-1])
-                outputs.append(self._end(answer, answer.output(now, finish="length", embedding=vector)))
+                outputs += self._end_all(answer, now, "length", embedding=vector)
                 continue
             draws.append((work, rows[-1 - len(work.drafts) :]))
             draws += [(Work.of(one, 0), rows[-1:]) for one in self._fork(answer)]
@@ -251,18 +262,20 @@ class Engine:
     def _publish(self, work: Work, choice: Choice, now: float) -> Output:
         """Give an answer its new tokens, and forget the drafts that were wrong."""
         answer = work.answer
-        if choice.error:
-            return self._end(answer, answer.output(now, finish="error", error=choice.error))
-        if answer.clock.first is None:
+        tokens, logprobs, finish, text = answer.take(choice)  # with an error, the drafts that held before it
+        error = ""
+        if choice.error and finish is None:
+            refused = answer.grammar.failure if answer.grammar is not None else None
+            finish, error = "error", refused.message if refused is not None else choice.error
+        if tokens and answer.clock.first is None:
             answer.clock.first = now
-        tokens, logprobs, finish, text = answer.take(choice)
         self._executor.truncate(answer.cached, len(answer.tokens) - 1)
         self._count(work, len(tokens))
-        if finish is None and answer.draft is not None and self._speculator is not None:
+        if answer.draft is not None and self._speculator is not None:
             self._speculator.accept(answer.draft, tokens, len(work.drafts))
         if finish is None and answer.grammar is not None:
             answer.grammar.accept(tokens)
-        output = answer.output(now, tokens, text, logprobs, finish)
+        output = answer.output(now, tokens, text, logprobs, finish, error)
         if finish is not None:
             return self._end(answer, output)
         if self._executor.decodes_like_prefill:
@@ -272,22 +285,26 @@ class Engine:
     def _count(self, work: Work, made: int) -> None:
         answer, counters = work.answer, self.counters
         answer.drafted += len(work.drafts)
-        answer.accepted += made - 1
+        answer.accepted += max(0, made - 1)
         counters.drafted_tokens += len(work.drafts)
-        counters.accepted_tokens += made - 1
+        counters.accepted_tokens += max(0, made - 1)
         counters.output_tokens += made
         self._scheduler.share.serve(answer.request.client, 0, made)
 
-    def _observe(self, works: list[Work], seconds: float) -> None:
+    def _observe(self, works: list[Work], rows: int, seconds: float) -> None:
         prompts = sum(work.count for work in works if work.count > 1 or work.is_prompt)
         decodes = [work for work in works if work.count == 1 and not work.is_prompt]
         self.counters.steps += 1
         self.counters.batch = len(works)
-        rows = sum(1 + len(work.drafts) for work in decodes)
-        if rows == len(decodes):
+        if rows == len(works):  # no drafts
             self.forecast.observe(prompts, len(decodes), seconds)
         if prompts == 0 and self._speculator is not None:
             self._speculator.observe(rows, len(decodes), seconds)
+
+    def _end_all(self, leader: Answer, now: float, finish: FinishReason, **news: Any) -> list[Output]:
+        """An answer and those that wait for its prompt are over."""
+        answers = [leader, *leader.siblings]
+        return [self._end(one, one.output(now, finish=finish, **news)) for one in answers]
 
     def _end(self, answer: Answer, output: Output) -> Output:
         """An answer is over: its pages, its place and its id are free again."""
@@ -314,10 +331,13 @@ class Engine:
         """
         name = self.add(request)
         mail = self._mail[name] = deque()
-        return self._deliver(name, mail, request.n)
+        outputs = self._deliver(name, mail, request.n)
+        next(outputs)  # begun, it is closed when it goes, even if nobody ever asks for an output
+        return outputs
 
     def _deliver(self, name: str, mail: deque[Output], answers: int) -> Iterator[Output]:
         try:
+            yield Output(name, 0)  # for `stream`
             while answers:
                 while not mail:
                     self._post(self._advance())
@@ -325,8 +345,10 @@ class Engine:
                 answers -= output.finish_reason is not None
                 yield output
         finally:
-            self.cancel(name)
-            del self._mail[name]
+            if self._mail.get(name) is mail:  # else the id is another one's by now
+                if answers:
+                    self.cancel(name)
+                del self._mail[name]
 
     def _post(self, outputs: list[Output]) -> None:
         for output in outputs:

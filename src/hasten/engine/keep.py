@@ -78,12 +78,16 @@ class PrefixKeeper:
         answer.cached = CachedSequence(found.pages, found.tokens, self._executor.is_long(known))
         answer.published = found.tokens // size
         self._pool.grow(answer.cached, known)
-        if answer.preemptions == 0:
+        if self._is_first(answer):
             answer.hit_tokens = found.tokens
             self._counters.prefix_hit_tokens += found.tokens
             self._counters.disk_hit_tokens += found.disk_tokens
             self._counters.prefix_query_tokens += known
         return True
+
+    def _is_first(self, answer: Answer) -> bool:
+        """Whether its prompt is computed for the first time: hits are counted then, and only then."""
+        return answer.preemptions == 0 and answer.made == 0
 
     def next_keys(self, answer: Answer, tokens: int) -> list[bytes]:
         """The keys of the pages that a prompt's next `tokens` tokens fill."""
@@ -107,27 +111,27 @@ class PrefixKeeper:
         answer.cached = CachedSequence(found.pages, found.tokens, is_long)
         self._pool.grow(answer.cached, known)
         answer.published = found.tokens // self._pool.page_tokens
-        if answer.preemptions == 0:
+        if self._is_first(answer):
             answer.hit_tokens += gained
             self._counters.prefix_hit_tokens += gained
             self._counters.disk_hit_tokens += found.disk_tokens
 
     def _match(self, answer: Answer) -> Match:
-        self._cover(answer)
+        self._cover(answer, self._executor.is_long(len(answer.tokens)))
         assert answer.chain is not None
         if self._prefix is None or not answer.request.prefix_cache or answer.every_row:
             return Match()
         return self._prefix.match(answer.tokens[: self._shareable(answer)], answer.chain)
 
-    def _cover(self, answer: Answer) -> None:
-        """Bring an answer's keys up to what of it can be shared."""
-        root = self._root(answer.request.salt, len(answer.tokens))
+    def _cover(self, answer: Answer, is_long: bool) -> None:
+        """Bring an answer's keys up to what of it can be shared; `is_long`: how its pages are rotated."""
+        root = self._root(answer.request.salt, is_long)
         if answer.chain is None or answer.chain.root != root:
             answer.chain, answer.published = Chain(root, self._pool.page_tokens), 0
         answer.chain.cover(answer.tokens, self._shareable(answer))
 
-    def _root(self, salt: str, length: int) -> bytes:
-        return root_key(salt, "long" if self._executor.is_long(length) else "")
+    def _root(self, salt: str, is_long: bool) -> bytes:
+        return root_key(salt, "long" if is_long else "")
 
     def _shareable(self, answer: Answer) -> int:
         """How many of an answer's tokens may be shared once they are computed."""
@@ -148,7 +152,8 @@ class PrefixKeeper:
         end = computed // self._pool.page_tokens
         if self._prefix is None or end <= answer.published:
             return
-        self._cover(answer)
+        # Its last token may be past LongRoPE's threshold already, and is not computed: these pages are not.
+        self._cover(answer, answer.cached.is_long)
         assert answer.chain is not None
         self._prefix.publish(answer.tokens, answer.chain, answer.cached.pages, answer.published, end)
         answer.published = end
@@ -201,10 +206,11 @@ class PrefixKeeper:
             return False
         tokens, salt = self._unsettled[-1]
         size = self._pool.page_tokens
-        chain = Chain(self._root(salt, len(tokens)), size)
+        is_long = self._executor.is_long(len(tokens))
+        chain = Chain(self._root(salt, is_long), size)
         chain.cover(tokens, len(tokens))
         found = self._prefix.match(tokens, chain)
-        sequence = CachedSequence(found.pages, found.tokens, self._executor.is_long(len(tokens)))
+        sequence = CachedSequence(found.pages, found.tokens, is_long)
         end = min(len(tokens), (found.tokens // size + _SETTLE_PAGES) * size)
         try:
             missing = -(-end // size) - len(sequence.pages)
@@ -233,8 +239,10 @@ class PrefixKeeper:
 def _disk(model: LanguageModel, options: ServingOptions) -> KvDisk | None:
     if options.kv_disk is None or not options.prefix_cache:
         return None
+    from hasten.cache.known_folders import remember_folder
     from hasten.cache.kv_disk import KvDisk
     from hasten.engine.fingerprint import fingerprint
 
+    remember_folder("kv", options.kv_disk)
     limit = int(options.kv_disk_gb * 1e9)
     return KvDisk(options.kv_disk, limit, fingerprint(model), model.executor.page_bytes, options.cache_policy)

@@ -16,7 +16,13 @@ _ROWS = 32  # positions whose logits exist at a time: 19 MB with a vocabulary of
 
 
 def read_prompt(executor: CpuExecutor, answer: Answer, hidden: Floats, start: int) -> None:
-    """Take in the results of prompt tokens `start` and on, float32 [T, E]."""
+    """Take in the results of prompt tokens `start` and on, float32 [T, E]; what was read before is left out.
+
+    Raises:
+        HastenError: a logit is NaN.
+    """
+    read, answer.prompt_read = answer.prompt_read, max(answer.prompt_read, start + len(hidden))
+    hidden, start = hidden[max(0, read - start) : len(answer.request.prompt) - start], max(start, read)
     if answer.request.pooling == "mean":
         total = hidden.sum(axis=0, dtype=np.float64)
         answer.pooled = total if answer.pooled is None else answer.pooled + total
