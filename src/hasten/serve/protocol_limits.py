@@ -16,98 +16,104 @@ if TYPE_CHECKING:
 MAX_HEADERS = 100
 
 
-def limited(options: ServeOptions) -> type[HttpToolsProtocol]:
+class LimitedProtocol(HttpToolsProtocol):
     """uvicorn's protocol with limits: a connection that breaks one gets a short answer and is closed."""
-    most_bytes = int(options.max_header_kb * 1000)
 
-    class LimitedProtocol(HttpToolsProtocol):
-        _head_bytes = 0  # arrived while the headers were not complete
-        _head_size = 0  # of the headers read
-        _flooded = False
-        _in_head = True
-        _refused = False
-        _head_timer: asyncio.TimerHandle | None = None
+    options: ServeOptions  # set by `limited`: uvicorn makes the objects
+    _head_bytes = 0  # arrived while the headers were not complete
+    _head_size = 0  # of the headers read
+    _flooded = False
+    _in_head = True
+    _refused = False
+    _head_timer: asyncio.TimerHandle | None = None
 
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            if len(self.connections) > options.max_connections:
-                self._refuse(Problem(503, "too many connections", code="too_many_connections"))
-                return
+    @property
+    def _most_bytes(self) -> int:
+        return int(self.options.max_header_kb * 1000)
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > self.options.max_connections:
+            self._refuse(Problem(503, "too many connections", code="too_many_connections"))
+            return
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        if self._in_head:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        if self._in_head and self._head_bytes > self._most_bytes:
+            self._refuse(_flood(self._most_bytes))
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(_flood(self._most_bytes) if self._flooded else Problem(400, msg, code="invalid_http"))
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._head_size = 0
+        self.scope["hasten.abort"] = self.transport.abort  # type: ignore[typeddict-unknown-key]
+        if self._head_timer is None:
             self._await_head()
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._stop_timer()
-            super().connection_lost(exc)
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value)
+        self._head_size += len(name) + len(value) + 4
+        if len(self.headers) > MAX_HEADERS or self._head_size + len(self.url) > self._most_bytes:
+            self._flooded = True
+            raise ValueError("too many headers")  # the parser stops and uvicorn asks for a 400
 
-        def data_received(self, data: bytes) -> None:
-            if self._refused:
-                return
-            if self._in_head:
-                self._head_bytes += len(data)
-            super().data_received(data)
-            if self._in_head and self._head_bytes > most_bytes:
-                self._refuse(_flood(most_bytes))
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._stop_timer()
+        super().on_headers_complete()
 
-        def send_400_response(self, msg: str) -> None:
-            self._refuse(_flood(most_bytes) if self._flooded else Problem(400, msg, code="invalid_http"))
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._in_head, self._head_bytes = True, 0
 
-        def on_message_begin(self) -> None:
-            super().on_message_begin()
-            self._head_size = 0
-            self.scope["hasten.abort"] = self.transport.abort  # type: ignore[typeddict-unknown-key]
-            if self._head_timer is None:
-                self._await_head()
+    def timeout_keep_alive_handler(self) -> None:
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()  # closing would wait for a client that does not read
+        else:
+            super().timeout_keep_alive_handler()
 
-        def on_header(self, name: bytes, value: bytes) -> None:
-            super().on_header(name, value)
-            self._head_size += len(name) + len(value) + 4
-            if len(self.headers) > MAX_HEADERS or self._head_size + len(self.url) > most_bytes:
-                self._flooded = True
-                raise ValueError("too many headers")  # the parser stops and uvicorn asks for a 400
+    def _await_head(self) -> None:
+        self._head_timer = self.loop.call_later(self.options.header_timeout_s, self._too_slow)
 
-        def on_headers_complete(self) -> None:
-            self._in_head = False
-            self._stop_timer()
-            super().on_headers_complete()
+    def _too_slow(self) -> None:
+        self._refuse(
+            Problem(408, f"no request came within {self.options.header_timeout_s:g} s", code="header_timeout")
+        )
 
-        def on_message_complete(self) -> None:
-            super().on_message_complete()
-            self._in_head, self._head_bytes = True, 0
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
-        def timeout_keep_alive_handler(self) -> None:
-            if self.transport.get_write_buffer_size():
-                self.transport.abort()  # closing would wait for a client that does not read
-            else:
-                super().timeout_keep_alive_handler()
+    def _refuse(self, problem: Problem) -> None:
+        self._refused = True
+        self._stop_timer()
+        if self.transport.is_closing():
+            return
+        body = problem.body()
+        head = (
+            f"HTTP/1.1 {problem.status} {HTTPStatus(problem.status).phrase}\r\n"
+            "content-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.close()
 
-        def _await_head(self) -> None:
-            self._head_timer = self.loop.call_later(options.header_timeout_s, self._too_slow)
 
-        def _too_slow(self) -> None:
-            self._refuse(
-                Problem(408, f"no request came within {options.header_timeout_s:g} s", code="header_timeout")
-            )
-
-        def _stop_timer(self) -> None:
-            if self._head_timer is not None:
-                self._head_timer.cancel()
-                self._head_timer = None
-
-        def _refuse(self, problem: Problem) -> None:
-            self._refused = True
-            self._stop_timer()
-            if self.transport.is_closing():
-                return
-            body = problem.body()
-            head = (
-                f"HTTP/1.1 {problem.status} {HTTPStatus(problem.status).phrase}\r\n"
-                "content-type: application/json\r\n"
-                f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-            )
-            self.transport.write(head.encode() + body)
-            self.transport.close()
-
-    return LimitedProtocol
+def limited(options: ServeOptions) -> type[LimitedProtocol]:
+    """The protocol with the limits of one server."""
+    return type("ServedProtocol", (LimitedProtocol,), {"options": options})
 
 
 def _flood(most_bytes: int) -> Problem:
