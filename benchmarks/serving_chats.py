@@ -68,10 +68,10 @@ def measure(settings: Settings) -> tuple[list[Bar], Any]:
             lambda: contenders.our_engine(settings, tokenizer),
             lambda: contenders.our_server(settings),
             lambda: contenders.openvino(settings, tokenizer),
-            lambda: contenders.llama_cpp(settings, chats.round(99)[0]),
+            lambda: contenders.llama_cpp(settings, chats.round(28)[0]),
         ):
             running.append(stack.enter_context(start()))
-            running[-1].ask(chats.round(100)[:2], 16)  # warm-up
+            running[-1].ask(chats.round(29)[:2], 16)  # warm-up
             running[-1].pause()
         records = _rounds(running, chats, settings.runs)
     return _bars(records), _details(records, chats)

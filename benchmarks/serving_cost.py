@@ -61,10 +61,10 @@ def overhead(settings: Settings) -> tuple[list[Bar], Any]:
         contenders.our_server(settings) as server,
     ):
         for number in range(OVERHEAD_ROUNDS * settings.runs + 2):
-            for label, chats in (("short", short), ("long", long)):
+            for label, chats, first in (("short", short, 0), ("long", long, 60)):  # no question twice
                 pair = [engine, server] if number % 2 else [server, engine]
                 for contender in pair:
-                    answer = contender.ask(chats.round(2 * number), OVERHEAD_OUTPUT)[0]
+                    answer = contender.ask(chats.round(2 * (first + number)), OVERHEAD_OUTPUT)[0]
                     contender.pause()
                     if answer.error:
                         raise PeerError(f"{contender.name}: {answer.error}")

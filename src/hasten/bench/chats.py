@@ -44,6 +44,21 @@ TOPICS = (
     "descriptors",
 )
 
+WISHES = (
+    "to a beginner: write at least ten numbered points, two sentences each, then a long example",
+    "by what goes wrong most often: list twelve mistakes, each with the wrong and the right code",
+    "as the chapter of a textbook, with an introduction, five sections and exercises",
+    "to somebody who knows C++ well: compare every part with how C++ does it, in detail",
+    "as a conversation of a teacher and a student who asks at least ten questions",
+    "in the order in which it came into the language, with the reason for every change",
+    "for a code review: give fifteen rules, each with a reason and a short example",
+    "by writing a complete program that uses it, then explain the program line by line",
+    "to a manager who has never programmed, with everyday comparisons, in at least ten paragraphs",
+    "as an interview: fifteen questions from easy to hard, each with a full answer",
+)
+"""Each takes a long answer. With TOPICS they make 240 questions, so that no round asks what another asked:
+drafts from earlier requests would find the answer there."""
+
 
 class Encoder(Protocol):
     """What the workloads need of a tokenizer."""
@@ -63,7 +78,7 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class SharedChats:
-    """`clients` chats a round. Rounds 2k and 2k + 1 have one system prompt; no question comes twice with it.
+    """`clients` chats a round. Rounds 2k and 2k + 1 have one system prompt; no question comes twice.
 
     The first round of a system prompt is cold: nobody has seen it. The second is warm.
     """
@@ -75,9 +90,8 @@ class SharedChats:
     def round(self, number: int) -> list[list[Message]]:
         """The conversations of one round."""
         system = {"role": "system", "content": self.system(number // 2)}
-        first = number % 2 * self.clients
         return [
-            [system, {"role": "user", "content": self.question(first + client)}]
+            [system, {"role": "user", "content": self.question(number * self.clients + client)}]
             for client in range(self.clients)
         ]
 
@@ -88,12 +102,9 @@ class SharedChats:
         return f"{number}. {INTRODUCTION}" + self.tokenizer.decode(ring.prompt(number, length))
 
     def question(self, number: int) -> str:
-        """A question that takes a long answer."""
-        topic = TOPICS[number % len(TOPICS)]
-        return (
-            f"Leave the manual aside and explain {topic} in Python to a beginner: "
-            "write at least ten numbered points, two sentences each, then a long example."
-        )
+        """Question number `number`; the first 240 differ."""
+        topic, wish = TOPICS[number % len(TOPICS)], WISHES[number // len(TOPICS) % len(WISHES)]
+        return f"Leave the manual aside and explain {topic} in Python {wish}."
 
 
 @dataclass(frozen=True)
