@@ -189,8 +189,11 @@ def test_an_answer_that_breaks_is_an_error(server: Running) -> None:
 
 def test_what_a_template_refuses_is_the_clients_fault(server: Running) -> None:
     reply = server.ask(PATH, chat("refuse me"))
-    assert reply.status == 400
-    assert reply.error["message"] == "the template refuses; be polite"
+    assert (reply.status, reply.error["param"]) == (400, "messages")
+    assert reply.error["message"] == "the template refuses"
+
+    reply = server.ask(PATH, chat(chat_template_kwargs={"messages": []}))
+    assert (reply.status, reply.error["param"]) == (400, "chat_template_kwargs")
 
 
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]

@@ -104,13 +104,16 @@ def test_no_name_is_taken_for_a_path(server: Running, name: str) -> None:
 def test_health_and_readiness(server: Running) -> None:
     assert server.ask("/health").json == {"status": "ok"}
     assert server.ask("/ready").json == {"status": "ready"}
+    for path in ("/health", "/"):
+        reply = server.ask(path, method="HEAD")
+        assert (reply.status, reply.body) == (200, b"")
 
 
 def test_what_is_not_there(server: Running) -> None:
     assert server.ask("/nothing").error["code"] == "not_found"
     reply = server.ask("/v1/models", {})
     assert (reply.status, reply.error["code"]) == (405, "method_not_allowed")
-    assert reply.headers["allow"] == "GET"
+    assert reply.headers["allow"] == "GET, HEAD"
 
 
 def test_the_page_is_served_with_its_headers(server: Running) -> None:

@@ -193,3 +193,14 @@ def test_a_taken_port_is_told(capsys: Any) -> None:
         taken.listen()
         assert main(["serve", "demo", "--port", str(taken.getsockname()[1])]) == 2
     assert "Address already in use" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_told(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hasten.cli import main
+
+    monkeypatch.setitem(sys.modules, "hasten.serve.app", None)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["serve", "nosuch.gguf", "--port", "0"]) == 1
+    error = capsys.readouterr().err
+    assert "uvicorn" in error
+    assert "pip install 'hasten[serve]'" in error

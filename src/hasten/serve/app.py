@@ -37,10 +37,10 @@ def build(service: Service) -> App:
     for route in ROUTES:
         path = route.path.replace("{name}", "{name:path}")  # hub ids have a slash
         app.add_api_route(
-            path, _handler(service, route.endpoint), methods=[route.method], summary=route.summary
+            path, _handler(service, route.endpoint), methods=_methods(route.method), summary=route.summary
         )
     for path, asset in assets().items():
-        app.add_api_route(path, _file(asset), methods=["GET"], include_in_schema=False)
+        app.add_api_route(path, _file(asset), methods=_methods("GET"), include_in_schema=False)
     for kind in (Problem, HastenError, HTTPException, Exception):
         app.add_exception_handler(kind, _failed)
     return Guard(app, service.options, service.log, service.metrics)
@@ -58,6 +58,10 @@ def _handler(service: Service, endpoint: Endpoint) -> Callable[[Request], Awaita
         return Handled(service, endpoint)
 
     return handle
+
+
+def _methods(method: str) -> list[str]:
+    return ["GET", "HEAD"] if method == "GET" else [method]
 
 
 def _file(asset: Asset) -> Callable[[Request], Awaitable[Response]]:

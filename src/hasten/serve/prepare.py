@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hasten.engine.request import Request
 from hasten.engine.sampling import SamplingOptions
+from hasten.errors import TokenizerError
 from hasten.serve.problem import Problem
 from hasten.serve.tools import Tools, offered, plan_of
 
@@ -28,6 +29,8 @@ _GRAMMAR_HINT = (
     "give one of response_format, structured_outputs, guided_json, guided_regex, guided_choice, "
     "guided_grammar"
 )
+
+_TEMPLATE_NAMES = {"messages", "tools", "documents", "add_generation_prompt"}
 
 
 @dataclass(frozen=True)
@@ -78,16 +81,23 @@ def chat_tokens(
     """A conversation through the model's template. In a worker thread.
 
     Raises:
-        UsageError, TokenizerError: the template does not take it.
+        Problem, UsageError: the template does not take it.
     """
     from hasten.models.tools.messages import prepared
 
     tokenizer = served.model.tokenizer
     plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
     chat, named = prepared(plain, tools, tokenizer.fields.chat_templates)
-    text = tokenizer.apply_chat(
-        chat, add_generation_prompt, tools=tools, variables={**named, **(variables or {})}
-    )
+    taken = _TEMPLATE_NAMES & (variables or {}).keys()
+    if taken:
+        said = f"chat_template_kwargs may not name {min(taken)}: the request has it already"
+        raise Problem(400, said, param="chat_template_kwargs", code="invalid_value")
+    try:
+        text = tokenizer.apply_chat(
+            chat, add_generation_prompt, tools=tools, variables={**named, **(variables or {})}
+        )
+    except TokenizerError as error:  # its hint is for the command line
+        raise Problem(400, error.message, param="messages", code="invalid_prompt") from error
     return tuple(served.prompts.get_or_encode(text))
 
 

@@ -25,6 +25,7 @@ class LimitedProtocol(HttpToolsProtocol):
     _flooded = False
     _in_head = True
     _refused = False
+    _unsent = -1  # bytes of a complete answer that the client had not read when it was last looked at
     _head_timer: asyncio.TimerHandle | None = None
 
     @property
@@ -78,10 +79,15 @@ class LimitedProtocol(HttpToolsProtocol):
         self._in_head, self._head_bytes = True, 0
 
     def timeout_keep_alive_handler(self) -> None:
-        if self.transport.get_write_buffer_size():
-            self.transport.abort()  # closing would wait for a client that does not read
-        else:
+        unsent = self.transport.get_write_buffer_size()
+        if unsent == 0:
             super().timeout_keep_alive_handler()
+        elif unsent == self._unsent:
+            self.transport.abort()  # closing would wait for a client that does not read
+        else:  # slow, but reading
+            self._unsent = unsent
+            again = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+            self.timeout_keep_alive_task = again
 
     def _await_head(self) -> None:
         self._head_timer = self.loop.call_later(self.options.header_timeout_s, self._too_slow)
