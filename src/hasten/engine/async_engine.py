@@ -38,9 +38,13 @@ class _Listener:
         self.ready = asyncio.Event()
         self.news: deque[Output | BaseException] = deque()
 
-    def put(self, news: list[Output | BaseException]) -> None:
-        """From any thread: hand news over."""
-        self.loop.call_soon_threadsafe(self._arrive, news)
+    def put(self, news: list[Output | BaseException]) -> bool:
+        """From any thread: hand news over. False: its loop is closed, nobody listens any more."""
+        try:
+            self.loop.call_soon_threadsafe(self._arrive, news)
+        except RuntimeError:
+            return False
+        return True
 
     def _arrive(self, news: list[Output | BaseException]) -> None:
         self.news.extend(news)
@@ -104,7 +108,7 @@ class AsyncEngine:
         finally:
             if left and not self._thread_ended:
                 with contextlib.suppress(EngineClosed):
-                    self._order(lambda: self._cancel(request.id))
+                    self._order(lambda: self._cancel(request.id, listener))
 
     async def close(self, drain: bool = True) -> None:
         """Take nothing new; end what runs (drain: when it is done) and the thread. The model stays open."""
@@ -113,7 +117,8 @@ class AsyncEngine:
 
     def _finish(self, drain: bool) -> None:
         with self._wake:
-            self._state = "draining" if drain else "closed"
+            if self._state != "closed":
+                self._state = "draining" if drain else "closed"
             self._wake.notify()
 
     # In the engine's thread ---------------------------------------------------------------------------------
@@ -132,12 +137,14 @@ class AsyncEngine:
         try:
             self._engine.add(request)
             self._listeners[request.id] = listener
-        except HastenError as refused:
+        except Exception as refused:  # noqa: BLE001  whatever it was, it is this request's alone
             listener.put([refused])
 
-    def _cancel(self, request_id: str) -> None:
-        self._listeners.pop(request_id, None)
-        self._engine.cancel(request_id)
+    def _cancel(self, request_id: str, listener: _Listener) -> None:
+        if self._listeners.get(request_id) is listener:  # else it ended, or the id is another one's
+            del self._listeners[request_id]
+            self._engine.cancel(request_id)
+            self._tell(self._engine.news())  # its end must not reach the next one of that id
 
     def _run(self) -> None:
         failure: BaseException = EngineClosed("the engine was closed", hint="start it again")
@@ -146,15 +153,16 @@ class AsyncEngine:
                 outputs = self._engine.step()
                 self._stats = self._engine.stats()  # whoever hears of an output finds it counted
                 self._tell(outputs)
-        except Exception as wrong:  # noqa: BLE001  whoever waits must hear of it, whatever it was
+        except BaseException as wrong:  # noqa: BLE001  whoever waits must hear of it, whatever it was
             _log.exception("the engine stopped")
-            failure = wrong
+            failure = wrong if isinstance(wrong, Exception) else EngineClosed(f"the engine failed: {wrong!r}")
         with self._wake:
             self._state, self._thread_ended = "closed", True
-        for order in self._orders:  # what came in the meantime hears it too
-            order()
         for listener in self._listeners.values():
             listener.put([failure])
+        self._listeners.clear()
+        for order in self._orders:  # what came in the meantime hears it too
+            order()
         self._engine.close()
 
     def _next(self) -> bool:
@@ -174,6 +182,8 @@ class AsyncEngine:
                         self._wake.wait()
             for order in orders:
                 order()
+            if orders:
+                self._stats = self._engine.stats()
             if self._state == "closed":
                 return False
             if self._engine.busy:
@@ -187,7 +197,7 @@ class AsyncEngine:
             news.setdefault(output.request_id, []).append(output)
         for name, some in news.items():
             listener = self._listeners.get(name)
-            if listener is not None:
-                listener.put(some)
+            if listener is not None and not listener.put(some):
+                self._cancel(name, listener)
             if name not in self._engine:
                 self._listeners.pop(name, None)
