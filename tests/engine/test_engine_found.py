@@ -237,3 +237,15 @@ def test_a_stream_that_nobody_reads_is_cancelled(load: Load) -> None:
         assert engine.stats().cancelled == 1
         finish(engine)
         assert not engine._mail
+
+
+def test_a_grammar_may_force_more_than_was_proposed(load: Load) -> None:
+    """Tokens without a choice are drafts that no text proposed; the speculator takes them as they come."""
+    model = load()
+    asked = Request(
+        random_prompt(4, 30), 40, grammar=Grammar("regex", "hello wonderful (old|new) world"), id="g"
+    )
+    with Engine(model) as engine:
+        engine.add(asked)
+        assert gather(finish(engine), "g") == plain(model, asked)
+        assert engine.stats().accepted_tokens > 0

@@ -166,7 +166,7 @@ def test_only_what_the_answer_got_counts() -> None:
     speculator.accept(draft, [3, 4], 1)
     assert draft.native().lengths()[0] == 4
     with pytest.raises(AssertionError):
-        speculator.accept(draft, [5], 1)
+        speculator.accept(draft, [5, 1], 0)
 
 
 @pytest.mark.parametrize("bad", [{"most": -1}, {"recent_tokens": -1}])

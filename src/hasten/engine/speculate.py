@@ -119,9 +119,9 @@ class Speculator:
         Args:
             draft: the sequence.
             tokens: token ids, from one step; the first ones of an answer come from its prompt's step.
-            drafted: how many of the proposal were verified.
+            drafted: how many drafts were verified: of the proposal, or more where a grammar forced them.
         """
-        assert drafted <= len(draft.proposal), "no more can be verified than was proposed"
+        assert len(tokens) <= 1 + drafted, "an answer gets one token beside those that were verified"
         lifts = draft.lifts[draft.source]
         for place, (guess, token) in enumerate(zip(draft.proposal, tokens, strict=False)):
             matched, evidence = draft.matched + place, draft.evidence[place]
