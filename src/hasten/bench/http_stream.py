@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 
 from hasten.errors import PeerError
 
+READ_BYTES = 1 << 16
 LAST_CHUNK = b"0\r\n\r\n"
 
 
@@ -90,10 +92,32 @@ async def send(
 
 
 def send_now(
-    address: Address, method: str, path: str, body: bytes = b"", limit_s: float = 60.0
+    address: Address, method: str, path: str, body: bytes = b"", *, limit_s: float = 60.0
 ) -> HttpAnswer:
-    """`send` for callers that are not asynchronous."""
-    return asyncio.run(send(address, method, path, body, limit_s=limit_s))
+    """`send` for callers that are not asynchronous, on a blocking socket: the lightest client there is.
+
+    `limit_s` is the longest silence here, not the time of all.
+
+    Raises:
+        PeerError: as `send`.
+    """
+    try:
+        with socket.create_connection((address.host, address.port), limit_s) as line:
+            line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sent = time.perf_counter()
+            line.sendall(_request(address, method, path, body, {}))
+            pieces: list[tuple[float, bytes]] = []
+            while data := line.recv(READ_BYTES):
+                pieces.append((time.perf_counter(), data))
+                if data.endswith(LAST_CHUNK):
+                    break
+        return _read(pieces, sent)
+    except TimeoutError:
+        raise PeerError(f"{method} {path} was not answered within {limit_s:.0f} s") from None
+    except EOFError:
+        raise PeerError(f"{method} {path}: the connection closed in the middle of the answer") from None
+    except (OSError, ValueError) as error:
+        raise PeerError(f"{method} {path}: {type(error).__name__}: {error}") from None
 
 
 async def _exchange(
@@ -113,7 +137,7 @@ async def _exchange(
         await tape.ended
     finally:
         transport.abort() if tape.cut else transport.close()
-    return _read(tape, sent)
+    return _read(tape.pieces, sent, tape.cut)
 
 
 class _Tape(asyncio.Protocol):
@@ -154,25 +178,25 @@ def _request(address: Address, method: str, path: str, body: bytes, headers: Map
     return "\r\n".join(lines).encode("latin-1") + body
 
 
-def _read(tape: _Tape, sent: float) -> HttpAnswer:
+def _read(pieces: Sequence[tuple[float, bytes]], sent: float, cut: bool = False) -> HttpAnswer:
     """Make an answer of what was noted.
 
     Raises:
         EOFError: it is not whole, and not because we hung up.
         ValueError: it is not HTTP.
     """
-    status, headers, bodies = _split(tape.pieces)
+    status, headers, bodies = _split(pieces)
     chunked = headers.get("transfer-encoding", "").lower() == "chunked"
     reader = _Dechunker() if chunked else None
     body = [(at, reader.feed(data) if reader else data) for at, data in bodies]
     length = headers.get("content-length")
     whole = sum(len(data) for _, data in body)
-    if not tape.cut and ((reader and not reader.ended) or (length is not None and whole < int(length))):
+    if not cut and ((reader and not reader.ended) or (length is not None and whole < int(length))):
         raise EOFError
-    done = tape.pieces[-1][0]
+    done = pieces[-1][0]
     if headers.get("content-type", "").startswith("text/event-stream"):
-        return HttpAnswer(status, headers, sent, done, _events(body), cut=tape.cut)
-    return HttpAnswer(status, headers, sent, done, body=b"".join(data for _, data in body), cut=tape.cut)
+        return HttpAnswer(status, headers, sent, done, _events(body), cut=cut)
+    return HttpAnswer(status, headers, sent, done, body=b"".join(data for _, data in body), cut=cut)
 
 
 def _split(
