@@ -7,12 +7,14 @@ import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
 
 from hasten.bench.chats import Conversation, SharedChats
 from hasten.bench.http_stream import Address, Event, HttpAnswer, send_now
 from hasten.bench.load import Answer, Call, figures, read_answer, run_calls
+from hasten.bench.peers import EngineSpec, hasten_engine, llama_cpp_server
 from hasten.bench.server_process import ServerProcess, free_port
 from hasten.errors import PeerError
 
@@ -230,3 +232,25 @@ def test_a_conversation_reaches_its_length_in_its_last_turn() -> None:
         messages += [{"role": "assistant", "content": "word " * 50}, plan.question(turn)]
     assert 900 <= len(plan.tokenizer.encode_chat(messages)) <= 1000
     assert plan.opening(3) != plan.opening(4)
+
+
+def test_the_peers_server_gets_its_settings() -> None:
+    spec = EngineSpec("llama.cpp:q4_0", "", "q4_0", "", "", threads=4, context=512)
+    command = llama_cpp_server.command("/opt/python", spec, "/A/Model.gguf", Address("127.0.0.1", 81), 2)
+    assert command[:3] == ["/opt/python", "-m", "llama_cpp.server"]
+    flags = dict(zip(command[3::2], command[4::2], strict=True))
+    assert flags["--model"] == "/A/Model.gguf"
+    assert (flags["--n_threads"], flags["--n_threads_batch"], flags["--n_ctx"]) == ("2", "4", "512")
+    assert flags["--interrupt_requests"] == "false"  # or a new request would end the one before
+
+
+def test_our_engine_answers_chats_in_a_worker(tiny_folder: Callable[..., Path]) -> None:
+    spec = EngineSpec("engine", "", "prefix_cache=on,speculate=off", "", "", threads=1, context=256)
+    engine = hasten_engine.load(spec, str(tiny_folder("llama")))
+    prompts = [[5, 6, 7] * 30, [9] * 40]
+    first, second = engine.chats(prompts, 8), engine.chats(prompts, 8)
+    engine.close()
+    assert [answer.output_tokens for answer in first] == [8, 8]
+    assert [answer.prompt_tokens for answer in first] == [90, 40]
+    assert all(0 < (answer.first_s or 0) <= answer.last_s for answer in first)
+    assert [answer.cached_tokens for answer in second] > [0, 0]
