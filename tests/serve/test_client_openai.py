@@ -88,6 +88,25 @@ def test_a_stream_is_the_whole_answer_in_pieces(client: Any) -> None:
     assert len({chunk.id for chunk in chunks}) == 1
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_usage_so_far_comes_with_every_chunk_if_asked_for(client: Any, plain: bool) -> None:
+    """vLLM's extension, which guidellm always asks for."""
+    reports = {"include_usage": True, "continuous_usage_stats": True}
+    if plain:
+        chunks = list(
+            client.completions.create(
+                model=NAME, prompt="mutex", temperature=0, max_tokens=16, stream=True, stream_options=reports
+            )
+        )
+    else:
+        chunks = list(ask(client, stream=True, stream_options=reports))
+    counts = [chunk.usage.completion_tokens for chunk in chunks]
+    assert counts == sorted(counts)
+    assert len(set(counts)) > 3
+    assert counts[-1] == counts[-2] == 16
+    assert {chunk.usage.prompt_tokens for chunk in chunks} == {chunks[-1].usage.prompt_tokens}
+
+
 def test_several_answers_and_seeds(client: Any) -> None:
     first = ask(client, n=3, temperature=1.5, seed=7)
     again = ask(client, n=3, temperature=1.5, seed=7)

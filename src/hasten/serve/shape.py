@@ -79,9 +79,14 @@ class Shape(ABC):
         self.parts = [Part() for _ in range(answers * requests)]
         self.with_usage = with_usage
         self.prompt_logprobs: dict[int, Any] = {}
+        self._so_far: list[int] | None = None  # prompt and answer tokens, where every chunk reports them
         head = {"id": self.id, "object": self.chunk_kind, "created": self.created, "model": model}
         self.head = event(dumps(head))[:-3] + ',"choices":['  # an open object, no closing brace
         self.tail = '],"usage":null}\n\n' if with_usage else "]}\n\n"
+
+    def report_running(self, prompt_tokens: int) -> None:
+        """Report the usage so far in every chunk, as vLLM does for `continuous_usage_stats`."""
+        self._so_far = [prompt_tokens, 0]
 
     def take(self, news: Sequence[News]) -> None:
         """Note outputs for a response in one piece."""
@@ -97,8 +102,17 @@ class Shape(ABC):
             self.tally.take(which, output)
             number = which * self.answers + output.index
             part = self._note(which, output)
-            events.append(self._chunk(number, part, output))
+            events.append(self._running(self._chunk(number, part, output), output))
         return "".join(events).encode("utf-8", "replace")
+
+    def _running(self, chunks: str, output: Output) -> str:
+        """The chunks with the usage so far; no text holds the tail, for it has a bare new line."""
+        if self._so_far is None:
+            return chunks
+        self._so_far[1] += len(output.token_ids)
+        prompt, answer = self._so_far
+        usage = {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+        return chunks.replace(self.tail, f'],"usage":{dumps(usage)}}}\n\n')
 
     def _note(self, which: int, output: Output) -> Part:
         part = self.parts[which * self.answers + output.index]

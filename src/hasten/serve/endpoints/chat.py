@@ -24,7 +24,8 @@ async def chat(exchange: Exchange) -> None:
     async with service.pool.use(spec.model) as served:
         asker = asker_of(exchange)
         request, tools = await service.work(lambda: prepare_chat(spec, served, asker, service.options))
-        usage = bool((spec.stream_options or {}).get("include_usage"))
+        reports = spec.stream_options or {}
+        usage = bool(reports.get("include_usage"))
         shape = ChatShape(
             served.name,
             TokenTexts(lambda: served.token_bytes),
@@ -34,6 +35,8 @@ async def chat(exchange: Exchange) -> None:
             reader=tools.reader if tools else None,
             with_logprobs=request.logprobs is not None,
         )
+        if usage and reports.get("continuous_usage_stats"):
+            shape.report_running(len(request.prompt))
         await respond(exchange, Question(served, spec, [request], bool(spec.stream)), shape)
 
 

@@ -33,10 +33,13 @@ async def completions(exchange: Exchange) -> None:
     async with service.pool.use(spec.model) as served:
         asker = asker_of(exchange)
         requests = await service.work(lambda: prepare(spec, served, asker, service.options))
-        usage = bool((spec.stream_options or {}).get("include_usage"))
+        reports = spec.stream_options or {}
+        usage = bool(reports.get("include_usage"))
         tally = Tally(service.metrics, served.name, exchange.call)
         texts = TokenTexts(lambda: served.token_bytes)
         shape = CompletionShape(served.name, texts, tally, spec.n or 1, len(requests), usage)
+        if usage and reports.get("continuous_usage_stats"):
+            shape.report_running(sum(len(request.prompt) for request in requests))
         await respond(exchange, Question(served, spec, requests, bool(spec.stream)), shape)
 
 

@@ -21,6 +21,7 @@ class StreamOptions(TypedDict, total=False):
 
     __pydantic_config__ = STRICT  # type: ignore[misc]
     include_usage: bool  # a last chunk with the usage of the request
+    continuous_usage_stats: bool  # vLLM's: with include_usage, the usage so far in every chunk
 
 
 class StructuredOutputs(Strict):
