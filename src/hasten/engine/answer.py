@@ -71,7 +71,7 @@ class Answer:
         self.prompt_logprobs: list[TokenLogprob | None] = []
         self.pooled: npt.NDArray[np.float64] | None = None  # [E], summed over the prompt so far
         self.prompt_read = 0  # prompt tokens in these two: once is enough, however often they are computed
-        self._text = tokenizer.stream(skip_special=request.skip_special)
+        self._text = tokenizer.stream(request.skip_special, request.keep_special)
         self._stops = StopTexts(request.stop)
         eos = () if request.sampling.ignore_eos else tokenizer.eos_ids
         self._ends = frozenset((*eos, *request.stop_token_ids))

@@ -21,9 +21,10 @@ def fingerprint(model: LanguageModel) -> str:
     """Names a loaded model so exactly that keys, values and answers kept under it may be used again.
 
     It covers the packed weights, their layouts, norms and biases, the configuration, the kind of KV cache,
-    the tokenizer with its chat templates, the layout version, the version of this program and the instruction
-    set (two of them may differ by a rounding). A model has the same fingerprint whether it was packed just now
-    or read from an artifact or the store. Threads, context and batch limits never change a bit: left out.
+    the tokenizer with its chat templates, the layout version, the version of this program and the
+    instruction set (two of them may differ by a rounding). A model has the same fingerprint whether it was
+    packed just now or read from an artifact or the store. Threads, context and batch limits never change a
+    bit: left out.
 
     Costs one pass over the weights where their checksums are not known yet (0.15 s a GB on two cores), and
     0.5 s with a large tokenizer that was not loaded from an artifact; what was stored has both.

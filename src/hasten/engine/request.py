@@ -35,7 +35,8 @@ class Request:
     logprobs: int | None = None  # alternatives reported with each new token; 0 = the chosen one alone
     prompt_logprobs: int | None = None  # the same for the prompt's tokens; the prompt is then computed whole
     grammar: Grammar | None = None  # what the answer must match
-    skip_special: bool = True  # special tokens leave no text; False keeps the markers of tool calls
+    skip_special: bool = True  # special tokens leave no text
+    keep_special: tuple[int, ...] = ()  # but these do: some models mark tool calls with them
     pooling: Pooling = "none"  # an embedding of the prompt instead of an answer
     priority: int = 0  # higher runs first
     deadline_ms: float | None = None  # from arrival to the last token

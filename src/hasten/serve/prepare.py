@@ -66,7 +66,7 @@ def prepare_chat(
         max_new_tokens=limit_of(asked, len(prompt), served, options),
         logprobs=(spec.top_logprobs or 0) if spec.logprobs else None,
         grammar=grammar,
-        skip_special=False if plan is not None else None,  # some models' marks of a call are special tokens
+        keep_special=plan.style.keep_ids if plan is not None else (),
     )
     return request, plan
 
@@ -187,13 +187,12 @@ def request_of(
     max_new_tokens: int,
     logprobs: int | None,
     grammar: Grammar | None,
-    skip_special: bool | None = None,
+    keep_special: tuple[int, ...] = (),
 ) -> Request:
     """The engine's request; `client` is the user of an address or key. In a worker thread."""
     if logprobs is not None or spec.prompt_logprobs is not None:
         _ = served.token_bytes  # read here, not where streams are written
     stop = (spec.stop,) if isinstance(spec.stop, str) else tuple(spec.stop or ())
-    wanted = spec.skip_special_tokens is not False if skip_special is None else skip_special
     return Request(
         prompt=prompt,
         max_new_tokens=max_new_tokens,
@@ -204,7 +203,8 @@ def request_of(
         logprobs=logprobs,
         prompt_logprobs=spec.prompt_logprobs,
         grammar=grammar,
-        skip_special=wanted,
+        skip_special=spec.skip_special_tokens is not False,
+        keep_special=keep_special,
         priority=spec.priority or 0,
         deadline_ms=spec.deadline_ms,
         client=f"{asker.client}/{spec.user}" if spec.user else asker.client,

@@ -23,12 +23,13 @@ class ToolPlan:
 
     style: ToolStyle
     grammar: Grammar | None  # None: the model decides freely
+    names: tuple[str, ...] = ()  # of the functions offered: a call without its marks counts if it names one
 
     def reader(self) -> ToolCallStream:
         """Reads one answer."""
         from hasten.models.tools.stream import ToolCallStream
 
-        return ToolCallStream(self.style)
+        return ToolCallStream(self.style, self.names)
 
 
 def offered(tools: Tools | None, choice: str | Mapping[str, Any] | None) -> Tools | None:
@@ -57,4 +58,5 @@ def plan_of(served: Served, tools: Tools, choice: str | Mapping[str, Any] | None
 
     model = served.model
     style = tool_style(model.tokenizer, model.config.architecture)
-    return ToolPlan(style, tool_grammar(tools, choice or "auto", parallel, style))  # type: ignore[arg-type]
+    grammar = tool_grammar(tools, choice or "auto", parallel, style)  # type: ignore[arg-type]
+    return ToolPlan(style, grammar, tuple(tool["function"]["name"] for tool in tools))
