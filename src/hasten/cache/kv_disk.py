@@ -182,7 +182,8 @@ class KvDisk:
 
     def _serve(self) -> None:
         while self._wait():
-            key, (data, cost, parent) = next(iter(self._queue.items()))
+            with self._changed:  # a page that comes in between iter and next would end this thread
+                key, (data, cost, parent) = next(iter(self._queue.items()))
             if time.monotonic() - self._scanned > _RESCAN_S:
                 self._scan()
             self._settle()

@@ -177,7 +177,8 @@ class Engine:
 
     def _refuse_late(self, now: float) -> list[Output]:
         """End what cannot keep its deadline any more."""
-        late = [answer for answer in self._scheduler.answers() if self._admission.is_late(answer, now)]
+        timed = (one for one in self._scheduler.answers() if one.request.deadline_ms is not None)
+        late = [answer for answer in timed if self._admission.is_late(answer, now)]
         return [
             output
             for one in late

@@ -25,6 +25,8 @@ class Forecast:
         """Seconds of a decode step, measured with the nearest number of sequences; None before the first."""
         if not self._decode_s:
             return None
+        if sequences in self._decode_s:
+            return self._decode_s[sequences]
         nearest = min(self._decode_s, key=lambda n: (abs(n - sequences), n))
         return self._decode_s[nearest]
 

@@ -51,8 +51,11 @@ class Scheduler:
             preempt: takes an answer's pages; called for one of a lower priority when all slots are taken.
         """
         while self.waiting:
+            full = len(self.running) >= self.slots
+            if full and max(map(_priority, self.waiting)) <= min(map(_priority, self.running)):
+                return  # the usual case, before hundreds that wait are put in order
             first = min(self.waiting, key=self.order)
-            if len(self.running) >= self.slots:
+            if full:
                 last = max(self.running, key=self.order)
                 if last.request.priority >= first.request.priority:
                     return
@@ -83,3 +86,7 @@ class Scheduler:
             if answer in place:
                 place.remove(answer)
         self._arrival.pop(id(answer), None)
+
+
+def _priority(answer: Answer) -> int:
+    return answer.request.priority
