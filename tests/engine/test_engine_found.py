@@ -14,6 +14,7 @@ from plain_engine import gather, plain, random_prompt
 import hasten
 from hasten.core import EngineOptions, ServingOptions
 from hasten.engine.engine import Engine
+from hasten.engine.forecast import Forecast
 from hasten.engine.grammar import Grammar, GrammarState
 from hasten.engine.model import LanguageModel
 from hasten.engine.request import Output, Pooling, Request
@@ -249,3 +250,21 @@ def test_a_grammar_may_force_more_than_was_proposed(load: Load) -> None:
         engine.add(asked)
         assert gather(finish(engine), "g") == plain(model, asked)
         assert engine.stats().accepted_tokens > 0
+
+
+def test_one_slow_moment_does_not_refuse_all_deadlines() -> None:
+    """Whoever is refused is not measured: a forecast that is far too long would stay so."""
+    forecast = Forecast()
+    for _ in range(9):
+        forecast.observe(100, 0, 0.01)
+        forecast.observe(0, 1, 0.001)
+    usual = forecast.finish_s(100, 10, 1)
+    forecast.observe(100, 0, 30.0)
+    forecast.observe(0, 1, 30.0)
+    late = forecast.finish_s(100, 10, 1)
+    assert usual is not None
+    assert late is not None
+    assert usual < late < 2 * usual
+    for _ in range(30):
+        forecast.observe(0, 1, 0.005)  # it did become slower
+    assert forecast.decode_s(1) == pytest.approx(0.005, rel=0.05)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 _NEW = 0.2  # weight of the newest measurement
+_OUTLIER = (
+    4.0  # which counts at most as so many times what was expected: a machine that was stopped for a while
+)
 
 
 class Forecast:
@@ -39,4 +42,4 @@ class Forecast:
 
 
 def _mix(old: float | None, new: float) -> float:
-    return new if old is None else (1 - _NEW) * old + _NEW * new
+    return new if old is None else (1 - _NEW) * old + _NEW * min(new, _OUTLIER * old)
