@@ -32,6 +32,7 @@ VERBS = {
     "serve": Verb("hasten.cli.serve", "Serve models with the OpenAI API, chat page included."),
     "eval": Verb("hasten.cli.eval", "Measure what a recipe costs in quality against the source model."),
     "bench": Verb("hasten.cli.bench", "Measure speed, alone or side by side with other engines."),
+    "export": Verb("hasten.cli.export", "Write an artifact in another engine's format."),
     "cache": Verb("hasten.cli.cache", "See, check and empty what is kept on disk."),
 }
 

@@ -1,0 +1,119 @@
+"""An artifact in the file format of another engine.
+
+Each of `FORMATS` has a `plan` that says no before any work and a `write` that writes all or nothing. What a
+file keeps and what it rounds is in the `Exported` that comes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from hasten.compress.artifact import is_artifact, load_artifact
+from hasten.compress.export_result import Exported, Progress, Rounding
+from hasten.errors import DiskError, UsageError
+
+__all__ = ["FORMATS", "Exported", "Format", "Progress", "Rounding", "default_path", "export", "format_of"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format that can be written: `module` has `plan(artifact)` and `write(plan, path, progress)`."""
+
+    name: str
+    module: str
+    suffix: str  # of a file; "" for a folder
+    loads_in: str
+
+
+FORMATS: dict[str, Format] = {
+    format.name: format
+    for format in (Format("gguf", "hasten.compress.export_gguf", ".gguf", "llama.cpp, llama-cpp-python"),)
+}
+
+_REFUSED = {
+    "openvino": (
+        "its files hold a graph, which only optimum-intel makes, and that rounds the weights anew",
+        "use --to gguf",
+    ),
+    "onnx": (
+        "no exporter to ONNX that is kept up carries 4- and 5-bit groups with a cache of keys and values",
+        "use --to gguf",
+    ),
+}
+
+
+def format_of(name: str) -> Format:
+    """A format by name.
+
+    Raises:
+        UsageError: there is no such format, or it is one that is refused: the reason is given.
+    """
+    if name in FORMATS:
+        return FORMATS[name]
+    if name in _REFUSED:
+        why, hint = _REFUSED[name]
+        raise UsageError(f"--to {name} is not supported: {why}", hint=hint)
+    raise UsageError(f"unknown format {name!r}", hint=f"formats: {', '.join(FORMATS)}")
+
+
+def default_path(ref: str | Path, format: Format) -> Path:
+    """Where an export goes that names no place: beside the caller, by the artifact's name."""
+    stem = Path(ref).resolve().name.removesuffix(".hasten")
+    return Path(f"{stem}{format.suffix}" if format.suffix else f"{stem}-{format.name}")
+
+
+def export(
+    ref: str | Path,
+    to: str,
+    out: str | Path | None = None,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+    said: Callable[[str], None] | None = None,
+) -> Exported:
+    """Write an artifact in another format. The weights' values stay; where one must be rounded, it is told.
+
+    Args:
+        ref: an artifact, `NAME.hasten`.
+        to: a key of `FORMATS`.
+        out: the file or folder; None takes `default_path`.
+        force: replace what is there, in one step.
+        progress: called with (done, total) tensors.
+        said: called with what is being done.
+
+    Raises:
+        UsageError: an unknown format, no artifact, or a model the format cannot carry.
+        ArtifactError, TokenizerError: the artifact is damaged, or its tokenizer fits no word of the format.
+        DiskError: something is there and not `force`; full, read-only or forbidden disk.
+    """
+    format = format_of(to)
+    if not is_artifact(ref):
+        raise UsageError(
+            f"{ref} is no artifact", hint=f"make one first: hasten optimize {ref} --out NAME.hasten"
+        )
+    path = Path(out) if out is not None else default_path(ref, format)
+    _check_target(path, format, force)
+    say = said or (lambda _: None)
+    say("reading the artifact")
+    artifact = load_artifact(ref)
+    say(f"checking what {to} can carry")
+    module: Any = import_module(format.module)
+    plan = module.plan(artifact)
+    say(f"writing {path}")
+    written: Exported = module.write(plan, path, progress or (lambda done, total: None))
+    return written
+
+
+def _check_target(path: Path, format: Format, force: bool) -> None:
+    if format.suffix and path.is_dir():
+        raise UsageError(f"{path} is a folder; {format.name} is one file", hint=f"--out {path}/MODEL.gguf")
+    if not format.suffix and path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file; {format.name} is a folder", hint="choose another --out")
+    if is_artifact(path):
+        raise UsageError(f"{path} is an artifact, not a place for an export", hint="choose another --out")
+    if path.exists() and not force:
+        raise DiskError(f"{path} is there already", hint="--force replaces it")

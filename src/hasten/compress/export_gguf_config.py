@@ -1,0 +1,193 @@
+"""A ModelConfig as GGUF metadata: the inverse of hasten.models.gguf_config, checked by it.
+
+Whatever the format or llama.cpp has no word for (a sliding window in a llama, soft caps, dynamic rope) comes
+back different from the check, and is refused by name before a byte is written.
+
+Source: as hasten.models.gguf_config.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hasten.core import ModelConfig
+from hasten.errors import HastenError, UsageError
+from hasten.models import rope
+from hasten.models.gguf import GgufMetadata
+from hasten.models.gguf_config import FAMILIES, gguf_config
+from hasten.models.source import SourceTensor
+from hasten.rope_scaling import RopeScaling
+
+ARCHITECTURES = {name: name for name in FAMILIES} | {"mistral": "llama"}
+"""What GGUF calls each architecture; a Mistral without a window is a llama."""
+
+_BIASES = {"llama": frozenset(("q", "k", "v", "o", "gate", "up", "down")), "qwen2": frozenset("qkv")}
+_IDS = ("bos_token_id", "eos_token_ids")
+_EMBED_SCALE_ERROR = 2**-8  # of a scale rounded to bf16; readers differ in whether they round it
+_BF16 = 32  # llama.cpp's llama_ftype MOSTLY_BF16; of mixed files no number is true
+Factors = dict[str, npt.NDArray[np.float32]]
+
+
+def refuse(what: str, why: str) -> UsageError:
+    """The error for what GGUF cannot carry."""
+    return UsageError(f"gguf cannot carry {what}: {why}", hint="run it with hasten serve")
+
+
+def config_metadata(config: ModelConfig, biases: Iterable[str], name: str) -> tuple[dict[str, Any], Factors]:
+    """(metadata, F32 tensors of rope factors) of a model.
+
+    Args:
+        config: the model.
+        biases: linear layers that have one.
+        name: what the file calls the model.
+
+    Raises:
+        UsageError: GGUF, or the program that reads it, cannot say something of the model; it is named.
+    """
+    architecture = ARCHITECTURES.get(config.architecture)
+    if architecture is None:
+        raise refuse(f"the architecture {config.architecture}", f"known are {', '.join(ARCHITECTURES)}")
+    strange = sorted(set(biases) - _BIASES.get(architecture, frozenset()))
+    if strange:
+        raise refuse(f"the biases of {', '.join(strange)}", f"{architecture} in GGUF has none there")
+    values: dict[str, Any] = {
+        "general.architecture": architecture,
+        "general.type": "model",
+        "general.name": name,
+        "general.file_type": _BF16,
+        "general.quantization_version": 2,
+    }
+    own = _shape(config, architecture)
+    scaling, factors = _rope(config)
+    values |= {f"{architecture}.{key}": value for key, value in {**own, **scaling}.items()}
+    _check(config, values, factors)
+    return values, factors
+
+
+def _shape(config: ModelConfig, architecture: str) -> dict[str, Any]:
+    own: dict[str, Any] = {
+        "block_count": config.num_layers,
+        "context_length": config.context_length,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_heads,
+        "attention.head_count_kv": config.num_kv_heads,
+        "attention.layer_norm_rms_epsilon": float(config.norm_eps),
+        "rope.freq_base": float(config.rope_theta),
+        "rope.dimension_count": config.rotary_dim or config.head_dim,
+        "vocab_size": config.vocab_size,
+    }
+    if config.head_dim * config.num_heads != config.hidden_size or architecture == "gemma3":
+        own |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
+    if architecture == "gemma3" and config.sliding_window is not None:
+        own["attention.sliding_window"] = config.sliding_window
+    if architecture == "phi3":
+        own["attention.sliding_window"] = 0
+    return own
+
+
+def _rope(config: ModelConfig) -> tuple[dict[str, Any], Factors]:
+    """Metadata below `ARCHITECTURE.rope.`, and factors by tensor name."""
+    scaling, kind = config.rope_scaling, config.rope_scaling.kind
+    if kind == "linear":
+        return {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling.factor)}, {}
+    if kind == "yarn":
+        return _yarn(scaling, config), {}
+    if kind == "llama3":
+        plain, _ = rope.rope_frequencies(replace(config, rope_scaling=RopeScaling()))
+        scaled, _ = rope.rope_frequencies(config)
+        return {}, {"rope_freqs.weight": (plain / scaled).astype(np.float32)}
+    if kind == "longrope":
+        return _longrope(scaling, config)
+    if kind != "default":
+        raise refuse(f"rope scaling of the kind {kind}", "the format has no word for it")
+    return {}, {}
+
+
+def _yarn(scaling: RopeScaling, config: ModelConfig) -> dict[str, Any]:
+    found = {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": float(scaling.factor),
+        "rope.scaling.original_context_length": scaling.original_context_length or config.context_length,
+    }
+    if (scaling.beta_fast, scaling.beta_slow) != (32.0, 1.0):
+        found["rope.scaling.yarn_beta_fast"] = float(scaling.beta_fast)
+        found["rope.scaling.yarn_beta_slow"] = float(scaling.beta_slow)
+    _, scale = rope.rope_frequencies(config)
+    usual = 1.0 + 0.1 * math.log(scaling.factor) if scaling.factor > 1 else 1.0
+    if not math.isclose(scale, usual, rel_tol=1e-6):
+        found["rope.scaling.attn_factor"] = scale / usual
+    return found
+
+
+def _longrope(scaling: RopeScaling, config: ModelConfig) -> tuple[dict[str, Any], Factors]:
+    short, long = (np.array(f, np.float32) for f in (scaling.short_factor, scaling.long_factor))
+    _, scale = rope.rope_frequencies(config)
+    if scaling.short_factor == scaling.long_factor and scale == 1.0:  # Llama 3 out of a GGUF file
+        return {}, {"rope_freqs.weight": short}
+    own = {"rope.scaling.attn_factor": float(scale)}
+    if scaling.original_context_length:
+        own["rope.scaling.original_context_length"] = scaling.original_context_length
+    return own, {"rope_factors_long.weight": long, "rope_factors_short.weight": short}
+
+
+def _check(config: ModelConfig, values: Mapping[str, Any], factors: Factors) -> None:
+    """Read the metadata as a file's and compare what it says with the model."""
+    kept = {k: float(np.float32(v)) if isinstance(v, float) else v for k, v in values.items()}
+    nothing = np.zeros((), np.uint8)
+    rows = config.vocab_size
+    tensors = {
+        name: SourceTensor(name, value.shape, "F32", value.view(np.uint8)) for name, value in factors.items()
+    }
+    for name in ("token_embd.weight", *(() if config.tied_head else ("output.weight",))):
+        tensors[name] = SourceTensor(name, (rows, 1), "F16", np.broadcast_to(nothing, 2 * rows))
+    try:
+        found = gguf_config(GgufMetadata(kept), tensors, "the exported file")
+    except HastenError as wrong:
+        raise refuse("this model", wrong.message) from None
+    _compare(config, found)
+
+
+def _compare(config: ModelConfig, found: ModelConfig) -> None:
+    ours, theirs = _comparable(config), _comparable(found)
+    for key, value in ours.items():
+        if not _same(value, theirs[key]):
+            raise refuse(key, f"the model has {value}, such a file means {theirs[key]}")
+    if not math.isclose(config.embed_scale, found.embed_scale, rel_tol=_EMBED_SCALE_ERROR):
+        raise refuse("embed_scale", f"the model has {config.embed_scale}, such a file {found.embed_scale}")
+
+
+def _comparable(config: ModelConfig) -> dict[str, Any]:
+    """What a configuration means, each thing said in one way."""
+    known = {f.name: getattr(config, f.name) for f in fields(config)}
+    for name in (*_IDS, "rope_theta", "rope_scaling", "rope_local_theta", "embed_scale"):
+        del known[name]  # ids go with the tokenizer, rope is compared as what it computes
+    window = config.sliding_window
+    if window is not None and (window >= config.context_length or not any(config.sliding_layers)):
+        known |= {"sliding_window": None, "sliding_layers": ()}
+    every = (True,) * config.num_layers
+    known["architecture"] = ARCHITECTURES.get(config.architecture, config.architecture)
+    known["rotary_dim"] = config.rotary_dim or config.head_dim
+    known["rope_layers"] = config.rope_layers or every
+    known["query_scale"] = config.score_scale
+    turned = rope.tables(config)
+    known["rope frequencies"] = turned.global_inv_freq
+    known["rope scale"] = turned.global_scale
+    known["rope frequencies of long texts"] = turned.long_inv_freq
+    known["rope threshold"] = turned.long_threshold
+    known["rope frequencies of sliding layers"] = turned.local_inv_freq
+    return known
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return a.shape == b.shape and bool(np.allclose(a, b, rtol=1e-5, atol=0))
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-5)
+    return type(a) is type(b) and bool(a == b)

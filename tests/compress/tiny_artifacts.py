@@ -1,0 +1,44 @@
+"""Artifacts of tiny models, and what an exported file is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from hasten import _native
+from hasten.compress.artifact import save
+from hasten.compress.pack import PackedLinear, pack_model
+from hasten.core import Layout, Recipe
+from hasten.models import open_model
+from tiny_models import TINY, save_folder
+
+MIXTURE: Mapping[str, Layout] = {
+    "layers.0.q": Layout(4),
+    "layers.0.k": Layout(5),
+    "layers.0.v": Layout(8),
+    "layers.0.o": Layout(6),
+    "layers.0.gate": Layout(4, symmetric=False),
+    "layers.0.up": Layout(5, symmetric=False),
+    "layers.0.down": Layout(16),
+    "layers.1.q": Layout(4, 64),
+}
+"""Every width there is."""
+
+
+def make(folder: Path, name: str, recipe: Recipe) -> Path:
+    """An artifact of one of TINY."""
+    source = open_model(save_folder(TINY[name], folder / "source"))
+    return save(folder / f"{name}.hasten", pack_model(source, recipe), source, {})
+
+
+def mixed(name: str = "w8", layers: Mapping[str, Layout] = MIXTURE) -> Recipe:
+    base = Recipe.parse(name)
+    return Recipe("mixture", base.default, base.head, layers)
+
+
+def values_of(linear: PackedLinear) -> np.ndarray:
+    layout = linear.layout
+    stored = (layout.bits, layout.group, layout.symmetric)
+    return _native.unpack(linear.data, linear.rows, linear.cols, *stored)
