@@ -88,6 +88,46 @@ def test_priorities_go_first_and_take_the_place_of_lower_ones(start: Start, narr
     assert outputs[-1].usage.preemptions >= 1
 
 
+def test_a_higher_priority_takes_pages_too(start: Start, tiny_folder: Callable[..., Path]) -> None:
+    options = EngineOptions(threads=1, context=128, max_sequences=4, prefill_chunk=64)
+    page = hasten.load(tiny_folder("qwen3"), "w8", options=options).executor.page_bytes
+    few = hasten.load(tiny_folder("qwen3"), "w8", options=replace(options, kv_gb=5.5 * page / 1e9))
+    engine = start(few, ServingOptions(speculate=False))
+    engine.add(request("low", 1, new=20, length=100))
+    outputs = engine.step()
+    engine.add(request("high", 2, new=20, length=60, priority=9))
+    outputs += drain(engine)
+    assert ends(outputs) == ["high", "low"]
+    assert gather(outputs, "low") == plain(few, request("low", 1, new=20, length=100))
+
+
+def test_pages_that_others_hold(start: Start, narrow: LanguageModel) -> None:
+    """A session on the same model has all pages: an error, not a step without end."""
+    engine = start(narrow)
+    session = narrow.session()
+    list(session.stream(random_prompt(1, 120), 4, GREEDY))
+    engine.add(request("stuck", 2, length=40))
+    (output,) = drain(engine)
+    assert output.finish_reason == "error"
+    assert "others hold the rest" in output.error
+    session.close()
+
+
+def test_slowness_is_not_believed_for_ever(start: Start, narrow: LanguageModel) -> None:
+    engine = start(narrow, ServingOptions(speculate=False))
+    engine.add(request("measured", new=20))
+    drain(engine)
+    engine.forecast.observe(0, 1, 0.5)
+    engine.forecast.observe(0, 1, 0.5)
+    for _ in range(300):
+        try:
+            engine.add(request("again", new=4, deadline_ms=400.0))
+        except DeadlineError:
+            continue
+        break
+    assert ends(drain(engine)) == ["again"]
+
+
 def test_the_earliest_deadline_goes_first(start: Start, narrow: LanguageModel) -> None:
     engine = start(narrow)
     for name, deadline in (("none", None), ("late", 9e6), ("early", 9e5)):

@@ -77,6 +77,8 @@ class Admission:
             return
         seconds = self._finish_s(request)
         if seconds is not None and 1000 * seconds > request.deadline_ms:
+            if not self._scheduler.running:
+                self._forecast.doubt()
             raise DeadlineError(
                 f"the answer would take about {1000 * seconds:.0f} ms, "
                 f"its deadline is {request.deadline_ms:g} ms",

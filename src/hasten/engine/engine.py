@@ -157,7 +157,7 @@ class Engine:
         outputs = self._refuse_late(started)
         works = self._planner.plan()
         if not works:
-            return outputs
+            return outputs + self._end_stuck(started)
         masks = self._start_masks(works)
         before = time.perf_counter()
         hidden = execute(self._executor, works)
@@ -184,6 +184,15 @@ class Engine:
             for one in late
             for output in self._end_all(one, now, "deadline", error="the deadline passed")
         ]
+
+    def _end_stuck(self, now: float) -> list[Output]:
+        """Nothing runs and who is first still gets no pages: others than this engine hold them."""
+        scheduler, pool = self._scheduler, self._executor.pool
+        if scheduler.running or not scheduler.waiting:
+            return []
+        first = min(scheduler.waiting, key=scheduler.order)
+        error = f"the {pool.free} free pages of {pool.page_tokens} tokens are too few; others hold the rest"
+        return self._end_all(first, now, "error", error=error)
 
     def _start_masks(self, works: list[Work]) -> dict[int, Future[Masks]]:
         """Grammar masks, made while the model computes."""

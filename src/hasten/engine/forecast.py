@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 _NEW = 0.2  # weight of the newest measurement
-_OUTLIER = (
-    4.0  # which counts at most as so many times what was expected: a machine that was stopped for a while
-)
+_OUTLIER = 4.0  # it counts at most as so many times what was expected: the machine may have been stopped
+_DOUBT = 0.9
 
 
 class Forecast:
@@ -39,6 +38,11 @@ class Forecast:
         if self.prefill_s is None or step is None:
             return None
         return prompt_tokens * self.prefill_s + steps * step
+
+    def doubt(self) -> None:
+        """Believe a little less in slowness: what is refused is never measured."""
+        self.prefill_s = None if self.prefill_s is None else _DOUBT * self.prefill_s
+        self._decode_s = {sequences: _DOUBT * s for sequences, s in self._decode_s.items()}
 
 
 def _mix(old: float | None, new: float) -> float:

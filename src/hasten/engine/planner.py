@@ -15,6 +15,8 @@ from hasten.engine.stats import Counters
 if TYPE_CHECKING:
     from hasten.runtime.cpu import CpuExecutor
 
+_FORCED = 15  # drafts that a grammar forces on one answer: a step's rows stay few
+
 
 class Planner:
     """A step's work: a token of every answer that decodes, drafts behind it, then prompts up to a budget."""
@@ -108,7 +110,9 @@ class Planner:
         rooms = [self._draft_room(work.answer) for work in works]
         proposals = self._speculator.propose([work.answer.draft for work in works], rooms)
         for work, drafts, room in zip(works, proposals, rooms, strict=True):
-            forced = work.answer.grammar.forced()[:room] if work.answer.grammar is not None else []
+            forced = (
+                work.answer.grammar.forced()[: min(room, _FORCED)] if work.answer.grammar is not None else []
+            )
             drafts = max(drafts, forced, key=len)
             if drafts and self._keeper.reserve(work.answer, 1 + len(drafts)):
                 work.drafts = drafts

@@ -48,21 +48,19 @@ class Scheduler:
 
         Args:
             begin: gets an answer its pages; False if there are not enough, and then nobody overtakes it.
-            preempt: takes an answer's pages; called for one of a lower priority when all slots are taken.
+            preempt: takes an answer's pages; called for those of a lower priority while slots or pages lack.
         """
         while self.waiting:
             full = len(self.running) >= self.slots
             if full and max(map(_priority, self.waiting)) <= min(map(_priority, self.running)):
                 return  # the usual case, before hundreds that wait are put in order
             first = min(self.waiting, key=self.order)
-            if full:
-                last = max(self.running, key=self.order)
+            while len(self.running) >= self.slots or not begin(first):
+                last = max(self.running, key=self.order, default=first)
                 if last.request.priority >= first.request.priority:
                     return
                 preempt(last)
                 self.stand_back(last)
-            if not begin(first):
-                return
             self.waiting.remove(first)
             self.running.append(first)
 
