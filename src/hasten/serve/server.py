@@ -181,7 +181,13 @@ def _server(
     )
     model, engine = first.result()
     pool.adopt(pool.default, model, engine)
-    return _drained(config, service, lambda: say(url_of(listener)))
+
+    def announce() -> None:
+        say(url_of(listener))
+        # a tokenizer takes 0.25 s to build and holds the interpreter meanwhile: not before the address is known
+        _in_thread(lambda: model.tokenizer.encode("ready"))
+
+    return _drained(config, service, announce)
 
 
 def _drained(config: Any, service: Any, ready: Callable[[], None]) -> Any:
