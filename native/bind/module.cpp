@@ -1,7 +1,7 @@
 #include "bind.h"
 
 NB_MODULE(_native, m) {
-  nb::set_leak_warnings(false);  // what a traceback still holds when Python ends is no leak, and no news for a user
+  nanobind::set_leak_warnings(false);  // what a traceback still holds when Python ends is no leak
   m.doc() = "Hasten's native engine: kernels, decoder, sampler, packing and measured ceilings.";
   hasten::bind_engine(m);
   hasten::bind_kernels(m);

@@ -184,7 +184,7 @@ def _server(
 
     def announce() -> None:
         say(url_of(listener))
-        # a tokenizer takes 0.25 s to build and holds the interpreter meanwhile: not before the address is known
+        # a tokenizer takes 0.25 s and holds the interpreter meanwhile: not before the address is known
         _in_thread(lambda: model.tokenizer.encode("ready"))
 
     return _drained(config, service, announce)
