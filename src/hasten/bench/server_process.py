@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import IO
 
 from hasten.bench.http_stream import Address, send_now
+from hasten.bench.worker import die_with_parent
 from hasten.errors import PeerError
 
 POLL_S = 0.005
@@ -65,6 +66,7 @@ class ServerProcess:
                 stderr=self._output,
                 start_new_session=True,
                 env={**os.environ, **(environment or {})},
+                preexec_fn=die_with_parent,  # a benchmark that is killed leaves no server behind
             )
         except OSError as error:
             self._output.close()

@@ -113,7 +113,7 @@ def _answer(worker: Worker, request: dict[str, Any]) -> dict[str, Any]:
         return {"ok": False, "error": f"{type(error).__name__}: {text}", "hint": None, "code": code}
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Linux: be killed when the driver is gone, even if it was killed itself, even while stopped."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -121,7 +121,7 @@ def _die_with_parent() -> None:
 
 def main() -> None:
     """Entry point: keep stdout for the replies and give everybody else stderr."""
-    _die_with_parent()
+    die_with_parent()
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     serve(sys.stdin, channel)
