@@ -25,6 +25,15 @@ LAYERS = [
     {"cli"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+MODULE_COMPRESSION = {  # imported by none but hasten.compress.module, when it is called
+    "module",
+    "module_prune",
+    "module_state",
+    "module_step",
+    "compressed_module",
+    "int8_linear",
+    "memo_cache",
+}
 BELOW_ALL = {"_native"}  # the compiled module imports nothing of ours
 ALLOWED = {
     ("core", "errors"),
@@ -107,8 +116,9 @@ def test_the_test_catches_what_it_is_for() -> None:
 
 
 def test_the_serving_path_imports_no_torch() -> None:
-    """torch and transformers: the reference decoder, peers to compare with, and nothing else on the CPU."""
+    """torch and transformers: the reference decoder, plain torch modules, peers to compare with, no more."""
     allowed = {"models/reference.py", "models/rope.py"}
+    allowed |= {f"compress/{name}.py" for name in MODULE_COMPRESSION}
     heavy = {"torch", "transformers", "triton"}
     found = [
         str(path.relative_to(PACKAGE))
