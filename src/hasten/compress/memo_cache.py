@@ -78,12 +78,12 @@ class MemoCache:
         """`run(*args, **kwargs)`, or the kept output of an equal call; `run` does what the module does."""
         usual = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
         content = _content(args, kwargs) if usual else None
-        state = None if content is None else ModuleState.of(self._module)
+        state = None if content is None else self._now()
         if content is None or state is None:
             self._count("bypassed")
             return run(*args, **kwargs)
         key = hashlib.blake2b(content, digest_size=16).digest()
-        found = self._find(key, content, state)
+        found = self._find(key, content)
         if found is not None:
             return _copy(found.output)
         begin = time.perf_counter()
@@ -116,12 +116,20 @@ class MemoCache:
         with self._lock:
             self._counts[what] += 1
 
-    def _find(self, key: bytes, content: bytes, state: ModuleState) -> _Entry | None:
+    def _now(self) -> ModuleState | None:
+        """The state, entries dropped if it is another than before; None where nothing is kept."""
         with self._lock:
-            if self._state is None or not self._state.same(state):
+            if self._state is None or not self._state.holds(self._module):
+                state = ModuleState.of(self._module)
+                if state is None:  # what is kept waits for the end of training, and is compared then
+                    return None
                 self._counts["dropped"] += len(self._entries)
                 self._empty()
                 self._state = state
+            return self._state
+
+    def _find(self, key: bytes, content: bytes) -> _Entry | None:
+        with self._lock:
             entry = self._entries.get(key)
             if entry is None or entry.content != content:
                 self._counts["misses"] += 1
@@ -132,10 +140,8 @@ class MemoCache:
 
     def _keep(self, key: bytes, entry: _Entry, state: ModuleState, seconds: float) -> None:
         """Keep an output if the module is still what it was when the call began."""
-        now = ModuleState.of(self._module)
         with self._lock:
-            unchanged = self._state is not None and self._state.same(state)
-            if now is None or not now.same(state) or not unchanged or key in self._entries:
+            if self._state is not state or not state.holds(self._module) or key in self._entries:
                 return
             if entry.bytes > self._capacity:
                 self._counts["too_large"] += 1
