@@ -12,13 +12,32 @@ namespace {
 constexpr int8_t kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
 constexpr DtypeInfo kDtypes[] = {
-    {Dtype::F32, "F32", 1, 4, {16, 32, true}, false},       {Dtype::F16, "F16", 1, 2, {16, 32, true}, false},
-    {Dtype::BF16, "BF16", 1, 2, {16, 32, true}, true},      {Dtype::Q8_0, "Q8_0", 32, 34, {8, 32, true}, true},
-    {Dtype::Q4_0, "Q4_0", 32, 18, {4, 32, true}, true},     {Dtype::Q4_1, "Q4_1", 32, 20, {4, 32, false}, true},
-    {Dtype::Q5_0, "Q5_0", 32, 22, {5, 32, true}, true},     {Dtype::Q5_1, "Q5_1", 32, 24, {5, 32, false}, true},
-    {Dtype::Q2_K, "Q2_K", 256, 84, {4, 16, false}, false},  {Dtype::Q3_K, "Q3_K", 256, 110, {4, 16, true}, false},
-    {Dtype::Q4_K, "Q4_K", 256, 144, {4, 32, false}, false}, {Dtype::Q5_K, "Q5_K", 256, 176, {5, 32, false}, false},
-    {Dtype::Q6_K, "Q6_K", 256, 210, {6, 16, true}, false},  {Dtype::IQ4_NL, "IQ4_NL", 32, 18, {8, 32, true}, true},
+    {Dtype::F32, "F32", 1, 4, {16, 32, true}, false},
+    {Dtype::F16, "F16", 1, 2, {16, 32, true}, false},
+    {Dtype::BF16, "BF16", 1, 2, {16, 32, true}, true},
+    {Dtype::Q8_0, "Q8_0", 32, 34, {8, 32, true}, true},
+    {Dtype::Q4_0, "Q4_0", 32, 18, {4, 32, true}, true},
+    {Dtype::Q4_1, "Q4_1", 32, 20, {4, 32, false}, true},
+    {Dtype::Q5_0, "Q5_0", 32, 22, {5, 32, true}, true},
+    {Dtype::Q5_1, "Q5_1", 32, 24, {5, 32, false}, true},
+    {Dtype::Q2_K, "Q2_K", 256, 84, {4, 16, false}, false},
+    {Dtype::Q3_K, "Q3_K", 256, 110, {4, 16, true}, false},
+    {Dtype::Q4_K, "Q4_K", 256, 144, {4, 32, false}, false},
+    {Dtype::Q5_K, "Q5_K", 256, 176, {5, 32, false}, false},
+    {Dtype::Q6_K, "Q6_K", 256, 210, {6, 16, true}, false},
+    {Dtype::IQ4_NL, "IQ4_NL", 32, 18, {8, 32, true}, true},
+    {Dtype::S4_32, "S4_32", 32, 36, {4, 32, true}, false},
+    {Dtype::S4_64, "S4_64", 64, 68, {4, 64, true}, false},
+    {Dtype::S4_128, "S4_128", 128, 132, {4, 128, true}, false},
+    {Dtype::S8_32, "S8_32", 32, 36, {8, 32, true}, false},
+    {Dtype::S8_64, "S8_64", 64, 68, {8, 64, true}, false},
+    {Dtype::S8_128, "S8_128", 128, 132, {8, 128, true}, false},
+    {Dtype::A4_32, "A4_32", 32, 40, {4, 32, false}, false},
+    {Dtype::A4_64, "A4_64", 64, 72, {4, 64, false}, false},
+    {Dtype::A4_128, "A4_128", 128, 136, {4, 128, false}, false},
+    {Dtype::A8_32, "A8_32", 32, 40, {8, 32, false}, false},
+    {Dtype::A8_64, "A8_64", 64, 72, {8, 64, false}, false},
+    {Dtype::A8_128, "A8_128", 128, 136, {8, 128, false}, false},
 };
 
 HASTEN_INLINE float half_at(const uint8_t* p) {
@@ -28,7 +47,8 @@ HASTEN_INLINE float half_at(const uint8_t* p) {
 }
 
 // Every product of a scale (at most 18 significant bits) with a quantised value (at most 6), or of an fp16 with a byte,
-// is exact in a float, so it does not matter whether the compiler fuses it with the subtraction that follows.
+// is exact in a float, so it does not matter whether the compiler fuses it with the subtraction that follows. (Ours may
+// hold a true fp32 scale; then a machine with FMA may differ in the last bit of an asymmetric value.)
 
 HASTEN_CLONES void read_f16(const uint8_t* src, size_t n, float* out) {
   for (size_t i = 0; i < n; ++i) {
@@ -154,7 +174,17 @@ HASTEN_INLINE void decode_q6_k(const uint8_t* b, uint8_t* u, float* scale) {
   }
 }
 
-HASTEN_INLINE void decode_block(Dtype dtype, const uint8_t* b, uint8_t* u, float* scale, float* minimum) {
+// A block of our own: a scale (and a minimum) and one byte a value.
+HASTEN_INLINE void decode_bytes(const PackedFormat& format, const uint8_t* b, uint8_t* u, float* scale,
+                                float* minimum) {
+  std::memcpy(scale, b, 4);
+  if (!format.symmetric) std::memcpy(minimum, b + 4, 4);
+  std::memcpy(u, b + (format.symmetric ? 4 : 8), format.group);
+}
+
+HASTEN_INLINE void decode_block(const DtypeInfo& info, const uint8_t* b, uint8_t* u, float* scale, float* minimum) {
+  const Dtype dtype = info.dtype;
+  if (dtype >= Dtype::S4_32) return decode_bytes(info.format, b, u, scale, minimum);
   switch (dtype) {
     case Dtype::Q2_K: return decode_q2_k(b, u, scale, minimum);
     case Dtype::Q3_K: return decode_q3_k(b, u, scale);
@@ -182,7 +212,7 @@ HASTEN_CLONES void dequantize_blocks(const DtypeInfo& info, const uint8_t* src, 
   float scale[16], minimum[16];
   for (float& m : minimum) m = -0.0f;  // x + -0 is x, signed zeros too
   for (; blocks--; src += info.bytes, out += info.block) {
-    decode_block(info.dtype, src, u, scale, minimum);
+    decode_block(info, src, u, scale, minimum);
     for (int g = 0; g < info.block / group; ++g)
       for (int i = g * group; i < (g + 1) * group; ++i) out[i] = scale[g] * (u[i] - zero) + minimum[g];
   }
@@ -202,7 +232,7 @@ HASTEN_CLONES void decode_groups(Dtype dtype, const uint8_t* src, size_t n, uint
   const DtypeInfo& info = info_of(dtype);
   const int groups = info.block / info.format.group;
   for (size_t i = 0; i < n / info.block; ++i, u += info.block, scale += groups, minimum += groups)
-    decode_block(dtype, src + i * info.bytes, u, scale, minimum);
+    decode_block(info, src + i * info.bytes, u, scale, minimum);
 }
 
 void dequantize(Dtype dtype, const uint8_t* src, size_t n, float* out) {

@@ -1,4 +1,8 @@
 // The block formats of GGUF files, read. Source: ggml's ggml-common.h and ggml-quants.c (the published formats).
+//
+// S*_* and A*_* are our own, for the integers of GPTQ, AWQ and compressed-tensors checkpoints (models/quantized.py):
+// BITS_GROUP, a block is one group: an fp32 scale, in A an fp32 minimum, then one byte u a value. S is symmetric,
+// scale * (u - 2^(bits-1)), A is scale * u + minimum.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +13,34 @@
 
 namespace hasten {
 
-enum class Dtype { F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL };
+enum class Dtype {
+  F32,
+  F16,
+  BF16,
+  Q8_0,
+  Q4_0,
+  Q4_1,
+  Q5_0,
+  Q5_1,
+  Q2_K,
+  Q3_K,
+  Q4_K,
+  Q5_K,
+  Q6_K,
+  IQ4_NL,
+  S4_32,
+  S4_64,
+  S4_128,
+  S8_32,
+  S8_64,
+  S8_128,
+  A4_32,
+  A4_64,
+  A4_128,
+  A8_32,
+  A8_64,
+  A8_128
+};
 
 struct DtypeInfo {
   Dtype dtype;

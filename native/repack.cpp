@@ -1,4 +1,5 @@
-// A GGUF tensor into the packed layout, its integers as they are.
+// A GGUF tensor, or one of a GPTQ, AWQ or compressed-tensors checkpoint, into the packed layout, its integers as they
+// are.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -58,7 +59,7 @@ void write_halves(const float* values, int stride, uint8_t* out) {
 }
 
 HASTEN_CLONES void write_quants(const PackedFormat& format, const uint8_t* u, int cols, int blocks, uint8_t* out) {
-  alignas(64) uint8_t q[32 * kPanelRows];
+  alignas(64) uint8_t q[128 * kPanelRows];
   const int group = format.group;
   for (int b = 0; b < blocks; ++b, out += format.block_bytes()) {
     for (int row = 0; row < kPanelRows; ++row) {

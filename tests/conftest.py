@@ -64,3 +64,16 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[P
         return made[name, dtype]
 
     return get
+
+
+@pytest.fixture
+def quantised(tiny_folder: Callable[..., Path], tmp_path: Path) -> Callable[..., tuple[Path, Any]]:
+    """(packing, name="llama-wide") -> (the tiny model as such a folder, its matrices by module name)."""
+
+    def make(packing: Any, name: str = "llama-wide") -> tuple[Path, Any]:
+        from quantized_folders import quantised_folder
+
+        into = tmp_path / str(packing)
+        return into, quantised_folder(tiny_folder(name, dtype="float32"), into, packing)
+
+    return make

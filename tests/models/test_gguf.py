@@ -32,7 +32,7 @@ from gguf_bytes import (
 )
 from hasten.errors import FormatError, ModelError
 from hasten.models.gguf import GgufFile
-from hasten.models.tensor_type import TYPES
+from hasten.models.tensor_type import TYPES_BY_ID
 
 
 def parse(data: bytes) -> GgufFile:
@@ -40,7 +40,7 @@ def parse(data: bytes) -> GgufFile:
 
 
 def test_types_are_those_of_the_gguf_package() -> None:
-    for kind in TYPES.values():
+    for kind in TYPES_BY_ID.values():
         assert gguf.GGMLQuantizationType(kind.ggml_id).name == kind.name
         sizes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind.ggml_id)]
         assert (kind.block, kind.block_bytes) == tuple(sizes)
@@ -185,7 +185,7 @@ def test_a_lie_is_an_error_that_says_so(lie: str) -> None:
 def test_an_unsupported_type_lists_the_supported_ones() -> None:
     with pytest.raises(FormatError) as caught:
         parse(LIES["unknown type"][0])
-    assert all(name in (caught.value.hint or "") for name in TYPES)
+    assert all(kind.name in (caught.value.hint or "") for kind in TYPES_BY_ID.values())
 
 
 def test_every_truncation_is_an_error() -> None:

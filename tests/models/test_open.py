@@ -60,7 +60,7 @@ def test_what_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "readme.txt").write_text("hello")
     with pytest.raises(FormatError, match="not a GGUF file"):
         open_model(tmp_path / "readme.txt")
-    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match=r"no \.safetensors file"):
         open_model(tmp_path)
 

@@ -32,7 +32,7 @@ def dequantize(tensor: SourceTensor) -> Floats:
     kind = TYPES[tensor.dtype]
     blocks = tensor.data.reshape(-1, kind.block_bytes)
     values = np.empty((len(blocks), kind.block), dtype=np.float32)
-    unpack = _UNPACK[tensor.dtype]
+    unpack = _UNPACK.get(tensor.dtype) or _own(tensor.dtype)
     for first in range(0, len(blocks), _CHUNK_BLOCKS):
         values[first : first + _CHUNK_BLOCKS] = unpack(blocks[first : first + _CHUNK_BLOCKS])
     shaped = values.reshape(tensor.shape)
@@ -161,6 +161,19 @@ def _q6_k(blocks: Blocks) -> Floats:
     scale = _half(blocks, 208) * blocks[:, 192:208].view(np.int8)
     values = (low | high << np.uint8(4)).astype(np.float32) - 32
     return (scale[..., None] * values).reshape(-1, 256)
+
+
+def _own(dtype: str) -> Callable[[Blocks], Floats]:
+    """S and A: scale[fp32], in A minimum[fp32], u[group x uint8] (see tensor_type.py)."""
+    middle = np.float32(1 << (int(dtype[1]) - 1))
+
+    def symmetric(blocks: Blocks) -> Floats:
+        return _f32(blocks[:, :4]) * (blocks[:, 4:].astype(np.float32) - middle)
+
+    def asymmetric(blocks: Blocks) -> Floats:
+        return _f32(blocks[:, :4]) * blocks[:, 8:].astype(np.float32) + _f32(blocks[:, 4:8])
+
+    return symmetric if dtype[0] == "S" else asymmetric
 
 
 _UNPACK: dict[str, Callable[[Blocks], Floats]] = {

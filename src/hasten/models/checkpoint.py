@@ -44,8 +44,12 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, integers: bool = False) -> Checkpoint:
     """Map the checkpoint of a folder: by its index, as model.safetensors, or its only .safetensors file.
+
+    Args:
+        folder: where it lies.
+        integers: whether it may hold tensors of integers, as a quantised one does.
 
     Raises:
         ModelError: there is none, a file is missing, or a tensor is in two files.
@@ -53,11 +57,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     index = folder / INDEX
     if index.is_file():
-        return _sharded(folder, index)
+        return _sharded(folder, index, integers)
     single = folder / "model.safetensors"
     found = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     if len(found) == 1:
-        return Checkpoint(open_safetensors(found[0]), (found[0],))
+        return Checkpoint(open_safetensors(found[0], integers), (found[0],))
     if found:
         raise ModelError(f"{folder} has {len(found)} .safetensors files and no {INDEX}", hint="add the index")
     others = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
@@ -67,7 +71,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     )
 
 
-def _sharded(folder: Path, index: Path) -> Checkpoint:
+def _sharded(folder: Path, index: Path, integers: bool) -> Checkpoint:
     names = read_json_object(index).get("weight_map")
     if not isinstance(names, Mapping) or not all(isinstance(v, str) for v in names.values()):
         raise FormatError(f"{index}: weight_map must map tensor names to file names")
@@ -76,7 +80,7 @@ def _sharded(folder: Path, index: Path) -> Checkpoint:
     for shard in shards:
         if Path(shard).name != shard or shard in ("", ".", ".."):
             raise FormatError(f"{index}: {shard!r} is no name of a file beside it")
-        for name, tensor in open_safetensors(folder / shard).items():
+        for name, tensor in open_safetensors(folder / shard, integers).items():
             if name in tensors:
                 raise ModelError(f"{folder}: tensor {name!r} is in two files, the second is {shard}")
             if names.get(name) != shard:

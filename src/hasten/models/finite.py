@@ -35,7 +35,7 @@ def check_finite(tensor: SourceTensor) -> None:
     bad = _not_finite(tensor)
     if not bad.any():
         return
-    at = int(np.argmax(bad)) * (TYPES[tensor.dtype].block if tensor.dtype in _SCALES else 1)
+    at = int(np.argmax(bad)) * TYPES[tensor.dtype].block
     row, column = divmod(at, int(np.prod(tensor.shape[1:], dtype=np.int64)))
     if tensor.row_order is not None:
         row = int(np.flatnonzero(tensor.row_order == row)[0])
@@ -56,6 +56,9 @@ def _not_finite(tensor: SourceTensor) -> npt.NDArray[np.bool_]:
         exponent = np.uint16(0x7C00 if tensor.dtype == "F16" else 0x7F80)  # all ones: infinity or NaN
         return np.asarray((data.view("<u2") & exponent) == exponent, np.bool_)
     blocks = data.reshape(-1, TYPES[tensor.dtype].block_bytes)
+    if tensor.dtype not in _SCALES:  # our own: fp32 in front of the integers
+        numbers = np.ascontiguousarray(blocks[:, : 4 if tensor.dtype[0] == "S" else 8]).view("<f4")
+        return np.asarray(~np.isfinite(numbers).all(axis=1), np.bool_)
     bad = np.zeros(len(blocks), dtype=np.bool_)
     for at in _SCALES[tensor.dtype]:
         high = blocks[:, at + 1]  # little-endian: sign, exponent and the mantissa's upper bits

@@ -21,7 +21,7 @@ from hasten.errors import FormatError
 from hasten.models.gguf_cursor import GgufCursor, StringArray
 from hasten.models.mapped import map_file
 from hasten.models.source import SourceTensor
-from hasten.models.tensor_type import FOREIGN_NAMES, TYPES, TYPES_BY_ID, TensorType
+from hasten.models.tensor_type import FOREIGN_NAMES, TYPES_BY_ID, TensorType
 
 MAGIC = b"GGUF"
 _MAX_DIMS = 4  # ggml's GGML_MAX_DIMS
@@ -199,7 +199,8 @@ def _type(cursor: GgufCursor, name: str, number: int) -> TensorType:
         known = FOREIGN_NAMES.get(number, "unknown")
         raise cursor.error(
             f"tensor {name!r} has type {number} ({known}), which is not supported",
-            hint=f"supported types: {', '.join(TYPES)}; requantise the model to one of them",
+            hint=f"supported types: {', '.join(kind.name for kind in TYPES_BY_ID.values())}; requantise the "
+            "model to one of them",
         )
     return TYPES_BY_ID[number]
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +18,9 @@ from hasten.models.gguf import GgufFile
 from hasten.models.gguf_config import FAMILIES, gguf_config
 from hasten.models.hf_config import hf_config, token_ids
 from hasten.models.locate import Place, locate
-from hasten.models.names import gguf_names, hf_names
-from hasten.models.parameters import fill, parameter_shapes, present_biases
+from hasten.models.names import NameTable, gguf_names, hf_names
+from hasten.models.parameters import Shapes, fill, parameter_shapes, present_biases
+from hasten.models.quantized_config import Quantization, merged, quantization_of, without_quantization
 from hasten.models.source import Source, SourceFile, SourceTensor, once
 
 if TYPE_CHECKING:
@@ -128,8 +130,10 @@ def open_folder(folder: Path) -> Source:
             f"{folder} is no model folder: it has no config.json",
             hint="give a folder with config.json and model.safetensors, or a .gguf file",
         )
-    checkpoint = open_checkpoint(folder)
-    config, tensors, unused = _read_folder(folder, checkpoint)
+    values, where = read_json_object(folder / "config.json"), str(folder / "config.json")
+    quantization = quantization_of(values, where)
+    checkpoint = open_checkpoint(folder, integers=quantization is not None)
+    config, tensors, unused = _read_folder(folder, values, checkpoint, quantization)
 
     def load() -> Tokenizer:
         from hasten.models.tokenizer import Tokenizer
@@ -141,21 +145,27 @@ def open_folder(folder: Path) -> Source:
 
 
 def _read_folder(
-    folder: Path, checkpoint: Checkpoint
+    folder: Path, values: Mapping[str, Any], checkpoint: Checkpoint, quantization: Quantization | None
 ) -> tuple[ModelConfig, dict[str, SourceTensor], tuple[str, ...]]:
     where = str(folder / "config.json")
-    embed = next(
-        (t.dtype for n, t in checkpoint.tensors.items() if n.endswith("embed_tokens.weight")), "BF16"
-    )
-    translated = hf_config(read_json_object(folder / "config.json"), where, embed)
+    found = checkpoint.tensors
+    embed = next((t.dtype for n, t in found.items() if n.endswith("embed_tokens.weight")), "BF16")
+    translated = hf_config(without_quantization(values) if quantization else values, where, embed)
     config = _with_generation_ids(translated.config, folder / "generation_config.json")
-    table = hf_names(config.norm_placement)
-    tensors, unused = fill(
-        checkpoint.tensors, table, parameter_shapes(config, translated.biases), str(folder)
-    )
+    table, shapes = hf_names(config.norm_placement), parameter_shapes(config, translated.biases)
+    spare: tuple[str, ...] = ()
+    if quantization is not None:
+        found, spare = merged(quantization, found, lambda name: _is_one_of(name, table, shapes), str(folder))
+    tensors, unused = fill(found, table, shapes, str(folder))
+    unused += spare
     if config.architecture == "gemma3":  # stored as weight - 1
         tensors = {k: replace(t, offset=1.0) if k.endswith("norm") else t for k, t in tensors.items()}
     return config, tensors, unused
+
+
+def _is_one_of(name: str, table: NameTable, shapes: Shapes) -> bool:
+    """Whether a file's tensor fills parameters that the model has."""
+    return all(part in shapes for part in table.parts(name) or ("",))
 
 
 def _with_generation_ids(config: ModelConfig, path: Path) -> ModelConfig:

@@ -21,38 +21,45 @@ from hasten.models.tensor_type import TYPES
 
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _MAX_DIMS = 8
-_SUPPORTED = ("F32", "F16", "BF16")
+_FLOATS = ("F32", "F16", "BF16")
+_INTEGERS = ("I8", "I32", "I64")
 _AGAIN = "download it again: the file is truncated or damaged"
 
 
-def open_safetensors(path: Path) -> dict[str, SourceTensor]:
+def open_safetensors(path: Path, integers: bool = False) -> dict[str, SourceTensor]:
     """Map a file; tensors by the file's own names, in its order.
+
+    Args:
+        path: the file.
+        integers: whether it may hold I8, I32 and I64 too, as those of quantised checkpoints do.
 
     Raises:
         ModelError: the file is missing or may not be read.
         FormatError: as `parse_safetensors`.
     """
-    return parse_safetensors(map_file(path), str(path))
+    return parse_safetensors(map_file(path), str(path), integers)
 
 
-def parse_safetensors(data: memoryview, name: str) -> dict[str, SourceTensor]:
+def parse_safetensors(data: memoryview, name: str, integers: bool = False) -> dict[str, SourceTensor]:
     """Read a file's bytes.
 
     Args:
         data: the whole file.
         name: what errors call it.
+        integers: whether it may hold I8, I32 and I64 too.
 
     Raises:
         FormatError: the bytes are no safetensors file, contradict themselves, or hold a type other than F32,
-            F16 and BF16.
+            F16 and BF16 and what `integers` allows.
     """
+    types = (*_FLOATS, *_INTEGERS) if integers else _FLOATS
     start, header = _header(data, name)
     header.pop("__metadata__", None)
     extents: list[tuple[int, int, str]] = []
     tensors: dict[str, SourceTensor] = {}
     body = np.frombuffer(data, np.uint8)[start:]
     for key, entry in header.items():
-        dtype, shape, first, end = _entry(key, entry, len(body), name)
+        dtype, shape, first, end = _entry(key, entry, len(body), name, types)
         extents.append((first, end, key))
         tensors[key] = SourceTensor(key, shape, dtype, body[first:end])
     _check_extents(sorted(extents), len(body), name)
@@ -99,15 +106,17 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 62
 
 
-def _entry(key: str, entry: Any, available: int, name: str) -> tuple[str, tuple[int, ...], int, int]:
+def _entry(
+    key: str, entry: Any, available: int, name: str, types: tuple[str, ...]
+) -> tuple[str, tuple[int, ...], int, int]:
     """(type, shape, first byte, end) of one tensor, checked against each other and the file."""
     if not isinstance(entry, dict):
         raise FormatError(f"{name}: the entry of tensor {key!r} is no object but {entry!r:.60}")
     dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if dtype not in _SUPPORTED:
+    if dtype not in types:
         raise FormatError(
             f"{name}: tensor {key!r} has type {dtype!r:.40}, which is not supported",
-            hint=f"supported types: {', '.join(_SUPPORTED)}; convert the checkpoint to bf16",
+            hint=f"supported types: {', '.join(types)}; convert the checkpoint to bf16",
         )
     if not isinstance(shape, list) or len(shape) > _MAX_DIMS or not all(_is_size(n) for n in shape):
         raise FormatError(f"{name}: tensor {key!r} has the shape {shape!r:.60}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +19,34 @@ if TYPE_CHECKING:
     from hasten.models.tokenizer import Tokenizer
 
 
+Bytes = npt.NDArray[np.uint8]
+
+
+class _Data:
+    """The bytes of a tensor, or the function that makes them, called anew each time they are read."""
+
+    def __set__(self, tensor: object, value: Bytes | Callable[[], Bytes]) -> None:
+        vars(tensor)["_data"] = value
+
+    def __get__(self, tensor: object | None, owner: type) -> Bytes:
+        if tensor is None:
+            raise AttributeError("data")  # tells dataclass that the field has no default
+        value: Bytes | Callable[[], Bytes] = vars(tensor)["_data"]
+        return value() if callable(value) else value
+
+
 @dataclass(frozen=True)
 class SourceTensor:
-    """One tensor, not converted: a view of the mapped file and what its bytes mean."""
+    """One tensor, not converted: a view of the mapped file and what its bytes mean.
+
+    A matrix of a GPTQ, AWQ or compressed-tensors checkpoint is no view: it is made with a function, and
+    reading `data` unpacks the file's integers, each time anew, so that an opened model holds nothing twice.
+    """
 
     name: str  # canonical name; in a file reader's hands the file's own name
     shape: tuple[int, ...]  # outermost first: [rows, cols] for matrices
     dtype: str  # a key of hasten.models.tensor_type.TYPES
-    data: npt.NDArray[np.uint8]  # uint8 [nbytes], C-contiguous, read-only, rows in file order
+    data: _Data = _Data()  # uint8 [nbytes], C-contiguous, rows in file order; not to be written to
     row_order: npt.NDArray[np.int64] | None = None  # [rows]: row r of the tensor is row row_order[r] of data
     offset: float = 0.0  # added to every value (Gemma's 1 + weight when the file lacks it)
 
@@ -38,12 +58,18 @@ class SourceTensor:
     def part(self, name: str, first: int, count: int) -> SourceTensor:
         """`count` rows from `first` under another name, sharing the bytes; before a row order is set."""
         assert self.row_order is None and first >= 0 and first + count <= self.rows
-        row_bytes = len(self.data) // self.rows
-        data = self.data[first * row_bytes : (first + count) * row_bytes]
-        return replace(self, name=name, shape=(count, *self.shape[1:]), data=data)
+        row_bytes = TYPES[self.dtype].bytes_of(self.shape) // self.rows
+        cut = slice(first * row_bytes, (first + count) * row_bytes)
+        data = (lambda: self.data[cut]) if self.is_made else self.data[cut]
+        return SourceTensor(name, (count, *self.shape[1:]), self.dtype, data, offset=self.offset)
+
+    @property
+    def is_made(self) -> bool:
+        """Whether `data` is made when it is read."""
+        return callable(vars(self)["_data"])
 
     def __post_init__(self) -> None:
-        assert len(self.data) == TYPES[self.dtype].bytes_of(self.shape), self.name
+        assert self.is_made or len(self.data) == TYPES[self.dtype].bytes_of(self.shape), self.name
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,10 @@
-"""The number formats a tensor may be stored in, by their ggml names.
+"""The number formats a tensor may be stored in: ggml's by their names, integers of safetensors, and our own.
 
 Source: ggml's `ggml_type` and block structures (ggml/include/ggml.h, ggml-common.h).
+
+Our own hold the matrices of GPTQ, AWQ and compressed-tensors checkpoints. They are called S or A, BITS,
+_GROUP, and a block is one group: an fp32 scale, in A an fp32 minimum, then u, one byte a value. S is
+symmetric, scale * (u - 2^(bits-1)); A is scale * u + minimum.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ class TensorType:
     """A format stores `block` consecutive values of one row in `block_bytes` bytes."""
 
     name: str
-    ggml_id: int
+    ggml_id: int  # negative: no type of GGUF files
     block: int  # values
     block_bytes: int
 
@@ -41,11 +45,16 @@ TYPES: dict[str, TensorType] = {
         TensorType("Q5_K", 13, 256, 176),
         TensorType("Q6_K", 14, 256, 210),
         TensorType("IQ4_NL", 20, 32, 18),
+        TensorType("I8", -1, 1, 1),  # raw parts of quantised checkpoints: never a parameter by themselves
+        TensorType("I32", -1, 1, 4),
+        TensorType("I64", -1, 1, 8),
+        *(TensorType(f"S{b}_{g}", -1, g, 4 + g) for b in (4, 8) for g in (32, 64, 128)),
+        *(TensorType(f"A{b}_{g}", -1, g, 8 + g) for b in (4, 8) for g in (32, 64, 128)),
     )
 }
 """Every type this program reads."""
 
-TYPES_BY_ID: dict[int, TensorType] = {t.ggml_id: t for t in TYPES.values()}
+TYPES_BY_ID: dict[int, TensorType] = {t.ggml_id: t for t in TYPES.values() if t.ggml_id >= 0}
 
 FOREIGN_NAMES: dict[int, str] = {
     4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",

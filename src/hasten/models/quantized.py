@@ -1,0 +1,227 @@
+"""Matrices of quantised Hugging Face checkpoints: from packed integers to tensors that keep them.
+
+GPTQ, AWQ and compressed-tensors all mean value = scale * (q - zero), with one scale and one zero point for
+each group of inputs of a row; they differ in names and in how q and zero are packed. Each has its own file;
+here is what they share. The layouts of the native engine hold q and the scale as they are (native/layout.h):
+
+- Every zero point 2^(bits-1): the symmetric layout, exact while the scale is an fp16 number, as it always is
+  in GPTQ and AWQ. A bf16 scale is one from 2^-17 up. Other scales are rounded to fp16, which moves a value by
+  |q - zero| * 2^-11 of a quantisation step at most (scales below 2^-14, where fp16 is coarser: the value by
+  |q - zero| * 2^-25).
+- Other zero points: the layout with a minimum, -scale * zero rounded to fp16. All values of a group move
+  together, by zero * 2^-11 of a step at most: 0.008 of one at 4 bits, 0.125 at 8. bf16 would move each by up
+  to |q - zero| * 2^-8 of a step, which is more, in four or two times the bytes.
+- Groups larger than 128 (a whole row included) become groups of 128, 64 or 32 of the same scale.
+- Inputs in another order than their groups (act-order), or groups of no multiple of 32, fit no integer
+  layout: such a matrix is kept in bf16, |q - zero| * 2^-8 of a step off at most, and a warning says so.
+
+What rounding costs is measured where it happens: PackedLinear.relative_error. Opening reads zero points and
+orders alone; q and scales are read when a tensor's data are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from hasten.errors import FormatError
+from hasten.models.source import SourceTensor
+
+Tensors = Mapping[str, SourceTensor]
+_NATIVE_GROUPS = (128, 64, 32)
+
+
+QAndScale = tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]
+"""q [rows, cols], 0 to 2^bits - 1, and scale [rows, groups]."""
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """What is known of one quantised matrix before its integers are read.
+
+    value[r, c] = scale[r, g] * (q[r, c] - zero[r, g]), where g is the group of input c.
+    """
+
+    module: str  # as the file calls it: "model.layers.0.mlp.up_proj"
+    rows: int
+    cols: int
+    bits: int
+    group: int  # inputs a scale; divides cols
+    zero: npt.NDArray[np.uint8]  # [rows, groups]
+    groups_of: npt.NDArray[np.int64] | None  # [cols]: the group of each input where they are out of order
+    read: Callable[[], QAndScale]
+    used: tuple[str, ...]  # the file's tensors it is made of
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether every zero point is in the middle."""
+        return bool((self.zero == 1 << (self.bits - 1)).all())
+
+    @property
+    def native_group(self) -> int | None:
+        """The largest group of the native layouts that divides this one; None: there is none."""
+        return next((g for g in _NATIVE_GROUPS if self.group % g == 0), None)
+
+    def tensor(self) -> SourceTensor:
+        """As a tensor named `module.weight`, whose data are made when they are read."""
+        name, shape = f"{self.module}.weight", (self.rows, self.cols)
+        group = self.native_group
+        if group is None or self.groups_of is not None:
+            return SourceTensor(name, shape, "F32", lambda: self.values().view(np.uint8).reshape(-1))
+        kind = "S" if self.is_symmetric else "A"
+        dtype = f"{kind}{4 if self.bits <= 4 else 8}_{group}"
+        return SourceTensor(name, shape, dtype, lambda: self._blocks(group).reshape(-1))
+
+    def values(self) -> npt.NDArray[np.float32]:
+        """float32 [rows, cols]: one rounding, none where the scale has 16 bits."""
+        q, scale = self.read()
+        columns = np.arange(self.cols) // self.group if self.groups_of is None else self.groups_of
+        steps = q.astype(np.float32)
+        steps -= self.zero.astype(np.float32)[:, columns]
+        steps *= scale[:, columns]
+        return steps
+
+    def _blocks(self, group: int) -> npt.NDArray[np.uint8]:
+        """In blocks of `group` values: uint8 [rows, cols / group, block bytes], see tensor_type.py."""
+        u, scale = self.read()
+        numbers = [scale]
+        if self.is_symmetric:
+            u = u + np.uint8((8 if self.bits <= 4 else 128) - (1 << (self.bits - 1)))
+        else:
+            numbers.append(-(scale * self.zero.astype(np.float32)))
+        head = np.stack(numbers, axis=-1).astype("<f4").view(np.uint8)  # [rows, groups, 4 or 8]
+        head = np.repeat(head, self.group // group, axis=1)
+        return np.concatenate([head, u.reshape(self.rows, -1, group)], axis=2)
+
+
+def bit_fields(packed: npt.NDArray[np.int32], bits: int, count: int) -> npt.NDArray[np.uint8]:
+    """[n, words] -> [n, count]: field i of a row is at bits i * bits and up, counted through its words.
+
+    Fields run over from one word into the next, as all three formats have it.
+    """
+    stream = np.ascontiguousarray(packed, "<i4").view(np.uint8)
+    if bits == 8:
+        fields = stream
+    elif bits in (2, 4):
+        shifts = np.arange(0, 8, bits, dtype=np.uint8)
+        fields = ((stream[..., None] >> shifts) & np.uint8((1 << bits) - 1)).reshape(len(stream), -1)
+    else:
+        each = np.unpackbits(stream, axis=1, bitorder="little")
+        each = each[:, : each.shape[1] // bits * bits].reshape(len(stream), -1, bits)
+        fields = np.packbits(each, axis=2, bitorder="little")[..., 0]
+    return fields[:, :count]
+
+
+class Parts:
+    """The tensors of one quantised module, taken with their type and shape checked.
+
+    Args:
+        tensors: of the checkpoint, by the file's names.
+        module: the name in front.
+        where: what errors call the checkpoint.
+    """
+
+    def __init__(self, tensors: Tensors, module: str, where: str) -> None:
+        self._tensors = tensors
+        self.module = module
+        self._where = where
+        self.used: list[str] = []
+
+    def has(self, part: str) -> bool:
+        """Whether there is such a tensor."""
+        return f"{self.module}.{part}" in self._tensors
+
+    def shape(self, part: str) -> tuple[int, ...]:
+        """The shape of a tensor that is there."""
+        return self._tensors[f"{self.module}.{part}"].shape
+
+    def dtype(self, part: str) -> str:
+        """The type of a tensor that is there."""
+        return self._tensors[f"{self.module}.{part}"].dtype
+
+    def take(self, part: str, dtypes: tuple[str, ...], shape: tuple[int | None, ...]) -> SourceTensor:
+        """A tensor that must be there; None in `shape` stands for any size from 1.
+
+        Raises:
+            FormatError: it is missing, or of another type or shape.
+        """
+        name = f"{self.module}.{part}"
+        tensor = self._tensors.get(name)
+        if tensor is None:
+            raise self.missing(part)
+        fits = len(tensor.shape) == len(shape) and all(
+            size > 0 and known in (None, size) for size, known in zip(tensor.shape, shape, strict=True)
+        )
+        if tensor.dtype not in dtypes or not fits:
+            shown = ", ".join("any" if size is None else str(size) for size in shape)
+            wanted, got = f"{' or '.join(dtypes)} [{shown}]", f"{tensor.dtype} {list(tensor.shape)}"
+            raise self.error(f"tensor {name!r} must be {wanted}, got {got}")
+        self.used.append(name)
+        return tensor
+
+    def groups_of(self, part: str, cols: int, group: int) -> npt.NDArray[np.int64] | None:
+        """The group of each input from a tensor I32 [cols] (`g_idx`); None where they are in order.
+
+        Raises:
+            FormatError: as `take`; an entry is no group, or a group has more or fewer inputs than the others.
+        """
+        found = array(self.take(part, ("I32",), (cols,))).astype(np.int64)
+        if (found == np.arange(cols) // group).all():
+            return None
+        groups = cols // group
+        if found.min() < 0 or found.max() >= groups:
+            wrong = int(found.min() if found.min() < 0 else found.max())
+            raise self.error(f"{self.module}.{part} names group {wrong}, and there are {groups}")
+        sizes = np.bincount(found, minlength=groups)
+        if (sizes != group).any():
+            at = int(np.argmax(sizes != group))
+            raise self.error(
+                f"{self.module}.{part} gives group {at} {sizes[at]} inputs, and a group has {group}"
+            )
+        return found
+
+    def divided(self, cols: int, group: int) -> int:
+        """How many groups there are.
+
+        Raises:
+            FormatError: the group size does not divide the inputs.
+        """
+        if cols % group:
+            raise self.error(f"a group size of {group} does not divide the {cols} inputs of {self.module}")
+        return cols // group
+
+    def missing(self, part: str) -> FormatError:
+        """The error for a tensor that must be there."""
+        name = f"{self.module}.{part}"
+        return self.error(f"tensor {name!r} is missing", "the checkpoint is incomplete: download it again")
+
+    def error(self, what: str, hint: str = "the file does not belong to its configuration") -> FormatError:
+        """An error about this module."""
+        return FormatError(f"{self._where}: {what}", hint=hint)
+
+
+def array(tensor: SourceTensor) -> npt.NDArray[np.generic]:
+    """A tensor of integers or floats as an array of its shape; bf16 as float32."""
+    if tensor.dtype == "BF16":
+        wide = tensor.data.view("<u2").astype(np.uint32) << np.uint32(16)
+        return wide.view(np.float32).reshape(tensor.shape)
+    kinds = {"F32": "<f4", "F16": "<f2", "I8": "i1", "I32": "<i4", "I64": "<i8"}
+    return tensor.data.view(kinds[tensor.dtype]).reshape(tensor.shape)
+
+
+def words(tensor: SourceTensor) -> npt.NDArray[np.int32]:
+    """A tensor of packed integers (I32)."""
+    return array(tensor).astype(np.int32, copy=False)
+
+
+def scales(tensor: SourceTensor) -> npt.NDArray[np.float32]:
+    """A tensor of scales as float32 of its shape: exact."""
+    return array(tensor).astype(np.float32)
+
+
+def modules_with(tensors: Tensors, part: str) -> list[str]:
+    """Names of the modules that have such a tensor, in the file's order."""
+    return [name.removesuffix(f".{part}") for name in tensors if name.endswith(f".{part}")]
