@@ -129,3 +129,58 @@ def test_an_engine_that_failed_is_loaded_anew() -> None:
         assert server.ask(PATH, chat()).json["choices"][0]["message"]["content"] == "fine"
         assert engines[0].closed
         assert server.ask("/ready").status == 200
+
+
+def test_two_models_that_share_one_place_both_get_on() -> None:
+    loads: list[str] = []
+
+    def load(ref: str) -> Any:
+        loads.append(ref)
+        return StandInModel(ref), StandInEngine(ref.upper())
+
+    engines = {"a": StandInEngine(), "b": StandInEngine()}
+    answers: list[tuple[str, str]] = []
+
+    def ask(server: Running, first: int) -> None:
+        for turn in range(4):
+            name = "ab"[(first + turn) % 2]
+            reply = server.ask(PATH, chat(model=name)).json
+            answers.append((name, reply["choices"][0]["message"]["content"]))
+
+    with serving(ServeOptions(port=0, log=False, max_loaded=1), engines, load) as server:
+        threads = [threading.Thread(target=ask, args=(server, i), daemon=True) for i in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+            assert not thread.is_alive(), f"{len(loads)} loads and no answer"
+    assert sorted(answers) == sorted([("a", "A"), ("b", "B")] * 12)
+    assert len(loads) <= 25
+
+
+def test_who_leaves_while_a_model_loads_keeps_no_place() -> None:
+    go = threading.Event()
+
+    def load(ref: str) -> Any:
+        if ref == "b":
+            assert go.wait(10)
+        return StandInModel(ref), StandInEngine()
+
+    async def run() -> None:
+        pool = ModelPool({"a": "a", "b": "b"}, load, most=1)
+
+        async def use(name: str) -> None:
+            async with pool.use(name):
+                pass
+
+        waiting = asyncio.create_task(use("b"))
+        await asyncio.sleep(0.05)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        assert waiting.cancelled()
+        go.set()
+        await asyncio.wait_for(use("a"), 5)  # b must go for it: nobody uses b
+        await asyncio.wait_for(use("b"), 5)
+        await pool.close()
+
+    asyncio.run(run())

@@ -77,6 +77,19 @@ class Served:
         return self.model.context
 
 
+@dataclass(eq=False)
+class _Load:
+    """A model on its way, and how many wait for it.
+
+    They are its users from the moment it is there: it cannot be made to leave before they have had it, so two
+    models that share one place both get on.
+    """
+
+    task: asyncio.Task[Served] | None = None
+    waiting: int = 0
+    served: Served | None = None
+
+
 class ModelPool:
     """Models by name, loaded when first asked for; the longest unused leaves when there are too many.
 
@@ -96,7 +109,7 @@ class ModelPool:
         self._most = most
         self._log = log
         self._loaded: dict[str, Served] = {}
-        self._loading: dict[str, asyncio.Task[None]] = {}
+        self._loading: dict[str, _Load] = {}
         self._placing = asyncio.Lock()
 
     @property
@@ -142,10 +155,7 @@ class ModelPool:
             served.leaving = True  # its engine failed: whoever comes next has it loaded anew
             raise
         finally:
-            served.users -= 1
-            served.used = time.monotonic()
-            if served.users == 0:
-                served.idle.set()
+            _release(served)
 
     async def _acquire(self, name: str) -> Served:
         if name not in self.refs:
@@ -155,43 +165,54 @@ class ModelPool:
                 param="model",
                 code="model_not_found",
             )
-        while True:
-            served = self._loaded.get(name)
-            if served is not None and not served.leaving:
-                served.users += 1
-                served.idle.clear()
-                return served
-            task = self._loading.get(name)
-            if task is None:
-                task = self._loading[name] = asyncio.get_running_loop().create_task(self._load(name))
-                task.add_done_callback(lambda done: self._loaded_or_not(name, done))
-            await asyncio.shield(task)  # a client that leaves does not stop what others wait for too
+        served = self._loaded.get(name)
+        if served is not None and not served.leaving:
+            served.users += 1
+            served.idle.clear()
+            return served
+        load = self._loading.get(name)
+        if load is None:
+            load = self._loading[name] = _Load()
+            load.task = asyncio.get_running_loop().create_task(self._load(name, load))
+        assert load.task is not None
+        load.waiting += 1
+        try:
+            return await asyncio.shield(load.task)  # a client that leaves does not stop what others wait for
+        except asyncio.CancelledError:
+            load.waiting -= 1
+            if load.served is not None:
+                _release(load.served)
+            raise
 
-    def _loaded_or_not(self, name: str, task: asyncio.Task[None]) -> None:
-        self._loading.pop(name, None)
-        if not task.cancelled() and task.exception() is not None and self._log is not None:
-            self._log.event("load_failed", "error", model=name, error=str(task.exception()))
+    async def _load(self, name: str, load: _Load) -> Served:
+        try:
+            async with self._placing:
+                load.served = self._loaded[name] = await self._placed(name)
+                load.served.users = load.waiting
+                return load.served
+        except Exception as error:
+            self._say("load_failed", "error", model=name, error=str(error))
+            raise
+        finally:
+            self._loading.pop(name, None)
 
-    async def _load(self, name: str) -> None:
-        async with self._placing:
-            served = self._loaded.get(name)
-            if served is not None and not served.leaving:
-                return
-            if served is not None:
-                await self._evict(served)
-            while len(self._loaded) >= self._most:
-                await self._evict(min(self._loaded.values(), key=lambda one: (one.users > 0, one.used)))
-            began = time.monotonic()
-            try:
-                model, engine = await asyncio.get_running_loop().run_in_executor(
-                    None, self._loader, self.refs[name]
-                )
-            except HastenError as error:
-                raise Problem(
-                    503, f"the model {name!r} cannot be loaded: {error.message}", code="load_failed"
-                ) from error
-            self._loaded[name] = Served(name, model, engine)
-            self._say("model_loaded", model=name, duration_ms=round(1000 * (time.monotonic() - began)))
+    async def _placed(self, name: str) -> Served:
+        """The model in memory; others left for it."""
+        before = self._loaded.get(name)
+        if before is not None:
+            await self._evict(before)
+        while len(self._loaded) >= self._most:
+            await self._evict(min(self._loaded.values(), key=lambda one: (one.users > 0, one.used)))
+        began = time.monotonic()
+        try:
+            model, engine = await asyncio.get_running_loop().run_in_executor(
+                None, self._loader, self.refs[name]
+            )
+        except HastenError as error:
+            said = f"the model {name!r} cannot be loaded: {error.message}"
+            raise Problem(503, said, code="load_failed") from error
+        self._say("model_loaded", model=name, duration_ms=round(1000 * (time.monotonic() - began)))
+        return Served(name, model, engine)
 
     async def _evict(self, victim: Served) -> None:
         victim.leaving = True
@@ -204,16 +225,25 @@ class ModelPool:
 
     async def close(self) -> None:
         """Stop all engines; what still runs is cancelled."""
-        for task in list(self._loading.values()):
-            task.cancel()
+        for load in list(self._loading.values()):
+            if load.task is not None:
+                load.task.cancel()
         while self._loaded:
             _, served = self._loaded.popitem()
             await served.engine.close(drain=False)
             served.model.close()
 
-    def _say(self, event: str, **fields: Any) -> None:
+    def _say(self, event: str, level: str = "info", **fields: Any) -> None:
         if self._log is not None:
-            self._log.event(event, **fields)
+            self._log.event(event, level, **fields)
+
+
+def _release(served: Served) -> None:
+    """One user less."""
+    served.users -= 1
+    served.used = time.monotonic()
+    if served.users == 0:
+        served.idle.set()
 
 
 def names_of(given: Iterable[str]) -> dict[str, str]:
