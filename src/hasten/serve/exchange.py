@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,6 +32,7 @@ class Exchange:
         self.service = service
         self.scope = scope
         self.call: Call = call_of(scope)
+        self.sent = 0.0  # when events were sent last, seconds of the monotonic clock
         self._receive = receive
         self._send = send
 
@@ -60,6 +62,7 @@ class Exchange:
         """Send events that stand ready; the first call sends the headers too."""
         if not self.call.started:
             await self._send({"type": "http.response.start", "status": 200, "headers": list(_EVENT_HEADERS)})
+        self.sent = time.monotonic()
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def end(self, data: bytes = b"") -> None:

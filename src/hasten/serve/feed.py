@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hasten.engine.request import Output, Request
@@ -13,6 +15,10 @@ if TYPE_CHECKING:
     from hasten.serve.pool import ServedEngine
 
 News = tuple[int, Output]  # (which of the requests, its output)
+
+AT_ONCE = 64
+"""Requests of one call that the engine has at a time: more than it computes together, fewer than may wait, so
+that a call with a thousand inputs neither fills the queue for others nor is refused by an idle engine."""
 
 
 class Feed:
@@ -30,6 +36,8 @@ class Feed:
         self._error: BaseException | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._open = len(requests)
+        self._began = time.monotonic()
+        self._turns = asyncio.Semaphore(AT_ONCE)
 
     async def __aenter__(self) -> Feed:
         loop = asyncio.get_running_loop()
@@ -58,6 +66,25 @@ class Feed:
                 raise self._error
 
     async def _pump(self, which: int, request: Request) -> None:
+        try:
+            async with self._turns:
+                await self._run(which, request if which < AT_ONCE else self._in_time(request))
+        except Exception as error:  # noqa: BLE001  the reader raises it, in the task that serves the client
+            self._error = self._error or error
+        finally:
+            self._open -= 1
+            self._arrived.set()
+
+    def _in_time(self, request: Request) -> Request:
+        """The request as it is when its turn comes: the deadline counts from the call's arrival."""
+        if request.deadline_ms is None:
+            return request
+        left = request.deadline_ms - 1000 * (time.monotonic() - self._began)
+        if left <= 0:
+            raise Problem(504, "the deadline passed", code="deadline_exceeded")
+        return replace(request, deadline_ms=left)
+
+    async def _run(self, which: int, request: Request) -> None:
         stream = self._engine.stream(request)
         try:
             async for output in stream:
@@ -65,11 +92,7 @@ class Feed:
                     raise _failure(output)
                 self._news.append((which, output))
                 self._arrived.set()
-        except Exception as error:  # noqa: BLE001  the reader raises it, in the task that serves the client
-            self._error = self._error or error
         finally:
-            self._open -= 1
-            self._arrived.set()
             await stream.aclose()  # type: ignore[attr-defined]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hasten.serve.feed import Feed, News
+from hasten.serve.heartbeat import Heartbeat
 from hasten.serve.prepare import Asker
 from hasten.serve.problem import Problem, problem_of
 
@@ -55,7 +57,8 @@ def asker_of(exchange: Exchange) -> Asker:
 async def respond(exchange: Exchange, question: Question, response: Response) -> None:
     """Run requests and answer.
 
-    The headers of a stream go out with its first token, so that until then an error can have its own status.
+    The headers of a stream go out with its first token or heartbeat, so that until then an error can have its
+    own status. A stream that breaks off, the server's end included, says so in an event.
 
     Raises:
         Problem, HastenError: before anything was sent.
@@ -68,18 +71,27 @@ async def respond(exchange: Exchange, question: Question, response: Response) ->
             await exchange.json(response.document())
             return
         try:
-            async for news in batches:
-                data = response.chunks(news)
-                if data:
-                    await exchange.events(data)
+            with Heartbeat(exchange):
+                async for news in batches:
+                    data = response.chunks(news)
+                    if data:
+                        await exchange.events(data)
+        except asyncio.CancelledError:
+            call = exchange.call
+            if call.started and not (call.left or call.stalled):  # silence would pass for the end
+                await _break_off(exchange, response, Problem(503, "the server is stopping", code="stopping"))
+            raise
         except Exception as error:
             if not exchange.call.started:
                 raise
-            problem = problem_of(error)
-            exchange.call.fields["error"] = problem.message
-            await exchange.end(response.failed(problem))
+            await _break_off(exchange, response, problem_of(error))
             return
         await exchange.end(response.last())
+
+
+async def _break_off(exchange: Exchange, response: Response, problem: Problem) -> None:
+    exchange.call.fields["error"] = problem.message
+    await exchange.end(response.failed(problem))
 
 
 async def _batches(

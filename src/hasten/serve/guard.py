@@ -26,11 +26,14 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:/+=-]{1,128}")
 CLOSED = ("/v1/", "/tokenize", "/detokenize", "/metrics", "/stats", "/openapi.json")
 """Paths that need a key where keys are set. The page is only files; liveness and readiness tell nothing."""
 
+_HEADER_NAMES = re.compile(rb"[A-Za-z0-9_, -]{1,2000}")
 _ALLOWED = (
     (b"access-control-allow-methods", b"GET, POST, DELETE, OPTIONS"),
-    (b"access-control-allow-headers", b"authorization, content-type, x-request-id"),
     (b"access-control-max-age", b"600"),
 )
+
+
+_STOPPING = Problem(503, "the server is stopping", code="stopping", headers={"retry-after": "1"})
 
 
 class Guard:
@@ -66,7 +69,7 @@ class Guard:
         except asyncio.CancelledError:
             if not (call.left or call.stalled):
                 if not call.started:
-                    await _answer(Problem(503, "the server is stopping", code="stopping"), watch.send)
+                    await _answer(_STOPPING, watch.send)
                 raise
         except Exception as error:  # noqa: BLE001  a client gets an answer whatever happens
             await self._failed(error, call, watch)
@@ -81,8 +84,8 @@ class Guard:
         if scope["method"] == "OPTIONS" and b"access-control-request-method" in headers:
             allowed = headers.get(b"origin", b"") in self._origins
             status = 204 if allowed else 403
-            extra = _ALLOWED if allowed else ()
-            await watch.send({"type": "http.response.start", "status": status, "headers": list(extra)})
+            extra = [*_ALLOWED, _allowed_headers(headers)] if allowed else []
+            await watch.send({"type": "http.response.start", "status": status, "headers": extra})
             await watch.send({"type": "http.response.body", "body": b""})
             return
         if self._keys and scope["path"].startswith(CLOSED):
@@ -232,6 +235,13 @@ async def _answer(problem: Problem, send: Send) -> None:
     ]
     await send({"type": "http.response.start", "status": problem.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def _allowed_headers(headers: dict[bytes, bytes]) -> tuple[bytes, bytes]:
+    """What the browser asks for: clients name themselves in a dozen headers (x-stainless-...)."""
+    asked = headers.get(b"access-control-request-headers", b"")
+    named = asked if _HEADER_NAMES.fullmatch(asked) else b"authorization, content-type, x-request-id"
+    return b"access-control-allow-headers", named
 
 
 def _address(scope: Scope) -> str:

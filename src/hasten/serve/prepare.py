@@ -101,7 +101,9 @@ def chat_tokens(
     return tuple(served.prompts.get_or_encode(text))
 
 
-def encode(served: Served, prompt: str | Sequence[int], add_special: bool = True) -> tuple[int, ...]:
+def encode(
+    served: Served, prompt: str | Sequence[int], add_special: bool = True, param: str = "prompt"
+) -> tuple[int, ...]:
     """Token ids of a prompt that is text or token ids already.
 
     Raises:
@@ -114,7 +116,7 @@ def encode(served: Served, prompt: str | Sequence[int], add_special: bool = True
         raise Problem(
             400,
             f"a token id is {max(prompt)}; the vocabulary has {vocabulary}",
-            param="prompt",
+            param=param,
             code="invalid_value",
         )
     return tuple(prompt)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hasten.serve.options import ServeOptions
 
 MAX_HEADERS = 100
+_CROWDED = Problem(503, "too many connections", code="too_many_connections", headers={"retry-after": "1"})
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -35,7 +36,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         if len(self.connections) > self.options.max_connections:
-            self._refuse(Problem(503, "too many connections", code="too_many_connections"))
+            self._refuse(_CROWDED)
             return
         self._await_head()
 
@@ -108,9 +109,10 @@ class LimitedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         body = problem.body()
+        more = "".join(f"{name}: {value}\r\n" for name, value in problem.headers.items())
         head = (
             f"HTTP/1.1 {problem.status} {HTTPStatus(problem.status).phrase}\r\n"
-            "content-type: application/json\r\n"
+            f"content-type: application/json\r\n{more}"
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hasten.serve.prepare import chat_tokens
+from hasten.serve.prepare import chat_tokens, encode
 from hasten.serve.problem import Problem
 from hasten.serve.protocol.tokens import DetokenizeRequest, TokenizeRequest
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from hasten.serve.exchange import Exchange
     from hasten.serve.pool import Served
 
@@ -39,6 +41,10 @@ async def detokenize(exchange: Exchange) -> None:
     """The text of token ids."""
     spec = await exchange.body(DetokenizeRequest)
     async with exchange.service.pool.use(spec.model) as served:
-        tokenizer = served.model.tokenizer
-        text = await exchange.service.work(lambda: tokenizer.decode(spec.tokens, skip_special=False))
+        text = await exchange.service.work(lambda: _text(spec.tokens, served))
     await exchange.json({"prompt": text})
+
+
+def _text(tokens: Sequence[int], served: Served) -> str:
+    known = encode(served, tokens, param="tokens")
+    return served.model.tokenizer.decode(known, skip_special=False)

@@ -8,7 +8,7 @@ from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 
 from hasten.serve.protocol.sampling import SamplingFields, Text
-from hasten.serve.protocol.strict import STRICT
+from hasten.serve.protocol.strict import STRICT, JsonObject
 
 FunctionName = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[a-zA-Z0-9_.\-]+$")]
 
@@ -80,6 +80,7 @@ class ToolMessage(TypedDict):
     role: Literal["tool"]
     content: Content
     tool_call_id: Text
+    name: NotRequired[Text | None]  # of the function, which the call has said already
 
 
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
@@ -91,7 +92,7 @@ class Function(TypedDict):
     __pydantic_config__ = STRICT  # type: ignore[misc]
     name: FunctionName
     description: NotRequired[Text | None]
-    parameters: NotRequired[dict[str, Any] | None]
+    parameters: NotRequired[JsonObject | None]
     strict: NotRequired[bool | None]
 
 
@@ -137,7 +138,7 @@ class JsonSchema(TypedDict):
 
     __pydantic_config__ = STRICT  # type: ignore[misc]
     name: FunctionName
-    schema: dict[str, Any]
+    schema: JsonObject
     description: NotRequired[Text | None]
     strict: NotRequired[bool | None]
 
@@ -165,7 +166,7 @@ class ChatRequest(SamplingFields):
     tools: Annotated[list[Tool], Field(max_length=256)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = Field(None, description="names the model's template reads")
+    chat_template_kwargs: JsonObject | None = Field(None, description="names the model's template reads")
     add_generation_prompt: bool | None = None
     store: Literal[False] | None = None
     modalities: list[Literal["text"]] | None = None

@@ -9,7 +9,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from hasten.serve.protocol.chat import FunctionName, JsonObjectFormat, TextFormat
 from hasten.serve.protocol.sampling import Text
-from hasten.serve.protocol.strict import STRICT, Strict
+from hasten.serve.protocol.strict import STRICT, JsonObject, Strict
 
 Label = Annotated[str, Field(max_length=512)]
 
@@ -68,7 +68,7 @@ class FunctionTool(TypedDict):
     type: Literal["function"]
     name: FunctionName
     description: NotRequired[Text | None]
-    parameters: NotRequired[dict[str, Any] | None]
+    parameters: NotRequired[JsonObject | None]
     strict: NotRequired[bool | None]
 
 
@@ -86,7 +86,7 @@ class JsonSchemaText(TypedDict):
     __pydantic_config__ = STRICT  # type: ignore[misc]
     type: Literal["json_schema"]
     name: FunctionName
-    schema: dict[str, Any]
+    schema: JsonObject
     description: NotRequired[Text | None]
     strict: NotRequired[bool | None]
 
@@ -129,4 +129,4 @@ class ResponseRequest(Strict):
     priority: int | None = Field(None, ge=-(2**31), lt=2**31)
     deadline_ms: float | None = Field(None, gt=0)
     cache_salt: Label | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: JsonObject | None = None

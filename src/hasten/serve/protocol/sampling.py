@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from hasten.serve.protocol.strict import STRICT, Strict
+from hasten.serve.protocol.strict import STRICT, JsonObject, Strict
 
 Text = Annotated[str, Field(max_length=16_000_000)]
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -27,7 +27,7 @@ class StreamOptions(TypedDict, total=False):
 class StructuredOutputs(Strict):
     """vLLM's `structured_outputs`: one of these."""
 
-    json_: dict[str, Any] | Text | None = Field(None, alias="json", description="JSON schema")
+    json_: JsonObject | Text | None = Field(None, alias="json", description="JSON schema")
     regex: Text | None = None
     choice: Annotated[list[StopText], Field(min_length=1, max_length=1000)] | None = None
     grammar: Text | None = Field(None, description="Lark grammar")
@@ -61,7 +61,7 @@ class SamplingFields(Strict):
         None, max_length=512, description="shares computed prompts with this salt alone"
     )
     prompt_logprobs: int | None = Field(None, ge=0, le=20)
-    guided_json: dict[str, Any] | Text | None = Field(None, description="JSON schema")
+    guided_json: JsonObject | Text | None = Field(None, description="JSON schema")
     guided_regex: Text | None = None
     guided_choice: Annotated[list[StopText], Field(min_length=1, max_length=1000)] | None = None
     guided_grammar: Text | None = Field(None, description="Lark grammar")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from hasten.serve.problem import Problem
 
@@ -39,11 +39,26 @@ UNSUPPORTED = frozenset(
         "modalities",
         "logit_bias",
         "top_logprobs",
+        "safety_identifier",
+        "stream_options",
     )
 )
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 Item = TypeVar("Item", bound="Strict")
+
+
+def _finite(value: dict[str, Any]) -> dict[str, Any]:
+    """The parser takes NaN and 1e999, which JSON cannot say again and no schema means."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        raise ValueError("holds a number that is not finite") from None
+    return value
+
+
+JsonObject = Annotated[dict[str, Any], AfterValidator(_finite)]
+"""An object of any form, which can be written as JSON again."""
 
 
 class Strict(BaseModel):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
 from hasten.serve.protocol.chat import Message, Tool
 from hasten.serve.protocol.sampling import Text, TokenId
-from hasten.serve.protocol.strict import Strict
+from hasten.serve.protocol.strict import JsonObject, Strict
 
 
 class TokenizeRequest(Strict):
@@ -20,7 +20,7 @@ class TokenizeRequest(Strict):
     tools: Annotated[list[Tool], Field(max_length=256)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: JsonObject | None = None
     return_token_strs: bool | None = None
 
 
