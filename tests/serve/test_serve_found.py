@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any
 
@@ -103,8 +104,6 @@ def test_a_stream_that_outlives_the_drain_ends_with_an_error(path: str, last: st
     with serving(
         ServeOptions(port=0, log=False, drain_s=0.5), {"echo": StandInEngine(delay_s=0.02)}
     ) as running:
-        import threading
-
         asker = threading.Thread(target=lambda: replies.append(running.ask(path, asked)))
         asker.start()
         wait_for(lambda: running.engine.steps > 3)
@@ -116,3 +115,16 @@ def test_a_stream_that_outlives_the_drain_ends_with_an_error(path: str, last: st
     assert last in event
     error = event["error"] if last == "error" else event["response"]["error"]
     assert "stopping" in error["message"]
+
+
+def test_a_second_signal_still_ends_the_engine() -> None:
+    """The process aborts if native threads run when the interpreter ends."""
+    with serving(engines={"echo": StandInEngine(delay_s=0.02)}) as running:
+        body = chat("word " * 400, stream=True)
+        asker = threading.Thread(target=lambda: running.ask("/v1/chat/completions", body))
+        asker.start()
+        wait_for(lambda: running.engine.steps > 3)
+        running.server.should_exit = running.server.force_exit = True
+        asker.join(10)
+    assert running.engine.closed
+    assert running.models["echo"].closed

@@ -209,6 +209,9 @@ def _drained(config: Any, service: Any, ready: Callable[[], None]) -> Any:
             service.draining = True
             service.log.event("draining", seconds=config.timeout_graceful_shutdown)
             await super().shutdown(sockets)
+            await (
+                service.pool.close()
+            )  # done already, unless a second signal skipped it: threads must end first
             logging.getLogger("hasten").removeHandler(self.forward)
             service.log.event("stopped")
             service.log.close()
