@@ -233,6 +233,18 @@ def test_auto_round_names_its_packing(quantised: Make) -> None:
     np.testing.assert_array_equal(dequantize(tensor), by_name(matrices)["layers.0.up"].values())
 
 
+def test_early_gptq_kept_its_options_in_a_file_of_their_own(quantised: Make) -> None:
+    folder, matrices = quantised(Packing("gptq", 4, 64))
+    change_model(folder, quantization_config=None)
+    options = {"bits": 4, "group_size": 64, "damp_percent": 0.01, "desc_act": False, "sym": True}
+    (folder / "quantize_config.json").write_text(json.dumps(options))
+    wanted = by_name(matrices)["layers.0.up"].values()
+    np.testing.assert_array_equal(dequantize(open_model(folder).tensors["layers.0.up"]), wanted)
+    (folder / "quantize_config.json").write_text("[]")
+    with pytest.raises(FormatError, match=r"quantize_config\.json must hold an object"):
+        open_model(folder)
+
+
 def test_older_compressed_tensors(quantised: Make) -> None:
     """Zero points unpacked, the configuration under its old name, and scales of activations beside."""
     folder, matrices = quantised(Packing("packed", 4, 32, False))

@@ -20,7 +20,13 @@ from hasten.models.hf_config import hf_config, token_ids
 from hasten.models.locate import Place, locate
 from hasten.models.names import NameTable, gguf_names, hf_names
 from hasten.models.parameters import Shapes, fill, parameter_shapes, present_biases
-from hasten.models.quantized_config import Quantization, merged, quantization_of, without_quantization
+from hasten.models.quantized_config import (
+    Quantization,
+    merged,
+    quantization_of,
+    with_side_file,
+    without_quantization,
+)
 from hasten.models.source import Source, SourceFile, SourceTensor, once
 
 if TYPE_CHECKING:
@@ -130,7 +136,8 @@ def open_folder(folder: Path) -> Source:
             f"{folder} is no model folder: it has no config.json",
             hint="give a folder with config.json and model.safetensors, or a .gguf file",
         )
-    values, where = read_json_object(folder / "config.json"), str(folder / "config.json")
+    where = str(folder / "config.json")
+    values = with_side_file(read_json_object(folder / "config.json"), folder)
     quantization = quantization_of(values, where)
     checkpoint = open_checkpoint(folder, integers=quantization is not None)
     config, tensors, unused = _read_folder(folder, values, checkpoint, quantization)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from hasten.errors import FormatError
+from hasten.models.checkpoint import read_json_object
 from hasten.models.fields import Fields
 from hasten.models.quantized import QuantizedMatrix, Tensors, array
 from hasten.models.quantized_awq import Awq
@@ -15,6 +17,7 @@ from hasten.models.quantized_gptq import Gptq
 from hasten.models.source import SourceTensor
 
 KEYS = ("quantization_config", "compression_config")  # the second: compressed-tensors before it had the first
+_SIDE_FILE = "quantize_config.json"
 _log = logging.getLogger("hasten.models")
 METHODS = ("gptq", "awq", "compressed-tensors", "auto-round")
 
@@ -55,6 +58,18 @@ def quantization_of(values: Mapping[str, Any], where: str) -> Quantization | Non
         hint=f"supported: {', '.join(METHODS)}, and GGUF files; else open the model it was made from and "
         "give a recipe (w4, w8)",
     )
+
+
+def with_side_file(values: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    """The configuration, and the quantisation that early GPTQ tools wrote to a file of its own.
+
+    Raises:
+        ModelError, FormatError: that file is there and cannot be read.
+    """
+    side = folder / _SIDE_FILE
+    if any(values.get(key) not in (None, {}) for key in KEYS) or not side.is_file():
+        return values
+    return {**values, KEYS[0]: {"quant_method": "gptq", **read_json_object(side)}}
 
 
 def without_quantization(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,7 +129,7 @@ def _warn_of_bf16(matrices: list[QuantizedMatrix], where: str) -> None:
         return
     megabytes = sum(matrix.rows * matrix.cols for matrix in wide) * 2e-6
     ordered = any(matrix.groups_of is not None for matrix in wide)
-    reason = "its inputs are out of order (act-order)" if ordered else "groups of no multiple of 32"
+    reason = "inputs out of order (act-order)" if ordered else "groups of no multiple of 32"
     _log.warning(
         "%s: %d of %d quantised matrices (%s ...) fit no integer layout: %s. Recipe source keeps them in "
         "bf16, %.0f MB; w8 or w6 is smaller and faster.",
