@@ -21,7 +21,9 @@ KEPT = "Nothing was written."
 ArtifactArgument = Annotated[
     str, typer.Argument(metavar="ARTIFACT", help="A .hasten artifact.", show_default=False)
 ]
-FormatOption = Annotated[str, typer.Option("--to", metavar="F", help="gguf.", show_default=False)]
+FormatOption = Annotated[
+    str, typer.Option("--to", metavar="F", help="gguf, compressed-tensors or gptq.", show_default=False)
+]
 OutOption = Annotated[
     Path | None,
     typer.Option(

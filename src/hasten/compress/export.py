@@ -31,17 +31,26 @@ class Format:
 
 FORMATS: dict[str, Format] = {
     format.name: format
-    for format in (Format("gguf", "hasten.compress.export_gguf", ".gguf", "llama.cpp, llama-cpp-python"),)
+    for format in (
+        Format("gguf", "hasten.compress.export_gguf", ".gguf", "llama.cpp, llama-cpp-python"),
+        Format(
+            "compressed-tensors",
+            "hasten.compress.export_compressed_tensors",
+            "",
+            "transformers with the compressed-tensors package, vLLM",
+        ),
+        Format("gptq", "hasten.compress.export_gptq", "", "GPTQModel, transformers with it, vLLM"),
+    )
 }
 
 _REFUSED = {
     "openvino": (
         "its files hold a graph, which only optimum-intel makes, and that rounds the weights anew",
-        "use --to gguf",
+        "optimum-cli export openvino --model FOLDER reads what --to compressed-tensors or --to gptq writes",
     ),
     "onnx": (
         "no exporter to ONNX that is kept up carries 4- and 5-bit groups with a cache of keys and values",
-        "use --to gguf",
+        "use --to gguf for CPUs, --to compressed-tensors for GPUs",
     ),
 }
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from hasten.compress.config_difference import difference
 from hasten.core import ModelConfig
 from hasten.errors import HastenError, UsageError
 from hasten.models import rope
@@ -28,15 +29,15 @@ ARCHITECTURES = {name: name for name in FAMILIES} | {"mistral": "llama"}
 """What GGUF calls each architecture; a Mistral without a window is a llama."""
 
 _BIASES = {"llama": frozenset(("q", "k", "v", "o", "gate", "up", "down")), "qwen2": frozenset("qkv")}
-_IDS = ("bos_token_id", "eos_token_ids")
-_EMBED_SCALE_ERROR = 2**-8  # of a scale rounded to bf16; readers differ in whether they round it
 _BF16 = 32  # llama.cpp's llama_ftype MOSTLY_BF16; of mixed files no number is true
 Factors = dict[str, npt.NDArray[np.float32]]
 
 
 def refuse(what: str, why: str) -> UsageError:
     """The error for what GGUF cannot carry."""
-    return UsageError(f"gguf cannot carry {what}: {why}", hint="run it with hasten serve")
+    return UsageError(
+        f"gguf cannot carry {what}: {why}", hint="--to compressed-tensors carries every architecture"
+    )
 
 
 def config_metadata(config: ModelConfig, biases: Iterable[str], name: str) -> tuple[dict[str, Any], Factors]:
@@ -155,39 +156,7 @@ def _check(config: ModelConfig, values: Mapping[str, Any], factors: Factors) -> 
 
 
 def _compare(config: ModelConfig, found: ModelConfig) -> None:
-    ours, theirs = _comparable(config), _comparable(found)
-    for key, value in ours.items():
-        if not _same(value, theirs[key]):
-            raise refuse(key, f"the model has {value}, such a file means {theirs[key]}")
-    if not math.isclose(config.embed_scale, found.embed_scale, rel_tol=_EMBED_SCALE_ERROR):
-        raise refuse("embed_scale", f"the model has {config.embed_scale}, such a file {found.embed_scale}")
-
-
-def _comparable(config: ModelConfig) -> dict[str, Any]:
-    """What a configuration means, each thing said in one way."""
-    known = {f.name: getattr(config, f.name) for f in fields(config)}
-    for name in (*_IDS, "rope_theta", "rope_scaling", "rope_local_theta", "embed_scale"):
-        del known[name]  # ids go with the tokenizer, rope is compared as what it computes
-    window = config.sliding_window
-    if window is not None and (window >= config.context_length or not any(config.sliding_layers)):
-        known |= {"sliding_window": None, "sliding_layers": ()}
-    every = (True,) * config.num_layers
-    known["architecture"] = ARCHITECTURES.get(config.architecture, config.architecture)
-    known["rotary_dim"] = config.rotary_dim or config.head_dim
-    known["rope_layers"] = config.rope_layers or every
-    known["query_scale"] = config.score_scale
-    turned = rope.tables(config)
-    known["rope frequencies"] = turned.global_inv_freq
-    known["rope scale"] = turned.global_scale
-    known["rope frequencies of long texts"] = turned.long_inv_freq
-    known["rope threshold"] = turned.long_threshold
-    known["rope frequencies of sliding layers"] = turned.local_inv_freq
-    return known
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
-        return a.shape == b.shape and bool(np.allclose(a, b, rtol=1e-5, atol=0))
-    if isinstance(a, float) and isinstance(b, float):
-        return math.isclose(a, b, rel_tol=1e-5)
-    return type(a) is type(b) and bool(a == b)
+    named = replace(config, architecture=ARCHITECTURES[config.architecture])
+    wrong = difference(named, found)
+    if wrong is not None:
+        raise refuse(wrong.name, f"the model has {wrong.ours}, such a file means {wrong.theirs}")

@@ -1,0 +1,303 @@
+"""What the formats made of a Hugging Face folder share: which module holds what, and the folder itself.
+
+Integer weights go as integers of 4 or 8 bits with an fp16 scale a group: 5 and 6 bits fit 8 exactly. Modules
+that engines fuse (q, k and v; gate and up) get one scheme, the widest of theirs. What is no symmetric integer
+layout (a minimum, groups of 16, bf16), the embedding and the head go as floats, as readers expect them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hasten.cache import new_folder, write_json
+from hasten.compress import safetensors_writer
+from hasten.compress.artifact import Artifact
+from hasten.compress.export_hf_config import config_values, refuse
+from hasten.compress.export_result import Exported, Progress, Rounding
+from hasten.compress.pack import PackedLinear, PackedModel
+from hasten.compress.safetensors_writer import Entry
+from hasten.compress.unpack import bf16_bits, integers, row_pieces
+from hasten.core import ModelConfig
+from hasten.models.names import hf_names
+from hasten.models.parameters import present_biases
+
+WEIGHTS = "model.safetensors"
+_FUSED = (("q", "k", "v"), ("gate", "up"))
+_HALF_MAX = 65504.0
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Integers of `bits` with one fp16 scale a group: value = scale * q, q from -2^(bits-1) on."""
+
+    bits: int  # 4 or 8
+    group: int
+
+
+@dataclass(frozen=True)
+class Module:
+    """A linear layer or embedding of the file; Phi-3's fused ones have several parts, rows after rows."""
+
+    name: str
+    parts: tuple[str, ...]  # canonical names
+    rows: int
+    cols: int
+    scheme: Scheme | None  # None: floats of `dtype`
+    dtype: str  # "BF16" or "F16"
+
+
+@dataclass
+class HfPlan:
+    """Everything about the folder but the weights' bytes."""
+
+    artifact: Artifact
+    modules: tuple[Module, ...]
+    values: dict[str, Any]  # config.json
+    notes: tuple[str, ...] = ()
+    losses: dict[str, list[float]] = field(default_factory=dict)  # module -> squared error, squares
+
+    @property
+    def packed(self) -> PackedModel:
+        return self.artifact.packed
+
+    @property
+    def quantised(self) -> list[Module]:
+        return [module for module in self.modules if module.scheme is not None]
+
+    @property
+    def skipped(self) -> list[str]:
+        """Linear layers that stay floats, the head first: what a reader must not look for integers in."""
+        names = [m.name for m in self.modules if m.scheme is None and not m.name.endswith("embed_tokens")]
+        return sorted({"lm_head", *names}, key=lambda name: (name != "lm_head", name))
+
+
+def plan(artifact: Artifact, fits: Callable[[Module], bool]) -> HfPlan:
+    """Decide what the folder will hold; reads no weights.
+
+    Args:
+        artifact: the model.
+        fits: whether the format can hold a module in its scheme.
+
+    Raises:
+        UsageError: config.json has no word for something of the model.
+    """
+    packed, config = artifact.packed, artifact.packed.config
+    values = config_values(config, present_biases(packed.vectors))
+    modules = _modules(packed, fits)
+    quantised = [m for m in modules if m.scheme is not None]
+    is_half = bool(quantised) and config.architecture != "gemma3"
+    values["dtype"] = values["torch_dtype"] = "float16" if is_half else "bfloat16"
+    notes = []
+    if quantised:
+        notes.append("scales are fp16: load it in float16 or float32; bfloat16 rounds each by up to 0.4 %")
+    if quantised and config.architecture == "gemma3":
+        notes.append("config.json says bfloat16, as Gemma 3 overflows float16: in float32 it is exact")
+    return HfPlan(artifact, modules, values, tuple(notes))
+
+
+def write(
+    made: HfPlan,
+    path: Path,
+    progress: Progress,
+    name: str,
+    quantisation: Mapping[str, Any],
+    encode: Callable[[HfPlan, Module], Sequence[Entry]],
+) -> Exported:
+    """Write the folder: all of it or nothing.
+
+    Args:
+        made: by `plan`.
+        path: the folder.
+        progress: called with (done, total) tensors.
+        name: the format.
+        quantisation: `quantization_config`, left out where nothing is quantised.
+        encode: the tensors of a module that has a scheme.
+
+    Raises:
+        DiskError: full, read-only or forbidden disk, or a folder that is no model stands there.
+        UsageError: a value that fits no float16.
+    """
+    entries = [entry for m in made.modules for entry in (encode(made, m) if m.scheme else _floats(made, m))]
+    entries += _vectors(made)
+    values = {**made.values, **({"quantization_config": dict(quantisation)} if made.quantised else {})}
+    ends = list(made.artifact.tokenizer.eos_ids) or None
+    with new_folder(path, marker="config.json") as fresh:
+        write_json(fresh / "config.json", values)
+        write_json(
+            fresh / "generation_config.json",
+            {"eos_token_id": ends, "bos_token_id": made.artifact.tokenizer.bos_id},
+        )
+        made.artifact.tokenizer.save(fresh)
+        _plain_tokenizer(fresh / "tokenizer_config.json")
+        safetensors_writer.write(fresh / WEIGHTS, entries, progress)
+    size = sum(file.stat().st_size for file in path.iterdir())
+    return Exported(name, path, size, _carried(made), tuple(_roundings(made)), made.notes)
+
+
+def rows_of(made: HfPlan, module: Module) -> Iterator[tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]]:
+    """(q int8 [rows, cols], scales [rows, groups]) of a module in its scheme, some rows at a time."""
+    assert module.scheme is not None
+    for part in module.parts:
+        linear = made.packed.linears[part]
+        for first, count in row_pieces(linear):
+            found = integers(linear, first, count)
+            yield found.signed, np.repeat(found.scales, found.layout.group // module.scheme.group, axis=1)
+
+
+def scales_of(made: HfPlan, module: Module) -> npt.NDArray[np.float16]:
+    """All scales of a module: fp16 [rows, groups]."""
+    return np.concatenate([scales for _, scales in rows_of(made, module)])
+
+
+def _modules(packed: PackedModel, fits: Callable[[Module], bool]) -> tuple[Module, ...]:
+    config = packed.config
+    found = [_float_module("model.embed_tokens", ("embed",), packed)]
+    if "head" in packed.linears:
+        found.append(_float_module("lm_head", ("head",), packed))
+    for layer in range(config.num_layers):
+        block = _block(config, layer)
+        for siblings in _siblings(block):
+            found += _schemed(siblings, packed, fits)
+    return tuple(found)
+
+
+def _block(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
+    """Modules of one layer -> canonical parts; fused ones for Phi-3 alone."""
+    is_phi = config.architecture == "phi3"
+    single = {"q", "k", "v", "gate", "up"} if is_phi else set()
+    prefix = f"layers.{layer}."
+    return {
+        f"model.{prefix}{module}": tuple(prefix + part for part in parts)
+        for module, parts in hf_names(config.norm_placement).block.items()
+        if "proj" in module and (len(parts) == 1 or is_phi) and not (set(parts) <= single and len(parts) == 1)
+    }
+
+
+def _siblings(block: Mapping[str, tuple[str, ...]]) -> Iterator[dict[str, tuple[str, ...]]]:
+    """Modules that engines run as one, together; others alone."""
+    left = dict(block)
+    for group in _FUSED:
+        together: dict[str, tuple[str, ...]] = {
+            n: p for n, p in left.items() if len(p) == 1 and p[0].rpartition(".")[2] in group
+        }
+        left = {n: p for n, p in left.items() if n not in together}
+        if together:
+            yield together
+    for name, parts in left.items():
+        alone: dict[str, tuple[str, ...]] = {name: parts}
+        yield alone
+
+
+def _schemed(
+    siblings: Mapping[str, tuple[str, ...]], packed: PackedModel, fits: Callable[[Module], bool]
+) -> list[Module]:
+    """Modules of one scheme, if all their layouts are symmetric integers and the format takes it."""
+    linears = [packed.linears[part] for parts in siblings.values() for part in parts]
+    floats = [_float_module(name, parts, packed) for name, parts in siblings.items()]
+    layouts = [linear.layout for linear in linears]
+    if any(x.bits == 16 or not x.symmetric or x.group < 32 for x in layouts):
+        return floats
+    scheme = Scheme(4 if all(x.bits == 4 for x in layouts) else 8, min(x.group for x in layouts))
+    made = [Module(m.name, m.parts, m.rows, m.cols, scheme, m.dtype) for m in floats]
+    is_whole = all(linear.cols % linear.layout.group == 0 for linear in linears)
+    return made if is_whole and all(fits(module) for module in made) else floats
+
+
+def _float_module(name: str, parts: tuple[str, ...], packed: PackedModel) -> Module:
+    linears = [packed.linears[part] for part in parts]
+    dtype = "BF16" if all(linear.layout.bits == 16 for linear in linears) else "F16"
+    return Module(name, parts, sum(linear.rows for linear in linears), linears[0].cols, None, dtype)
+
+
+def _floats(made: HfPlan, module: Module) -> list[Entry]:
+    loss = made.losses.setdefault(module.name, [0.0, 0.0])
+
+    def pieces() -> Iterator[npt.NDArray[Any]]:
+        loss[:] = [0.0, 0.0]
+        for part in module.parts:
+            linear = made.packed.linears[part]
+            for first, count in row_pieces(linear):
+                if module.dtype == "BF16":
+                    yield bf16_bits(linear, first, count)
+                    continue
+                values = _values(linear, first, count)
+                if np.abs(values).max(initial=0.0) > _HALF_MAX:
+                    raise refuse(part, f"a value is larger than float16's {_HALF_MAX:.0f}")
+                rounded = values.astype(np.float16)
+                loss[0] += float(np.square(rounded.astype(np.float64) - values).sum())
+                loss[1] += float(np.square(values, dtype=np.float64).sum())
+                yield rounded
+
+    return [Entry(f"{module.name}.weight", module.dtype, (module.rows, module.cols), pieces)]
+
+
+def _values(linear: PackedLinear, first: int, count: int) -> npt.NDArray[np.float32]:
+    if linear.layout.bits != 16:
+        return integers(linear, first, count).values()
+    return (bf16_bits(linear, first, count).astype(np.uint32) << 16).view(np.float32)
+
+
+def _vectors(made: HfPlan) -> list[Entry]:
+    """Norms and biases in the smallest of F16, BF16 and F32 that holds them exactly."""
+    config, vectors = made.packed.config, made.packed.vectors
+    table = hf_names(config.norm_placement)
+    names: list[tuple[str, list[str]]] = [("model.norm.weight", ["final_norm"])]
+    for layer in range(config.num_layers):
+        prefix = f"layers.{layer}."
+        names += [
+            (f"model.{prefix}{module}.weight", [prefix + norms[0]])
+            for module, norms in table.block.items()
+            if prefix + norms[0] in vectors and len(norms) == 1
+        ]
+        names += [
+            (f"{module}.bias", [f"{part}.bias" for part in parts])
+            for module, parts in _block(config, layer).items()
+            if all(f"{part}.bias" in vectors for part in parts)
+        ]
+    assert {part for _, listed in names for part in listed} == set(vectors)
+    is_gemma = config.architecture == "gemma3"
+    found = []
+    for name, listed in names:
+        values = np.concatenate([vectors[part] for part in listed])
+        is_offset = is_gemma and name.endswith("norm.weight")
+        found.append(_vector(name, values - np.float32(1) if is_offset else values))
+    return found
+
+
+def _vector(name: str, values: npt.NDArray[np.float32]) -> Entry:
+    bits = values.view(np.uint32)
+    if not (bits & 0xFFFF).any():
+        stored: npt.NDArray[Any] = (bits >> 16).astype(np.uint16)
+        return Entry(name, "BF16", values.shape, lambda: [stored])
+    with np.errstate(over="ignore"):
+        half = values.astype(np.float16)
+    if np.array_equal(half.astype(np.float32), values):
+        return Entry(name, "F16", values.shape, lambda: [half])
+    return Entry(name, "F32", values.shape, lambda: [values])
+
+
+def _plain_tokenizer(path: Path) -> None:
+    """Drop what only artifacts need from tokenizer_config.json."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("hasten", None)
+    write_json(path, config)
+
+
+def _carried(made: HfPlan) -> dict[str, int]:
+    kinds = [f"int{m.scheme.bits}-g{m.scheme.group}" if m.scheme else m.dtype for m in made.modules]
+    return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+
+
+def _roundings(made: HfPlan) -> Iterator[Rounding]:
+    for module in made.modules:
+        if module.scheme is None and module.dtype == "F16":
+            error, squares = made.losses[module.name]
+            relative = (error / squares) ** 0.5 if squares else 0.0
+            yield Rounding(f"{module.name}.weight", module.dtype, relative)
