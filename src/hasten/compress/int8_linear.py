@@ -25,6 +25,9 @@ class Int8Linear(nn.Module):
     torchao stands on too. On processors without VNNI it adds pairs of products in 16 bits, which
     saturate (measured: 4,080 where 516,128 is right); weights then stay within +-64, where it is exact.
 
+    Cost: torch takes the weight as it lies, [out, in] read as columns; stored the other way round a row's
+    product takes half as long again (459 us for 299, 784 x 4,096). Few rows in small layers gain nothing.
+
     A row with a NaN or an infinity gives NaN, as silence would be a wrong answer.
     """
 
