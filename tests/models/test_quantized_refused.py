@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from hasten.compress.pack import pack_linear
 from hasten.errors import FormatError, ModelError
-from hasten.models import open_model
+from hasten.models import dequantize, open_model
 from hasten.models.quantized_config import quantization_of
 from quantized_folders import Make, Packing, change_model, rewrite
 
@@ -91,6 +94,46 @@ def test_a_damaged_module_is_an_error_that_names_it(
     rewrite(folder, lambda tensors: change(tensors, "model.layers.1.mlp.up_proj"))
     with pytest.raises(FormatError, match=wrong):
         open_model(folder)
+
+
+ALL = [
+    GPTQ, AWQ, ZEROS, PLAIN, Packing("gptq", 4, 32, ordered=False), Packing("packed", 4, 32, ordered=False),
+]  # fmt: skip
+
+
+def mutated(tensor: torch.Tensor, rng: random.Random) -> torch.Tensor:
+    """A tensor cut, flattened, doubled, of another type or of noise."""
+    kinds = [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.int32, torch.int64]
+    noise = torch.randint(-128, 127, tensor.shape) * (1 << 24 if tensor.dtype == torch.int32 else 1)
+    return rng.choice(
+        [
+            tensor.narrow(0, 0, rng.randrange(tensor.shape[0] + 1)).contiguous(),
+            tensor.reshape(-1),
+            torch.cat([tensor, tensor]),
+            tensor.to(rng.choice(kinds)),
+            noise.to(tensor.dtype),
+        ]
+    )
+
+
+@pytest.mark.parametrize("packing", ALL, ids=str)
+def test_mutations_open_or_are_refused(packing: Packing, quantised: Make) -> None:
+    """Nothing but our own errors, whatever a tensor has become; what opens can be read and packed."""
+    folder, _ = quantised(packing, "qwen2")
+    base, rng = load_file(folder / "model.safetensors"), random.Random(5)
+    names = [name for name in base if "layers.0.mlp.up_proj" in name]
+    refused = 0
+    for _ in range(30):
+        name = rng.choice(names)
+        save_file({**base, name: mutated(base[name], rng)}, folder / "model.safetensors")
+        try:
+            tensor = open_model(folder).tensors["layers.0.up"]
+            assert dequantize(tensor).shape == tensor.shape
+            pack_linear(tensor, None, threads=1)
+        except ModelError as error:
+            assert "up_proj" in error.message or "layers.0.up" in error.message
+            refused += 1
+    assert refused > 5
 
 
 def test_a_matrix_of_another_size_than_the_model_says(quantised: Make) -> None:
