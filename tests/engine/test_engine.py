@@ -13,6 +13,7 @@ from plain_engine import gather, plain, random_prompt
 import hasten
 from hasten.core import EngineOptions, ServingOptions
 from hasten.engine.engine import Engine
+from hasten.engine.fair_share import FairShare
 from hasten.engine.model import LanguageModel
 from hasten.engine.request import Output, Request
 from hasten.engine.sampling import SamplingOptions
@@ -157,6 +158,16 @@ def test_a_client_that_was_away_has_no_credit(start: Start, narrow: LanguageMode
         engine.add(request(f"old {i}", i, client="first"))
     order = ends(drain(engine))
     assert abs(sum(name.startswith("new") for name in order[:6]) - 3) <= 1
+
+
+def test_debts_are_bounded() -> None:
+    """Who had a thousand times as much does not wait a thousand times as long."""
+    share = FairShare()
+    for client in "abc":
+        share.join(client, "abc")
+    share.serve("a", 1_000_000, 0)
+    share.join("a", "abc")
+    assert share.of("b") < share.of("a") <= share.of("b") + 2048
 
 
 def test_what_cannot_be_done_in_time_is_refused_at_once(start: Start, narrow: LanguageModel) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -85,7 +85,7 @@ class StandInEngine:
     steps: int = 0
     closed: bool = False
 
-    async def stream(self, request: Request) -> AsyncIterator[Output]:
+    async def stream(self, request: Request) -> AsyncGenerator[Output, None]:
         self.asked.append(request)
         if self.error is not None:
             raise self.error
@@ -101,6 +101,37 @@ class StandInEngine:
             self.running -= 1
             if not done:
                 self.cancelled.append(request.id)
+
+    async def batches(self, request: Request) -> AsyncGenerator[list[Output], None]:
+        """What the steps gave while nobody took it, as the engine does it."""
+        waiting: list[Output | BaseException] = []
+        arrived = asyncio.Event()
+
+        async def step() -> None:
+            try:
+                async with aclosing(self.stream(request)) as outputs:
+                    async for output in outputs:
+                        waiting.append(output)
+                        arrived.set()
+            except BaseException as error:  # noqa: BLE001  whoever takes the outputs raises it
+                waiting.append(error)
+                arrived.set()
+
+        task, left = asyncio.get_running_loop().create_task(step()), request.n
+        try:
+            while left:
+                await arrived.wait()
+                arrived.clear()
+                news, waiting[:] = list(waiting), []
+                outputs = [one for one in news if isinstance(one, Output)]
+                left -= sum(one.finish_reason is not None for one in outputs)
+                if outputs:
+                    yield outputs
+                if len(outputs) < len(news):
+                    raise next(one for one in news if not isinstance(one, Output))
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
     def _outputs(self, request: Request) -> Iterator[Output]:
         if request.pooling != "none":

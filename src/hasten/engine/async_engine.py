@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -36,7 +36,7 @@ class _Listener:
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.ready = asyncio.Event()
-        self.news: deque[Output | BaseException] = deque()
+        self.news: list[Output | BaseException] = []
 
     def put(self, news: list[Output | BaseException]) -> bool:
         """From any thread: hand news over. False: its loop is closed, nobody listens any more."""
@@ -47,8 +47,15 @@ class _Listener:
         return True
 
     def _arrive(self, news: list[Output | BaseException]) -> None:
-        self.news.extend(news)
+        self.news += news
         self.ready.set()
+
+    def take(self) -> tuple[list[Output], BaseException | None]:
+        """All that came, and what ended it."""
+        news, self.news = self.news, []
+        self.ready.clear()
+        failure = next((one for one in news if isinstance(one, BaseException)), None)
+        return [one for one in news if isinstance(one, Output)], failure
 
 
 class AsyncEngine:
@@ -84,6 +91,17 @@ class AsyncEngine:
         """Run a request; its outputs as they come. Closing the iterator cancels it within one step.
 
         Raises:
+            UsageError, QueueFull, DeadlineError, EngineClosed: as `batches`.
+        """
+        async with contextlib.aclosing(self.batches(request)) as batches:
+            async for outputs in batches:
+                for output in outputs:
+                    yield output
+
+    async def batches(self, request: Request) -> AsyncGenerator[list[Output], None]:
+        """As `stream`, all outputs that wait at once: for whoever passes them on in one piece.
+
+        Raises:
             UsageError, QueueFull, DeadlineError: with the first output, as `Engine.add`.
             EngineClosed: the engine was closed, or failed.
         """
@@ -97,14 +115,13 @@ class AsyncEngine:
         try:
             while left:
                 await listener.ready.wait()
-                listener.ready.clear()
-                while listener.news:
-                    news = listener.news.popleft()
-                    if isinstance(news, BaseException):
-                        left = 0
-                        raise news
-                    left -= news.finish_reason is not None
-                    yield news
+                outputs, failure = listener.take()
+                left -= sum(output.finish_reason is not None for output in outputs)
+                if outputs:
+                    yield outputs
+                if failure is not None:
+                    left = 0
+                    raise failure
         finally:
             if left and not self._thread_ended:
                 with contextlib.suppress(EngineClosed):

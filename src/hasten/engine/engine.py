@@ -7,7 +7,6 @@ import weakref
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -389,7 +388,7 @@ class Engine:
             kv_pages=pool.pages,
             kv_pages_used=pool.pages - pool.free,
             kv_pages_cached=self._keeper.cached_pages,
-            **asdict(self.counters),
+            **vars(self.counters),
         )
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 PROMPT_WEIGHT = 1.0
 ANSWER_WEIGHT = 2.0  # the paper's weights: an answer's token costs more than a prompt's
+_MOST_DEBT = 2048.0  # weighted tokens others may get before a client that had much once gets anything
 _MOST_CLIENTS = 4096  # counters kept of clients that have nothing in the engine
 
 
@@ -19,9 +20,9 @@ class FairShare:
         self._served: dict[str, float] = {}
 
     def join(self, client: str, active: Iterable[str]) -> None:
-        """A client asks again: it does not get credit for the time it asked for nothing."""
+        """A client asks again: no credit for the time it asked for nothing, and a bounded debt for what it had."""
         floor = min((self.of(one) for one in active), default=0.0)
-        self._served[client] = max(self._served.pop(client, 0.0), floor)
+        self._served[client] = min(max(self._served.pop(client, 0.0), floor), floor + _MOST_DEBT)
         if len(self._served) > _MOST_CLIENTS:
             del self._served[next(iter(self._served))]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class ServedEngine(Protocol):
     """What the server needs of `AsyncEngine`."""
 
-    def stream(self, request: Request) -> AsyncIterator[Output]:
-        """Outputs as they come; closing the iterator cancels the request."""
+    def batches(self, request: Request) -> AsyncGenerator[list[Output], None]:
+        """Outputs as they come, all that wait at once; closing the iterator cancels the request."""
         ...
 
     def stats(self) -> EngineStats:
