@@ -107,7 +107,7 @@ TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=22)
 def test_what_is_found_is_what_was_written(
     texts: list[tuple[list[int], bool]], policy: CachePolicy, pages: int, with_disk: bool
 ) -> None:
-    """Whatever comes and goes: a match holds the prompt's own tokens, leaves one to compute, loses no page."""
+    """Whatever comes and goes: a match holds the prompt's own tokens, leaves one, loses no page."""
     bench = Bench(pages, policy, Disk() if with_disk else None)
     for number, (tokens, tail) in enumerate(texts):
         if bench.disk is not None and number % 5 == 4:

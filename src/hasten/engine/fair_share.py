@@ -20,7 +20,7 @@ class FairShare:
         self._served: dict[str, float] = {}
 
     def join(self, client: str, active: Iterable[str]) -> None:
-        """A client asks again: no credit for the time it asked for nothing, and a bounded debt for what it had."""
+        """A client asks again: no credit for silent times, and a bounded debt for what it had."""
         floor = min((self.of(one) for one in active), default=0.0)
         self._served[client] = min(max(self._served.pop(client, 0.0), floor), floor + _MOST_DEBT)
         if len(self._served) > _MOST_CLIENTS:
