@@ -1,6 +1,6 @@
 """Run by another interpreter, or by hand: another engine's logits of some tokens.
 
-    python peer_logits.py llama|transformers MODEL IDS.json OUT.npy
+    python peer_logits.py llama|transformers|gptqmodel MODEL IDS.json OUT.npy
 
 IDS.json holds {"ids": [...]}, for llama also {"texts": [...], "messages": [...]}: what its own tokenizer and
 chat template make of them is printed as JSON. OUT.npy becomes float32 [T, V].
@@ -51,9 +51,20 @@ def transformers(model: str, wanted: dict[str, Any]) -> tuple[np.ndarray, dict[s
     return found, said
 
 
+def gptqmodel(model: str, wanted: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
+    """GPTQModel's plain kernel in float16, the widest it has."""
+    import torch
+    from gptqmodel import BACKEND, GPTQModel
+
+    peer = GPTQModel.load(model, backend=BACKEND.TORCH, device="cpu", dtype=torch.float16)
+    with torch.inference_mode():
+        found = peer.model(torch.tensor([wanted["ids"]])).logits[0].float().numpy()
+    return found, {"kinds": sorted({type(m).__name__ for m in peer.model.modules()})}
+
+
 if __name__ == "__main__":
     which, place, ids_file, out = sys.argv[1:]
-    run = {"llama": llama, "transformers": transformers}[which]
+    run = {"llama": llama, "transformers": transformers, "gptqmodel": gptqmodel}[which]
     logits, more = run(place, json.loads(Path(ids_file).read_text()))
     np.save(out, logits)
-    sys.stdout.write(json.dumps(more))
+    sys.stdout.write("\n" + json.dumps(more))  # the last line: the peers say things too

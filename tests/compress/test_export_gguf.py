@@ -214,6 +214,11 @@ def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
         export(folder, "gguf", tmp_path)
 
 
+def test_int8_keys_and_values_are_told(tmp_path: Path) -> None:
+    written = export(make(tmp_path, "llama", Recipe.parse("w4-kv8")), "gguf", tmp_path / "out.gguf")
+    assert any("keys and values" in note for note in written.notes)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3", "phi3", "smollm3", "olmo2"])
 def test_llama_cpp_says_the_same(name: str, tmp_path: Path) -> None:
@@ -230,4 +235,6 @@ def test_llama_cpp_says_the_same(name: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     ours, theirs = hasten.load(folder).logits(np.array(ids, np.int32)), np.load(tmp_path / "out.npy")
     assert np.abs(ours - theirs).max() < 0.1 * ours.std()
-    assert json.loads(done.stdout)["tokens"] == [Tokenizer.load(folder).encode(text, add_special=False)]
+    assert json.loads(done.stdout.splitlines()[-1])["tokens"] == [
+        Tokenizer.load(folder).encode(text, add_special=False)
+    ]

@@ -7,7 +7,7 @@ file keeps and what it rounds is in the `Exported` that comes back.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ class Format:
 FORMATS: dict[str, Format] = {
     format.name: format
     for format in (
-        Format("gguf", "hasten.compress.export_gguf", ".gguf", "llama.cpp, llama-cpp-python"),
+        Format("gguf", "hasten.compress.export_gguf", ".gguf", "llama.cpp and what is built on it"),
         Format(
             "compressed-tensors",
             "hasten.compress.export_compressed_tensors",
@@ -46,7 +46,7 @@ FORMATS: dict[str, Format] = {
 _REFUSED = {
     "openvino": (
         "its files hold a graph, which only optimum-intel makes, and that rounds the weights anew",
-        "optimum-cli export openvino --model FOLDER reads what --to compressed-tensors or --to gptq writes",
+        "--to gguf: OpenVINO GenAI opens GGUF files of 4 and 8 bits (recipes w4 and w8) itself",
     ),
     "onnx": (
         "no exporter to ONNX that is kept up carries 4- and 5-bit groups with a cache of keys and values",
@@ -114,7 +114,10 @@ def export(
     plan = module.plan(artifact)
     say(f"writing {path}")
     written: Exported = module.write(plan, path, progress or (lambda done, total: None))
-    return written
+    if artifact.packed.recipe.kv != "int8":
+        return written
+    note = "the recipe keeps keys and values in int8, which a file does not say: set it in the other engine"
+    return replace(written, notes=(*written.notes, note))
 
 
 def _check_target(path: Path, format: Format, force: bool) -> None:

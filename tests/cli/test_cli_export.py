@@ -1,0 +1,92 @@
+"""`hasten export`: what it prints, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from hasten.cli import main
+from hasten.compress.artifact import save
+from hasten.compress.pack import pack_model
+from hasten.core import Layout, Recipe
+from hasten.models import open_model
+from tiny_models import TINY, save_folder
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    source = open_model(save_folder(TINY["llama-wide"], tmp_path / "source"))
+    base = Recipe.parse("w4-head8")
+    layers = {"layers.0.o": Layout(4, symmetric=False), "layers.1.down": Layout(8, symmetric=False)}
+    recipe = Recipe("mixture", base.default, base.head, layers)
+    return save(tmp_path / "model.hasten", pack_model(source, recipe), source, {})
+
+
+def test_one_json_document(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = artifact.parent / "model.gguf"
+    assert main(["export", str(artifact), "--to", "gguf", "--out", str(out), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["format"] == "gguf" and document["path"] == str(out)
+    assert document["bytes"] == out.stat().st_size
+    assert document["matrices"] == {"F16": 1, "Q4_0": 12, "Q4_1": 1, "Q8_0": 2}
+    assert document["exact"] is False
+    (rounded,) = document["rounded"]
+    assert rounded["tensor"] == "blk.1.ffn_down.weight" and 0 < rounded["relative_error"] < 2**-11
+
+
+def test_text_says_what_was_rounded(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = artifact.parent / "folder"
+    assert main(["export", str(artifact), "--to", "compressed-tensors", "--out", str(out)]) == 0
+    said = capsys.readouterr()
+    assert "int4-g32" in said.out and "rounded " in said.out and "relative error at most" in said.out
+    assert "float16" in said.out and "writing" in said.err
+    assert (out / "model.safetensors").is_file()
+
+
+def test_the_place_has_a_default(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(artifact.parent)
+    assert main(["export", str(artifact), "--to", "gguf"]) == 0
+    assert main(["export", "model.hasten", "--to", "gptq"]) == 0
+    assert Path("model.gguf").is_file() and Path("model-gptq/config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "what"),
+    [
+        (["demo", "--to", "gguf"], 2, "demo is no artifact"),
+        (["{artifact}", "--to", "tflite"], 2, "formats: gguf, compressed-tensors, gptq"),
+        (["{artifact}", "--to", "openvino"], 2, "OpenVINO GenAI opens GGUF files"),
+        (["{artifact}", "--to", "gguf", "--out", "{artifact}"], 2, "is a folder"),
+        (["nothing.hasten", "--to", "gguf"], 1, "there is no artifact"),
+    ],
+)
+def test_refusals(
+    arguments: list[str], code: int, what: str, artifact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(artifact.parent.rglob("*"))
+    assert main(["export", *(word.format(artifact=artifact) for word in arguments)]) == code
+    assert what in capsys.readouterr().err
+    assert sorted(artifact.parent.rglob("*")) == before
+
+
+def test_force_replaces(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = artifact.parent / "model.gguf"
+    command = ["export", str(artifact), "--to", "gguf", "--out", str(out)]
+    out.write_bytes(b"precious")
+    assert main(command) == 1
+    assert "--force" in capsys.readouterr().err and out.read_bytes() == b"precious"
+    assert main([*command, "--force"]) == 0
+    assert out.read_bytes()[:4] == b"GGUF"
+
+
+def test_it_imports_no_torch() -> None:
+    import subprocess
+
+    code = (
+        "import sys, hasten.cli.export, hasten.compress.export_gguf, hasten.compress.export_gptq, "
+        "hasten.compress.export_compressed_tensors; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
