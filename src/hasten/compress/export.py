@@ -39,7 +39,7 @@ FORMATS: dict[str, Format] = {
             "",
             "transformers with the compressed-tensors package, vLLM",
         ),
-        Format("gptq", "hasten.compress.export_gptq", "", "GPTQModel, transformers with it, vLLM"),
+        Format("gptq", "hasten.compress.export_gptq", "", "GPTQModel and what reads its format"),
     )
 }
 
