@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from typing import Any
 
 import pytest
 from running_server import Running, chat, serving, wait_for
-from stand_in_engine import StandInEngine
+from stand_in_engine import StandInEngine, StandInModel
 
+from hasten.errors import UsageError
 from hasten.serve import heartbeat
 from hasten.serve.options import ServeOptions
+from hasten.serve.server import ServeSetup, made
 
 
 @pytest.mark.parametrize("number", [b"NaN", b"1e999", b"-Infinity"])
@@ -128,3 +131,19 @@ def test_a_second_signal_still_ends_the_engine() -> None:
         asker.join(10)
     assert running.engine.closed
     assert running.models["echo"].closed
+
+
+def test_two_servers_that_start_at_once_do_not_share_a_port() -> None:
+    def load(ref: str) -> Any:
+        return StandInModel(ref), engine
+
+    engine, taken = StandInEngine(), socket.socket()
+    setup = ServeSetup({"echo": "echo"}, ServeOptions(port=0, log=False))
+    server, listener = made(setup, lambda url: None, load)
+    with taken, listener:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(listener.getsockname())
+        taken.listen()
+        with pytest.raises(UsageError, match="cannot listen on"):
+            server.run(sockets=[listener])
+    assert engine.closed

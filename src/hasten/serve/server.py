@@ -105,11 +105,15 @@ def listen(options: ServeOptions) -> socket.socket:
         listener.bind(address)
     except OSError as error:
         listener.close()
-        raise UsageError(
-            f"cannot listen on {options.host} port {options.port}: {error.strerror}",
-            hint="choose another: --port 8001, or --port 0 for any free one",
-        ) from None
+        raise _cannot_listen(options.host, options.port, error) from None
     return listener
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> UsageError:
+    return UsageError(
+        f"cannot listen on {host} port {port}: {error.strerror}",
+        hint="choose another: --port 8001, or --port 0 for any free one",
+    )
 
 
 def _allow_files(connections: int) -> None:
@@ -200,6 +204,13 @@ def _drained(config: Any, service: Any, ready: Callable[[], None]) -> Any:
         forward = Forward(service.log)
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            try:
+                for one in sockets or ():
+                    one.listen(config.backlog)
+            except OSError as error:  # two servers that start at once can both bind, one can listen
+                await service.pool.close()
+                host, port = one.getsockname()[:2]
+                raise _cannot_listen(host, port, error) from None
             logging.getLogger("hasten").addHandler(self.forward)
             await super().startup(sockets)
             ready()
@@ -209,9 +220,7 @@ def _drained(config: Any, service: Any, ready: Callable[[], None]) -> Any:
             service.draining = True
             service.log.event("draining", seconds=config.timeout_graceful_shutdown)
             await super().shutdown(sockets)
-            await (
-                service.pool.close()
-            )  # done already, unless a second signal skipped it: threads must end first
+            await service.pool.close()  # a second signal skips the lifespan's end; threads must end first
             logging.getLogger("hasten").removeHandler(self.forward)
             service.log.event("stopped")
             service.log.close()
