@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import math
 import resource
@@ -190,6 +191,9 @@ def _server(
         say(url_of(listener))
         # a tokenizer takes 0.25 s and holds the interpreter meanwhile: not before the address is known
         _in_thread(lambda: model.tokenizer.encode("ready"))
+        if threading.current_thread() is threading.main_thread():  # the process is the server's alone
+            gc.collect()
+            gc.freeze()  # what was built stays: the collector need not walk it while tokens are on their way
 
     return _drained(config, service, announce)
 
