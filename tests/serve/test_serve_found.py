@@ -60,6 +60,13 @@ def test_a_browser_may_send_the_headers_it_asks_for() -> None:
         assert "access-control-allow-headers" not in reply.headers
 
 
+@pytest.mark.parametrize("given", ["*", "https://page.example/"])
+def test_origins_as_people_write_them(given: str) -> None:
+    with serving(ServeOptions(port=0, log=False, cors_origins=(given,))) as running:
+        reply = running.ask("/health", headers={"origin": "https://page.example"})
+        assert reply.headers["access-control-allow-origin"] == "https://page.example"
+
+
 def test_a_call_with_many_inputs_comes_in_turns() -> None:
     class Counting(StandInEngine):
         most = 0

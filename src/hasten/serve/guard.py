@@ -47,7 +47,7 @@ class Guard:
         self._app = app
         self._options = options
         self._keys = [key.encode() for key in options.api_keys]
-        self._origins = {origin.encode() for origin in options.cors_origins}
+        self._origins = {origin.rstrip("/").encode() for origin in options.cors_origins}
         self._log = log
         self._tracer = new_tracer()
         self._metrics = metrics
@@ -82,7 +82,7 @@ class Guard:
     async def _serve(self, scope: Scope, headers: dict[bytes, bytes], watch: _Watch) -> None:
         call = watch.call
         if scope["method"] == "OPTIONS" and b"access-control-request-method" in headers:
-            allowed = headers.get(b"origin", b"") in self._origins
+            allowed = self._may_call(headers.get(b"origin", b""))
             status = 204 if allowed else 403
             extra = [*_ALLOWED, _allowed_headers(headers)] if allowed else []
             await watch.send({"type": "http.response.start", "status": status, "headers": extra})
@@ -108,9 +108,13 @@ class Guard:
             raise Problem(401, said, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
         return f"key-{found}"
 
+    def _may_call(self, origin: bytes) -> bool:
+        """Whether pages of a web origin may call the API."""
+        return origin in self._origins or b"*" in self._origins
+
     def _extra_headers(self, call: Call, origin: bytes) -> list[tuple[bytes, bytes]]:
         extra = [(b"x-request-id", call.request_id.encode())]
-        if origin and origin in self._origins:
+        if origin and self._may_call(origin):
             extra += [
                 (b"access-control-allow-origin", origin),
                 (b"access-control-expose-headers", b"x-request-id, retry-after"),

@@ -79,7 +79,7 @@ _COUNTERS = {
     "accepted_tokens": ("spec_decode_num_accepted_tokens", "Proposed tokens that were right."),
     "preemptions": ("num_preemptions", "Answers put back to make room."),
     "steps": ("engine_steps", "Steps of the engine."),
-    "requests": ("engine_requests", "Requests the engine took."),
+    "requests": ("engine_requests", "Requests the engine was asked, refused ones included."),
     "cancelled": ("engine_requests_cancelled", "Requests cancelled."),
     "refused": ("engine_requests_refused", "Requests refused: full queue or deadline."),
     "schedule_s": ("schedule_seconds", "Time spent deciding what to compute."),
