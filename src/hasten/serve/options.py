@@ -27,7 +27,8 @@ class ServeOptions:
         default=(), metadata={"help": "key that lets a client in, repeatable; none: everybody is let in"}
     )
     cors_origins: tuple[str, ...] = field(
-        default=(), metadata={"help": "web origin whose pages may call the API, or *, repeatable; default: none"}
+        default=(),
+        metadata={"help": "web origin whose pages may call the API, or * for all, repeatable; default: none"},
     )
     max_loaded: int | None = field(
         default=None,
