@@ -73,5 +73,5 @@ $(VENV)/.torch: $(VENV)/.made
 
 $(VENV)/.dev: $(VENV)/.torch $(BUILD_INPUTS)
 	@echo "building Hasten (about a minute of compiling) and installing what the tests need"
-	@$(PIP) '.[dev]'
+	@$(PIP) '.[dev,serve]'
 	@touch $@
