@@ -18,16 +18,18 @@ class FairShare:
 
     def __init__(self) -> None:
         self._served: dict[str, float] = {}
+        self._last = ""  # who was served last: what a new client begins with when nobody else is there
 
     def join(self, client: str, active: Iterable[str]) -> None:
         """A client asks again: no credit for silent times, and a bounded debt for what it had."""
-        floor = min((self.of(one) for one in active), default=0.0)
+        floor = min((self.of(one) for one in active), default=self.of(self._last))
         self._served[client] = min(max(self._served.pop(client, 0.0), floor), floor + _MOST_DEBT)
         if len(self._served) > _MOST_CLIENTS:
             del self._served[next(iter(self._served))]
 
     def serve(self, client: str, prompt: int, answer: int) -> None:
         """So many tokens were computed for a client."""
+        self._last = client
         cost = PROMPT_WEIGHT * prompt + ANSWER_WEIGHT * answer
         self._served[client] = self._served.get(client, 0.0) + cost
 
