@@ -7,13 +7,13 @@ heads, `K` KV heads, `D` head size, `E` model width, `F` feed-forward width, `V`
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from hasten.errors import UsageError
+from hasten.recipe import Layout as Layout
+from hasten.recipe import Recipe as Recipe
 from hasten.rope_scaling import RopeScaling
 
 SCHEMA_VERSION = 1
@@ -97,110 +97,6 @@ class ModelConfig:
     def kv_bytes_per_token(self, bytes_per_value: float = 2.0) -> int:
         """KV cache bytes one token of context costs over all layers."""
         return int(2 * self.num_layers * self.num_kv_heads * self.head_dim * bytes_per_value)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How one linear layer's weights are stored.
-
-    `bits` 16 is bf16; 8, 6, 5, 4 are integers with one fp16 scale a group of `group` inputs, and one fp16
-    minimum too where `symmetric` is False (w = scale * q + minimum). Group 16 is for GGUF's k-quants alone.
-    """
-
-    bits: int = 16
-    group: int = 32
-    symmetric: bool = True
-
-    def __post_init__(self) -> None:
-        if self.bits not in (16, 8, 6, 5, 4):
-            raise UsageError(
-                f"a weight layout of {self.bits} bits does not exist", hint="use 16, 8, 6, 5 or 4 bits"
-            )
-        if self.bits != 16 and self.group not in (16, 32, 64, 128):
-            raise UsageError(f"group size {self.group} is not supported", hint="use a group of 32, 64 or 128")
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits a weight, scales and minimums included."""
-        if self.bits == 16:
-            return 16.0
-        return self.bits + (16.0 if self.symmetric else 32.0) / self.group
-
-    def __str__(self) -> str:
-        if self.bits == 16:
-            return "bf16"
-        return (
-            f"w{self.bits}"
-            + (f"-g{self.group}" if self.group != 32 else "")
-            + ("" if self.symmetric else "-asym")
-        )
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What happens to weights, activations and KV. Names: docs/concepts.md.
-
-    `source` keeps the values the file holds, each tensor in the cheapest layout that holds it. Otherwise
-    `default` is the layout of every linear layer, `head` that of the LM head (and a tied embedding), and
-    `layers` overrides single layers by canonical name (`layers.3.down`).
-    """
-
-    name: str
-    default: Layout | None = None  # None: keep the source's values
-    head: Layout | None = None  # None: as default
-    layers: Mapping[str, Layout] = field(default_factory=dict)
-    kv: Literal["bf16", "int8"] = "bf16"
-
-    def layout_for(self, tensor: str) -> Layout | None:
-        """Layout of one linear layer, or None to keep the source's values."""
-        if tensor in self.layers:
-            return self.layers[tensor]
-        if tensor in ("head", "embed") and self.head is not None:
-            return self.head
-        return self.default
-
-    def bits_per_weight(self, config: ModelConfig) -> float | None:
-        """Mean stored bits over the linear layers, head included; None while values are kept as they come."""
-        bits = weights = 0.0
-        for name, (rows, cols) in config.linear_shapes().items():
-            layout = self.layout_for(name)
-            if layout is None:
-                return None
-            bits += layout.bits_per_weight * rows * cols
-            weights += rows * cols
-        return bits / weights
-
-    @classmethod
-    def parse(cls, name: str) -> Recipe:
-        """`source`, `bf16`, `w8`, `w6`, `w5`, `w4`, with `-g64`, `-head8`, `-kv8` ... appended.
-
-        Raises:
-            UsageError: the name is none of these.
-        """
-        base, *options = name.strip().split("-")
-        match = re.fullmatch(r"bf16|source|w([8654])", base)
-        if match is None:
-            raise UsageError(
-                f"unknown recipe {name!r}",
-                hint="use source, bf16, w8, w6, w5 or w4, with -g64, -g128, -head8, -kv8 appended",
-            )
-        bits = int(match.group(1) or 16)
-        group, head_bits, kv = 32, None, "bf16"
-        for option in options:
-            if (m := re.fullmatch(r"g(32|64|128)", option)) and bits != 16:
-                group = int(m.group(1))
-            elif m := re.fullmatch(r"head(16|8|6|5|4)", option):
-                head_bits = int(m.group(1))
-            elif option == "kv8":
-                kv = "int8"
-            else:
-                raise UsageError(
-                    f"recipe {name!r}: cannot read {option!r}",
-                    hint="options are -g32, -g64, -g128, -head8, -kv8",
-                )
-        default = None if base == "source" else Layout(bits, group if bits != 16 else 32)
-        head = Layout(head_bits, group if head_bits != 16 else 32) if head_bits else None
-        return cls(name=name, default=default, head=head, kv="int8" if kv == "int8" else "bf16")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What was made smaller learns from its source."""

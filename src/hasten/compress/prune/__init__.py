@@ -1,0 +1,1 @@
+"""Weights taken out: one method a file."""
