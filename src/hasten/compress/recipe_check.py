@@ -1,0 +1,123 @@
+"""What a recipe asks of a model, looked at before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.util import find_spec
+
+from hasten.compress.layer_rules import layer_names, spelled_out
+from hasten.core import Layout, ModelConfig, Recipe
+from hasten.errors import MachineError, UsageError
+
+GROUPS = (128, 64, 32)
+_DATA_FREE = ("rtn", "hqq")
+
+
+def needs_torch(recipe: Recipe) -> bool:
+    """Whether more is to be done than to pack the source's values."""
+    return not recipe.is_plain
+
+
+def needs_text(recipe: Recipe) -> bool:
+    """Whether calibration text is read."""
+    from_text = ("wanda", "sparsegpt", "ffn", "heads", "layers", "width", "vocabulary")
+    pruned = any(one.kind in from_text or one.repair for one in recipe.prune)
+    calibrated = recipe.method not in _DATA_FREE or recipe.smooth is not None
+    return calibrated or pruned or recipe.distil is not None
+
+
+def checked(recipe: Recipe, config: ModelConfig) -> Recipe:
+    """The recipe with its rules for layers spelled out, if the model can have it.
+
+    Raises:
+        MachineError: it needs torch, which is not installed.
+        UsageError: a rule names no layer, rules contradict each other, a group divides no layer's inputs, or
+            parts of the recipe exclude each other or the model.
+    """
+    where = f"recipe {recipe.name}"
+    found = replace(recipe, layers=spelled_out(recipe.layers, config, where))
+    _refuse_without_widths(found, config, where)
+    if not any(one.kind in ("ffn", "heads", "width") for one in recipe.prune):  # else columns change yet
+        _refuse_groups(found, config, where)
+    if needs_torch(recipe):
+        if find_spec("torch") is None:
+            raise MachineError("compressing needs torch", hint="pip install 'hasten[compress]'")
+        _refuse_rotation(found, config, where)
+    return found
+
+
+def notes(recipe: Recipe, config: ModelConfig) -> tuple[str, ...]:
+    """What is no mistake and yet worth saying of a recipe that was checked."""
+    unequal = [
+        f"layers.{layer} {' '.join(group)}"
+        for layer in range(config.num_layers)
+        for group in (("q", "k", "v"), ("gate", "up"))
+        if len({recipe.layout_for(f"layers.{layer}.{name}") for name in group}) > 1
+    ]
+    if not unequal:
+        return ()
+    shown = ", ".join(unequal[:3]) + (f" and {len(unequal) - 3} more" if len(unequal) > 3 else "")
+    return (
+        f"{shown}: different widths in matrices that vLLM and GPTQModel run as one; exports to their formats "
+        "store each such group at its widest",
+    )
+
+
+def _refuse_without_widths(recipe: Recipe, config: ModelConfig, where: str) -> None:
+    """A method or smoothing is for integers: some layer must become some."""
+    layouts = [recipe.layout_for(name) for name in config.linear_shapes()]
+    if any(layout is not None and layout.bits != 16 for layout in layouts):
+        return
+    asked = [] if recipe.method == "rtn" else [f"method {recipe.method}"]
+    asked += [f"smooth {recipe.smooth}"] if recipe.smooth is not None else []
+    if asked:
+        raise UsageError(
+            f"{where}: {' and '.join(asked)} is for integer weights, and every layer stays in floats",
+            hint="give default: w4, or leave it out",
+        )
+
+
+def _refuse_groups(recipe: Recipe, config: ModelConfig, where: str) -> None:
+    wrong = {
+        name: (layout, cols)
+        for name, (_, cols) in _shapes(config).items()
+        if (layout := recipe.layout_for(name)) is not None and not _divides(layout.group, layout, cols)
+    }
+    if not wrong:
+        return
+    name, (layout, cols) = next(iter(wrong.items()))
+    more = f", and {len(wrong) - 1} other layers likewise" if len(wrong) > 1 else ""
+    raise UsageError(
+        f"{where}: {name} has {cols} inputs, which groups of {layout.group} do not divide{more}",
+        hint=_groups_that_do(wrong),
+    )
+
+
+def _groups_that_do(wrong: Mapping[str, tuple[Layout, int]]) -> str:
+    fit = [group for group in GROUPS if all(_divides(group, *one) for one in wrong.values())]
+    if fit:
+        return f"groups of {' or '.join(map(str, fit))} do"
+    kinds = dict.fromkeys(name.rsplit(".", 1)[-1] for name in wrong if "." in name)
+    rules = [f"layers.*.{','.join(kinds)}"] if kinds else []
+    rules += [name for name in wrong if "." not in name]
+    shown = ", ".join(f'"{rule}": bf16' for rule in rules)
+    return f"no group does: keep such layers in floats with layers: {{{shown}}}"
+
+
+def _divides(group: int, layout: Layout, cols: int) -> bool:
+    return layout.bits == 16 or cols % group == 0 or cols <= group
+
+
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    shapes = {"embed": (config.vocab_size, config.hidden_size), **config.linear_shapes()}
+    return {name: shapes[name] for name in layer_names(config)}
+
+
+def _refuse_rotation(recipe: Recipe, config: ModelConfig, where: str) -> None:
+    if not recipe.rotate:
+        return
+    from hasten.compress.quantise.rotate import obstacle
+
+    if (why := obstacle(config)) is not None:
+        raise UsageError(f"{where}: rotate: {why}", hint="leave rotate out of the recipe")
