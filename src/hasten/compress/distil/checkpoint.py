@@ -1,0 +1,64 @@
+"""The state of a run on disk: written whole or not at all, and refused by any run but its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hasten.cache import write_atomic
+from hasten.compress.distil.result import Point
+from hasten.errors import ModelError, UsageError
+
+FILE = "distil.checkpoint"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One place of a run; 12 bytes a number that learns."""
+
+    run: str  # digest of everything that decides what the run computes
+    step: int
+    seconds: float  # of training so far
+    curve: tuple[Point, ...]
+    learning: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]
+
+    def write(self, folder: Path) -> Path:
+        """Replace the one in the folder.
+
+        Raises:
+            DiskError: full, read-only or forbidden disk; the one before is untouched.
+        """
+        curve = [vars(point) for point in self.curve]
+        state = {**vars(self), "curve": curve}
+        return write_atomic(folder / FILE, lambda file: torch.save(state, file))
+
+    @classmethod
+    def read(cls, folder: Path, run: str) -> Checkpoint | None:
+        """The one in the folder, None where there is none.
+
+        Raises:
+            UsageError: it belongs to another run.
+            ModelError: it cannot be read.
+        """
+        path = folder / FILE
+        if not path.is_file():
+            return None
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            curve = tuple(Point(**point) for point in state.pop("curve"))
+            found = cls(curve=curve, **state)
+        except Exception as error:  # noqa: BLE001  torch.load raises whatever a damaged file makes it
+            raise ModelError(
+                f"{path} cannot be read: {type(error).__name__}: {error}"[:300],
+                hint=f"remove it to begin anew: rm {path}",
+            ) from None
+        if found.run != run:
+            raise UsageError(
+                f"{path} belongs to a distillation of other models, text or settings",
+                hint=f"choose another folder, or remove it to begin anew: rm {path}",
+            )
+        return found

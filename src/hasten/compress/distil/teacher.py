@@ -1,0 +1,200 @@
+"""What the teacher says about every token, computed once and kept on disk.
+
+Kept are final hidden states in the type that they were computed in, [tokens, E], and not logits, [tokens, V]:
+with 152k words logits are 170 times as many, 304 KB a token. The head makes logits of states again, at a
+quarter of a small model's pass. Of a teacher whose states are all there, only the head is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hasten import _native
+from hasten.cache import write_atomic
+from hasten.compress.calibration import Calibration
+from hasten.compress.distil.decoder import Decoder, head_logits
+from hasten.compress.torch_layer import tensor_values
+from hasten.core import ModelConfig
+from hasten.errors import ModelError
+from hasten.models.source import Source
+
+SHARD_TOKENS = 1 << 16
+"""Tokens a file holds: 117 MB at E = 896 in bf16."""
+_PIECE = 1 << 22
+_SUM = 8  # bytes of the checksum that ends a file
+Step = Callable[[int, int], None]
+
+
+class Teacher(Protocol):
+    """Logits of any window of the text, in two steps."""
+
+    def hidden(self, rows: npt.NDArray[np.int64]) -> torch.Tensor:
+        """Final states of windows by number: [B, T, E]."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[R, E] -> [R, V]."""
+        ...
+
+
+@dataclass
+class _Head:
+    config: ModelConfig
+    matrix: torch.Tensor  # [V, E]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return head_logits(self.config, hidden, self.matrix)
+
+
+@dataclass
+class LiveTeacher(_Head):
+    """Runs the teacher anew for each batch: no disk, a third more time a step, for text that is read once."""
+
+    model: Decoder
+    ids: torch.Tensor  # [B, T]
+
+    @torch.no_grad()
+    def hidden(self, rows: npt.NDArray[np.int64]) -> torch.Tensor:
+        """See `Teacher`."""
+        return self.model.hidden(self.ids[torch.as_tensor(rows, device=self.ids.device)])
+
+
+@dataclass
+class CachedTeacher(_Head):
+    """Reads states from files."""
+
+    shape: tuple[int, int]  # T, E
+    dtype: torch.dtype
+    shards: list[Path]
+    per_shard: int  # windows
+    _open: dict[int, npt.NDArray[np.uint8]] = field(default_factory=dict, repr=False)
+
+    def hidden(self, rows: npt.NDArray[np.int64]) -> torch.Tensor:
+        """See `Teacher`."""
+        found = torch.from_numpy(np.stack([self._window(int(row)) for row in rows]))
+        return found.view(self.dtype).view(len(rows), *self.shape).to(self.matrix.device)
+
+    def _window(self, row: int) -> npt.NDArray[np.uint8]:
+        shard, inside = divmod(row, self.per_shard)
+        if shard not in self._open:
+            self._open[shard] = np.memmap(self.shards[shard], np.uint8, mode="r")
+        size = self.shape[0] * self.shape[1] * self.dtype.itemsize
+        return self._open[shard][inside * size : (inside + 1) * size]
+
+
+def live_teacher(source: Source, text: Calibration, dtype: torch.dtype, device: torch.device) -> LiveTeacher:
+    """A teacher that is run for each batch."""
+    model = Decoder.of(source, dtype, device, keep=dtype)
+    return LiveTeacher(
+        source.config, model.values[model.head_name], model, torch.from_numpy(text.ids).long().to(device)
+    )
+
+
+def cached_teacher(
+    source: Source,
+    text: Calibration,
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    batch_tokens: int = 4096,
+    step: Step = lambda done, total: None,
+) -> CachedTeacher:
+    """The teacher's states of a text: those missing in the folder are computed and written.
+
+    Each file appears whole or not at all and ends with a checksum, so a run that was killed goes on where it
+    was; a damaged file is made again.
+
+    Args:
+        source: the teacher. text: windows [B, T].
+        folder: files go to a folder in it named by the model's content, the text and the type.
+        dtype: of states and head. device: where the teacher runs and states are given.
+        batch_tokens: read at once. step: told (windows done, windows in all).
+
+    Raises:
+        DiskError: the disk is full, read-only or not ours.
+        ModelError: a state is not finite.
+    """
+    count, length = text.ids.shape
+    shape = (length, source.config.hidden_size)
+    per_shard = max(1, SHARD_TOKENS // length)
+    place = folder / _key(source, text, dtype)
+    shards = [place / f"{n:05d}.states" for n in range(-(-count // per_shard))]
+    sizes = [min(per_shard, count - n * per_shard) for n in range(len(shards))]
+    missing = [
+        n
+        for n, shard in enumerate(shards)
+        if not _is_whole(shard, sizes[n] * shape[0] * shape[1] * dtype.itemsize)
+    ]
+    model = Decoder.of(source, dtype, device, keep=dtype) if missing else None
+    for n in missing:
+        assert model is not None
+        ids = text.ids[n * per_shard : n * per_shard + sizes[n]]
+        step(n * per_shard, count)
+        _write(shards[n], _states(model, ids, max(1, batch_tokens // length)))
+    step(count, count)
+    name = "embed" if source.config.tied_head else "head"
+    head = model.values[name] if model else tensor_values(source.tensors[name], dtype, device)
+    return CachedTeacher(source.config, head, shape, dtype, shards, per_shard)
+
+
+@torch.no_grad()
+def _states(model: Decoder, ids: npt.NDArray[np.int32], rows: int) -> npt.NDArray[np.uint8]:
+    found = []
+    for at in range(0, len(ids), rows):
+        states = model.hidden(torch.from_numpy(ids[at : at + rows]).long().to(model.device))
+        if not torch.isfinite(states).all():
+            raise ModelError(
+                "distil: the teacher's states are not finite",
+                hint="check its files: hasten eval MODEL",
+            )
+        found.append(states.cpu().contiguous().view(torch.uint8).flatten().numpy())
+    return np.concatenate(found)
+
+
+def _write(path: Path, data: npt.NDArray[np.uint8]) -> None:
+    def put(file: BinaryIO) -> None:
+        file.write(data.data)
+        file.write(_checksum(data))
+
+    write_atomic(path, put)
+
+
+def _is_whole(path: Path, size: int) -> bool:
+    try:
+        if path.stat().st_size != size + _SUM:
+            return False
+        data = np.fromfile(path, np.uint8)
+    except OSError:
+        return False
+    return data.size == size + _SUM and data[size:].tobytes() == _checksum(data[:size])
+
+
+def _checksum(data: npt.NDArray[np.uint8]) -> bytes:
+    found = np.array(_native.checksums(data, _PIECE, 0), np.uint64)
+    return hashlib.sha256(found.tobytes()).digest()[:_SUM]
+
+
+def _key(source: Source, text: Calibration, dtype: torch.dtype) -> str:
+    return hashlib.sha256(f"{content(source)} {text.sha256} {dtype}".encode()).hexdigest()[:32]
+
+
+def content(source: Source) -> str:
+    """Digest of a model's shape and all its tensors as they are stored: XXH64 at memory speed, no arithmetic.
+
+    The files' own digests would not do: a source may hold other values than the files it came from.
+    """
+    state = hashlib.sha256(repr(source.config).encode())
+    for name, tensor in sorted(source.tensors.items()):
+        order = b"" if tensor.row_order is None else tensor.row_order.tobytes()
+        state.update(f"{name} {tensor.shape} {tensor.dtype} {tensor.offset}".encode() + order)
+        state.update(_checksum(np.ascontiguousarray(tensor.data)))
+    return state.hexdigest()

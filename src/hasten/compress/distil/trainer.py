@@ -1,0 +1,339 @@
+"""Distillation: a student is trained until it says what its teacher says.
+
+Sources: Hinton, Vinyals, Dean 2015 (arXiv:1503.02531); for pruned models Muralidharan et al. 2024 (Minitron,
+arXiv:2407.14679); for quantised ones Liu et al. 2023 (LLM-QAT, arXiv:2305.17888).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hasten.compress.calibration import Calibration
+from hasten.compress.distil import losses, schedule
+from hasten.compress.distil.checkpoint import Checkpoint
+from hasten.compress.distil.decoder import Decoder
+from hasten.compress.distil.result import Distilled, Observer, Point, Progress, silent
+from hasten.compress.distil.student import Layouts, Student
+from hasten.compress.distil.teacher import Teacher, cached_teacher, content, live_teacher
+from hasten.compress.torch_layer import layer_forward
+from hasten.errors import MachineError, ModelError, UsageError
+from hasten.models.source import Source
+from hasten.recipe import Distillation
+
+HELD_OUT = 8
+"""Most windows set aside for the curve."""
+CLIP = 1.0
+"""Largest norm of all gradients together."""
+SCALES_RATE = 10.0
+"""How much faster scales learn than weights: a step is of the order of the rate, weights are of 0.02."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the machine runs it; results differ by rounding alone."""
+
+    dtype: torch.dtype | None = None  # None: bf16 on a GPU, float32 elsewhere
+    micro_tokens: int = 4096  # computed at once; a batch of more is summed up
+    head_rows: int = 1024  # of logits at once: 0.6 MB each in float32 at 152k words, about six times over
+    recompute: bool = True  # layers in the backward pass, to save memory
+    compiled: bool = False  # torch.compile of layer and loss: a minute first, then faster on a GPU
+    live_teacher: bool = False  # run the teacher for each batch instead of caching its states
+    keep_zeros: bool = False  # zeros of the student's linear layers stay: it was pruned weight by weight
+    points: int = 20  # of the curve
+    checkpoint_steps: int | None = None
+    checkpoint_seconds: float = 300.0
+
+
+def distil(
+    teacher: Source,
+    student: Source,
+    calibration: Calibration,
+    options: Distillation,
+    *,
+    folder: Path,
+    layouts: Layouts | None = None,
+    device: str | torch.device | None = None,
+    seconds: float | None = None,
+    training: Training | None = None,
+    cache: Path | None = None,
+    observer: Observer = silent,
+) -> Distilled:
+    """Train a student on what its teacher says about a text.
+
+    A run that was stopped goes on from its checkpoint in `folder`, and ends with the weights it would have
+    had; one that has ended is read from there. With a time limit the learning rate follows the clock.
+
+    Args:
+        teacher: the model to be like. student: where to begin; its widths may be smaller.
+        calibration: the text, windows [B, T]; the last few are held out for the curve.
+        options: loss, tokens, learning rate.
+        folder: of the checkpoint. cache: of the teacher's states; None: `folder`/teacher.
+        layouts: matrices are trained through these layouts' rounding.
+        device: "cpu" or "cuda"; None takes a GPU where there is one.
+        seconds: stop after so much training, this time and earlier ones together.
+        training: how the machine runs it.
+        observer: told of every step.
+
+    Raises:
+        UsageError: too few windows, vocabularies differ, or the folder holds another run.
+        MachineError: no such device.
+        ModelError: the loss is not finite: the rate is too high, or a model is damaged.
+        DiskError: the disk is full, read-only or not ours.
+    """
+    how = training or Training()
+    place = _device(device)
+    how = replace(how, dtype=how.dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32))
+    _check(teacher, student, calibration, options)
+    assert how.dtype is not None
+    run = _run_digest(teacher, student, calibration, options, layouts, how)
+    checkpoint = Checkpoint.read(folder, run)
+    layer = torch.compile(layer_forward) if how.compiled else layer_forward
+    model = Decoder.of(student, how.dtype, place, recompute=how.recompute, layer=layer)
+    pupil = Student.of(
+        student, model, lora=options.lora, layouts=layouts, keep_zeros=how.keep_zeros, seed=options.seed
+    )
+    if how.live_teacher:
+        master: Teacher = live_teacher(teacher, calibration, how.dtype, place)
+    else:
+        master = cached_teacher(
+            teacher,
+            calibration,
+            cache or folder / "teacher",
+            how.dtype,
+            place,
+            batch_tokens=how.micro_tokens,
+            step=lambda done, total: observer(Progress("teacher", done, total)),
+        )
+    trainer = _Trainer(run, pupil, master, calibration, options, how, folder, seconds, observer)
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+    trainer.train()
+    integers = pupil.integers()
+    return Distilled(pupil.made(integers), tuple(trainer.curve), trainer.tokens, trainer.spent, integers)
+
+
+class _Trainer:
+    """One run."""
+
+    def __init__(
+        self,
+        run: str,
+        student: Student,
+        teacher: Teacher,
+        text: Calibration,
+        options: Distillation,
+        how: Training,
+        folder: Path,
+        seconds: float | None,
+        observer: Observer,
+    ) -> None:
+        self.run, self.student, self.teacher = run, student, teacher
+        self.options, self.how, self.folder, self.seconds = options, how, folder, seconds
+        self.observer = observer
+        self.curve: list[Point] = []
+        self.step, self.spent = 0, 0.0
+        count = len(text.ids)
+        self.length = int(text.ids.shape[1])
+        self.held = held_out(count)
+        self.windows = count - len(self.held)
+        self.ids = torch.from_numpy(text.ids).long().to(student.model.device)
+        self.size = max(1, options.batch_tokens // self.length)
+        self.steps = max(1, options.tokens // (self.size * self.length))
+        self._numbers = list(student.learning.values())
+        self._optimizer = _optimizer(student, options.learning_rate)
+        self._losses: list[float] = []
+        self._divergence = torch.compile(losses.divergence) if how.compiled else losses.divergence
+        self._saved_at, self._slice, self._began = time.monotonic(), time.monotonic(), 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Trained on so far."""
+        return self.step * self.size * self.length
+
+    @property
+    def progress(self) -> float:
+        """Part of the run that is over, by steps or by the clock, whichever is further."""
+        clock = self.spent / self.seconds if self.seconds else 0.0
+        return max(self.step / self.steps, clock)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on where a checkpoint was."""
+        with torch.no_grad():
+            for name, value in self.student.learning.items():
+                value.copy_(checkpoint.learning[name])
+        self._optimizer.load_state_dict(checkpoint.optimizer)
+        self.step, self.spent, self.curve = checkpoint.step, checkpoint.seconds, list(checkpoint.curve)
+
+    def train(self) -> None:
+        """All steps that are left, or as many as the time limit allows."""
+        self._slice, self._saved_at = time.monotonic(), time.monotonic()
+        self._began = self.spent
+        first = self.step
+        if not self.curve:
+            self._measure()
+        while self.progress < 1:
+            loss = self._learn(schedule.batch(self.step, self.windows, self.size, self.options.seed))
+            self.step += 1
+            self._losses.append(loss)
+            self._tick()
+            self._tell(loss, self.step - first)
+            if self.progress >= len(self.curve) / self.how.points or self.progress >= 1:
+                self._measure()
+            if self._is_due():
+                self.save()
+        if self.step > first:
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        self._tick()
+        learning = {name: value.detach().cpu() for name, value in self.student.learning.items()}
+        state = self._optimizer.state_dict()
+        Checkpoint(self.run, self.step, self.spent, tuple(self.curve), learning, state).write(self.folder)
+        self._saved_at = time.monotonic()
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self.spent += now - self._slice
+        self._slice = now
+
+    def _is_due(self) -> bool:
+        every = self.how.checkpoint_steps
+        if every is not None:
+            return self.step % every == 0
+        return time.monotonic() - self._saved_at >= self.how.checkpoint_seconds
+
+    def _learn(self, rows: npt.NDArray[np.int64]) -> float:
+        """One step of the optimiser; the mean loss a token."""
+        self._optimizer.zero_grad(set_to_none=True)
+        micro = max(1, self.how.micro_tokens // self.length)
+        total = 0.0
+        for at in range(0, len(rows), micro):
+            part = rows[at : at + micro]
+            loss = self._loss(part) / (len(rows) * self.length)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        norm = float(torch.nn.utils.clip_grad_norm_(self._numbers, CLIP))
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            raise ModelError(
+                f"distil: at step {self.step + 1} of {self.steps} the loss is {total}, its gradient {norm}",
+                hint=f"use a lower rate, such as learning_rate: {self.options.learning_rate / 4:g}",
+            )
+        share = schedule.rate(self.progress)
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["highest"] * share
+        self._optimizer.step()
+        return total
+
+    def _loss(self, rows: npt.NDArray[np.int64]) -> torch.Tensor:
+        """Summed over the tokens of some windows."""
+        model, options = self.student.model, self.options
+        theirs = self.teacher.hidden(rows).flatten(0, 1)  # [N, E]
+        ours = model.hidden(self.ids[rows]).flatten(0, 1)
+
+        def part(hidden: torch.Tensor, head: torch.Tensor, cut: slice) -> torch.Tensor:
+            with torch.no_grad():
+                target = self.teacher.logits(theirs[cut])
+            found = self._divergence(
+                options.loss, model.logits(hidden, head), target, options.temperature, options.skew
+            )
+            return found.sum()
+
+        loss = losses.in_parts(ours, model.head(), part, self.how.head_rows)
+        if options.hidden:
+            loss = loss + options.hidden * losses.hidden_error(ours, theirs).sum()
+        return loss
+
+    @torch.no_grad()
+    def held_out_kl(self) -> float:
+        """Mean KL(teacher || student) on the windows held out, at temperature 1, nats a token."""
+        model, total = self.student.model, 0.0
+        for row in self.held:
+            rows = np.array([row])
+            theirs = self.teacher.hidden(rows)[0]
+            ours, head = model.hidden(self.ids[rows])[0], model.head()
+            for at in range(0, self.length, self.how.head_rows):
+                cut = slice(at, at + self.how.head_rows)
+                logits = model.logits(ours[cut], head)
+                total += float(losses.divergence("forward", logits, self.teacher.logits(theirs[cut])).sum())
+        return total / (len(self.held) * self.length)
+
+    def _measure(self) -> None:
+        kl = self.held_out_kl()
+        self._tick()
+        loss = sum(self._losses) / len(self._losses) if self._losses else None
+        self._losses.clear()
+        self.curve.append(Point(self.step, self.tokens, self.spent, loss, kl))
+        self.observer(Progress("train", self.step, self.steps, loss, None, None, kl))
+
+    def _tell(self, loss: float, done: int) -> None:
+        spent = max(self.spent - self._began, 1e-9)
+        left = spent / done * (self.steps - self.step)
+        left = left if self.seconds is None else max(0.0, min(left, self.seconds - self.spent))
+        speed = done * self.size * self.length / spent
+        self.observer(Progress("train", self.step, self.steps, loss, speed, left, self.curve[-1].kl))
+
+
+def held_out(windows: int) -> range:
+    """Which windows are not trained on: the last ones, a sixteenth of them, 1 to 8."""
+    return range(windows - max(1, min(HELD_OUT, windows // 16)), windows)
+
+
+def _optimizer(student: Student, highest: float) -> torch.optim.AdamW:
+    """AdamW without decay: the student is to be like its teacher, not small (Loshchilov and Hutter 2019)."""
+    groups = [
+        {"params": list(numbers.values()), "lr": rate, "highest": rate}
+        for numbers, rate in ((student.weights, highest), (student.scales, highest * SCALES_RATE))
+        if numbers
+    ]
+    is_fused = student.model.device.type == "cuda"
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=is_fused)
+
+
+def _device(name: str | torch.device | None) -> torch.device:
+    there = torch.cuda.is_available()
+    place = torch.device(name if name is not None else "cuda" if there else "cpu")
+    if place.type == "cuda" and not there:
+        raise MachineError("distil: torch sees no GPU here", hint="use device cpu, or install torch for CUDA")
+    return place
+
+
+def _check(teacher: Source, student: Source, text: Calibration, options: Distillation) -> None:
+    theirs, ours = teacher.config, student.config
+    if theirs.vocab_size != ours.vocab_size:
+        raise UsageError(
+            f"distil: the teacher has {theirs.vocab_size:,} tokens and the student {ours.vocab_size:,}",
+            hint="prune the vocabulary after distilling, or not at all",
+        )
+    if options.hidden and theirs.hidden_size != ours.hidden_size:
+        raise UsageError(
+            f"distil: hidden states of {theirs.hidden_size} and {ours.hidden_size} cannot be compared",
+            hint="leave hidden: out where the width was pruned",
+        )
+    if len(text.ids) < 2:
+        raise UsageError(
+            "distil: one window of text cannot be trained on and held out",
+            hint="give more text, or shorter windows",
+        )
+
+
+def _run_digest(
+    teacher: Source,
+    student: Source,
+    text: Calibration,
+    options: Distillation,
+    layouts: Callable[[str], object] | None,
+    how: Training,
+) -> str:
+    stored = [f"{name} {layouts(name)}" for name in sorted(student.tensors)] if layouts else []
+    parts = [content(teacher), content(student), text.sha256, options, stored, how.dtype, how.keep_zeros]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
