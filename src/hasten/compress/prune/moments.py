@@ -1,0 +1,78 @@
+"""Second moments of a layer's inputs and of its wanted outputs, and the weights that fit them best."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+_BLOCK = 640
+
+
+@dataclass
+class Moments:
+    """Sums over tokens: all that least squares needs, whatever the number of tokens.
+
+    Costs 4 bytes times `inputs` squared, 95 MB for 4,864 inputs.
+    """
+
+    gram: torch.Tensor  # float32 [inputs, inputs]: sum of h h^T
+    cross: torch.Tensor  # float32 [outputs, inputs]: sum of y h^T
+    squares: float = 0.0  # sum of |y|^2
+    tokens: int = 0
+
+    @classmethod
+    def zeros(cls, inputs: int, outputs: int) -> Moments:
+        """Before the first token."""
+        return cls(torch.zeros(inputs, inputs), torch.zeros(outputs, inputs))
+
+    def add(self, h: torch.Tensor, y: torch.Tensor) -> None:
+        """Count inputs [..., inputs] and wanted outputs [..., outputs] in."""
+        h, y = h.flatten(0, -2).float(), y.flatten(0, -2).float()
+        for at in range(0, h.shape[1], _BLOCK):  # the half above the diagonal is copied: it is symmetric
+            end = at + _BLOCK
+            part = h[:, at:].T @ h[:, at:end]
+            self.gram[at:, at:end] += part
+            self.gram[at:end, end:] += part[_BLOCK:].T
+        self.cross.addmm_(y.T, h)
+        self.squares += float(y.square().sum(dtype=torch.float64))
+        self.tokens += len(h)
+
+    def scale(self) -> torch.Tensor:
+        """Root of each input's summed square, [inputs], never zero."""
+        squares = self.gram.diagonal()
+        return squares.clamp_min(max(1e-30, 1e-12 * float(squares.mean()))).sqrt()
+
+    def kept(self, inputs: torch.Tensor) -> Moments:
+        """Of some inputs only, int64 [n]."""
+        return Moments(self.gram[inputs][:, inputs], self.cross[:, inputs], self.squares, self.tokens)
+
+    def error(self, weight: torch.Tensor) -> float:
+        """Root of |y - weight h|^2 / |y|^2 over the tokens, for weights [outputs, inputs]."""
+        if self.squares == 0:
+            return 0.0
+        explained = 2 * (weight * self.cross).sum(dtype=torch.float64)
+        own = ((weight @ self.gram) * weight).sum(dtype=torch.float64)
+        return float((max(0.0, self.squares - float(explained) + float(own)) / self.squares) ** 0.5)
+
+
+def fitted(moments: Moments, prior: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Weights that give the wanted outputs: ridge regression that falls back on `prior`.
+
+    Minimises |y - w h|^2 + ridge * sum of |(w - prior)_j|^2 |h_j|^2: each input's weights are held to where
+    they were by the ridge times the input's own size, so that channels of all sizes are treated alike.
+
+    Args:
+        moments: of the inputs that are there.
+        prior: [outputs, inputs].
+        ridge: 0.03 or so; more for less text.
+
+    Returns:
+        float32 [outputs, inputs].
+    """
+    scale = moments.scale()
+    system = moments.gram / scale / scale[:, None]
+    system.diagonal().add_(ridge)
+    wanted = moments.cross / scale + ridge * (prior * scale)
+    solution: torch.Tensor = torch.linalg.solve(system, wanted, left=False)
+    return solution / scale
