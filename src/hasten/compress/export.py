@@ -40,18 +40,9 @@ FORMATS: dict[str, Format] = {
             "transformers with the compressed-tensors package, vLLM",
         ),
         Format("gptq", "hasten.compress.export_gptq", "", "GPTQModel and what reads its format"),
+        Format("openvino", "hasten.compress.export_openvino", "", "openvino, optimum-intel, OpenVINO GenAI"),
+        Format("onnx", "hasten.compress.export_onnx", "", "onnxruntime, optimum-onnx"),
     )
-}
-
-_REFUSED = {
-    "openvino": (
-        "its files hold a graph, which only optimum-intel makes, and that rounds the weights anew",
-        "--to gguf: OpenVINO GenAI opens GGUF files of 4 and 8 bits (recipes w4 and w8) itself",
-    ),
-    "onnx": (
-        "no exporter to ONNX that is kept up carries 4- and 5-bit groups with a cache of keys and values",
-        "use --to gguf for CPUs, --to compressed-tensors for GPUs",
-    ),
 }
 
 
@@ -59,13 +50,10 @@ def format_of(name: str) -> Format:
     """A format by name.
 
     Raises:
-        UsageError: there is no such format, or it is one that is refused: the reason is given.
+        UsageError: there is no such format.
     """
     if name in FORMATS:
         return FORMATS[name]
-    if name in _REFUSED:
-        why, hint = _REFUSED[name]
-        raise UsageError(f"--to {name} is not supported: {why}", hint=hint)
     raise UsageError(f"unknown format {name!r}", hint=f"formats: {', '.join(FORMATS)}")
 
 
@@ -96,6 +84,7 @@ def export(
 
     Raises:
         UsageError: an unknown format, no artifact, or a model the format cannot carry.
+        MachineError: a package that writes the format is not installed.
         ArtifactError, TokenizerError: the artifact is damaged, or its tokenizer fits no word of the format.
         DiskError: something is there and not `force`; full, read-only or forbidden disk.
     """

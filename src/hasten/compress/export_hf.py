@@ -7,7 +7,6 @@ layout (a minimum, groups of 16, bf16), the embedding and the head go as floats,
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hasten.cache import new_folder, write_json
+from hasten.cache import new_folder
 from hasten.compress import safetensors_writer
 from hasten.compress.artifact import Artifact
+from hasten.compress.export_folder import MARKER, size_of, write_companions
 from hasten.compress.export_hf_config import config_values, refuse
 from hasten.compress.export_result import Exported, Progress, Rounding
 from hasten.compress.pack import PackedLinear, PackedModel
@@ -127,18 +127,10 @@ def write(
     entries = [entry for m in made.modules for entry in (encode(made, m) if m.scheme else _floats(made, m))]
     entries += _vectors(made)
     values = {**made.values, **({"quantization_config": dict(quantisation)} if made.quantised else {})}
-    ends = list(made.artifact.tokenizer.eos_ids) or None
-    with new_folder(path, marker="config.json") as fresh:
-        write_json(fresh / "config.json", values)
-        write_json(
-            fresh / "generation_config.json",
-            {"eos_token_id": ends, "bos_token_id": made.artifact.tokenizer.bos_id},
-        )
-        made.artifact.tokenizer.save(fresh)
-        _plain_tokenizer(fresh / "tokenizer_config.json")
+    with new_folder(path, marker=MARKER) as fresh:
+        write_companions(fresh, made.artifact, values)
         safetensors_writer.write(fresh / WEIGHTS, entries, progress)
-    size = sum(file.stat().st_size for file in path.iterdir())
-    return Exported(name, path, size, _carried(made), tuple(_roundings(made)), made.notes)
+    return Exported(name, path, size_of(path), _carried(made), tuple(_roundings(made)), made.notes)
 
 
 def rows_of(made: HfPlan, module: Module) -> Iterator[tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]]:
@@ -281,13 +273,6 @@ def _vector(name: str, values: npt.NDArray[np.float32]) -> Entry:
     if np.array_equal(half.astype(np.float32), values):
         return Entry(name, "F16", values.shape, lambda: [half])
     return Entry(name, "F32", values.shape, lambda: [values])
-
-
-def _plain_tokenizer(path: Path) -> None:
-    """Drop what only artifacts need from tokenizer_config.json."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config.pop("hasten", None)
-    write_json(path, config)
 
 
 def _carried(made: HfPlan) -> dict[str, int]:

@@ -1,0 +1,257 @@
+"""A decoder as a graph of plain operations, for formats whose files hold one (OpenVINO, ONNX).
+
+One description serves every architecture, as in the native engine: what differs is in ModelConfig. A format
+says its words for the operations (`Graph`), and how weights and the cache of keys and values look in it.
+
+The graph's inputs are `input_ids`, `attention_mask` and `position_ids`, int64 [B, T], [B, S] and [B, T], S
+the cached tokens and the new ones; its output `logits` is float32 [B, T, V]. Which key a query sees is
+counted in cached places, padded ones left out, so batches may be padded on the left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from hasten.core import ModelConfig
+from hasten.errors import UsageError
+from hasten.models import rope
+
+MASKED = -65504.0
+"""Added to the score of a key that must not be seen: float16's least, so that no format makes it infinite."""
+
+Node = Any
+Array = npt.NDArray[Any]
+
+
+class Graph(Protocol):
+    """Operations of a format. A `Node` is a value in it; arithmetic broadcasts as in NumPy."""
+
+    def input(self, name: str, sizes: Sequence[str]) -> Node:
+        """int64 of named sizes."""
+
+    def output(self, name: str, value: Node) -> None: ...
+
+    def constant(self, values: Array) -> Node: ...
+
+    def linear(self, name: str, x: Node) -> Node:
+        """x [B, T, cols] times a matrix and plus its bias, by canonical name: [B, T, rows]."""
+
+    def embed(self, ids: Node) -> Node:
+        """Rows of the embedding: float32 [B, T, E]."""
+
+    def extended(self, name: str, new: Node) -> Node:
+        """Cached [B, K, S - T, D] and new [B, K, T, D] keys or values, together [B, K, S, D] and kept."""
+
+    def attention(self, q: Node, k: Node, v: Node, mask: Node, config: ModelConfig) -> Node:
+        """q [B, H, T, D], k and v [B, K, S, D], mask [B, 1, T, S]: [B, H, T, D]."""
+
+    def call(self, operation: str, *values: Node) -> Node:
+        """Add, Subtract, Multiply, Divide, Sqrt, Tanh, Sigmoid, Erf, Cos, Sin, MatMul, LessEqual, Greater,
+        And, Where."""
+
+    def mean(self, x: Node) -> Node:
+        """Over the last axis, which stays."""
+
+    def softmax(self, x: Node) -> Node:
+        """Over the last axis."""
+
+    def reshape(self, x: Node, sizes: Sequence[int]) -> Node:
+        """0 keeps a size, one -1 takes what is left."""
+
+    def transpose(self, x: Node, axes: Sequence[int]) -> Node: ...
+
+    def concat(self, values: Sequence[Node], axis: int) -> Node: ...
+
+    def part(self, x: Node, first: int, end: int) -> Node:
+        """x[..., first:end]."""
+
+    def unsqueeze(self, x: Node, axis: int) -> Node: ...
+
+    def floats(self, x: Node) -> Node:
+        """int64 as float32."""
+
+    def size(self, x: Node, axis: int) -> Node:
+        """int64 scalar."""
+
+    def range(self, first: Node, end: Node) -> Node:
+        """int64 [end - first]."""
+
+    def maximum(self, x: Node) -> Node:
+        """Of all elements, a scalar."""
+
+
+def refuse(config: ModelConfig, format: str) -> None:
+    """Raise UsageError for what no fixed graph computes."""
+    if config.rope_scaling.kind == "dynamic":
+        raise UsageError(
+            f"{format} cannot carry dynamic rope scaling: its frequencies change with the length, and cached "
+            "keys are turned already",
+            hint="run it with hasten serve, or use --to compressed-tensors",
+        )
+
+
+def notes(config: ModelConfig) -> tuple[str, ...]:
+    """What a graph leaves out."""
+    threshold = rope.tables(config).long_threshold
+    if threshold is None:
+        return ()
+    return (f"past {threshold:,} tokens LongRoPE's long factors turn new keys alone, as in transformers",)
+
+
+def build(graph: Graph, config: ModelConfig, vectors: dict[str, npt.NDArray[np.float32]]) -> None:
+    """Write a decoder into a graph.
+
+    Args:
+        graph: empty.
+        config: the model.
+        vectors: norms by canonical name; biases are the graph's own business.
+    """
+    _Decoder(graph, config, vectors).run()
+
+
+class _Decoder:
+    def __init__(
+        self, graph: Graph, config: ModelConfig, vectors: dict[str, npt.NDArray[np.float32]]
+    ) -> None:
+        self.graph, self.config, self.vectors = graph, config, vectors
+
+    def run(self) -> None:
+        g, c = self.graph, self.config
+        ids = g.input("input_ids", ("batch", "new"))
+        attended = g.input("attention_mask", ("batch", "all"))
+        positions = g.input("position_ids", ("batch", "new"))
+        slides = [self._slides(layer) for layer in range(c.num_layers)]
+        masks = {kind: self._mask(ids, attended, c.sliding_window if kind else None) for kind in {*slides}}
+        turns = {kind: self._rotation(positions, kind) for kind in {*slides}}
+        x = g.embed(ids)
+        if c.embed_scale != 1.0:
+            x = g.call("Multiply", x, self._scalar(c.embed_scale))
+        for layer in range(c.num_layers):
+            x = self._layer(layer, x, masks[slides[layer]], turns[slides[layer]])
+        logits = g.linear("embed" if c.tied_head else "head", self._norm("final_norm", x))
+        g.output("logits", capped(g, logits, c.logit_softcap))
+
+    def _slides(self, layer: int) -> bool:
+        flags = self.config.sliding_layers
+        return self.config.sliding_window is not None and bool(flags) and flags[layer]
+
+    def _scalar(self, value: float) -> Node:
+        return self.graph.constant(np.array(value, np.float32))
+
+    def _mask(self, ids: Node, attended: Node, window: int | None) -> Node:
+        """What is added to scores, float32 [B, 1, T, S]: 0 or `MASKED`."""
+        g = self.graph
+        new, all_ = g.size(ids, 1), g.size(attended, 1)
+        keys = g.unsqueeze(g.range(g.constant(np.array(0, np.int64)), all_), 0)  # [1, S]
+        queries = g.unsqueeze(g.range(g.call("Subtract", all_, new), all_), 1)  # [T, 1]
+        seen = g.call("LessEqual", keys, queries)  # [T, S]
+        if window is not None:
+            oldest = g.call("Subtract", queries, g.constant(np.array(window, np.int64)))
+            seen = g.call("And", seen, g.call("Greater", keys, oldest))
+        real = g.call("Greater", attended, g.constant(np.array(0, np.int64)))
+        seen = g.call("And", g.unsqueeze(g.unsqueeze(real, 1), 1), seen)  # [B, 1, T, S]
+        return g.call("Where", seen, self._scalar(0.0), self._scalar(MASKED))
+
+    def _rotation(self, positions: Node, slides: bool) -> tuple[Node, Node]:
+        """Cosines and sines, float32 [B, 1, T, rotary_dim]: each frequency's twice, for both halves."""
+        g, tables = self.graph, rope.tables(self.config)
+        local = tables.local_inv_freq if slides else None
+        frequencies, scale = (tables.global_inv_freq, tables.global_scale) if local is None else (local, 1.0)
+        turning = g.constant(_twice(frequencies))
+        if local is None and tables.long_inv_freq is not None and tables.long_threshold is not None:
+            last = g.constant(np.array(tables.long_threshold - 1, np.int64))
+            is_long = g.call("Greater", g.maximum(positions), last)
+            turning = g.call("Where", is_long, g.constant(_twice(tables.long_inv_freq)), turning)
+        angles = g.call("Multiply", g.unsqueeze(g.unsqueeze(g.floats(positions), 1), 3), turning)
+        found = [g.call("Cos", angles), g.call("Sin", angles)]
+        if scale != 1.0:
+            found = [g.call("Multiply", one, self._scalar(scale)) for one in found]
+        return found[0], found[1]
+
+    def _layer(self, layer: int, x: Node, mask: Node, turn: tuple[Node, Node]) -> Node:
+        """One layer, [B, T, E] -> [B, T, E]; where a norm stands is the placement's business alone."""
+        g, p = self.graph, f"layers.{layer}."
+        before = self.config.norm_placement in ("pre", "sandwich")
+        after = self.config.norm_placement in ("post", "sandwich")
+        y = self._attention(layer, self._norm(p + "attn_norm", x) if before else x, mask, turn)
+        x = g.call("Add", x, self._norm(p + "post_attn_norm", y) if after else y)
+        y = self._mlp(p, self._norm(p + "mlp_norm", x) if before else x)
+        return g.call("Add", x, self._norm(p + "post_mlp_norm", y) if after else y)
+
+    def _attention(self, layer: int, x: Node, mask: Node, turn: tuple[Node, Node]) -> Node:
+        g, c, p = self.graph, self.config, f"layers.{layer}."
+        q, k, v = (g.linear(p + name, x) for name in "qkv")
+        if c.qk_norm == "full":
+            q, k = self._norm(p + "q_norm", q), self._norm(p + "k_norm", k)
+        q = g.reshape(q, (0, 0, c.num_heads, c.head_dim))
+        k, v = (g.reshape(one, (0, 0, c.num_kv_heads, c.head_dim)) for one in (k, v))
+        if c.qk_norm == "head":
+            q, k = self._norm(p + "q_norm", q), self._norm(p + "k_norm", k)
+        q, k, v = (g.transpose(one, (0, 2, 1, 3)) for one in (q, k, v))
+        if not c.rope_layers or c.rope_layers[layer]:
+            q, k = self._turned(q, turn), self._turned(k, turn)
+        k, v = g.extended(f"{layer}.key", k), g.extended(f"{layer}.value", v)
+        mixed = g.transpose(g.attention(q, k, v, mask, c), (0, 2, 1, 3))
+        return g.linear(p + "o", g.reshape(mixed, (0, 0, c.num_heads * c.head_dim)))
+
+    def _turned(self, x: Node, turn: tuple[Node, Node]) -> Node:
+        """x * cos + rotated x * sin, dimensions past `rotary_dim` as they are."""
+        g, size = self.graph, self.config.head_dim
+        dim = self.config.rotary_dim or size
+        whole = x if dim == size else g.part(x, 0, dim)
+        second = g.call("Multiply", g.part(whole, dim // 2, dim), self._scalar(-1.0))
+        other = g.concat([second, g.part(whole, 0, dim // 2)], -1)
+        turned = g.call("Add", g.call("Multiply", whole, turn[0]), g.call("Multiply", other, turn[1]))
+        return turned if dim == size else g.concat([turned, g.part(x, dim, size)], -1)
+
+    def _mlp(self, p: str, x: Node) -> Node:
+        g = self.graph
+        gate, up = g.linear(p + "gate", x), g.linear(p + "up", x)
+        active = _silu(g, gate) if self.config.activation == "silu" else self._gelu(gate)
+        return g.linear(p + "down", g.call("Multiply", active, up))
+
+    def _gelu(self, x: Node) -> Node:
+        """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
+        call, scalar = self.graph.call, self._scalar
+        cube = call("Multiply", call("Multiply", x, x), x)
+        inner = call("Add", x, call("Multiply", cube, scalar(0.044715)))
+        curve = call("Tanh", call("Multiply", inner, scalar((2 / np.pi) ** 0.5)))
+        return call("Multiply", call("Multiply", x, scalar(0.5)), call("Add", curve, scalar(1.0)))
+
+    def _norm(self, name: str, x: Node) -> Node:
+        g = self.graph
+        squares = g.call("Add", g.mean(g.call("Multiply", x, x)), self._scalar(self.config.norm_eps))
+        even = g.call("Multiply", x, g.call("Divide", self._scalar(1.0), g.call("Sqrt", squares)))
+        return g.call("Multiply", even, g.constant(self.vectors[name]))
+
+
+def _silu(graph: Graph, x: Node) -> Node:
+    return graph.call("Multiply", x, graph.call("Sigmoid", x))
+
+
+def _twice(frequencies: rope.Frequencies) -> npt.NDArray[np.float32]:
+    return np.concatenate([frequencies, frequencies]).astype(np.float32)
+
+
+def capped(graph: Graph, x: Node, cap: float | None) -> Node:
+    """tanh(x / cap) * cap."""
+    if cap is None:
+        return x
+    size = graph.constant(np.array(cap, np.float32))
+    return graph.call("Multiply", graph.call("Tanh", graph.call("Divide", x, size)), size)
+
+
+def plain_attention(graph: Graph, q: Node, k: Node, v: Node, mask: Node, config: ModelConfig) -> Node:
+    """`Graph.attention` of matrix products, each group of query heads beside its key's head."""
+    g, c = graph, config
+    times = c.num_heads // c.num_kv_heads
+    q = g.call("Multiply", q, g.constant(np.array(c.score_scale, np.float32)))
+    q = g.reshape(q, (0, c.num_kv_heads, times, -1, c.head_dim))  # [B, K, H / K, T, D]
+    k = g.unsqueeze(g.transpose(k, (0, 1, 3, 2)), 2)  # [B, K, 1, D, S]
+    scores = capped(g, g.call("MatMul", q, k), c.attention_softcap)
+    weights = g.softmax(g.call("Add", scores, g.unsqueeze(mask, 1)))
+    return g.reshape(g.call("MatMul", weights, g.unsqueeze(v, 2)), (0, c.num_heads, -1, c.head_dim))

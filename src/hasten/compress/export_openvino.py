@@ -1,0 +1,99 @@
+"""`--to openvino`: a folder with an IR that openvino, optimum-intel and OpenVINO GenAI load.
+
+The graph is written here, not traced: the artifact's integers, scales and minimums go into it as they are.
+Needs the package openvino; with openvino-tokenizers and transformers too, GenAI's tokenizer comes along.
+
+Source: OpenVINO's opset 13 and the inputs, outputs and variables of optimum-intel's stateful text generation.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hasten.cache import new_folder
+from hasten.compress import export_decoder, export_graph
+from hasten.compress.artifact import Artifact
+from hasten.compress.export_folder import MARKER, write_companions
+from hasten.compress.export_graph import GraphPlan
+from hasten.compress.export_integers import carrier
+from hasten.compress.export_result import Exported, Progress
+from hasten.errors import DiskError
+
+NAME = "openvino"
+MODEL = "openvino_model"
+_NO_TOKENIZER = (
+    "no tokenizer of GenAI's own (openvino and optimum-intel need none): pip install openvino-tokenizers "
+    "transformers, export again"
+)
+_SLIDES = "OpenVINO GenAI: ATTENTION_BACKEND=SDPA keeps the sliding windows, its paged attention may not"
+
+
+def plan(artifact: Artifact) -> GraphPlan:
+    """Decide what the folder will hold; reads no weights.
+
+    Raises:
+        UsageError: the format cannot carry something of the model.
+        MachineError: openvino is not installed.
+    """
+    linears = artifact.packed.linears
+    return export_graph.plan(artifact, NAME, "openvino", lambda name: carrier(linears[name].layout))
+
+
+def write(made: GraphPlan, path: Path, progress: Progress) -> Exported:
+    """Write the folder: all of it or nothing.
+
+    Raises:
+        DiskError: full, read-only or forbidden disk, or a folder that is no model stands there.
+    """
+    artifact = made.artifact
+    with new_folder(path, marker=MARKER) as fresh:
+        write_companions(fresh, artifact, made.values)
+        _write_model(made, fresh, progress)
+        spoken = _write_tokenizer(fresh)
+    config = artifact.packed.config
+    notes = [] if spoken else [_NO_TOKENIZER]
+    if config.sliding_window is not None and any(config.sliding_layers):
+        notes.append(_SLIDES)
+    return export_graph.exported(made, NAME, path, *notes)
+
+
+def _write_model(made: GraphPlan, folder: Path, progress: Progress) -> None:
+    import openvino
+
+    from hasten.compress.export_openvino_graph import OpenVinoGraph
+
+    packed = made.artifact.packed
+    done = 0
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        progress(done, len(packed.linears))
+
+    graph = OpenVinoGraph(packed, count)
+    export_decoder.build(graph, packed.config, packed.vectors)
+    try:
+        openvino.serialize(graph.model(made.artifact.name), folder / f"{MODEL}.xml", folder / f"{MODEL}.bin")
+        openvino.Core().read_model(folder / f"{MODEL}.xml")  # it does not say itself that the disk is full
+    except (OSError, RuntimeError) as wrong:
+        raise DiskError(
+            f"{folder.parent}: the OpenVINO model cannot be written: {' '.join(str(wrong).split())[:300]}",
+            hint="free some space or choose another --out",
+        ) from None
+
+
+def _write_tokenizer(folder: Path) -> bool:
+    """GenAI's tokenizer and detokenizer, where the packages that make them are installed."""
+    if find_spec("openvino_tokenizers") is None or find_spec("transformers") is None:
+        return False
+    import openvino
+    from openvino_tokenizers import convert_tokenizer
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
+    made = convert_tokenizer(tokenizer, with_detokenizer=True)
+    for name, model in zip(("openvino_tokenizer", "openvino_detokenizer"), made, strict=True):
+        openvino.serialize(model, folder / f"{name}.xml", folder / f"{name}.bin")
+    return True
