@@ -5,8 +5,8 @@ r"""Our calibrated 4 bits against the quantisers of others: same values, same te
     python benchmarks/quantisers.py --only llama.cpp:q4_0 llama.cpp:q4_k_m --recipes w4-head8
 
 Every peer gets the model in bf16 and the windows our own calibration reads (16,384 tokens in windows of 512,
-or all the text has), and makes 4 bits in groups of 32, symmetric, of all linear layers; head and embedding are
-int8 in groups of 32 for everybody. Q4_K_M is as llama.cpp makes it, which where 256 does not divide a layer's
+or all the text has), and makes 4 bits in groups of 32, symmetric, of all linear layers; head and embedding
+are int8 in groups of 32 for everybody. Q4_K_M is as llama.cpp makes it, which where 256 does not divide a layer's
 inputs means more bits: the bar for it is held by the best of our recipes that has no more bits. All results
 are opened by our engine, values kept, and read 8,192 tokens of the evaluation text with int8 activations
 against the model in bf16.
