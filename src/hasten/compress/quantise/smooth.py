@@ -1,0 +1,99 @@
+"""SmoothQuant (Xiao et al. 2022): large activations made smaller, and the weights that read them larger.
+
+A few channels of a decoder's activations are many times the rest, and integers with one scale for many
+channels lose the small ones beside them. Input j of a linear layer is divided by
+
+    s_j = max|x_j|^alpha / max|w_j|^(1 - alpha)
+
+and column j of its matrix multiplied by it: alpha says how much of the range goes to the weights. The engine
+gives every 32 inputs of a token a scale of their own, so there is less to win here than with one scale a
+token; the recipe's `smooth` is off where nobody asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from hasten.compress.quantise.fold import GROUPS, READERS, Group, fold, foldable, shared_scales
+from hasten.compress.torch_layer import Weights, plain_linear
+from hasten.core import ModelConfig
+from hasten.errors import ModelError
+
+_FARTHEST = 256.0
+"""Most that a scale lies from the group's mean: beyond it a channel is dead, not small."""
+
+
+class ChannelMaxima:
+    """Largest magnitude of each input channel of one layer: a `Linear` hook that computes as it watches.
+
+    Args:
+        prefix: what errors put before a linear layer's name, such as `layers.3.`.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+        self.maxima: dict[str, torch.Tensor] = {}  # short name -> float32 [cols]
+
+    def __call__(
+        self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The linear layer's output.
+
+        Raises:
+            ModelError: an input is not finite.
+        """
+        found = x.detach().abs().reshape(-1, x.shape[-1]).amax(0).float()
+        if not bool(torch.isfinite(found).all()):
+            raise ModelError(
+                f"{self.prefix}{name}: its input is not finite on calibration text",
+                hint="the model diverges on this text: check it with hasten eval, or use another text",
+            )
+        before = self.maxima.get(name)
+        self.maxima[name] = found if before is None else torch.maximum(before, found)
+        return plain_linear(name, x, weight, bias)
+
+
+def smooth_scales(weights: Weights, group: Group, maximum: torch.Tensor, alpha: float) -> torch.Tensor:
+    """s of one group, float32 [cols], its geometric mean 1; 1 for channels that are always zero.
+
+    Args:
+        weights: the layer by short name.
+        group: linear layers that read the same input.
+        maximum: largest magnitude of each channel of it, [cols].
+        alpha: 0 makes the largest weight of each column equal, 1 the largest activation of each channel.
+    """
+    assert 0 <= alpha <= 1, alpha
+    columns = torch.stack([weights[name].float().abs().amax(0) for name in READERS[group]]).amax(0)
+    maximum = maximum.float().to(columns.device)
+    alive = (maximum > 0) & (columns > 0)
+    if not bool(alive.any()):
+        return torch.ones_like(columns)
+    logs = alpha * maximum.clamp(min=1e-30).log() - (1 - alpha) * columns.clamp(min=1e-30).log()
+    scales = (logs - logs[alive].mean()).exp().clamp(1 / _FARTHEST, _FARTHEST)
+    return torch.where(alive, scales, 1.0)
+
+
+def smooth_layer(
+    weights: Weights, config: ModelConfig, maxima: Mapping[str, torch.Tensor], alpha: float
+) -> dict[str, torch.Tensor]:
+    """One layer with smoother activations and the same output, up to rounding.
+
+    Groups whose scales fold into nothing stay as they are (`fold.obstacle` says why), and so do those whose
+    maxima are not given.
+
+    Args:
+        weights: the layer by short name.
+        config: the model's.
+        maxima: largest magnitude of each input channel [cols] by short name of a linear layer, as
+            `ChannelMaxima` finds them; of a group that reads the same input any one will do.
+        alpha: 0 to 1; the paper uses 0.5.
+    """
+    new = dict(weights)
+    for group in GROUPS:
+        given = [maxima[name] for name in READERS[group] if name in maxima]
+        if given and foldable(config, group):
+            scales = smooth_scales(new, group, given[0], alpha)
+            new = fold(new, config, group, shared_scales(new, config, group, scales))
+    return new

@@ -1,0 +1,114 @@
+"""Smoothing leaves a layer's output alone and makes its activations easier to round."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny_models
+from hasten.compress.quantise.fold import GROUPS, READERS, foldable
+from hasten.compress.quantise.smooth import ChannelMaxima, smooth_layer, smooth_scales
+from hasten.compress.torch_layer import Positions, layer_forward, layer_weights, plain_linear
+from hasten.core import ModelConfig
+from hasten.errors import ModelError
+from hasten.models.open import open_folder
+from hasten.models.reference import int8_groups
+
+NAMES = sorted(tiny_models.TINY)
+Layer = tuple[ModelConfig, dict[str, torch.Tensor], torch.Tensor]
+
+
+def layer(name: str, folder: Path) -> Layer:
+    """(config, weights of layer 1, inputs [2, 24, E] with outliers in three channels)."""
+    source = open_folder(tiny_models.save_folder(tiny_models.TINY[name], folder))
+    x = torch.randn(2, 24, source.config.hidden_size, generator=torch.Generator().manual_seed(3))
+    x[..., [5, 17, 40]] *= 30
+    return source.config, layer_weights(source, 1), x
+
+
+def maxima_of(config: ModelConfig, weights: dict[str, torch.Tensor], x: torch.Tensor) -> ChannelMaxima:
+    watch = ChannelMaxima("layers.1.")
+    layer_forward(config, 1, weights, x, Positions.of(config, x.shape[1]), watch)
+    return watch
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("alpha", [0.25, 0.75])
+def test_the_output_stays_and_the_balance_is_kept(name: str, alpha: float, tmp_path: Path) -> None:
+    config, weights, x = layer(name, tmp_path)
+    positions = Positions.of(config, x.shape[1])
+    watch = maxima_of(config, weights, x)
+    smooth = smooth_layer(weights, config, watch.maxima, alpha)
+    before, after = (layer_forward(config, 1, w, x, positions) for w in (weights, smooth))
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4 * float(before.std()))
+    for group in GROUPS:
+        first = READERS[group][0]
+        assert torch.equal(smooth[first], weights[first]) != foldable(config, group)
+
+
+def test_scales_are_the_papers(tmp_path: Path) -> None:
+    config, weights, x = layer("llama", tmp_path)
+    maximum = maxima_of(config, weights, x).maxima["k"]
+    columns = torch.cat([weights[name] for name in "qkv"]).abs().max(0).values
+    wanted = maximum**0.6 / columns**0.4
+    scales = smooth_scales(weights, "qkv", maximum, 0.6)
+    torch.testing.assert_close(scales / scales[0], wanted / wanted[0], rtol=1e-4, atol=0)
+    assert float(scales.log().mean()) == pytest.approx(0, abs=1e-5)
+
+
+def test_the_ends_of_alpha(tmp_path: Path) -> None:
+    """At 1 every channel has the same largest activation, at 0 every column the same largest weight."""
+    config, weights, x = layer("llama", tmp_path)
+    watch = maxima_of(config, weights, x)
+    whole = smooth_layer(weights, config, {"gate": watch.maxima["gate"]}, 1.0)
+    found = maxima_of(config, whole, x).maxima["up"]
+    torch.testing.assert_close(found, found[:1].expand_as(found), rtol=1e-3, atol=0)
+    none = smooth_layer(weights, config, {"gate": watch.maxima["gate"]}, 0.0)
+    columns = torch.cat([none["gate"], none["up"]]).abs().max(0).values
+    torch.testing.assert_close(columns, columns[:1].expand_as(columns), rtol=1e-3, atol=0)
+    assert torch.equal(none["q"], weights["q"]), "only what was watched is smoothed"
+
+
+def test_int8_activations_lose_less(tmp_path: Path) -> None:
+    """Outliers beside small channels: the case the method is for."""
+    config, weights, x = layer("llama", tmp_path)
+    weights["attn_norm"][[5, 17, 40]] *= 20  # outliers of the normed input, where the paper finds them
+    positions = Positions.of(config, x.shape[1])
+    exact = layer_forward(config, 1, weights, x, positions)
+
+    def rounded(name: str, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+        return plain_linear(name, int8_groups(x), w, b)
+
+    errors = [
+        float((layer_forward(config, 1, w, x, positions, rounded) - exact).square().mean())
+        for w in (weights, smooth_layer(weights, config, maxima_of(config, weights, x).maxima, 0.5))
+    ]
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_dead_channels_keep_their_weights(tmp_path: Path) -> None:
+    config, weights, x = layer("llama", tmp_path)
+    weights["mlp_norm"][7] = 0
+    weights["gate"][:, 9] = weights["up"][:, 9] = 0
+    smooth = smooth_layer(weights, config, maxima_of(config, weights, x).maxima, 0.5)
+    assert all(bool(torch.isfinite(value).all()) for value in smooth.values())
+    assert torch.equal(smooth["gate"][:, 7], weights["gate"][:, 7])
+    assert float(smooth["mlp_norm"][9]) == float(weights["mlp_norm"][9])
+    zero = smooth_scales(weights, "down", torch.zeros(96), 0.5)
+    assert bool((zero == 1).all())
+
+
+def test_maxima_grow_over_batches_and_name_what_is_not_finite(tmp_path: Path) -> None:
+    config, weights, x = layer("qwen2", tmp_path)
+    watch, whole = ChannelMaxima("layers.1."), maxima_of(config, weights, x)
+    for part in x.split(1):
+        layer_forward(config, 1, weights, part, Positions.of(config, 24), watch)
+    assert set(watch.maxima) == {"q", "k", "v", "o", "gate", "up", "down"}
+    for name, found in watch.maxima.items():
+        torch.testing.assert_close(found, whole.maxima[name], rtol=1e-4, atol=1e-5)
+    x[0, 3, 5] = torch.inf
+    with pytest.raises(ModelError, match=r"layers\.1\.q: its input is not finite") as refused:
+        layer_forward(config, 1, weights, x, Positions.of(config, 24), watch)
+    assert refused.value.hint is not None
