@@ -1,15 +1,15 @@
 r"""Our calibrated 4 bits against the quantisers of others: same values, same text, same judge.
 
     python benchmarks/quantisers.py --peer llm-compressor=PYTHON --peer autoround=PYTHON \
-        --peer llama.cpp=FOLDER
+        --peer llama.cpp=PYTHON
     python benchmarks/quantisers.py --only llama.cpp:q4_0 llama.cpp:q4_k_m --recipes w4-head8
 
 Every peer gets the model in bf16 and the windows our own calibration reads (16,384 tokens in windows of 512,
 or all the text has), and makes 4 bits in groups of 32, symmetric, of all linear layers; head and embedding
-are int8 in groups of 32 for everybody. Q4_K_M is as llama.cpp makes it, which where 256 does not divide a layer's
-inputs means more bits: the bar for it is held by the best of our recipes that has no more bits. All results
-are opened by our engine, values kept, and read 8,192 tokens of the evaluation text with int8 activations
-against the model in bf16.
+are int8 in groups of 32 for everybody. Q4_K_M is as llama.cpp makes it, which means more bits where 256 does
+not divide a layer's inputs: the bar for it is held by the best of our recipes that has no more bits. All
+results are opened by our engine, values kept, and read 8,192 tokens of the evaluation text with int8
+activations against the model in bf16.
 
 What a peer made is kept under --work, so that a second run only judges. Results from a busy machine are as
 good as from a quiet one, times are not. Exit code 1: a bar was missed or a contender failed.
@@ -98,7 +98,7 @@ def arguments() -> argparse.Namespace:
         "--peer",
         action="append",
         default=[],
-        metavar="TOOL=PATH",
+        metavar="TOOL=PYTHON",
         help=f"where it is; tools: {', '.join(TOOLS)}",
     )
     parser.add_argument(
@@ -112,15 +112,17 @@ def arguments() -> argparse.Namespace:
 
 
 def tool_of(text: str) -> tuple[str, str]:
-    """(tool, path) of TOOL=PATH.
+    """(tool, Python) of TOOL=PYTHON.
 
     Raises:
-        UsageError: no such tool, or no path.
+        UsageError: no such tool, or no Python.
     """
-    name, _, path = text.partition("=")
-    if name not in TOOLS or not path:
-        raise UsageError(f"--peer {text}: no tool and path", hint=f"TOOL=PATH with one of {', '.join(TOOLS)}")
-    return name, path
+    name, _, python = text.partition("=")
+    if name not in TOOLS or not python:
+        raise UsageError(
+            f"--peer {text}: no tool and Python", hint=f"TOOL=PYTHON with one of {', '.join(TOOLS)}"
+        )
+    return name, python
 
 
 def measure(

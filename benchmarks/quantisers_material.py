@@ -47,11 +47,6 @@ class Material:
         """Calibration windows, int32 [B, T]."""
         return self.work / "ids.npy"
 
-    @property
-    def text(self) -> Path:
-        """The text they were cut from: llama.cpp cuts it itself, into windows of the same length."""
-        return self.work / "calibration.txt"
-
 
 def prepare(model: str, text: Text, work: Path, threads: int) -> tuple[Material, Calibration]:
     """Write what is not there yet: 2.5 GB for a model of 0.5 billion weights.
@@ -72,7 +67,6 @@ def prepare(model: str, text: Text, work: Path, threads: int) -> tuple[Material,
     export(packed, "compressed-tensors", material.folder, force=True)
     export(packed, "gguf", material.gguf, force=True)
     np.save(material.ids, calibration.ids)
-    material.text.write_text(text.calibration, encoding="utf-8")
     (work / RECORD).write_text(json.dumps({"digest": material.digest}), encoding="utf-8")
     return material, calibration
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import quantisers_llama_cpp as llama_cpp
 from bar import say
 from hasten.errors import PeerError
 from quantisers_material import Material
@@ -22,14 +21,15 @@ HERE = Path(__file__).parent
 class Tool:
     """A program with quantisers of its own."""
 
-    script: str | None  # run by the tool's Python; None: llama.cpp's programs
+    script: str  # run by the tool's Python with SOURCE OUT IDS.npy THREADS VARIANT
     package: str
+    file_type: str = ""  # of source and result; "": folders
 
 
 TOOLS = {
     "llm-compressor": Tool("quantisers_llm_compressor.py", "llmcompressor==0.14.0.1"),
     "autoround": Tool("quantisers_autoround.py", "auto-round==0.16.1"),
-    "llama.cpp": Tool(None, "llama-cpp-python==0.3.36"),
+    "llama.cpp": Tool("quantisers_llama_cpp.py", "llama-cpp-python==0.3.36", ".gguf"),
 }
 
 
@@ -39,17 +39,16 @@ class Peer:
 
     name: str
     tool: str  # a key of TOOLS
-    variant: str  # the scripts' last argument, llama.cpp's type
+    variant: str  # the script's last argument
 
     @property
     def recipe(self) -> str:
         """How our engine opens the result: values kept, an unquantised head and embedding in int8."""
-        return "source" if self.tool == "llama.cpp" else "source-head8"
+        return "source" if TOOLS[self.tool].file_type else "source-head8"
 
     def place(self, work: Path) -> Path:
         """Where the result goes."""
-        stem = self.name.replace(":", "-")
-        return work / (f"{stem}.gguf" if self.tool == "llama.cpp" else stem)
+        return work / (self.name.replace(":", "-") + TOOLS[self.tool].file_type)
 
 
 PEERS = {
@@ -90,16 +89,12 @@ def made(
             return place, known
     at = tools.get(peer.tool)
     if at is None:
-        kind = "FOLDER of its programs" if TOOLS[peer.tool].script is None else "PYTHON that has it"
         raise PeerError(
             f"nobody said where {peer.tool} is",
-            hint=f"--peer {peer.tool}=PATH, the {kind} ({TOOLS[peer.tool].package}); or name others: --only",
+            hint=f"--peer {peer.tool}=PYTHON, one with {TOOLS[peer.tool].package}; or leave it out: --only",
         )
     say(f"{peer.name}: quantising")
-    if TOOLS[peer.tool].script is None:
-        found = llama_cpp.quantise(material, Path(at), place, peer.variant, threads)
-    else:
-        found = _child(peer, material, at, place, threads)
+    found = _child(peer, material, at, place, threads)
     found["digest"] = material.digest
     record.write_text(json.dumps(found), encoding="utf-8")
     return place, found
@@ -107,8 +102,9 @@ def made(
 
 def _child(peer: Peer, material: Material, python: str, place: Path, threads: int) -> dict[str, Any]:
     """Run the tool's script; its output goes to a log beside the result."""
-    script, log = TOOLS[peer.tool].script, place.with_name(f"{place.name}.log")
-    command = [python, str(HERE / str(script)), str(material.folder), str(place), str(material.ids)]
+    tool, log = TOOLS[peer.tool], place.with_name(f"{place.name}.log")
+    source = material.gguf if tool.file_type else material.folder
+    command = [python, str(HERE / tool.script), str(source), str(place), str(material.ids)]
     offline = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(threads)}
     try:
         with log.open("w", encoding="utf-8") as errors:
@@ -123,13 +119,13 @@ def _child(peer: Peer, material: Material, python: str, place: Path, threads: in
     except OSError as wrong:
         raise PeerError(
             f"{python} cannot be run: {wrong.strerror}",
-            hint=f"--peer {peer.tool}=PYTHON, one with {TOOLS[peer.tool].package} installed",
+            hint=f"--peer {peer.tool}=PYTHON, one with {tool.package} installed",
         ) from None
     if done.returncode != 0:
         last = log.read_text(encoding="utf-8", errors="replace")[-800:]
         raise PeerError(
             f"{peer.name} failed: {last}",
-            hint=f"{python} -m pip install {TOOLS[peer.tool].package}; all of its output: {log}",
+            hint=f"{python} -m pip install {tool.package}; all of its output: {log}",
         )
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
