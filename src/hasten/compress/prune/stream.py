@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,25 +18,8 @@ from hasten.models.source import Source
 BATCH_TOKENS = 2048
 """Tokens computed at once: 40 MB for each activation 4,864 wide."""
 
-
-def fast_type() -> torch.dtype:
-    """What matrices are multiplied in: bfloat16 where the processor has it, as the engine's own bf16 does."""
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
-
-
-def stream_weights(source: Source, index: int) -> dict[str, torch.Tensor]:
-    """A layer's parameters: matrices in `fast_type`, norms and biases in float32."""
-    dtype = fast_type()
-    found = layer_weights(source, index)
-    return {name: value.to(dtype) if value.ndim == 2 else value for name, value in found.items()}
-
-
-def stream_linear(
-    name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """Inputs and result in float32 around a product in the weight's type."""
-    y = F.linear(x.to(weight.dtype), weight).float()
-    return y if bias is None else y + bias
+Found = dict[str, tuple[torch.Tensor, torch.Tensor]]
+"""Short name of a linear layer -> what it read [b, T, cols] and gave [b, T, rows], bias left out."""
 
 
 @dataclass
@@ -66,14 +49,28 @@ class Stream:
         yield from (slice(at, at + size) for at in range(0, len(self.x), size))
 
     def through(
-        self, index: int, weights: Weights, rows: slice, linear: Linear = stream_linear
+        self,
+        index: int,
+        weights: Weights,
+        rows: slice,
+        found: Found | None = None,
+        *,
+        silent: Collection[str] = (),
     ) -> torch.Tensor:
         """Some sequences after a layer, [b, T, E]; the stream stays where it is.
+
+        Args:
+            index: which layer.
+            weights: its parameters.
+            rows: which sequences.
+            found: filled with what each linear layer reads and gives.
+            silent: linear layers that are not computed and give zeros.
 
         Raises:
             ModelError: a value is not finite; the layer is named.
         """
-        y = layer_forward(self.config, index, weights, self.x[rows], self.positions, linear)
+        hook = _recording(found, silent) if found is not None else stream_linear
+        y = layer_forward(self.config, index, weights, self.x[rows], self.positions, hook)
         if not torch.isfinite(y).all():
             raise ModelError(
                 f"{self.name}: layers.{index} gives values that are not finite on the calibration text",
@@ -85,3 +82,35 @@ class Stream:
         """All sequences through a layer, in place."""
         for rows in self.batches():
             self.x[rows] = self.through(index, weights, rows)
+
+
+def fast_type() -> torch.dtype:
+    """What matrices are multiplied in: bfloat16 where the processor has it, as the engine's own bf16 does."""
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def stream_weights(source: Source, index: int) -> dict[str, torch.Tensor]:
+    """A layer's parameters: matrices in `fast_type`, norms and biases in float32."""
+    dtype = fast_type()
+    found = layer_weights(source, index)
+    return {name: value.to(dtype) if value.ndim == 2 else value for name, value in found.items()}
+
+
+def stream_linear(
+    name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Inputs and result in float32 around a product in the weight's type."""
+    y = F.linear(x.to(weight.dtype), weight).float()
+    return y if bias is None else y + bias
+
+
+def _recording(found: Found, silent: Collection[str]) -> Linear:
+    def linear(name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if name in silent:
+            found[name] = x, x.new_zeros(1)
+            return torch.zeros(*x.shape[:-1], len(weight))
+        y = stream_linear(name, x, weight, None)
+        found[name] = x, y
+        return y if bias is None else y + bias
+
+    return linear

@@ -1,0 +1,180 @@
+"""Attention heads: query heads with their KV head, the same number in every layer, and `o` fitted anew.
+
+Whole KV groups go where the amount is a group or more (the KV cache shrinks with them); of a smaller amount
+each group gives query heads. With repair those go that cost the refitted output least (`least_loss`); without,
+those that contribute least to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from hasten.compress.calibration import Calibration
+from hasten.compress.changed import made_tensor
+from hasten.compress.prune.least_loss import least_loss_groups
+from hasten.compress.prune.moments import Moments, fitted
+from hasten.compress.prune.multiple import MULTIPLE
+from hasten.compress.prune.pruned import PartPruned
+from hasten.compress.prune.stream import Found, Stream, stream_weights
+from hasten.compress.prune.taken import taken_rows
+from hasten.compress.torch_layer import Weights
+from hasten.core import ModelConfig
+from hasten.errors import UsageError
+from hasten.models.source import Source
+
+RIDGE = 0.03
+_AFTER = ("gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """What stays in every layer: `groups` KV heads, each with `share` query heads."""
+
+    groups: int
+    share: int
+
+
+def kept_heads(config: ModelConfig, amount: float) -> HeadPlan:
+    """How many heads stay: the plan nearest to the amount, whole groups where both are as near.
+
+    Raises:
+        UsageError: none of them, or all; or a norm over all heads together.
+    """
+    if config.qk_norm == "full":
+        raise UsageError(
+            f"prune heads: {config.architecture} norms all of a layer's queries together, so that no head can "
+            "go without changing the others",
+            hint="prune FFN channels instead: kind: ffn",
+        )
+    share = config.num_heads // config.num_kv_heads
+    plans = [HeadPlan(groups, share) for groups in range(1, config.num_kv_heads)]
+    plans += [HeadPlan(config.num_kv_heads, fewer) for fewer in range(1, share)]
+    whole = config.num_heads * config.head_dim % MULTIPLE
+    fits = [p for p in plans if whole or p.groups * p.share * config.head_dim % MULTIPLE == 0]
+    wanted = (1 - amount) * config.num_heads
+
+    def far(plan: HeadPlan) -> float:
+        return abs(plan.groups * plan.share - wanted)
+
+    if fits and 2 * min(map(far, fits)) <= max(1, wanted, config.num_heads - wanted):
+        return min(fits, key=far)
+    can = ", ".join(f"{1 - p.groups * p.share / config.num_heads:.3f}" for p in fits[:6])
+    raise UsageError(
+        f"prune heads: amount {amount:g} of {config.num_heads} heads with {config.num_kv_heads} KV heads leaves "
+        "none or takes none out",
+        hint=f"use an amount near one of {can}" if can else "prune FFN channels instead: kind: ffn",
+    )
+
+
+def prune_heads(
+    source: Source,
+    amount: float,
+    calibration: Calibration,
+    repair: bool,
+    step: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Source, list[PartPruned]]:
+    """Take heads out of every layer, one layer after another, and fit `o` to what is left.
+
+    Raises:
+        UsageError: the amount leaves no head, or all; or a norm over all heads together.
+        ModelError: activations that are not finite; the layer is named.
+    """
+    old = source.config
+    plan = kept_heads(old, amount)
+    config = replace(
+        old, num_heads=plan.groups * plan.share, num_kv_heads=plan.groups, query_scale=old.query_scale
+    )
+    original = Stream.of(source, calibration)
+    ours = original.copy()
+    tensors = dict(source.tensors)
+    parts = []
+    for index in range(config.num_layers):
+        step(index, config.num_layers)
+        weights = stream_weights(source, index)
+        moments = _moments(original, ours, index, weights)
+        heads = _kept(moments, weights["o"].float(), old, plan, repair)
+        queries, keys = (
+            _rows(heads, old),
+            _rows(heads[:: plan.share] // (old.num_heads // old.num_kv_heads), old),
+        )
+        o, before, after = _output(moments, weights["o"].float(), queries, repair)
+        prefix = f"layers.{index}."
+        for name, rows in (("q", queries), ("k", keys), ("v", keys)):
+            for full in (name, f"{name}.bias"):
+                if prefix + full in tensors:
+                    tensors[prefix + full] = taken_rows(source.tensors[prefix + full], rows)
+                    weights[full] = weights[full][rows]
+        tensors[prefix + "o"] = made_tensor(prefix + "o", tuple(o.shape), o)
+        weights["o"] = o.to(weights["o"].dtype)
+        parts.append(PartPruned(f"layers.{index}", len(heads), old.num_heads, before, after))
+        ours.advance(index, weights)
+    step(config.num_layers, config.num_layers)
+    return replace(source, config=config, tensors=tensors), parts
+
+
+def _moments(original: Stream, ours: Stream, index: int, weights: Weights) -> Moments:
+    """Of what our `o` reads and what it should give; moves the original one layer on."""
+    rows_out, inputs = weights["o"].shape
+    moments = Moments.zeros(inputs, rows_out)
+    for rows in original.batches():
+        theirs: Found = {}
+        found: Found = {}
+        after = original.through(index, weights, rows, theirs)
+        ours.through(index, weights, rows, found, silent=("o", *_AFTER))
+        wanted = theirs["o"][1]
+        if original.config.norm_placement == "pre":  # else a norm stands between `o` and the hidden state
+            wanted = wanted + original.x[rows] - ours.x[rows]
+        moments.add(found["o"][0], wanted)
+        original.x[rows] = after
+    return moments
+
+
+def _kept(
+    moments: Moments, o: torch.Tensor, config: ModelConfig, plan: HeadPlan, repair: bool
+) -> torch.Tensor:
+    """Query heads that stay, int64 ascending; those of one KV head lie together."""
+    share, dim = config.num_heads // config.num_kv_heads, config.head_dim
+    columns = torch.arange(config.num_heads * dim)
+    if plan.share == share:  # whole groups
+        groups = columns.view(config.num_kv_heads, share * dim)
+        kept = _best(moments, o, groups, plan.groups, repair)
+        return (kept[:, None] * share + torch.arange(share)).flatten()
+    heads = []
+    for group in range(config.num_kv_heads):
+        own = columns.view(config.num_kv_heads, share, dim)[group]
+        inside = moments.kept(own.flatten())
+        others = torch.ones(len(columns), dtype=torch.bool)
+        others[own.flatten()] = False
+        rest = o[:, others] @ moments.gram[others][:, own.flatten()]  # what the other groups give
+        inside = Moments(inside.gram, inside.cross - rest, inside.squares, inside.tokens)
+        local = torch.arange(share * dim).view(share, dim)
+        kept = _best(inside, o[:, own.flatten()], local, plan.share, repair)
+        heads.append(group * share + kept)
+    return torch.cat(heads)
+
+
+def _best(moments: Moments, o: torch.Tensor, groups: torch.Tensor, count: int, repair: bool) -> torch.Tensor:
+    if repair:
+        return least_loss_groups(moments, o, groups, count, RIDGE)
+    size = torch.stack([((o[:, at] @ moments.gram[at][:, at]) * o[:, at]).sum() for at in groups])
+    return size.topk(count).indices.sort().values
+
+
+def _rows(heads: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+    return (heads[:, None] * config.head_dim + torch.arange(config.head_dim)).flatten()
+
+
+def _output(
+    moments: Moments, o: torch.Tensor, kept: torch.Tensor, repair: bool
+) -> tuple[torch.Tensor, float, float | None]:
+    """`o` for the heads that stay, bfloat16 [E, n], and its error as cut and as fitted."""
+    left = moments.kept(kept)
+    cut = o[:, kept]
+    before = left.error(cut)
+    if not repair:
+        return cut.bfloat16(), before, None
+    fit = fitted(left, cut, RIDGE).bfloat16()
+    return fit, before, left.error(fit.float())

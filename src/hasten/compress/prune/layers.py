@@ -1,0 +1,144 @@
+"""Whole layers: those go that change the hidden state least.
+
+Block influence: 1 - mean cosine of what goes into a layer and what comes out (Men et al. 2024, ShortGPT).
+Repair: `down` of the layer before a gap is fitted so that it adds what the missing layers did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from hasten.compress.calibration import Calibration
+from hasten.compress.changed import made_tensor
+from hasten.compress.prune.mlp_output import from_middle, moments_of, to_middle
+from hasten.compress.prune.moments import fitted
+from hasten.compress.prune.pruned import PartPruned
+from hasten.compress.prune.stream import Stream, stream_weights
+from hasten.compress.prune.taken import renamed
+from hasten.core import ModelConfig
+from hasten.errors import UsageError
+from hasten.models.source import Source, SourceTensor
+
+RIDGE = 0.03
+Step = Callable[[int, int], None]
+
+
+def kept_layers(config: ModelConfig, amount: float) -> int:
+    """How many layers stay.
+
+    Raises:
+        UsageError: none of them, or all.
+    """
+    kept = round((1 - amount) * config.num_layers)
+    if 0 < kept < config.num_layers:
+        return kept
+    one = 1 / config.num_layers
+    raise UsageError(
+        f"prune layers: amount {amount:g} of {config.num_layers} layers "
+        + ("leaves no layer" if kept == 0 else "takes no layer out"),
+        hint=f"use an amount between {one:.3f} and {1 - one:.3f}"
+        if config.num_layers > 1
+        else "prune FFN channels instead: kind: ffn",
+    )
+
+
+def prune_layers(
+    source: Source,
+    amount: float,
+    calibration: Calibration,
+    repair: bool,
+    step: Step = lambda done, total: None,
+) -> tuple[Source, list[PartPruned]]:
+    """Take the layers of least influence out.
+
+    Models whose MLP output is normed before it is added (Gemma 3, OLMo 2) are not repaired: the norm would
+    undo what is added to `down`.
+
+    Raises:
+        UsageError: the amount leaves no layer, or all.
+        ModelError: activations that are not finite; the layer is named.
+    """
+    config = source.config
+    count = kept_layers(config, amount)
+    passes = 2 if repair and config.norm_placement == "pre" else 1
+    total = passes * config.num_layers
+    found = influence(source, calibration, lambda done: step(done, total))
+    kept = found.topk(count).indices.sort().values.tolist()
+    fits: dict[int, SourceTensor] = {}
+    errors: dict[int, tuple[float, float]] = {}
+    if passes == 2:
+        fits, errors = _repaired(
+            source, calibration, kept, lambda done: step(config.num_layers + done, total)
+        )
+    step(total, total)
+    parts = [
+        PartPruned(f"layers.{index}", int(index in kept), 1, *errors.get(index, (None, None)))
+        for index in range(config.num_layers)
+    ]
+    return _without(source, kept, fits), parts
+
+
+def influence(source: Source, calibration: Calibration, step: Callable[[int], None]) -> torch.Tensor:
+    """Block influence of every layer, [layers]: 0 for one that changes no direction."""
+    stream = Stream.of(source, calibration)
+    found = torch.zeros(source.config.num_layers)
+    for index in range(len(found)):
+        step(index)
+        before = stream.x.clone()
+        stream.advance(index, stream_weights(source, index))
+        found[index] = 1 - torch.cosine_similarity(before, stream.x, dim=-1).mean()
+    return found
+
+
+def _repaired(
+    source: Source, calibration: Calibration, kept: list[int], step: Callable[[int], None]
+) -> tuple[dict[int, SourceTensor], dict[int, tuple[float, float]]]:
+    """`down` of every layer before a gap, and the error of what it should add, before and after."""
+    original = Stream.of(source, calibration)
+    ours = original.copy()
+    fits, errors = {}, {}
+    for place, index in enumerate(kept):
+        step(index)
+        following = kept[place + 1] if place + 1 < len(kept) else source.config.num_layers
+        weights = stream_weights(source, index)
+        for gone in range(kept[place - 1] + 1 if place else 0, index):
+            if place == 0:  # nothing comes before: the original goes there alone
+                original.advance(gone, stream_weights(source, gone))
+        original.advance(index, weights)
+        if following == index + 1:
+            ours.advance(index, weights)
+            continue
+        inputs = to_middle(ours, index, weights)
+        for gone in range(index + 1, following):
+            original.advance(gone, stream_weights(source, gone))
+        wanted = original.x - ours.x - weights.get("down.bias", torch.zeros(()))
+        moments = moments_of(ours, inputs, wanted)
+        down = weights["down"].float()
+        fit = fitted(moments, down, RIDGE).bfloat16()
+        errors[index] = moments.error(down), moments.error(fit.float())
+        fits[index] = made_tensor(f"layers.{index}.down", tuple(fit.shape), fit)
+        from_middle(ours, weights | {"down": fit.to(inputs.dtype)}, inputs)
+    return fits, errors
+
+
+def _without(source: Source, kept: list[int], fits: dict[int, SourceTensor]) -> Source:
+    """The model of some layers, renumbered."""
+    config = source.config
+    tensors = {name: t for name, t in source.tensors.items() if not name.startswith("layers.")}
+    for place, index in enumerate(kept):
+        prefix = f"layers.{index}."
+        for name, tensor in source.tensors.items():
+            if name.startswith(prefix):
+                new = f"layers.{place}." + name.removeprefix(prefix)
+                changed = fits.get(index) if name == prefix + "down" else None
+                tensors[new] = renamed(changed or tensor, new)
+    shape = replace(
+        config,
+        num_layers=len(kept),
+        rope_layers=tuple(config.rope_layers[i] for i in kept) if config.rope_layers else (),
+        sliding_layers=tuple(config.sliding_layers[i] for i in kept) if config.sliding_layers else (),
+    )
+    return replace(source, config=shape, tensors=tensors)
