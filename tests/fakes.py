@@ -25,6 +25,7 @@ from hasten.core import (
     Stat,
     Workload,
 )
+from hasten.errors import MachineError
 from hasten.quality.text import Text
 from hasten.speed.cost import packed_bytes
 
@@ -64,6 +65,20 @@ def rounded(weights: Floats, layout: Layout) -> Floats:
         scale = (blocks.max(axis=1, keepdims=True) - low) / (2**layout.bits - 1)
         values = np.round((blocks - low) / scale) * scale + low
     return values.reshape(weights.shape).astype(np.float32)
+
+
+def searched(weights: Floats, layout: Layout) -> Floats:
+    """Rounded with the scale of each group searched: stands for what calibration finds."""
+    if layout.bits >= 8 or not layout.symmetric:
+        return rounded(weights, layout)
+    blocks, top = weights.reshape(-1, layout.group), 2 ** (layout.bits - 1) - 1
+    best, least = blocks, np.full((len(blocks), 1), np.inf)
+    for part in np.linspace(0.6, 1.0, 17):
+        scale = part * np.abs(blocks).max(axis=1, keepdims=True) / top
+        values = np.clip(np.round(blocks / scale), -top - 1, top) * scale
+        error = ((values - blocks) ** 2).sum(axis=1, keepdims=True)
+        best, least = np.where(error < least, values, best), np.minimum(error, least)
+    return best.reshape(weights.shape).astype(np.float32)
 
 
 @dataclass
@@ -107,6 +122,8 @@ class FakeWorkshop:
     built: list[str] = field(default_factory=list)
     measured: list[str] = field(default_factory=list)
     interrupt_at: str = ""  # recipe whose packing is interrupted by Ctrl-C
+    can_calibrate: bool = False  # whether torch is there
+    paces: Mapping[Layout, float] | None = None  # seconds a byte
 
     def __post_init__(self) -> None:
         rng = np.random.default_rng(self.seed)
@@ -148,15 +165,26 @@ class FakeWorkshop:
             raise KeyboardInterrupt
         self.built.append(recipe.name)
         layouts = {name: recipe.layout_for(name) or self.kept()[name] for name in self.weights}
-        weights = {n: self._packed(n, recipe.layout_for(n)) for n in self.weights}
+        assert recipe.method == "rtn" or self.can_calibrate
+        weights = {n: self._packed(n, recipe.layout_for(n), recipe.method) for n in self.weights}
         count = sum(w.size for w in weights.values())
         bits = sum(layouts[n].bits_per_weight * w.size for n, w in weights.items()) / count
         size = sum(packed_bytes(w.shape, layouts[n]) for n, w in weights.items())
         return FakeModel(self.embedding, weights, recipe, bits, size)
 
-    def swap(self, model: FakeModel, tensors: Sequence[str], layout: Layout | None) -> None:
+    def calibrate(self, text: Text, observer: object) -> str:
+        if not self.can_calibrate:
+            raise MachineError("torch is not installed")
+        return f"calibrated on {text.sha256}"
+
+    def swap(
+        self, model: FakeModel, tensors: Sequence[str], layout: Layout | None, method: str = "rtn"
+    ) -> None:
         for name in tensors:
-            model.weights[name] = self._packed(name, layout)
+            model.weights[name] = self._packed(name, layout, method)
+
+    def pace(self) -> Mapping[Layout, float] | None:
+        return self.paces
 
     def error(self, tensor: str, layout: Layout) -> float:
         return float(np.mean((rounded(self.weights[tensor], layout) - self.weights[tensor]) ** 2))
@@ -183,8 +211,10 @@ class FakeWorkshop:
         (folder / "plan.json").write_text(json.dumps(plan))
         return folder
 
-    def _packed(self, name: str, layout: Layout | None) -> Floats:
-        return self.weights[name] if layout is None else rounded(self.weights[name], layout)
+    def _packed(self, name: str, layout: Layout | None, method: str = "rtn") -> Floats:
+        if layout is None:
+            return self.weights[name]
+        return (rounded if method == "rtn" else searched)(self.weights[name], layout)
 
 
 def one(value: float, n: int = 1) -> Stat:

@@ -15,11 +15,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hasten.core import EngineOptions, Layout, Machine, Recipe
-    from hasten.engine.model import Completion, LanguageModel, load
+    from hasten.compress.compress import compress
+    from hasten.core import EngineOptions, Layout, Recipe
+    from hasten.engine.model import Completion, LanguageModel
     from hasten.engine.sampling import SamplingOptions
     from hasten.errors import HastenError
     from hasten.machine.probe import probe
+    from hasten.optimize.named import load
     from hasten.optimize.result import OptimizeResult
     from hasten.optimize.search import optimize
 
@@ -27,8 +29,9 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it. At most twelve; tests/test_public.py counts.
 _HOME = {
-    "load": "hasten.engine.model",
+    "load": "hasten.optimize.named",
     "optimize": "hasten.optimize.search",
+    "compress": "hasten.compress.compress",
     "probe": "hasten.machine.probe",
     "LanguageModel": "hasten.engine.model",
     "Completion": "hasten.engine.model",
@@ -37,13 +40,13 @@ _HOME = {
     "Layout": "hasten.core",
     "EngineOptions": "hasten.core",
     "OptimizeResult": "hasten.optimize.result",
-    "Machine": "hasten.core",
     "HastenError": "hasten.errors",
 }
 
 __all__ = [  # noqa: RUF022  in the order a reader meets them
     "load",
     "optimize",
+    "compress",
     "probe",
     "LanguageModel",
     "Completion",
@@ -52,7 +55,6 @@ __all__ = [  # noqa: RUF022  in the order a reader meets them
     "Layout",
     "EngineOptions",
     "OptimizeResult",
-    "Machine",
     "HastenError",
 ]
 

@@ -233,7 +233,7 @@ class Recipe:
 _METHODS = ("hqq", "awq", "gptq", "best")
 NAMES_HINT = (
     "source, bf16, w8, w6, w5 or w4, with -g64, -g128, -asym, -head8, -kv8, "
-    "-hqq, -awq, -gptq or -best appended"
+    "-hqq, -awq, -gptq or -best appended; mix:1%; or a recipe file"
 )
 
 

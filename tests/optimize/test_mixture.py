@@ -10,7 +10,7 @@ from hasten.core import Budget, Layout, Recipe, Verdict
 from hasten.optimize.candidate import Candidate
 from hasten.optimize.mix import Choice
 from hasten.optimize.mixture import fit_mixture, predicted_harm
-from hasten.optimize.sensitivity import Sensitivity
+from hasten.optimize.sensitivity import Sensitivity, SensitivityMap
 from hasten.optimize.space import Group
 
 TOKENS = 8192
@@ -31,6 +31,7 @@ GROUPS = tuple(
     )
     for i in range(40)
 )
+MAP = SensitivityMap(GROUPS)
 
 
 def verdict(rise: float, half: float, budget: float, tokens: int = TOKENS) -> Verdict:
@@ -72,7 +73,7 @@ def uniform(judge: Judge) -> list[Candidate]:
 )
 def test_uses_the_budget_and_keeps_it(slope: Callable[[float], float], budget: float) -> None:
     judge = Judge(slope, budget, half=0.2 * budget, base=0.05 * budget)
-    found = fit_mixture(GROUPS, uniform(judge), Budget(budget), judge, TOKENS)
+    found = fit_mixture(MAP, uniform(judge), Budget(budget), judge, TOKENS)
     if slope(0.12) <= 0.6 * budget:
         assert found is None  # w4 alone is nearly within the first aim
         return
@@ -87,13 +88,13 @@ def test_uses_the_budget_and_keeps_it(slope: Callable[[float], float], budget: f
 
 def test_nothing_to_mix_where_the_narrowest_is_harmless() -> None:
     judge = Judge(lambda h: 0.001 * h, 0.01, half=0.001)
-    assert fit_mixture(GROUPS, uniform(judge), Budget(0.01), judge, TOKENS) is None
+    assert fit_mixture(MAP, uniform(judge), Budget(0.01), judge, TOKENS) is None
     assert not judge.tried
 
 
 def test_the_nearest_is_reported_where_none_passes() -> None:
     judge = Judge(lambda h: h, 0.01, half=0.03)
-    found = fit_mixture(GROUPS, uniform(judge), Budget(0.01), judge, TOKENS)
+    found = fit_mixture(MAP, uniform(judge), Budget(0.01), judge, TOKENS)
     assert found is not None
     assert not found.passes
     assert found.verdict.ppl_increase_high == min(c.verdict.ppl_increase_high for c in judge.tried)
@@ -101,7 +102,7 @@ def test_the_nearest_is_reported_where_none_passes() -> None:
 
 def test_sensitive_groups_get_more_bits() -> None:
     judge = Judge(lambda h: h, 0.02, half=0.001)
-    found = fit_mixture(GROUPS, uniform(judge), Budget(0.02), judge, TOKENS)
+    found = fit_mixture(MAP, uniform(judge), Budget(0.02), judge, TOKENS)
     assert found is not None
 
     def bits(harm: float) -> float:

@@ -7,8 +7,9 @@ import pytest
 
 from fakes import CONFIG, FakeWorkshop
 from hasten.core import Layout, Recipe
+from hasten.optimize.held_out import split
 from hasten.optimize.progress import Progress, silent
-from hasten.optimize.sensitivity import base_recipe, draw, measure_sensitivity
+from hasten.optimize.sensitivity import Harms, base_recipe, draw, measure_harms
 from hasten.optimize.space import MENU, groups, uniform
 from hasten.quality.divergence import Reference
 from hasten.quality.text import windows
@@ -28,8 +29,9 @@ def test_groups_cover_every_linear_layer_once() -> None:
 def test_harm_is_the_divergence_of_one_group_alone(workshop: FakeWorkshop) -> None:
     text = workshop.text()
     source = workshop.build(Recipe.parse("bf16"))
-    found = measure_sensitivity(workshop, source, text, seconds=60, observer=silent)
-    cut = windows(text.calibration, workshop.tokenizer(), tokens=512, length=256)
+    held_out = split(text.calibration).held_out
+    found = draw(workshop, measure_harms(workshop, source, held_out, seconds=60, observer=silent)).groups
+    cut = windows(held_out, workshop.tokenizer(), tokens=512, length=256)
 
     def kl(recipe: Recipe) -> float:
         model = workshop.build(recipe)
@@ -45,8 +47,7 @@ def test_harm_is_the_divergence_of_one_group_alone(workshop: FakeWorkshop) -> No
 
 
 def test_other_widths_follow_the_rounding_error(workshop: FakeWorkshop) -> None:
-    found = draw(workshop, groups(CONFIG), [0.01] * 9)
-    for s in found:
+    for s in draw(workshop, Harms((0.01,) * 9)).groups:
         harms = [s.harm_of(layout) for layout in MENU]
         assert harms[0] == pytest.approx(0.01)
         assert harms == sorted(harms, reverse=True)  # type: ignore[type-var]
@@ -58,7 +59,8 @@ def test_other_widths_follow_the_rounding_error(workshop: FakeWorkshop) -> None:
 def test_predicted_sums_are_near_what_whole_recipes_do(workshop: FakeWorkshop) -> None:
     text = workshop.text()
     source = workshop.build(Recipe.parse("bf16"))
-    found = measure_sensitivity(workshop, source, text, seconds=60, observer=silent)
+    harms = measure_harms(workshop, source, text.calibration, seconds=60, observer=silent)
+    found = draw(workshop, harms).groups
     cut = windows(text.evaluation, workshop.tokenizer(), tokens=2048)
     reference = Reference(source, cut)
     for name, layout in (("w4", Layout(4)), ("w5", Layout(5))):
@@ -68,7 +70,7 @@ def test_predicted_sums_are_near_what_whole_recipes_do(workshop: FakeWorkshop) -
 
 
 def test_noise_is_raised_to_a_floor(workshop: FakeWorkshop) -> None:
-    found = draw(workshop, groups(CONFIG), [-0.001, 0.0, 0.01, 0.02, 0.03, 0.01, 0.01, 0.01, 0.01])
+    found = draw(workshop, Harms((-0.001, 0.0, 0.01, 0.02, 0.03, 0.01, 0.01, 0.01, 0.01))).groups
     assert found[0].harm == found[1].harm == pytest.approx(0.001)
     assert found[4].harm == 0.03
 
@@ -76,11 +78,11 @@ def test_noise_is_raised_to_a_floor(workshop: FakeWorkshop) -> None:
 def test_what_is_narrow_already_is_not_measured() -> None:
     workshop = FakeWorkshop(kept_bits=4)
     seen: list[Progress] = []
-    found = measure_sensitivity(
-        workshop, workshop.build(Recipe.parse("bf16")), workshop.text(), seconds=60, observer=seen.append
-    )
-    assert all(s.harm == 0.0 for s in found)
-    assert len(seen) == len(found) + 1
+    source = workshop.build(Recipe.parse("bf16"))
+    harms = measure_harms(workshop, source, workshop.text().calibration, seconds=60, observer=seen.append)
+    assert harms.at_probe == (0.0,) * 9
+    assert harms.checks == ()
+    assert len(seen) == 10
 
 
 def test_a_slow_machine_reads_fewer_tokens(workshop: FakeWorkshop) -> None:
@@ -88,7 +90,7 @@ def test_a_slow_machine_reads_fewer_tokens(workshop: FakeWorkshop) -> None:
     lengths: list[int] = []
     hidden = source.hidden
     source.hidden = lambda tokens: (lengths.append(tokens.size), hidden(tokens))[1]  # type: ignore[method-assign]
-    measure_sensitivity(workshop, source, workshop.text(), seconds=1e-6, observer=silent)
+    measure_harms(workshop, source, workshop.text().calibration, seconds=1e-6, observer=silent)
     assert lengths == [256, 256, 64]
 
 

@@ -9,6 +9,7 @@ import typer
 
 from hasten.cli.console import console, emit, note, shown
 from hasten.cli.flags import JsonOption, ModelArgument, RecipeOption, ThreadsOption
+from hasten.cli.preparing import watched
 from hasten.core import SCHEMA_VERSION, Machine, Measurement, Workload, as_json
 
 if TYPE_CHECKING:
@@ -71,13 +72,16 @@ def command(
     """
     from hasten.bench.bout import Request, bout
     from hasten.errors import PeerError
+    from hasten.optimize.named import prepared
 
+    with watched() as observer:
+        place, plain = prepared(model, recipe, observer, threads=threads)
     request = Request(
-        model=model,
+        model=str(place),
         workload=Workload(prompt, output, batch),
-        recipe=recipe,
+        recipe=None if plain is None else recipe,
         against=tuple(against or ()),
-        source=source,
+        source=source if source is not None or place == model else model,
         threads=threads,
         runs=runs,
         peer_python=peer_python,

@@ -22,6 +22,7 @@ from hasten.cli.flags import (
     TopKOption,
     TopPOption,
 )
+from hasten.cli.preparing import watched
 from hasten.cli.speak import speak
 from hasten.errors import HastenError, UsageError
 
@@ -58,11 +59,12 @@ def command(
     Answers stream to stdout. /reset starts over, /help lists what can be typed, /exit or Ctrl-D leaves;
     Ctrl-C stops an answer and not the program. Through a pipe, every line of stdin is one turn.
     """
-    from hasten.engine.model import load
     from hasten.engine.sampling import SamplingOptions
+    from hasten.optimize.named import load
 
     sampling = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-    running = load(model, recipe=recipe, threads=threads, context=context)
+    with watched() as observer:
+        running = load(model, recipe=recipe, threads=threads, context=context, observer=observer)
     if sys.stdin.isatty():
         note(f"{running.name} [{running.recipe.name}]. {HELP}")
     conversation = Conversation(running, sampling, max_new_tokens, system)

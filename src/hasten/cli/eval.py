@@ -9,6 +9,8 @@ import typer
 
 from hasten.cli.console import emit, note
 from hasten.cli.flags import JsonOption, ModelArgument, RecipeOption, ThreadsOption
+from hasten.cli.preparing import KEPT as CALIBRATED
+from hasten.cli.preparing import show
 from hasten.cli.progress import Ticker
 from hasten.core import SCHEMA_VERSION, Budget, Verdict, as_json
 from hasten.errors import UsageError
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from hasten.engine.model import LanguageModel
     from hasten.quality.text import Text
 
-KEPT = "Nothing was changed."
+KEPT = f"Nothing was changed. {CALIBRATED}"
 
 TextOption = Annotated[
     Path | None,
@@ -68,7 +70,7 @@ def command(
     with a 95 % interval. The verdict is pass, fail, or insufficient where the text is too short to tell.
     """
     from hasten.cli.budget import fraction
-    from hasten.engine.model import load
+    from hasten.optimize.named import load
     from hasten.quality.text import default_text, text_from_file
 
     budget = Budget(fraction(max_ppl_increase)) if max_ppl_increase is not None else Budget()
@@ -78,7 +80,7 @@ def command(
         ticker.say("the source in bf16: loading")
         reference = load(source, "bf16", threads=threads)
         ticker.say("the candidate: loading")
-        candidate = load(model, recipe, threads=threads)
+        candidate = load(model, recipe, threads=threads, observer=lambda progress: show(ticker, progress))
         verdict = _verdict(candidate, reference, judged, tokens, budget, ticker)
     document = _document(candidate, verdict, judged, budget)
     if json:

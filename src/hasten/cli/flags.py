@@ -29,7 +29,8 @@ RecipeOption = Annotated[
     typer.Option(
         "--recipe",
         metavar="R",
-        help="How weights are stored: source, bf16, w8, w6, w5, w4, with -g64, -g128, -head8, -kv8 appended. "
+        help="How weights are stored: source, bf16, w8, w6, w5, w4, with -g64, -g128, -head8, -kv8, -gptq "
+        "appended; w4-best; mix:1% (the best mixture within +1 %); or a recipe file. "
         "Default: the artifact's recipe, or the file's own values.",
         show_default=False,
     ),

@@ -22,11 +22,13 @@ from hasten.cli.flags import (
     TopKOption,
     TopPOption,
 )
+from hasten.cli.preparing import KEPT as CALIBRATED
+from hasten.cli.preparing import watched
 from hasten.cli.speak import Answer, speak
 from hasten.core import SCHEMA_VERSION
 from hasten.errors import UsageError
 
-KEPT = "The text so far is on stdout."
+KEPT = f"The text so far is on stdout. {CALIBRATED}"
 
 PromptOption = Annotated[
     str,
@@ -65,12 +67,13 @@ def command(
     text = read_stdin() if prompt == "-" else prompt
     if not text.strip():
         raise UsageError("the prompt is empty", hint='give some text: -p "What is a mutex?"')
-    from hasten.engine.model import load
     from hasten.engine.sampling import SamplingOptions
+    from hasten.optimize.named import load
 
     sampling = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     started = time.perf_counter()
-    running = load(model, recipe=recipe, threads=threads, context=context)
+    with watched() as observer:
+        running = load(model, recipe=recipe, threads=threads, context=context, observer=observer)
     load_s = time.perf_counter() - started
     tokenizer = running.tokenizer
     ids = tokenizer.encode(text) if raw else tokenizer.encode_chat([{"role": "user", "content": text}])

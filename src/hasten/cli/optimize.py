@@ -12,14 +12,13 @@ from hasten.cli.budget import fraction
 from hasten.cli.console import console, emit
 from hasten.cli.eval import TextOption, TokensOption
 from hasten.cli.flags import JsonOption, ModelArgument, ThreadsOption
+from hasten.cli.preparing import show
 from hasten.cli.progress import Ticker
 from hasten.core import Goal
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from hasten.optimize.candidate import Candidate
-    from hasten.optimize.progress import Progress
     from hasten.optimize.result import OptimizeResult
 
 KEPT = "What was measured is kept: run the same command again to go on from there (--fresh starts over)."
@@ -46,6 +45,14 @@ FreshOption = Annotated[
     bool, typer.Option("--fresh", help="Ignore what earlier searches found.", show_default=False)
 ]
 
+CalibrateOption = Annotated[
+    bool,
+    typer.Option(
+        "--calibrate/--no-calibrate",
+        help="Try calibrated integers too where torch is installed; minutes the first time.",
+    ),
+]
+
 
 def command(
     model: ModelArgument,
@@ -57,13 +64,14 @@ def command(
     runs: RunsOption = 3,
     threads: ThreadsOption = None,
     fresh: FreshOption = False,
+    calibrate: CalibrateOption = True,
     json: JsonOption = False,
 ) -> None:
     """Find the fastest recipe within a quality budget and write an artifact.
 
     Measures the model in bf16, tries uniform widths and a mixture by measured layer sensitivity, judges each
-    against the source, times what passes, and writes the best one with plan.json and report.html. Exit code
-    3: nothing met the budget.
+    against the source, times what passes, and writes the best one with plan.json and report.html. Where torch
+    is installed, calibrated integers are tried too. Exit code 3: nothing met the budget.
     """
     from hasten.optimize.search import Effort, optimize
 
@@ -78,40 +86,13 @@ def command(
             text=text,
             effort=Effort(tokens=tokens, runs=runs),
             fresh=fresh,
-            observer=_Watcher(ticker),
+            calibrate=calibrate,
+            observer=lambda progress: show(ticker, progress),
         )
     if json:
         emit(result.to_json())
         return
     _print(result)
-
-
-class _Watcher:
-    """Shows each step, and every candidate's line as soon as it is known."""
-
-    def __init__(self, ticker: Ticker) -> None:
-        self._ticker = ticker
-
-    def __call__(self, progress: Progress) -> None:
-        if progress.candidate is not None:
-            self._ticker.line("  " + _summary(progress.candidate))
-            return
-        self._ticker.count(_subject(progress), progress.done, progress.total)
-
-
-def _subject(progress: Progress) -> str:
-    if progress.stage == "sensitivity":  # a hundred groups are one subject
-        return "layer sensitivity"
-    return f"{progress.stage}: {progress.detail}"
-
-
-def _summary(candidate: Candidate) -> str:
-    verdict, measured = candidate.verdict, candidate.measurement
-    speed = "" if measured is None else f", {measured.decode_tok_per_s.median:.1f} tok/s"
-    return (
-        f"{candidate.recipe.name}: {candidate.bits_per_weight:.2f} bits, "
-        f"perplexity {verdict.ppl_increase:+.2%}, KL {verdict.kl_mean:.4f}: {verdict.status}{speed}"
-    )
 
 
 def _print(result: OptimizeResult) -> None:

@@ -10,6 +10,7 @@ import typer
 
 from hasten.cli.dataclass_flags import fill, parameters
 from hasten.cli.flags import RecipeOption
+from hasten.cli.preparing import watched
 from hasten.core import EngineOptions, ServingOptions
 from hasten.serve.options import ServeOptions
 
@@ -41,14 +42,29 @@ def command(
     from hasten.serve.pool import names_of
     from hasten.serve.server import ServeSetup, serve
 
+    refs, left = _prepared(names_of([*(models or ()), *(model or ())]), recipe)
     setup = ServeSetup(
-        refs=names_of([*(models or ()), *(model or ())]),
+        refs=refs,
         options=fill(ServeOptions, flags),
         engine=fill(EngineOptions, flags),
         serving=fill(ServingOptions, flags),
-        recipe=recipe,
+        recipe=left,
     )
     serve(setup, _announce)
+
+
+def _prepared(refs: dict[str, str], recipe: str | None) -> tuple[dict[str, str], str | None]:
+    """The models with a recipe that takes work carried out before anyone can ask for them, and what is left
+    to do when they are loaded."""
+    from hasten.optimize.named import prepared
+
+    left, found = None, {}
+    with watched() as observer:
+        for name, ref in refs.items():
+            place, plain = prepared(ref, recipe, observer)
+            found[name] = str(place)
+            left = left if plain is None else recipe
+    return found, left
 
 
 def _announce(url: str) -> None:

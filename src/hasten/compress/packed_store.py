@@ -102,6 +102,38 @@ class PackedStore:
         size is kept (the file was copied, moved or touched), or where a file is so young that its times
         prove nothing.
         """
+        origin, content = self._looked_at(place)
+        if origin is None:
+            return None, None
+        artifact = None if content is None else self._read(_key(content, recipe), recipe)
+        self._count(artifact is not None)
+        return artifact, origin
+
+    def find_folder(
+        self, place: Place, recipe: Recipe, made_with: Mapping[str, Any]
+    ) -> tuple[Path | None, Origin | None]:
+        """As `find`, for what was compressed: the entry's folder, its weights not read yet.
+
+        Args:
+            place: where the model lies.
+            recipe: what was asked for.
+            made_with: what else the weights depend on: text, versions.
+        """
+        origin, content = self._looked_at(place)
+        if origin is None:
+            return None, None
+        folder = None
+        if content is not None:
+            key = _key(content, recipe, made_with)
+            folder = self.models / _name(key)
+            folder = folder if folder.is_dir() and self._is_sound(folder, key) else None
+        self._count(folder is not None)
+        if folder is not None:
+            _append(folder / _USED)
+        return folder, origin
+
+    def _looked_at(self, place: Place) -> tuple[Origin | None, str | None]:
+        """A model's origin, and its content where that is remembered or had to be read."""
         origin = Origin.of(place)
         if origin is None:
             return None, None
@@ -109,13 +141,31 @@ class PackedStore:
         if content is None and (not origin.states.is_settled or self._knows_size(origin.states.bytes)):
             content = self.index.read(origin.states)
             origin = replace(origin, content=content)
-        artifact = None if content is None else self._read(_key(content, recipe), recipe)
-        if self.folder.is_dir():
-            _append(self.folder / ("misses" if artifact is None else "hits"))
-        return artifact, origin
+        return origin, content
 
-    def keep(self, origin: Origin, recipe: Recipe, packed: PackedModel, source: Source) -> Path | None:
+    def _count(self, is_hit: bool) -> None:
+        if self.folder.is_dir():
+            _append(self.folder / ("hits" if is_hit else "misses"))
+
+    def keep(
+        self,
+        origin: Origin,
+        recipe: Recipe,
+        packed: PackedModel,
+        source: Source,
+        *,
+        made_with: Mapping[str, Any] | None = None,
+        plan: Mapping[str, Any] | None = None,
+    ) -> Path | None:
         """Write an entry, crash-safe; one that is there already stays.
+
+        Args:
+            origin: of the model's files, before they were read.
+            recipe: what was asked for; `packed.recipe` may say more.
+            packed: the model.
+            source: its tokenizer goes along.
+            made_with: what else the weights depend on.
+            plan: goes into plan.json.
 
         Returns:
             Its folder; None where the files changed since `origin`, or it is larger than the store may be.
@@ -131,14 +181,14 @@ class PackedStore:
             _log.warning("%s changed while it was read: its packed weights are not kept", source.name)
             return None
         self.index.remember(origin.states, content.digest)
-        key = _key(content.digest, recipe)
+        key = _key(content.digest, recipe, made_with)
         folder = self.models / _name(key)
         if folder.exists() and self._is_sound(folder, key):
             return folder
         if not self._make_room(sum(linear.bytes for linear in packed.linears.values()), source.name):
             return None
         hashed = [_with_digest(file, content) for file in source.files]
-        return self._write(key, folder, packed, replace(source, files=tuple(hashed)))
+        return self._write(key, folder, packed, replace(source, files=tuple(hashed)), plan or {})
 
     def _make_room(self, need: int, name: str) -> bool:
         held = self.held()
@@ -154,9 +204,16 @@ class PackedStore:
             _log.info("dropped %s, last used %s", gone.path, time.ctime(gone.last_used))
         return True
 
-    def _write(self, key: Mapping[str, Any], folder: Path, packed: PackedModel, source: Source) -> Path:
+    def _write(
+        self,
+        key: Mapping[str, Any],
+        folder: Path,
+        packed: PackedModel,
+        source: Source,
+        plan: Mapping[str, Any],
+    ) -> Path:
         with stage(self.models) as fresh:
-            made = save(fresh / folder.name, packed, source, {}, threads=1)
+            made = save(fresh / folder.name, packed, source, plan, threads=1)
             about = {
                 "name": source.name,
                 "recipe": packed.recipe.name,
@@ -282,10 +339,11 @@ def _check(entry: Path, key: Mapping[str, Any]) -> None:
         raise ArtifactError(f"{entry / _PLAN} is damaged: its checksum differs")
 
 
-def _key(content: str, recipe: Recipe) -> dict[str, Any]:
+def _key(content: str, recipe: Recipe, made_with: Mapping[str, Any] | None = None) -> dict[str, Any]:
     parts = as_json(recipe)
     del parts["name"]  # what it is called changes no byte
     return {
+        **({"made_with": dict(made_with)} if made_with else {}),
         "content": content,
         "recipe": parts,
         "layout_version": LAYOUT_VERSION,

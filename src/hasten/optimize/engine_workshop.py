@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,15 +12,22 @@ import numpy as np
 
 from hasten.core import EngineOptions, Layout, Machine, Measurement, ModelConfig, Recipe, Workload
 from hasten.errors import UsageError
+from hasten.optimize.mixture import is_mixture
+from hasten.optimize.progress import Observer
+from hasten.optimize.space import MENU, is_calibrated
 from hasten.optimize.workshop import Built
-from hasten.quality.text import Encoder
+from hasten.quality.text import Encoder, Text
+from hasten.recipe import Method
 
 if TYPE_CHECKING:
+    from hasten.compress.pack import PackedModel
     from hasten.engine.model import LanguageModel
     from hasten.models.source import SourceTensor
+    from hasten.optimize.calibrated import CalibratedWeights
 
 _SAMPLED_ROWS = 64
 """Rows a tensor's rounding error is computed from: with 896 columns that is 57 thousand weights."""
+_PACE_RUNS = 25
 _CEILING_AGE_S = 24 * 3600.0
 
 
@@ -39,8 +47,10 @@ class EngineWorkshop:
                 f"{ref} is an artifact already: its source's values are gone",
                 hint="give the model it was made from; plan.json in it names that",
             )
+        self._ref = ref
         self.source = open_model(ref)
         self.options = options
+        self._calibrated: CalibratedWeights | None = None
 
     @property
     def name(self) -> str:
@@ -86,21 +96,73 @@ class EngineWorkshop:
         """By canonical name."""
         return self._kept
 
+    def calibrate(self, text: Text, observer: Observer) -> str:
+        """Takes the calibration part of a text.
+
+        Raises:
+            MachineError: torch is not installed. UsageError: the text is too short.
+        """
+        from hasten.optimize.calibrated import CalibratedWeights
+
+        self._calibrated = CalibratedWeights.of(self.source, text, observer)
+        return self._calibrated.identity
+
+    def _calibration(self) -> CalibratedWeights:
+        assert self._calibrated is not None, "calibrate() comes before methods that need a text"
+        return self._calibrated
+
     def build(self, recipe: Recipe) -> Built:
         """Packs the source by a recipe and makes it ready to run."""
+        return self._load(self.packed(recipe))
+
+    def packed(self, recipe: Recipe) -> PackedModel:
+        """The source's weights by a recipe."""
         from hasten.compress.pack import pack_model
+
+        if recipe.is_plain:
+            return pack_model(self.source, recipe, self.options.threads)
+        calibration = self._calibration()
+        if is_mixture(recipe):
+            return calibration.mixture(recipe, self.options.threads)
+        return calibration.whole(self._ref, recipe, self.options.threads)
+
+    def _load(self, packed: PackedModel) -> Built:
         from hasten.engine.model import load_packed
 
-        packed = pack_model(self.source, recipe, self.options.threads)
         return load_packed(packed, self.source, self.options)
 
-    def swap(self, model: Built, tensors: Sequence[str], layout: Layout | None) -> None:
+    def swap(
+        self, model: Built, tensors: Sequence[str], layout: Layout | None, method: Method = "rtn"
+    ) -> None:
         """Packs single tensors anew and puts them in place."""
         from hasten.compress.pack import pack_linear
 
         for name in tensors:
-            linear = pack_linear(self.source.tensors[name], layout, threads=self.options.threads)
+            if layout is not None and is_calibrated(layout, method):
+                linear = self._calibration().linear(name, layout)
+            else:
+                linear = pack_linear(self.source.tensors[name], layout, threads=self.options.threads)
             cast("LanguageModel", model).replace(name, linear)
+
+    def pace(self) -> Mapping[Layout, float]:
+        """Times the head in every layout of the menu and the source: it is the largest matrix."""
+        layouts = {*MENU, *self._kept.values()}
+        model = cast("LanguageModel", self.build(Recipe.parse("source")))
+        try:
+            return {layout: self._seconds_a_byte(model, layout) for layout in sorted(layouts, key=str)}
+        finally:
+            model.close()
+
+    def _seconds_a_byte(self, model: LanguageModel, layout: Layout) -> float:
+        name = "embed" if self.config.tied_head else "head"
+        self.swap(model, (name,), layout)
+        hidden = np.ones((1, self.config.hidden_size), np.float32)
+        times = []
+        for _ in range(_PACE_RUNS):
+            began = time.perf_counter()
+            model.logits_of(hidden)
+            times.append(time.perf_counter() - began)
+        return float(f"{min(times) / model.packed.linears[name].bytes:.2g}")  # the rest is noise
 
     def error(self, tensor: str, layout: Layout) -> float:
         """Squared error over squared values, on 64 rows spread over the tensor."""

@@ -1,10 +1,11 @@
 """The mixture: widths by group that together just meet the budget.
 
 The knapsack needs a limit in KL, the user gives one in perplexity, and summed harms are a first-order
-prediction. So the uniform recipes that were judged already calibrate the first limit, the mixture is judged
-as a whole, and the limit moves until the mixture passes with little to spare. Trying three or four mixtures
-on the same text and keeping the best that passes is a selection; the whole 95 % interval has to be within the
-budget, not its middle, which leaves room for it.
+prediction. So uniform recipes of the same method that were judged already calibrate the first limit (without
+one, perplexity is taken to rise by what KL does, which holds where the text is what the model expects), the
+mixture is judged as a whole, and the limit moves until the mixture passes with little to spare. Trying three
+or four mixtures on the same text and keeping the best that passes is a selection; the whole 95 % interval has
+to be within the budget, not its middle, which leaves room for it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from hasten.core import Budget, Recipe
 from hasten.optimize.candidate import Candidate
 from hasten.optimize.choose import percent
 from hasten.optimize.mix import Choice, lightest
-from hasten.optimize.sensitivity import Sensitivity
+from hasten.optimize.sensitivity import Sensitivity, SensitivityMap
+from hasten.recipe import Method
 
 _FIRST_AIM = 0.6  # of the budget: the rest is for the interval, whose width is not known before the first try
 _NEXT_AIM = 0.95
@@ -41,7 +43,24 @@ def predicted_harm(recipe: Recipe, sensitivities: Sequence[Sensitivity]) -> floa
     return None if any(h is None for h in harms) else sum(h for h in harms if h is not None)
 
 
-def mixture_recipe(name: str, sensitivities: Sequence[Sensitivity], choices: Sequence[Choice]) -> Recipe:
+def mixture_name(budget: Budget) -> str:
+    """`mix:1%`."""
+    return f"mix:{budget.max_ppl_increase * 100:.4g}%"
+
+
+def keeps_all(recipe: Recipe) -> bool:
+    """Whether every layer keeps the source's values."""
+    return recipe.default is None and recipe.head is None and not recipe.layers
+
+
+def is_mixture(recipe: Recipe) -> bool:
+    """Whether a recipe gives single layers their widths and keeps the source's values in all others."""
+    return recipe.default is None and recipe.head is None and bool(recipe.layers)
+
+
+def mixture_recipe(
+    name: str, sensitivities: Sequence[Sensitivity], choices: Sequence[Choice], method: Method = "rtn"
+) -> Recipe:
     """The recipe that gives each group its choice."""
     layers = {
         tensor: choice.layout
@@ -49,11 +68,11 @@ def mixture_recipe(name: str, sensitivities: Sequence[Sensitivity], choices: Seq
         if choice.layout is not None
         for tensor in s.group.tensors
     }
-    return Recipe(name=name, default=None, layers=layers)
+    return Recipe(name=name, default=None, layers=layers, method=method)
 
 
 def fit_mixture(
-    sensitivities: Sequence[Sensitivity],
+    drawn: SensitivityMap,
     judged: Sequence[Candidate],
     budget: Budget,
     attempt: Try,
@@ -63,21 +82,23 @@ def fit_mixture(
     to mix.
 
     Args:
-        sensitivities: the map.
-        judged: uniform recipes with their verdicts, which calibrate the first limit.
+        drawn: the map, measured with the method that the mixture's integers are found by.
+        judged: uniform recipes with their verdicts; those of the same method calibrate the first limit.
         budget: what the whole mixture has to meet.
         attempt: packs and judges a recipe.
         tokens: of a full judgement, to know how far an interval from fewer would narrow.
     """
-    name = f"mix:{budget.max_ppl_increase * 100:.4g}%"
-    limit = _first_limit(sensitivities, judged, budget)
+    name, sensitivities = mixture_name(budget), drawn.groups
+    limit = _first_limit(drawn, judged, budget)
     if limit is None:
         return None
     below, above = Point(0.0, _base_reach(judged, tokens)), None
     tried: list[Candidate] = []
     for _ in range(_TRIES):
         choices = lightest([s.menu for s in sensitivities], limit)
-        recipe = mixture_recipe(name, sensitivities, choices or ())
+        if choices is None:
+            break
+        recipe = mixture_recipe(name, sensitivities, choices, drawn.method)
         if not recipe.layers or any(recipe.layers == c.recipe.layers for c in tried):
             break
         candidate = attempt(recipe)
@@ -100,23 +121,29 @@ def reach(candidate: Candidate, tokens: int) -> float:
     return verdict.ppl_increase + half * math.sqrt(min(1.0, verdict.tokens / tokens))
 
 
-def _first_limit(
-    sensitivities: Sequence[Sensitivity], judged: Sequence[Candidate], budget: Budget
-) -> float | None:
+def _first_limit(drawn: SensitivityMap, judged: Sequence[Candidate], budget: Budget) -> float | None:
     """Predicted KL that should cost the first aim, on the line through a judged recipe."""
     aim = _FIRST_AIM * budget.max_ppl_increase
-    known = [(predicted_harm(c.recipe, sensitivities), c.verdict.ppl_increase) for c in judged]
-    points = [(harm, rise) for harm, rise in known if harm is not None and harm > 0 and rise > aim]
+    known = [
+        (harm, c.verdict.ppl_increase)
+        for c in judged
+        if (harm := predicted_harm(c.recipe, drawn.groups)) is not None
+        and (harm == 0.0 or c.recipe.method == drawn.method)
+    ]
+    start = min((rise for harm, rise in known if harm == 0.0), default=0.0)
+    uniform = [(harm, rise) for harm, rise in known if harm > 0]
+    if not uniform:
+        return aim - start if aim > start else None
+    points = [(harm, rise) for harm, rise in uniform if rise > aim]
     if not points:
         return None  # the narrowest uniform recipe is within the budget: a mixture could only be wider
     harm, rise = min(points, key=lambda point: point[1])
-    start = min((rise for h, rise in known if h == 0.0), default=0.0)
     share = (aim - start) / (rise - start) if rise > start else 0.0
     return harm * share if share > 0 else None
 
 
 def _base_reach(judged: Sequence[Candidate], tokens: int) -> float:
-    return min((reach(c, tokens) for c in judged if c.recipe.name == "source"), default=0.0)
+    return min((reach(c, tokens) for c in judged if keeps_all(c.recipe)), default=0.0)
 
 
 def _next_limit(below: Point, above: Point | None, budget: Budget) -> float:

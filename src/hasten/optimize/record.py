@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import hasten
 from hasten.core import Budget, Goal, Recipe, as_json
 from hasten.optimize.result import OptimizeResult
-from hasten.optimize.sensitivity import Sensitivity
+from hasten.optimize.sensitivity import Sensitivity, SensitivityMap
 from hasten.quality.text import Text
 
 
@@ -25,8 +24,9 @@ class Circumstances:
     runs: int  # timed
 
 
-def remarks(sensitivities: Sequence[Sensitivity], recipe: Recipe) -> tuple[str, ...]:
+def remarks(drawn: SensitivityMap, recipe: Recipe) -> tuple[str, ...]:
     """What the sensitivity map said and what the recipe made of it, one sentence each."""
+    sensitivities = drawn.groups
     measured = sorted((s for s in sensitivities if s.harm > 0), key=lambda s: s.harm)
     if not measured:
         return ()
@@ -35,11 +35,14 @@ def remarks(sensitivities: Sequence[Sensitivity], recipe: Recipe) -> tuple[str, 
         f"4 bits hurt {most.group.name} most (KL {most.harm:.2g}) and {least.group.name} least "
         f"(KL {least.harm:.2g}); all groups together {sum(s.harm for s in measured):.2g}, if they add up."
     )
+    if drawn.error is not None:
+        said += f" Other widths are predicted from that, {drawn.error:.0%} off where they were measured too."
     if not recipe.name.startswith("mix"):
         return (said,)
     counts = Counter(layout_name(recipe, s) for s in sensitivities)
     made = ", ".join(f"{count} at {name}" for name, count in sorted(counts.items(), key=lambda kv: -kv[1]))
-    return (said, f"The mixture gives each of {len(sensitivities)} groups a width: {made}.")
+    by = "" if recipe.method == "rtn" else f" Its integers were found by {recipe.method.upper()}."
+    return (said, f"The mixture gives each of {len(sensitivities)} groups a width: {made}.{by}")
 
 
 def layout_name(recipe: Recipe, sensitivity: Sensitivity) -> str:
@@ -48,9 +51,22 @@ def layout_name(recipe: Recipe, sensitivity: Sensitivity) -> str:
     return "source" if layout is None else str(layout)
 
 
-def record(
-    result: OptimizeResult, sensitivities: Sequence[Sensitivity], asked: Circumstances
-) -> dict[str, Any]:
+def map_json(drawn: SensitivityMap, recipe: Recipe) -> list[dict[str, Any]]:
+    """The map as plain JSON values, one object a group: KL at 4 bits as measured, at all widths as predicted,
+    and the width a recipe gives it."""
+    return [
+        {
+            "group": s.group.name,
+            "kl_at_4_bits": s.harm,
+            "kl": {str(c.layout): c.harm for c in s.menu if c.layout is not None},
+            "kl_measured": {str(c.layout): c.harm for c in drawn.checks if c.group == s.group.name},
+            "layout": layout_name(recipe, s),
+        }
+        for s in drawn.groups
+    ]
+
+
+def record(result: OptimizeResult, drawn: SensitivityMap, asked: Circumstances) -> dict[str, Any]:
     """Everything worth keeping of a search, as plain JSON values."""
     return {
         **as_json(result.plan),
@@ -60,13 +76,8 @@ def record(
         "versions": {"hasten": hasten.__version__, "python": result.machine.python},
         "text": {"name": asked.text.name, "sha256": asked.text.sha256, "tokens": asked.tokens},
         "runs": asked.runs,
-        "sensitivity": [
-            {
-                "group": s.group.name,
-                "kl_at_4_bits": s.harm,
-                "layout": layout_name(result.chosen.recipe, s),
-            }
-            for s in sensitivities
-        ],
+        "sensitivity": map_json(drawn, result.chosen.recipe),
+        "sensitivity_method": drawn.method,
+        "sensitivity_error": drawn.error,
         "search": result.to_json(),
     }

@@ -15,12 +15,12 @@ from hasten.errors import MachineError, UsageError
 from hasten.optimize.candidate import Candidate
 from hasten.optimize.choose import choose, explain
 from hasten.optimize.memory import SearchMemory
-from hasten.optimize.mixture import fit_mixture
+from hasten.optimize.mixing import Mixing
+from hasten.optimize.mixture import mixture_name
 from hasten.optimize.progress import Observer, Progress, silent
 from hasten.optimize.record import Circumstances, record, remarks
 from hasten.optimize.result import Baseline, OptimizeResult
-from hasten.optimize.sensitivity import Sensitivity, draw, measure_sensitivity
-from hasten.optimize.space import groups, uniform
+from hasten.optimize.space import uniform
 from hasten.optimize.trials import Trials
 from hasten.optimize.workshop import Built, Workshop
 from hasten.quality.divergence import Reference
@@ -57,6 +57,7 @@ def optimize(
     text: str | Path | None = None,
     effort: Effort | None = None,
     fresh: bool = False,
+    calibrate: bool = True,
     observer: Observer = silent,
 ) -> OptimizeResult:
     """Finds the fastest recipe whose perplexity rises by at most `max_ppl_increase`, and writes it as an
@@ -72,6 +73,8 @@ def optimize(
         text: a UTF-8 file to judge on; default, the prose and code of `pydoc_data.topics`.
         effort: how many tokens are judged and runs timed.
         fresh: ignore what an earlier search found.
+        calibrate: try calibrated integers too, where torch is installed: `w4-best`, and a mixture by GPTQ.
+            Costs minutes the first time; what was calibrated is kept.
         observer: told of every step.
 
     Raises:
@@ -85,7 +88,9 @@ def optimize(
     judged = text_from_file(text) if text is not None else default_text()
     observer(Progress("reference", "opening the model"))
     workshop = EngineWorkshop(ref, EngineOptions(threads=threads))
-    search = Search(workshop, Budget(max_ppl_increase), goal, judged, effort or Effort(), fresh, observer)
+    search = Search(
+        workshop, Budget(max_ppl_increase), goal, judged, effort or Effort(), fresh, observer, calibrate
+    )
     return search.run(Path(out) if out is not None else Path(f"{workshop.name}.hasten"))
 
 
@@ -115,6 +120,7 @@ class Search:
     effort: Effort
     fresh: bool = False
     observer: Observer = silent
+    calibrate: bool = True
     _source: Built | None = field(default=None, init=False)
 
     def run(self, out: Path) -> OptimizeResult:
@@ -122,17 +128,34 @@ class Search:
         try:
             start = self.trials.measured(_BASELINE, self._bf16)
             candidates = self._uniform()
-            sensitivities, mixture = self._mixture(candidates)
+            mixture = self._mixture(candidates)
             candidates += [mixture] if mixture is not None else []
             chosen = choose(candidates, self.goal, self.budget)
             candidates = explain(candidates, chosen, self.goal, self.budget, start)
             baseline = Baseline(start, max(candidates, key=lambda c: c.verdict.tokens).verdict.ppl_source)
-            result = self._write(out, baseline, candidates, chosen.recipe, sensitivities)
+            result = self._write(out, baseline, candidates, chosen.recipe)
         finally:
-            if self._source is not None:
-                self._source.close()
+            self.close()
         self.memory.finish()
         return result
+
+    def mixture(self) -> Candidate:
+        """The cheapest mixture within the budget, judged and not timed; if none passes, the nearest.
+
+        Where there is nothing to mix, it keeps the source's values.
+        """
+        name = mixture_name(self.budget)
+        kept = self.trials.judge(Recipe(name))
+        found = self.mixing.fit([kept])
+        if found is None or (kept.passes and not found.passes):
+            return replace(kept, because="Nothing narrower than the source's own values was found.")
+        return found
+
+    def close(self) -> None:
+        """Give the source in bf16 back; a second call does nothing."""
+        if self._source is not None:
+            self._source.close()
+            self._source = None
 
     @cached_property
     def memory(self) -> SearchMemory:
@@ -159,6 +182,7 @@ class Search:
             runs=self.effort.runs,
             tokens=self.effort.tokens,
             observer=self.observer,
+            calibrated=self.calibrated,
         )
 
     @cached_property
@@ -176,29 +200,47 @@ class Search:
             self._source = self.workshop.build(_BASELINE)
         return self._source
 
+    @cached_property
+    def calibrated(self) -> str | None:
+        """What calibrated integers depend on; None where none are tried."""
+        return self._calibration[0]
+
+    @cached_property
+    def _calibration(self) -> tuple[str | None, str]:
+        """What calibrated integers depend on, or why there are none."""
+        if not self.calibrate:
+            return None, "calibration was switched off"
+        try:
+            return self.workshop.calibrate(self.text, self.observer), ""
+        except (MachineError, UsageError) as why:
+            return None, why.message
+
+    @cached_property
+    def mixing(self) -> Mixing:
+        """How the mixture is made."""
+        return Mixing(
+            workshop=self.workshop,
+            source=self._bf16,
+            text=self.text,
+            memory=self.memory,
+            trials=self.trials,
+            budget=self.budget,
+            goal=self.goal,
+            seconds=self.effort.sensitivity_seconds,
+            observer=self.observer,
+            calibrated=self.calibrated,
+        )
+
     def _uniform(self) -> list[Candidate]:
         shapes = self.workshop.config.linear_shapes()
         widest = max(self.workshop.kept()[name].bits_per_weight for name in shapes)
-        return [self.trials.attempt(recipe) for recipe in uniform(widest)]
+        return [self.trials.attempt(recipe) for recipe in uniform(widest, self.calibrated is not None)]
 
-    def _mixture(self, judged: Sequence[Candidate]) -> tuple[tuple[Sensitivity, ...], Candidate | None]:
-        harms = self.memory.read("sensitivity")
-        if harms is None:
-            measured = measure_sensitivity(
-                self.workshop,
-                self._bf16(),
-                self.text,
-                seconds=self.effort.sensitivity_seconds,
-                observer=self.observer,
-            )
-            self.memory.write("sensitivity", [s.harm for s in measured])
-        else:
-            measured = draw(self.workshop, groups(self.workshop.config), harms)
-        tokens = max((c.verdict.tokens for c in judged), default=self.effort.tokens)
-        mixture = fit_mixture(measured, judged, self.budget, self.trials.judge, tokens)
+    def _mixture(self, judged: Sequence[Candidate]) -> Candidate | None:
+        mixture = self.mixing.fit(judged)
         if mixture is not None and mixture.passes:
             mixture = replace(mixture, measurement=self.trials.attempt(mixture.recipe).measurement)
-        return measured, mixture
+        return mixture
 
     def _estimate(self, chosen: Candidate) -> Estimate | None:
         """What the speed model says of the chosen recipe, to be held against the measurement."""
@@ -219,9 +261,9 @@ class Search:
         baseline: Baseline,
         candidates: Sequence[Candidate],
         recipe: Recipe,
-        sensitivities: Sequence[Sensitivity],
     ) -> OptimizeResult:
         self.observer(Progress("artifact", f"writing {out}"))
+        drawn = self.mixing.map
         chosen = next(c for c in candidates if c.recipe == recipe)
         plan = Plan(
             model=self.workshop.name,
@@ -230,15 +272,21 @@ class Search:
             measurement=chosen.measurement,
             verdict=chosen.verdict,
             estimate=self._estimate(chosen),
-            because=(chosen.because, *remarks(sensitivities, recipe)),
+            because=(chosen.because, *remarks(drawn, recipe), *self.uncalibrated()),
         )
         machine = self.workshop.machine()
         result = OptimizeResult(machine, baseline, tuple(candidates), chosen, plan, out.absolute())
         asked = Circumstances(self.goal, self.budget, self.text, self.effort.tokens, self.effort.runs)
-        whole = record(result, sensitivities, asked)
+        whole = record(result, drawn, asked)
         model = self.workshop.build(recipe)
         try:
             self.workshop.save(model, out, whole, page(whole))
         finally:
             model.close()
         return result
+
+    def uncalibrated(self) -> tuple[str, ...]:
+        """Why no calibrated integers were tried, where none were."""
+        if self.calibrated is not None:
+            return ()
+        return (f"Integers are rounded to nearest, no calibrated ones were tried: {self._calibration[1]}.",)

@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hasten.core import Layout, ModelConfig, Recipe
+from hasten.recipe import Method
 
 UNIFORM = ("source", "w8", "w6", "w5", "w5-head8", "w4-head8", "w4")
 """Recipes tried on every model, widest first; the mixture comes after them and is calibrated by them."""
+
+BEST = "w4-best"
+"""Tried too where torch can calibrate it."""
 
 MENU = (Layout(4), Layout(4, symmetric=False), Layout(5), Layout(6), Layout(8))
 """What a mixture gives a group, if not the source's values: 4.5, 5, 5.5, 6.5 and 8.5 bits a weight."""
@@ -15,7 +19,15 @@ MENU = (Layout(4), Layout(4, symmetric=False), Layout(5), Layout(6), Layout(8))
 PROBE = MENU[0]
 """The layout whose harm is measured; that of the others is scaled from it."""
 
+CHECKED = MENU[1:4]
+"""Layouts at which some groups are measured too, to hold the scaling against."""
+
 _PARTS = (("qkv", ("q", "k", "v")), ("o", ("o",)), ("gate_up", ("gate", "up")), ("down", ("down",)))
+
+
+def is_calibrated(layout: Layout, method: Method) -> bool:
+    """Whether a mixture's integers of this layout come from calibration: 8 bits round as well without."""
+    return method != "rtn" and layout.bits < 8
 
 
 @dataclass(frozen=True)
@@ -36,7 +48,9 @@ def groups(config: ModelConfig) -> tuple[Group, ...]:
     return (*found, Group("head", ("embed" if config.tied_head else "head",)))
 
 
-def uniform(source_bits: float) -> tuple[Recipe, ...]:
+def uniform(source_bits: float, calibrated: bool = False) -> tuple[Recipe, ...]:
     """The fixed recipes to try; without `source` where that is 16 bits wide, the baseline itself."""
     names = UNIFORM if source_bits < 16.0 else UNIFORM[1:]
+    if calibrated:
+        names = (*names, BEST)
     return tuple(Recipe.parse(name) for name in names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from hasten.core import Budget, Measurement, Recipe, Verdict, Workload
 from hasten.optimize.candidate import Candidate, measurement_from, verdict_from
@@ -26,6 +27,7 @@ class Trials:
     runs: int
     tokens: int
     observer: Observer
+    calibrated: str | None = None  # what calibrated integers depend on
 
     def attempt(self, recipe: Recipe) -> Candidate:
         """Judged, and timed if it passes. What is in memory already is not done again."""
@@ -45,7 +47,7 @@ class Trials:
 
     def measured(self, recipe: Recipe, model: Callable[[], Built]) -> Measurement:
         """Speed of a recipe on the workload."""
-        key = {"recipe": recipe, "workload": self.workload, "runs": self.runs}
+        key = {**self._identity(recipe), "workload": self.workload, "runs": self.runs}
         kept = self.memory.read("speed", **key)
         if kept is not None:
             return measurement_from(kept)
@@ -55,8 +57,11 @@ class Trials:
         self.memory.write("speed", found, **key)
         return found
 
+    def _identity(self, recipe: Recipe) -> dict[str, Any]:
+        return {"recipe": recipe, "calibrated": None if recipe.is_plain else self.calibrated}
+
     def _judged(self, recipe: Recipe, model: _Lazily) -> Candidate:
-        key = {"recipe": recipe, "budget": self.budget, "tokens": self.tokens}
+        key = {**self._identity(recipe), "budget": self.budget, "tokens": self.tokens}
         kept = self.memory.read("quality", **key)
         if kept is not None:
             return Candidate(

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hasten.core import EngineOptions, Layout, Machine, Measurement, ModelConfig, Recipe, Workload
+from hasten.optimize.progress import Observer
 from hasten.quality.divergence import Runnable
-from hasten.quality.text import Encoder
+from hasten.quality.text import Encoder, Text
+from hasten.recipe import Method
 
 
 class Built(Runnable, Protocol):
@@ -63,12 +65,30 @@ class Workshop(Protocol):
         """Layout that holds the source's own values, by canonical name of each linear layer."""
         ...
 
+    def calibrate(self, text: Text, observer: Observer) -> str:
+        """Take a text for the methods that need one.
+
+        Returns:
+            A digest of what their integers depend on besides recipe and source.
+
+        Raises:
+            MachineError: there are none here, because torch is not installed.
+            UsageError: the text is too short to calibrate on.
+        """
+        ...
+
     def build(self, recipe: Recipe) -> Built:
         """A model by a recipe; its owner closes it."""
         ...
 
-    def swap(self, model: Built, tensors: Sequence[str], layout: Layout | None) -> None:
+    def swap(
+        self, model: Built, tensors: Sequence[str], layout: Layout | None, method: Method = "rtn"
+    ) -> None:
         """Puts other weights into a built model: the source's, packed to `layout`, or kept (None)."""
+        ...
+
+    def pace(self) -> Mapping[Layout, float] | None:
+        """Seconds that a byte of weights takes a decoded token, by layout; None: unknown."""
         ...
 
     def error(self, tensor: str, layout: Layout) -> float:

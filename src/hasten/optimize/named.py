@@ -1,0 +1,161 @@
+"""Models by recipes that take work (`w4-best`, `mix:1%`, a file): made once, then kept in the store."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hasten.core import Budget, EngineOptions, Recipe
+from hasten.errors import ArtifactError, UsageError
+from hasten.optimize.progress import Observer, silent
+
+if TYPE_CHECKING:
+    from hasten.engine.model import LanguageModel
+
+_MIX = "mix:"
+_FILES = (".yaml", ".yml")
+_MIX_HINT = "use mix:1% for a perplexity increase of at most 1 %"
+
+
+def load(
+    ref: str | Path,
+    recipe: str | Recipe | None = None,
+    *,
+    threads: int | None = None,
+    context: int | None = None,
+    options: EngineOptions | None = None,
+    store: bool = True,
+    observer: Observer = silent,
+) -> LanguageModel:
+    """Open a model and make it ready to run.
+
+    What is packed here is kept in the cache folder (docs/cache.md), when the model is let go, the process
+    ends or 20 s have passed; the next `load` of the same files and recipe reads it from there. A file that
+    changed is packed anew, and a cache that cannot be used costs a warning. A recipe that calibrates, prunes,
+    distils or searches takes minutes the first time and is kept at once.
+
+    Args:
+        ref: an artifact (`NAME.hasten`), a folder with safetensors, a .gguf file, a hub id, or "demo".
+        recipe: what to do with the weights: a name ("w4", "w8-head16", "bf16", "w4-best", "mix:1%"), the path
+            of a YAML recipe file, or a Recipe; None keeps the values the files hold. An artifact has its
+            recipe already.
+        threads: None uses the cores this process may use.
+        context: longest prompt plus output in tokens; None is the model's own, at most 8192.
+        options: the rest of the engine's options; threads and context above come first.
+        store: False neither reads nor keeps packed weights; so does `HASTEN_CACHE_PACKED=0`.
+        observer: told of compression, where there is any.
+
+    Raises:
+        ModelError, FormatError, ArtifactError: the model is missing, damaged or of an unsupported kind.
+        UsageError: an unknown recipe, a recipe with an artifact, or options out of range.
+        MachineError: the recipe needs torch, which is not installed.
+        BudgetError: no mixture is within `mix:P%`.
+    """
+    from hasten.engine.model import load as load_plain
+
+    place, plain = prepared(ref, recipe, observer, store=store, threads=threads)
+    try:
+        return load_plain(place, plain, threads=threads, context=context, options=options, store=store)
+    except ArtifactError:
+        if place == ref or not _dropped(Path(place)):
+            raise
+    place, plain = prepared(ref, recipe, observer, store=store, threads=threads)
+    return load_plain(place, plain, threads=threads, context=context, options=options, store=store)
+
+
+def prepared(
+    ref: str | Path,
+    recipe: str | Recipe | None,
+    observer: Observer = silent,
+    *,
+    store: bool = True,
+    threads: int | None = None,
+) -> tuple[str | Path, str | Recipe | None]:
+    """What `hasten.engine.model.load` takes for a model and a recipe.
+
+    A recipe that is packing and no more, or none, is handed on. Any other is carried out, once: what comes of
+    it is an artifact in the store, and with it no recipe. Finding that again imports no torch and opens no
+    weights.
+
+    Args:
+        ref: as for `load`.
+        recipe: as for `load`.
+        observer: told of the work.
+        store: False makes the artifact anew, in a temporary folder that goes with this process.
+        threads: to work with; None: the cores this process may use.
+
+    Raises:
+        UsageError, ModelError, MachineError, BudgetError, DiskError: as `load`.
+    """
+    from hasten.compress.artifact import is_artifact
+
+    if recipe is None or is_artifact(ref):  # the loader compares an artifact's recipe with this one
+        return ref, recipe
+    wanted = _wanted(recipe)
+    if wanted is None:
+        return ref, recipe
+    from hasten.optimize.made import Asked, artifact_of, compressed
+    from hasten.quality.text import default_text
+
+    if isinstance(wanted, Budget):
+        from hasten.optimize.mixed import mixture_of
+
+        return mixture_of(ref, wanted, observer, keep=store, threads=threads), None
+    asked = Asked(wanted, default_text())
+    return artifact_of(ref, asked, lambda: compressed(ref, asked, observer, threads), keep=store), None
+
+
+def _wanted(recipe: str | Recipe) -> Recipe | Budget | None:
+    """A recipe that takes work, or the budget of a mixture; None where packing is all.
+
+    Raises:
+        UsageError: an unknown name, or a file that cannot be read.
+    """
+    if isinstance(recipe, str):
+        name = recipe.strip()
+        if name.startswith(_MIX):
+            return _budget(name)
+        if name.lower().endswith(_FILES):
+            return _read(name)
+        try:
+            recipe = Recipe.parse(name)
+        except UsageError:
+            if Path(name).is_file():
+                return _read(name)
+            raise
+    return None if recipe.is_plain else recipe
+
+
+def _read(path: str) -> Recipe:
+    from hasten.compress.recipe_file import read_recipe
+
+    return read_recipe(path)
+
+
+def _budget(name: str) -> Budget:
+    """`mix:1%` -> 0.01.
+
+    Raises:
+        UsageError: no percentage above 0 and up to 100.
+    """
+    match = re.fullmatch(r"mix:\s*\+?(\d+(?:\.\d*)?|\.\d+)\s*%", name)
+    if match is None:
+        raise UsageError(f"recipe {name!r}: after mix: comes a percentage", hint=_MIX_HINT)
+    percent = float(match.group(1))
+    if not 0 < percent <= 100:
+        raise UsageError(
+            f"recipe {name!r}: a mixture needs a budget above 0 % and up to 100 %", hint=_MIX_HINT
+        )
+    return Budget(percent / 100)
+
+
+def _dropped(folder: Path) -> bool:
+    """Drop a damaged entry of the store; False where the folder is none."""
+    from hasten.compress.packed_store import open_store
+
+    kept = open_store()
+    if kept is None or folder.parent != kept.models:
+        return False
+    kept.drop(folder)
+    return True
