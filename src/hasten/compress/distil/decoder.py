@@ -92,7 +92,8 @@ class Decoder:
         return F.rms_norm(x, x.shape[-1:], self.weight("final_norm").to(x.dtype), config.norm_eps)
 
     def _run(self, index: int, x: torch.Tensor, positions: Positions) -> torch.Tensor:
-        return self.layer(self.config, self._alike(index), self._weights(index), x, positions)
+        layer = self.layer if torch.is_grad_enabled() else layer_forward  # judging: other shapes, seldom
+        return layer(self.config, self._alike(index), self._weights(index), x, positions)
 
     def _weights(self, index: int) -> Mapping[str, torch.Tensor]:
         prefix = f"layers.{index}."

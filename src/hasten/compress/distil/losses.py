@@ -36,8 +36,8 @@ def divergence(
     Returns:
         float32 [R].
     """
-    q = F.log_softmax(student.float() / temperature, dim=-1)
-    p = F.log_softmax(teacher.float() / temperature, dim=-1)
+    q = F.log_softmax(_softened(student, temperature), dim=-1)
+    p = F.log_softmax(_softened(teacher, temperature), dim=-1)
     if kind == "forward":
         found = (p.exp() * (p - q)).sum(-1)
     elif kind == "reverse":
@@ -47,6 +47,10 @@ def divergence(
         floor = torch.finfo(torch.float32).tiny  # both underflow: the teacher's factor is 0 there
         found = (p.exp() * (p - mixed.clamp(min=floor).log())).sum(-1)
     return found * temperature**2
+
+
+def _softened(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    return logits.float() if temperature == 1 else logits.float() / temperature
 
 
 def hidden_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
