@@ -69,6 +69,9 @@ def test_the_ends_of_alpha(tmp_path: Path) -> None:
     columns = torch.cat([none["gate"], none["up"]]).abs().max(0).values
     torch.testing.assert_close(columns, columns[:1].expand_as(columns), rtol=1e-3, atol=0)
     assert torch.equal(none["q"], weights["q"]), "only what was watched is smoothed"
+    named = smooth_layer(weights, config, watch.maxima, 0.5, groups=("o",))
+    changed = {name for name in weights if not torch.equal(named[name], weights[name])}
+    assert changed == {"o", "v"}
 
 
 def test_int8_activations_lose_less(tmp_path: Path) -> None:

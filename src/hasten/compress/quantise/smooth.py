@@ -12,7 +12,7 @@ token; the recipe's `smooth` is off where nobody asks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -76,7 +76,11 @@ def smooth_scales(weights: Weights, group: Group, maximum: torch.Tensor, alpha: 
 
 
 def smooth_layer(
-    weights: Weights, config: ModelConfig, maxima: Mapping[str, torch.Tensor], alpha: float
+    weights: Weights,
+    config: ModelConfig,
+    maxima: Mapping[str, torch.Tensor],
+    alpha: float,
+    groups: Collection[Group] = GROUPS,
 ) -> dict[str, torch.Tensor]:
     """One layer with smoother activations and the same output, up to rounding.
 
@@ -89,11 +93,12 @@ def smooth_layer(
         maxima: largest magnitude of each input channel [cols] by short name of a linear layer, as
             `ChannelMaxima` finds them; of a group that reads the same input any one will do.
         alpha: 0 to 1; the paper uses 0.5.
+        groups: which to smooth. The paper has `qkv` and `gate_up`.
     """
     new = dict(weights)
     for group in GROUPS:
         given = [maxima[name] for name in READERS[group] if name in maxima]
-        if given and foldable(config, group):
+        if group in groups and given and foldable(config, group):
             scales = smooth_scales(new, group, given[0], alpha)
             new = fold(new, config, group, shared_scales(new, config, group, scales))
     return new
