@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 
 from hasten.bench import workloads
 from hasten.bench.ceilings import Cost, cost_of
-from hasten.bench.memory import peak_rss_bytes
 from hasten.bench.sample import Sample, TokenClock
 from hasten.bench.stats import stat
 from hasten.core import Machine, Measurement, Workload
+from hasten.machine.memory import peak_rss_bytes
 
 if TYPE_CHECKING:
     from hasten.engine.model import LanguageModel

@@ -21,10 +21,10 @@ import traceback
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from hasten.bench.memory import peak_rss_bytes
 from hasten.bench.peers import EngineSpec
 from hasten.core import Workload, as_json
 from hasten.errors import HastenError, PeerError
+from hasten.machine.memory import peak_rss_bytes
 
 PR_SET_PDEATHSIG = 1
 

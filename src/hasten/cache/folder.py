@@ -36,7 +36,7 @@ def new_folder(path: str | Path, marker: str | None = None) -> Iterator[Path]:
         DiskError: full, read-only or forbidden disk, or `path` is something that must not be replaced.
     """
     target = Path(os.path.realpath(path))
-    _refuse_foreign(target, marker)
+    refuse_foreign(target, marker)
     fresh = beside(target)
     with explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,12 @@ def new_folder(path: str | Path, marker: str | None = None) -> Iterator[Path]:
         sync_folder(target.parent)
 
 
-def _refuse_foreign(target: Path, marker: str | None) -> None:
+def refuse_foreign(target: Path, marker: str | None) -> None:
+    """Say it where something stands at `target` that no folder with `marker` in it may replace.
+
+    Raises:
+        DiskError: it is a file, or a folder with other things in it.
+    """
     if not target.exists():
         return
     strange = not target.is_dir() or (

@@ -27,6 +27,9 @@ VERBS = {
     "optimize": Verb(
         "hasten.cli.optimize", "Find the fastest recipe within a quality budget and write an artifact."
     ),
+    "compress": Verb(
+        "hasten.cli.compress", "Quantise, prune and distil a model by a recipe, and write an artifact."
+    ),
     "generate": Verb("hasten.cli.generate", "Continue one prompt and print the continuation."),
     "chat": Verb("hasten.cli.chat", "Talk with a model in the terminal."),
     "serve": Verb("hasten.cli.serve", "Serve models with the OpenAI API, chat page included."),

@@ -11,6 +11,8 @@ from hasten.cli.console import console, note
 if TYPE_CHECKING:
     from rich.status import Status
 
+_QUIET_S = 30.0
+
 
 class Ticker:
     """Says what is being done: a live line in a terminal, one line a subject elsewhere."""
@@ -20,6 +22,7 @@ class Ticker:
         self._status: Status | None = None
         self._subject = ""
         self._began = time.monotonic()
+        self._noted = self._began
 
     def __enter__(self) -> Ticker:
         if self._console.is_terminal:
@@ -37,16 +40,26 @@ class Ticker:
         """A new piece of work."""
         self.count(subject, 0, 0)
 
-    def count(self, subject: str, done: int, total: int) -> None:
-        """So much of it is done; `total` 0: nobody knows."""
+    def count(
+        self, subject: str, done: int, total: int, *, detail: str = "", seconds_left: float | None = None
+    ) -> None:
+        """So much of it is done; `total` 0: nobody knows. Where lines stay: one a subject and every 30 s."""
+        part = f" {done} of {total}" if total else ""
+        part += f", {detail}" if detail else ""
+        part += f", about {_span(seconds_left)} left" if seconds_left is not None else ""
         if self._status is not None:
             from rich.markup import escape
 
-            part = f" {done} of {total}" if total else ""
-            self._status.update(f"{escape(subject)}{part} [dim]{self._seconds():.0f} s[/dim]")
+            self._status.update(f"{escape(subject + part)} [dim]{self._seconds():.0f} s[/dim]")
         elif subject != self._subject:
-            note(f"[{self._seconds():5.1f} s] {subject}")
+            self._note(subject)
+        elif part and time.monotonic() - self._noted >= _QUIET_S:
+            self._note(subject + part)
         self._subject = subject
+
+    def _note(self, text: str) -> None:
+        self._noted = time.monotonic()
+        note(f"[{self._seconds():5.1f} s] {text}")
 
     def line(self, text: str) -> None:
         """A result that stays on the screen."""
@@ -59,3 +72,10 @@ class Ticker:
 
     def _seconds(self) -> float:
         return time.monotonic() - self._began
+
+
+def _span(seconds: float) -> str:
+    """`40 s`, `12 min`, `3.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 
-from hasten.compress.layer_rules import layer_names, spelled_out
+from hasten.compress.layer_rules import layer_names, matches, spelled_out
 from hasten.core import Layout, ModelConfig, Recipe
 from hasten.errors import MachineError, UsageError
 
@@ -38,6 +38,7 @@ def checked(recipe: Recipe, config: ModelConfig) -> Recipe:
     where = f"recipe {recipe.name}"
     found = replace(recipe, layers=spelled_out(recipe.layers, config, where))
     _refuse_without_widths(found, config, where)
+    _refuse_lesson(found, where)
     if not any(one.kind in ("ffn", "heads", "width") for one in recipe.prune):  # else columns change yet
         _refuse_groups(found, config, where)
     if needs_torch(recipe):
@@ -45,6 +46,35 @@ def checked(recipe: Recipe, config: ModelConfig) -> Recipe:
             raise MachineError("compressing needs torch", hint="pip install 'hasten[compress]'")
         _refuse_rotation(found, config, where)
     return found
+
+
+def fitted(recipe: Recipe, before: ModelConfig, after: ModelConfig) -> tuple[Recipe, tuple[str, ...]]:
+    """A recipe that was checked for a model, spelled out for what became of it.
+
+    Args:
+        recipe: its rules as they are written. They count layers as they are now: where pruning took some, a
+            rule for a number that is gone names nothing.
+        before: the model it was checked for.
+        after: the same, pruned or rotated.
+
+    Returns:
+        The recipe, and what is to be said of rules that name nothing any more.
+
+    Raises:
+        UsageError: as `checked`.
+    """
+    if before == after:
+        return checked(recipe, before), ()
+    names = layer_names(after)
+    gone = [rule for rule in recipe.layers if not (matches(rule, names) or rule == "head")]
+    left = {rule: layout for rule, layout in recipe.layers.items() if rule not in gone}
+    found = checked(replace(recipe, layers=left, prune=(), rotate=False), after)
+    if before.tied_head and not after.tied_head:  # one matrix became two
+        tied = spelled_out(recipe.layers, before, recipe.name).get("embed")
+        both = {} if tied is None else {"embed": tied, "head": tied}
+        found = replace(found, layers={**found.layers, **both})
+    found = replace(found, prune=recipe.prune, rotate=recipe.rotate)
+    return found, tuple(f"the rule {rule!r} names layers that were pruned away" for rule in gone)
 
 
 def notes(recipe: Recipe, config: ModelConfig) -> tuple[str, ...]:
@@ -75,6 +105,23 @@ def _refuse_without_widths(recipe: Recipe, config: ModelConfig, where: str) -> N
         raise UsageError(
             f"{where}: {' and '.join(asked)} is for integer weights, and every layer stays in floats",
             hint="give default: w4, or leave it out",
+        )
+
+
+def _refuse_lesson(recipe: Recipe, where: str) -> None:
+    """Teacher and student must speak of the same things."""
+    kinds = {one.kind for one in recipe.prune}
+    if recipe.distil is None:
+        return
+    if "vocabulary" in kinds:
+        raise UsageError(
+            f"{where}: a model whose vocabulary was pruned has no words for what its teacher says",
+            hint="distil without pruning the vocabulary, and prune that afterwards",
+        )
+    if "width" in kinds and recipe.distil.hidden:
+        raise UsageError(
+            f"{where}: hidden states of a pruned width cannot be compared with the teacher's",
+            hint="leave hidden out of distil",
         )
 
 

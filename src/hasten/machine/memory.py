@@ -1,4 +1,4 @@
-"""How much memory there is, and how much of it may still be used."""
+"""How much memory there is, how much of it may still be used, and how much this process used."""
 
 from __future__ import annotations
 
@@ -25,6 +25,20 @@ def available_bytes(meminfo: Path = _MEMINFO) -> int | None:
     left = None if limit is None else max(0, limit - (used or 0))
     known = [value for value in (free, left) if value is not None]
     return min(known, default=None)
+
+
+def peak_rss_bytes() -> int | None:
+    """This process's highest resident set, mapped files included; None where unknown.
+
+    Source: VmHWM, proc(5). Not getrusage: its ru_maxrss starts at the size of the process that forked this
+    one.
+    """
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    lines = [line for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(lines[0].split()[1]) * 1024 if lines else None
 
 
 def _kernel_estimate(meminfo: Path) -> int | None:

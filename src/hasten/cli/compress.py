@@ -1,0 +1,173 @@
+"""`hasten compress`: a model by a recipe, as an artifact."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hasten.cli.console import emit, note
+from hasten.cli.flags import JsonOption, ThreadsOption
+from hasten.cli.progress import Ticker
+from hasten.core import SCHEMA_VERSION
+
+if TYPE_CHECKING:
+    from hasten.compress.result import Compressed, Observer, Progress
+
+KEPT = "Finished layers and the last checkpoint are kept: run the same command again to go on from there."
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A GGUF file, a Hugging Face folder, a hub id (Qwen/Qwen3-0.6B), or demo.",
+        show_default=False,
+    ),
+]
+RecipeOption = Annotated[
+    str,
+    typer.Option(
+        "--recipe",
+        metavar="FILE|NAME",
+        help="A YAML file (docs/compress.md), or a name: w8, w6, w5, w4, with -g64, -g128, -asym, -head8, "
+        "-kv8, -hqq, -awq, -gptq or -best appended.",
+    ),
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        metavar="DIR",
+        help="The artifact. Default: MODEL-RECIPE.hasten here.",
+        show_default=False,
+    ),
+]
+CalibrationOption = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE|DATASET",
+        help="UTF-8 text, a .jsonl file, or a Hugging Face dataset: owner/name[:split[:column]]. "
+        "Default: every fifth topic of pydoc_data.topics, which is not judged on.",
+        show_default=False,
+    ),
+]
+TokensOption = Annotated[
+    int,
+    typer.Option("--tokens", metavar="N", min=1, help="Calibration tokens; distilling has its own count."),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="D",
+        help="Where distilling computes: cpu or cuda. Default: a GPU if there is one.",
+        show_default=False,
+    ),
+]
+SecondsOption = Annotated[
+    float | None,
+    typer.Option(
+        "--distil-seconds",
+        metavar="S",
+        min=1,
+        help="Stop distilling after so long. Default: when its tokens are read.",
+        show_default=False,
+    ),
+]
+
+
+def command(
+    model: ModelArgument,
+    recipe: RecipeOption = "w4-best",
+    out: OutOption = None,
+    calibration: CalibrationOption = None,
+    tokens: TokensOption = 16_384,
+    threads: ThreadsOption = None,
+    device: DeviceOption = None,
+    distil_seconds: SecondsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Quantise, prune and distil a model by a recipe, and write an artifact.
+
+    What cannot be done is said before any work. A run that was stopped goes on from its last finished layer
+    when the same command is given again. An artifact that is there already is replaced in one step.
+    """
+    from hasten.compress.compress import compress
+    from hasten.compress.job import Means
+    from hasten.compress.recipe_file import recipe_from
+
+    found = recipe_from(recipe)
+    place = out if out is not None else Path(f"{_plain(Path(model).stem)}-{_plain(found.name)}.hasten")
+    means = Means(threads, device, distil_seconds)
+    with Ticker() as ticker:
+        made = compress(
+            model, found, calibration, out=place, tokens=tokens, means=means, observer=_watcher(ticker)
+        )
+    if json:
+        emit(_document(model, made))
+        return
+    sys.stdout.write(_text(made))
+    note(f"hint: what it costs in quality: hasten eval {place}")
+
+
+def _plain(name: str) -> str:
+    """A name as part of a file's name."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
+
+
+def _watcher(ticker: Ticker) -> Observer:
+    def watch(progress: Progress) -> None:
+        ticker.count(
+            progress.step if progress.total else f"{progress.step} {progress.detail}".strip(),
+            progress.done,
+            progress.total,
+            detail=progress.detail if progress.total else "",
+            seconds_left=progress.seconds_left,
+        )
+
+    return watch
+
+
+def _size(made: Compressed) -> int:
+    """Bytes of the artifact's files."""
+    assert made.artifact is not None
+    return sum(file.stat().st_size for file in made.artifact.iterdir() if file.is_file())
+
+
+def _document(model: str, made: Compressed) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": model,
+        "recipe": made.recipe.name,
+        "artifact": str(made.artifact),
+        "bytes": _size(made),
+        "bits_per_weight": made.bits_per_weight,
+        "seconds": made.seconds,
+        "peak_rss_bytes": made.peak_rss_bytes,
+        "calibration": made.calibration,
+        "steps": [{"name": s.name, "seconds": s.seconds, "lines": list(s.lines)} for s in made.steps],
+        "notes": list(made.notes),
+    }
+
+
+def _text(made: Compressed) -> str:
+    width = max(len(step.name) for step in made.steps) + 2
+    lines = []
+    for step in made.steps:
+        first, *rest = step.lines or ("",)
+        lines.append(f"{step.name:<{width}}{first}  ({step.seconds:,.1f} s)")
+        lines += [" " * width + line for line in rest]
+    lines += [f"{'note':<{width}}{text}" for text in made.notes]
+    text = made.calibration
+    if text is not None:
+        lines.append(f"{'text':<{width}}{text['tokens']:,} tokens of {text['name']}")
+    peak = "" if made.peak_rss_bytes is None else f", memory at most {made.peak_rss_bytes / 1e9:,.1f} GB"
+    lines.append(
+        f"{made.artifact}  {_size(made) / 1e6:,.1f} MB, {made.bits_per_weight:.2f} bits a weight, "
+        f"{made.seconds:,.1f} s{peak}"
+    )
+    return "\n".join(lines) + "\n"

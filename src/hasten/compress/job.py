@@ -1,0 +1,108 @@
+"""A model and all that will be done to it, looked at before any work."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import hasten
+from hasten.cache import cache_dir
+from hasten.cache.folder import refuse_foreign
+from hasten.compress.calibration import Calibration
+from hasten.compress.calibration_text import calibration_from
+from hasten.compress.recipe_check import checked, needs_text
+from hasten.compress.recipe_file import write_recipe
+from hasten.compress.result import Observer
+from hasten.compress.room import artifact_bytes, refuse_small_disk, work_bytes
+from hasten.core import Recipe
+from hasten.errors import UsageError
+from hasten.models.source import Source
+
+
+@dataclass(frozen=True)
+class Means:
+    """With what a model is compressed; what comes out depends on it by rounding alone."""
+
+    threads: int | None = None  # None: the cores this process may use
+    device: str | None = None  # of distilling: "cpu", "cuda"; None takes a GPU where there is one
+    distil_seconds: float | None = None  # distilling stops after so long; None: when its tokens are read
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model and all that will be done to it, checked."""
+
+    source: Source
+    asked: Recipe  # its rules for layers as written
+    recipe: Recipe  # spelled out
+    text: Calibration | None  # for statistics
+    lesson: Calibration | None  # for distilling: as much of the text as is asked for
+    means: Means
+    observer: Observer
+
+    @classmethod
+    def of(
+        cls,
+        source: Source,
+        recipe: Recipe,
+        calibration: str | Path | Calibration | None,
+        tokens: int,
+        means: Means,
+        observer: Observer,
+    ) -> Job:
+        """Look at everything before any work.
+
+        Raises:
+            UsageError, MachineError, TokenizerError: as `compress`.
+        """
+        found = checked(recipe, source.config)
+        source.tokenizer()  # an artifact holds it
+        text = lesson = None
+        if isinstance(calibration, Calibration):
+            text = lesson = calibration
+        elif needs_text(found):
+            text = calibration_from(calibration, source.tokenizer(), tokens)
+            if found.distil is not None:
+                most = max(found.distil.tokens, tokens)
+                lesson = calibration_from(calibration, source.tokenizer(), most, said=lambda _: None)
+        elif calibration is not None:
+            raise UsageError(
+                f"recipe {found.name} reads no calibration text",
+                hint="leave --calibration out, or use w4-best",
+            )
+        return cls(source, recipe, found, text, lesson, means, observer)
+
+    @property
+    def folder(self) -> Path:
+        """What is kept until the model is done: by files, recipe, text and version."""
+        files = [(file.path.name, file.bytes) for file in self.source.files]
+        texts = [one.sha256 for one in (self.text, self.lesson) if one is not None]
+        key = [
+            hasten.__version__,
+            self.source.name,
+            files,
+            write_recipe(replace(self.recipe, name="")),
+            texts,
+        ]
+        return cache_dir() / "compress" / hashlib.sha256(repr(key).encode()).hexdigest()[:32]
+
+    def check_disk(self, out: Path | None) -> None:
+        """Refuse an artifact that has no place.
+
+        Raises:
+            DiskError: too little room for it or the work, or something else stands there.
+        """
+        if out is not None:
+            refuse_foreign(Path(os.path.realpath(out)), "plan.json")
+        tokens = self.lesson.tokens if self.lesson is not None else 0
+        needs = {self.folder: work_bytes(self.source, self.recipe, tokens)}
+        if out is not None:
+            needs[out.absolute()] = artifact_bytes(self.source, self.recipe)
+        refuse_small_disk({place: need for place, need in needs.items() if need})
+
+    def clean(self) -> None:
+        """Remove what was kept to go on from."""
+        shutil.rmtree(self.folder, ignore_errors=True)
