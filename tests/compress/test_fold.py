@@ -65,6 +65,22 @@ def test_query_heads_share_the_scales_of_their_kv_head(tmp_path: Path) -> None:
     assert torch.equal(shared_scales(weights, config, "down", scales), scales)
 
 
+def test_a_layer_with_fewer_heads_and_channels_folds(tmp_path: Path) -> None:
+    """Pruned to one KV head with its two query heads, and to 50 channels: shapes are read off the weights."""
+    source = opened("qwen2", tmp_path)
+    config, whole = source.config, layer_weights(source, 1)
+    rows = {"q": 32, "q.bias": 32, "k": 16, "k.bias": 16, "v": 16, "v.bias": 16, "gate": 50, "up": 50}
+    weights = {name: value[: rows.get(name, len(value))].clone() for name, value in whole.items()}
+    weights |= {"o": whole["o"][:, :32].clone(), "down": whole["down"][:, :50].clone()}
+    x = torch.randn(1, 9, config.hidden_size, generator=torch.Generator().manual_seed(3))
+    positions, folded = Positions.of(config, 9), weights
+    for seed, group in enumerate(GROUPS):
+        scales = random_scales(weights[READERS[group][0]].shape[1], seed)
+        folded = fold(folded, config, group, scales)
+    before, after = (layer_forward(config, 1, w, x, positions) for w in (weights, folded))
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
 def test_types_stay_and_nothing_given_is_written_to(tmp_path: Path) -> None:
     source = opened("llama-odd", tmp_path)  # biases everywhere
     weights = layer_weights(source, 0, torch.bfloat16)

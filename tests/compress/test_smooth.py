@@ -9,6 +9,7 @@ import torch
 
 import tiny_models
 from hasten.compress.quantise.fold import GROUPS, READERS, foldable
+from hasten.compress.quantise.rotate import residual_rotation, rotate
 from hasten.compress.quantise.smooth import ChannelMaxima, smooth_layer, smooth_scales
 from hasten.compress.torch_layer import Positions, layer_forward, layer_weights, plain_linear
 from hasten.core import ModelConfig
@@ -46,6 +47,22 @@ def test_the_output_stays_and_the_balance_is_kept(name: str, alpha: float, tmp_p
     for group in GROUPS:
         first = READERS[group][0]
         assert torch.equal(smooth[first], weights[first]) != foldable(config, group)
+
+
+def test_a_rotated_layer_smooths_too(tmp_path: Path) -> None:
+    source = open_folder(tiny_models.save_folder(tiny_models.TINY["qwen3"], tmp_path))
+    config, weights = source.config, layer_weights(rotate(source), 2)
+    x = torch.randn(2, 24, config.hidden_size, generator=torch.Generator().manual_seed(4))
+    positions, watch = Positions.of(config, 24), ChannelMaxima("layers.2.")
+    before = layer_forward(config, 2, weights, x, positions, watch)
+    smooth = smooth_layer(weights, config, watch.maxima, 0.5)
+    assert not torch.equal(smooth["v"], weights["v"])
+    after = layer_forward(config, 2, smooth, x, positions)
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4 * float(before.std()))
+    turn = residual_rotation(config)
+    plain = layer_forward(config, 2, layer_weights(source, 2), x, positions)
+    ours = layer_forward(config, 2, smooth, turn.turn_(x.clone()), positions)
+    torch.testing.assert_close(ours, turn.turn_(plain), rtol=1e-3, atol=1e-3 * float(plain.std()))
 
 
 def test_scales_are_the_papers(tmp_path: Path) -> None:

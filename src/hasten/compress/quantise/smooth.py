@@ -5,9 +5,12 @@ channels lose the small ones beside them. Input j of a linear layer is divided b
 
     s_j = max|x_j|^alpha / max|w_j|^(1 - alpha)
 
-and column j of its matrix multiplied by it: alpha says how much of the range goes to the weights. The engine
-gives every 32 inputs of a token a scale of their own, so there is less to win here than with one scale a
-token; the recipe's `smooth` is off where nobody asks.
+and column j of its matrix multiplied by it: alpha says how much of the range goes to the weights.
+
+The engine gives every 32 inputs of a token a scale of their own, so there is less to win here than with one
+scale a token. Four layers of the demo model with int8 weights: at alpha 0.5 the mean error of a layer's
+output falls by 3 %, and by 25 % with one scale a token; at 0.25 and 0.75 it grows. So nothing is smoothed
+unless a recipe says so.
 """
 
 from __future__ import annotations
