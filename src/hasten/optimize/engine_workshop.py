@@ -20,7 +20,7 @@ from hasten.quality.text import Encoder, Text
 from hasten.recipe import Method
 
 if TYPE_CHECKING:
-    from hasten.compress.pack import PackedModel
+    from hasten.compress.pack import PackedLinear, PackedModel
     from hasten.engine.model import LanguageModel
     from hasten.models.source import SourceTensor
     from hasten.optimize.calibrated import CalibratedWeights
@@ -139,10 +139,14 @@ class EngineWorkshop:
 
         for name in tensors:
             if layout is not None and is_calibrated(layout, method):
-                linear = self._calibration().linear(name, layout)
+                linear = self.calibrated_linear(name, layout)
             else:
                 linear = pack_linear(self.source.tensors[name], layout, threads=self.options.threads)
             cast("LanguageModel", model).replace(name, linear)
+
+    def calibrated_linear(self, name: str, layout: Layout) -> PackedLinear:
+        """One matrix of a mixture, calibrated now or before; `calibrate` comes first."""
+        return self._calibration().linear(name, layout)
 
     def pace(self) -> Mapping[Layout, float]:
         """Times the head in every layout of the menu and the source: it is the largest matrix."""

@@ -37,7 +37,11 @@ def page(plan: Record) -> str:
             _table(plan, search),
             "<h2>Why</h2>",
             _reasons(plan, search),
-            sensitivity_map(plan.get("sensitivity") or []),
+            sensitivity_map(
+                plan.get("sensitivity") or [],
+                plan.get("sensitivity_method", "rtn"),
+                plan.get("sensitivity_error"),
+            ),
             "<h2>How this was measured</h2>",
             _facts(plan, search),
         ]

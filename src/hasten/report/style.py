@@ -56,7 +56,10 @@ tr.chosen th { color: var(--pick); box-shadow: inset 3px 0 var(--pick); }
 .reasons dd { margin: 0; max-width: 46rem; }
 .map td { text-align: center; background: rgba(var(--heat), var(--a)); border: 2px solid var(--paper); }
 .map thead th + th { text-align: center; }
-.map .small { color: inherit; opacity: .75; }
+.map { font-size: .8rem; }
+.map th, .map td { padding: .18rem .3rem; }
+.map .edge { border-left: .5rem solid var(--paper); }
+.map .own { outline: 2px solid var(--pick); outline-offset: -3px; font-weight: 600; }
 .facts { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .25rem 1rem; margin: 0; }
 .facts dt { color: var(--soft); }
 .facts dd { margin: 0; overflow-wrap: anywhere; max-width: 46rem; }

@@ -1,0 +1,209 @@
+"""What widths by layer gain: the map, a mixture against a uniform recipe of the same bits, `mix:1%`.
+
+    python benchmarks/mixture.py --method gptq
+    python benchmarks/mixture.py --method rtn --parts map,equal
+
+`map`     measures the map and how far its predictions are off; the integers it needs are calibrated before
+          the clock starts, as their time belongs to calibration.
+`equal`   a uniform recipe against the mixture with the least predicted harm in as many bytes, both by the
+          same method and both judged on the evaluation text, which neither saw. Every group gets integers
+          of 4 to 8 bits: keeping the source's own values would be cheating where a file is quantised already.
+`budget`  `mix:1%` and uniform int8, timed in turn.
+
+Quality does not need a quiet machine, `budget`'s speed does. Exit code 1: a bar was missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import Any
+
+import hasten
+from bar import Bar, Settings, record, say
+from hasten.bench.measure import run_once
+from hasten.bench.stats import paired_ratio
+from hasten.bench.workloads import PromptRing
+from hasten.bench.workloads import default_text as bench_text
+from hasten.core import Budget, EngineOptions, Layout, Recipe, Verdict, Workload, as_json
+from hasten.errors import HastenError
+from hasten.optimize.engine_workshop import EngineWorkshop
+from hasten.optimize.held_out import split
+from hasten.optimize.mix import Choice, gentlest
+from hasten.optimize.mixture import mixture_recipe, predicted_harm
+from hasten.optimize.progress import Progress
+from hasten.optimize.sensitivity import SensitivityMap, draw, measure_harms
+from hasten.optimize.space import PROBE, groups, is_calibrated
+from hasten.quality.divergence import Reference
+from hasten.quality.evaluate import evaluate
+from hasten.quality.text import default_text, windows
+from hasten.recipe import Method
+
+TOKENS = 8192
+MAP_SECONDS = 150.0
+UNIFORM = Layout(5)
+"""5.5 bits a weight: between the narrowest layout and the widest, so that a mixture can go both ways."""
+LIMITS = {"map_s": 300.0, "gain": 0.30, "bits": 5.5, "decode": 1.25}
+RUNS_WORKLOAD = Workload(prompt=64, output=96)
+
+
+class Mixtures:
+    """The model, and what both parts need of it."""
+
+    def __init__(self, settings: Settings, method: Method) -> None:
+        self.settings, self.method = settings, method
+        self.text = default_text()
+        self.workshop = EngineWorkshop(settings.model, EngineOptions(threads=settings.threads))
+        self._said = ""
+        if method != "rtn":
+            self.workshop.calibrate(self.text, self.watch)
+        self.source = self.workshop.build(Recipe.parse("bf16"))
+
+    def watch(self, progress: Progress) -> None:
+        """One line a stage."""
+        if progress.stage != self._said:
+            self._said = progress.stage
+            say(f"{progress.stage}: {progress.detail}")
+
+    def measured_map(self) -> tuple[SensitivityMap, float]:
+        """The map, and the seconds it took once the integers were there."""
+        say("calibrating what the map needs")
+        for group in groups(self.workshop.config):
+            for name in group.tensors if is_calibrated(PROBE, self.method) else ():
+                self.workshop.calibrated_linear(name, PROBE)
+        began = time.perf_counter()
+        harms = measure_harms(
+            self.workshop,
+            self.source,
+            split(self.text.calibration).held_out,
+            seconds=MAP_SECONDS,
+            observer=self.watch,
+            method=self.method,
+        )
+        drawn = draw(self.workshop, harms, method=self.method)
+        return drawn, time.perf_counter() - began
+
+    def judged(self, recipe: Recipe, held: Reference) -> tuple[Verdict, float]:
+        """Quality on the evaluation text, and bits a weight."""
+        model = self.workshop.build(recipe)
+        try:
+            found = evaluate(model, held, Budget(0.01))
+        finally:
+            model.close()
+        say(f"{recipe.name}: {model_bits(recipe, self.workshop):.3f} bits, KL {found.kl_mean:.5f}")
+        return found, model_bits(recipe, self.workshop)
+
+
+def model_bits(recipe: Recipe, workshop: EngineWorkshop) -> float:
+    """Stored bits a weight of a recipe that keeps nothing."""
+    bits = recipe.bits_per_weight(workshop.config)
+    assert bits is not None
+    return bits
+
+
+def equal_bits(mixtures: Mixtures, drawn: SensitivityMap) -> tuple[list[Bar], Any]:
+    """A uniform recipe and the gentlest mixture in its bytes."""
+    names = [name for s in drawn.groups for name in s.group.tensors]
+    uniform = Recipe("uniform", layers=dict.fromkeys(names, UNIFORM), method=mixtures.method)
+    menus: list[tuple[Choice, ...]] = [
+        tuple(choice for choice in s.menu if choice.layout is not None) for s in drawn.groups
+    ]
+    most = sum(next(c.bytes for c in menu if c.layout == UNIFORM) for menu in menus)
+    choices = gentlest(menus, most)
+    assert choices is not None
+    mixture = mixture_recipe("mixture", drawn.groups, choices, mixtures.method)
+    workshop = mixtures.workshop
+    held = Reference(mixtures.source, windows(mixtures.text.evaluation, workshop.tokenizer(), tokens=TOKENS))
+    flat, flat_bits = mixtures.judged(uniform, held)
+    mixed, mixed_bits = mixtures.judged(mixture, held)
+    gain = 1 - mixed.kl_mean / flat.kl_mean
+    bars = [
+        Bar(f"{mixtures.method}: KL of the mixture below uniform {UNIFORM}", gain, LIMITS["gain"], "share"),
+        Bar("bits of the mixture over those of uniform", mixed_bits - flat_bits, 0.0, "bits", at_least=False),
+    ]
+    widths = {s.group.name: str(mixture.layout_for(s.group.tensors[0])) for s in drawn.groups}
+    details = {
+        recipe.name: {
+            "bits_per_weight": bits,
+            "predicted_kl": predicted_harm(recipe, drawn.groups),
+            **as_json(verdict),
+        }
+        for recipe, bits, verdict in ((uniform, flat_bits, flat), (mixture, mixed_bits, mixed))
+    }
+    return bars, {**details, "widths": widths}
+
+
+def map_bars(drawn: SensitivityMap, seconds: float) -> tuple[list[Bar], Any]:
+    """Time and error of the map."""
+    bars = [Bar("sensitivity map", seconds, LIMITS["map_s"], "s", at_least=False)]
+    checks = [
+        {"group": check.group, "layout": str(check.layout), "measured": check.harm, "predicted": predicted}
+        for check, predicted in drawn.checked()
+    ]
+    harms = {s.group.name: {str(c.layout): c.harm for c in s.menu} for s in drawn.groups}
+    return bars, {"seconds": seconds, "median_error": drawn.error, "checks": checks, "kl": harms}
+
+
+def within_budget(settings: Settings) -> tuple[list[Bar], Any]:
+    """`mix:1%` against uniform int8: bits, quality, decode speed in turn."""
+    mixed = hasten.load(settings.model, "mix:1%", threads=settings.threads)
+    wide = hasten.load(settings.model, "w8", threads=settings.threads)
+    held = Reference(
+        hasten.load(settings.model, "bf16", threads=settings.threads),
+        windows(default_text().evaluation, mixed.tokenizer, tokens=TOKENS),
+    )
+    verdict = evaluate(mixed, held, Budget(0.01))
+    ring = PromptRing(mixed.tokenizer.encode(bench_text(), add_special=False))
+    speeds: tuple[list[float], list[float]] = ([], [])
+    for number in range(settings.runs + 1):
+        prompts = ring.round(number, RUNS_WORKLOAD)
+        for model, into in ((mixed, speeds[0]), (wide, speeds[1])):
+            into.append(run_once(model, prompts, RUNS_WORKLOAD.output).decode_tok_per_s)
+    ratio = paired_ratio(speeds[0][1:], speeds[1][1:])
+    bars = [
+        Bar("mix:1%: upper end of the perplexity increase", verdict.ppl_increase_high, 0.01, "share", False),
+        Bar("mix:1%: bits a weight, head included", mixed.bits_per_weight, LIMITS["bits"], "bits", False),
+        Bar("mix:1%: decode over uniform int8", ratio.median, LIMITS["decode"], "times"),
+    ]
+    return bars, {"verdict": as_json(verdict), "decode_tok_per_s": speeds, "ratio": as_json(ratio)}
+
+
+def main() -> int:
+    """Run the parts that were asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--method", choices=["rtn", "gptq"], default="gptq")
+    parser.add_argument("--parts", default="map,equal,budget")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=9)
+    given = parser.parse_args()
+    settings = Settings(given.model, "", given.threads, given.runs, None, None)
+    parts = given.parts.split(",")
+    bars: list[Bar] = []
+    details: dict[str, Any] = {"method": given.method}
+    try:
+        if {"map", "equal"} & set(parts):
+            mixtures = Mixtures(settings, given.method)
+            drawn, seconds = mixtures.measured_map()
+            more, details["map"] = map_bars(drawn, seconds)
+            bars += more
+            if "equal" in parts:
+                more, details["equal_bits"] = equal_bits(mixtures, drawn)
+                bars += more
+            mixtures.source.close()
+        if "budget" in parts:
+            more, details["budget"] = within_budget(settings)
+            bars += more
+    except HastenError as error:
+        say(f"failed: {error.message}" + (f"\nhint: {error.hint}" if error.hint else ""))
+        return 1
+    name = "mixture" if given.method == "gptq" else f"mixture-{given.method}"
+    say(f"written: {record(name, settings, bars, details)}")
+    return 0 if all(bar.passed for bar in bars) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
