@@ -57,8 +57,7 @@ def test_the_place_has_a_default(artifact: Path, monkeypatch: pytest.MonkeyPatch
     ("arguments", "code", "what"),
     [
         (["demo", "--to", "gguf"], 2, "demo is no artifact"),
-        (["{artifact}", "--to", "tflite"], 2, "formats: gguf, compressed-tensors, gptq"),
-        (["{artifact}", "--to", "openvino"], 2, "OpenVINO GenAI opens GGUF files"),
+        (["{artifact}", "--to", "tflite"], 2, "formats: gguf, compressed-tensors, gptq, openvino, onnx"),
         (["{artifact}", "--to", "gguf", "--out", "{artifact}"], 2, "is a folder"),
         (["nothing.hasten", "--to", "gguf"], 1, "there is no artifact"),
     ],
@@ -82,11 +81,24 @@ def test_force_replaces(artifact: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert out.read_bytes()[:4] == b"GGUF"
 
 
+@pytest.mark.parametrize("to", ["openvino", "onnx"])
+def test_graphs_are_exact_folders(to: str, artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = artifact.parent / to
+    assert main(["export", str(artifact), "--to", to, "--out", str(out), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["exact"] is True and document["rounded"] == []
+    assert document["matrices"] == {"i4-g32": 12, "i8-g32": 2, "u4-g32": 1, "u8-g32": 1}
+    assert document["bytes"] == sum(file.stat().st_size for file in out.iterdir())
+    assert main(["export", str(artifact), "--to", to, "--out", str(out)]) == 1
+    assert "--force" in capsys.readouterr().err
+
+
 def test_it_imports_no_torch() -> None:
     import subprocess
 
     code = (
         "import sys, hasten.cli.export, hasten.compress.export_gguf, hasten.compress.export_gptq, "
-        "hasten.compress.export_compressed_tensors; sys.exit('torch' in sys.modules)"
+        "hasten.compress.export_compressed_tensors, hasten.compress.export_openvino, "
+        "hasten.compress.export_onnx; sys.exit(any(m in sys.modules for m in ('torch', 'openvino', 'onnx')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,9 +1,10 @@
 """Run by another interpreter, or by hand: another engine's logits of some tokens.
 
-    python peer_logits.py llama|transformers|gptqmodel MODEL IDS.json OUT.npy
+    python peer_logits.py llama|transformers|gptqmodel|openvino|genai|onnx MODEL IDS.json OUT.npy
 
 IDS.json holds {"ids": [...]}, for llama also {"texts": [...], "messages": [...]}: what its own tokenizer and
-chat template make of them is printed as JSON. OUT.npy becomes float32 [T, V].
+chat template make of them is printed as JSON. OUT.npy becomes float32 [T, V], for genai int64 ids of its
+greedy answer.
 """
 
 from __future__ import annotations
@@ -62,9 +63,73 @@ def gptqmodel(model: str, wanted: dict[str, Any]) -> tuple[np.ndarray, dict[str,
     return found, {"kinds": sorted({type(m).__name__ for m in peer.model.modules()})}
 
 
+def openvino(model: str, wanted: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
+    """optimum-intel, everything in float32; the second half of the ids comes after the first is cached."""
+    import torch
+    from optimum.intel import OVModelForCausalLM
+
+    exact = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+        "KV_CACHE_PRECISION": "f32",
+    }
+    peer = OVModelForCausalLM.from_pretrained(model, ov_config=exact)
+    ids = torch.tensor([wanted["ids"]])
+    half = ids.shape[1] // 2
+    first = peer(input_ids=ids[:, :half], attention_mask=torch.ones_like(ids[:, :half]))
+    second = peer(
+        input_ids=ids[:, half:], attention_mask=torch.ones_like(ids), past_key_values=first.past_key_values
+    )
+    return torch.cat([first.logits, second.logits], 1)[0].float().numpy(), {}
+
+
+def genai(model: str, wanted: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
+    """OpenVINO GenAI's greedy answer of 8 ids, in float32 where it can be told, and its tokenizer's ids."""
+    import openvino
+    import openvino_genai
+
+    options = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+        "KV_CACHE_PRECISION": "f32",
+    }
+    pipeline = openvino_genai.LLMPipeline(model, "CPU", **options, **wanted.get("options", {}))
+    ids = np.array([wanted["ids"]], np.int64)
+    settings = openvino_genai.GenerationConfig()
+    settings.max_new_tokens, settings.ignore_eos, settings.do_sample = 8, True, False
+    given = openvino_genai.TokenizedInputs(openvino.Tensor(ids), openvino.Tensor(np.ones_like(ids)))
+    found = pipeline.generate(given, settings).tokens[0]
+    tokenizer = pipeline.get_tokenizer()
+    tokens = [
+        tokenizer.encode(text, add_special_tokens=False).input_ids.data[0].tolist()
+        for text in wanted.get("texts", ())
+    ]
+    return np.array(found, np.int64), {"tokens": tokens}
+
+
+def onnx(model: str, wanted: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
+    """onnxruntime with float activations."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", wanted.get("accuracy", "1"))
+    peer = onnxruntime.InferenceSession(f"{model}/model.onnx", options, ["CPUExecutionProvider"])
+    ids = np.array([wanted["ids"]], np.int64)
+    given = {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "position_ids": np.arange(ids.shape[1])[None],
+    }
+    for one in peer.get_inputs():
+        if one.name not in given:
+            given[one.name] = np.zeros((1, one.shape[1], 0, one.shape[3]), np.float32)
+    return peer.run(["logits"], given)[0][0], {}
+
+
 if __name__ == "__main__":
     which, place, ids_file, out = sys.argv[1:]
-    run = {"llama": llama, "transformers": transformers, "gptqmodel": gptqmodel}[which]
+    engines = (llama, transformers, gptqmodel, openvino, genai, onnx)
+    run = {engine.__name__: engine for engine in engines}[which]
     logits, more = run(place, json.loads(Path(ids_file).read_text()))
     np.save(out, logits)
     sys.stdout.write("\n" + json.dumps(more))  # the last line: the peers say things too

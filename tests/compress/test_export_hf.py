@@ -162,17 +162,9 @@ def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
         export(folder, "gptq", folder, force=True)
 
 
-@pytest.mark.parametrize(
-    ("format", "what"),
-    [
-        ("onnx", "is not supported: no exporter"),
-        ("openvino", "rounds the weights"),
-        ("awq", "unknown format"),
-    ],
-)
-def test_other_formats_are_refused_with_the_reason(format: str, what: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=what):
-        export(tmp_path / "none.hasten", format, tmp_path / "out")
+def test_other_formats_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="unknown format"):
+        export(tmp_path / "none.hasten", "awq", tmp_path / "out")
 
 
 def peer(tmp_path: Path, written: Path, which: str, python: str) -> tuple[np.ndarray, dict[str, Any]]:

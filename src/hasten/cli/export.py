@@ -22,7 +22,13 @@ ArtifactArgument = Annotated[
     str, typer.Argument(metavar="ARTIFACT", help="A .hasten artifact.", show_default=False)
 ]
 FormatOption = Annotated[
-    str, typer.Option("--to", metavar="F", help="gguf, compressed-tensors or gptq.", show_default=False)
+    str,
+    typer.Option(
+        "--to",
+        metavar="F",
+        help="gguf, compressed-tensors, gptq, openvino or onnx.",
+        show_default=False,
+    ),
 ]
 OutOption = Annotated[
     Path | None,

@@ -8,6 +8,7 @@ Source: OpenVINO's opset 13 and the inputs, outputs and variables of optimum-int
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,10 @@ _NO_TOKENIZER = (
     "no tokenizer of GenAI's own (openvino and optimum-intel need none): pip install openvino-tokenizers "
     "transformers, export again"
 )
-_SLIDES = "OpenVINO GenAI: ATTENTION_BACKEND=SDPA keeps the sliding windows, its paged attention may not"
+_SLIDES = (
+    "attention is written out, as OpenVINO GenAI's paged attention leaves sliding windows out: its LLMPipeline "
+    "takes the other way by itself, its ContinuousBatchingPipeline refuses the model"
+)
 
 
 def plan(artifact: Artifact) -> GraphPlan:
@@ -37,8 +41,10 @@ def plan(artifact: Artifact) -> GraphPlan:
         UsageError: the format cannot carry something of the model.
         MachineError: openvino is not installed.
     """
-    linears = artifact.packed.linears
-    return export_graph.plan(artifact, NAME, "openvino", lambda name: carrier(linears[name].layout))
+    linears, config = artifact.packed.linears, artifact.packed.config
+    made = export_graph.plan(artifact, NAME, "openvino", lambda name: carrier(linears[name].layout))
+    slides = config.sliding_window is not None and any(config.sliding_layers)
+    return replace(made, notes=(*made.notes, _SLIDES)) if slides else made
 
 
 def write(made: GraphPlan, path: Path, progress: Progress) -> Exported:
@@ -51,12 +57,8 @@ def write(made: GraphPlan, path: Path, progress: Progress) -> Exported:
     with new_folder(path, marker=MARKER) as fresh:
         write_companions(fresh, artifact, made.values)
         _write_model(made, fresh, progress)
-        spoken = _write_tokenizer(fresh)
-    config = artifact.packed.config
-    notes = [] if spoken else [_NO_TOKENIZER]
-    if config.sliding_window is not None and any(config.sliding_layers):
-        notes.append(_SLIDES)
-    return export_graph.exported(made, NAME, path, *notes)
+        lacks = _write_tokenizer(fresh)
+    return export_graph.exported(made, NAME, path, *([lacks] if lacks else []))
 
 
 def _write_model(made: GraphPlan, folder: Path, progress: Progress) -> None:
@@ -84,16 +86,22 @@ def _write_model(made: GraphPlan, folder: Path, progress: Progress) -> None:
         ) from None
 
 
-def _write_tokenizer(folder: Path) -> bool:
-    """GenAI's tokenizer and detokenizer, where the packages that make them are installed."""
+def _write_tokenizer(folder: Path) -> str | None:
+    """Write GenAI's tokenizer and detokenizer; where that cannot be, say why."""
     if find_spec("openvino_tokenizers") is None or find_spec("transformers") is None:
-        return False
+        return _NO_TOKENIZER
     import openvino
     from openvino_tokenizers import convert_tokenizer
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
-    made = convert_tokenizer(tokenizer, with_detokenizer=True)
-    for name, model in zip(("openvino_tokenizer", "openvino_detokenizer"), made, strict=True):
-        openvino.serialize(model, folder / f"{name}.xml", folder / f"{name}.bin")
-    return True
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
+        made = convert_tokenizer(tokenizer, with_detokenizer=True)
+        for name, model in zip(("openvino_tokenizer", "openvino_detokenizer"), made, strict=True):
+            openvino.serialize(model, folder / f"{name}.xml", folder / f"{name}.bin")
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as wrong:
+        for name in ("openvino_tokenizer", "openvino_detokenizer"):
+            (folder / f"{name}.xml").unlink(missing_ok=True)
+            (folder / f"{name}.bin").unlink(missing_ok=True)
+        return f"openvino-tokenizers cannot carry the tokenizer: {' '.join(str(wrong).split())[:200]}"
+    return None

@@ -37,6 +37,11 @@ _CALLS: dict[str, Callable[..., Any]] = {
 _TYPES = {"i4": ov.Type.i4, "u4": ov.Type.u4, "i8": ov.Type.i8, "u8": ov.Type.u8, "bf16": ov.Type.bf16}
 
 
+def slides(config: ModelConfig) -> bool:
+    """Whether some layer looks back on less than the whole context."""
+    return config.sliding_window is not None and any(config.sliding_layers)
+
+
 class OpenVinoGraph:
     """`hasten.compress.export_decoder.Graph`; `model` gives the whole when it is built."""
 
@@ -103,7 +108,9 @@ class OpenVinoGraph:
         return both
 
     def attention(self, q: Node, k: Node, v: Node, mask: Node, config: ModelConfig) -> Node:
-        if config.attention_softcap is not None:
+        # GenAI's paged attention replaces the operation below and leaves sliding windows out without a word;
+        # without it, it says that it cannot, and goes on with its other pipeline
+        if config.attention_softcap is not None or slides(config):
             return plain_attention(self, q, k, v, mask, config)
         times = config.num_heads // config.num_kv_heads
         if times > 1:
