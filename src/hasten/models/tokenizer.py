@@ -221,6 +221,10 @@ class Tokenizer:
         """The id of a token by its own spelling, None where the vocabulary lacks it."""
         return self._backend.token_to_id(token)
 
+    def to_json(self) -> str:
+        """The vocabulary and its rules as a tokenizer.json has them."""
+        return self._backend.to_str()
+
     @cached_property
     def digest(self) -> str:
         """Names the tokenizer, chat templates included: 64 hexadecimal digits; `save` and `load` keep it.

@@ -23,7 +23,6 @@ from hasten.compress.prune.taken import taken_rows
 from hasten.core import ModelConfig
 from hasten.models.source import Source, SourceTensor
 
-RIDGE = 0.03
 _ROWS = ("gate", "up", "gate.bias", "up.bias")
 
 
@@ -86,9 +85,9 @@ def _cut(moments: Moments, down: torch.Tensor, count: int, repair: bool) -> _Cut
         kept = importance.topk(count).indices.sort().values
         cut = down[:, kept].bfloat16()
         return _Cut(kept, cut, moments.kept(kept).error(cut.float()), None)
-    kept = least_loss(moments, down, count, RIDGE)
+    kept = least_loss(moments, down, count)
     left = moments.kept(kept)
-    fit = fitted(left, down[:, kept], RIDGE).bfloat16()
+    fit = fitted(left, down[:, kept]).bfloat16()
     return _Cut(kept, fit, left.error(down[:, kept]), left.error(fit.float()))
 
 

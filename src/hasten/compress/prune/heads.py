@@ -1,8 +1,8 @@
 """Attention heads: query heads with their KV head, the same number in every layer, and `o` fitted anew.
 
-Whole KV groups go where the amount is a group or more (the KV cache shrinks with them); of a smaller amount
-each group gives query heads. With repair those go that cost the refitted output least (`least_loss`); without,
-those that contribute least to it.
+Whole KV groups go where that comes nearest to the amount (the KV cache shrinks with them); else each group
+gives the same number of query heads. With repair those go that cost the refitted output least (`least_loss`);
+without, those that contribute least to it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from hasten.core import ModelConfig
 from hasten.errors import UsageError
 from hasten.models.source import Source
 
-RIDGE = 0.03
 _AFTER = ("gate", "up", "down")
 
 
@@ -45,8 +44,8 @@ def kept_heads(config: ModelConfig, amount: float) -> HeadPlan:
     """
     if config.qk_norm == "full":
         raise UsageError(
-            f"prune heads: {config.architecture} norms all of a layer's queries together, so that no head can "
-            "go without changing the others",
+            f"prune heads: {config.architecture} norms all of a layer's queries together: no head can go "
+            "without changing the others",
             hint="prune FFN channels instead: kind: ffn",
         )
     share = config.num_heads // config.num_kv_heads
@@ -59,12 +58,12 @@ def kept_heads(config: ModelConfig, amount: float) -> HeadPlan:
     def far(plan: HeadPlan) -> float:
         return abs(plan.groups * plan.share - wanted)
 
-    if fits and 2 * min(map(far, fits)) <= max(1, wanted, config.num_heads - wanted):
+    if fits and min(map(far, fits)) <= min(wanted, config.num_heads - wanted):  # nearer than none or all
         return min(fits, key=far)
     can = ", ".join(f"{1 - p.groups * p.share / config.num_heads:.3f}" for p in fits[:6])
     raise UsageError(
-        f"prune heads: amount {amount:g} of {config.num_heads} heads with {config.num_kv_heads} KV heads leaves "
-        "none or takes none out",
+        f"prune heads: amount {amount:g} of {config.num_heads} heads with {config.num_kv_heads} KV heads "
+        "leaves none or takes none out",
         hint=f"use an amount near one of {can}" if can else "prune FFN channels instead: kind: ffn",
     )
 
@@ -75,15 +74,24 @@ def prune_heads(
     calibration: Calibration,
     repair: bool,
     step: Callable[[int, int], None] = lambda done, total: None,
+    plan: HeadPlan | None = None,
 ) -> tuple[Source, list[PartPruned]]:
     """Take heads out of every layer, one layer after another, and fit `o` to what is left.
+
+    Args:
+        source: the model.
+        amount: fraction of the query heads that go.
+        calibration: what importance and fit are measured on.
+        repair: whether `o` is fitted.
+        step: told (layers done, layers in all).
+        plan: what stays; None is the plan nearest to the amount.
 
     Raises:
         UsageError: the amount leaves no head, or all; or a norm over all heads together.
         ModelError: activations that are not finite; the layer is named.
     """
     old = source.config
-    plan = kept_heads(old, amount)
+    plan = kept_heads(old, amount) if plan is None else plan
     config = replace(
         old, num_heads=plan.groups * plan.share, num_kv_heads=plan.groups, query_scale=old.query_scale
     )
@@ -158,7 +166,7 @@ def _kept(
 
 def _best(moments: Moments, o: torch.Tensor, groups: torch.Tensor, count: int, repair: bool) -> torch.Tensor:
     if repair:
-        return least_loss_groups(moments, o, groups, count, RIDGE)
+        return least_loss_groups(moments, o, groups, count)
     size = torch.stack([((o[:, at] @ moments.gram[at][:, at]) * o[:, at]).sum() for at in groups])
     return size.topk(count).indices.sort().values
 
@@ -176,5 +184,5 @@ def _output(
     before = left.error(cut)
     if not repair:
         return cut.bfloat16(), before, None
-    fit = fitted(left, cut, RIDGE).bfloat16()
+    fit = fitted(left, cut).bfloat16()
     return fit, before, left.error(fit.float())

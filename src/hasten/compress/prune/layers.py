@@ -22,7 +22,6 @@ from hasten.core import ModelConfig
 from hasten.errors import UsageError
 from hasten.models.source import Source, SourceTensor
 
-RIDGE = 0.03
 Step = Callable[[int, int], None]
 
 
@@ -117,7 +116,7 @@ def _repaired(
         wanted = original.x - ours.x - weights.get("down.bias", torch.zeros(()))
         moments = moments_of(ours, inputs, wanted)
         down = weights["down"].float()
-        fit = fitted(moments, down, RIDGE).bfloat16()
+        fit = fitted(moments, down).bfloat16()
         errors[index] = moments.error(down), moments.error(fit.float())
         fits[index] = made_tensor(f"layers.{index}.down", tuple(fit.shape), fit)
         from_middle(ours, weights | {"down": fit.to(inputs.dtype)}, inputs)

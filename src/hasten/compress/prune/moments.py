@@ -7,6 +7,30 @@ from dataclasses import dataclass
 import torch
 
 _BLOCK = 640
+_RIDGE = 0.3
+
+
+def symmetric_add(gram: torch.Tensor, h: torch.Tensor) -> None:
+    """Adds h^T h of inputs [..., inputs] to their second moments, [inputs, inputs], in place.
+
+    The half above the diagonal is copied, which saves close to half of the work.
+    """
+    h = h.flatten(0, -2).float()
+    for at in range(0, h.shape[1], _BLOCK):
+        end = at + _BLOCK
+        part = h[:, at:].T @ h[:, at:end]
+        gram[at:, at:end] += part
+        gram[at:end, end:] += part[_BLOCK:].T
+
+
+def gram_error(gram: torch.Tensor, weight: torch.Tensor, other: torch.Tensor) -> float:
+    """Root of |(other - weight) h|^2 / |weight h|^2 over the tokens of `gram`; weights [outputs, inputs]."""
+
+    def squares(of: torch.Tensor) -> float:
+        return max(0.0, float(((of @ gram) * of).sum(dtype=torch.float64)))
+
+    whole = squares(weight)
+    return float((squares(other - weight) / whole) ** 0.5) if whole else 0.0
 
 
 @dataclass
@@ -29,11 +53,7 @@ class Moments:
     def add(self, h: torch.Tensor, y: torch.Tensor) -> None:
         """Count inputs [..., inputs] and wanted outputs [..., outputs] in."""
         h, y = h.flatten(0, -2).float(), y.flatten(0, -2).float()
-        for at in range(0, h.shape[1], _BLOCK):  # the half above the diagonal is copied: it is symmetric
-            end = at + _BLOCK
-            part = h[:, at:].T @ h[:, at:end]
-            self.gram[at:, at:end] += part
-            self.gram[at:end, end:] += part[_BLOCK:].T
+        symmetric_add(self.gram, h)
         self.cross.addmm_(y.T, h)
         self.squares += float(y.square().sum(dtype=torch.float64))
         self.tokens += len(h)
@@ -42,6 +62,15 @@ class Moments:
         """Root of each input's summed square, [inputs], never zero."""
         squares = self.gram.diagonal()
         return squares.clamp_min(max(1e-30, 1e-12 * float(squares.mean()))).sqrt()
+
+    @property
+    def ridge(self) -> float:
+        """How hard a fit is held to where it was: 0.3 at a token an input, less the more tokens there are.
+
+        FFN layers 5 and 14 of the demo model fitted on 5,120 tokens: of 0.01, 0.03, 0.1, 0.3 and 1, 0.3 gave
+        an error on 1,024 other tokens within 2 % of the best for both.
+        """
+        return _RIDGE * len(self.gram) / max(self.tokens, 1)
 
     def kept(self, inputs: torch.Tensor) -> Moments:
         """Of some inputs only, int64 [n]."""
@@ -56,7 +85,7 @@ class Moments:
         return float((max(0.0, self.squares - float(explained) + float(own)) / self.squares) ** 0.5)
 
 
-def fitted(moments: Moments, prior: torch.Tensor, ridge: float) -> torch.Tensor:
+def fitted(moments: Moments, prior: torch.Tensor, ridge: float | None = None) -> torch.Tensor:
     """Weights that give the wanted outputs: ridge regression that falls back on `prior`.
 
     Minimises |y - w h|^2 + ridge * sum of |(w - prior)_j|^2 |h_j|^2: each input's weights are held to where
@@ -65,14 +94,14 @@ def fitted(moments: Moments, prior: torch.Tensor, ridge: float) -> torch.Tensor:
     Args:
         moments: of the inputs that are there.
         prior: [outputs, inputs].
-        ridge: 0.03 or so; more for less text.
+        ridge: None is the moments' own.
 
     Returns:
         float32 [outputs, inputs].
     """
+    ridge = moments.ridge if ridge is None else ridge
     scale = moments.scale()
     system = moments.gram / scale / scale[:, None]
     system.diagonal().add_(ridge)
     wanted = moments.cross / scale + ridge * (prior * scale)
-    solution: torch.Tensor = torch.linalg.solve(system, wanted, left=False)
-    return solution / scale
+    return torch.cholesky_solve(wanted.T, torch.linalg.cholesky(system)).T / scale

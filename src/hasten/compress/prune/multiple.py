@@ -26,6 +26,7 @@ def kept_multiple(kind: str, noun: str, width: int, amount: float) -> int:
             hint="prune layers instead: kind: layers",
         )
     raise UsageError(
-        f"prune {kind}: amount {amount:g} of {width} {noun}s {what}; they are kept in multiples of {MULTIPLE}",
+        f"prune {kind}: amount {amount:g} of {width} {noun}s {what}; they are kept in multiples "
+        f"of {MULTIPLE}",
         hint=f"use an amount between {1 - most / width:.3f} and {1 - MULTIPLE / width:.3f}",
     )

@@ -1,0 +1,169 @@
+"""Width: the same hidden dimensions go everywhere, from the embedding through every layer to the head.
+
+Importance of a dimension: mean absolute value behind the norms, summed over all of them (Muralidharan et al.
+2024, Minitron). Repair: every matrix is fitted in turn, on what the narrow model gives it, towards what the
+original gives there; behind the last layer the head is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from hasten.compress.calibration import Calibration
+from hasten.compress.changed import Values, changed
+from hasten.compress.prune.moments import Moments, fitted
+from hasten.compress.prune.multiple import kept_multiple
+from hasten.compress.prune.pruned import PartPruned
+from hasten.compress.prune.stream import Found, Stream, stream_weights
+from hasten.compress.torch_layer import LINEARS, Weights, tensor_values
+from hasten.core import ModelConfig
+from hasten.models.source import Source
+
+_TURNS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
+"""Matrices in the order they are fitted; those of one turn read the same."""
+_WRITERS = ("o", "down")  # their rows are hidden dimensions; the others' columns are
+
+
+def kept_width(config: ModelConfig, amount: float) -> int:
+    """How many hidden dimensions stay.
+
+    Raises:
+        UsageError: none of them, or all.
+    """
+    return kept_multiple("width", "hidden dimension", config.hidden_size, amount)
+
+
+def prune_width(
+    source: Source,
+    amount: float,
+    calibration: Calibration,
+    repair: bool,
+    step: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Source, list[PartPruned]]:
+    """Take hidden dimensions out of the whole model.
+
+    A tied head is not fitted: it is the embedding.
+
+    Raises:
+        UsageError: the amount leaves no dimension, or all.
+        ModelError: activations that are not finite; the layer is named.
+    """
+    count = kept_width(source.config, amount)
+    layers = source.config.num_layers
+    total = 2 * layers
+    importance = dimension_importance(source, calibration, lambda done: step(done, total))
+    narrow = _Narrow(
+        source,
+        replace(source.config, hidden_size=count),
+        importance.topk(count).indices.sort().values,
+        Stream.of(source, calibration),
+    )
+    parts = []
+    for index in range(layers):
+        step(layers + index, total)
+        parts.append(narrow.layer(index, repair))
+    narrow.ends(repair)
+    step(total, total)
+    return changed(source, narrow.values, config=narrow.config), parts
+
+
+def dimension_importance(
+    source: Source, calibration: Calibration, step: Callable[[int], None]
+) -> torch.Tensor:
+    """Mean absolute value of every hidden dimension where a layer reads it, summed over layers, [E]."""
+    stream = Stream.of(source, calibration)
+    found = torch.zeros(source.config.hidden_size)
+    for index in range(source.config.num_layers):
+        step(index)
+        weights = stream_weights(source, index)
+        for rows in stream.batches():
+            read: Found = {}
+            stream.x[rows] = stream.through(index, weights, rows, read)
+            for name in ("q", "gate"):
+                found += read[name][0].abs().flatten(0, -2).sum(0)
+    norm = tensor_values(source.tensors["final_norm"])
+    found += F.rms_norm(stream.x, norm.shape, norm, source.config.norm_eps).abs().flatten(0, -2).sum(0)
+    return found / calibration.tokens
+
+
+@dataclass
+class _Narrow:
+    """The narrow model as it is made, beside the original: `original` and `ours` stand before a layer."""
+
+    source: Source
+    config: ModelConfig
+    kept: torch.Tensor  # int64 [E'], ascending
+    original: Stream
+
+    def __post_init__(self) -> None:
+        self.ours = self.original.copy()
+        self.ours.x = self.ours.x[..., self.kept].clone()
+        self.values: dict[str, Values] = {}
+
+    def layer(self, index: int, repair: bool) -> PartPruned:
+        """Make one layer; both streams move behind it."""
+        theirs = stream_weights(self.source, index)
+        ours = {name: self._cut(name, value) for name, value in theirs.items()}
+        errors: tuple[float | None, float | None] = (None, None)
+        for turn, names in enumerate(_TURNS if repair else ()):
+            moments = self._moments(index, theirs, ours, turn)
+            prior = torch.cat([ours[name].float() for name in names])
+            fit = fitted(moments, prior).bfloat16()
+            errors = moments.error(prior), moments.error(fit.float())  # those of `down` remain
+            for name, part in zip(names, torch.split(fit, [len(ours[n]) for n in names]), strict=True):
+                ours[name] = part.to(ours[name].dtype)
+        self.original.advance(index, theirs)
+        self.ours.advance(index, ours)
+        for name, value in ours.items():
+            self.values[f"layers.{index}.{name}"] = value.bfloat16() if value.ndim == 2 else value
+        return PartPruned(f"layers.{index}", self.config.hidden_size, self.source.config.hidden_size, *errors)
+
+    def ends(self, repair: bool) -> None:
+        """Embedding, last norm and head; they are made when they are read, in float32."""
+        tensors, kept = self.source.tensors, self.kept
+        norm = tensor_values(tensors["final_norm"])
+        self.values["final_norm"] = norm[kept]
+        self.values["embed"] = lambda: tensor_values(tensors["embed"])[:, kept]
+        if self.config.tied_head:
+            return
+        back = torch.eye(len(norm))[:, kept]  # [E, E']: what the narrow state says of the whole one
+        if repair:
+            moments = Moments.zeros(len(kept), len(norm))
+            for rows in self.ours.batches():
+                whole = F.rms_norm(self.original.x[rows], norm.shape, norm, self.config.norm_eps)
+                part = F.rms_norm(self.ours.x[rows], kept.shape, norm[kept], self.config.norm_eps)
+                moments.add(part, whole)
+            back = fitted(moments, back)
+        self.values["head"] = lambda: tensor_values(tensors["head"]) @ back
+
+    def _cut(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """A parameter without what belongs to the dimensions that go."""
+        if name in LINEARS and name not in _WRITERS:
+            return value[:, self.kept]
+        is_hidden = name in _WRITERS or (name.endswith("norm") and name not in ("q_norm", "k_norm"))
+        is_hidden = is_hidden or name in ("o.bias", "down.bias")
+        return value[self.kept] if is_hidden else value
+
+    def _moments(self, index: int, theirs: Weights, ours: Weights, turn: int) -> Moments:
+        """Of what the matrices of a turn read in our model, and what the original's give."""
+        names = _TURNS[turn]
+        later = tuple(name for after in _TURNS[turn + 1 :] for name in after)
+        rows_out = sum(len(ours[name]) for name in names)
+        moments = Moments.zeros(ours[names[0]].shape[1], rows_out)
+        for rows in self.original.batches():
+            read: Found = {}
+            found: Found = {}
+            after = self.original.through(index, theirs, rows, read, silent=later)
+            mine = self.ours.through(index, ours, rows, found, silent=(*names, *later))
+            wanted = torch.cat([read[name][1] for name in names], dim=-1)
+            if names[0] in _WRITERS:
+                wanted = wanted[..., self.kept]
+                if self.config.norm_placement == "pre":  # towards the hidden state itself
+                    bias = ours.get(f"{names[0]}.bias", torch.zeros(()))
+                    wanted = after[..., self.kept] - mine - bias
+            moments.add(found[names[0]][0], wanted)
+        return moments

@@ -1,0 +1,80 @@
+"""Whole layers: which go, that the model without them is right, and the repair of the one before a gap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from prune_models import distance, text
+
+from hasten.compress.changed import changed
+from hasten.compress.prune.layers import influence, kept_layers, prune_layers
+from hasten.compress.torch_layer import tensor_values
+from hasten.errors import UsageError
+from hasten.models.open import open_folder
+from hasten.models.source import Source
+
+
+def without_effect(source: Source, layer: int) -> Source:
+    """The model with a layer that adds nothing to its hidden state."""
+    names = [f"layers.{layer}.{name}" for name in ("o", "down", "o.bias", "down.bias")]
+    zeros = {n: torch.zeros(source.tensors[n].shape) for n in names if n in source.tensors}
+    return changed(source, zeros)
+
+
+@pytest.mark.parametrize("repair", [False, True])
+@pytest.mark.parametrize(("name", "layer"), [("smollm3", 3), ("gemma3", 2), ("qwen2-sliding", 0)])
+def test_a_layer_without_effect_goes_without_a_trace(
+    name: str, layer: int, repair: bool, tiny_folder: Callable[..., Path]
+) -> None:
+    """Also where layers differ: rotated or not, sliding or not. With repair there is nothing to fit."""
+    source = without_effect(open_folder(tiny_folder(name)), layer)
+    config = source.config
+    pruned, parts = prune_layers(source, 1 / config.num_layers, text(), repair)
+    left = [i for i in range(config.num_layers) if i != layer]
+    assert [part.kept for part in parts] == [int(i in left) for i in range(config.num_layers)]
+    assert pruned.config.num_layers == len(left)
+    for flags in ("rope_layers", "sliding_layers"):
+        before, after = getattr(config, flags), getattr(pruned.config, flags)
+        assert after == (tuple(before[i] for i in left) if before else ())
+    assert distance(pruned, source, text(1).ids[0]) < 0.03
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "llama-odd", "smollm3"])
+def test_repair_adds_what_the_missing_layers_did(name: str, tiny_folder: Callable[..., Path]) -> None:
+    source = open_folder(tiny_folder(name))
+    cut, _ = prune_layers(source, 0.5, text(), repair=False)
+    repaired, parts = prune_layers(source, 0.5, text(), repair=True)
+    fitted = [part for part in parts if part.error_after is not None]
+    assert fitted and all(part.error_after < part.error_before for part in fitted)
+    ids = text(1).ids[0]
+    assert distance(repaired, source, ids) < distance(cut, source, ids)
+
+
+def test_influence_is_one_minus_the_cosine(tiny_folder: Callable[..., Path]) -> None:
+    source = without_effect(open_folder(tiny_folder("qwen3")), 1)
+    found = influence(source, text(), lambda done: None)
+    assert found[1] == pytest.approx(0.0, abs=1e-5)
+    assert found[0] > 0.01 and found[2] > 0.01
+
+
+def test_a_normed_mlp_is_not_repaired(tiny_folder: Callable[..., Path]) -> None:
+    source = open_folder(tiny_folder("gemma3"))
+    repaired, parts = prune_layers(source, 0.3, text(), repair=True)
+    assert all(part.error_after is None for part in parts)
+    kept = [i for i, part in enumerate(parts) if part.kept]
+    for place, index in enumerate(kept):
+        ours, theirs = repaired.tensors[f"layers.{place}.down"], source.tensors[f"layers.{index}.down"]
+        assert torch.equal(tensor_values(ours), tensor_values(theirs))
+
+
+def test_an_amount_that_leaves_or_takes_nothing_is_refused(tiny_folder: Callable[..., Path]) -> None:
+    config = open_folder(tiny_folder("llama")).config
+    for amount, message in ((0.9, "leaves no layer"), (0.1, "takes no layer out")):
+        with pytest.raises(UsageError, match=message) as refused:
+            kept_layers(config, amount)
+        low, high = (float(word) for word in refused.value.hint.split() if word[0] == "0")
+        assert kept_layers(config, low) == 2
+        assert kept_layers(config, high) == 1
