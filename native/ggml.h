@@ -1,6 +1,6 @@
 // The block formats of GGUF files, read. Source: ggml's ggml-common.h and ggml-quants.c (the published formats).
 //
-// S*_* and A*_* are our own, for the integers of GPTQ, AWQ and compressed-tensors checkpoints (models/quantized.py):
+// S*_* and A*_* are our own, for integers of quantised checkpoints (models/quantized.py) and of calibration:
 // BITS_GROUP, a block is one group: an fp32 scale, in A an fp32 minimum, then one byte u a value. S is symmetric,
 // scale * (u - 2^(bits-1)), A is scale * u + minimum.
 #pragma once
@@ -31,12 +31,24 @@ enum class Dtype {
   S4_32,
   S4_64,
   S4_128,
+  S5_32,
+  S5_64,
+  S5_128,
+  S6_32,
+  S6_64,
+  S6_128,
   S8_32,
   S8_64,
   S8_128,
   A4_32,
   A4_64,
   A4_128,
+  A5_32,
+  A5_64,
+  A5_128,
+  A6_32,
+  A6_64,
+  A6_128,
   A8_32,
   A8_64,
   A8_128

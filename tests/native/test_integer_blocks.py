@@ -10,7 +10,7 @@ from hasten.models.blocks import dequantize
 from hasten.models.source import SourceTensor
 from hasten.models.tensor_type import TYPES
 
-OWN = [f"{kind}{bits}_{group}" for kind in "SA" for bits in (4, 8) for group in (32, 64, 128)]
+OWN = [f"{kind}{bits}_{group}" for kind in "SA" for bits in (4, 5, 6, 8) for group in (32, 64, 128)]
 ROWS, COLS = 37, 256
 
 

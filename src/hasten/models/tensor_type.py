@@ -2,9 +2,9 @@
 
 Source: ggml's `ggml_type` and block structures (ggml/include/ggml.h, ggml-common.h).
 
-Our own hold the matrices of GPTQ, AWQ and compressed-tensors checkpoints. They are called S or A, BITS,
-_GROUP, and a block is one group: an fp32 scale, in A an fp32 minimum, then u, one byte a value. S is
-symmetric, scale * (u - 2^(bits-1)); A is scale * u + minimum.
+Our own hold the matrices of GPTQ, AWQ and compressed-tensors checkpoints, and what calibration finds. They
+are called S or A, BITS, _GROUP, and a block is one group: an fp32 scale, in A an fp32 minimum, then u, one byte
+a value. S is symmetric, scale * (u - 2^(bits-1)); A is scale * u + minimum.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ TYPES: dict[str, TensorType] = {
         TensorType("I8", -1, 1, 1),  # raw parts of quantised checkpoints: never a parameter by themselves
         TensorType("I32", -1, 1, 4),
         TensorType("I64", -1, 1, 8),
-        *(TensorType(f"S{b}_{g}", -1, g, 4 + g) for b in (4, 8) for g in (32, 64, 128)),
-        *(TensorType(f"A{b}_{g}", -1, g, 8 + g) for b in (4, 8) for g in (32, 64, 128)),
+        *(TensorType(f"S{b}_{g}", -1, g, 4 + g) for b in (4, 5, 6, 8) for g in (32, 64, 128)),
+        *(TensorType(f"A{b}_{g}", -1, g, 8 + g) for b in (4, 5, 6, 8) for g in (32, 64, 128)),
     )
 }
 """Every type this program reads."""
