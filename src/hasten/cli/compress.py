@@ -13,6 +13,7 @@ from hasten.cli.console import emit, note
 from hasten.cli.flags import JsonOption, ThreadsOption
 from hasten.cli.progress import Ticker
 from hasten.core import SCHEMA_VERSION
+from hasten.errors import UsageError
 
 if TYPE_CHECKING:
     from hasten.compress.result import Compressed, Observer, Progress
@@ -100,6 +101,11 @@ def command(
     from hasten.compress.job import Means
     from hasten.compress.recipe_file import recipe_from
 
+    if recipe.strip().startswith("mix:"):
+        raise UsageError(
+            f"{recipe} is searched for, not given",
+            hint=f"hasten optimize {model} --max-ppl-increase {recipe.strip()[4:].strip() or '1%'}",
+        )
     found = recipe_from(recipe)
     place = out if out is not None else Path(f"{_plain(Path(model).stem)}-{_plain(found.name)}.hasten")
     means = Means(threads, device, distil_seconds)

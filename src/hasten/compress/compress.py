@@ -18,18 +18,16 @@ from hasten.errors import UsageError
 from hasten.models.open import open_model
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
     from hasten.compress.compressed_module import CompressedModule
+    from hasten.compress.module import Inputs, Module
     from hasten.compress.module_recipe import ModuleRecipe
 
 
 @overload
 def compress(
-    model: nn.Module,
+    model: Module,
     recipe: ModuleRecipe,
-    calibration: torch.Tensor | tuple[torch.Tensor, ...],
+    calibration: Inputs,
 ) -> CompressedModule: ...
 @overload
 def compress(

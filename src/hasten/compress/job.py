@@ -13,7 +13,8 @@ from hasten.cache import cache_dir
 from hasten.cache.folder import refuse_foreign
 from hasten.compress.calibration import Calibration
 from hasten.compress.calibration_text import calibration_from
-from hasten.compress.recipe_check import checked, needs_text
+from hasten.compress.prune_check import pruned_shape
+from hasten.compress.recipe_check import checked, fitted, needs_text
 from hasten.compress.recipe_file import write_recipe
 from hasten.compress.result import Observer
 from hasten.compress.room import artifact_bytes, refuse_small_disk, work_bytes
@@ -73,6 +74,9 @@ class Job:
                 f"recipe {found.name} reads no calibration text",
                 hint="leave --calibration out, or use w4-best",
             )
+        if found.distil is not None:
+            _refuse_lesson(lesson, means)
+        fitted(recipe, source.config, pruned_shape(found, source.config, text))
         return cls(source, recipe, found, text, lesson, means, observer)
 
     @property
@@ -106,3 +110,13 @@ class Job:
     def clean(self) -> None:
         """Remove what was kept to go on from."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _refuse_lesson(lesson: Calibration | None, means: Means) -> None:
+    from hasten.compress.quantise.torch_machine import refuse_device
+
+    refuse_device(means.device)
+    if lesson is None or len(lesson.ids) < 2:
+        raise UsageError(
+            "distil: one window of text cannot be trained on and held out", hint="give more calibration text"
+        )

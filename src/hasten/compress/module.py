@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from hasten.compress.compressed_module import CompressedModule
     from hasten.compress.module_step import Step
 
+    Module = nn.Module
+    Inputs = torch.Tensor | tuple[torch.Tensor, ...]
+
 
 def compress_module(
     module: nn.Module,

@@ -162,6 +162,6 @@ def _text_record(text: Calibration) -> dict[str, Any]:
 def _threads(job: Job) -> contextlib.AbstractContextManager[None]:
     if job.recipe.is_plain:
         return contextlib.nullcontext()
-    from hasten.compress.quantise.torch_threads import torch_threads
+    from hasten.compress.quantise.torch_machine import torch_threads
 
     return torch_threads(job.means.threads)

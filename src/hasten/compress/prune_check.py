@@ -1,0 +1,49 @@
+"""What pruning will make of a model's shape, and what it refuses, before any work."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hasten.compress.calibration import Calibration
+from hasten.core import ModelConfig, Recipe
+from hasten.recipe import Pruning
+
+
+def pruned_shape(recipe: Recipe, config: ModelConfig, text: Calibration | None) -> ModelConfig:
+    """The shape after all pruning of a recipe; the vocabulary's size shows only when its text was counted.
+
+    Raises:
+        UsageError: nothing would be left or taken, a pattern does not divide, too little calibration text.
+    """
+    if not recipe.prune:
+        return config
+    from hasten.compress.prune.prune import check
+
+    for pruning in recipe.prune:
+        check(config, pruning, text)
+        config = _after(config, pruning)
+    return config
+
+
+def _after(config: ModelConfig, pruning: Pruning) -> ModelConfig:
+    from hasten.compress.prune.ffn import kept_channels
+    from hasten.compress.prune.heads import kept_heads
+    from hasten.compress.prune.layers import kept_layers
+    from hasten.compress.prune.width import kept_width
+
+    if pruning.kind == "ffn":
+        return replace(config, intermediate_size=kept_channels(config, pruning.amount))
+    if pruning.kind == "heads":
+        plan = kept_heads(config, pruning.amount)
+        return replace(config, num_kv_heads=plan.groups, num_heads=plan.groups * plan.share)
+    if pruning.kind == "layers":
+        count = kept_layers(config, pruning.amount)  # which ones is found later
+        return replace(
+            config,
+            num_layers=count,
+            rope_layers=config.rope_layers[:count],
+            sliding_layers=config.sliding_layers[:count],
+        )
+    if pruning.kind == "width":
+        return replace(config, hidden_size=kept_width(config, pruning.amount))
+    return config

@@ -1,0 +1,138 @@
+"""`hasten compress`: what it prints, what it refuses, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hasten.cli import main
+from hasten.cli.progress import Ticker
+from hasten.compress.artifact import load_artifact
+
+RECIPE = """
+name: my recipe
+default: w4
+head: w8
+layers: {layers.*.q: w6}
+prune: [{kind: ffn, amount: 0.34}]
+"""
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Everything happens in a folder of its own."""
+    monkeypatch.setenv("HASTEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def model(tiny_folder: Callable[..., Path]) -> str:
+    return str(tiny_folder("llama"))
+
+
+def test_a_recipe_file(model: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "r.yaml").write_text(RECIPE)
+    assert main(["compress", model, "--recipe", "r.yaml", "--tokens", "1024", "--threads", "1"]) == 0
+    said = capsys.readouterr()
+    made = Path(f"{Path(model).stem}-my-recipe.hasten")
+    assert load_artifact(made).packed.config.intermediate_size == 64
+    lines = said.out.splitlines()
+    assert lines[0].startswith("prune ffn  prune ffn: 192 of 288 FFN channels kept  (")
+    assert any(line.startswith("quantise ") and "bits a weight" in line for line in lines)
+    assert any(line.startswith("note ") and "different widths" in line for line in lines)
+    assert "text       1,024 tokens of pydoc_data.topics" in lines
+    assert lines[-1].startswith(f"{made}  0.") and " MB, " in lines[-1] and lines[-1].endswith(" GB")
+    assert f"hint: what it costs in quality: hasten eval {made}" in said.err
+    assert "prune ffn" in said.err and "quantise" in said.err
+
+
+def test_one_json_document(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compress", model, "--recipe", "w4-head8", "--out", "o.hasten", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["artifact"] == "o.hasten" and document["recipe"] == "w4-head8"
+    assert document["bytes"] == sum(file.stat().st_size for file in Path("o.hasten").iterdir())
+    assert 4.5 < document["bits_per_weight"] < 8.5
+    assert [step["name"] for step in document["steps"]] == ["quantise"]
+    assert document["calibration"] is None and document["notes"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "what"),
+    [
+        (["--recipe", "w4bits"], 2, "unknown recipe 'w4bits'"),
+        (["--recipe", "nothing.yaml"], 2, "nothing.yaml: No such file"),
+        (["--recipe", "typo.yaml"], 2, "did you mean default"),
+        (["--recipe", "layer.yaml"], 2, "near it: layers.2.down"),
+        (["--recipe", "both.yaml"], 2, "contradictory rules for layers.0.q"),
+        (["--recipe", "group.yaml"], 2, "groups of 32 do"),
+        (["--recipe", "mix:1%"], 2, "--max-ppl-increase 1%"),
+        (["--recipe", "w4-gptq", "--calibration", "little.txt"], 2, "too few"),
+        (["--recipe", "w4-gptq", "--calibration", "empty.txt"], 2, "too few"),
+        (["--recipe", "w4-gptq", "--calibration", "missing.txt"], 2, "No such file"),
+        (["--recipe", "w4", "--calibration", "little.txt"], 2, "reads no calibration text"),
+        (["--recipe", "w4", "--out", "typo.yaml"], 1, "may be replaced"),
+        (["--recipe", "w4", "--tokens", "0"], 2, "--tokens"),
+    ],
+)
+def test_refusals(
+    arguments: list[str], code: int, what: str, model: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "typo.yaml").write_text("defualt: w4")
+    (place / "layer.yaml").write_text("{default: w4, layers: {layers.7.down: w8}}")
+    (place / "both.yaml").write_text("{default: w4, layers: {layers.0.*: w8, layers.*.q: w6}}")
+    (place / "group.yaml").write_text("default: w4-g64")
+    (place / "little.txt").write_text("a few words")
+    (place / "empty.txt").write_text("")
+    before = sorted(place.rglob("*"))
+    assert main(["compress", model, *arguments]) == code
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("error: ") == 1 and what in said.err
+    assert sorted(place.rglob("*")) == before
+
+
+def test_ctrl_c_says_how_to_go_on(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*arguments: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hasten.compress.steps.pack_model", stop)
+    assert main(["compress", model, "--recipe", "w4"]) == 130
+    assert "run the same command again to go on from there" in capsys.readouterr().err
+    assert not list(Path().glob("*.hasten"))
+
+
+def test_time_left_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    monkeypatch.setattr("hasten.cli.progress.time.monotonic", lambda: now[0])
+    with Ticker() as ticker:
+        for second, layer, left in (
+            (0, 0, None),
+            (10, 1, 240.0),
+            (31, 3, 220.0),
+            (40, 4, 60.0),
+            (62, 9, 6000.0),
+        ):
+            now[0] = float(second)
+            ticker.count("quantise", layer, 24, detail="a layer", seconds_left=left)
+    assert capsys.readouterr().err.splitlines() == [
+        "[  0.0 s] quantise",
+        "[ 31.0 s] quantise 3 of 24, a layer, about 4 min left",
+        "[ 62.0 s] quantise 9 of 24, a layer, about 1.7 h left",
+    ]
+
+
+def test_help_imports_neither_torch_nor_numpy() -> None:
+    code = (
+        "import sys; from hasten.cli import main; assert main(['compress', '--help']) == 0; "
+        "sys.exit(str({'torch', 'numpy', 'yaml'} & set(sys.modules) or ''))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
