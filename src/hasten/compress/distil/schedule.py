@@ -8,20 +8,25 @@ import numpy as np
 import numpy.typing as npt
 
 WARM_UP = 0.03
-"""Part of a run in which the rate rises."""
+"""Part of a run's steps in which the rate rises, 100 steps at most."""
 FLOOR = 0.05
 """Part of the highest rate that a run ends with."""
 
 
-def rate(progress: float) -> float:
-    """Part of the highest learning rate at a place 0..1 of the run: up a line, down a cosine.
+def rate(step: int, steps: int, progress: float) -> float:
+    """Part of the highest learning rate: up a line by steps, down a cosine by progress.
+
+    The two are told apart because a time limit counts what is no step (compiling, loading): moments that have
+    seen nothing must not begin at the full rate.
 
     Source: cosine annealing without restarts, Loshchilov and Hutter 2017 (arXiv:1608.03983).
+
+    Args:
+        step: steps done. steps: in all. progress: part of the run that is over, 0..1, by steps or by time.
     """
-    if progress < WARM_UP:
-        return max(progress, WARM_UP / 100) / WARM_UP
-    turned = min(1.0, (progress - WARM_UP) / (1 - WARM_UP))
-    return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * turned))
+    rising = max(1, min(100, math.ceil(WARM_UP * steps)))
+    falling = FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return min(1.0, (step + 1) / rising) * falling
 
 
 def batch(step: int, windows: int, size: int, seed: int) -> npt.NDArray[np.int64]:

@@ -228,7 +228,7 @@ class _Trainer:
                 f"distil: at step {self.step + 1} of {self.steps} the loss is {total}, its gradient {norm}",
                 hint=f"use a lower rate, such as learning_rate: {self.options.learning_rate / 4:g}",
             )
-        share = schedule.rate(self.progress)
+        share = schedule.rate(self.step, self.steps, self.progress)
         for group in self._optimizer.param_groups:
             group["lr"] = group["highest"] * share
         self._optimizer.step()
