@@ -142,7 +142,8 @@ def _refuse_groups(recipe: Recipe, config: ModelConfig, where: str) -> None:
 
 
 def _groups_that_do(wrong: Mapping[str, tuple[Layout, int]]) -> str:
-    fit = [group for group in GROUPS if all(_divides(group, *one) for one in wrong.values())]
+    fit = [group for group in GROUPS if all(cols % group == 0 for _, cols in wrong.values())]
+    fit = fit or [group for group in GROUPS if all(_divides(group, *one) for one in wrong.values())]
     if fit:
         return f"groups of {' or '.join(map(str, fit))} do"
     kinds = dict.fromkeys(name.rsplit(".", 1)[-1] for name in wrong if "." in name)
