@@ -43,9 +43,9 @@ def test_it_beats_rounding_to_nearest_in_its_own_measure(layout: Layout) -> None
     assert found.scales.dtype == np.float16
     assert (found.minimums is None) == layout.symmetric
     assert int(found.u.max()) < 1 << layout.bits
-    assert lost(weight, found) < (0.999 if layout.bits == 8 else 0.995) * lost(weight, plain)
-    if not layout.symmetric:  # in squares, too: its scales are not searched
-        assert lost(weight, found, 2.0) < lost(weight, plain, 2.0)
+    least = 1.0 if layout.symmetric else 0.999 if layout.bits == 8 else 0.98  # symmetric scales were searched
+    assert lost(weight, found) < least * lost(weight, plain)
+    assert lost(weight, found, 2.0) <= lost(weight, plain, 2.0) * (1 + 1e-6)
 
 
 def plain_hqq(w: np.ndarray, scale: float, minimum: float, layout: Layout) -> tuple[float, float, float]:
@@ -53,13 +53,15 @@ def plain_hqq(w: np.ndarray, scale: float, minimum: float, layout: Layout) -> tu
     low = -(1 << (layout.bits - 1)) if layout.symmetric else 0
     high = low + (1 << layout.bits) - 1
     low += layout.symmetric and layout.bits == 8
-    best, beta = (np.inf, scale, minimum), 10.0
+    best, beta, limit = (np.inf, scale, minimum), 10.0, np.inf
     for _ in range(TURNS + 1):
         levels = [min(max(round((v - minimum) / scale), low), high) for v in w]
         errors = [(v - minimum) / scale - q for v, q in zip(w, levels, strict=True)]
         total = sum(abs(e * scale) ** POWER for e in errors)
-        if total >= best[0]:
+        squares = sum((e * scale) ** 2 for e in errors)
+        if total >= best[0] or squares > limit:
             break
+        limit = squares if limit == np.inf else limit  # the first's
         best = (total, scale, minimum)
         kept = [np.sign(e) * max(0.0, abs(e) - max(abs(e), 1e-8) ** (POWER - 1) / beta) for e in errors]
         aim = [v - k * scale for v, k in zip(w, kept, strict=True)]
@@ -143,4 +145,5 @@ def test_bad_input_is_refused() -> None:
 @pytest.mark.parametrize("layout", [Layout(4, 32, False), Layout(4)], ids=str)
 def test_the_demo_model_gains(layout: Layout) -> None:
     weight = tensor_values(open_model("demo").tensors["layers.3.v"])
-    assert lost(weight, hqq(weight, layout)) < 0.99 * lost(weight, nearest(weight, layout))
+    least = 1.0 if layout.symmetric else 0.97
+    assert lost(weight, hqq(weight, layout)) < least * lost(weight, nearest(weight, layout))
