@@ -69,4 +69,4 @@ def prune_vocabulary(
     )
     tensors = source.tensors | {name: taken_rows(table, rows) for name, table in tables.items()}
     result = replace(source, config=shape, tensors=tensors, load_tokenizer=once(lambda: smaller))
-    return result, [PartPruned(name, len(order), config.vocab_size) for name in tables]
+    return result, [PartPruned("vocabulary", len(order), config.vocab_size)]
