@@ -89,7 +89,7 @@ class _Groups:
 
 
 def _solved(w: torch.Tensor, start: _Groups, layout: Layout) -> _Groups:
-    """The turn with the least error, squares not above the first's, for each group of w [rows, groups, group]."""
+    """The turn with the least error, squares not above the first's, by group of w [rows, groups, group]."""
     now = best = start
     least = most_squares = torch.full_like(start.scale, torch.inf)
     beta = _BETA

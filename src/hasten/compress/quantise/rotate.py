@@ -11,7 +11,7 @@ engine would pay for it at each token.
 
 Weights have less error this way, outputs not always: a channel that is large in the stream and small in the
 norm's weights hardly counts before, and is part of every channel after. Rounded to nearest in groups of 32,
-the demo model gained nothing at 4 bits; methods that know the inputs (GPTQ) are what to rotate for.
+the demo model gained nothing at 4 bits: measure a recipe with and without.
 """
 
 from __future__ import annotations
