@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from fakes import FakeWorkshop
-from hasten.core import Budget, Goal
+from hasten.core import Budget, Goal, Layout
 from hasten.errors import BudgetError, UsageError
 from hasten.optimize.progress import Progress
 from hasten.optimize.result import OptimizeResult
 from hasten.optimize.search import WORKLOADS, Effort, Search, check
+from hasten.optimize.space import MENU
 from hasten.quality.text import Text
 
 TOKENS = 4096
@@ -195,3 +196,41 @@ def test_budgets_that_mean_nothing(budget: float) -> None:
 def test_unknown_goal() -> None:
     with pytest.raises(UsageError, match="speed"):
         check(0.01, "speed")
+
+
+def test_without_torch_the_plan_says_so(run: Run) -> None:
+    result = run(FakeWorkshop())
+    assert any("torch is not installed" in reason for reason in result.plan.because)
+    assert all(c.recipe.method == "rtn" for c in result.candidates)
+
+
+def test_with_torch_calibrated_integers_are_tried(run: Run) -> None:
+    result = run(FakeWorkshop(can_calibrate=True, kept_bits=8))
+    by_name = {c.recipe.name: c for c in result.candidates}
+    assert by_name["w4-best"].verdict.kl_mean < by_name["w4-head8"].verdict.kl_mean
+    mixture = by_name["mix:2%"]
+    assert mixture.recipe.method == "gptq"
+    plain = next(c for c in run(FakeWorkshop(kept_bits=8)).candidates if c.recipe.name == "mix:2%")
+    assert mixture.passes
+    assert mixture.weight_bytes <= plain.weight_bytes
+    assert not any("torch" in reason for reason in result.plan.because)
+    assert any("GPTQ" in reason for reason in result.plan.because)
+
+
+def test_calibration_can_be_left_out(run: Run, tmp_path: Path, texts: dict[int, Text]) -> None:
+    workshop = FakeWorkshop(can_calibrate=True)
+    search = Search(workshop, Budget(0.02), "latency", texts[16], Effort(tokens=TOKENS), calibrate=False)
+    result = search.run(tmp_path / "out.hasten")
+    assert "w4-best" not in [c.recipe.name for c in result.candidates]
+    assert any("switched off" in reason for reason in result.plan.because)
+
+
+def test_time_by_layout_decides_where_it_is_known(run: Run) -> None:
+    """A machine on which 5 and 6 bits are slower to unpack than 8: they are no gain there."""
+    pace = {layout: 1e-9 * (3 if layout.bits in (5, 6) else 1) for layout in (*MENU, Layout(8))}
+    slow = run(FakeWorkshop(kept_bits=8, paces=pace))
+    mixture = next(c for c in slow.candidates if c.recipe.name == "mix:2%")
+    assert {layout.bits for layout in mixture.recipe.layers.values()} == {4}
+    small = run(FakeWorkshop(kept_bits=8, paces=pace), goal="memory")
+    mixture = next(c for c in small.candidates if c.recipe.name == "mix:2%")
+    assert {layout.bits for layout in mixture.recipe.layers.values()} > {4}

@@ -9,8 +9,8 @@ from fakes import CONFIG, FakeWorkshop
 from hasten.core import Layout, Recipe
 from hasten.optimize.held_out import split
 from hasten.optimize.progress import Progress, silent
-from hasten.optimize.sensitivity import Harms, base_recipe, draw, measure_harms
-from hasten.optimize.space import MENU, groups, uniform
+from hasten.optimize.sensitivity import Check, Harms, base_recipe, draw, measure_harms
+from hasten.optimize.space import CHECKED, MENU, groups, uniform
 from hasten.quality.divergence import Reference
 from hasten.quality.text import windows
 
@@ -97,3 +97,53 @@ def test_a_slow_machine_reads_fewer_tokens(workshop: FakeWorkshop) -> None:
 def test_uniform_recipes() -> None:
     assert [r.name for r in uniform(16.0)] == ["w8", "w6", "w5", "w5-head8", "w4-head8", "w4"]
     assert "source" in [r.name for r in uniform(8.5)]
+
+
+def test_calibrated_uniform_recipes_come_last() -> None:
+    assert [r.name for r in uniform(16.0, calibrated=True)][-2:] == ["w4", "w4-best"]
+
+
+def test_some_groups_are_held_against_the_scaling(workshop: FakeWorkshop) -> None:
+    source = workshop.build(Recipe.parse("bf16"))
+    harms = measure_harms(workshop, source, workshop.text().calibration, seconds=60, observer=silent)
+    drawn = draw(workshop, harms)
+    worst = sorted(range(9), key=lambda i: -harms.at_probe[i])[:4]
+    names = [group.name for group in groups(CONFIG)]
+    assert {check.group for check in drawn.checks} == {names[i] for i in worst}
+    assert {check.layout for check in drawn.checks} == set(CHECKED)
+    assert drawn.error is not None
+    assert drawn.error < 0.4
+    by_layout: dict[Layout, list[tuple[float, float]]] = {}
+    for check, predicted in drawn.checked():
+        by_layout.setdefault(check.layout, []).append((check.harm, predicted))
+    for pairs in by_layout.values():  # fitted: together they are what was measured
+        assert sum(p for _, p in pairs) == pytest.approx(sum(m for m, _ in pairs), rel=1e-6)
+
+
+def test_what_was_measured_corrects_the_scaling(workshop: FakeWorkshop) -> None:
+    plain = draw(workshop, Harms((0.01,) * 9))
+    at_5 = plain.groups[3].harm_of(Layout(5))
+    assert at_5 is not None
+    twice = draw(workshop, Harms((0.01,) * 9, (Check(plain.groups[3].group.name, Layout(5), 2 * at_5),)))
+    assert twice.groups[3].harm_of(Layout(5)) == pytest.approx(2 * at_5)
+    assert twice.groups[5].harm_of(Layout(5)) == pytest.approx(2 * (plain.groups[5].harm_of(Layout(5)) or 0))
+    assert twice.groups[3].harm_of(Layout(6)) == plain.groups[3].harm_of(Layout(6))
+    assert twice.error == pytest.approx(0.0)
+    assert plain.error is None
+
+
+def test_the_map_is_measured_with_the_mixtures_own_method() -> None:
+    workshop = FakeWorkshop(can_calibrate=True)
+    source, text = workshop.build(Recipe.parse("bf16")), workshop.text().calibration
+    rounded = measure_harms(workshop, source, text, seconds=60, observer=silent)
+    calibrated = measure_harms(workshop, source, text, seconds=60, observer=silent, method="gptq")
+    assert sum(calibrated.at_probe) < 0.5 * sum(rounded.at_probe)
+
+
+def test_time_needs_every_layout(workshop: FakeWorkshop) -> None:
+    pace = {layout: 1e-10 * layout.bits for layout in (*MENU, Layout(16))}
+    choices = draw(workshop, Harms((0.01,) * 9), pace=pace).groups[0].menu
+    assert choices[1].seconds == pytest.approx(choices[1].bytes * 4e-10)
+    assert choices[0].seconds == pytest.approx(choices[0].bytes * 16e-10)
+    del pace[Layout(5)]
+    assert all(c.seconds is None for c in draw(workshop, Harms((0.01,) * 9), pace=pace).groups[0].menu)
