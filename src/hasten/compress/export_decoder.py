@@ -94,6 +94,11 @@ def refuse(config: ModelConfig, format: str) -> None:
         )
 
 
+def slides(config: ModelConfig) -> bool:
+    """Whether some layer looks back on less than the whole context."""
+    return config.sliding_window is not None and any(config.sliding_layers)
+
+
 def notes(config: ModelConfig) -> tuple[str, ...]:
     """What a graph leaves out."""
     threshold = rope.tables(config).long_threshold

@@ -70,7 +70,7 @@ class OnnxGraph:
 
     def output(self, name: str, value: Node) -> None:
         self.nodes.append(helper.make_node("Identity", [value], [name]))
-        sizes = ["batch", "new", self._packed.config.vocab_size]
+        sizes: list[str | int | None] = ["batch", "new", self._packed.config.vocab_size]
         self.outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes))
 
     def constant(self, values: Array) -> Node:
@@ -106,7 +106,7 @@ class OnnxGraph:
     def extended(self, name: str, new: Node) -> Node:
         config, past, both = self._packed.config, f"past_key_values.{name}", f"present.{name}"
         for value, length, listed in ((past, "past", self.inputs), (both, "all", self.outputs)):
-            sizes = ["batch", config.num_kv_heads, length, config.head_dim]
+            sizes: list[str | int | None] = ["batch", config.num_kv_heads, length, config.head_dim]
             listed.append(helper.make_tensor_value_info(value, TensorProto.FLOAT, sizes))
         return self._named("Concat", [past, new], both, axis=2)
 

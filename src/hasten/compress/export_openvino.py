@@ -29,8 +29,8 @@ _NO_TOKENIZER = (
     "transformers, export again"
 )
 _SLIDES = (
-    "attention is written out, as OpenVINO GenAI's paged attention leaves sliding windows out: its LLMPipeline "
-    "takes the other way by itself, its ContinuousBatchingPipeline refuses the model"
+    "attention is written out, because OpenVINO GenAI's paged attention leaves sliding windows out without a "
+    "word: so it refuses the model, and LLMPipeline takes its other way by itself"
 )
 
 
@@ -43,8 +43,7 @@ def plan(artifact: Artifact) -> GraphPlan:
     """
     linears, config = artifact.packed.linears, artifact.packed.config
     made = export_graph.plan(artifact, NAME, "openvino", lambda name: carrier(linears[name].layout))
-    slides = config.sliding_window is not None and any(config.sliding_layers)
-    return replace(made, notes=(*made.notes, _SLIDES)) if slides else made
+    return replace(made, notes=(*made.notes, _SLIDES)) if export_decoder.slides(config) else made
 
 
 def write(made: GraphPlan, path: Path, progress: Progress) -> Exported:

@@ -14,7 +14,7 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
 
-from hasten.compress.export_decoder import Array, Node, plain_attention
+from hasten.compress.export_decoder import Array, Node, plain_attention, slides
 from hasten.compress.export_integers import carrier, group_of, pairs, parameters, quants
 from hasten.compress.pack import PackedLinear, PackedModel
 from hasten.core import ModelConfig
@@ -35,11 +35,6 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "Where": ops.select,
 }
 _TYPES = {"i4": ov.Type.i4, "u4": ov.Type.u4, "i8": ov.Type.i8, "u8": ov.Type.u8, "bf16": ov.Type.bf16}
-
-
-def slides(config: ModelConfig) -> bool:
-    """Whether some layer looks back on less than the whole context."""
-    return config.sliding_window is not None and any(config.sliding_layers)
 
 
 class OpenVinoGraph:
