@@ -290,6 +290,19 @@ def test_unequal_widths_in_one_projection_are_a_note() -> None:
     assert notes(checked(Recipe("r", Layout(4), layers={"layers.*.*": Layout(8)}), shape()), shape()) == ()
 
 
+def test_zeros_that_do_not_stay_are_a_note() -> None:
+    zeros = (Pruning("wanda"), Pruning("ffn"))
+    (said,) = notes(Recipe("r", Layout(4), method="gptq", prune=zeros), shape())
+    assert said == "prune wanda: not all zeros stay zero through method gptq"
+    (said,) = notes(Recipe("r", Layout(4, symmetric=False), prune=zeros), shape())
+    assert "a layout with minimums" in said
+    for recipe in (
+        Recipe("r", Layout(4), prune=zeros),
+        Recipe("r", Layout(4), method="gptq", prune=zeros[1:]),
+    ):
+        assert notes(recipe, shape()) == ()
+
+
 def test_who_needs_text() -> None:
     assert not needs_text(Recipe.parse("w4")) and not needs_text(Recipe.parse("w4-hqq"))
     assert not needs_text(Recipe("r", prune=(Pruning("magnitude", repair=False),)))

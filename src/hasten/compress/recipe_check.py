@@ -79,6 +79,10 @@ def fitted(recipe: Recipe, before: ModelConfig, after: ModelConfig) -> tuple[Rec
 
 def notes(recipe: Recipe, config: ModelConfig) -> tuple[str, ...]:
     """What is no mistake and yet worth saying of a recipe that was checked."""
+    return (*_unequal_widths(recipe, config), *_lost_zeros(recipe, config))
+
+
+def _unequal_widths(recipe: Recipe, config: ModelConfig) -> tuple[str, ...]:
     unequal = [
         f"layers.{layer} {' '.join(group)}"
         for layer in range(config.num_layers)
@@ -92,6 +96,21 @@ def notes(recipe: Recipe, config: ModelConfig) -> tuple[str, ...]:
         f"{shown}: different widths in matrices that vLLM and GPTQModel run as one; exports to their formats "
         "store each such group at its widest",
     )
+
+
+def _lost_zeros(recipe: Recipe, config: ModelConfig) -> tuple[str, ...]:
+    """Zeros stay zero where each value is rounded to the nearest and the layout has a zero."""
+    kinds = [one.kind for one in recipe.prune if one.kind in ("magnitude", "wanda", "sparsegpt")]
+    layouts = [recipe.layout_for(name) for name in config.linear_shapes()]
+    why = [f"method {recipe.method}"] if recipe.method != "rtn" else []
+    why += (
+        ["a layout with minimums"]
+        if any(one and one.bits < 16 and not one.symmetric for one in layouts)
+        else []
+    )
+    if not kinds or not why:
+        return ()
+    return (f"prune {' and '.join(kinds)}: not all zeros stay zero through {' and '.join(why)}",)
 
 
 def _refuse_without_widths(recipe: Recipe, config: ModelConfig, where: str) -> None:
