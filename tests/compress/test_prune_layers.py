@@ -78,3 +78,15 @@ def test_an_amount_that_leaves_or_takes_nothing_is_refused(tiny_folder: Callable
         low, high = (float(word) for word in refused.value.hint.split() if word[0] == "0")
         assert kept_layers(config, low) == 2
         assert kept_layers(config, high) == 1
+
+
+def test_a_gap_at_the_start_is_crossed_and_the_next_one_repaired(tiny_folder: Callable[..., Path]) -> None:
+    """The first layer and one in the middle go: only the one before the second gap can be fitted."""
+    source = without_effect(open_folder(tiny_folder("smollm3")), 0)
+    repaired, parts = prune_layers(source, 0.4, text(), repair=True)
+    assert parts[0].kept == 0 and sum(part.kept for part in parts) == 3
+    other = next(i for i in range(1, 5) if not parts[i].kept)
+    assert [i for i, part in enumerate(parts) if part.error_after is not None] == [other - 1]
+    cut, _ = prune_layers(source, 0.4, text(), repair=False)
+    ids = text(1).ids[0]
+    assert distance(repaired, source, ids) < distance(cut, source, ids)

@@ -98,14 +98,13 @@ def _repaired(
     """`down` of every layer before a gap, and the error of what it should add, before and after."""
     original = Stream.of(source, calibration)
     ours = original.copy()
+    for gone in range(kept[0]):  # nothing comes before this gap: the original crosses it alone
+        original.advance(gone, stream_weights(source, gone))
     fits, errors = {}, {}
     for place, index in enumerate(kept):
         step(index)
         following = kept[place + 1] if place + 1 < len(kept) else source.config.num_layers
         weights = stream_weights(source, index)
-        for gone in range(kept[place - 1] + 1 if place else 0, index):
-            if place == 0:  # nothing comes before: the original goes there alone
-                original.advance(gone, stream_weights(source, gone))
         original.advance(index, weights)
         if following == index + 1:
             ours.advance(index, weights)

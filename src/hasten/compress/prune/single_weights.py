@@ -76,7 +76,8 @@ def prune_single_weights(
     for index in range(total):
         step(index, total)
         weights = layer_weights(source, index)
-        grams = {} if stream is None else _grams(stream, index, stream_weights(source, index))
+        fast = {} if stream is None else stream_weights(source, index)
+        grams = {} if stream is None else _grams(stream, index, fast)
         for first, names in _READ_ALIKE.items():
             for name in names:
                 done = _pruned(weights[name], grams.get(first), pruning)
@@ -88,8 +89,8 @@ def prune_single_weights(
                     )
                 )
         if stream is not None:
-            new = {name: values[f"layers.{index}.{name}"].float() for name in LINEARS}
-            stream.advance(index, _in_type_of(stream_weights(source, index), new))
+            new = {name: values[f"layers.{index}.{name}"].to(fast[name].dtype) for name in LINEARS}
+            stream.advance(index, fast | new)
     step(total, total)
     return changed(source, values), parts
 
@@ -132,7 +133,3 @@ def _grams(stream: Stream, index: int, weights: Weights) -> dict[str, torch.Tens
         for name, gram in grams.items():
             symmetric_add(gram, found[name][0])
     return grams
-
-
-def _in_type_of(weights: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return weights | {name: value.to(weights[name].dtype) for name, value in new.items()}

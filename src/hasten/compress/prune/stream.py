@@ -86,7 +86,9 @@ class Stream:
 
 def fast_type() -> torch.dtype:
     """What matrices are multiplied in: bfloat16 where the processor has it, as the engine's own bf16 does."""
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    mkldnn = torch.backends.mkldnn
+    has = mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # type: ignore[no-untyped-call]
+    return torch.bfloat16 if has else torch.float32
 
 
 def stream_weights(source: Source, index: int) -> dict[str, torch.Tensor]:
