@@ -83,7 +83,7 @@ def main() -> int:
     parser.add_argument("--sample-batch", type=int, default=2048)
     parser.add_argument("--calibration-tokens", type=int, default=32_768, help="that pruning reads")
     parser.add_argument("--evaluation-tokens", type=int, default=65_536)
-    parser.add_argument("--batch-tokens", type=int, default=32_768)
+    parser.add_argument("--batch-tokens", type=int, default=16_384)
     parser.add_argument("--micro-tokens", type=int, default=16_384)
     parser.add_argument("--head-rows", type=int, default=4096)
     parser.add_argument("--learning-rate", type=float, default=None)

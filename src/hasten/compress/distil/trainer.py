@@ -113,7 +113,7 @@ def distil(
             batch_tokens=how.micro_tokens,
             step=lambda done, total: observer(Progress("teacher", done, total)),
         )
-    trainer = _Trainer(run, pupil, master, calibration, options, how, folder, seconds, observer)
+    trainer = _Trainer(pupil, master, calibration, options, how, _Run(run, folder, seconds, observer))
     if checkpoint is not None:
         trainer.restore(checkpoint)
     trainer.train()
@@ -121,24 +121,30 @@ def distil(
     return Distilled(pupil.made(integers), tuple(trainer.curve), trainer.tokens, trainer.spent, integers)
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What one run is called, where it is kept, how long it may take, who watches it."""
+
+    digest: str
+    folder: Path
+    seconds: float | None
+    observer: Observer
+
+
 class _Trainer:
-    """One run."""
+    """The loop."""
 
     def __init__(
         self,
-        run: str,
         student: Student,
         teacher: Teacher,
         text: Calibration,
         options: Distillation,
         how: Training,
-        folder: Path,
-        seconds: float | None,
-        observer: Observer,
+        run: _Run,
     ) -> None:
-        self.run, self.student, self.teacher = run, student, teacher
-        self.options, self.how, self.folder, self.seconds = options, how, folder, seconds
-        self.observer = observer
+        self.student, self.teacher = student, teacher
+        self.options, self.how, self.run = options, how, run
         self.curve: list[Point] = []
         self.step, self.spent = 0, 0.0
         count = len(text.ids)
@@ -162,7 +168,7 @@ class _Trainer:
     @property
     def progress(self) -> float:
         """Part of the run that is over, by steps or by the clock, whichever is further."""
-        clock = self.spent / self.seconds if self.seconds else 0.0
+        clock = self.spent / self.run.seconds if self.run.seconds else 0.0
         return max(self.step / self.steps, clock)
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -198,7 +204,9 @@ class _Trainer:
         self._tick()
         learning = {name: value.detach().cpu() for name, value in self.student.learning.items()}
         state = self._optimizer.state_dict()
-        Checkpoint(self.run, self.step, self.spent, tuple(self.curve), learning, state).write(self.folder)
+        curve = tuple(self.curve)
+        made = Checkpoint(self.run.digest, self.step, self.spent, curve, learning, state)
+        made.write(self.run.folder)
         self._saved_at = time.monotonic()
 
     def _tick(self) -> None:
@@ -273,14 +281,14 @@ class _Trainer:
         loss = sum(self._losses) / len(self._losses) if self._losses else None
         self._losses.clear()
         self.curve.append(Point(self.step, self.tokens, self.spent, loss, kl))
-        self.observer(Progress("train", self.step, self.steps, loss, None, None, kl))
+        self.run.observer(Progress("train", self.step, self.steps, loss, None, None, kl))
 
     def _tell(self, loss: float, done: int) -> None:
         spent = max(self.spent - self._began, 1e-9)
         left = spent / done * (self.steps - self.step)
-        left = left if self.seconds is None else max(0.0, min(left, self.seconds - self.spent))
+        left = left if self.run.seconds is None else max(0.0, min(left, self.run.seconds - self.spent))
         speed = done * self.size * self.length / spent
-        self.observer(Progress("train", self.step, self.steps, loss, speed, left, self.curve[-1].kl))
+        self.run.observer(Progress("train", self.step, self.steps, loss, speed, left, self.curve[-1].kl))
 
 
 def held_out(windows: int) -> range:
