@@ -148,6 +148,19 @@ def attention(
     linear: Linear = plain_linear,
 ) -> torch.Tensor:
     """Attention of one layer: normed input [B, T, E] -> what joins the residual, [B, T, E]."""
+    mixed = attended(config, index, weights, x, positions, linear)
+    return linear("o", mixed, weights["o"], weights.get("o.bias"))
+
+
+def attended(
+    config: ModelConfig,
+    index: int,
+    weights: Weights,
+    x: torch.Tensor,
+    positions: Positions,
+    linear: Linear = plain_linear,
+) -> torch.Tensor:
+    """What `o` reads: normed input [B, T, E] -> values mixed by attention, [B, T, H * D]."""
     dim, slides = config.head_dim, positions.slides(index)
     q, k, v = (linear(name, x, weights[name], weights.get(f"{name}.bias")) for name in "qkv")
 
@@ -156,15 +169,12 @@ def attention(
 
     if config.qk_norm == "full":
         q, k = normed("q_norm", q), normed("k_norm", k)
-    q, k, v = (
-        value.view(*value.shape[:-1], -1, dim) for value in (q, k, v)
-    )  # [B, T, heads, D]
+    q, k, v = (value.view(*value.shape[:-1], -1, dim) for value in (q, k, v))  # [B, T, heads, D]
     if config.qk_norm == "head":
         q, k = normed("q_norm", q), normed("k_norm", k)
     if not config.rope_layers or config.rope_layers[index]:
         q, k = positions.rotate(q, slides), positions.rotate(k, slides)
-    mixed = _attend(config, q, k, v, positions.masks[slides])  # [B, T, H, D]
-    return linear("o", mixed.flatten(-2), weights["o"], weights.get("o.bias"))
+    return _attend(config, q, k, v, positions.masks[slides]).flatten(-2)
 
 
 def _attend(
@@ -186,10 +196,17 @@ def mlp(
     config: ModelConfig, weights: Weights, x: torch.Tensor, linear: Linear = plain_linear
 ) -> torch.Tensor:
     """The feed-forward part of one layer: normed input [B, T, E] -> what joins the residual, [B, T, E]."""
+    return linear("down", activated(config, weights, x, linear), weights["down"], weights.get("down.bias"))
+
+
+def activated(
+    config: ModelConfig, weights: Weights, x: torch.Tensor, linear: Linear = plain_linear
+) -> torch.Tensor:
+    """What `down` reads: normed input [B, T, E] -> [B, T, F]."""
     gate = linear("gate", x, weights["gate"], weights.get("gate.bias"))
     up = linear("up", x, weights["up"], weights.get("up.bias"))
     gate = F.silu(gate) if config.activation == "silu" else F.gelu(gate, approximate="tanh")
-    return linear("down", gate * up, weights["down"], weights.get("down.bias"))
+    return gate * up
 
 
 def _angles(

@@ -98,10 +98,22 @@ def smooth_layer(
         alpha: 0 to 1; the paper uses 0.5.
         groups: which to smooth. The paper has `qkv` and `gate_up`.
     """
-    new = dict(weights)
+    return smoothed(weights, config, maxima, alpha, groups)[0]
+
+
+def smoothed(
+    weights: Weights,
+    config: ModelConfig,
+    maxima: Mapping[str, torch.Tensor],
+    alpha: float,
+    groups: Collection[Group] = GROUPS,
+) -> tuple[dict[str, torch.Tensor], dict[Group, torch.Tensor]]:
+    """`smooth_layer`, and by what each smoothed group's inputs are divided, [cols]."""
+    new, used = dict(weights), dict[Group, torch.Tensor]()
     for group in GROUPS:
         given = [maxima[name] for name in READERS[group] if name in maxima]
         if group in groups and given and foldable(config, group):
             scales = smooth_scales(new, group, given[0], alpha)
-            new = fold(new, config, group, shared_scales(new, config, group, scales))
-    return new
+            used[group] = shared_scales(new, config, group, scales)
+            new = fold(new, config, group, used[group])
+    return new, used
