@@ -74,7 +74,7 @@ def test_killed_while_distilling(tiny_folder: Callable[..., Path], tmp_path: Pat
         "{default: w4, prune: [{kind: ffn, amount: 0.34}], distil: {tokens: 4096, batch_tokens: 512}}"
     )
     killed(folder, str(recipe), tmp_path / "killed.hasten", ("distil", 4))
-    (left,) = (cache / "compress").iterdir()
+    (left,) = cache.glob("compress/work/*")
     assert list(left.rglob("*.states"))
     again, _ = run_again(folder, str(recipe), tmp_path / "killed.hasten")
     assert not left.exists()
@@ -85,7 +85,7 @@ def test_killed_at_a_layer(tiny_folder: Callable[..., Path], tmp_path: Path, cac
     pytest.importorskip("hasten.compress.quantise.layerwise")
     folder, recipe = tiny_folder("llama"), "w4-gptq"
     killed(folder, recipe, tmp_path / "killed.hasten", ("quantise", 2))
-    assert list((cache / "compress").iterdir())
+    assert list(cache.glob("compress/**/*"))
     again, told = run_again(folder, recipe, tmp_path / "killed.hasten")
     first = next(line for line in told.splitlines() if line.startswith("quantise") and line[-1] != "0")
     assert int(first.split()[1]) >= 2, "finished layers are not computed again"

@@ -11,6 +11,7 @@ from pathlib import Path
 import hasten
 from hasten.cache import cache_dir
 from hasten.cache.folder import refuse_foreign
+from hasten.cache.size_limit import tree_bytes
 from hasten.compress.calibration import Calibration
 from hasten.compress.calibration_text import calibration_from
 from hasten.compress.prune_check import pruned_shape
@@ -91,7 +92,7 @@ class Job:
             write_recipe(replace(self.recipe, name="")),
             texts,
         ]
-        return cache_dir() / "compress" / hashlib.sha256(repr(key).encode()).hexdigest()[:32]
+        return cache_dir() / "compress" / "work" / hashlib.sha256(repr(key).encode()).hexdigest()[:32]
 
     def check_disk(self, out: Path | None) -> None:
         """Refuse an artifact that has no place.
@@ -102,7 +103,8 @@ class Job:
         if out is not None:
             refuse_foreign(Path(os.path.realpath(out)), "plan.json")
         tokens = self.lesson.tokens if self.lesson is not None else 0
-        needs = {self.folder: work_bytes(self.source, self.recipe, tokens)}
+        there = tree_bytes(self.folder) if self.folder.is_dir() else 0
+        needs = {self.folder: max(0, work_bytes(self.source, self.recipe, tokens) - there)}
         if out is not None:
             needs[out.absolute()] = artifact_bytes(self.source, self.recipe)
         refuse_small_disk({place: need for place, need in needs.items() if need})

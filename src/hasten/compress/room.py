@@ -26,8 +26,8 @@ def artifact_bytes(source: Source, recipe: Recipe) -> int:
 
 
 def work_bytes(source: Source, recipe: Recipe, distil_tokens: int) -> int:
-    """Bytes that lie in the work folder at most: finished layers, and a checkpoint of distilling."""
-    layers = 0 if recipe.is_plain else artifact_bytes(source, recipe)
+    """Bytes that lie in the cache at most: finished layers, second moments, a checkpoint of distilling."""
+    layers = 0 if recipe.is_plain else artifact_bytes(source, recipe) + _moment_bytes(source, recipe)
     if recipe.distil is None:
         return layers
     states = 4 * source.config.hidden_size * distil_tokens
@@ -35,6 +35,15 @@ def work_bytes(source: Source, recipe: Recipe, distil_tokens: int) -> int:
     if (rank := recipe.distil.lora) is not None:
         learning = sum(rank * (rows + cols) for rows, cols in source.config.linear_shapes().values())
     return layers + states + _STATE_BYTES * learning
+
+
+def _moment_bytes(source: Source, recipe: Recipe) -> int:
+    """Of what each group of matrices reads: half of [inputs, inputs] in fp16."""
+    if recipe.method not in ("gptq", "awq", "awq-gptq") and recipe.smooth is None:
+        return 0
+    read_once = (".q", ".o", ".gate", ".down", "head", "embed")  # q, k and v read the same, gate and up too
+    shapes = source.config.linear_shapes()
+    return sum(cols * cols for name, (_, cols) in shapes.items() if name.endswith(read_once))
 
 
 def refuse_small_disk(needs: dict[Path, int]) -> None:
