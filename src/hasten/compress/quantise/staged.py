@@ -81,10 +81,13 @@ class StagedLayer:
         return F.rms_norm(self._stream.x, norm.shape, norm, self._stream.config.norm_eps)
 
     def _each(self, inputs: torch.Tensor, work: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        first = work(inputs[:0])
-        out = torch.empty(*inputs.shape[:2], first.shape[-1])
+        out: torch.Tensor | None = None
         for rows in self._stream.batches():
-            out[rows] = work(inputs[rows])
+            found = work(inputs[rows])
+            if out is None:
+                out = torch.empty(*inputs.shape[:2], found.shape[-1])
+            out[rows] = found
+        assert out is not None, "calibration has at least one window"
         return out
 
 
