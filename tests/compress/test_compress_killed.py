@@ -7,10 +7,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hasten.compress.artifact import load_artifact
 from hasten.compress.compress import compress
 from hasten.compress.job import Means
 from hasten.compress.pack import PackedModel, checksum_of
@@ -34,20 +34,20 @@ torch.set_num_threads(1)
 from hasten.compress.compress import compress
 from hasten.compress.job import Means
 def tell(p):
-    print(p.step, p.done, flush=True)
+    print(p.step, p.done, p.detail, sep='|', flush=True)
 compress(sys.argv[1], sys.argv[2], out=sys.argv[3], tokens=1024, means=Means(1, "cpu"), observer=tell)
 """
 
 
-def killed(folder: Path, recipe: str, out: Path, at: tuple[str, int]) -> None:
+def killed(folder: Path, recipe: str, out: Path, at: tuple[str, int | str]) -> None:
     """A run in a process of its own, killed when it says that it is so far."""
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(folder), recipe, str(out)], stdout=subprocess.PIPE, text=True
     )
     assert child.stdout is not None
     for line in child.stdout:
-        step, done = line.rsplit(maxsplit=1)
-        if step == at[0] and int(done) >= at[1]:
+        step, done, detail = line.rstrip().split("|", 2)
+        if step == at[0] and at[1] in (int(done), detail):
             child.send_signal(signal.SIGKILL)
             break
     assert child.wait() == -signal.SIGKILL, "it was over before it could be killed"
@@ -55,15 +55,8 @@ def killed(folder: Path, recipe: str, out: Path, at: tuple[str, int]) -> None:
     assert not out.exists()
 
 
-def run_again(folder: Path, recipe: str, out: Path) -> tuple[dict[str, str], str]:
-    """The weights of a run that ends, and everything it told."""
-    command = [sys.executable, "-c", CHILD, str(folder), recipe, str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return sums(load_artifact(out).packed), done.stdout
-
-
-def uninterrupted(folder: Path, recipe: str) -> PackedModel:
+def run(folder: Path, recipe: str) -> PackedModel:
+    """A run that ends, in this process."""
     return compress(folder, recipe, tokens=TOKENS, means=Means(1, "cpu")).packed
 
 
@@ -76,17 +69,35 @@ def test_killed_while_distilling(tiny_folder: Callable[..., Path], tmp_path: Pat
     killed(folder, str(recipe), tmp_path / "killed.hasten", ("distil", 4))
     (left,) = cache.glob("compress/work/*")
     assert list(left.rglob("*.states"))
-    again, _ = run_again(folder, str(recipe), tmp_path / "killed.hasten")
+    again = sums(run(folder, str(recipe)))
     assert not left.exists()
-    assert again == sums(uninterrupted(folder, str(recipe)))
+    assert again == sums(run(folder, str(recipe)))
 
 
-def test_killed_at_a_layer(tiny_folder: Callable[..., Path], tmp_path: Path, cache: Path) -> None:
-    pytest.importorskip("hasten.compress.quantise.layerwise")
-    folder, recipe = tiny_folder("llama"), "w4-gptq"
-    killed(folder, recipe, tmp_path / "killed.hasten", ("quantise", 2))
-    assert list(cache.glob("compress/**/*"))
-    again, told = run_again(folder, recipe, tmp_path / "killed.hasten")
-    first = next(line for line in told.splitlines() if line.startswith("quantise") and line[-1] != "0")
-    assert int(first.split()[1]) >= 2, "finished layers are not computed again"
-    assert again == sums(uninterrupted(folder, recipe))
+@pytest.mark.parametrize(("recipe", "method"), [("w4-gptq", "layer_alone"), ("w4-best", "sequential_layer")])
+def test_killed_at_a_layer(
+    recipe: str,
+    method: str,
+    tiny_folder: Callable[..., Path],
+    tmp_path: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Finished layers are not computed again, and nobody sees it by the weights."""
+    from hasten.compress.quantise import layerwise
+
+    folder, computed = tiny_folder("llama"), []
+    real = getattr(layerwise, method)
+
+    def counted(source: Any, asked: Any, index: int, *rest: Any) -> Any:
+        computed.append(index)
+        return real(source, asked, index, *rest)
+
+    monkeypatch.setattr(layerwise, method, counted)
+    killed(folder, recipe, tmp_path / "killed.hasten", ("quantise", "layer 2"))
+    assert list(cache.glob("compress/work/*"))
+    again = sums(run(folder, recipe))
+    assert computed == [2]
+    assert not list(cache.glob("compress/work/*"))
+    assert again == sums(run(folder, recipe))
+    assert computed == [2, 0, 1, 2]

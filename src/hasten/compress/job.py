@@ -102,9 +102,9 @@ class Job:
         """
         if out is not None:
             refuse_foreign(Path(os.path.realpath(out)), "plan.json")
-        tokens = self.lesson.tokens if self.lesson is not None else 0
+        tokens, lesson = (0 if text is None else text.tokens for text in (self.text, self.lesson))
         there = tree_bytes(self.folder) if self.folder.is_dir() else 0
-        needs = {self.folder: max(0, work_bytes(self.source, self.recipe, tokens) - there)}
+        needs = {self.folder: max(0, work_bytes(self.source, self.recipe, tokens, lesson) - there)}
         if out is not None:
             needs[out.absolute()] = artifact_bytes(self.source, self.recipe)
         refuse_small_disk({place: need for place, need in needs.items() if need})

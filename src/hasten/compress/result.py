@@ -69,16 +69,18 @@ class Clock:
 
     def __init__(self, step: str, observer: Observer) -> None:
         self._step, self._observer = step, observer
-        self._began = time.monotonic()
+        self._began = self._since = time.monotonic()
         self._first: int | None = None
+        self._last = 0
 
     def __call__(self, done: int, total: int, detail: str = "", seconds_left: float | None = None) -> None:
         """`done` of `total` are behind us. A step that was stopped begins with what is done already."""
-        if self._first is None:
-            self._first, self._began = done, time.monotonic()
+        if self._first is None or done < self._last:  # a step may count several things one after another
+            self._first, self._since = done, time.monotonic()
+        self._last = done
         here = done - self._first
         if seconds_left is None and here > 0:
-            seconds_left = (time.monotonic() - self._began) / here * (total - done)
+            seconds_left = (time.monotonic() - self._since) / here * (total - done)
         self._observer(Progress(self._step, detail, done, total, seconds_left))
 
     @property

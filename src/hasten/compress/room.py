@@ -25,9 +25,11 @@ def artifact_bytes(source: Source, recipe: Recipe) -> int:
     return total
 
 
-def work_bytes(source: Source, recipe: Recipe, distil_tokens: int) -> int:
+def work_bytes(source: Source, recipe: Recipe, tokens: int, distil_tokens: int) -> int:
     """Bytes that lie in the cache at most: finished layers, second moments, a checkpoint of distilling."""
     layers = 0 if recipe.is_plain else artifact_bytes(source, recipe) + _moment_bytes(source, recipe)
+    if recipe.method == "best":  # hidden states of the source and of what is quantised
+        layers += 2 * 4 * source.config.hidden_size * tokens
     if recipe.distil is None:
         return layers
     states = 4 * source.config.hidden_size * distil_tokens
