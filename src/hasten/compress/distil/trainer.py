@@ -186,7 +186,7 @@ class _Trainer:
         first = self.step
         if not self.curve:
             self._measure()
-        while self.progress < 1:
+        while self.progress < 1 or not self.step:  # a limit shorter than the first look still gives a step
             loss = self._learn(schedule.batch(self.step, self.windows, self.size, self.options.seed))
             self.step += 1
             self._losses.append(loss)
