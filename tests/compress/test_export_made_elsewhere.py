@@ -43,7 +43,8 @@ def check(artifact: Path, to: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("to", FORMATS)
 @pytest.mark.parametrize("packing", [Packing("gptq"), Packing("awq", symmetric=False)], ids=str)
 def test_a_quantised_checkpoint(packing: Packing, to: str, tmp_path: Path) -> None:
-    quantised_folder(save_folder(TINY["llama-wide"], tmp_path / "source"), tmp_path / "quantised", packing)
+    floats = save_folder(TINY["llama-wide"], tmp_path / "source", "float32")
+    quantised_folder(floats, tmp_path / "quantised", packing)
     source = open_model(tmp_path / "quantised")
     check(save(tmp_path / "a.hasten", pack_model(source, Recipe("source")), source, {}), to, tmp_path)
 
