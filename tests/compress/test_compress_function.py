@@ -270,8 +270,10 @@ def test_a_disk_that_fills_up_keeps_the_old_artifact(
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("rotated", [False, True])
-def test_a_weight_that_is_no_number(rotated: bool, tiny_model: Callable[[str], Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("changes", [{}, {"rotate": True}, {"method": "gptq"}, {"method": "best"}])
+def test_a_weight_that_is_no_number(
+    changes: dict[str, Any], tiny_model: Callable[[str], Any], tmp_path: Path
+) -> None:
     import copy
 
     from tiny_models import save_tokenizer
@@ -280,9 +282,9 @@ def test_a_weight_that_is_no_number(rotated: bool, tiny_model: Callable[[str], A
     model.model.layers[1].mlp.down_proj.weight.data[3, 5] = float("nan")
     model.save_pretrained(tmp_path / "nan")
     save_tokenizer(tmp_path / "nan")
-    asked = Recipe("r", Layout(4), rotate=rotated)
-    with pytest.raises(ModelError, match=r"layers\.1\.down"):
-        compress(tmp_path / "nan", asked, out=tmp_path / "o.hasten", means=Means(threads=1))
+    asked = Recipe("r", Layout(4), **changes)
+    with pytest.raises(ModelError, match=r"layers\.[12]\."):
+        compress(tmp_path / "nan", asked, out=tmp_path / "o.hasten", tokens=TOKENS, means=Means(threads=1))
     assert not (tmp_path / "o.hasten").exists()
 
 
