@@ -8,10 +8,11 @@ Source: OpenVINO's opset 13 and the inputs, outputs and variables of optimum-int
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from hasten.cache import new_folder
 from hasten.compress import export_decoder, export_graph
@@ -28,6 +29,14 @@ _NO_TOKENIZER = (
     "no tokenizer of GenAI's own (openvino and optimum-intel need none): pip install openvino-tokenizers "
     "transformers, export again"
 )
+_CONVERT = """
+import sys, openvino
+from openvino_tokenizers import convert_tokenizer
+from transformers import AutoTokenizer
+made = convert_tokenizer(AutoTokenizer.from_pretrained(sys.argv[1]), with_detokenizer=True)
+for name, model in zip(("openvino_tokenizer", "openvino_detokenizer"), made):
+    openvino.serialize(model, f"{sys.argv[1]}/{name}.xml", f"{sys.argv[1]}/{name}.bin")
+"""
 _SLIDES = (
     "attention is written out, because OpenVINO GenAI's paged attention leaves sliding windows out without a "
     "word: so it refuses the model, and LLMPipeline takes its other way by itself"
@@ -86,21 +95,20 @@ def _write_model(made: GraphPlan, folder: Path, progress: Progress) -> None:
 
 
 def _write_tokenizer(folder: Path) -> str | None:
-    """Write GenAI's tokenizer and detokenizer; where that cannot be, say why."""
+    """Write GenAI's tokenizer and detokenizer; where that cannot be, say why.
+
+    In a process of its own: the converter imports transformers and torch.
+    """
     if find_spec("openvino_tokenizers") is None or find_spec("transformers") is None:
         return _NO_TOKENIZER
-    import openvino
-    from openvino_tokenizers import convert_tokenizer
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
-        made = convert_tokenizer(tokenizer, with_detokenizer=True)
-        for name, model in zip(("openvino_tokenizer", "openvino_detokenizer"), made, strict=True):
-            openvino.serialize(model, folder / f"{name}.xml", folder / f"{name}.bin")
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as wrong:
-        for name in ("openvino_tokenizer", "openvino_detokenizer"):
-            (folder / f"{name}.xml").unlink(missing_ok=True)
-            (folder / f"{name}.bin").unlink(missing_ok=True)
-        return f"openvino-tokenizers cannot carry the tokenizer: {' '.join(str(wrong).split())[:200]}"
-    return None
+    command = [sys.executable, "-c", _CONVERT, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    names = [
+        f"openvino_{kind}.{suffix}" for kind in ("tokenizer", "detokenizer") for suffix in ("xml", "bin")
+    ]
+    if done.returncode == 0 and all((folder / name).is_file() for name in names):
+        return None
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+    said = " ".join(done.stderr.split())[-200:]
+    return f"no tokenizer for OpenVINO GenAI: openvino-tokenizers cannot carry it: {said}"
