@@ -9,7 +9,7 @@ import pytest
 from hasten.core import Budget, Layout, Recipe, Verdict
 from hasten.optimize.candidate import Candidate
 from hasten.optimize.mix import Choice
-from hasten.optimize.mixture import fit_mixture, predicted_harm
+from hasten.optimize.mixture import fit_mixture, predicted_harm, refine_mixture
 from hasten.optimize.sensitivity import Sensitivity, SensitivityMap
 from hasten.optimize.space import Group
 
@@ -120,3 +120,35 @@ def test_sensitive_groups_get_more_bits() -> None:
 def test_unknown_layouts_have_no_prediction() -> None:
     assert predicted_harm(Recipe.parse("w4-g128"), GROUPS) is None
     assert predicted_harm(Recipe.parse("source"), GROUPS) == 0
+
+
+def test_a_better_method_narrows_the_mixture_further() -> None:
+    judge = Judge(lambda h: h, 0.01, half=0.001)
+    found = fit_mixture(MAP, uniform(judge), Budget(0.01), judge, TOKENS)
+    assert found is not None
+    better = Judge(lambda h: 0.6 * h, 0.01, half=0.001)
+    refined = refine_mixture(MAP, found, Budget(0.01), better, TOKENS, "best")
+    assert refined.passes
+    assert refined.recipe.method == "best"
+    assert refined.weight_bytes < found.weight_bytes
+    assert refined.verdict.ppl_increase_high > 0.0075
+    assert 1 <= len(better.tried) <= 3
+
+
+def test_of_equal_mixtures_the_better_one_stays() -> None:
+    judge = Judge(lambda h: h, 0.01, half=0.0)
+    found = fit_mixture(MAP, uniform(judge), Budget(0.01), judge, TOKENS)
+    assert found is not None
+    worse = Judge(lambda h: 3 * h, 0.01, half=0.0)
+    refined = refine_mixture(MAP, found, Budget(0.01), worse, TOKENS, "best")
+    assert refined.recipe == found.recipe
+
+
+def test_without_uniform_recipes_perplexity_rises_as_kl_does() -> None:
+    judge = Judge(lambda h: 1.2 * h, 0.01, half=0.001)
+    kept = judge(Recipe("mix:1%"))
+    found = fit_mixture(MAP, [kept], Budget(0.01), judge, TOKENS)
+    assert found is not None
+    assert found.passes
+    assert found.verdict.ppl_increase_high > 0.0075
+    assert found.recipe.method == "rtn"

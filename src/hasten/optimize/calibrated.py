@@ -69,8 +69,10 @@ class CalibratedWeights:
     @cached_property
     def _linears(self) -> CalibratedLinears:
         from hasten.compress.quantise.linears import CalibratedLinears
+        from hasten.compress.result import Clock
 
-        return CalibratedLinears(self.source, self.calibration, "gptq", observer=told(self.observer))
+        clock = Clock("calibrating", told(self.observer))
+        return CalibratedLinears(self.source, self.calibration, "gptq", observer=clock)
 
     def linear(self, name: str, layout: Layout) -> PackedLinear:
         """One matrix by GPTQ, as if all others were the source's own; computed once, then read."""

@@ -122,7 +122,7 @@ class EngineWorkshop:
         if recipe.is_plain:
             return pack_model(self.source, recipe, self.options.threads)
         calibration = self._calibration()
-        if is_mixture(recipe):
+        if is_mixture(recipe) and recipe.method == "gptq":
             return calibration.mixture(recipe, self.options.threads)
         return calibration.whole(self._ref, recipe, self.options.threads)
 

@@ -25,6 +25,7 @@ _FIRST_AIM = 0.6  # of the budget: the rest is for the interval, whose width is 
 _NEXT_AIM = 0.95
 _GOOD_ENOUGH = 0.85  # of the budget used: another try gains less than it costs
 _TRIES = 4
+_FEW_TRIES = 3  # of a method that takes minutes a model
 
 Try = Callable[[Recipe], Candidate]
 
@@ -88,17 +89,49 @@ def fit_mixture(
         attempt: packs and judges a recipe.
         tokens: of a full judgement, to know how far an interval from fewer would narrow.
     """
-    name, sensitivities = mixture_name(budget), drawn.groups
     limit = _first_limit(drawn, judged, budget)
     if limit is None:
         return None
-    below, above = Point(0.0, _base_reach(judged, tokens)), None
+    return _best(_closing_in(drawn, budget, attempt, tokens, limit, Point(0.0, _base_reach(judged, tokens))))
+
+
+def refine_mixture(
+    drawn: SensitivityMap, found: Candidate, budget: Budget, attempt: Try, tokens: int, method: Method
+) -> Candidate:
+    """The lightest mixture by a better method that costs more, from where another one's search ended.
+
+    Args:
+        drawn: the map.
+        found: a mixture by the map's method.
+        budget, attempt, tokens: as for `fit_mixture`.
+        method: of the mixtures to try; `found` is returned where none of them is lighter or better.
+    """
+    limit = predicted_harm(found.recipe, drawn.groups)
+    assert limit is not None, "a mixture is made of the menu"
+    better = replace(drawn, method=method)
+    tried = _closing_in(better, budget, attempt, tokens, limit, Point(0.0, 0.0), _FEW_TRIES)
+    best = _best([found, *tried])
+    assert best is not None
+    return best
+
+
+def _closing_in(
+    drawn: SensitivityMap,
+    budget: Budget,
+    attempt: Try,
+    tokens: int,
+    limit: float,
+    below: Point,
+    tries: int = _TRIES,
+) -> list[Candidate]:
+    """Mixtures at limits that come ever nearer to the budget; `below` is a point within it."""
+    name, above = mixture_name(budget), None
     tried: list[Candidate] = []
-    for _ in range(_TRIES):
-        choices = lightest([s.menu for s in sensitivities], limit)
+    for _ in range(tries):
+        choices = lightest([s.menu for s in drawn.groups], limit)
         if choices is None:
             break
-        recipe = mixture_recipe(name, sensitivities, choices, drawn.method)
+        recipe = mixture_recipe(name, drawn.groups, choices, drawn.method)
         if not recipe.layers or any(recipe.layers == c.recipe.layers for c in tried):
             break
         candidate = attempt(recipe)
@@ -111,7 +144,7 @@ def fit_mixture(
         if candidate.passes and point.reach >= _GOOD_ENOUGH * budget.max_ppl_increase:
             break
         limit = _next_limit(below, above, budget)
-    return _best(tried)
+    return tried
 
 
 def reach(candidate: Candidate, tokens: int) -> float:
@@ -161,7 +194,7 @@ def _best(tried: Sequence[Candidate]) -> Candidate | None:
         return None
     passing = [c for c in tried if c.passes]
     best = (
-        min(passing, key=lambda c: c.weight_bytes)
+        min(passing, key=lambda c: (c.weight_bytes, c.verdict.kl_mean))
         if passing
         else min(tried, key=lambda c: c.verdict.ppl_increase_high)
     )

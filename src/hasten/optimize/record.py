@@ -41,7 +41,8 @@ def remarks(drawn: SensitivityMap, recipe: Recipe) -> tuple[str, ...]:
         return (said,)
     counts = Counter(layout_name(recipe, s) for s in sensitivities)
     made = ", ".join(f"{count} at {name}" for name, count in sorted(counts.items(), key=lambda kv: -kv[1]))
-    by = "" if recipe.method == "rtn" else f" Its integers were found by {recipe.method.upper()}."
+    how = {"rtn": "", "best": " Its integers were found by GPTQ, layer after layer."}
+    by = how.get(recipe.method, f" Its integers were found by {recipe.method.upper()}.")
     return (said, f"The mixture gives each of {len(sensitivities)} groups a width: {made}.{by}")
 
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from hasten.core import Layout, Recipe
 from hasten.optimize.mix import Choice
 from hasten.optimize.progress import Observer, Progress
-from hasten.optimize.space import CHECKED, MENU, PROBE, Group, groups
+from hasten.optimize.space import CHECKED, MENU, PROBE, Group, groups, menu_of
 from hasten.optimize.workshop import Built, Workshop
 from hasten.quality.divergence import Reference
 from hasten.quality.text import Window, windows
@@ -157,8 +157,11 @@ def draw(
     positive = [harm for harm in harms.at_probe if harm > 0]
     floor = _LEAST_OF_MEDIAN * statistics.median(positive) if positive else 0.0
     found = groups(workshop.config)
+    shapes = workshop.config.linear_shapes()
     plain = {
-        group.name: {layout: max(harm, floor) * _scale(workshop, group, layout) for layout in MENU}
+        group.name: {
+            layout: max(harm, floor) * _scale(workshop, group, layout) for layout in menu_of(group, shapes)
+        }
         for group, harm in zip(found, harms.at_probe, strict=True)
     }
     fits = {layout: _fit(layout, harms.checks, plain) for layout in MENU}

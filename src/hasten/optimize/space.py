@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hasten.core import Layout, ModelConfig, Recipe
@@ -13,8 +14,16 @@ UNIFORM = ("source", "w8", "w6", "w5", "w5-head8", "w4-head8", "w4")
 BEST = "w4-best"
 """Tried too where torch can calibrate it."""
 
-MENU = (Layout(4), Layout(4, symmetric=False), Layout(5), Layout(6), Layout(8))
-"""What a mixture gives a group, if not the source's values: 4.5, 5, 5.5, 6.5 and 8.5 bits a weight."""
+MENU = (
+    Layout(4),
+    Layout(4, symmetric=False),
+    Layout(5),
+    Layout(6),
+    Layout(8),
+    Layout(4, group=64),
+    Layout(4, group=128),
+)
+"""What a mixture gives a group, if not the source's values: 4.125 to 8.5 bits a weight."""
 
 PROBE = MENU[0]
 """The layout whose harm is measured; that of the others is scaled from it."""
@@ -46,6 +55,15 @@ def groups(config: ModelConfig) -> tuple[Group, ...]:
         for name, parts in _PARTS
     ]
     return (*found, Group("head", ("embed" if config.tied_head else "head",)))
+
+
+def menu_of(group: Group, shapes: Mapping[str, tuple[int, int]]) -> tuple[Layout, ...]:
+    """The layouts of the menu whose groups divide the inputs of a group of layers."""
+    return tuple(
+        layout
+        for layout in MENU
+        if layout.group == PROBE.group or all(shapes[name][1] % layout.group == 0 for name in group.tensors)
+    )
 
 
 def uniform(source_bits: float, calibrated: bool = False) -> tuple[Recipe, ...]:

@@ -31,7 +31,7 @@ def sensitivity_map(groups: Sequence[Group], method: str = "rtn", error: float |
     if not layers:
         return ""
     parts = [part for part in _PARTS if any(part in row for row in layers.values())] or [""]
-    widths = [*dict.fromkeys(width for group in groups for width in _harms(group)), _KEPT]
+    widths = [*sorted({width for group in groups for width in _harms(group) if "-" not in width}), _KEPT]
     scale = _Scale.over(groups)
     rows = "".join(_row(where, row, parts, widths, scale) for where, row in layers.items())
     return (
@@ -105,7 +105,11 @@ def _cells(group: Group | None, widths: Sequence[str], scale: _Scale, span: int 
 
 
 def _cell(group: Group, width: str, harm: float | None, scale: _Scale, at: int, span: int) -> str:
-    own = " own" if group["layout"] == width else ""
+    chosen = str(group["layout"])
+    base, _, variant = chosen.partition("-")  # w4-g64 stands in the column of w4
+    own = " own" if base == width else ""
+    if own and variant:
+        harm = _harms(group).get(chosen, harm)
     across = f' colspan="{span}"' if span > 1 else ""
     label = f"{_label(width)} " if span > 1 else ""
     said = f"{text(group['group'])} at {_label(width)}"
@@ -113,7 +117,9 @@ def _cell(group: Group, width: str, harm: float | None, scale: _Scale, at: int, 
         shown, heat = ("kept" if own and not label else ""), 0.0
     else:
         shown, heat = _thousandths(harm), scale.heat(harm)
-    return f'<td{across} class="{_edge(at)}{own}" style="--a:{heat:.2f}" title="{said}">{label}{shown}</td>'
+    more = f" {text(variant)}" if own and variant else ""
+    style = f'class="{_edge(at)}{own}" style="--a:{heat:.2f}" title="{said}"'
+    return f"<td{across} {style}>{label}{shown}{more}</td>"
 
 
 def _edge(at: int) -> str:
