@@ -50,7 +50,8 @@ class _Scale:
 
     @classmethod
     def over(cls, groups: Sequence[Group]) -> _Scale:
-        found = [harm for group in groups for harm in _harms(group).values() if harm > _LEAST]
+        shown = (harm for group in groups for width, harm in _harms(group).items() if "-" not in width)
+        found = [harm for harm in shown if harm > _LEAST]
         return cls(min(found), max(found)) if found else cls(1.0, 1.0)
 
     def heat(self, harm: float) -> float:
