@@ -332,3 +332,57 @@ class TestMixture:
             prepared(folder, "mix:1%", threads=1)
         assert caught.value.hint == "allow more: mix:1.4%"
         assert caught.value.exit_code == 3
+
+
+class TestCalibrated:
+    """The real thing on a tiny model: GPTQ for the search, layer after layer for what is kept."""
+
+    @pytest.fixture(autouse=True)
+    def short(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from hasten.compress import calibration
+        from hasten.optimize import mixed
+
+        monkeypatch.setattr(mixed, "_TOKENS", 1024)
+        monkeypatch.setattr(calibration, "TOKENS", 2048)
+
+    def test_w4_best(self, folder: Path) -> None:
+        told: list[Progress] = []
+        model = hasten.load(folder, "w4-best", threads=1, observer=told.append)
+        assert {one.stage for one in told} == {"calibrate"}
+        assert model.recipe.name == "w4-best"
+        assert model.bits_per_weight < 6
+        plain = hasten.load(folder, "w4-head8", threads=1)
+        differ = [
+            n for n, one in model.packed.linears.items() if (one.data != plain.packed.linears[n].data).any()
+        ]
+        assert "layers.0.q" in differ  # calibrated integers are others than the nearest ones
+        assert "head" not in differ  # and 8 bits are rounded
+
+    def test_a_mixture_stopped_half_way_goes_on(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        from hasten.compress.quantise import linears
+
+        made_linears: list[str] = []
+        real, stop_after = linears.gptq, [5]
+
+        def counted(*arguments: Any) -> Any:
+            if len(made_linears) == stop_after[0]:
+                raise KeyboardInterrupt
+            made_linears.append(arguments[-1])
+            return real(*arguments)
+
+        monkeypatch.setattr(linears, "gptq", counted)
+        with pytest.raises(KeyboardInterrupt):
+            prepared(folder, "mix:30%", threads=1)
+        first = list(made_linears)
+        made_linears.clear()
+        stop_after[0] = -1
+        place, _ = prepared(folder, "mix:30%", threads=1)
+        assert first and made_linears
+        assert made_linears[0] != first[0]  # the probe of the first group was kept
+        plan = json.loads((Path(place) / "plan.json").read_text())
+        assert plan["verdict"]["status"] == "pass"
+        assert plan["sensitivity_method"] == "gptq"
+        assert not any("torch" in reason for reason in plan["because"])
+        model = hasten.load(place, threads=1)
+        assert model.recipe.name == "mix:30%"
+        assert model.bits_per_weight < 16
