@@ -16,7 +16,14 @@ def test_stdout_carries_the_continuation_alone(model: Any, capsys: Any) -> None:
     assert out == "héllo"
     assert "tok/s" in err
     assert model.asked == ["<user>say it<assistant>"]
-    assert model.loaded == {"ref": "m", "recipe": "w8", "threads": 2, "context": None}
+    assert model.loaded == {
+        "ref": "m",
+        "recipe": "w8",
+        "threads": 2,
+        "context": None,
+        "options": None,
+        "store": True,
+    }
 
 
 def test_raw_uses_no_template_and_dash_reads_stdin(model: Any, stdin: Any, capsys: Any) -> None:

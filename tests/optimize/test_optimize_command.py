@@ -13,6 +13,7 @@ from hasten.cli import main
 from hasten.cli.budget import fraction
 from hasten.core import Recipe
 from hasten.errors import UsageError
+from hasten.optimize import engine_workshop, search
 from hasten.quality import text as texts
 
 
@@ -23,8 +24,8 @@ def workshop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeWorkshop:
     own = made.text(evaluation=4097)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HASTEN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("hasten.optimize.engine_workshop.EngineWorkshop", lambda ref, options: made)
-    monkeypatch.setattr("hasten.optimize.search.default_text", lambda: own)
+    monkeypatch.setattr(engine_workshop, "EngineWorkshop", lambda ref, options: made)
+    monkeypatch.setattr(search, "default_text", lambda: own)
     monkeypatch.setattr(texts, "default_text", lambda: own)
     return made
 

@@ -56,12 +56,12 @@ def load(
 
     place, plain = prepared(ref, recipe, observer, store=store, threads=threads)
     try:
-        return load_plain(place, plain, threads=threads, context=context, options=options, store=store)
+        return load_plain(place, recipe=plain, threads=threads, context=context, options=options, store=store)
     except ArtifactError:
         if place == ref or not _dropped(Path(place)):
             raise
     place, plain = prepared(ref, recipe, observer, store=store, threads=threads)
-    return load_plain(place, plain, threads=threads, context=context, options=options, store=store)
+    return load_plain(place, recipe=plain, threads=threads, context=context, options=options, store=store)
 
 
 def prepared(
