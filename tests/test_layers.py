@@ -35,11 +35,11 @@ MODULE_COMPRESSION = {  # imported by none but hasten.compress.module, when it i
     "int8_linear",
     "memo_cache",
 }
-LANGUAGE_MODELS = {"torch_layer", "changed"} | {
+LANGUAGE_MODELS = {"torch_layer", "torch_file", "changed"} | {
     "quantise",
     "prune",
     "distil",
-}  # imported when one is compressed
+}  # imported when one is compressed; torch_file imports torch inside its functions
 BELOW_ALL = {"_native"}  # the compiled module imports nothing of ours
 ALLOWED = {
     ("core", "errors"),

@@ -12,15 +12,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import hasten
-from hasten.cache import deferred, write_record
+from hasten.cache import deferred, size_limit, write_record
 from hasten.cache.known_folders import known_folders, remember_folder
 from hasten.cache.response_folder import ResponseFolder
 from hasten.cli import main
 from hasten.cli.cache import SUBCOMMANDS
 from hasten.cli.frame import subparser_of
 from hasten.cli.reference import reference
+from hasten.compress.torch_file import write_state
+from hasten.compress.work_store import WorkStore
 from hasten.core import EngineOptions
 
 MODULE = "hasten.cli.cache"
@@ -42,6 +45,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_folder: Callable
     ResponseFolder(folder / "responses").write("ab" * 32, b"answer", 10_000)
     (folder / "bench" / "model").mkdir(parents=True)
     (folder / "bench" / "model" / "q8_0.gguf").write_bytes(bytes(1000))
+    kept = WorkStore(folder / "compress").place("statistics", "ef" * 16)
+    write_state(kept / "layer-0.pt", {"x": torch.arange(1000)})
+    WorkStore(folder / "compress").mark(kept, "a/model")
     disk = KvDisk(tmp_path / "kv", 1 << 20, "f" * 64, 4096)
     for i in range(3):
         disk.write(bytes([i]) * 32, np.full(4096, i, np.uint8), 1.0)
@@ -74,7 +80,7 @@ def flip(path: Path) -> None:
 
 def test_ls(cache: Path, capsys: Any) -> None:
     found = run(capsys, "ls")
-    assert set(kinds(found)) == {"packed", "kv", "responses", "exports", "records"}
+    assert set(kinds(found)) == {"packed", "compress", "kv", "responses", "exports", "records"}
     packed = next(entry for entry in found["entries"] if entry["kind"] == "packed")
     assert (
         packed["name"].endswith("w4")
@@ -82,6 +88,8 @@ def test_ls(cache: Path, capsys: Any) -> None:
         and packed["source"].endswith("safetensors")
     )
     assert abs(packed["last_used"] - time.time()) < 60
+    work = next(entry for entry in found["entries"] if entry["kind"] == "compress")
+    assert work["name"].startswith("statistics efef") and work["source"] == "a/model" and work["bytes"] > 8000
     assert kinds(run(capsys, "ls", "--kind", "exports", "--kind", "responses")) == ["exports", "responses"]
     assert main(["cache", "ls"]) == 0
     out = capsys.readouterr().out
@@ -102,11 +110,25 @@ def test_stats(cache: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     assert found["packed"] == {"enabled": True, "limit_bytes": 3_500_000_000, "hits": 1, "misses": 0}
     assert found["kinds"]["exports"]["bytes"] == 1000
     assert main(["cache", "stats"]) == 0
-    assert "at most 3.5 GB; found 1 times" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "together: at most 3.5 GB\n" in out and "found 1 times" in out and "switched off" not in out
+    monkeypatch.setenv("HASTEN_CACHE_PACKED", "0")
+    assert main(["cache", "stats"]) == 0
+    assert "switched off" in capsys.readouterr().out
+
+
+def test_the_limit_is_one_for_packed_weights_and_compress(
+    cache: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(size_limit, "free_bytes", lambda path: 0)
+    found = run(capsys, "stats")
+    together = found["kinds"]["packed"]["bytes"] + found["kinds"]["compress"]["bytes"]
+    assert found["packed"]["limit_bytes"] == together // 2
 
 
 DAMAGED = {
     "packed": "cache/packed/models/*/weights.safetensors",
+    "compress": "cache/compress/statistics/*/layer-0.pt",
     "responses": "cache/responses/*",
     "kv": "kv/*/01/*",
     "records": "cache/optimize/*",
@@ -150,8 +172,10 @@ def test_clear_asks(cache: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_clear_a_kind(cache: Path, capsys: Any) -> None:
-    removed = run(capsys, "clear", "--kind", "packed", "--kind", "kv", "--yes")
-    assert [entry["kind"] for entry in removed["removed"]] == ["packed", "kv"] and removed["bytes"] > 10_000
+    three = ["packed", "compress", "kv"]
+    removed = run(capsys, "clear", *(word for kind in three for word in ("--kind", kind)), "--yes")
+    assert [entry["kind"] for entry in removed["removed"]] == three and removed["bytes"] > 10_000
+    assert list((cache / "compress" / "statistics").iterdir()) == []
     assert set(kinds(run(capsys, "ls"))) == {"responses", "exports", "records"}
 
 

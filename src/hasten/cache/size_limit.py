@@ -22,6 +22,7 @@ class Held:
     path: Path
     bytes: int
     last_used: float  # seconds since 1970
+    in_use: bool = False  # counts, and stays
 
 
 def chosen_limit() -> int | None:
@@ -71,9 +72,10 @@ def make_room(held: Iterable[Held], need: int, limit: int, drop: Callable[[Path]
     Returns:
         What was dropped.
     """
-    kept = sorted(held, key=lambda one: one.last_used)
+    there = list(held)
+    kept = sorted((one for one in there if not one.in_use), key=lambda one: one.last_used)
     gone: list[Held] = []
-    total = sum(one.bytes for one in kept)
+    total = sum(one.bytes for one in there)
     while need <= limit and kept and total + need > limit:
         oldest = kept.pop(0)
         drop(oldest.path)
@@ -91,3 +93,12 @@ def tree_bytes(path: Path) -> int:
                 if not file.is_symlink() and file.is_file():
                     total += file.stat().st_size
     return total
+
+
+def last_change(path: Path) -> float:
+    """When a file, or anything in a folder, was last changed: seconds since 1970, 0 where there is none."""
+    newest = 0.0
+    with contextlib.suppress(OSError):  # another process removes it
+        for one in [path, *path.rglob("*")] if path.is_dir() else [path]:
+            newest = max(newest, one.stat().st_mtime)
+    return newest

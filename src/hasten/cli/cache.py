@@ -30,7 +30,7 @@ KindOption = Annotated[
     typer.Option(
         "--kind",
         metavar="K",
-        help="Only this kind, repeatable: packed, kv, responses, demo, exports or records.",
+        help="Only this kind, repeatable: packed, compress, kv, responses, demo, exports or records.",
         show_default=False,
     ),
 ]
@@ -57,9 +57,9 @@ AgeOption = Annotated[
 def command() -> None:
     """See, check and empty what is kept on disk.
 
-    Everything here can be made again: packed weights, keys and values of prompts, answers, the demo model.
-    HASTEN_CACHE moves the folder, HASTEN_CACHE_GB limits the packed weights, HASTEN_CACHE_PACKED=0 keeps
-    none.
+    Everything here can be made again: packed weights, what compress measured, keys and values of prompts,
+    answers, the demo model. HASTEN_CACHE moves the folder, HASTEN_CACHE_GB limits packed weights and what
+    compress keeps, both together, HASTEN_CACHE_PACKED=0 keeps no packed weights.
     """
 
 
@@ -164,7 +164,7 @@ def stats(kv_disk: FolderOption = None, json: JsonOption = False) -> None:
         kinds[name] = {"what": kind.what, "entries": len(found), "bytes": sum(e.bytes for e in found)}
     packed = {
         "enabled": open_store() is not None,
-        "limit_bytes": limit_bytes(store.folder, sum(one.bytes for one in store.held())),
+        "limit_bytes": limit_bytes(store.folder, sum(one.bytes for one in store.held_together())),
         "hits": store.tally("hits"),
         "misses": store.tally("misses"),
     }
@@ -180,11 +180,12 @@ def stats(kv_disk: FolderOption = None, json: JsonOption = False) -> None:
         emit(document)
         return
     rows = [[name, str(k["entries"]), _size(k["bytes"]), k["what"]] for name, k in kinds.items()]
-    limit = f"at most {_size(packed['limit_bytes'])}" if packed["enabled"] else "switched off"
+    switched = "" if packed["enabled"] else "packed weights: switched off\n"
     sys.stdout.write(
         f"{document['folder']} ({'unknown' if free is None else _size(free)} free on its disk)\n"
         + _table(["kind", "entries", "size", "what"], rows)
-        + f"packed weights: {limit}; found {packed['hits']} times, not found {packed['misses']} times\n"
+        + f"packed and compress together: at most {_size(packed['limit_bytes'])}\n{switched}"
+        + f"packed weights: found {packed['hits']} times, not found {packed['misses']} times\n"
     )
 
 

@@ -15,7 +15,7 @@ from hasten.cache import cache_dir, digest
 from hasten.cache.known_folders import known_folders
 from hasten.cache.record import is_whole_record
 from hasten.cache.response_folder import damage
-from hasten.cache.size_limit import tree_bytes
+from hasten.cache.size_limit import last_change, tree_bytes
 from hasten.cache.stage import vanish
 
 _KV_MODEL = re.compile(r"\d{1,6}-[A-Za-z0-9_-]{1,200}")  # as in hasten.cache.kv_folder
@@ -68,7 +68,7 @@ def remove(entry: Entry) -> None:
     Raises:
         OSError: it may not be removed.
     """
-    if entry.kind == "packed":
+    if entry.kind in ("packed", "compress"):
         vanish(entry.path)
     elif entry.kind == "kv":
         _remove_pages(entry.path, lambda page: True)
@@ -93,6 +93,22 @@ def _verify_packed(entry: Entry) -> str | None:
     from hasten.compress.packed_store import PackedStore
 
     return PackedStore(cache_dir() / "packed").verify(entry.path)
+
+
+def _compress(folders: Sequence[Path]) -> Iterator[Entry]:
+    from hasten.compress.work_store import WorkStore
+
+    store = WorkStore()
+    for held in store.held():
+        part = {"statistics": "statistics", "linears": "matrices", "work": "unfinished run"}
+        name = f"{part[held.path.parent.name]} {held.path.name}"
+        yield Entry("compress", name, held.path, held.bytes, held.last_used, store.model(held.path))
+
+
+def _verify_compress(entry: Entry) -> str | None:
+    from hasten.compress.work_store import WorkStore
+
+    return WorkStore().verify(entry.path)
 
 
 def _demo(folders: Sequence[Path]) -> Iterator[Entry]:
@@ -190,15 +206,14 @@ def _inside(folder: Path) -> list[Path]:
 
 
 def _entry(kind: str, name: str, path: Path, source: str | None = None) -> Entry:
-    newest = 0.0
-    with contextlib.suppress(OSError):  # another process removes it
-        for file in path.rglob("*") if path.is_dir() else [path]:
-            newest = max(newest, file.stat().st_mtime)
-    return Entry(kind, name, path, tree_bytes(path), newest, source)
+    return Entry(kind, name, path, tree_bytes(path), last_change(path), source)
 
 
 KINDS = {
     "packed": Kind("weights packed from GGUF files and safetensors folders", _packed, _verify_packed),
+    "compress": Kind(
+        "statistics, single matrices and unfinished runs of compress", _compress, _verify_compress
+    ),
     "kv": Kind("keys and values of computed prompts (--kv-disk)", _kv, _verify_kv),
     "responses": Kind("answers to deterministic requests", _responses, _verify_response),
     "demo": Kind("the demo model", _demo, _verify_demo),

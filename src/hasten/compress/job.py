@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import hasten
-from hasten.cache import cache_dir
 from hasten.cache.folder import refuse_foreign
 from hasten.cache.size_limit import tree_bytes
 from hasten.compress.calibration import Calibration
@@ -19,6 +18,7 @@ from hasten.compress.recipe_check import checked, fitted, needs_text
 from hasten.compress.recipe_file import write_recipe
 from hasten.compress.result import Observer
 from hasten.compress.room import artifact_bytes, refuse_small_disk, work_bytes
+from hasten.compress.work_store import WorkStore
 from hasten.core import Recipe
 from hasten.errors import UsageError
 from hasten.models.source import Source
@@ -92,22 +92,28 @@ class Job:
             write_recipe(replace(self.recipe, name="")),
             texts,
         ]
-        return cache_dir() / "compress" / "work" / hashlib.sha256(repr(key).encode()).hexdigest()[:32]
+        return WorkStore().place("work", hashlib.sha256(repr(key).encode()).hexdigest()[:32])
 
     def check_disk(self, out: Path | None) -> None:
-        """Refuse an artifact that has no place.
+        """Refuse an artifact that has no place, and make room in the cache for the work.
 
         Raises:
             DiskError: too little room for it or the work, or something else stands there.
+            UsageError: HASTEN_CACHE_GB is no number.
         """
         if out is not None:
             refuse_foreign(Path(os.path.realpath(out)), "plan.json")
         tokens, lesson = (0 if text is None else text.tokens for text in (self.text, self.lesson))
         there = tree_bytes(self.folder) if self.folder.is_dir() else 0
-        needs = {self.folder: max(0, work_bytes(self.source, self.recipe, tokens, lesson) - there)}
+        work = work_bytes(self.source, self.recipe, tokens, lesson)
+        needs = {self.folder: max(0, work - there)}
+        if work:
+            WorkStore().make_room(self.folder, needs[self.folder])
         if out is not None:
             needs[out.absolute()] = artifact_bytes(self.source, self.recipe)
         refuse_small_disk({place: need for place, need in needs.items() if need})
+        if work:
+            WorkStore().mark(self.folder, self.source.name)
 
     def clean(self) -> None:
         """Remove what was kept to go on from."""

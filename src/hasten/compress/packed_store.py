@@ -30,6 +30,7 @@ from hasten.cache.stage import clean, stage, vanish
 from hasten.compress.artifact import LAYOUT_VERSION, Artifact, load_artifact, save, verify_files
 from hasten.compress.origin import Content, ContentIndex, Origin
 from hasten.compress.pack import PackedModel
+from hasten.compress.work_store import WorkStore
 from hasten.core import SCHEMA_VERSION, Recipe, as_json
 from hasten.errors import ArtifactError, DiskError
 from hasten.models.locate import Place
@@ -191,7 +192,7 @@ class PackedStore:
         return self._write(key, folder, packed, replace(source, files=tuple(hashed)), plan or {})
 
     def _make_room(self, need: int, name: str) -> bool:
-        held = self.held()
+        held = self.held_together()
         limit = limit_bytes(self.folder, sum(one.bytes for one in held))
         if need > limit:
             warn_once(
@@ -241,6 +242,10 @@ class PackedStore:
     def held(self) -> list[Held]:
         """All entries with their sizes and times of last use."""
         return [Held(entry, tree_bytes(entry), _last_used(entry)) for entry in self.entries()]
+
+    def held_together(self) -> list[Held]:
+        """All that shares the limit: the entries, and what compressing keeps beside them."""
+        return [*self.held(), *WorkStore(self.folder.parent / "compress").held()]
 
     def about(self, entry: Path) -> dict[str, Any]:
         """What an entry's record says of it: name, recipe, files, made; empty where it cannot be read."""

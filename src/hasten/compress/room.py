@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hasten.cache.store import free_bytes
 from hasten.compress.pack import packed_bytes, source_layout
-from hasten.core import Recipe
+from hasten.core import ModelConfig, Recipe
 from hasten.errors import DiskError
 from hasten.models.source import Source
 
@@ -25,6 +25,13 @@ def artifact_bytes(source: Source, recipe: Recipe) -> int:
     return total
 
 
+def statistics_bytes(config: ModelConfig) -> int:
+    """Of what each group of matrices reads: half of [inputs, inputs] in fp16."""
+    read_once = (".q", ".o", ".gate", ".down", "head", "embed")  # q, k and v read the same, gate and up too
+    shapes = config.linear_shapes()
+    return sum(cols * cols for name, (_, cols) in shapes.items() if name.endswith(read_once))
+
+
 def work_bytes(source: Source, recipe: Recipe, tokens: int, distil_tokens: int) -> int:
     """Bytes that lie in the cache at most: finished layers, second moments, a checkpoint of distilling."""
     layers = 0 if recipe.is_plain else artifact_bytes(source, recipe) + _moment_bytes(source, recipe)
@@ -40,12 +47,9 @@ def work_bytes(source: Source, recipe: Recipe, tokens: int, distil_tokens: int) 
 
 
 def _moment_bytes(source: Source, recipe: Recipe) -> int:
-    """Of what each group of matrices reads: half of [inputs, inputs] in fp16."""
     if recipe.method not in ("gptq", "awq", "awq-gptq") and recipe.smooth is None:
         return 0
-    read_once = (".q", ".o", ".gate", ".down", "head", "embed")  # q, k and v read the same, gate and up too
-    shapes = source.config.linear_shapes()
-    return sum(cols * cols for name, (_, cols) in shapes.items() if name.endswith(read_once))
+    return statistics_bytes(source.config)
 
 
 def refuse_small_disk(needs: dict[Path, int]) -> None:

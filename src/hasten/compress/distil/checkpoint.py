@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from hasten.cache import write_atomic
 from hasten.compress.distil.result import Point
+from hasten.compress.torch_file import state_damage, write_state
 from hasten.errors import ModelError, UsageError
 
 FILE = "distil.checkpoint"
@@ -33,8 +33,7 @@ class Checkpoint:
             DiskError: full, read-only or forbidden disk; the one before is untouched.
         """
         curve = [vars(point) for point in self.curve]
-        state = {**vars(self), "curve": curve}
-        return write_atomic(folder / FILE, lambda file: torch.save(state, file))
+        return write_state(folder / FILE, {**vars(self), "curve": curve})
 
     @classmethod
     def read(cls, folder: Path, run: str) -> Checkpoint | None:
@@ -48,6 +47,8 @@ class Checkpoint:
         if not path.is_file():
             return None
         try:
+            if (wrong := state_damage(path)) is not None:
+                raise ValueError(wrong)
             state = torch.load(path, map_location="cpu", weights_only=True)
             curve = tuple(Point(**point) for point in state.pop("curve"))
             found = cls(curve=curve, **state)

@@ -11,25 +11,22 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from hasten import _native
-from hasten.cache import write_atomic
 from hasten.compress.calibration import Calibration
+from hasten.compress.checked_file import checksum, is_whole, write_checked
 from hasten.compress.distil.decoder import Decoder, head_logits
 from hasten.compress.torch_layer import tensor_values
 from hasten.core import ModelConfig
-from hasten.errors import ModelError
+from hasten.errors import DiskError, ModelError
 from hasten.models.source import Source
 
 SHARD_TOKENS = 1 << 16
 """Tokens a file holds: 117 MB at E = 896 in bf16."""
-_PIECE = 1 << 22
-_SUM = 8  # bytes of the checksum that ends a file
 Step = Callable[[int, int], None]
 
 
@@ -85,9 +82,18 @@ class CachedTeacher(_Head):
     def _window(self, row: int) -> npt.NDArray[np.uint8]:
         shard, inside = divmod(row, self.per_shard)
         if shard not in self._open:
-            self._open[shard] = np.memmap(self.shards[shard], np.uint8, mode="r")
+            self._open[shard] = self._mapped(self.shards[shard])
         size = self.shape[0] * self.shape[1] * self.dtype.itemsize
         return self._open[shard][inside * size : (inside + 1) * size]
+
+    @staticmethod
+    def _mapped(shard: Path) -> npt.NDArray[np.uint8]:
+        try:
+            return np.memmap(shard, np.uint8, mode="r")
+        except OSError as error:
+            raise DiskError(
+                f"distil: the teacher's states are gone: {error}", hint="run it again: they are made again"
+            ) from None
 
 
 def live_teacher(source: Source, text: Calibration, dtype: torch.dtype, device: torch.device) -> LiveTeacher:
@@ -132,14 +138,14 @@ def cached_teacher(
     missing = [
         n
         for n, shard in enumerate(shards)
-        if not _is_whole(shard, sizes[n] * shape[0] * shape[1] * dtype.itemsize)
+        if not is_whole(shard, sizes[n] * shape[0] * shape[1] * dtype.itemsize)
     ]
     model = Decoder.of(source, dtype, device, keep=dtype) if missing else None
     for n in missing:
         assert model is not None
         ids = text.ids[n * per_shard : n * per_shard + sizes[n]]
         step(n * per_shard, count)
-        _write(shards[n], _states(model, ids, max(1, batch_tokens // length)))
+        write_checked(shards[n], _states(model, ids, max(1, batch_tokens // length)))
     step(count, count)
     name = "embed" if source.config.tied_head else "head"
     head = model.values[name] if model else tensor_values(source.tensors[name], dtype, device)
@@ -160,29 +166,6 @@ def _states(model: Decoder, ids: npt.NDArray[np.int32], rows: int) -> npt.NDArra
     return np.concatenate(found)
 
 
-def _write(path: Path, data: npt.NDArray[np.uint8]) -> None:
-    def put(file: BinaryIO) -> None:
-        file.write(data.data)
-        file.write(_checksum(data))
-
-    write_atomic(path, put)
-
-
-def _is_whole(path: Path, size: int) -> bool:
-    try:
-        if path.stat().st_size != size + _SUM:
-            return False
-        data = np.fromfile(path, np.uint8)
-    except OSError:
-        return False
-    return data.size == size + _SUM and data[size:].tobytes() == _checksum(data[:size])
-
-
-def _checksum(data: npt.NDArray[np.uint8]) -> bytes:
-    found = np.array(_native.checksums(data, _PIECE, 0), np.uint64)
-    return hashlib.sha256(found.tobytes()).digest()[:_SUM]
-
-
 def _key(source: Source, text: Calibration, dtype: torch.dtype) -> str:
     return hashlib.sha256(f"{content(source)} {text.sha256} {dtype}".encode()).hexdigest()[:32]
 
@@ -196,5 +179,5 @@ def content(source: Source) -> str:
     for name, tensor in sorted(source.tensors.items()):
         order = b"" if tensor.row_order is None else tensor.row_order.tobytes()
         state.update(f"{name} {tensor.shape} {tensor.dtype} {tensor.offset}".encode() + order)
-        state.update(_checksum(np.ascontiguousarray(tensor.data)))
+        state.update(checksum(np.ascontiguousarray(tensor.data)))
     return state.hexdigest()

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from hasten.cache import write_atomic
 from hasten.compress.calibration import Calibration
 from hasten.compress.pack import PackedLinear, PackedModel, vector
 from hasten.compress.prune.stream import Stream
@@ -25,6 +21,7 @@ from hasten.compress.quantise.layer_methods import (
 from hasten.compress.quantise.linears import head_alone
 from hasten.compress.quantise.sequential import Streams, sequential_head, sequential_layer
 from hasten.compress.quantise.statistics import Observer, Statistics
+from hasten.compress.torch_file import read_state, write_state
 from hasten.compress.torch_layer import tensor_values
 from hasten.core import Layout, Recipe
 from hasten.errors import UsageError
@@ -155,7 +152,7 @@ class _Work:
 
     def read(self, index: int) -> QuantisedLayer | None:
         """A finished layer; None where it is not there or damaged."""
-        state = self._load(self.folder / f"layer-{index}.pt") if self.folder is not None else None
+        state = None if self.folder is None else read_state(self.folder / f"layer-{index}.pt")
         if state is None:
             return None
         linears = {
@@ -168,9 +165,9 @@ class _Work:
         """Keep a layer, and the streams behind it: the layer last, so that it vouches for them."""
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         if streams is not None:
-            self._save("streams.pt", {"next": index + 1, "full": streams.full.x, "ours": streams.ours.x})
+            states = {"next": index + 1, "full": streams.full.x, "ours": streams.ours.x}
+            write_state(self.folder / "streams.pt", states)
         linears = {
             name: (
                 (one.layout.bits, one.layout.group, one.layout.symmetric),
@@ -181,24 +178,13 @@ class _Work:
             )
             for name, one in done.linears.items()
         }
-        self._save(f"layer-{index}.pt", {"linears": linears, "vectors": dict(done.vectors)})
+        state = {"linears": linears, "vectors": dict(done.vectors)}
+        write_state(self.folder / f"layer-{index}.pt", state)
 
     def restore(self, index: int, streams: Streams) -> bool:
         """Put streams where a stopped run left them before a layer; False where that was not kept."""
-        state = self._load(self.folder / "streams.pt") if self.folder is not None else None
+        state = None if self.folder is None else read_state(self.folder / "streams.pt")
         if state is None or state["next"] != index or state["full"].shape != streams.full.x.shape:
             return False
         streams.full.x, streams.ours.x = state["full"], state["ours"]
         return True
-
-    def _save(self, name: str, state: Mapping[str, Any]) -> None:
-        assert self.folder is not None
-        write_atomic(self.folder / name, lambda file: torch.save(dict(state), file))
-
-    @staticmethod
-    def _load(path: Path) -> dict[str, Any] | None:
-        try:
-            found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
-            return None
-        return found

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hasten.cache import cache_dir, read_record, write_atomic, write_record
+from hasten.cache import read_record, write_atomic, write_record
 from hasten.compress.calibration import Calibration
 from hasten.compress.pack import PackedLinear, pack_linear, packed_bytes
 from hasten.compress.pack_integers import pack_integers
@@ -18,6 +18,7 @@ from hasten.compress.quantise.identity import identity_of
 from hasten.compress.quantise.layer_methods import factor_of, kept_as
 from hasten.compress.quantise.statistics import HEAD, Observer, Statistics, readers_of
 from hasten.compress.torch_layer import tensor_values
+from hasten.compress.work_store import WorkStore, touch
 from hasten.core import Layout, Recipe
 from hasten.models.source import Source
 from hasten.recipe import Method
@@ -42,7 +43,6 @@ class CalibratedLinears:
         source: the model.
         calibration: the text; read once, when the first matrix is asked for.
         method: `gptq`; `rtn` rounds to the nearest.
-        folder: where matrices are kept; None is a place in the cache folder.
         observer: told while the text is read.
     """
 
@@ -51,13 +51,15 @@ class CalibratedLinears:
         source: Source,
         calibration: Calibration,
         method: Method = "gptq",
-        folder: Path | None = None,
         observer: Observer = lambda done, total, now: None,
     ) -> None:
         assert method in ("gptq", "rtn"), method
         self._source, self._method, self._observer = source, method, observer
-        key = identity_of(source, calibration, "linears", method, _VERSION)
-        self._folder = (folder or cache_dir() / "compress" / "linears") / key
+        self._store = WorkStore()
+        self._folder = self._store.place(
+            "linears", identity_of(source, calibration, "linears", method, _VERSION)
+        )
+        self._has_room = False
         self._statistics = Statistics(source, calibration)
         self._collected = False
         self._factor: tuple[tuple[int | None, str], Factor] | None = None
@@ -68,7 +70,9 @@ class CalibratedLinears:
         Raises:
             ModelError: a weight or an activation is not finite; the layer is named.
             DiskError: full, read-only or forbidden disk.
+            UsageError: HASTEN_CACHE_GB is no number.
         """
+        touch(self._folder)
         tensor = self._source.tensors[name]
         if self._method == "rtn" or layout.bits >= 8:
             return pack_linear(tensor, layout)
@@ -112,8 +116,11 @@ class CalibratedLinears:
         return PackedLinear(layout, rows, cols, data, record["relative_error"])
 
     def _write(self, name: str, layout: Layout, found: PackedLinear) -> None:
+        if not self._has_room:
+            self._store.make_room(self._folder, self._source.config.linear_weights)  # each at 2 widths or so
+            self._store.mark(self._folder, self._source.name)
+            self._has_room = True
         path = self._path(name, layout)
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, found.data.tobytes())
         value = {"sha256": _digest(found.data), "relative_error": found.relative_error}
         write_record(path.with_name(path.name + ".json"), {"name": name}, value)

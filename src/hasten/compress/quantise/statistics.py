@@ -15,14 +15,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from hasten.cache import cache_dir, write_atomic
 from hasten.compress.calibration import Calibration
 from hasten.compress.prune.moments import symmetric_add
 from hasten.compress.prune.stream import Stream, stream_weights
 from hasten.compress.quantise.fold import GROUPS, Group
 from hasten.compress.quantise.identity import identity_of
 from hasten.compress.quantise.staged import StagedLayer
+from hasten.compress.room import statistics_bytes
+from hasten.compress.torch_file import read_state, write_state
 from hasten.compress.torch_layer import tensor_values
+from hasten.compress.work_store import WorkStore, touch
 from hasten.models.source import Source
 
 Observer = Callable[[int, int, str], object]
@@ -40,25 +42,30 @@ class LayerStatistics:
 
 
 class Statistics:
-    """Of a model on a text.
+    """Of a model on a text, kept in the cache folder.
 
     Args:
         source: the model.
         calibration: the text.
-        folder: where they are kept; None is a place of their own in the cache folder.
     """
 
-    def __init__(self, source: Source, calibration: Calibration, folder: Path | None = None) -> None:
+    def __init__(self, source: Source, calibration: Calibration) -> None:
         self._source, self._text = source, calibration
-        key = identity_of(source, calibration, "statistics", _VERSION)
-        self.folder = (folder or cache_dir() / "compress" / "statistics") / key
+        self._store = WorkStore()
+        self.folder = self._store.place(
+            "statistics", identity_of(source, calibration, "statistics", _VERSION)
+        )
         self._last: tuple[int, LayerStatistics] | None = None
 
     def layer(self, index: int) -> LayerStatistics:
-        """Of one layer; index `num_layers` is the LM head. They must have been collected."""
+        """Of one layer; index `num_layers` is the LM head; those not there are collected."""
         if self._last is None or self._last[0] != index:
+            touch(self.folder)
             found = _read(self._path(index))
-            assert found is not None, f"statistics of layer {index} were not collected"
+            if found is None:  # removed meanwhile
+                self.collect()
+                found = _read(self._path(index))
+            assert found is not None, f"statistics of layer {index} were just collected"
             self._last = index, found
         return self._last[1]
 
@@ -71,11 +78,14 @@ class Statistics:
         Raises:
             ModelError: an activation is not finite; the layer is named.
             DiskError: full, read-only or forbidden disk; what was collected before stays.
+            UsageError: HASTEN_CACHE_GB is no number.
         """
         total = self._source.config.num_layers + 1
-        have = next((i for i in range(total) if _read(self._path(i), check=True) is None), total)
+        have = next((i for i in range(total) if _read(self._path(i)) is None), total)
         if have == total:
             return
+        self._store.make_room(self.folder, statistics_bytes(self._source.config))
+        self._store.mark(self.folder, self._source.name)
         stream = Stream.of(self._source, self._text)
         if have:
             stream.x = self._resumed(have, stream)
@@ -83,8 +93,8 @@ class Statistics:
             for index in range(have, total):
                 observer(index, total, f"statistics of layer {index}" if index < total - 1 else "of the head")
                 found = self._layer(stream, index) if index < total - 1 else self._head(stream)
-                self._write(self._state, {"x": stream.x, "next": torch.tensor(index + 1)})
-                self._write(self._path(index), _packed(found))
+                write_state(self._state, {"x": stream.x, "next": torch.tensor(index + 1)})
+                write_state(self._path(index), _packed(found))
         self._state.unlink(missing_ok=True)
 
     @property
@@ -96,7 +106,7 @@ class Statistics:
 
     def _resumed(self, have: int, stream: Stream) -> torch.Tensor:
         """The stream before layer `have`: as kept, or computed again where that is another's or gone."""
-        kept = _load(self._state)
+        kept = read_state(self._state)
         if kept is not None and int(kept["next"]) == have and kept["x"].shape == stream.x.shape:
             x: torch.Tensor = kept["x"]
             return x
@@ -119,10 +129,6 @@ class Statistics:
     def _head(self, stream: Stream) -> LayerStatistics:
         x = final_states(self._source, stream)
         return LayerStatistics({HEAD: mean_gram(x)}, {HEAD: x.abs().amax((0, 1))})
-
-    def _write(self, path: Path, state: dict[str, Any]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, lambda file: torch.save(state, file))
 
 
 def mean_gram(x: torch.Tensor) -> torch.Tensor:
@@ -169,17 +175,6 @@ def _unpacked(state: Mapping[str, Any]) -> LayerStatistics:
     return LayerStatistics(grams, state["maxima"])
 
 
-def _load(path: Path) -> dict[str, Any] | None:
-    """What a file holds; None where it is missing or damaged: then it is made again."""
-    try:
-        found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
-    except Exception:  # noqa: BLE001  torch.load raises whatever a damaged file makes it
-        return None
-    return found
-
-
-def _read(path: Path, check: bool = False) -> LayerStatistics | None:
-    if check and not path.is_file():
-        return None
-    state = _load(path)
+def _read(path: Path) -> LayerStatistics | None:
+    state = read_state(path)
     return None if state is None else _unpacked(state)

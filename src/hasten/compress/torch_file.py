@@ -1,0 +1,52 @@
+"""State in files of torch: written whole or not at all, and read only as it was written.
+
+torch.load does not compare the checksums that torch.save writes: a bit that the disk turned would end up in
+the weights. They are compared here, at some 1 GB/s.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hasten.cache import write_atomic
+
+
+def write_state(path: Path, state: Mapping[str, Any]) -> Path:
+    """Keep tensors and plain values.
+
+    Raises:
+        DiskError: full, read-only or forbidden disk; the file before is untouched.
+    """
+    import torch
+
+    return write_atomic(path, lambda file: torch.save(dict(state), file))
+
+
+def read_state(path: Path) -> dict[str, Any] | None:
+    """What a file holds, on the CPU; None where it is missing or damaged: then it is made again."""
+    import torch
+
+    if not path.is_file() or state_damage(path) is not None:
+        return None
+    try:
+        found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except Exception:  # noqa: BLE001  torch.load raises whatever a strange file makes it
+        return None
+    return found
+
+
+def state_damage(path: Path) -> str | None:
+    """What is wrong with a file by its checksums; None: nothing. Needs no torch.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as parts:
+            wrong = parts.testzip()
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        return f"{path} is torn: {error}"
+    return None if wrong is None else f"{path}: the checksum of {wrong} differs"

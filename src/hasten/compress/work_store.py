@@ -1,0 +1,143 @@
+"""What compressing keeps on disk beside models: to measure nothing twice and to go on where a run stopped.
+
+    compress/statistics/KEY/  second moments of a model on a text, a file a layer
+    compress/linears/KEY/     matrices found one by one, for mixtures
+    compress/work/KEY/        of a run under way: finished layers, the teacher's states, a checkpoint
+    compress/.../used.json    in each: of which model; a use sets its time
+
+All share the limit of the cache with packed weights, and what was not used for longest goes first. A running
+process touches what it uses, by reading or by writing: what was touched in the last hours stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from hasten.cache import cache_dir, digest, read_json, write_record
+from hasten.cache.record import is_whole_record
+from hasten.cache.size_limit import Held, last_change, limit_bytes, make_room, tree_bytes
+from hasten.cache.stage import clean, vanish
+from hasten.compress.checked_file import is_whole
+from hasten.compress.torch_file import state_damage
+
+Part = Literal["statistics", "linears", "work"]
+PARTS: tuple[Part, ...] = ("statistics", "linears", "work")
+IN_USE_S = 6 * 3600.0
+"""The longest that a process which is using something leaves it untouched: one layer of a large model."""
+STALE_S = 7 * 86400.0
+"""After so long nobody comes back to a run that was stopped."""
+_USED = "used.json"
+
+_log = logging.getLogger("hasten.cache")
+
+
+class WorkStore:
+    """Folders of work by part and key.
+
+    Args:
+        folder: where; None is its place in the cache folder. Made when something is first kept.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = cache_dir() / "compress" if folder is None else folder
+
+    def place(self, part: Part, key: str) -> Path:
+        """The folder of one piece of work, there or not."""
+        return self.folder / part / key
+
+    def make_room(self, entry: Path, need: int) -> None:
+        """Before work: drop what is stale, then what was not used for longest until `need` bytes fit.
+
+        What is in use stays, and so does `entry`; work that needs more than the limit gets it, and goes when
+        other work wants the room.
+
+        Raises:
+            UsageError: HASTEN_CACHE_GB is no number.
+        """
+        from hasten.compress.packed_store import PackedStore
+
+        touch(entry)
+        for part in PARTS:
+            clean(self.folder / part)
+        for held in self.held():
+            if held.path.parent.name == "work" and time.time() - held.last_used > STALE_S:
+                _drop(held.path)
+        together = [*self.held(), *PackedStore(self.folder.parent / "packed").held()]
+        limit = limit_bytes(self.folder, sum(one.bytes for one in together))
+        make_room(together, min(need, limit), limit, _drop)
+
+    def mark(self, entry: Path, model: str) -> None:
+        """Say of a folder, made where it is not there, that it is in use, and for which model.
+
+        Raises:
+            DiskError: full, read-only or forbidden disk.
+        """
+        write_record(entry / _USED, {"part": entry.parent.name, "key": entry.name}, {"model": model})
+
+    def held(self) -> list[Held]:
+        """Everything, with sizes and times of last use."""
+        now = time.time()
+        found = []
+        for entry in self._entries():
+            last = last_change(entry)
+            found.append(Held(entry, tree_bytes(entry), last, in_use=now - last < IN_USE_S))
+        return found
+
+    def _entries(self) -> Iterator[Path]:
+        for part in PARTS:
+            with contextlib.suppress(OSError):
+                yield from sorted(
+                    p for p in (self.folder / part).iterdir() if p.is_dir() and not p.name.startswith(".")
+                )
+
+    def model(self, entry: Path) -> str | None:
+        """The model that something belongs to; None where that is not known."""
+        record = read_json(entry / _USED)
+        value = record.get("value") if isinstance(record, dict) else None
+        return str(value["model"]) if isinstance(value, dict) and "model" in value else None
+
+    def verify(self, entry: Path) -> str | None:
+        """Read all files of a folder and compare their checksums; what is wrong, None where nothing is.
+
+        Raises:
+            OSError: a file cannot be read, or went meanwhile.
+        """
+        for path in sorted(p for p in entry.rglob("*") if p.is_file() and not p.name.startswith(".")):
+            if (wrong := _damage(path)) is not None:
+                return wrong
+        return None
+
+
+def touch(entry: Path) -> None:
+    """Say that something is in use. A disk that cannot be written keeps no times."""
+    for path in (entry / _USED, entry):
+        with contextlib.suppress(OSError):
+            os.utime(path)
+            return
+
+
+def _drop(entry: Path) -> None:
+    try:
+        vanish(entry)
+        _log.info("dropped %s", entry)
+    except OSError as error:
+        _log.warning("%s cannot be removed: %s", entry, error)
+
+
+def _damage(path: Path) -> str | None:
+    if path.suffix in (".pt", ".checkpoint"):
+        return state_damage(path)
+    if path.suffix == ".json":
+        return None if is_whole_record(path) else f"{path} is no record, or its checksum is wrong"
+    if path.suffix == ".states":
+        return None if is_whole(path) else f"{path}: its checksum differs"
+    record = read_json(path.with_name(path.name + ".json"))  # a matrix
+    value = record.get("value") if isinstance(record, dict) else None
+    vouched = value.get("sha256") if isinstance(value, dict) else None
+    return None if digest(path) == vouched else f"{path}: its checksum differs, or is missing"
