@@ -3,8 +3,8 @@
 Source: ggml's `ggml_type` and block structures (ggml/include/ggml.h, ggml-common.h).
 
 Our own hold the matrices of GPTQ, AWQ and compressed-tensors checkpoints, and what calibration finds. They
-are called S or A, BITS, _GROUP, and a block is one group: an fp32 scale, in A an fp32 minimum, then u, one byte
-a value. S is symmetric, scale * (u - 2^(bits-1)); A is scale * u + minimum.
+are called S or A, BITS, _GROUP, and a block is one group: an fp32 scale, in A an fp32 minimum, then u, one
+byte a value. S is symmetric, scale * (u - 2^(bits-1)); A is scale * u + minimum.
 """
 
 from __future__ import annotations
