@@ -148,10 +148,17 @@ void Decoder::rotate_and_store(int index, const std::vector<Span>& spans) {
           for (int h = 0; h < config_.heads; h++) kernel.rope(q + h * d, cos, sin, half);
           for (int h = 0; h < config_.kv_heads; h++) kernel.rope(k + h * d, cos, sin, half);
         }
+        if (layer.key_scale != nullptr)  // what keys are divided by, queries are multiplied with
+          for (int h = 0; h < config_.heads; h++) {
+            const float* scale = &layer.key_scale[h / (config_.heads / config_.kv_heads) * d];
+            for (int i = 0; i < d; i++) q[h * d + i] *= scale[i];
+          }
         for (int h = 0; h < config_.kv_heads; h++) {
           std::copy_n(k + h * d, d, head.data());
           if (layer.key_shift != nullptr)
             for (int i = 0; i < d; i++) head[i] -= layer.key_shift[h * d + i];
+          if (layer.key_scale != nullptr)
+            for (int i = 0; i < d; i++) head[i] /= layer.key_scale[h * d + i];
           std::copy_n(v + h * d, d, head.data() + padded);
           cache_.write(index, page, h, slot, head.data(), head.data() + padded);
         }

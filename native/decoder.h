@@ -29,6 +29,7 @@ struct Layer {
   const float *attn_norm = nullptr, *q_norm = nullptr, *k_norm = nullptr, *post_attn_norm = nullptr;
   const float *mlp_norm = nullptr, *post_mlp_norm = nullptr;
   const float* key_shift = nullptr;      // [kv_heads * head_dim], taken off rotated keys: see runtime/key_shift.py
+  const float* key_scale = nullptr;      // [kv_heads * head_dim], what keys are divided by: see runtime/key_scale.py
   int q_norm_size = 0, k_norm_size = 0;  // head_dim: each head by itself; more: the whole projection
 };
 

@@ -92,9 +92,9 @@ void Decoder::set_vector(const std::string& name, const float* values, int size)
     linear->bias = values;
     return;
   }
-  if (parsed.part == "key_shift") {
+  if (parsed.part == "key_shift" || parsed.part == "key_scale") {
     expect(name, "size", size, config_.kv_heads * config_.head_dim);
-    layer.key_shift = values;
+    (parsed.part == "key_shift" ? layer.key_shift : layer.key_scale) = values;
     return;
   }
   const float** norm = norm_of(layer, parsed.part);

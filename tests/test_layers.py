@@ -35,7 +35,7 @@ MODULE_COMPRESSION = {  # imported by none but hasten.compress.module, when it i
     "int8_linear",
     "memo_cache",
 }
-LANGUAGE_MODELS = {"torch_layer", "torch_file", "changed"} | {
+LANGUAGE_MODELS = {"torch_layer", "torch_file", "changed", "stream", "moments", "taken"} | {
     "quantise",
     "prune",
     "distil",

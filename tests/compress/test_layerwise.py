@@ -14,11 +14,11 @@ import tiny_models
 from hasten.compress.calibration import Calibration
 from hasten.compress.changed import changed
 from hasten.compress.pack import PackedModel, pack_model
-from hasten.compress.prune.stream import Stream, stream_weights
 from hasten.compress.quantise.layerwise import quantise
 from hasten.compress.quantise.linears import CalibratedLinears
 from hasten.compress.quantise.staged import StagedLayer, settle
 from hasten.compress.quantise.statistics import HEAD, Statistics
+from hasten.compress.stream import Stream, stream_weights
 from hasten.compress.torch_layer import tensor_values
 from hasten.core import Layout, Recipe
 from hasten.engine.model import LanguageModel, load_packed

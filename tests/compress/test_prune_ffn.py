@@ -11,9 +11,9 @@ import torch
 from prune_models import NAMES, distance, text
 
 from hasten.compress.changed import changed
+from hasten.compress.moments import Moments, fitted
 from hasten.compress.prune.ffn import kept_channels, prune_ffn
 from hasten.compress.prune.least_loss import least_loss
-from hasten.compress.prune.moments import Moments, fitted
 from hasten.compress.torch_layer import tensor_values
 from hasten.errors import ModelError, UsageError
 from hasten.models.open import open_folder

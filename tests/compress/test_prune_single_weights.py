@@ -9,9 +9,9 @@ import pytest
 import torch
 from prune_models import distance, text
 
+from hasten.compress.moments import gram_error
 from hasten.compress.prune.magnitude import magnitude_mask
 from hasten.compress.prune.mask import keep_mask
-from hasten.compress.prune.moments import gram_error
 from hasten.compress.prune.single_weights import check_pattern, prune_single_weights
 from hasten.compress.prune.sparsegpt import DAMPING, sparsegpt
 from hasten.compress.prune.wanda import wanda_mask

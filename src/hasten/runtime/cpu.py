@@ -14,6 +14,7 @@ from hasten.compress.pack import PackedLinear, PackedModel
 from hasten.core import EngineOptions, ModelConfig
 from hasten.errors import MachineError, UsageError
 from hasten.models.rope import tables
+from hasten.runtime.key_scale import key_scales
 from hasten.runtime.key_shift import key_shifts
 from hasten.runtime.pages import PagePool, Sequence
 
@@ -90,7 +91,10 @@ class CpuExecutor:
         self.pool = PagePool(pages, self.page_tokens)
         for name, linear in packed.linears.items():
             self.replace(name, linear)
-        for name, values in (*packed.vectors.items(), *key_shifts(config, packed.vectors).items()):
+        shifts = key_shifts(config, packed.vectors)
+        int8 = packed.recipe.kv == "int8"
+        scales = key_scales(config, packed.linears, packed.vectors, shifts) if int8 else {}
+        for name, values in (*packed.vectors.items(), *shifts.items(), *scales.items()):
             self._decoder.set_vector(name, values)
         self._decoder.check()
 

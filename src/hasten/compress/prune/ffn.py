@@ -13,13 +13,13 @@ import torch
 
 from hasten.compress.calibration import Calibration
 from hasten.compress.changed import made_tensor
+from hasten.compress.moments import Moments, fitted
 from hasten.compress.prune.least_loss import least_loss
 from hasten.compress.prune.mlp_output import from_middle, moments_of, to_middle, wanted_output
-from hasten.compress.prune.moments import Moments, fitted
 from hasten.compress.prune.multiple import kept_multiple
 from hasten.compress.prune.pruned import PartPruned
-from hasten.compress.prune.stream import Stream, stream_weights
-from hasten.compress.prune.taken import taken_rows
+from hasten.compress.stream import Stream, stream_weights
+from hasten.compress.taken import taken_rows
 from hasten.core import ModelConfig
 from hasten.models.source import Source, SourceTensor
 

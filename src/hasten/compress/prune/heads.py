@@ -14,12 +14,12 @@ import torch
 
 from hasten.compress.calibration import Calibration
 from hasten.compress.changed import made_tensor
+from hasten.compress.moments import Moments, fitted
 from hasten.compress.prune.least_loss import least_loss_groups
-from hasten.compress.prune.moments import Moments, fitted
 from hasten.compress.prune.multiple import MULTIPLE
 from hasten.compress.prune.pruned import PartPruned
-from hasten.compress.prune.stream import Found, Stream, stream_weights
-from hasten.compress.prune.taken import taken_rows
+from hasten.compress.stream import Found, Stream, stream_weights
+from hasten.compress.taken import taken_rows
 from hasten.compress.torch_layer import Weights
 from hasten.core import ModelConfig
 from hasten.errors import UsageError

@@ -13,11 +13,11 @@ import torch
 
 from hasten.compress.calibration import Calibration
 from hasten.compress.changed import made_tensor
+from hasten.compress.moments import fitted
 from hasten.compress.prune.mlp_output import from_middle, moments_of, to_middle
-from hasten.compress.prune.moments import fitted
 from hasten.compress.prune.pruned import PartPruned
-from hasten.compress.prune.stream import Stream, stream_weights
-from hasten.compress.prune.taken import renamed
+from hasten.compress.stream import Stream, stream_weights
+from hasten.compress.taken import renamed
 from hasten.core import ModelConfig
 from hasten.errors import UsageError
 from hasten.models.source import Source, SourceTensor

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from hasten.compress.prune.moments import Moments
+from hasten.compress.moments import Moments
 
 _LOOSE = 0.1  # of the ridge of the fit: what it then errs on other text is 2 to 4 % less (demo model)
 _AT_ONCE = 32  # inputs that may go before the rest is judged anew

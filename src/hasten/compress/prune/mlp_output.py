@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from hasten.compress.prune.moments import Moments
-from hasten.compress.prune.stream import Found, Stream, stream_linear
+from hasten.compress.moments import Moments
+from hasten.compress.stream import Found, Stream, stream_linear
 from hasten.compress.torch_layer import Weights
 
 

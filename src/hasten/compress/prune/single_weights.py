@@ -12,12 +12,12 @@ import torch
 
 from hasten.compress.calibration import Calibration
 from hasten.compress.changed import changed
+from hasten.compress.moments import gram_error, symmetric_add
 from hasten.compress.prune.magnitude import magnitude_mask
-from hasten.compress.prune.moments import gram_error, symmetric_add
 from hasten.compress.prune.pruned import PartPruned
 from hasten.compress.prune.sparsegpt import sparsegpt
-from hasten.compress.prune.stream import Found, Stream, stream_weights
 from hasten.compress.prune.wanda import wanda_mask
+from hasten.compress.stream import Found, Stream, stream_weights
 from hasten.compress.torch_layer import LINEARS, Weights, layer_weights
 from hasten.core import ModelConfig
 from hasten.errors import UsageError

@@ -15,7 +15,7 @@ import torch
 from hasten.compress.calibration import Calibration
 from hasten.compress.prune.pruned import PartPruned
 from hasten.compress.prune.smaller_tokenizer import Vocabulary, rebuilt
-from hasten.compress.prune.taken import taken_rows
+from hasten.compress.taken import taken_rows
 from hasten.errors import UsageError
 from hasten.models.source import Source, once
 

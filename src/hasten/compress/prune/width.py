@@ -15,10 +15,10 @@ import torch.nn.functional as F
 
 from hasten.compress.calibration import Calibration
 from hasten.compress.changed import Values, changed
-from hasten.compress.prune.moments import Moments, fitted
+from hasten.compress.moments import Moments, fitted
 from hasten.compress.prune.multiple import kept_multiple
 from hasten.compress.prune.pruned import PartPruned
-from hasten.compress.prune.stream import Found, Stream, stream_weights
+from hasten.compress.stream import Found, Stream, stream_weights
 from hasten.compress.torch_layer import LINEARS, Weights, tensor_values
 from hasten.core import ModelConfig
 from hasten.models.source import Source

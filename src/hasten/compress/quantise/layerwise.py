@@ -10,7 +10,6 @@ import torch
 
 from hasten.compress.calibration import Calibration
 from hasten.compress.pack import PackedLinear, PackedModel, vector
-from hasten.compress.prune.stream import Stream
 from hasten.compress.quantise.identity import identity_of
 from hasten.compress.quantise.layer_methods import (
     QuantisedLayer,
@@ -21,6 +20,7 @@ from hasten.compress.quantise.layer_methods import (
 from hasten.compress.quantise.linears import head_alone
 from hasten.compress.quantise.sequential import Streams, sequential_head, sequential_layer
 from hasten.compress.quantise.statistics import Observer, Statistics
+from hasten.compress.stream import Stream
 from hasten.compress.torch_file import read_state, write_state
 from hasten.compress.torch_layer import tensor_values
 from hasten.core import Layout, Recipe

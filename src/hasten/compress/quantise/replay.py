@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from hasten.compress.prune.stream import fast_type
 from hasten.compress.quantise.layer_methods import QuantisedLayer
 from hasten.compress.quantise.sequential import Streams
 from hasten.compress.quantise.staged import StagedLayer, settle
+from hasten.compress.stream import fast_type
 from hasten.compress.torch_layer import LINEARS, layer_weights
 from hasten.models.source import Source
 

@@ -16,7 +16,6 @@ import torch
 
 from hasten.compress.pack import PackedLinear
 from hasten.compress.pack_integers import pack_integers
-from hasten.compress.prune.stream import Stream, fast_type
 from hasten.compress.quantise.fold import GROUPS, READERS
 from hasten.compress.quantise.gptq import DAMP, Factor, gptq
 from hasten.compress.quantise.layer_methods import (
@@ -28,6 +27,7 @@ from hasten.compress.quantise.layer_methods import (
 )
 from hasten.compress.quantise.staged import StagedLayer
 from hasten.compress.quantise.statistics import LayerStatistics, final_states, mean_gram
+from hasten.compress.stream import Stream, fast_type
 from hasten.compress.torch_layer import tensor_values
 from hasten.core import Recipe
 from hasten.models.source import Source

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from hasten.compress.prune.stream import Stream, stream_linear
 from hasten.compress.quantise.fold import GROUPS, Group
+from hasten.compress.stream import Stream, stream_linear
 from hasten.compress.torch_layer import Weights, activated, attended
 from hasten.errors import ModelError
 

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 
 from hasten.compress.calibration import Calibration
-from hasten.compress.prune.moments import symmetric_add
-from hasten.compress.prune.stream import Stream, stream_weights
+from hasten.compress.moments import symmetric_add
 from hasten.compress.quantise.fold import GROUPS, Group
 from hasten.compress.quantise.identity import identity_of
 from hasten.compress.quantise.staged import StagedLayer
 from hasten.compress.room import statistics_bytes
+from hasten.compress.stream import Stream, stream_weights
 from hasten.compress.torch_file import read_state, write_state
 from hasten.compress.torch_layer import tensor_values
 from hasten.compress.work_store import WorkStore, touch

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from hasten.compress.calibration import Calibration
-from hasten.compress.prune.taken import row_values
+from hasten.compress.taken import row_values
 from hasten.compress.torch_layer import Linear, Positions, Weights, layer_forward, layer_weights
 from hasten.core import ModelConfig
 from hasten.errors import ModelError
