@@ -168,7 +168,7 @@ def test_memory_of_the_heap_is_bounded() -> None:
     policy = new_policy("lfu", 10)
     for n in range(20_000):
         policy.insert(bytes([n % 50]), cost=1, bytes=1)
-    assert len(policy._heap._heap) < 300
+    assert len(policy._heap) < 300
 
 
 def test_an_unknown_policy_is_named() -> None:
