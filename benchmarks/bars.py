@@ -14,13 +14,11 @@ Run it on a quiet machine. Exit code 1: a bar was missed or could not be measure
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from pathlib import Path
 
-from bar import Benchmark, Settings, record, say
-from hasten.errors import HastenError
+from bar import Benchmark, Settings, say
+from bar_command import asked, measured
 
 WITHOUT_ARTIFACT = ("gguf", "quality", "demo")
 
@@ -47,20 +45,8 @@ def benchmarks() -> dict[str, Benchmark]:
 def main() -> int:
     """Run the benchmark that was asked for, or all of them."""
     known = benchmarks()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("what", choices=["all", *known])
-    parser.add_argument("--model", default="demo", help="the source model")
-    parser.add_argument("--artifact", default="demo.hasten", help="what `hasten optimize` chose within +1 %%")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--peer-python", default=os.environ.get("HASTEN_PEER_PYTHON"))
-    parser.add_argument("--isa", choices=["avx2", "avx512"], help="keep every engine to this instruction set")
-    given = parser.parse_args()
-    settings = Settings(given.model, given.artifact, given.threads, given.runs, given.peer_python, given.isa)
-    os.environ.update(settings.environment())
-    names = list(known) if given.what == "all" else [given.what]
+    what, settings = asked(__doc__, known, "demo.hasten", "what `hasten optimize` chose within +1 %%")
+    names = list(known) if what == "all" else [what]
     kept = [run(name, known[name], settings) for name in names]
     return 0 if all(kept) else 1
 
@@ -71,13 +57,7 @@ def run(name: str, benchmark: Benchmark, settings: Settings) -> bool:
     if name not in WITHOUT_ARTIFACT and not Path(settings.artifact).exists():
         say(f"no artifact at {settings.artifact}; make it: hasten optimize demo --out {settings.artifact}")
         return False
-    try:
-        bars, details = benchmark(settings)
-    except HastenError as error:
-        say(f"failed: {error.message}" + (f"\nhint: {error.hint}" if error.hint else ""))
-        return False
-    say(f"written: {record(name, settings, bars, details)}")
-    return all(bar.passed for bar in bars)
+    return measured(name, benchmark, settings)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,11 @@ missed or could not be measured.
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from pathlib import Path
 
-from bar import Benchmark, Settings, record, say
+from bar import Benchmark, Settings, say
+from bar_command import asked, measured
 from hasten.errors import HastenError
 
 RECIPE = "w4"
@@ -41,27 +40,13 @@ def benchmarks() -> dict[str, Benchmark]:
 def main() -> int:
     """Run the benchmark that was asked for, or all of them."""
     known = benchmarks()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("what", choices=["all", *known])
-    parser.add_argument("--model", default="demo", help="the source model")
-    parser.add_argument(
-        "--artifact", default="demo-w4.hasten", help="made from the source if it is not there"
-    )
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--peer-python", default=os.environ.get("HASTEN_PEER_PYTHON"))
-    parser.add_argument("--isa", choices=["avx2", "avx512"], help="keep every engine to this instruction set")
-    given = parser.parse_args()
-    settings = Settings(given.model, given.artifact, given.threads, given.runs, given.peer_python, given.isa)
-    os.environ.update(settings.environment())
+    what, settings = asked(__doc__, known, "demo-w4.hasten", "made from the source if it is not there")
     try:
         make_artifact(settings)
     except HastenError as error:
         say(f"no artifact: {error.message}")
         return 1
-    names = list(known) if given.what == "all" else [given.what]
+    names = list(known) if what == "all" else [what]
     kept = [run(name, known[name], settings) for name in names]
     return 0 if all(kept) else 1
 
@@ -83,13 +68,7 @@ def make_artifact(settings: Settings) -> None:
 def run(name: str, benchmark: Benchmark, settings: Settings) -> bool:
     """One benchmark; True if all its bars were kept."""
     say(f"== {name}")
-    try:
-        bars, details = benchmark(settings)
-    except HastenError as error:
-        say(f"failed: {error.message}" + (f"\nhint: {error.hint}" if error.hint else ""))
-        return False
-    say(f"written: {record(f'serving-{name}', settings, bars, details)}")
-    return all(bar.passed for bar in bars)
+    return measured(f"serving-{name}", benchmark, settings)
 
 
 if __name__ == "__main__":
