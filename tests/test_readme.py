@@ -83,7 +83,9 @@ def wrong_flags(words: list[str]) -> str:
         return "" if set(words) <= {"--help", "--version", "-h"} else f"no option {words}"
     if words[0] not in VERBS:
         return "" if words[0] == "VERB" else f"no verb {words[0]}"
-    known = {o for p in parser_of(words[0], VERBS[words[0]].module).params for o in p.opts}
+    parser = parser_of(words[0], VERBS[words[0]].module)
+    below = getattr(parser, "commands", {}).get(words[1] if len(words) > 1 else "")
+    known = {o for one in (parser, below) if one is not None for p in one.params for o in p.opts}
     flags = {w.split("=")[0] for w in words[1:] if re.match(r"--?[a-z]", w)}
     wrong = flags - known - {"--help"}
     return f"hasten {words[0]} has no {sorted(wrong)}" if wrong else ""
@@ -99,6 +101,8 @@ def test_commands_exist(name: str) -> None:
 def test_the_check_catches_what_it_is_for() -> None:
     assert complaint("hasten optimise demo")
     assert complaint("hasten generate demo --promt x")
+    assert complaint("hasten cache ls --sort x")
+    assert not complaint("hasten cache ls --kind packed")
     assert complaint("make demonstration")
     assert complaint("pip install '.[everything]'")
     assert not complaint("hasten generate demo -p 'x -y --z' -n 3")
