@@ -229,7 +229,7 @@ def test_a_full_disk_leaves_what_was_finished(tmp_path: Path, monkeypatch: pytes
 
     from hasten.cache import write_atomic
 
-    monkeypatch.setattr("hasten.compress.quantise.layerwise.write_atomic", full)
+    monkeypatch.setattr("hasten.compress.torch_file.write_atomic", full)
     with pytest.raises(DiskError):
         quantise(source, recipe, text(), folder=work)
     monkeypatch.undo()
