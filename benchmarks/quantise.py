@@ -1,4 +1,4 @@
-"""Methods at 4 bits, judged on text that none of them saw, with the time and memory each takes; int8 keys.
+"""Methods at 4 bits, judged on text that none of them saw, with the time and memory each takes.
 
     python benchmarks/quantise.py
     python benchmarks/quantise.py --recipes w4-head8 w4-head8-gptq w4-best
@@ -20,13 +20,13 @@ from typing import Any
 
 import hasten
 from bar import Bar, Settings, record, say
-from hasten.core import Budget, Verdict, as_json
+from hasten.core import Budget, as_json
 from hasten.quality.divergence import Reference
 from hasten.quality.evaluate import evaluate
 from hasten.quality.text import WINDOW, default_text, windows
 
 RECIPES = ("w4-head8", "w4-asym-head8-hqq", "w4-head8-awq", "w4-head8-gptq", "w4-head8-awq-gptq", "w4-best")
-GPTQ, BEST, KV = "w4-head8-gptq", "w4-best", "bf16-kv8"
+GPTQ, BEST = "w4-head8-gptq", "w4-best"
 
 
 def main() -> int:
@@ -47,8 +47,6 @@ def main() -> int:
     for recipe in given.recipes:
         rows[recipe] = made(settings, recipe, held)
         say(line(recipe, rows[recipe]))
-    rows[KV] = cache_row(settings, held)
-    say(line(KV, rows[KV]))
     details = {"text": {"name": text.name, "sha256": text.sha256}, "rows": rows}
     bars = bars_of(rows)
     say(f"written: {record('quantise', settings, bars, details)}")
@@ -70,17 +68,6 @@ def made(settings: Settings, recipe: str, held: Reference) -> dict[str, Any]:
     return {**kept, "verdict": as_json(verdict)}
 
 
-def cache_row(settings: Settings, held: Reference) -> dict[str, Any]:
-    """bf16 weights over int8 keys and values, and what a token of them takes."""
-    model = hasten.load(settings.model, KV, threads=settings.threads, context=WINDOW)
-    plain = hasten.load(settings.model, "bf16", threads=settings.threads, context=WINDOW)
-    share = model.executor.page_bytes / plain.executor.page_bytes
-    plain.close()
-    verdict: Verdict = evaluate(model, held, Budget())
-    model.close()
-    return {"bits_per_weight": 16.0, "verdict": as_json(verdict), "kv_bytes_over_bf16": share}
-
-
 def line(recipe: str, row: dict[str, Any]) -> str:
     """A row of the table."""
     verdict, peak = row["verdict"], row.get("peak_rss_bytes")
@@ -94,10 +81,7 @@ def line(recipe: str, row: dict[str, Any]) -> str:
 
 def bars_of(rows: dict[str, dict[str, Any]]) -> list[Bar]:
     """The issue's limits, for the recipes that were made."""
-    bars = [
-        Bar(f"{KV}: mean KL over bf16 keys", rows[KV]["verdict"]["kl_mean"], 0.002, "nats", at_least=False),
-        Bar(f"{KV}: bytes over bf16 keys", rows[KV]["kv_bytes_over_bf16"], 0.54, "x", at_least=False),
-    ]
+    bars = []
     if BEST in rows:
         verdict = rows[BEST]["verdict"]
         bars.append(Bar(f"{BEST}: perplexity increase", verdict["ppl_increase"], 0.03, "", at_least=False))

@@ -7,7 +7,7 @@ that turn together have the same s. With s a power of two nothing is rounded by 
 
 s is each pair's size as the weights let expect it: normed inputs have mean square 1, so a key's dimension has
 about the norm of its row of the matrix, and its bias. The idea is SmoothQuant's (Xiao et al. 2022), applied
-to keys and queries. With Qwen2.5-Coder-0.5B: `benchmarks/quantise.py`.
+to keys and queries. With Qwen2.5-Coder-0.5B: `benchmarks/int8_cache.py`.
 """
 
 from __future__ import annotations
