@@ -115,7 +115,6 @@ class FakeWorkshop:
     measured: list[str] = field(default_factory=list)
     interrupt_at: str = ""  # recipe whose packing is interrupted by Ctrl-C
     can_calibrate: bool = False  # whether torch is there
-    paces: Mapping[Layout, float] | None = None  # seconds a byte
 
     def __post_init__(self) -> None:
         rng = np.random.default_rng(self.seed)
@@ -174,9 +173,6 @@ class FakeWorkshop:
     ) -> None:
         for name in tensors:
             model.weights[name] = self._packed(name, layout, method)
-
-    def pace(self) -> Mapping[Layout, float] | None:
-        return self.paces
 
     def error(self, tensor: str, layout: Layout) -> float:
         return float(np.mean((rounded(self.weights[tensor], layout) - self.weights[tensor]) ** 2))

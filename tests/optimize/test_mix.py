@@ -81,15 +81,6 @@ def test_a_hundred_groups_are_quick_and_tight() -> None:
     assert 0.097 < math.fsum(c.harm for c in found) <= 0.1
 
 
-def test_time_stands_before_bytes() -> None:
-    light = Choice(Layout(5), 55, 0.01, seconds=3.0)  # fewer bytes, but slow to unpack
-    quick = Choice(Layout(6), 65, 0.01, seconds=2.0)
-    assert lightest([[light, quick]], 0.02) == [quick]
-    assert lightest([[Choice(c.layout, c.bytes, c.harm) for c in (light, quick)]], 0.02) == [
-        Choice(Layout(5), 55, 0.01)
-    ]
-
-
 @settings(max_examples=80, deadline=None)
 @given(MENUS, st.integers(1, 4000))
 def test_gentlest_is_within_the_bytes_and_near_the_least_harm(menus: list[list[Choice]], most: int) -> None:

@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 
 from fakes import FakeWorkshop
-from hasten.core import Budget, Goal, Layout
+from hasten.core import Budget, Goal
 from hasten.errors import BudgetError, UsageError
 from hasten.optimize.progress import Progress
 from hasten.optimize.result import OptimizeResult
 from hasten.optimize.search import WORKLOADS, Effort, Search, check
-from hasten.optimize.space import MENU
 from hasten.quality.text import Text
 
 TOKENS = 4096
@@ -223,14 +222,3 @@ def test_calibration_can_be_left_out(run: Run, tmp_path: Path, texts: dict[int, 
     result = search.run(tmp_path / "out.hasten")
     assert "w4-best" not in [c.recipe.name for c in result.candidates]
     assert any("switched off" in reason for reason in result.plan.because)
-
-
-def test_time_by_layout_decides_where_it_is_known(run: Run) -> None:
-    """A machine on which 5 and 6 bits are slower to unpack than 8: they are no gain there."""
-    pace = {layout: 1e-9 * (3 if layout.bits in (5, 6) else 1) for layout in (*MENU, Layout(8))}
-    slow = run(FakeWorkshop(kept_bits=8, paces=pace))
-    mixture = next(c for c in slow.candidates if c.recipe.name == "mix:2%")
-    assert {layout.bits for layout in mixture.recipe.layers.values()} == {4}
-    small = run(FakeWorkshop(kept_bits=8, paces=pace), goal="memory")
-    mixture = next(c for c in small.candidates if c.recipe.name == "mix:2%")
-    assert {layout.bits for layout in mixture.recipe.layers.values()} > {4}

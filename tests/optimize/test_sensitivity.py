@@ -140,15 +140,6 @@ def test_the_map_is_measured_with_the_mixtures_own_method() -> None:
     assert sum(calibrated.at_probe) < 0.5 * sum(rounded.at_probe)
 
 
-def test_time_needs_every_layout(workshop: FakeWorkshop) -> None:
-    pace = {layout: 1e-10 * layout.bits for layout in (*MENU, Layout(16))}
-    choices = draw(workshop, Harms((0.01,) * 9), pace=pace).groups[0].menu
-    assert choices[1].seconds == pytest.approx(choices[1].bytes * 4e-10)
-    assert choices[0].seconds == pytest.approx(choices[0].bytes * 16e-10)
-    del pace[Layout(5)]
-    assert all(c.seconds is None for c in draw(workshop, Harms((0.01,) * 9), pace=pace).groups[0].menu)
-
-
 def test_groups_that_do_not_divide_are_not_offered() -> None:
     wide = dict.fromkeys(("layers.0.q", "layers.0.k", "layers.0.v"), (64, 128))
     mixed = {**wide, "layers.0.v": (64, 96)}

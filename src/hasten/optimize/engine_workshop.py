@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +13,7 @@ from hasten.core import EngineOptions, Layout, Machine, Measurement, ModelConfig
 from hasten.errors import UsageError
 from hasten.optimize.mixture import is_mixture
 from hasten.optimize.progress import Observer
-from hasten.optimize.space import MENU, is_calibrated
+from hasten.optimize.space import is_calibrated
 from hasten.optimize.workshop import Built
 from hasten.quality.text import Encoder, Text
 from hasten.recipe import Method
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
 _SAMPLED_ROWS = 64
 """Rows a tensor's rounding error is computed from: with 896 columns that is 57 thousand weights."""
-_PACE_RUNS = 25
 _CEILING_AGE_S = 24 * 3600.0
 
 
@@ -147,26 +145,6 @@ class EngineWorkshop:
     def calibrated_linear(self, name: str, layout: Layout) -> PackedLinear:
         """One matrix of a mixture, calibrated now or before; `calibrate` comes first."""
         return self._calibration().linear(name, layout)
-
-    def pace(self) -> Mapping[Layout, float]:
-        """Times the head in every layout of the menu and the source: it is the largest matrix."""
-        layouts = {*MENU, *self._kept.values()}
-        model = cast("LanguageModel", self.build(Recipe.parse("source")))
-        try:
-            return {layout: self._seconds_a_byte(model, layout) for layout in sorted(layouts, key=str)}
-        finally:
-            model.close()
-
-    def _seconds_a_byte(self, model: LanguageModel, layout: Layout) -> float:
-        name = "embed" if self.config.tied_head else "head"
-        self.swap(model, (name,), layout)
-        hidden = np.ones((1, self.config.hidden_size), np.float32)
-        times = []
-        for _ in range(_PACE_RUNS):
-            began = time.perf_counter()
-            model.logits_of(hidden)
-            times.append(time.perf_counter() - began)
-        return float(f"{min(times) / model.packed.linears[name].bytes:.2g}")  # the rest is noise
 
     def error(self, tensor: str, layout: Layout) -> float:
         """Squared error over squared values, on 64 rows spread over the tensor."""

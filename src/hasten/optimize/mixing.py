@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from hasten.core import Budget, Goal, Layout
+from hasten.core import Budget, Layout
 from hasten.optimize.candidate import Candidate
 from hasten.optimize.held_out import split
 from hasten.optimize.memory import SearchMemory
 from hasten.optimize.mixture import fit_mixture, refine_mixture
-from hasten.optimize.progress import Observer, Progress
+from hasten.optimize.progress import Observer
 from hasten.optimize.sensitivity import Check, Harms, SensitivityMap, draw, measure_harms
 from hasten.optimize.trials import Trials
 from hasten.optimize.workshop import Built, Workshop
@@ -30,7 +30,6 @@ class Mixing:
     memory: SearchMemory
     trials: Trials
     budget: Budget
-    goal: Goal
     seconds: float  # for the map's comparisons
     observer: Observer
     calibrated: str | None = None  # what calibrated integers depend on; None: there are none
@@ -57,21 +56,7 @@ class Mixing:
             self.memory.write("sensitivity", harms, **key)
         else:
             harms = harms_from(kept)
-        return draw(self.workshop, harms, method=self.method, pace=self._pace)
-
-    @cached_property
-    def _pace(self) -> dict[Layout, float] | None:
-        """Seconds a byte; None where bytes are the goal, or the time is unknown."""
-        if self.goal == "memory":
-            return None
-        kept = self.memory.read("pace")
-        if kept is None:
-            self.observer(Progress("mixture", "timing the layouts"))
-            found = self.workshop.pace()
-            kept = [[layout, seconds] for layout, seconds in (found or {}).items()]
-            self.memory.write("pace", kept)
-            return dict(found) if found else None
-        return {Layout(**layout): seconds for layout, seconds in kept} or None
+        return draw(self.workshop, harms, method=self.method)
 
     def fit(self, judged: Sequence[Candidate] = ()) -> Candidate | None:
         """The cheapest mixture within the budget, or the nearest to it; None where there is nothing to mix.

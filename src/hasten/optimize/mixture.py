@@ -25,7 +25,7 @@ _FIRST_AIM = 0.6  # of the budget: the rest is for the interval, whose width is 
 _NEXT_AIM = 0.95
 _GOOD_ENOUGH = 0.85  # of the budget used: another try gains less than it costs
 _TRIES = 4
-_FEW_TRIES = 3  # of a method that takes minutes a model
+_FEW_TRIES = 2  # of a method that takes minutes a model
 
 Try = Callable[[Recipe], Candidate]
 

@@ -225,7 +225,6 @@ class Search:
             memory=self.memory,
             trials=self.trials,
             budget=self.budget,
-            goal=self.goal,
             seconds=self.effort.sensitivity_seconds,
             observer=self.observer,
             calibrated=self.calibrated,

@@ -144,7 +144,6 @@ def draw(
     harms: Harms,
     *,
     method: Method = "rtn",
-    pace: Mapping[Layout, float] | None = None,
 ) -> SensitivityMap:
     """The map from what was measured: noise raised to a floor, other widths scaled.
 
@@ -152,7 +151,6 @@ def draw(
         workshop: knows the groups and the rounding errors.
         harms: measured with `method`.
         method: how integers were found.
-        pace: seconds a byte of each layout takes a decoded token; None: bytes stand for time.
     """
     positive = [harm for harm in harms.at_probe if harm > 0]
     floor = _LEAST_OF_MEDIAN * statistics.median(positive) if positive else 0.0
@@ -166,12 +164,10 @@ def draw(
     }
     fits = {layout: _fit(layout, harms.checks, plain) for layout in MENU}
     kept = workshop.kept()
-    if pace is not None and not {*MENU, *kept.values()} <= pace.keys():
-        pace = None  # seconds for some choices and bytes for others could not be compared
     drawn = []
     for group, harm in zip(found, harms.at_probe, strict=True):
         by_layout = {layout: value * fits[layout] for layout, value in plain[group.name].items()}
-        drawn.append(Sensitivity(group, max(harm, floor), _menu(workshop, group, by_layout, kept, pace)))
+        drawn.append(Sensitivity(group, max(harm, floor), _menu(workshop, group, by_layout, kept)))
     return SensitivityMap(tuple(drawn), harms.checks, method)
 
 
@@ -225,16 +221,12 @@ def _menu(
     group: Group,
     harms: Mapping[Layout, float],
     kept: Mapping[str, Layout],
-    pace: Mapping[Layout, float] | None,
 ) -> tuple[Choice, ...]:
     shapes = workshop.config.linear_shapes()
 
     def choice(layout: Layout | None, harm: float) -> Choice:
         sizes = {name: packed_bytes(shapes[name], layout or kept[name]) for name in group.tensors}
-        seconds = None
-        if pace is not None:
-            seconds = sum(size * pace[layout or kept[name]] for name, size in sizes.items())
-        return Choice(layout, sum(sizes.values()), harm, seconds)
+        return Choice(layout, sum(sizes.values()), harm)
 
     return (choice(None, 0.0), *(choice(layout, harm) for layout, harm in harms.items()))
 

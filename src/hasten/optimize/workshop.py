@@ -87,10 +87,6 @@ class Workshop(Protocol):
         """Puts other weights into a built model: the source's, packed to `layout`, or kept (None)."""
         ...
 
-    def pace(self) -> Mapping[Layout, float] | None:
-        """Seconds that a byte of weights takes a decoded token, by layout; None: unknown."""
-        ...
-
     def error(self, tensor: str, layout: Layout) -> float:
         """Mean squared difference to the source's values that packing to `layout` makes."""
         ...
