@@ -52,7 +52,7 @@ def test_a_plain_recipe_is_packing(tiny_folder: Callable[..., Path], tmp_path: P
     kept = load_artifact(out)
     assert sums(kept.packed) == sums(made.packed)
     assert parse_recipe(kept.plan["compress"]["recipe"]) == made.recipe
-    assert not list(cache.glob("compress/work/*"))
+    assert not list(cache.glob("compress/runs/*"))
 
 
 def test_a_plain_recipe_needs_no_torch(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_all_steps_together(tiny_folder: Callable[..., Path], tmp_path: Path, ca
     assert stored["layers.0.q"] == stored["head"] == stored["embed"] == Layout(8)
     assert stored["layers.1.q"] == Layout(4) and stored["layers.2.down"] == Layout(6)
     assert made.calibration is not None and made.calibration["tokens"] == TOKENS
-    assert not list(cache.glob("compress/work/*")), "what a stopped run goes on from is gone"
+    assert not list(cache.glob("compress/runs/*")), "what a stopped run goes on from is gone"
     model = hasten.load(out, threads=1)
     assert len(model.generate(["the"], max_new_tokens=3, chat=False)[0].token_ids) > 0
     plan = json.loads((out / "plan.json").read_text())["compress"]

@@ -67,7 +67,7 @@ def test_killed_while_distilling(tiny_folder: Callable[..., Path], tmp_path: Pat
         "{default: w4, prune: [{kind: ffn, amount: 0.34}], distil: {tokens: 4096, batch_tokens: 512}}"
     )
     killed(folder, str(recipe), tmp_path / "killed.hasten", ("distil", 4))
-    (left,) = cache.glob("compress/work/*")
+    (left,) = cache.glob("compress/runs/*")
     assert list(left.rglob("*.states"))
     again = sums(run(folder, str(recipe)))
     assert not left.exists()
@@ -95,9 +95,9 @@ def test_killed_at_a_layer(
 
     monkeypatch.setattr(layerwise, method, counted)
     killed(folder, recipe, tmp_path / "killed.hasten", ("quantise", "layer 2"))
-    assert list(cache.glob("compress/work/*"))
+    assert list(cache.glob("compress/runs/*"))
     again = sums(run(folder, recipe))
     assert computed == [2]
-    assert not list(cache.glob("compress/work/*"))
+    assert not list(cache.glob("compress/runs/*"))
     assert again == sums(run(folder, recipe))
     assert computed == [2, 0, 1, 2]

@@ -65,7 +65,7 @@ def grow_old(entry: Path, age_s: float) -> None:
 def test_the_oldest_goes_and_what_is_in_use_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     older = kept("statistics", "a", 100_000, 3 * DAY)
     newer = kept("linears", "b", 100_000, 2 * DAY)
-    used = kept("work", "c", 100_000, IN_USE_S - 60)
+    used = kept("runs", "c", 100_000, IN_USE_S - 60)
     own = kept("statistics", "d", 100_000, 6 * DAY)  # begun long ago, gone on with now
     store = WorkStore()
     assert [one.in_use for one in store.held()] == [False, False, False, True]
@@ -80,13 +80,13 @@ def test_the_oldest_goes_and_what_is_in_use_stays(monkeypatch: pytest.MonkeyPatc
 
 
 def test_runs_that_nobody_came_back_to_go(own_cache: Path) -> None:
-    stale = kept("work", "a", 1000, STALE_S + 60)
-    left = kept("work", "b", 1000, STALE_S - 600)
+    stale = kept("runs", "a", 1000, STALE_S + 60)
+    left = kept("runs", "b", 1000, STALE_S - 600)
     old = kept("statistics", "c", 1000, 10 * STALE_S)  # no run: the limit alone says
-    killed = own_cache / "compress" / "work" / ".0123.old"
+    killed = own_cache / "compress" / "runs" / ".0123.old"
     killed.mkdir()
     grow_old(killed, DAY)
-    WorkStore().make_room(own_cache / "compress" / "work" / "new", 0)
+    WorkStore().make_room(own_cache / "compress" / "runs" / "new", 0)
     assert not stale.exists() and left.is_dir() and old.is_dir() and not killed.exists()
 
 
@@ -161,7 +161,7 @@ def test_a_flipped_bit_in_statistics_is_measured_again(source: Source) -> None:
 def test_every_kind_of_file_is_verified(source: Source) -> None:
     store = WorkStore()
     CalibratedLinears(source, text()).linear("layers.0.q", Layout(4, 32))
-    work = kept("work", "a", 1000, 0)
+    work = kept("runs", "a", 1000, 0)
     write_checked(work / "distil" / "teacher" / "00000.states", np.arange(1000).astype(np.uint8))
     write_state(work / "distil" / "distil.checkpoint", {"step": 1, "x": torch.ones(100)})
     files = [path for one in store.held() for path in one.path.rglob("*") if path.is_file()]
@@ -175,7 +175,7 @@ def test_every_kind_of_file_is_verified(source: Source) -> None:
 
 
 def test_a_run_makes_room_and_leaves_its_statistics(source: Source, own_cache: Path) -> None:
-    stale = kept("work", "a", 1000, STALE_S + 60)
+    stale = kept("runs", "a", 1000, STALE_S + 60)
     compress(source.files[0].path.parent, "w4-gptq", text(), out=None)
     assert not stale.exists()
     assert [one.path.parent.name for one in WorkStore().held()] == ["statistics"]

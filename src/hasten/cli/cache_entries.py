@@ -100,7 +100,7 @@ def _compress(folders: Sequence[Path]) -> Iterator[Entry]:
 
     store = WorkStore()
     for held in store.held():
-        part = {"statistics": "statistics", "linears": "matrices", "work": "unfinished run"}
+        part = {"statistics": "statistics", "linears": "matrices", "runs": "unfinished run"}
         name = f"{part[held.path.parent.name]} {held.path.name}"
         yield Entry("compress", name, held.path, held.bytes, held.last_used, store.model(held.path))
 

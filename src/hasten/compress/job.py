@@ -92,7 +92,7 @@ class Job:
             write_recipe(replace(self.recipe, name="")),
             texts,
         ]
-        return WorkStore().place("work", hashlib.sha256(repr(key).encode()).hexdigest()[:32])
+        return WorkStore().place("runs", hashlib.sha256(repr(key).encode()).hexdigest()[:32])
 
     def check_disk(self, out: Path | None) -> None:
         """Refuse an artifact that has no place, and make room in the cache for the work.

@@ -2,7 +2,7 @@
 
     compress/statistics/KEY/  second moments of a model on a text, a file a layer
     compress/linears/KEY/     matrices found one by one, for mixtures
-    compress/work/KEY/        of a run under way: finished layers, the teacher's states, a checkpoint
+    compress/runs/KEY/        of a run under way: finished layers, the teacher's states, a checkpoint
     compress/.../used.json    in each: of which model; a use sets its time
 
 All share the limit of the cache with packed weights, and what was not used for longest goes first. A running
@@ -26,8 +26,8 @@ from hasten.cache.stage import clean, vanish
 from hasten.compress.checked_file import is_whole
 from hasten.compress.torch_file import state_damage
 
-Part = Literal["statistics", "linears", "work"]
-PARTS: tuple[Part, ...] = ("statistics", "linears", "work")
+Part = Literal["statistics", "linears", "runs"]
+PARTS: tuple[Part, ...] = ("statistics", "linears", "runs")
 IN_USE_S = 6 * 3600.0
 """The longest that a process which is using something leaves it untouched: one layer of a large model."""
 STALE_S = 7 * 86400.0
@@ -66,7 +66,7 @@ class WorkStore:
         for part in PARTS:
             clean(self.folder / part)
         for held in self.held():
-            if held.path.parent.name == "work" and time.time() - held.last_used > STALE_S:
+            if held.path.parent.name == "runs" and time.time() - held.last_used > STALE_S:
                 _drop(held.path)
         together = [*self.held(), *PackedStore(self.folder.parent / "packed").held()]
         limit = limit_bytes(self.folder, sum(one.bytes for one in together))
