@@ -41,7 +41,7 @@ def test_the_output_stays_and_the_balance_is_kept(name: str, alpha: float, tmp_p
     config, weights, x = layer(name, tmp_path)
     positions = Positions.of(config, x.shape[1])
     watch = maxima_of(config, weights, x)
-    smooth = smooth_layer(weights, config, watch.maxima, alpha)
+    smooth = smooth_layer(weights, config, watch.maxima, alpha)[0]
     before, after = (layer_forward(config, 1, w, x, positions) for w in (weights, smooth))
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4 * float(before.std()))
     for group in GROUPS:
@@ -55,7 +55,7 @@ def test_a_rotated_layer_smooths_too(tmp_path: Path) -> None:
     x = torch.randn(2, 24, config.hidden_size, generator=torch.Generator().manual_seed(4))
     positions, watch = Positions.of(config, 24), ChannelMaxima("layers.2.")
     before = layer_forward(config, 2, weights, x, positions, watch)
-    smooth = smooth_layer(weights, config, watch.maxima, 0.5)
+    smooth = smooth_layer(weights, config, watch.maxima, 0.5)[0]
     assert not torch.equal(smooth["v"], weights["v"])
     after = layer_forward(config, 2, smooth, x, positions)
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4 * float(before.std()))
@@ -79,14 +79,14 @@ def test_the_ends_of_alpha(tmp_path: Path) -> None:
     """At 1 every channel has the same largest activation, at 0 every column the same largest weight."""
     config, weights, x = layer("llama", tmp_path)
     watch = maxima_of(config, weights, x)
-    whole = smooth_layer(weights, config, {"gate": watch.maxima["gate"]}, 1.0)
+    whole = smooth_layer(weights, config, {"gate": watch.maxima["gate"]}, 1.0)[0]
     found = maxima_of(config, whole, x).maxima["up"]
     torch.testing.assert_close(found, found[:1].expand_as(found), rtol=1e-3, atol=0)
-    none = smooth_layer(weights, config, {"gate": watch.maxima["gate"]}, 0.0)
+    none = smooth_layer(weights, config, {"gate": watch.maxima["gate"]}, 0.0)[0]
     columns = torch.cat([none["gate"], none["up"]]).abs().max(0).values
     torch.testing.assert_close(columns, columns[:1].expand_as(columns), rtol=1e-3, atol=0)
     assert torch.equal(none["q"], weights["q"]), "only what was watched is smoothed"
-    named = smooth_layer(weights, config, watch.maxima, 0.5, groups=("o",))
+    named = smooth_layer(weights, config, watch.maxima, 0.5, groups=("o",))[0]
     changed = {name for name in weights if not torch.equal(named[name], weights[name])}
     assert changed == {"o", "v"}
 
@@ -103,7 +103,7 @@ def test_int8_activations_lose_less(tmp_path: Path) -> None:
 
     errors = [
         float((layer_forward(config, 1, w, x, positions, rounded) - exact).square().mean())
-        for w in (weights, smooth_layer(weights, config, maxima_of(config, weights, x).maxima, 0.5))
+        for w in (weights, smooth_layer(weights, config, maxima_of(config, weights, x).maxima, 0.5)[0])
     ]
     assert errors[1] < 0.5 * errors[0]
 
@@ -112,7 +112,7 @@ def test_dead_channels_keep_their_weights(tmp_path: Path) -> None:
     config, weights, x = layer("llama", tmp_path)
     weights["mlp_norm"][7] = 0
     weights["gate"][:, 9] = weights["up"][:, 9] = 0
-    smooth = smooth_layer(weights, config, maxima_of(config, weights, x).maxima, 0.5)
+    smooth = smooth_layer(weights, config, maxima_of(config, weights, x).maxima, 0.5)[0]
     assert all(bool(torch.isfinite(value).all()) for value in smooth.values())
     assert torch.equal(smooth["gate"][:, 7], weights["gate"][:, 7])
     assert float(smooth["mlp_norm"][9]) == float(weights["mlp_norm"][9])

@@ -80,6 +80,13 @@ def checksum_of(linear: PackedLinear, threads: int = 1) -> str:
     return "".join(f"{value:016x}" for value in _native.checksums(linear.data, PIECE_BYTES, threads))
 
 
+def values_of(linear: PackedLinear) -> npt.NDArray[np.float32]:
+    """What a matrix holds: float32 [rows, cols], on all cores."""
+    stored = (linear.layout.bits, linear.layout.group, linear.layout.symmetric)
+    values: npt.NDArray[np.float32] = _native.unpack(linear.data, linear.rows, linear.cols, *stored)
+    return values
+
+
 def packed_bytes(rows: int, cols: int, layout: Layout) -> int:
     """Bytes of a [rows, cols] matrix in a layout."""
     return int(_native.packed_bytes(rows, cols, layout.bits, layout.group, layout.symmetric))

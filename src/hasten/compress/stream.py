@@ -93,9 +93,13 @@ def fast_type() -> torch.dtype:
 
 def stream_weights(source: Source, index: int) -> dict[str, torch.Tensor]:
     """A layer's parameters: matrices in `fast_type`, norms and biases in float32."""
+    return in_fast_type(layer_weights(source, index))
+
+
+def in_fast_type(weights: Weights) -> dict[str, torch.Tensor]:
+    """A layer's parameters with the matrices in `fast_type`."""
     dtype = fast_type()
-    found = layer_weights(source, index)
-    return {name: value.to(dtype) if value.ndim == 2 else value for name, value in found.items()}
+    return {name: value.to(dtype) if value.ndim == 2 else value for name, value in weights.items()}
 
 
 def stream_linear(

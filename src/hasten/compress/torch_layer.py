@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -130,13 +131,16 @@ def layer_forward(
     before = config.norm_placement in ("pre", "sandwich")
     after = config.norm_placement in ("post", "sandwich")
 
-    def norm(name: str, value: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(value, value.shape[-1:], weights[name].to(value.dtype), config.norm_eps)
-
+    norm = partial(normed, config, weights)
     y = attention(config, index, weights, norm("attn_norm", x) if before else x, positions, linear)
     x = x + (norm("post_attn_norm", y) if after else y)
     y = mlp(config, weights, norm("mlp_norm", x) if before else x, linear)
     return x + (norm("post_mlp_norm", y) if after else y)
+
+
+def normed(config: ModelConfig, weights: Weights, name: str, value: torch.Tensor) -> torch.Tensor:
+    """RMS norm by one of the layer's norms, [..., n], in the value's type."""
+    return F.rms_norm(value, value.shape[-1:], weights[name].to(value.dtype), config.norm_eps)
 
 
 def attention(
@@ -164,14 +168,12 @@ def attended(
     dim, slides = config.head_dim, positions.slides(index)
     q, k, v = (linear(name, x, weights[name], weights.get(f"{name}.bias")) for name in "qkv")
 
-    def normed(name: str, value: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(value, value.shape[-1:], weights[name].to(value.dtype), config.norm_eps)
-
+    norm = partial(normed, config, weights)
     if config.qk_norm == "full":
-        q, k = normed("q_norm", q), normed("k_norm", k)
+        q, k = norm("q_norm", q), norm("k_norm", k)
     q, k, v = (value.view(*value.shape[:-1], -1, dim) for value in (q, k, v))  # [B, T, heads, D]
     if config.qk_norm == "head":
-        q, k = normed("q_norm", q), normed("k_norm", k)
+        q, k = norm("q_norm", q), norm("k_norm", k)
     if not config.rope_layers or config.rope_layers[index]:
         q, k = positions.rotate(q, slides), positions.rotate(k, slides)
     return _attend(config, q, k, v, positions.masks[slides]).flatten(-2)

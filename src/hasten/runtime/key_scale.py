@@ -17,8 +17,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from hasten import _native
-from hasten.compress.pack import PackedLinear
+from hasten.compress.pack import PackedLinear, values_of
 from hasten.core import ModelConfig
 from hasten.models.rope import tables
 
@@ -67,9 +66,7 @@ def _sizes(
     norm = vectors.get(prefix + "k_norm")
     if norm is not None:  # keys are normed after the matrix: a head's, or all heads'
         return np.tile(norm**2, config.num_kv_heads * config.head_dim // norm.size).astype(np.float32)
-    one = linears[prefix + "k"]
-    stored = (one.layout.bits, one.layout.group, one.layout.symmetric)
-    weight = _native.unpack(one.data, one.rows, one.cols, *stored)
+    weight = values_of(linears[prefix + "k"])
     before = vectors.get(prefix + "attn_norm")
     found: Floats = np.square(weight if before is None else weight * before).sum(axis=1)
     bias = vectors.get(prefix + "k.bias")

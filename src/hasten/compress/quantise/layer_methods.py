@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from hasten.compress.pack import PackedLinear, pack_linear
+from hasten.compress.changed import made_tensor
+from hasten.compress.pack import PackedLinear, pack_linear, source_layout
 from hasten.compress.pack_integers import pack_integers
 from hasten.compress.quantise.awq import awq_layer
 from hasten.compress.quantise.fold import GROUPS, READERS, Group
 from hasten.compress.quantise.gptq import Factor, gptq, nearest
 from hasten.compress.quantise.hqq import hqq
-from hasten.compress.quantise.smooth import smoothed
+from hasten.compress.quantise.smooth import smooth_layer
 from hasten.compress.quantise.statistics import LayerStatistics
 from hasten.compress.torch_layer import LINEARS, layer_weights
 from hasten.compress.unpack import Integers
@@ -71,8 +72,6 @@ def adapted(
     source: Source, recipe: Recipe, index: int, statistics: LayerStatistics | None
 ) -> tuple[dict[str, torch.Tensor], dict[str, Layout], dict[Group, torch.Tensor]]:
     """A layer's weights, float32, smoothed where the recipe says so; their layouts; the inputs' divisors."""
-    from hasten.compress.pack import source_layout
-
     prefix = f"layers.{index}."
     weights: dict[str, torch.Tensor] = layer_weights(source, index)
     layouts = {
@@ -82,7 +81,7 @@ def adapted(
     if recipe.smooth is not None:
         assert statistics is not None
         maxima = {READERS[group][0]: statistics.maxima[group] for group in GROUPS}
-        smooth, scales = smoothed(weights, source.config, maxima, recipe.smooth)
+        smooth, scales = smooth_layer(weights, source.config, maxima, recipe.smooth)
         return smooth, layouts, scales
     return weights, layouts, {}
 
@@ -113,8 +112,6 @@ def kept_as(
     """A matrix packed: its integers, or the source's own values where nothing was asked for or changed."""
     if found is not None:
         return pack_integers(full, found)
-    from hasten.compress.changed import made_tensor
-
     layout = recipe.layout_for(full)
     if recipe.smooth is None and recipe.method not in ("awq", "awq-gptq"):
         return pack_linear(source.tensors[full], layout)

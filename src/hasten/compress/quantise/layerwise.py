@@ -9,11 +9,10 @@ import numpy as np
 import torch
 
 from hasten.compress.calibration import Calibration
-from hasten.compress.pack import PackedLinear, PackedModel, vector
+from hasten.compress.pack import PackedLinear, PackedModel, pack_linear, vector
 from hasten.compress.quantise.identity import identity_of
 from hasten.compress.quantise.layer_methods import (
     QuantisedLayer,
-    kept_as,
     layer_alone,
     needs_statistics,
 )
@@ -22,7 +21,6 @@ from hasten.compress.quantise.sequential import Streams, sequential_head, sequen
 from hasten.compress.quantise.statistics import Observer, Statistics
 from hasten.compress.stream import Stream
 from hasten.compress.torch_file import read_state, write_state
-from hasten.compress.torch_layer import tensor_values
 from hasten.core import Layout, Recipe
 from hasten.errors import UsageError
 from hasten.models.source import Source
@@ -132,8 +130,7 @@ class _Pass:
             elif reads_states and self._statistics is not None and "gptq" in self.recipe.method:
                 found[name] = head_alone(self.source, self.recipe, name, self._statistics)
             else:
-                weight = tensor_values(self.source.tensors[name])
-                found[name] = kept_as(self.source, self.recipe, name, weight, None)
+                found[name] = pack_linear(self.source.tensors[name], self.recipe.layout_for(name))
         return QuantisedLayer(found, {})
 
 

@@ -15,7 +15,7 @@ from hasten.compress.pack import PackedLinear, pack_linear, packed_bytes
 from hasten.compress.pack_integers import pack_integers
 from hasten.compress.quantise.gptq import Factor, gptq
 from hasten.compress.quantise.identity import identity_of
-from hasten.compress.quantise.layer_methods import factor_of, kept_as
+from hasten.compress.quantise.layer_methods import factor_of
 from hasten.compress.quantise.statistics import HEAD, Observer, Statistics, readers_of
 from hasten.compress.torch_layer import tensor_values
 from hasten.compress.work_store import WorkStore, touch
@@ -29,9 +29,9 @@ _VERSION = 1
 def head_alone(source: Source, recipe: Recipe, name: str, statistics: Statistics) -> PackedLinear:
     """The LM head, or a tied embedding, by GPTQ on the source's own final states; plain from 8 bits on."""
     layout = recipe.layout_for(name)
-    weight = tensor_values(source.tensors[name])
     if layout is None or layout.bits >= 8:
-        return kept_as(source, recipe, name, weight, None)
+        return pack_linear(source.tensors[name], layout)
+    weight = tensor_values(source.tensors[name])
     gram = statistics.layer(source.config.num_layers).grams[HEAD]
     return pack_integers(name, gptq(weight, factor_of(gram, name), layout, name))
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hasten.compress.pack import PackedLinear
+from hasten.compress.pack import PackedLinear, pack_linear
 from hasten.compress.pack_integers import pack_integers
 from hasten.compress.quantise.fold import GROUPS, READERS
 from hasten.compress.quantise.gptq import DAMP, Factor, gptq
@@ -27,7 +27,7 @@ from hasten.compress.quantise.layer_methods import (
 )
 from hasten.compress.quantise.staged import StagedLayer
 from hasten.compress.quantise.statistics import LayerStatistics, final_states, mean_gram
-from hasten.compress.stream import Stream, fast_type
+from hasten.compress.stream import Stream, fast_type, in_fast_type
 from hasten.compress.torch_layer import tensor_values
 from hasten.core import Recipe
 from hasten.models.source import Source
@@ -74,7 +74,7 @@ def sequential_layer(
         ModelError: a weight or an activation is not finite; the layer is named.
     """
     weights, layouts, _ = adapted(source, recipe, index, statistics)
-    run = _fast(weights)
+    run = in_fast_type(weights)
     ours = dict(run)
     there, here = StagedLayer(streams.full, index), StagedLayer(streams.ours, index)
     linears: dict[str, PackedLinear] = {}
@@ -98,9 +98,9 @@ def sequential_layer(
 def sequential_head(source: Source, recipe: Recipe, name: str, streams: Streams) -> PackedLinear:
     """The LM head, or a tied embedding, for the hidden states it will get."""
     layout = recipe.layout_for(name)
-    weight = tensor_values(source.tensors[name])
     if layout is None or layout.bits >= 8:  # nothing to win that costs a minute
-        return kept_as(source, recipe, name, weight, None)
+        return pack_linear(source.tensors[name], layout)
+    weight = tensor_values(source.tensors[name])
     inputs = Inputs(final_states(source, streams.full), final_states(source, streams.ours))
     aim = _Aim.of(inputs, name)
     return pack_integers(name, gptq(aim.moved(weight), aim.factor, layout, name))
@@ -130,9 +130,3 @@ class _Aim:
 
 def _full(index: int, name: str) -> str:
     return f"layers.{index}.{name}"
-
-
-def _fast(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Matrices in the type that the streams multiply in."""
-    kind = fast_type()
-    return {name: value.to(kind) if value.ndim == 2 else value for name, value in weights.items()}

@@ -84,7 +84,7 @@ def smooth_layer(
     maxima: Mapping[str, torch.Tensor],
     alpha: float,
     groups: Collection[Group] = GROUPS,
-) -> dict[str, torch.Tensor]:
+) -> tuple[dict[str, torch.Tensor], dict[Group, torch.Tensor]]:
     """One layer with smoother activations and the same output, up to rounding.
 
     Groups whose scales fold into nothing stay as they are (`fold.obstacle` says why), and so do those whose
@@ -97,18 +97,10 @@ def smooth_layer(
             `ChannelMaxima` finds them; of a group that reads the same input any one will do.
         alpha: 0 to 1; the paper uses 0.5.
         groups: which to smooth. The paper has `qkv` and `gate_up`.
+
+    Returns:
+        (the layer anew, by what each smoothed group's inputs are divided now [cols]).
     """
-    return smoothed(weights, config, maxima, alpha, groups)[0]
-
-
-def smoothed(
-    weights: Weights,
-    config: ModelConfig,
-    maxima: Mapping[str, torch.Tensor],
-    alpha: float,
-    groups: Collection[Group] = GROUPS,
-) -> tuple[dict[str, torch.Tensor], dict[Group, torch.Tensor]]:
-    """`smooth_layer`, and by what each smoothed group's inputs are divided, [cols]."""
     new, used = dict(weights), dict[Group, torch.Tensor]()
     for group in GROUPS:
         given = [maxima[name] for name in READERS[group] if name in maxima]
