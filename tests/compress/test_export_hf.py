@@ -194,7 +194,6 @@ def plain_logits(folder: Path, rounded: set[str]) -> np.ndarray:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "smollm3", "olmo2"])
 def test_transformers_says_the_same(name: str, tmp_path: Path) -> None:
-    pytest.importorskip("compressed_tensors")
     folder = make(tmp_path, name, Recipe.parse("w8"))
     written = export(folder, "compressed-tensors", tmp_path / "out")
     theirs, said = peer(tmp_path, written.path, "transformers", sys.executable)
@@ -206,7 +205,6 @@ def test_transformers_says_the_same(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_transformers_reads_a_mixture(tmp_path: Path) -> None:
-    pytest.importorskip("compressed_tensors")
     folder = make(tmp_path, "llama-wide", mixed("w4"))
     written = export(folder, "compressed-tensors", tmp_path / "out")
     theirs, _ = peer(tmp_path, written.path, "transformers", sys.executable)

@@ -14,8 +14,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-pytest.importorskip("llguidance")
-
 from hasten.engine.grammar import Grammar
 from hasten.errors import MachineError, UsageError
 from hasten.models import pre_tokenizer

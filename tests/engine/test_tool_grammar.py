@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("llguidance")
-
 from hasten.engine.tool_grammar import tool_grammar
 from hasten.errors import UsageError
 from hasten.models import pre_tokenizer

@@ -85,7 +85,8 @@ def test_every_pre_tokenizer_name_builds_and_keeps_text() -> None:
 
 
 def test_splits_are_those_of_transformers() -> None:
-    mapping = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")
+    from transformers.integrations.gguf import gguf_tokenizer_mapping as mapping
+
     for name, split in mapping.GGUF_PRE_TOKENIZER_SPLITS.items():
         if name in pre_tokenizer.KINDS:
             assert pre_tokenizer.KINDS[name].splits == (split,), name

@@ -9,14 +9,12 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import client_server
+import openai
 import pytest
 from client_server import NAME, Server
 from pydantic import BaseModel
 
 import tiny_models
-
-openai = pytest.importorskip("openai", reason="the openai client is not installed (hasten[dev])")
-pytest.importorskip("fastapi", reason="the server's packages are not installed (hasten[serve])")
 
 QUESTION: list[Any] = [{"role": "user", "content": "What is a mutex?"}]
 WEATHER: dict[str, Any] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -28,15 +27,6 @@ CONFIG = """
 expected-statuses = ["2xx", "3xx", "4xx", "503", "504"]
 """
 """503 and 504 are what a deadline that cannot be met is answered with; any other 5xx is a fault."""
-
-pytestmark = [
-    pytest.mark.skipif(
-        importlib.util.find_spec("schemathesis") is None, reason="schemathesis is not installed (hasten[dev])"
-    ),
-    pytest.mark.skipif(
-        importlib.util.find_spec("fastapi") is None, reason="the server's packages are not installed"
-    ),
-]
 
 
 @pytest.fixture(scope="module")

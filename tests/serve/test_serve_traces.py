@@ -8,8 +8,6 @@ from running_server import chat, serving
 from hasten.serve.options import ServeOptions
 from hasten.serve.traces import new_tracer
 
-pytest.importorskip("opentelemetry.sdk.trace")
-
 
 def test_a_span_says_what_a_request_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     from opentelemetry import trace

@@ -19,7 +19,6 @@ QUERIES = [target["expr"] for panel in PANELS for target in panel["targets"]]
 @pytest.fixture(scope="module")
 def reported() -> dict[str, set[str]]:
     """Name of every series the server reports -> its labels: a real page, after one answer of everything."""
-    pytest.importorskip("prometheus_client")
     from hasten.engine.request import Usage
     from hasten.engine.stats import EngineStats
     from hasten.serve.metrics import Metrics
