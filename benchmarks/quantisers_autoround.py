@@ -46,6 +46,10 @@ def main() -> None:
         **settings,
     )
     rounder.quantize_and_save(str(out), format="auto_gptq")
+    (written,) = out.iterdir()  # it makes a folder of its own there
+    for file in written.iterdir():
+        file.rename(out / file.name)
+    written.rmdir()
     record = {
         "versions": {name: version(name) for name in ("auto-round", "torch", "transformers")},
         "settings": settings,
