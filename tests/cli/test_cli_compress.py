@@ -61,6 +61,7 @@ def test_one_json_document(model: str, capsys: pytest.CaptureFixture[str]) -> No
     assert 4.5 < document["bits_per_weight"] < 8.5
     assert [step["name"] for step in document["steps"]] == ["quantise"]
     assert document["calibration"] is None and document["notes"] == []
+    assert "<h2>quantise, " in Path("o.hasten/report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,7 @@ def command(
         made = compress(
             model, found, calibration, out=place, tokens=tokens, means=means, observer=_watcher(ticker)
         )
+    _write_report(place)
     if json:
         emit(_document(model, made))
         return
@@ -145,19 +146,26 @@ def _size(made: Compressed) -> int:
 
 
 def _document(model: str, made: Compressed) -> dict[str, Any]:
+    from hasten.compress.compress import record
+
     return {
         "schema_version": SCHEMA_VERSION,
         "model": model,
-        "recipe": made.recipe.name,
         "artifact": str(made.artifact),
         "bytes": _size(made),
         "bits_per_weight": made.bits_per_weight,
-        "seconds": made.seconds,
-        "peak_rss_bytes": made.peak_rss_bytes,
-        "calibration": made.calibration,
-        "steps": [{"name": s.name, "seconds": s.seconds, "lines": list(s.lines)} for s in made.steps],
-        "notes": list(made.notes),
+        **record(made),
+        "recipe": made.recipe.name,
     }
+
+
+def _write_report(place: Path) -> None:
+    """report.html from the artifact's own record."""
+    from hasten.cache import write_atomic
+    from hasten.compress.artifact import read_plan
+    from hasten.report.compressed import compressed_page
+
+    write_atomic(place / "report.html", compressed_page(read_plan(place)).encode())
 
 
 def _text(made: Compressed) -> str:

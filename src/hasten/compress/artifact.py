@@ -5,7 +5,7 @@
     weights.safetensors   matrices as uint8 in the layout of native/layout.h, norms and biases as float32;
                           every tensor starts on 64 bytes
     tokenizer.json ...    what Tokenizer.save writes
-    report.html           written by optimize
+    report.html           written by `hasten optimize` and `hasten compress`; nobody reads it back
 
 The folder appears whole or not at all. Reading verifies every checksum.
 """
@@ -159,7 +159,7 @@ def load_artifact(folder: str | Path) -> Artifact:
         ArtifactError: no artifact there, another version, a file missing, cut short or with a wrong checksum.
     """
     path = Path(folder)
-    plan = _read_plan(path)
+    plan = read_plan(path)
     weights = _verified(path, plan)
     config = _config(path / "config.json")
     packed = _packed(path, plan, config, weights)
@@ -175,10 +175,15 @@ def verify_files(folder: str | Path) -> None:
         ArtifactError: as `load_artifact`.
     """
     path = Path(folder)
-    _verified(path, _read_plan(path))
+    _verified(path, read_plan(path))
 
 
-def _read_plan(path: Path) -> dict[str, Any]:
+def read_plan(path: Path) -> dict[str, Any]:
+    """plan.json of an artifact; no other file is looked at.
+
+    Raises:
+        ArtifactError: no artifact there, or one of another version.
+    """
     if not path.exists():
         raise ArtifactError(
             f"there is no artifact at {path}", hint=f"make one: hasten optimize MODEL --out {path}"

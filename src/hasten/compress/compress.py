@@ -13,7 +13,7 @@ from hasten.compress.job import Job, Means
 from hasten.compress.recipe_file import recipe_from, write_recipe
 from hasten.compress.result import Compressed, Observer, Progress, silent
 from hasten.compress.steps import carried_out
-from hasten.core import Recipe
+from hasten.core import Recipe, as_json
 from hasten.errors import UsageError
 from hasten.models.open import open_model
 
@@ -96,7 +96,7 @@ def compress(
     made = carried_out(job)
     if out is not None:
         observer(Progress("write", str(out)))
-        save(out, made.packed, made.source, {"compress": _record(made)}, threads=job.means.threads)
+        save(out, made.packed, made.source, {"compress": record(made)}, threads=job.means.threads)
         made = replace(made, artifact=Path(out))
     job.clean()
     return made
@@ -108,12 +108,12 @@ def _is_module(model: Any) -> bool:
     return torch is not None and hasattr(torch, "nn") and isinstance(model, torch.nn.Module)
 
 
-def _record(made: Compressed) -> dict[str, Any]:
-    """What plan.json says of how the artifact was made."""
+def record(made: Compressed) -> dict[str, Any]:
+    """How it was made, as JSON: `compress` in plan.json."""
     return {
         "recipe": write_recipe(made.recipe),
         "calibration": made.calibration,
-        "steps": [{"name": s.name, "seconds": s.seconds, "lines": list(s.lines)} for s in made.steps],
+        "steps": [as_json(step) for step in made.steps],
         "seconds": made.seconds,
         "peak_rss_bytes": made.peak_rss_bytes,
         "notes": list(made.notes),

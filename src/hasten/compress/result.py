@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,9 @@ class Step:
     """One thing that was done to the model."""
 
     name: str
-    seconds: float
+    seconds: float = 0.0
     lines: tuple[str, ...] = ()  # what it did, for people
+    record: Mapping[str, Any] = field(default_factory=dict)  # the same for machines: JSON, nothing else
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,9 @@ from hasten.recipe import Pruning
 if TYPE_CHECKING:
     from hasten.compress.distil.result import Distilled
 
+Told = tuple[list[str], dict[str, Any]]
+"""What a step says of itself: lines for people, and the record."""
+
 
 def carried_out(job: Job) -> Compressed:
     """A job through every step; nothing is written but what a stopped run goes on from.
@@ -75,27 +78,27 @@ class _Steps:
         self._step("quantise", lambda clock: self._quantise(final, clock, made))
         return replace(made[0], recipe=replace(self.job.recipe, layers=final.layers))
 
-    def _step(self, name: str, work: Callable[[Clock], list[str]]) -> None:
+    def _step(self, name: str, work: Callable[[Clock], Told]) -> None:
         clock = Clock(name, self.job.observer)
         clock(0, 0)
-        lines = work(clock)
-        self.done.append(Step(name, clock.seconds, tuple(lines)))
+        lines, record = work(clock)
+        self.done.append(Step(name, clock.seconds, tuple(lines), record))
 
-    def _rotate(self, clock: Clock) -> list[str]:
+    def _rotate(self, clock: Clock) -> Told:
         from hasten.compress.quantise.rotate import residual_rotation, rotate
 
         because = residual_rotation(self.source.config).because
         self.source = rotate(self.source)
-        return [f"hidden states turned: {because}"]
+        return [f"hidden states turned: {because}"], {}
 
-    def _prune(self, pruning: Pruning, clock: Clock) -> list[str]:
+    def _prune(self, pruning: Pruning, clock: Clock) -> Told:
         from hasten.compress.prune.prune import prune
 
         pruned = prune(self.source, pruning, self.job.text, clock)
         self.source = pruned.source
-        return pruned.lines()
+        return pruned.lines(), pruned.record()
 
-    def _distil(self, clock: Clock) -> list[str]:
+    def _distil(self, clock: Clock) -> Told:
         from hasten.compress.distil.trainer import Training, distil
 
         job, recipe = self.job, self.job.recipe
@@ -117,7 +120,7 @@ class _Steps:
             observer=lambda p: clock(p.done, p.total, _lesson(p), p.seconds_left),
         )
         self.source = self._learned.source
-        return self._learned.lines()
+        return self._learned.lines(), self._learned.record()
 
     @property
     def _through_layouts(self) -> bool:
@@ -125,7 +128,7 @@ class _Steps:
         recipe = self.job.recipe
         return recipe.method == "rtn" and recipe.smooth is None
 
-    def _quantise(self, recipe: Recipe, clock: Clock, made: list[PackedModel]) -> list[str]:
+    def _quantise(self, recipe: Recipe, clock: Clock, made: list[PackedModel]) -> Told:
         threads = self.job.means.threads
         if self._learned is not None and self._learned.integers:
             learned = self._learned.integers
@@ -143,7 +146,7 @@ class _Steps:
             folder = self.job.folder / "layers"
             made.append(quantise(self.source, recipe, self.job.text, observer=clock, folder=folder))
             said = f"integers found by {recipe.method}"
-        return [f"{said}: {made[0].bits_per_weight:.2f} bits a weight"]
+        return [f"{said}: {made[0].bits_per_weight:.2f} bits a weight"], {}
 
 
 def _lesson(progress: Any) -> str:

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hasten.report.axis import ticks
 from hasten.report.figures import median, number, small, text
 
 _WIDTH, _HEIGHT = 480, 340  # of the view box: one unit is one pixel on a small phone's full width
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 26, 44
 _LABEL = 12  # font size
-_NICE = (1.0, 2.0, 2.5, 5.0, 10.0)
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -106,16 +106,13 @@ def _log_axis(values: Sequence[float]) -> tuple[Callable[[float], float], list[f
 
 
 def _linear_axis(highest: float) -> tuple[Callable[[float], float], list[float]]:
-    rough = highest / 4
-    scale = 10.0 ** math.floor(math.log10(rough))
-    step = next(n * scale for n in _NICE if n * scale >= rough * 0.999)
-    top = step * math.ceil(highest * 1.05 / step)
+    found = ticks(highest, room=1.05)
     height = _HEIGHT - _TOP - _BOTTOM
 
     def place(value: float) -> float:
-        return _HEIGHT - _BOTTOM - height * value / top
+        return _HEIGHT - _BOTTOM - height * value / found[-1]
 
-    return place, [step * i for i in range(round(top / step) + 1)]
+    return place, found
 
 
 def _grid(

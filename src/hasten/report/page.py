@@ -8,7 +8,7 @@ from typing import Any
 from hasten.report.figures import median, megabytes, number, percent, share, small, text, times
 from hasten.report.frontier import frontier
 from hasten.report.sensitivity import sensitivity_map
-from hasten.report.style import STYLE
+from hasten.report.style import document
 
 Record = Mapping[str, Any]
 
@@ -46,12 +46,7 @@ def page(plan: Record) -> str:
             _facts(plan, search),
         ]
     )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{name}: {text(search['chosen'])}</title><style>{STYLE}</style></head>\n"
-        f"<body><main>{body}</main></body></html>\n"
-    )
+    return document(f"{name}: {text(search['chosen'])}", body)
 
 
 _KEY = (

@@ -1,4 +1,4 @@
-"""The report's looks: light and dark, narrow and wide, printed."""
+"""The reports' frame and looks: light and dark, narrow and wide, printed."""
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fdfdfb; --ink: #1d2329; --soft: #5b6670; --line: #dfe3e6;
@@ -25,6 +25,11 @@ code { font: .9em ui-monospace, "SF Mono", Menlo, Consolas, monospace; overflow-
 .chart .name { fill: var(--ink); }
 .chart .strong { font-weight: 700; fill: var(--pick); }
 .chart .grid { stroke: var(--line); stroke-width: 1; }
+.chart .line { fill: none; stroke-width: 2; }
+.chart .first { stroke: var(--pick); fill: var(--pick); }
+.chart .second { stroke: var(--bad); fill: var(--bad); }
+.chart .line.first, .chart .line.second { fill: none; }
+.chart .line.second { stroke-dasharray: 6 3; }
 .chart .start { stroke: var(--soft); stroke-dasharray: 5 4; }
 .chart .pass { fill: var(--good); stroke: var(--good); }
 .chart .fail { fill: var(--bad); stroke: var(--bad); }
@@ -66,3 +71,13 @@ tr.chosen th { color: var(--pick); box-shadow: inset 3px 0 var(--pick); }
 @media (max-width: 34rem) { .facts { grid-template-columns: 1fr; } .facts dd { margin-bottom: .5rem; } }
 @media print { body { max-width: none; } .scroll { overflow: visible; } }
 """
+
+
+def document(title: str, body: str) -> str:
+    """One whole page. Both are HTML already: what comes from outside is escaped by who calls."""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{STYLE}</style></head>\n"
+        f"<body><main>{body}</main></body></html>\n"
+    )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from hasten.compress.unpack import Integers
+from hasten.core import as_json
 from hasten.models.source import Source
 
 
@@ -62,3 +63,7 @@ class Distilled:
             f"distil: {self.tokens:,} tokens in {self.seconds:,.0f} s",
             f"KL to the teacher on held-out text: {first.kl:.4f} before, {last.kl:.4f} after",
         ]
+
+    def record(self) -> dict[str, Any]:
+        """The report as JSON: the curve."""
+        return {"tokens": self.tokens, "seconds": self.seconds, "curve": [as_json(p) for p in self.curve]}

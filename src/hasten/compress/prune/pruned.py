@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
+from hasten.core import as_json
 from hasten.models.source import Source
 from hasten.recipe import Pruning
 
@@ -54,6 +56,10 @@ class Pruned:
         ]
         found += [_line(part) for part in self.parts]
         return [*found, *self.notes]
+
+    def record(self) -> dict[str, Any]:
+        """The report as JSON."""
+        return {f.name: as_json(getattr(self, f.name)) for f in fields(self) if f.name != "source"}
 
 
 def _line(part: PartPruned) -> str:

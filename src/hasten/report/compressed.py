@@ -1,0 +1,119 @@
+"""report.html of a compressed model: one file, no script, drawn from plan.json alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hasten.report.figures import number, share, text
+from hasten.report.learning_curve import learning_curve
+from hasten.report.style import document
+
+Record = Mapping[str, Any]
+
+_HEAT = 0.75  # of the heat colour at the largest error: text on it stays readable
+_ERRORS = {"error_before": "output error as cut", "error_after": "repaired"}
+
+
+def compressed_page(plan: Record) -> str:
+    """The report of `hasten compress`.
+
+    Args:
+        plan: what plan.json holds. Every string in it is escaped.
+    """
+    made, name = plan["compress"], text(plan["source"]["name"])
+    recipe = text(plan["recipe"]["name"])
+    body = "".join([_head(plan, made), *map(_step, made["steps"]), _facts(plan, made)])
+    return document(f"{name}: {recipe}", body)
+
+
+def _head(plan: Record, made: Record) -> str:
+    files = plan["artifact"]["files"].values()
+    peak = made["peak_rss_bytes"]
+    tiles = [
+        (number(plan["recipe"]["bits_per_weight"], 2), "bits a weight, scales and head included"),
+        (f"{number(sum(file['bytes'] for file in files) / 1e6)} MB", "on disk"),
+        (_time(made["seconds"]), "to make"),
+        (text(None) if peak is None else f"{peak / 1e9:.1f} GB", "of memory at most"),
+    ]
+    items = "".join(f"<li><b>{value}</b><span>{about}</span></li>" for value, about in tiles)
+    return (
+        f"<h1>{text(plan['source']['name'])} as {text(plan['recipe']['name'])}</h1>"
+        '<p class="lead">What was done to the model, step by step. What it costs in quality, '
+        "<code>hasten eval</code> measures.</p>"
+        f'<ul class="tiles">{items}</ul>'
+    )
+
+
+def _step(step: Record) -> str:
+    record = step["record"]
+    parts = [f"<h2>{text(step['name'])}, {_time(step['seconds'])}</h2>"]
+    if "parts" in record:
+        head, rest = _said(step["lines"], record)
+        parts += [*head, _pruned(record["parts"]), *rest]
+    else:
+        parts += [f"<p>{text(line)}</p>" for line in step["lines"]]
+    if "curve" in record:
+        parts.append(learning_curve(record["curve"]))
+    return "".join(parts)
+
+
+def _said(lines: Sequence[str], record: Record) -> tuple[list[str], list[str]]:
+    """What a pruning says before and after its parts, whose lines the table replaces."""
+    shown = [f"<p>{text(line)}</p>" for line in lines]
+    last = len(shown) - len(record["notes"])
+    return shown[: last - len(record["parts"])], shown[last:]
+
+
+def _pruned(parts: Sequence[Record]) -> str:
+    shown = [key for key in _ERRORS if any(part[key] is not None for part in parts)]
+    most = max((part[key] for part in parts for key in shown if part[key] is not None), default=0.0) or 1.0
+    rows = "".join(
+        f'<tr><th scope="row">{text(part["name"])}</th><td>{number(part["kept"], 0)}</td>'
+        f"<td>{number(part['total'], 0)}</td>{''.join(_error(part[key], most) for key in shown)}</tr>"
+        for part in parts
+    )
+    names = ("where", "kept", "of", *(_ERRORS[key] for key in shown))
+    head = "".join(f'<th scope="col">{name}</th>' for name in names)
+    about = (
+        "Errors are relative to what the original gives there, over the calibration text; darker is more."
+        if shown
+        else "What it does to the outputs was not measured."
+    )
+    return (
+        '<div class="scroll" role="region" aria-label="What was pruned" tabindex="0"><table class="map">'
+        f"<caption><span>{about}</span></caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _error(value: float | None, most: float) -> str:
+    if value is None:
+        return '<td style="--a:0">not measured</td>'
+    return f'<td style="--a:{_HEAT * value / most:.2f}">{share(value)}</td>'
+
+
+def _facts(plan: Record, made: Record) -> str:
+    calibration = made["calibration"]
+    read = (
+        "none was read"
+        if calibration is None
+        else f"{number(calibration['tokens'], 0)} tokens of {text(calibration['name'])}, sha256 "
+        f"<code>{text(calibration['sha256'])}</code>"
+    )
+    files = ", ".join(f"{text(f['path'])} <code>{text(f['sha256'])}</code>" for f in plan["source"]["files"])
+    facts = [
+        ("Calibration text", read),
+        ("Made from", files),
+        ("Recipe", f"<pre><code>{text(made['recipe'])}</code></pre>"),
+        *(("Note", text(note)) for note in made["notes"]),
+    ]
+    rows = "".join(f"<dt>{about}</dt><dd>{fact}</dd>" for about, fact in facts)
+    return f'<h2>How it was made</h2><dl class="facts">{rows}</dl>'
+
+
+def _time(seconds: float) -> str:
+    """9.3 s, 4 min 12 s."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s"
