@@ -20,42 +20,11 @@ from collections.abc import Collection, Mapping
 import torch
 
 from hasten.compress.quantise.fold import GROUPS, READERS, Group, fold, foldable, shared_scales
-from hasten.compress.torch_layer import Weights, plain_linear
+from hasten.compress.torch_layer import Weights
 from hasten.core import ModelConfig
-from hasten.errors import ModelError
 
 _FARTHEST = 256.0
 """Most that a scale lies from the group's mean: beyond it a channel is dead, not small."""
-
-
-class ChannelMaxima:
-    """Largest magnitude of each input channel of one layer: a `Linear` hook that computes as it watches.
-
-    Args:
-        prefix: what errors put before a linear layer's name, such as `layers.3.`.
-    """
-
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
-        self.maxima: dict[str, torch.Tensor] = {}  # short name -> float32 [cols]
-
-    def __call__(
-        self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The linear layer's output.
-
-        Raises:
-            ModelError: an input is not finite.
-        """
-        found = x.detach().abs().reshape(-1, x.shape[-1]).amax(0).float()
-        if not bool(torch.isfinite(found).all()):
-            raise ModelError(
-                f"{self.prefix}{name}: its input is not finite on calibration text",
-                hint="the model diverges on this text: check it with hasten eval, or use another text",
-            )
-        before = self.maxima.get(name)
-        self.maxima[name] = found if before is None else torch.maximum(before, found)
-        return plain_linear(name, x, weight, bias)
 
 
 def smooth_scales(weights: Weights, group: Group, maximum: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -93,8 +62,8 @@ def smooth_layer(
     Args:
         weights: the layer by short name.
         config: the model's.
-        maxima: largest magnitude of each input channel [cols] by short name of a linear layer, as
-            `ChannelMaxima` finds them; of a group that reads the same input any one will do.
+        maxima: largest magnitude of each input channel [cols] by short name of a linear layer; of a group
+            that reads the same input any one will do.
         alpha: 0 to 1; the paper uses 0.5.
         groups: which to smooth. The paper has `qkv` and `gate_up`.
 
