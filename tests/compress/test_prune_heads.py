@@ -11,6 +11,7 @@ import torch
 from prune_models import distance, text
 
 from hasten.compress.changed import changed
+from hasten.compress.moments import Moments, fitted
 from hasten.compress.prune.heads import HeadPlan, kept_heads, prune_heads
 from hasten.compress.torch_layer import tensor_values
 from hasten.errors import UsageError
@@ -89,3 +90,22 @@ def test_too_little_too_much_and_joint_norms_are_refused(tiny_folder: Callable[.
         assert kept_heads(config, float(refused.value.hint.split()[-1].rstrip(",")))
     with pytest.raises(UsageError, match="norms all of a layer's queries together"):
         kept_heads(open_folder(tiny_folder("olmo2")).config, 0.5)
+
+
+def test_a_token_with_a_huge_state_is_not_all_that_is_fitted() -> None:
+    """Errors count relative to the hidden state: a token a thousand times as long weighs as any other."""
+    random = torch.Generator().manual_seed(0)
+    h, truth = torch.randn(200, 4, generator=random), torch.randn(3, 4, generator=random)
+    y = h @ truth.T
+    state = torch.randn(200, 8, generator=random)
+    y[0], state[0] = 1000.0, 1000 * state[0]  # nothing that inputs like the others' explain
+    plain, weighed = Moments.zeros(4, 3), Moments.zeros(4, 3)
+    plain.add(h, y)
+    weighed.add(h, y, state)
+    wrong, right = (fitted(m, torch.zeros(3, 4), ridge=1e-6) for m in (plain, weighed))
+    assert float((right - truth).norm()) < 0.05 * float((wrong - truth).norm())
+    same = Moments.zeros(4, 3)
+    same.add(h[:1] / 500, y[:1] / 500, state[:1] / 500)
+    alone = Moments.zeros(4, 3)
+    alone.add(h[:1], y[:1], state[:1])
+    torch.testing.assert_close(same.gram, alone.gram)

@@ -50,9 +50,17 @@ class Moments:
         """Before the first token."""
         return cls(torch.zeros(inputs, inputs), torch.zeros(outputs, inputs))
 
-    def add(self, h: torch.Tensor, y: torch.Tensor) -> None:
-        """Count inputs [..., inputs] and wanted outputs [..., outputs] in."""
+    def add(self, h: torch.Tensor, y: torch.Tensor, state: torch.Tensor | None = None) -> None:
+        """Count inputs [..., inputs] and wanted outputs [..., outputs] in.
+
+        `state` [..., E] is the hidden state a norm reads once the outputs are in it: an error weighs as much
+        as it then is of the state. A few tokens have states a thousand times as long as all others (Sun et
+        al. 2024, Massive Activations), and would be all that is fitted.
+        """
         h, y = h.flatten(0, -2).float(), y.flatten(0, -2).float()
+        if state is not None:
+            weight = state.flatten(0, -2).square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
+            h, y = h * weight, y * weight
         symmetric_add(self.gram, h)
         self.cross.addmm_(y.T, h)
         self.squares += float(y.square().sum(dtype=torch.float64))

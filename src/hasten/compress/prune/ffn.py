@@ -61,9 +61,10 @@ def prune_ffn(
         step(index, config.num_layers)
         weights = stream_weights(source, index)
         inputs = to_middle(ours, index, weights)
-        moments = moments_of(ours, inputs, wanted_output(original, ours, index, weights))
+        wanted = wanted_output(original, ours, index, weights)
+        moments = moments_of(original, inputs, wanted)
         cut = _cut(moments, weights["down"].float(), count, repair)
-        del moments
+        del moments, wanted
         tensors |= _tensors(source, index, cut)
         parts.append(PartPruned(f"layers.{index}", count, len(weights["gate"]), cut.before, cut.after))
         from_middle(ours, weights | {"down": cut.down.to(inputs.dtype)}, inputs[..., cut.kept])

@@ -113,7 +113,7 @@ def _repaired(
         for gone in range(index + 1, following):
             original.advance(gone, stream_weights(source, gone))
         wanted = original.x - ours.x - weights.get("down.bias", torch.zeros(()))
-        moments = moments_of(ours, inputs, wanted)
+        moments = moments_of(original, inputs, wanted)
         down = weights["down"].float()
         fit = fitted(moments, down).bfloat16()
         errors[index] = moments.error(down), moments.error(fit.float())

@@ -33,31 +33,6 @@ def least_loss(moments: Moments, prior: torch.Tensor, count: int) -> torch.Tenso
     return (~gone).nonzero().squeeze(1)
 
 
-def least_loss_groups(
-    moments: Moments, prior: torch.Tensor, groups: torch.Tensor, count: int
-) -> torch.Tensor:
-    """As `least_loss` for inputs that go together, one group at a time.
-
-    Args:
-        moments, prior: as there.
-        groups: int64 [n, size]: which inputs.
-        count: groups that stay.
-
-    Returns:
-        int64 [count]: which rows of `groups` stay, ascending.
-    """
-    weight, inverse = _solved(moments, prior)
-    left = list(range(len(groups)))
-    while len(left) > count:
-        losses = []
-        for group in left:
-            at = groups[group]
-            through = torch.linalg.solve(inverse[at][:, at], weight[:, at], left=False)
-            losses.append(float((through * weight[:, at]).sum()))
-        _remove(weight, inverse, groups[left.pop(losses.index(min(losses)))])
-    return torch.tensor(left)
-
-
 def _solved(moments: Moments, prior: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Best weights with all inputs there, and the inverse of their moments; inputs scaled to size 1."""
     ridge, scale = _LOOSE * moments.ridge, moments.scale()

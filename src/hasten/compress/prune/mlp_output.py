@@ -33,11 +33,15 @@ def from_middle(stream: Stream, weights: Weights, inputs: torch.Tensor) -> None:
         stream.x[rows] += y
 
 
-def moments_of(ours: Stream, inputs: torch.Tensor, wanted: torch.Tensor) -> Moments:
-    """Moments of what `down` reads, [B, T, F], and what it should give, [B, T, E]."""
+def moments_of(original: Stream, inputs: torch.Tensor, wanted: torch.Tensor) -> Moments:
+    """Moments of what `down` reads, [B, T, F], and what it should give, [B, T, E].
+
+    The original stands behind the layer.
+    """
     moments = Moments.zeros(inputs.shape[-1], wanted.shape[-1])
-    for rows in ours.batches():
-        moments.add(inputs[rows], wanted[rows])
+    state = original.x if original.config.norm_placement == "pre" else wanted
+    for rows in original.batches():
+        moments.add(inputs[rows], wanted[rows], state[rows])
     return moments
 
 

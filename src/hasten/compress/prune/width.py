@@ -160,10 +160,12 @@ class _Narrow:
             after = self.original.through(index, theirs, rows, read, silent=later)
             mine = self.ours.through(index, ours, rows, found, silent=(*names, *later))
             wanted = torch.cat([read[name][1] for name in names], dim=-1)
+            state = None
             if names[0] in _WRITERS:
-                wanted = wanted[..., self.kept]
+                wanted = state = wanted[..., self.kept]
                 if self.config.norm_placement == "pre":  # towards the hidden state itself
                     bias = ours.get(f"{names[0]}.bias", torch.zeros(()))
-                    wanted = after[..., self.kept] - mine - bias
-            moments.add(found[names[0]][0], wanted)
+                    state = after[..., self.kept]
+                    wanted = state - mine - bias
+            moments.add(found[names[0]][0], wanted, state)
         return moments
