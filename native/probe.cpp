@@ -127,8 +127,8 @@ std::vector<double> measure_peak(const Peak& peak, int threads, double seconds) 
   const auto begin = Clock::now();
   while (rounds.size() < kLeastRounds || since(begin) < seconds) {
     const auto start = Clock::now();
-    pool().run(threads, [&](int) { peak.run(loops); });
-    rounds.push_back(peak.ops * static_cast<double>(loops) * threads / since(start) / 1e12);
+    const int all = pool().everyone(threads, [&] { peak.run(loops); });
+    rounds.push_back(peak.ops * static_cast<double>(loops) * all / since(start) / 1e12);
   }
   return rounds;
 }
