@@ -8,6 +8,7 @@
 
 #include "attention.h"
 #include "bind.h"
+#include "int_ways.h"
 #include "linear.h"
 #include "threads.h"
 
@@ -67,7 +68,7 @@ void linear_panels(Rows x, Array<const uint8_t, 1> data, int rows, int bits, int
   else if (acts.wide())
     kernels().linear_wide(w, first, last, acts.floats(), acts.padded(), m, out.data(), out.shape(1), add);
   else
-    kernels().linear_int(w, first, last, acts.integers(), m, out.data(), out.shape(1), add);
+    way_for(w.format, m).run(w, first, last, acts.integers(), m, out.data(), out.shape(1), add);
 }
 
 auto rms_norm(Floats x, Floats weight, float eps, bool in_place) {

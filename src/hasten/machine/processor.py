@@ -20,10 +20,7 @@ def processor_name(cpuinfo: Path = _CPUINFO) -> str:
     """The name the processor or the system gives, or its architecture where there is none."""
     if sys.platform == "darwin" and (brand := _sysctl("machdep.cpu.brand_string")):
         return brand
-    fields: dict[str, str] = {}
-    for line in _text(cpuinfo).splitlines():
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip(), value.strip())
+    fields = _cpuinfo(cpuinfo)
     for key in _KEYS:
         if fields.get(key):
             return " ".join(fields[key].split())
@@ -32,6 +29,25 @@ def processor_name(cpuinfo: Path = _CPUINFO) -> str:
             f"{platform.machine()} implementer {fields['CPU implementer']} part {fields.get('CPU part', '?')}"
         )
     return platform.processor() or platform.machine()
+
+
+def processor_id(cpuinfo: Path = _CPUINFO) -> str:
+    """Maker, family, model and stepping as /proc/cpuinfo has them, else the name.
+
+    Virtual machines hide the name ("AMD EPYC" for four generations), never these.
+    """
+    fields = _cpuinfo(cpuinfo)
+    known = [fields.get(key, "") for key in ("vendor_id", "cpu family", "model", "stepping")]
+    return " ".join(known) if all(known) else processor_name(cpuinfo)
+
+
+def _cpuinfo(path: Path) -> dict[str, str]:
+    """The first processor's fields."""
+    fields: dict[str, str] = {}
+    for line in _text(path).splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    return fields
 
 
 def caches(core: int, root: Path = _CACHES) -> tuple[CacheLevel, ...]:
