@@ -231,6 +231,7 @@ class Measurement:
     threads: int = 1
     fraction_of_read_ceiling: float | None = None
     fraction_of_int8_ceiling: float | None = None
+    disturbed_rounds: int = 0  # rounds that other work slowed down and that were taken again
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from hasten.optimize.memory import SearchMemory
 from hasten.optimize.mixing import Mixing
 from hasten.optimize.mixture import mixture_name
 from hasten.optimize.progress import Observer, Progress, silent
-from hasten.optimize.record import Circumstances, record, remarks
+from hasten.optimize.record import Circumstances, disturbances, record, remarks
 from hasten.optimize.result import Baseline, OptimizeResult
 from hasten.optimize.space import uniform
-from hasten.optimize.trials import Trials
+from hasten.optimize.trials import Trials, slow_readers
 from hasten.optimize.workshop import Built, Workshop
 from hasten.quality.divergence import Reference
 from hasten.quality.text import Text, default_text, text_from_file, windows
@@ -130,6 +130,8 @@ class Search:
             candidates = self._uniform()
             mixture = self._mixture(candidates)
             candidates += [mixture] if mixture is not None else []
+            for place in slow_readers(candidates):
+                candidates[place] = self.trials.again(candidates[place])
             chosen = choose(candidates, self.goal, self.budget)
             candidates = explain(candidates, chosen, self.goal, self.budget, start)
             baseline = Baseline(start, max(candidates, key=lambda c: c.verdict.tokens).verdict.ppl_source)
@@ -271,7 +273,12 @@ class Search:
             measurement=chosen.measurement,
             verdict=chosen.verdict,
             estimate=self._estimate(chosen),
-            because=(chosen.because, *remarks(drawn, recipe), *self.uncalibrated()),
+            because=(
+                chosen.because,
+                *remarks(drawn, recipe),
+                *disturbances(candidates),
+                *self.uncalibrated(),
+            ),
         )
         machine = self.workshop.machine()
         result = OptimizeResult(machine, baseline, tuple(candidates), chosen, plan, out.absolute())
