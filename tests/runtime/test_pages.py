@@ -1,20 +1,23 @@
-"""The page pool: nobody loses a page, nobody shares one."""
+"""The page pool: nobody loses a page, nobody shares one, and memory that runs short is given back."""
 
 from __future__ import annotations
+
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hasten.errors import UsageError
-from hasten.runtime.pages import PagePool, Sequence
+from hasten.machine.room import LOOK_S, MemoryRoom
+from hasten.runtime.pages import PageMemory, PagePool, Sequence
 
 PAGES, TOKENS = 12, 4
 
 
 def check(pool: PagePool, sequences: list[Sequence]) -> None:
     owned = [page for sequence in sequences for page in sequence.pages]
-    assert sorted(owned + pool._free) == list(range(PAGES))
+    assert sorted(owned + pool._filled + pool._bare) == list(range(PAGES))
     assert pool.free == PAGES - len(owned)
     for sequence in sequences:
         assert 0 <= sequence.length <= TOKENS * len(sequence.pages)
@@ -71,3 +74,168 @@ def test_whole_pages(length: int, pages: int) -> None:
     assert len(sequence.pages) == pages
     pool.grow(sequence, 0)
     assert len(sequence.pages) == pages
+
+
+SIZE, RESERVE = 100, 250  # bytes
+
+
+class Machine:
+    """Memory of a machine that pools and other programs fill."""
+
+    def __init__(self, total: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.total, self.others, self.now = total, 0, 100.0
+        self.pools: list[PagePool] = []
+        self.filled: list[set[int]] = []
+        self.room = MemoryRoom(self.available, RESERVE, lambda: self.now)
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+    def available(self) -> int:
+        return self.total - self.others - SIZE * sum(len(pages) for pages in self.filled)
+
+    def pool(self, pages: int = PAGES, least: int = 2) -> PagePool:
+        filled: set[int] = set()
+
+        def drop(first: int, count: int) -> None:
+            filled.difference_update(range(first, first + count))
+
+        self.filled.append(filled)
+        self.pools.append(PagePool(pages, TOKENS, PageMemory(self.room, SIZE, least, drop)))
+        return self.pools[-1]
+
+    def write(self, pool: PagePool, sequence: Sequence, length: int) -> None:
+        """What an executor does."""
+        pool.grow(sequence, length)
+        fresh = sequence.pages[sequence.length // TOKENS :]
+        pool.wrote(fresh)
+        self.filled[self.pools.index(pool)].update(fresh)
+        sequence.length = length
+
+    def second(self, pool: PagePool) -> int:
+        """A second later; what `look` says is missing."""
+        self.now += LOOK_S
+        return pool.look()
+
+
+def test_no_more_pages_are_filled_than_memory_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(1000, monkeypatch)
+    pool, sequence = machine.pool(), Sequence()
+    assert (pool.usable, pool.free) == (7, PAGES)
+    machine.write(pool, sequence, 7 * TOKENS)
+    assert pool.usable == 0 and machine.available() == 300
+    with pytest.raises(UsageError, match="0 free pages"):
+        pool.grow(sequence, 8 * TOKENS)
+    pool.truncate(sequence, 0)
+    assert pool.usable == 7, "pages that take memory already cost nothing more"
+    machine.others = 300
+    assert pool.usable == 7
+    machine.write(pool, sequence, 7 * TOKENS)
+
+
+def test_one_context_may_always_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(0, monkeypatch)
+    pool, one = machine.pool(least=3), Sequence()
+    assert pool.usable == 3
+    machine.write(pool, one, 2 * TOKENS)
+    assert pool.usable == 1
+    assert machine.second(pool) > 0, "all of it is in use"
+    assert pool.usable == 1
+
+
+def test_pages_that_are_promised_are_not_promised_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt gets all its pages before the first is written; no other model may count on that memory."""
+    machine = Machine(1000, monkeypatch)
+    one, other, prompt = machine.pool(), machine.pool(), Sequence()
+    one.grow(prompt, 6 * TOKENS)
+    machine.now += LOOK_S
+    assert not other.ensure(4)
+    assert other.usable == 2, "its own context; 100 bytes are left above the reserve"
+    one.truncate(prompt, 0)
+    assert other.usable == 7
+    assert other.ensure(7)
+
+
+def test_free_pages_are_given_back_then_cached_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(1500, monkeypatch)
+    pool, used, free, cached = machine.pool(), Sequence(), Sequence(), Sequence()
+    for sequence, pages in ((used, 2), (free, 3), (cached, 4)):
+        machine.write(pool, sequence, pages * TOKENS)
+    pool.reclaim = lambda pages: pool.truncate(cached, max(0, len(cached.pages) - pages) * TOKENS)
+    pool.truncate(free, 0)
+    assert machine.second(pool) == 0 and machine.available() == 600
+    machine.others = 550  # 50 of the reserve's 250 are left
+    assert machine.second(pool) == 0
+    assert machine.available() == 250 and len(cached.pages) == 4
+    machine.others = 850
+    assert machine.second(pool) == 0
+    assert machine.available() == 250 and len(cached.pages) == 2
+    assert machine.filled[0] == {*used.pages, *cached.pages}
+    machine.others = 5000
+    assert machine.second(pool) > 0, "what is in use stays"
+    assert machine.filled[0] == set(used.pages) and len(used.pages) == 2
+    machine.others = 0
+    machine.second(pool)
+    assert pool.usable == PAGES - 2, "memory came back"
+
+
+def test_a_little_below_the_reserve_nothing_is_thrown_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(1000, monkeypatch)
+    pool, sequence = machine.pool(), Sequence()
+    machine.write(pool, sequence, 7 * TOKENS)
+    pool.truncate(sequence, 0)
+    machine.others = 100
+    assert machine.second(pool) == 0
+    assert machine.available() == 200 and len(machine.filled[0]) == 7
+
+
+def test_a_page_goes_with_the_neighbours_that_hold_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages share pages of the system where they meet."""
+    machine = Machine(10_000, monkeypatch)
+    dropped: list[tuple[int, int]] = []
+    behind = PageMemory(machine.room, SIZE, 1, lambda first, count: dropped.append((first, count)))
+    pool, kept, first, second = PagePool(PAGES, TOKENS, behind), Sequence(), Sequence(), Sequence()
+    for sequence, pages in ((first, 3), (kept, 1), (second, 2)):
+        pool.grow(sequence, pages * TOKENS)
+        pool.wrote(sequence.pages)
+    pool.truncate(first, 0)
+    pool.truncate(second, 0)
+    machine.others = 20_000
+    machine.second(pool)
+    assert dropped == [(0, 3), (4, 3)], "pages 0 to 2, and 4 and 5 with 6, which nobody has written"
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 4), st.sampled_from(["grow", "end", "others", "second"]), st.integers(0, 12)
+        ),
+        max_size=60,
+    )
+)
+def test_memory_is_never_full(steps: list[tuple[int, str, int]]) -> None:
+    """Two models; others take memory and give it back, never so much that one context of each lacks."""
+    with pytest.MonkeyPatch.context() as patch:
+        machine = Machine(2400, patch)
+        pools = [machine.pool(), machine.pool()]
+        sequences = [Sequence() for _ in range(5)]
+        for which, step, count in steps:
+            sequence, pool = sequences[which], pools[which % 2]
+            if step == "grow" and pool.ensure(count):
+                machine.write(pool, sequence, sequence.length + count * TOKENS)
+            elif step == "end":
+                pool.truncate(sequence, 0)
+            elif step == "others":
+                free = machine.available() - RESERVE  # others may take what is free, and leave a reserve
+                machine.others = max(0, min(100 * count, machine.others + free))
+                machine.now += LOOK_S
+                for one in pools:
+                    one.look()
+            elif step == "second":
+                machine.second(pool)
+            held = [len(pages) for pages in machine.filled]
+            assert machine.available() >= 0 - SIZE * 2 * 2
+            assert all(one.held_bytes() == SIZE * n for one, n in zip(pools, held, strict=True))
+            assert all(one.promised_bytes() == 0 for one in pools)
+        for which, sequence in enumerate(sequences):
+            pools[which % 2].truncate(sequence, 0)
+        assert all(pool.free == PAGES for pool in pools)

@@ -68,7 +68,7 @@ class PrefixKeeper:
         """
         known, size = len(answer.tokens), self._pool.page_tokens
         needed = -(-known // size) + spare
-        if needed > self._pool.free + self.cached_pages:
+        if needed > self._pool.usable + self.cached_pages:
             return False
         found = self._match(answer)
         if not self._pool.ensure(needed - len(found.pages)):

@@ -184,7 +184,7 @@ class LanguageModel:
         """Continue several prompts together: (which prompt, new id) as they come.
 
         Each prompt's tokens are what `stream` alone would give: nothing in the engine depends on what else is
-        in the batch. More prompts than `max_sequences` run in groups.
+        in the batch. More prompts than `max_sequences`, or than there are pages for, run in groups.
 
         Raises:
             UsageError: as `Session.stream`.
@@ -192,10 +192,23 @@ class LanguageModel:
         options = sampling or SamplingOptions()
         for ids in prompts:
             self.session().check(ids, max_new_tokens)
-        for start in range(0, len(prompts), self.options.max_sequences):
-            group = prompts[start : start + self.options.max_sequences]
+        start = 0
+        while start < len(prompts):
+            group = prompts[start : start + self._fitting(prompts[start:], max_new_tokens)]
             for which, token in self._run_group(group, max_new_tokens, options):
                 yield start + which, token
+            start += len(group)
+
+    def _fitting(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
+        """How many of the first prompts there are pages for, at least one."""
+        pool, count, pages = self.executor.pool, 0, 0
+        for prompt in prompts[: self.options.max_sequences]:
+            length = min(len(prompt) + max_new_tokens, self.context)
+            pages += -(-length // pool.page_tokens)
+            if count and not pool.ensure(pages):
+                break
+            count += 1
+        return count
 
     def _run_group(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: SamplingOptions
@@ -210,7 +223,8 @@ class LanguageModel:
             hidden = np.concatenate([self.executor.prefill(running[i], list(prompts[i])) for i in running])
             while running:
                 positions = np.array([sequence.length for sequence in running.values()], np.int64)
-                new = dict(zip(running, sample(self.executor.head(hidden), sampling, positions), strict=True))
+                drawn = sample(self.executor.head(hidden), sampling, positions, threads=self.threads)
+                new = dict(zip(running, drawn, strict=True))
                 for which, token in new.items():
                     left[which] -= 1
                     texts[which].append(token)

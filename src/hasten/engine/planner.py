@@ -88,12 +88,16 @@ class Planner:
     def _reserve(self, answer: Answer, tokens: int) -> bool:
         """Pages for so many more tokens; others, and in the end itself, are preempted for them."""
         while not self._keeper.reserve(answer, tokens):
-            last = self._scheduler.last()
-            self._preempt(last)
-            self._scheduler.stand_back(last)
-            if last is answer:
+            if self.preempt_last() is answer:
                 return False
         return True
+
+    def preempt_last(self) -> Answer:
+        """Take the pages of the running answer that goes first; it waits for others."""
+        last = self._scheduler.last()
+        self._preempt(last)
+        self._scheduler.stand_back(last)
+        return last
 
     def _preempt(self, answer: Answer) -> None:
         self._keeper.release(answer)
