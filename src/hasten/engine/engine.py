@@ -186,7 +186,7 @@ class Engine:
         ]
 
     def _end_stuck(self, now: float) -> list[Output]:
-        """Nothing runs and who is first still gets no pages: others than this engine hold them."""
+        """Nothing runs and the first in line still gets no pages: others than this engine hold the memory."""
         scheduler, pool = self._scheduler, self._executor.pool
         if scheduler.running or not scheduler.waiting:
             return []
@@ -373,9 +373,9 @@ class Engine:
         return self._executor.pool.held_bytes() > 0
 
     def spare_memory(self) -> None:
-        """Once a second, give cached pages back if the machine runs short of memory; in need, let fewer run.
+        """Now and then, give cached pages back if the machine runs short of memory; in need, let fewer run.
 
-        A preempted answer goes on when there is room again. One always runs: a context's pages are its own.
+        A preempted answer goes on when there is room again. The last one that runs may use the reserve.
         """
         pool = self._executor.pool
         missing = pool.look()

@@ -9,7 +9,7 @@ from pathlib import Path
 from hasten.machine.cgroup import memory_left, memory_limit
 
 _MEMINFO = Path("/proc/meminfo")
-_LEAST_RESERVE, _MOST_RESERVE = 64_000_000, 1_000_000_000
+_LEAST_RESERVE, _MOST_RESERVE = 100_000_000, 1_500_000_000
 
 
 def installed_bytes() -> int | None:
@@ -33,10 +33,10 @@ def available_bytes(meminfo: Path = _MEMINFO) -> int | None:
 def reserve_bytes() -> int:
     """Memory that should stay free: for other processes, file pages, and what a step needs for a moment.
 
-    A sixteenth of what this process may use at most, from 64 MB to 1 GB.
+    A tenth of what this process may use at most, from 100 MB to 1.5 GB.
     """
     known = [value for value in (installed_bytes(), memory_limit()) if value is not None]
-    return min(max(min(known, default=0) // 16, _LEAST_RESERVE), _MOST_RESERVE)
+    return min(max(min(known, default=0) // 10, _LEAST_RESERVE), _MOST_RESERVE)
 
 
 def peak_rss_bytes() -> int | None:

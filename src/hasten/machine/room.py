@@ -1,7 +1,7 @@
 """How much more memory this process may fill: one account for everything in it that grows.
 
 The KV caches of all models of a process take memory page by page, as pages are written. `MemoryRoom` measures
-what is free at most once a second, keeps a reserve (`reserve_bytes`), and is charged for what was promised
+what is free once a second, keeps a reserve (`reserve_bytes`), and is charged for what was promised
 and is not yet written, so that two models never count the same free gigabyte twice.
 """
 
@@ -18,7 +18,7 @@ from hasten.errors import MachineError
 from hasten.machine.memory import available_bytes, installed_bytes, reserve_bytes
 
 LOOK_S = 1.0
-"""Seconds between two looks at the system: one takes half a millisecond."""
+"""Seconds between two looks at the system, each half a millisecond; a quarter where memory is nearly full."""
 
 _LOW = 0.75  # of the reserve: memory is given back below it, until all of the reserve is free again
 _POLL_S = 0.05
@@ -83,6 +83,16 @@ class MemoryRoom:
     def left(self) -> int:
         """Bytes that may be taken, as of the last look; below 0: the reserve is touched."""
         return self._left
+
+    @property
+    def look_s(self) -> float:
+        """Seconds until the next look: what others take until then has to fit in the reserve."""
+        return LOOK_S if self._left > 4 * self.reserve else LOOK_S / 4
+
+    @property
+    def last(self) -> int:
+        """Bytes of the reserve that may be filled where nothing else helps: before an answer fails."""
+        return int(_LOW * self.reserve)
 
     @property
     def low(self) -> int:

@@ -185,9 +185,7 @@ class CpuExecutor:
         self.kv = kv_plan(config, int8, options)
         self.context = self.kv.context
         self._decoder = _native.Decoder(decoder_config(config), self.threads, self.kv.pages, int8)
-        behind = PageMemory(
-            memory_room(), self.page_bytes, -(-self.context // self.page_tokens), self._decoder.drop_pages
-        )
+        behind = PageMemory(memory_room(), self.page_bytes, self._decoder.drop_pages)
         self.pool = PagePool(self.kv.pages, self.page_tokens, behind)
         for name, linear in packed.linears.items():
             self.replace(name, linear)

@@ -32,7 +32,6 @@ class PageMemory:
 
     room: MemoryRoom  # the process's account of what is free
     page_bytes: int
-    least: int  # pages that may be written whatever is free: one context, so that a request always ends
     drop: Callable[[int, int], object]  # (first page, pages): gives memory of consecutive pages back
 
 
@@ -71,10 +70,13 @@ class PagePool:
     @property
     def usable(self) -> int:
         """Free pages that memory allows to use: those that take some already, those that may be filled."""
+        return self._usable(0)
+
+    def _usable(self, beyond: int) -> int:
+        """The same where so many bytes of the reserve may be filled too."""
         memory, bare = self._memory, len(self._bare)
         if memory is not None:
-            promised = memory.least - (self.pages - bare)
-            bare = min(bare, max(promised, memory.room.left // memory.page_bytes, 0))
+            bare = min(bare, max((memory.room.left + beyond) // memory.page_bytes, 0))
         return len(self._filled) + bare
 
     def held_bytes(self) -> int:
@@ -89,16 +91,22 @@ class PagePool:
         """How many hold a page."""
         return self._owners[page]
 
-    def ensure(self, pages: int) -> bool:
-        """Whether so many pages are free, or could be made free by giving up what is cached."""
+    def ensure(self, pages: int, *, alone: bool = False) -> bool:
+        """Whether so many pages are free, or could be made free by giving up what is cached.
+
+        Args:
+            alone: they are for the only sequence that runs. It could wait for nobody, so most of the reserve
+                is its to fill.
+        """
         if pages > self.usable and self._memory is not None:
             self._memory.room.look(LOOK_S / 10)
         if pages > self.usable and self.reclaim is not None:
             self.reclaim(pages - self.usable)
-        return pages <= self.usable
+        beyond = self._memory.room.last if alone and self._memory is not None else 0
+        return pages <= self._usable(beyond)
 
     def take(self) -> int:
-        """A free page, owned once; only where one is `usable`."""
+        """A free page, owned once; only where `ensure` found one."""
         if self._filled:
             page = self._filled.pop()
         else:
@@ -137,15 +145,15 @@ class PagePool:
                 self._unwritten -= 1
 
     def look(self) -> int:
-        """Once a second, give memory back if the machine is short of it: free pages first, then cached ones.
+        """Now and then, give memory back if the machine is short of it: free pages first, then cached ones.
 
         Returns:
             Bytes that the reserve lacks still: what is left is in use by sequences.
         """
-        if self._memory is None or time.monotonic() - self._looked < LOOK_S:
+        if self._memory is None or time.monotonic() - self._looked < self._memory.room.look_s:
             return 0
         self._looked = time.monotonic()
-        self._memory.room.look(LOOK_S / 2)  # another pool of this process may have looked just now
+        self._memory.room.look(LOOK_S / 8)  # another pool of this process may have looked just now
         return self.give_back()
 
     def give_back(self) -> int:
@@ -183,7 +191,7 @@ class PagePool:
             last = sequence.pages[sequence.length // self.page_tokens]
             assert self._owners[last] == 1, "a shared page would be written"
         missing = -(-length // self.page_tokens) - len(sequence.pages)
-        if missing > len(self._filled) and not self.ensure(missing):
+        if missing > len(self._filled) and not self.ensure(missing, alone=True):
             raise UsageError(
                 f"the KV cache has {self.usable} free pages of {self.page_tokens} tokens, "
                 f"{missing} are needed",
