@@ -15,6 +15,7 @@ from hasten.core import EngineOptions, ModelConfig, Recipe
 from hasten.engine.sampling import SamplingOptions, sample
 from hasten.engine.session import Session
 from hasten.errors import UsageError
+from hasten.machine.cores import cores
 from hasten.runtime.cpu import CpuExecutor
 from hasten.runtime.pages import Sequence as CachedSequence
 
@@ -82,6 +83,13 @@ class LanguageModel:
     def context(self) -> int:
         """Longest prompt plus output, tokens."""
         return self.executor.context
+
+    @property
+    def placement(self) -> dict[str, str | int]:
+        """What was decided about this machine when the model was loaded, and why: for logs."""
+        because = cores().because if self.options.threads is None else ""
+        why: dict[str, str | int] = {"threads_because": because} if because else {}
+        return {"threads": self.threads, **why, "context": self.context, "kv_cache": self.executor.kv.summary}
 
     def generate(
         self,
