@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -85,10 +85,10 @@ class LanguageModel:
         return self.executor.context
 
     @property
-    def placement(self) -> dict[str, str | int]:
+    def placement(self) -> dict[str, Any]:
         """What was decided about this machine when the model was loaded, and why: for logs."""
         because = cores().because if self.options.threads is None else ""
-        why: dict[str, str | int] = {"threads_because": because} if because else {}
+        why = {"threads_because": because} if because else {}
         return {"threads": self.threads, **why, "context": self.context, "kv_cache": self.executor.kv.summary}
 
     def generate(
