@@ -29,7 +29,6 @@ class Machine:
         self.page = 3 * 2 * 2 * 32 * 32 * 2  # layers, keys and values, heads, tokens, dims, bf16
         room = MemoryRoom(self.available, RESERVE_PAGES * self.page, lambda: self.now)
         monkeypatch.setattr("hasten.runtime.cpu.memory_room", lambda: room)
-        monkeypatch.setattr("hasten.runtime.pages.time.monotonic", lambda: self.now)
         options = EngineOptions(threads=1, context=256, max_sequences=4, prefill_chunk=64)
         self.model = hasten.load(folder, "w8", options=options, store=False)
         assert self.model.executor.page_bytes == self.page

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -82,12 +80,11 @@ SIZE, RESERVE = 100, 250  # bytes
 class Machine:
     """Memory of a machine that pools and other programs fill."""
 
-    def __init__(self, total: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, total: int) -> None:
         self.total, self.others, self.now = total, 0, 100.0
         self.pools: list[PagePool] = []
         self.filled: list[set[int]] = []
         self.room = MemoryRoom(self.available, RESERVE, lambda: self.now)
-        monkeypatch.setattr(time, "monotonic", lambda: self.now)
 
     def available(self) -> int:
         return self.total - self.others - SIZE * sum(len(pages) for pages in self.filled)
@@ -116,8 +113,8 @@ class Machine:
         return pool.look()
 
 
-def test_no_more_pages_are_filled_than_memory_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine(1000, monkeypatch)
+def test_no_more_pages_are_filled_than_memory_has_room_for() -> None:
+    machine = Machine(1000)
     pool, sequence = machine.pool(), Sequence()
     assert (pool.usable, pool.free) == (7, PAGES)
     machine.write(pool, sequence, 7 * TOKENS)
@@ -130,9 +127,9 @@ def test_no_more_pages_are_filled_than_memory_has_room_for(monkeypatch: pytest.M
     machine.write(pool, sequence, 7 * TOKENS)
 
 
-def test_the_only_sequence_may_fill_most_of_the_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_only_sequence_may_fill_most_of_the_reserve() -> None:
     """Others might end and give pages back; it can wait for nobody."""
-    machine = Machine(450, monkeypatch)
+    machine = Machine(450)
     pool, sequence = machine.pool(), Sequence()
     assert (pool.usable, pool.ensure(3), pool.ensure(3, alone=True), pool.ensure(4, alone=True)) == (
         2, False, True, False,
@@ -149,9 +146,9 @@ def test_the_only_sequence_may_fill_most_of_the_reserve(monkeypatch: pytest.Monk
     assert not pool.ensure(1, alone=True), "nothing is left: an error, and no process that is killed"
 
 
-def test_pages_that_are_promised_are_not_promised_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_that_are_promised_are_not_promised_twice() -> None:
     """A prompt gets all its pages before the first is written; no other model may count on that memory."""
-    machine = Machine(1000, monkeypatch)
+    machine = Machine(1000)
     one, other, prompt = machine.pool(), machine.pool(), Sequence()
     one.grow(prompt, 6 * TOKENS)
     machine.now += LOOK_S
@@ -162,8 +159,8 @@ def test_pages_that_are_promised_are_not_promised_twice(monkeypatch: pytest.Monk
     assert other.ensure(7)
 
 
-def test_free_pages_are_given_back_then_cached_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine(1500, monkeypatch)
+def test_free_pages_are_given_back_then_cached_ones() -> None:
+    machine = Machine(1500)
     pool, used, free, cached = machine.pool(), Sequence(), Sequence(), Sequence()
     for sequence, pages in ((used, 2), (free, 3), (cached, 4)):
         machine.write(pool, sequence, pages * TOKENS)
@@ -185,8 +182,8 @@ def test_free_pages_are_given_back_then_cached_ones(monkeypatch: pytest.MonkeyPa
     assert pool.usable == PAGES - 2, "memory came back"
 
 
-def test_a_little_below_the_reserve_nothing_is_thrown_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine(1000, monkeypatch)
+def test_a_little_below_the_reserve_nothing_is_thrown_away() -> None:
+    machine = Machine(1000)
     pool, sequence = machine.pool(), Sequence()
     machine.write(pool, sequence, 7 * TOKENS)
     pool.truncate(sequence, 0)
@@ -195,9 +192,9 @@ def test_a_little_below_the_reserve_nothing_is_thrown_away(monkeypatch: pytest.M
     assert machine.available() == 200 and len(machine.filled[0]) == 7
 
 
-def test_a_page_goes_with_the_neighbours_that_hold_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_goes_with_the_neighbours_that_hold_nothing() -> None:
     """Pages share pages of the system where they meet."""
-    machine = Machine(10_000, monkeypatch)
+    machine = Machine(10_000)
     dropped: list[tuple[int, int]] = []
     behind = PageMemory(machine.room, SIZE, lambda first, count: dropped.append((first, count)))
     pool, kept, first, second = PagePool(PAGES, TOKENS, behind), Sequence(), Sequence(), Sequence()
@@ -222,28 +219,27 @@ def test_a_page_goes_with_the_neighbours_that_hold_nothing(monkeypatch: pytest.M
 )
 def test_memory_is_never_full(steps: list[tuple[int, str, int]]) -> None:
     """Two models; others take what is free above the reserve, and give it back."""
-    with pytest.MonkeyPatch.context() as patch:
-        machine = Machine(2400, patch)
-        pools = [machine.pool(), machine.pool()]
-        sequences = [Sequence() for _ in range(5)]
-        for which, step, count in steps:
-            sequence, pool = sequences[which], pools[which % 2]
-            if step == "grow" and pool.ensure(count):
-                machine.write(pool, sequence, sequence.length + count * TOKENS)
-            elif step == "end":
-                pool.truncate(sequence, 0)
-            elif step == "others":
-                free = machine.available() - RESERVE  # others may take what is free, and leave a reserve
-                machine.others = max(0, min(100 * count, machine.others + free))
-                machine.now += LOOK_S
-                for one in pools:
-                    one.look()
-            elif step == "second":
-                machine.second(pool)
-            held = [len(pages) for pages in machine.filled]
-            assert machine.available() >= 0
-            assert all(one.held_bytes() == SIZE * n for one, n in zip(pools, held, strict=True))
-            assert all(one.promised_bytes() == 0 for one in pools)
-        for which, sequence in enumerate(sequences):
-            pools[which % 2].truncate(sequence, 0)
-        assert all(pool.free == PAGES for pool in pools)
+    machine = Machine(2400)
+    pools = [machine.pool(), machine.pool()]
+    sequences = [Sequence() for _ in range(5)]
+    for which, step, count in steps:
+        sequence, pool = sequences[which], pools[which % 2]
+        if step == "grow" and pool.ensure(count):
+            machine.write(pool, sequence, sequence.length + count * TOKENS)
+        elif step == "end":
+            pool.truncate(sequence, 0)
+        elif step == "others":
+            free = machine.available() - RESERVE  # others may take what is free, and leave a reserve
+            machine.others = max(0, min(100 * count, machine.others + free))
+            machine.now += LOOK_S
+            for one in pools:
+                one.look()
+        elif step == "second":
+            machine.second(pool)
+        held = [len(pages) for pages in machine.filled]
+        assert machine.available() >= 0
+        assert all(one.held_bytes() == SIZE * n for one, n in zip(pools, held, strict=True))
+        assert all(one.promised_bytes() == 0 for one in pools)
+    for which, sequence in enumerate(sequences):
+        pools[which % 2].truncate(sequence, 0)
+    assert all(pool.free == PAGES for pool in pools)

@@ -9,7 +9,7 @@ from pathlib import Path
 from hasten.machine.cgroup import memory_left, memory_limit
 
 _MEMINFO = Path("/proc/meminfo")
-_LEAST_RESERVE, _MOST_RESERVE = 100_000_000, 1_500_000_000
+_LEAST_RESERVE, _MOST_RESERVE = 50_000_000, 1_500_000_000
 
 
 def installed_bytes() -> int | None:
@@ -33,7 +33,7 @@ def available_bytes(meminfo: Path = _MEMINFO) -> int | None:
 def reserve_bytes() -> int:
     """Memory that should stay free: for other processes, file pages, and what a step needs for a moment.
 
-    A tenth of what this process may use at most, from 100 MB to 1.5 GB.
+    A tenth of what this process may use at most, from 50 MB to 1.5 GB.
     """
     known = [value for value in (installed_bytes(), memory_limit()) if value is not None]
     return min(max(min(known, default=0) // 10, _LEAST_RESERVE), _MOST_RESERVE)

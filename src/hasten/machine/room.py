@@ -53,7 +53,7 @@ class MemoryRoom:
     ) -> None:
         self.reserve = reserve_bytes() if reserve is None else reserve
         self._available = available
-        self._clock = clock
+        self.clock = clock
         self._lock = threading.Lock()
         self._givers: weakref.WeakSet[Giver] = weakref.WeakSet()
         self._wanted = 0  # asked of the givers
@@ -67,7 +67,7 @@ class MemoryRoom:
 
     def look(self, max_age_s: float = LOOK_S) -> None:
         """Measure anew what was measured longer ago."""
-        now = self._clock()
+        now = self.clock()
         with self._lock:
             if self._measured is None or now - self._measured >= max_age_s:
                 self._measured = now
@@ -125,8 +125,8 @@ class MemoryRoom:
         Not from a giver's own thread, which has to answer.
         """
         free = self._free()
-        until = self._clock() + patience_s
-        while free < size and self.held() > 0 and self._clock() < until:
+        until = self.clock() + patience_s
+        while free < size and self.held() > 0 and self.clock() < until:
             with self._lock:
                 self._wanted = size - free
             time.sleep(_POLL_S)

@@ -7,7 +7,6 @@ by what is free on the machine, and gives free pages back to the system when mem
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -150,10 +149,14 @@ class PagePool:
         Returns:
             Bytes that the reserve lacks still: what is left is in use by sequences.
         """
-        if self._memory is None or time.monotonic() - self._looked < self._memory.room.look_s:
+        if self._memory is None:
             return 0
-        self._looked = time.monotonic()
-        self._memory.room.look(LOOK_S / 8)  # another pool of this process may have looked just now
+        room = self._memory.room
+        now = room.clock()
+        if now - self._looked < room.look_s:
+            return 0
+        self._looked = now
+        room.look(LOOK_S / 8)  # another pool of this process may have looked just now
         return self.give_back()
 
     def give_back(self) -> int:
