@@ -25,6 +25,9 @@ class Cache:
     def promised_bytes(self) -> int:
         return self.promised
 
+    def give_back_meanwhile(self) -> None:
+        """Its thread does."""
+
 
 def test_it_measures_once_a_second() -> None:
     now, free, looks = [0.0], [1000], []
@@ -110,3 +113,21 @@ def test_nobody_is_waited_for_who_holds_nothing() -> None:
     with pytest.raises(MachineError, match="are free"):
         room.require(10_000, "the model")
     assert time.monotonic() - began < LOOK_S
+
+
+def test_a_watched_room_asks_its_givers() -> None:
+    room, asked = MemoryRoom(lambda: 0, RESERVE), threading.Event()
+
+    class Watched(Cache):
+        def give_back_meanwhile(self) -> None:
+            asked.set()
+
+    def watching() -> int:
+        return sum(thread.name == "hasten-memory" for thread in threading.enumerate())
+
+    giver, before = Watched(held=500), watching()
+    room.join(giver)
+    room.watch()
+    room.watch()
+    assert asked.wait(60 * LOOK_S)
+    assert watching() == before + 1

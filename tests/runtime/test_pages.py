@@ -243,3 +243,22 @@ def test_memory_is_never_full(steps: list[tuple[int, str, int]]) -> None:
     for which, sequence in enumerate(sequences):
         pools[which % 2].truncate(sequence, 0)
     assert all(pool.free == PAGES for pool in pools)
+
+
+def test_a_step_that_takes_long_does_not_keep_memory() -> None:
+    """While the model computes, another thread gives free and cached pages back; otherwise it must not."""
+    machine = Machine(1500)
+    pool, sequence = machine.pool(), Sequence()
+    machine.write(pool, sequence, 8 * TOKENS)
+    pool.truncate(sequence, 3 * TOKENS)
+    machine.others, machine.now = 700, machine.now + LOOK_S
+    machine.room.look()
+    pool.give_back_meanwhile()
+    assert len(machine.filled[0]) == 8, "somebody manages pages"
+    with pool.computing():
+        pool.give_back_meanwhile()
+    assert len(machine.filled[0]) == 5 and machine.available() >= RESERVE
+    with pytest.raises(ValueError), pool.computing():
+        raise ValueError("the step failed")
+    pool.give_back_meanwhile()
+    assert len(machine.filled[0]) == 5

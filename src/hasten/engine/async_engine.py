@@ -18,7 +18,7 @@ from hasten.engine.engine import Engine
 from hasten.engine.request import Output, Request
 from hasten.engine.stats import EngineStats
 from hasten.errors import HastenError
-from hasten.machine.room import LOOK_S
+from hasten.machine.room import LOOK_S, memory_room
 
 if TYPE_CHECKING:
     from hasten.engine.model import LanguageModel
@@ -76,6 +76,7 @@ class AsyncEngine:
         self._state = "open"  # then "draining", then "closed"
         self._thread_ended = False
         self._stats = self._engine.stats()
+        memory_room().watch()
         self._thread = threading.Thread(target=self._run, name="hasten-engine", daemon=True)
         self._thread.start()
 

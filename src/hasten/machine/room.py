@@ -35,6 +35,10 @@ class Giver(Protocol):
         """Bytes it is going to fill. From any thread."""
         ...
 
+    def give_back_meanwhile(self) -> None:
+        """Give back what `MemoryRoom.short` asks for, if that is possible now. From any thread."""
+        ...
+
 
 class MemoryRoom:
     """Bytes that may still be filled. For any number of threads.
@@ -59,6 +63,7 @@ class MemoryRoom:
         self._wanted = 0  # asked of the givers
         self._left = 0  # above the reserve
         self._measured: float | None = None
+        self._watch: threading.Thread | None = None
 
     def join(self, giver: Giver) -> None:
         """Count on a giver, which calls `short` every second, when others need memory."""
@@ -78,6 +83,21 @@ class MemoryRoom:
         found = self._available()
         free = (installed_bytes() or 0) // 2 if found is None else found
         return free - sum(giver.promised_bytes() for giver in list(self._givers))
+
+    def watch(self) -> None:
+        """From now on look during steps too, in a thread of its own; started once."""
+        with self._lock:
+            if self._watch is None:
+                self._watch = threading.Thread(target=self._watching, name="hasten-memory", daemon=True)
+                self._watch.start()
+
+    def _watching(self) -> None:
+        while True:
+            time.sleep(self.look_s)
+            self.look(self.look_s / 2)
+            if self.short:
+                for giver in list(self._givers):
+                    giver.give_back_meanwhile()
 
     @property
     def left(self) -> int:

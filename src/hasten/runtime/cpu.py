@@ -244,9 +244,10 @@ class CpuExecutor:
         counts = np.array([len(ids) for _, ids in batch], np.int32)
         pasts = np.array([sequence.length for sequence, _ in batch], np.int32)
         longs = np.array([sequence.is_long for sequence, _ in batch], np.uint8)
-        hidden: Floats = self._decoder.step(
-            tokens, counts, pasts, table, longs, np.asarray(rows, np.int32), prefill
-        )
+        with self.pool.computing():
+            hidden: Floats = self._decoder.step(
+                tokens, counts, pasts, table, longs, np.asarray(rows, np.int32), prefill
+            )
         for sequence, ids in batch:
             sequence.length += len(ids)
         return hidden

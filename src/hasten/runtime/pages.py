@@ -7,10 +7,12 @@ by what is free on the machine, and gives free pages back to the system when mem
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
+from threading import Lock
 
 from hasten.errors import UsageError
 from hasten.machine.room import LOOK_S, MemoryRoom
@@ -57,6 +59,8 @@ class PagePool:
         self._owners = [0] * pages
         self._unwritten = 0  # owned, and take no memory yet
         self._looked = 0.0
+        self._turn = Lock()  # held by who manages pages; free while the model computes
+        self._turn.acquire()
         if memory is not None:
             memory.room.look()
             memory.room.join(self)
@@ -175,6 +179,23 @@ class PagePool:
             self._drop(first, last)
         self._memory.room.gave(len(given) * self._memory.page_bytes)
         return self._memory.room.low
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Around a step of the model: nobody manages pages, so `give_back_meanwhile` may."""
+        self._turn.release()
+        try:
+            yield
+        finally:
+            self._turn.acquire()
+
+    def give_back_meanwhile(self) -> None:
+        """From any thread, during a step: `give_back`. A step may take longer than the reserve lasts."""
+        if self._turn.acquire(blocking=False):
+            try:
+                self.give_back()
+            finally:
+                self._turn.release()
 
     def _drop(self, first: int, last: int) -> None:
         """Give pages `first` to `last` back, with neighbours that hold nothing: a page need not begin where a
