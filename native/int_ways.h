@@ -21,7 +21,7 @@ int row_class(int tokens);
 const IntWay& way_for(const PackedFormat& format, int tokens);
 
 // Takes the way of that name for a format and a class. Throws std::invalid_argument if the table in use has none of
-// that name. Not while a step is running.
+// that name. May be called while steps run: their results do not change.
 void choose_way(const PackedFormat& format, int row_class, const std::string& name);
 
 // Goes back to what the table in use takes where nothing was measured.

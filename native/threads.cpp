@@ -4,7 +4,6 @@
 
 #ifdef __linux__
 #include <pthread.h>
-#include <sched.h>
 #endif
 
 namespace hasten {
@@ -27,14 +26,6 @@ inline void relax() {
 ThreadPool* instance = nullptr;
 
 }  // namespace
-
-int usable_cores() {
-#ifdef __linux__
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
-#endif
-  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-}
 
 ThreadPool& pool() {
   // Never destroyed: at exit, workers may still be asleep in the kernel, and joining them from a static destructor of a

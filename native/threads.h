@@ -99,7 +99,4 @@ class ThreadPool {
 // The one pool of the process.
 ThreadPool& pool();
 
-// Cores that this process's affinity allows. Quotas and hyperthreads are left to hasten.machine.cores.
-int usable_cores();
-
 }  // namespace hasten

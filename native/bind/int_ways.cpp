@@ -50,7 +50,7 @@ void bind_int_ways(nb::module_& m) {
         choose_way(checked(bits, group, symmetric), row_class, name);
       },
       nb::arg("bits"), nb::arg("group"), nb::arg("symmetric"), nb::arg("row_class"), nb::arg("name"),
-      "Take a way for a format and a class of token numbers. Not while a step is running.");
+      "Take a way for a format and a class of token numbers.");
   m.def("forget_ways", &forget_choices, "Go back to what is taken where nothing was measured.");
   m.def("time_ways", &timed, nb::arg("bits"), nb::arg("group"), nb::arg("symmetric"), nb::arg("rows"), nb::arg("cols"),
         nb::arg("tokens"), nb::arg("threads"), nb::arg("rounds"), nb::call_guard<nb::gil_scoped_release>(),

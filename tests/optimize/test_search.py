@@ -94,6 +94,21 @@ def test_what_is_really_slow_stays_slow(run: Run) -> None:
     assert not any("disturbed" in why for why in result.plan.because)
 
 
+def test_a_cache_that_cannot_be_written_costs_a_warning(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same result, found once: what is not on disk is remembered while the search goes on."""
+    monkeypatch.setattr("hasten.compress.packed_store._said", set())
+    expected, workshop, blocked = run(FakeWorkshop()), FakeWorkshop(), tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("HASTEN_CACHE", str(blocked))
+    found = run(workshop)
+    assert found.chosen.recipe.name == expected.chosen.recipe.name
+    assert [c.recipe.name for c in found.candidates] == [c.recipe.name for c in expected.candidates]
+    assert len(workshop.measured) == len(set(workshop.measured))
+    assert caplog.text.count("what the search finds is not kept") == 1
+
+
 def test_only_survivors_are_timed(run: Run) -> None:
     workshop = FakeWorkshop()
     result = run(workshop)

@@ -64,6 +64,7 @@ class StandInModel:
     tokenizer: ByteTokenizer = field(default_factory=ByteTokenizer)
     config: Any = field(default_factory=lambda: SimpleNamespace(vocab_size=VOCAB, architecture="llama"))
     recipe: Any = field(default_factory=lambda: SimpleNamespace(name="w8"))
+    placement: dict[str, Any] = field(default_factory=dict)
     closed: bool = False
 
     def close(self) -> None:

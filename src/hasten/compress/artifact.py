@@ -27,6 +27,8 @@ from hasten.cache import new_folder, write_atomic, write_json
 from hasten.compress.pack import PIECE_BYTES, PackedLinear, PackedModel, checksum_of, packed_bytes
 from hasten.core import SCHEMA_VERSION, Layout, ModelConfig, Recipe, as_json
 from hasten.errors import ArtifactError, HastenError, UsageError
+from hasten.machine.cores import usable_cores
+from hasten.machine.room import memory_room
 from hasten.models.config_check import checked
 from hasten.models.parameters import parameter_shapes, present_biases
 from hasten.models.source import Source, sha256_of
@@ -83,7 +85,7 @@ def save(
     Raises:
         DiskError: full, read-only or forbidden disk; or a folder that is no artifact stands there.
     """
-    count = _native.usable_cores() if threads is None else threads
+    count = usable_cores() if threads is None else threads
     with new_folder(folder, marker=_PLAN) as fresh:
         write_json(fresh / "config.json", as_json(packed.config))
         write_atomic(fresh / _WEIGHTS, _weights_writer(packed))
@@ -220,6 +222,8 @@ def _verified(path: Path, plan: dict[str, Any]) -> Bytes:
         size = file.stat().st_size
         if size != record.get("bytes"):
             raise ArtifactError(f"{file} has {size} bytes, {record.get('bytes')} were written", hint=_AGAIN)
+        if name == _WEIGHTS:
+            memory_room().require(size, str(file))
         data = _native.allocate(size) if name == _WEIGHTS else np.zeros(size, np.uint8)
         sums = _read(file, data)
         if sums != record["xxh64"]:
@@ -257,7 +261,7 @@ def _read(file: Path, data: Bytes) -> list[str]:
         except OSError as error:
             wrong.append(error)
 
-    others = [Thread(target=work) for _ in range(min(_native.usable_cores(), _READERS, len(sums)) - 1)]
+    others = [Thread(target=work) for _ in range(min(usable_cores(), _READERS, len(sums)) - 1)]
     for thread in others:
         thread.start()
     work()

@@ -18,6 +18,7 @@ from hasten.engine.engine import Engine
 from hasten.engine.request import Output, Request
 from hasten.engine.stats import EngineStats
 from hasten.errors import HastenError
+from hasten.machine.room import LOOK_S, memory_room
 
 if TYPE_CHECKING:
     from hasten.engine.model import LanguageModel
@@ -75,6 +76,7 @@ class AsyncEngine:
         self._state = "open"  # then "draining", then "closed"
         self._thread_ended = False
         self._stats = self._engine.stats()
+        memory_room().watch()
         self._thread = threading.Thread(target=self._run, name="hasten-engine", daemon=True)
         self._thread.start()
 
@@ -195,8 +197,8 @@ class AsyncEngine:
                     patience = _SETTLE_AFTER_S - (time.monotonic() - idle_since)
                     if patience > 0 and self._engine.untidy:
                         self._wake.wait(patience)
-                    elif not self._engine.untidy:
-                        self._wake.wait()
+                    elif not self._engine.untidy:  # others may need what the prefix cache holds
+                        self._wake.wait(LOOK_S if self._engine.holds_memory else None)
             for order in orders:
                 order()
             if orders:
@@ -205,6 +207,7 @@ class AsyncEngine:
                 return False
             if self._engine.busy:
                 return True
+            self._engine.spare_memory()
             if not orders and time.monotonic() - idle_since >= _SETTLE_AFTER_S:
                 self._engine.tidy()
 

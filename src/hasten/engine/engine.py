@@ -153,6 +153,7 @@ class Engine:
 
     def _advance(self) -> list[Output]:
         started = time.perf_counter()
+        self.spare_memory()
         outputs = self._refuse_late(started)
         works = self._planner.plan()
         if not works:
@@ -185,12 +186,12 @@ class Engine:
         ]
 
     def _end_stuck(self, now: float) -> list[Output]:
-        """Nothing runs and who is first still gets no pages: others than this engine hold them."""
+        """Nothing runs and the first in line still gets no pages: others than this engine hold the memory."""
         scheduler, pool = self._scheduler, self._executor.pool
         if scheduler.running or not scheduler.waiting:
             return []
         first = min(scheduler.waiting, key=scheduler.order)
-        error = f"the {pool.free} free pages of {pool.page_tokens} tokens are too few; others hold the rest"
+        error = f"the {pool.usable} free pages of {pool.page_tokens} tokens are too few; others hold the rest"
         return self._end_all(first, now, "error", error=error)
 
     def _start_masks(self, works: list[Work]) -> dict[int, Future[Masks]]:
@@ -365,6 +366,22 @@ class Engine:
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._answers
+
+    @property
+    def holds_memory(self) -> bool:
+        """Whether `spare_memory` could give any back."""
+        return self._executor.pool.held_bytes() > 0
+
+    def spare_memory(self) -> None:
+        """Now and then, give cached pages back if the machine runs short of memory; in need, let fewer run.
+
+        A preempted answer goes on when there is room again. The last one that runs may use the reserve.
+        """
+        pool = self._executor.pool
+        missing = pool.look()
+        while missing and len(self._scheduler.running) > 1:
+            self._planner.preempt_last()
+            missing = pool.give_back()
 
     @property
     def untidy(self) -> bool:

@@ -57,21 +57,22 @@ class PrefixKeeper:
         """Pages in the prefix cache."""
         return len(self._prefix) if self._prefix is not None else 0
 
-    def begin(self, answer: Answer, spare: int = 0) -> bool:
+    def begin(self, answer: Answer, spare: int = 0, *, alone: bool = False) -> bool:
         """Pages for all known tokens of an answer, computed ones among them.
 
         Args:
             spare: pages that must stay free beside, for the others to grow.
+            alone: no other answer runs.
 
         Returns:
             False: there are not enough.
         """
         known, size = len(answer.tokens), self._pool.page_tokens
         needed = -(-known // size) + spare
-        if needed > self._pool.free + self.cached_pages:
+        if not alone and needed > self._pool.usable + self.cached_pages:
             return False
         found = self._match(answer)
-        if not self._pool.ensure(needed - len(found.pages)):
+        if not self._pool.ensure(needed - len(found.pages), alone=alone):
             for page in found.pages:
                 self._pool.release(page)
             return False
@@ -137,11 +138,11 @@ class PrefixKeeper:
         """How many of an answer's tokens may be shared once they are computed."""
         return len(answer.tokens) if self._executor.decodes_like_prefill else answer.prompt_tokens
 
-    def reserve(self, answer: Answer, tokens: int) -> bool:
-        """Pages for `tokens` more tokens; False: there are not enough."""
+    def reserve(self, answer: Answer, tokens: int, *, alone: bool = False) -> bool:
+        """Pages for `tokens` more tokens; False: there are not enough. `alone`: no other answer runs."""
         length = answer.cached.length + tokens
         missing = -(-length // self._pool.page_tokens) - len(answer.cached.pages)
-        if missing > 0 and not self._pool.ensure(missing):
+        if missing > 0 and not self._pool.ensure(missing, alone=alone):
             return False
         self._pool.grow(answer.cached, length)
         return True

@@ -74,12 +74,13 @@ class Planner:
             return
         self._keeper.release(answer)
         answer.prompt_tokens = len(answer.tokens)
-        if not self._keeper.begin(answer):
+        if not self._keeper.begin(answer, alone=len(self._scheduler.running) == 1):
             self._preempt(answer)
             self._scheduler.stand_back(answer)
 
     def _begin(self, answer: Answer) -> bool:
-        if not self._keeper.begin(answer, spare=len(self._scheduler.running)):
+        others = len(self._scheduler.running)
+        if not self._keeper.begin(answer, spare=others, alone=others == 0):
             return False
         if answer.clock.started is None:
             answer.clock.started = time.perf_counter()
@@ -87,13 +88,17 @@ class Planner:
 
     def _reserve(self, answer: Answer, tokens: int) -> bool:
         """Pages for so many more tokens; others, and in the end itself, are preempted for them."""
-        while not self._keeper.reserve(answer, tokens):
-            last = self._scheduler.last()
-            self._preempt(last)
-            self._scheduler.stand_back(last)
-            if last is answer:
+        while not self._keeper.reserve(answer, tokens, alone=len(self._scheduler.running) == 1):
+            if self.preempt_last() is answer:
                 return False
         return True
+
+    def preempt_last(self) -> Answer:
+        """Take the pages of the running answer that goes first; it waits for others."""
+        last = self._scheduler.last()
+        self._preempt(last)
+        self._scheduler.stand_back(last)
+        return last
 
     def _preempt(self, answer: Answer) -> None:
         self._keeper.release(answer)

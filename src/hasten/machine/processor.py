@@ -72,18 +72,18 @@ def _cache(folder: Path) -> CacheLevel | None:
         level=int(level),
         kind=_text(folder / "type").lower() or "unified",
         bytes=int(size[1]) * _UNITS[size[2]],
-        shared_by=max(1, count_list(_text(folder / "shared_cpu_list"))),
+        shared_by=max(1, len(numbers_in(_text(folder / "shared_cpu_list")))),
     )
 
 
-def count_list(text: str) -> int:
-    """How many numbers a kernel list such as `0-3,8` holds."""
-    total = 0
-    for part in filter(None, text.split(",")):
+def numbers_in(text: str) -> list[int]:
+    """The numbers of a kernel list such as `0-3,8`."""
+    numbers: list[int] = []
+    for part in filter(None, text.strip().split(",")):
         first, _, last = part.partition("-")
         if first.isdecimal() and (last or first).isdecimal():
-            total += int(last or first) - int(first) + 1
-    return total
+            numbers += range(int(first), int(last or first) + 1)
+    return numbers
 
 
 def _mac_caches() -> tuple[CacheLevel, ...]:

@@ -140,6 +140,7 @@ class ModelPool:
     def adopt(self, name: str, model: LanguageModel, engine: ServedEngine) -> None:
         """Take a model that was loaded while the server was being built."""
         self._loaded[name] = Served(name, model, engine)
+        self._say("model_loaded", model=name, **model.placement)
 
     @asynccontextmanager
     async def use(self, name: str | None) -> AsyncIterator[Served]:
@@ -211,7 +212,8 @@ class ModelPool:
         except HastenError as error:
             said = f"the model {name!r} cannot be loaded: {error.message}"
             raise Problem(503, said, code="load_failed") from error
-        self._say("model_loaded", model=name, duration_ms=round(1000 * (time.monotonic() - began)))
+        duration_ms = round(1000 * (time.monotonic() - began))
+        self._say("model_loaded", model=name, duration_ms=duration_ms, **model.placement)
         return Served(name, model, engine)
 
     async def _evict(self, victim: Served) -> None:

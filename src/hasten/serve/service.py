@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
+from hasten.machine.cores import usable_cores
 from hasten.serve.memory import ResponseMemory
 from hasten.serve.recorder import Recorder
 from hasten.serve.stored import ResponseStore
@@ -36,7 +36,7 @@ class Service:
         self.draining = False
         self.began = time.monotonic()
         # templates and tokenizers run here: a long prompt or a slow template stops nobody's stream
-        self._workers = ThreadPoolExecutor(max(2, os.cpu_count() or 1), thread_name_prefix="hasten-prepare")
+        self._workers = ThreadPoolExecutor(max(2, usable_cores()), thread_name_prefix="hasten-prepare")
 
     async def work(self, task: Callable[[], T]) -> T:
         """Run something in a thread."""
