@@ -30,6 +30,11 @@ class EngineClosed(HastenError):
     """The engine was closed, or its thread failed, before the request was done."""
 
 
+def _told(wrong: BaseException) -> Exception:
+    """What an asyncio task may raise: a panic of a native library is no `Exception` and would end its loop."""
+    return wrong if isinstance(wrong, Exception) else HastenError(f"a fault of the engine: {wrong!r}")
+
+
 class _Listener:
     """One request's outputs on their way to its asyncio task."""
 
@@ -42,7 +47,7 @@ class _Listener:
         """From any thread: hand news over. False: its loop is closed, nobody listens any more."""
         try:
             self.loop.call_soon_threadsafe(self._arrive, news)
-        except RuntimeError:
+        except Exception:  # noqa: BLE001  a closed loop, or a broken one: nobody hears anything here
             return False
         return True
 
@@ -86,6 +91,11 @@ class AsyncEngine:
     def stats(self) -> EngineStats:
         """As of the end of the last step."""
         return self._stats
+
+    @property
+    def failed(self) -> bool:
+        """Whether the engine's thread has ended: every request is refused from now on."""
+        return self._thread_ended or not self._thread.is_alive()
 
     async def stream(self, request: Request) -> AsyncIterator[Output]:
         """Run a request; its outputs as they come. Closing the iterator cancels it within one step.
@@ -154,8 +164,8 @@ class AsyncEngine:
         try:
             self._engine.add(request)
             self._listeners[request.id] = listener
-        except Exception as refused:  # noqa: BLE001  whatever it was, it is this request's alone
-            listener.put([refused])
+        except BaseException as refused:  # noqa: BLE001  whatever it was, it is this request's alone
+            listener.put([_told(refused)])
 
     def _cancel(self, request_id: str, listener: _Listener) -> None:
         if self._listeners.get(request_id) is listener:  # else it ended, or the id is another one's
@@ -171,16 +181,30 @@ class AsyncEngine:
                 self._stats = self._engine.stats()  # whoever hears of an output finds it counted
                 self._tell(outputs)
         except BaseException as wrong:  # noqa: BLE001  whoever waits must hear of it, whatever it was
-            _log.exception("the engine stopped")
-            failure = wrong if isinstance(wrong, Exception) else EngineClosed(f"the engine failed: {wrong!r}")
+            failure = EngineClosed(
+                f"the engine failed ({type(wrong).__name__}) and has stopped; its log says more",
+                hint="ask again: a server loads the model anew",
+            )
+            failure.__cause__ = wrong
+        finally:
+            self._end(failure)
+
+    def _end(self, failure: EngineClosed) -> None:
+        """The thread ends: whoever waits hears why, whoever comes is refused, the pages come back."""
         with self._wake:
             self._state, self._thread_ended = "closed", True
         for listener in self._listeners.values():
             listener.put([failure])
         self._listeners.clear()
+        if failure.__cause__ is not None:
+            _log.error("the engine stopped", exc_info=failure.__cause__)
         for order in self._orders:  # what came in the meantime hears it too
-            order()
-        self._engine.close()
+            with contextlib.suppress(Exception):
+                order()
+        try:
+            self._engine.close()
+        except BaseException:
+            _log.exception("the engine could not give everything back")
 
     def _next(self) -> bool:
         """Follow orders and wait for work; False when it is time to stop."""

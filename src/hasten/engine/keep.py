@@ -179,20 +179,27 @@ class PrefixKeeper:
         """Take an answer's pages; those in the prefix cache stay there."""
         self._executor.truncate(answer.cached, 0)
 
-    def end(self, answer: Answer) -> None:
-        """An answer is done: share its last page too, and remember to settle it."""
-        if self._prefix is not None and answer.cached.length:
-            self.publish(answer)
-            computed = min(answer.cached.length, len(answer.tokens))
-            if computed <= self._shareable(answer):
-                self._keep_tail(answer.tokens[:computed], answer)
-            elif answer.request.prefix_cache:
-                self._unsettled.append((answer.tokens, answer.request.salt))
-        self.release(answer)
+    def end(self, answer: Answer, keep: bool = True) -> None:
+        """An answer is done: its pages come back.
+
+        Args:
+            keep: share its last page too, and remember to settle it. False for an answer that failed.
+        """
+        try:
+            if keep and self._prefix is not None and answer.cached.length:
+                self.publish(answer)
+                computed = min(answer.cached.length, len(answer.tokens))
+                if computed <= self._shareable(answer):
+                    self._keep_tail(answer.tokens[:computed], answer)
+                elif answer.request.prefix_cache:
+                    self._unsettled.append((answer.tokens, answer.request.salt))
+        finally:
+            self.release(answer)
 
     def _keep_tail(self, tokens: list[int], answer: Answer) -> None:
-        if self._prefix is not None and answer.chain is not None and len(tokens) % self._pool.page_tokens:
-            at = len(tokens) // self._pool.page_tokens
+        """Share the last page of an answer that ended, which is not full."""
+        at, rest = divmod(len(tokens), self._pool.page_tokens)
+        if self._prefix is not None and answer.chain is not None and rest and at >= answer.published:
             self._prefix.publish_tail(tokens, answer.chain, answer.cached.pages[at])
 
     @property
@@ -204,7 +211,7 @@ class PrefixKeeper:
         """Compute a little of an ended answer as prompt, for the next turn. False: nothing is left to do."""
         if not self._unsettled or self._prefix is None:
             return False
-        tokens, salt = self._unsettled[-1]
+        tokens, salt = self._unsettled.pop()
         size = self._pool.page_tokens
         is_long = self._executor.is_long(len(tokens))
         chain = Chain(self._root(salt, is_long), size)
@@ -215,14 +222,13 @@ class PrefixKeeper:
         try:
             missing = -(-end // size) - len(sequence.pages)
             if end - found.tokens <= 1 or not self._pool.ensure(missing):
-                self._unsettled.pop()
                 return bool(self._unsettled)
             self._executor.step([(sequence, tokens[found.tokens : end])], [], prefill=True)
             self._prefix.publish(tokens, chain, sequence.pages, found.tokens // size, end // size)
-            if end == len(tokens):
-                if end % size:
-                    self._prefix.publish_tail(tokens, chain, sequence.pages[-1])
-                self._unsettled.pop()
+            if end < len(tokens):
+                self._unsettled.append((tokens, salt))
+            elif end % size:
+                self._prefix.publish_tail(tokens, chain, sequence.pages[-1])
         finally:
             self._executor.truncate(sequence, 0)
         return bool(self._unsettled)

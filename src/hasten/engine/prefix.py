@@ -145,11 +145,20 @@ class PrefixCache:
             tokens: the prompt; the tail of a match that ends inside a page is copied into a page of its own.
             chain: the prompt's keys.
         """
-        size = self._pool.page_tokens
-        most = (len(tokens) - 1) // size
         pages: list[int] = []
-        from_disk = 0
-        for key in chain.keys[:most]:
+        try:
+            from_disk = self._full_pages(tokens, chain, pages)
+            found = Match(pages, len(pages) * self._pool.page_tokens, from_disk)
+            return self._with_tail(tokens, chain, found)
+        except BaseException:
+            for page in pages:
+                self._pool.release(page)
+            raise
+
+    def _full_pages(self, tokens: Sequence[int], chain: Chain, pages: list[int]) -> int:
+        """Take the full pages that are there, into `pages`; how many tokens came from disk."""
+        size, from_disk = self._pool.page_tokens, 0
+        for key in chain.keys[: (len(tokens) - 1) // size]:
             entry = self._entries.get(key)
             if entry is None:
                 entry = self._read(key, tokens, len(pages), chain)
@@ -159,7 +168,7 @@ class PrefixCache:
             self._policy.touch(key)
             self._pool.share(entry.page)
             pages.append(entry.page)
-        return self._with_tail(tokens, chain, Match(pages, len(pages) * size, from_disk))
+        return from_disk
 
     def _with_tail(self, tokens: Sequence[int], chain: Chain, found: Match) -> Match:
         size, at = self._pool.page_tokens, len(found.pages)
@@ -174,7 +183,11 @@ class PrefixCache:
         differs = np.flatnonzero(there != rest[: there.size])
         same = int(differs[0]) if differs.size else there.size
         page = self._pool.take()
-        self._memory.copy_page(entry.page, page)
+        try:
+            self._memory.copy_page(entry.page, page)
+        except BaseException:
+            self._pool.release(page)
+            raise
         self._policy.touch(key)
         return Match([*found.pages, page], found.tokens + same, found.disk_tokens)
 

@@ -47,7 +47,8 @@ class Scheduler:
         """Move answers from waiting to running while there is room.
 
         Args:
-            begin: gets an answer its pages; False if there are not enough, and then nobody overtakes it.
+            begin: gets an answer its pages; False if there are not enough, and then nobody overtakes it. An
+                answer that fails in it has left the queue.
             preempt: takes an answer's pages; called for those of a lower priority while slots or pages lack.
         """
         while self.waiting:
@@ -61,8 +62,9 @@ class Scheduler:
                     return
                 preempt(last)
                 self.stand_back(last)
-            self.waiting.remove(first)
-            self.running.append(first)
+            if first in self.waiting:
+                self.waiting.remove(first)
+                self.running.append(first)
 
     def join(self, answer: Answer) -> None:
         """An answer runs at once: it shares another's prompt and there is a free slot."""
