@@ -229,7 +229,7 @@ def test_speculation_that_fails_is_switched_off(
         assert gather(finish(engine), "r") == plain(model, asked)
 
 
-# The engine's thread ------------------------------------------------------------------------------------------
+# The engine's thread ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -275,7 +275,7 @@ def test_a_request_that_cannot_be_added_is_refused_alone(
     monkeypatch.setattr(served.engine, "_answers_of", after_calls(lambda _: [], lambda _: True, wrong))
 
     async def body() -> None:
-        with pytest.raises(Exception, match="broken|panic"):
+        with pytest.raises(Exception, match=r"broken|panic"):
             await all_of(served, Request(random_prompt(2, 40), 3, FOREVER))
         monkeypatch.undo()
         assert len(await all_of(served, Request(random_prompt(2, 40), 3, FOREVER))) == 3

@@ -31,7 +31,7 @@ class EngineClosed(HastenError):
 
 
 def _told(wrong: BaseException) -> Exception:
-    """What an asyncio task may raise: a panic of a native library is no `Exception` and would end its loop."""
+    """What an asyncio task may raise: a native library's panic is no `Exception` and would end its loop."""
     return wrong if isinstance(wrong, Exception) else HastenError(f"a fault of the engine: {wrong!r}")
 
 
@@ -174,7 +174,7 @@ class AsyncEngine:
             self._tell(self._engine.news())  # its end must not reach the next one of that id
 
     def _run(self) -> None:
-        failure: BaseException = EngineClosed("the engine was closed", hint="start it again")
+        failure = EngineClosed("the engine was closed", hint="start it again")
         try:
             while self._next():
                 outputs = self._engine.step()
@@ -203,7 +203,7 @@ class AsyncEngine:
                 order()
         try:
             self._engine.close()
-        except BaseException:
+        except BaseException:  # noqa: BLE001
             _log.exception("the engine could not give everything back")
 
     def _next(self) -> bool:

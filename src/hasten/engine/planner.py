@@ -27,7 +27,7 @@ class Planner:
     """A step's work: a token of every answer that decodes, drafts behind it, then prompts up to a budget.
 
     Args:
-        alone: a context for what concerns one answer only; an error inside ends that answer and goes no further.
+        alone: a context for what concerns one answer only; an error inside ends that answer only.
     """
 
     def __init__(
