@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -17,12 +18,14 @@ from hasten.core import ServingOptions
 from hasten.engine.engine import Engine
 from hasten.engine.request import Output, Request
 from hasten.engine.stats import EngineStats
-from hasten.errors import HastenError
+from hasten.errors import HastenError, QueueFull
 
 if TYPE_CHECKING:
+    from hasten.engine.grammar import Grammar
     from hasten.engine.model import LanguageModel
 
 _log = logging.getLogger(__name__)
+_MOST_UNREAD = 32  # grammars that wait: each may take some seconds
 _SETTLE_AFTER_S = 0.2  # of idleness: a client that asks again at once must not wait for work that could wait
 
 
@@ -80,6 +83,8 @@ class AsyncEngine:
         self._state = "open"  # then "draining", then "closed"
         self._thread_ended = False
         self._stats = self._engine.stats()
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="hasten-grammar")
+        self._unread = threading.Semaphore(_MOST_UNREAD)
         self._thread = threading.Thread(target=self._run, name="hasten-engine", daemon=True)
         self._thread.start()
 
@@ -118,8 +123,8 @@ class AsyncEngine:
         if self._state != "open":
             raise EngineClosed("the engine is shutting down", hint="ask another server, or again later")
         request = replace(request, id=request.id or uuid4().hex)
-        if request.grammar is not None:  # reading one may take long; others go on meanwhile
-            await asyncio.to_thread(self._engine.compiler().compile, request.grammar)
+        if request.grammar is not None:
+            await self._read(request.grammar)
         listener, left = _Listener(), request.n
         self._order(lambda: self._add(request, listener))
         try:
@@ -137,9 +142,28 @@ class AsyncEngine:
                 with contextlib.suppress(EngineClosed):
                     self._order(lambda: self._cancel(request.id, listener))
 
+    async def _read(self, grammar: Grammar) -> None:
+        """Have a grammar compiled, which may take seconds, in a thread of its own; others go on meanwhile."""
+        compiler = self._engine.compiler()
+        if compiler.knows(grammar):
+            compiler.compile(grammar)  # raises where it was refused
+            return
+        if not self._unread.acquire(blocking=False):
+            raise QueueFull(
+                f"{_MOST_UNREAD} grammars wait to be read", hint="ask again later", retry_after_s=1.0
+            )
+        try:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._reader, compiler.compile, grammar)
+        except RuntimeError as error:  # the reader was shut down
+            raise EngineClosed("the engine was closed", hint="start it again") from error
+        finally:
+            self._unread.release()
+
     async def close(self, drain: bool = True) -> None:
         """Take nothing new; end what runs (drain: when it is done) and the thread. The model stays open."""
         self._finish(drain)
+        self._reader.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self._thread.join)
 
     def _finish(self, drain: bool) -> None:
