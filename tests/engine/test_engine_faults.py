@@ -217,6 +217,40 @@ def test_no_page_is_lost_whatever_happens(
     assert small.executor.pool.free == small.executor.pool.pages
 
 
+def test_a_replaced_layer_leaves_nothing_stale(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """The prefix cache and the disk below it held keys and values of the layer that went."""
+    options = EngineOptions(threads=1, context=256, max_sequences=4, prefill_chunk=64)
+    model = hasten.load(tiny_folder("qwen3"), "w8", options=options)
+    name = next(name for name in model.packed.linears if "attn" in name or ".k" in name or "0" in name)
+    other = hasten.load(tiny_folder("qwen3"), "w4", options=options).packed.linears[name]
+    asked = Request(random_prompt(1, 100), 12, FOREVER, id="r")
+    before = plain(model, asked)
+    with Engine(model, ServingOptions(kv_disk=tmp_path / "kv")) as engine:
+        engine.add(asked)
+        assert gather(finish(engine), "r") == before
+        running = Request(random_prompt(2, 100), 40, FOREVER, id="running")
+        engine.add(running)
+        outputs = [output for _ in range(12) for output in engine.step()]
+        model.replace(name, other)
+        after = plain(model, asked)
+        assert after != before, "the layer changes nothing: the test cannot fail"
+        engine.add(asked)
+        outputs += finish(engine)
+        assert gather(outputs, "r") == after
+        usage = next(one.usage for one in outputs if one.request_id == "r" and one.usage is not None)
+        assert usage.cached_tokens == 0
+        made = gather(outputs, "running").tokens
+        first = sum(len(one.token_ids) for one in outputs[:12] if one.request_id == "running")
+        rest = Request((*running.prompt, *made[:first]), 40 - first, FOREVER)
+        if model.executor.decodes_like_prefill:  # else the answer so far would be computed as prompt
+            assert made[first:] == plain(model, rest).tokens
+        check_pages(engine)
+    fresh = hasten.load(tiny_folder("qwen3"), "w8", options=options)
+    with Engine(fresh, ServingOptions(kv_disk=tmp_path / "kv")) as engine:
+        engine.add(asked)
+        assert gather(finish(engine), "r") == before
+
+
 def test_speculation_that_fails_is_switched_off(
     model: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

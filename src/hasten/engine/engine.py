@@ -407,6 +407,8 @@ class Engine:
         On machines whose prompts and answers take different kernels (AMX), answers are computed once more as
         the prompt they will be in the next turn: see `PrefixKeeper.settle`.
         """
+        if self._keeper.is_stale:
+            self._planner.begin_anew()
         try:
             return self._keeper.settle()
         except Exception:  # it only saves time

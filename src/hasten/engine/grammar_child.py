@@ -1,8 +1,8 @@
 """The program of the process that compiles grammars on trial; `hasten.engine.grammar_trial` starts it.
 
-It may die of a grammar: that is what it is for. Each grammar gets a smaller stack, less memory and less processor
-time than the server has for the same work, so a grammar that is read here is read there too.
-It imports nothing of Hasten, to start within 0.1 s, and ends by itself when its parent is gone or it is idle.
+It may die of a grammar: that is what it is for. Each grammar gets a smaller stack, less memory and less
+processor time than the server has for the same work, so a grammar that is read here is read there too. It
+imports nothing of Hasten, to start within 0.1 s, and ends by itself when its parent is gone or it is idle.
 """
 
 from __future__ import annotations

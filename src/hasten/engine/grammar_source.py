@@ -33,7 +33,7 @@ _NOTES |= {"contentEncoding", "contentMediaType", "discriminator", "externalDocs
 _KNOWN = _SCHEMAS | _SCHEMA_LISTS | _SCHEMA_MAPS | _RULES | _NOTES
 
 
-# Work that one grammar may cause: a few ms a mask, memory as the states. Compiling is limited by its trial alone.
+# Work that one grammar may cause: a few ms a mask, memory as the states. Its trial alone limits compiling.
 LIMITS = {
     "initial_lexer_fuel": 200_000,
     "step_lexer_fuel": 40_000,
@@ -49,7 +49,8 @@ def limits() -> LLParserLimits:
     """`LIMITS` as llguidance takes them."""
     from llguidance import LLParserLimits
 
-    return LLParserLimits(**LIMITS, verbose_errors=False)
+    known: dict[str, Any] = {**LIMITS, "verbose_errors": False}
+    return LLParserLimits(**known)
 
 
 def source_of(grammar: Grammar) -> str:

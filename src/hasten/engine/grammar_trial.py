@@ -1,10 +1,10 @@
 """Compiles a grammar on trial, in a process that may die of it, before the server compiles the same one.
 
-llguidance follows references and rules by recursion: a chain of some thousand overflows the stack, which ends a
-process without an exception. It also looks for a text that a lexeme matches, by a search without a limit: eight
-expressions joined by `&`, 150 bytes, take minutes. No rule of ours on the text of a grammar is sure to find all
-of these, so every grammar is tried: with a smaller stack, less memory and a limit on processor time that grows
-with its size. The first costs about 0.15 s, a later one what compiling it costs.
+llguidance follows references and rules by recursion: a chain of some thousand overflows the stack, which
+ends a process without an exception. It also looks for a text that a lexeme matches, by a search without a
+limit: eight expressions joined by `&`, 150 bytes, take minutes. No rule of ours on the text of a grammar is
+sure to find all of these, so every grammar is tried: with a smaller stack, less memory and a limit on
+processor time that grows with its size. The first costs about 0.15 s, a later one what compiling it costs.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ from hasten.speed.cost import prompt_flops
 if TYPE_CHECKING:
     from hasten.cache.kv_disk import KvDisk
     from hasten.engine.model import LanguageModel
+
+log = logging.getLogger(__name__)
 
 _SETTLE_PAGES = 2  # computed at a time while nothing else is to do: who comes then waits at most for these
 _COST_FLOPS = 1e12  # a second's; only the proportions between pages matter
@@ -34,6 +37,7 @@ class PrefixKeeper:
         self._executor = model.executor
         self._pool = model.executor.pool
         self._counters = counters
+        self._weights_version = self._executor.weights_version
         self._disk = _disk(model, options)
         self._prefix: PrefixCache | None = None
         self._unsettled: deque[tuple[list[int], str]] = deque(maxlen=2 * model.options.max_sequences)
@@ -51,6 +55,25 @@ class PrefixKeeper:
                 lambda start, count: prompt_flops(config, start, count) / _COST_FLOPS,
                 self._disk,
             )
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether a layer was replaced since pages were computed: they no longer say what the model would."""
+        return self._weights_version != self._executor.weights_version
+
+    def start_anew(self) -> None:
+        """Drop everything that is kept; no answer may have pages. The disk tier, which names the weights that
+        were loaded, is left from now on."""
+        self._weights_version = self._executor.weights_version
+        self._unsettled.clear()
+        if self._prefix is not None:
+            self._prefix.clear()
+        if self._disk is not None:
+            log.warning("a layer was replaced; the KV cache on disk is no longer used by this engine")
+            self._disk.close()
+            self._disk = None
+            if self._prefix is not None:
+                self._prefix.leave_disk()
 
     @property
     def cached_pages(self) -> int:

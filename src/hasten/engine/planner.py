@@ -49,6 +49,8 @@ class Planner:
     def plan(self) -> list[Work]:
         """Choose the step's work and get its pages; preempts by recompute where there are too few."""
         scheduler = self._scheduler
+        if self._keeper.is_stale:
+            self.begin_anew()
         for answer in list(scheduler.running):
             with self._alone(answer):
                 self._outgrow(answer)
@@ -64,6 +66,13 @@ class Planner:
         self._add_drafts(works)
         works = self._running(works)
         return works + self._chunks(works)
+
+    def begin_anew(self) -> None:
+        """A layer was replaced: what is cached is stale. Answers go on from the tokens they have."""
+        for answer in list(self._scheduler.running):
+            self._preempt(answer)
+            self._scheduler.stand_back(answer)
+        self._keeper.start_anew()
 
     def _running(self, works: list[Work]) -> list[Work]:
         """Those whose answers were neither preempted nor ended."""

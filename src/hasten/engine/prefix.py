@@ -260,6 +260,10 @@ class PrefixCache:
             parent.children = max(0, parent.children - 1)
         self._pool.release(entry.page)
 
+    def leave_disk(self) -> None:
+        """Neither read nor write the tier below any more."""
+        self._disk = None
+
     def clear(self) -> None:
         """Give up every page that no sequence uses."""
         self.reclaim(len(self._entries))

@@ -84,6 +84,7 @@ class CpuExecutor:
                 str(wrong), hint=f"unset HASTEN_ISA or use one of: {', '.join(_native.isas())}"
             ) from None
         self._bits: dict[str, int] = {}  # of each linear layer
+        self.weights_version = 0  # counts replaced layers: keys and values of another version are stale
         pages = self._pages(packed, options)
         self._decoder = _native.Decoder(
             decoder_config(config), self.threads, pages, packed.recipe.kv == "int8"
@@ -126,6 +127,7 @@ class CpuExecutor:
     def replace(self, name: str, linear: PackedLinear) -> None:
         """Put another matrix in a linear layer's place."""
         layout = linear.layout
+        self.weights_version += 1
         self._bits[name] = layout.bits
         self._decoder.set_linear(
             name, linear.data, linear.rows, linear.cols, layout.bits, layout.group, layout.symmetric
