@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_DISK_WAIT_S = 0.005  # at a time, with nothing else to do: what comes in meanwhile waits for it
+
 Masks = npt.NDArray[np.uint32]
 Draw = tuple[Work, Floats]  # a work that has a token to draw, and the results [1 + drafts, E] to draw from
 
@@ -61,7 +63,7 @@ class Engine:
         self._executor = model.executor
         self._scheduler = Scheduler(model.options.max_sequences)
         self._speculator = Speculator() if self.options.speculate else None
-        self._keeper = PrefixKeeper(model, self.options, self.counters)
+        self._keeper = PrefixKeeper(model, self.options, self.counters, self.forecast)
         self._admission = Admission(model, self.options, self._scheduler, self.forecast)
         self._planner = Planner(
             self._executor, self._scheduler, self._keeper, self._speculator, self.counters, self._alone
@@ -105,6 +107,8 @@ class Engine:
         self._answers[request.id] = answers
         self._mail.pop(request.id, None)  # of one that ended: its outputs are all there
         self._scheduler.arrive(answers[0])
+        with self._alone(answers[0]):
+            self._keeper.read_ahead(answers[0])
         return request.id
 
     def _answers_of(self, request: Request) -> list[Answer]:
@@ -213,6 +217,9 @@ class Engine:
         """Nothing runs and who is first still gets no pages: others than this engine hold them."""
         scheduler, pool = self._scheduler, self._executor.pool
         if scheduler.running or not scheduler.waiting:
+            return []
+        if any(self._keeper.is_reading(one) for one in scheduler.waiting):
+            self._keeper.wait_for_disk(_DISK_WAIT_S)
             return []
         first = min(scheduler.waiting, key=scheduler.order)
         error = f"the {pool.free} free pages of {pool.page_tokens} tokens are too few; others hold the rest"

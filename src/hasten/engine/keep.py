@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from typing import TYPE_CHECKING
 
+from hasten.cache.kv_ahead import KvAhead
 from hasten.cache.policy import new_policy
 from hasten.core import ServingOptions
 from hasten.engine.answer import Answer
+from hasten.engine.forecast import Forecast
 from hasten.engine.prefix import Chain, Match, PrefixCache, root_key
 from hasten.engine.stats import Counters
 from hasten.errors import UsageError
@@ -21,6 +24,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_LEAST_WAIT_S = 0.05  # for pages from disk, however fast they are computed
+_MOST_WAIT_S = 10.0
+_UNKNOWN_S = 0.01  # to compute a token, before the first was
 _SETTLE_PAGES = 2  # computed at a time while nothing else is to do: who comes then waits at most for these
 _COST_FLOPS = 1e12  # a second's; only the proportions between pages matter
 
@@ -33,12 +39,16 @@ class PrefixKeeper:
     next turn, when the engine has nothing else to do: see `settle`.
     """
 
-    def __init__(self, model: LanguageModel, options: ServingOptions, counters: Counters) -> None:
+    def __init__(
+        self, model: LanguageModel, options: ServingOptions, counters: Counters, forecast: Forecast
+    ) -> None:
         self._executor = model.executor
         self._pool = model.executor.pool
         self._counters = counters
         self._weights_version = self._executor.weights_version
+        self._forecast = forecast
         self._disk = _disk(model, options)
+        self._ahead = KvAhead(self._disk) if self._disk is not None else None
         self._prefix: PrefixCache | None = None
         self._unsettled: deque[tuple[list[int], str]] = deque(maxlen=2 * model.options.max_sequences)
         if options.prefix_cache:
@@ -53,7 +63,7 @@ class PrefixKeeper:
                 self._executor,
                 new_policy(options.cache_policy, bytes_),
                 lambda start, count: prompt_flops(config, start, count) / _COST_FLOPS,
-                self._disk,
+                self._ahead,
             )
 
     @property
@@ -70,8 +80,7 @@ class PrefixKeeper:
             self._prefix.clear()
         if self._disk is not None:
             log.warning("a layer was replaced; the KV cache on disk is no longer used by this engine")
-            self._disk.close()
-            self._disk = None
+            self._close_disk()
             if self._prefix is not None:
                 self._prefix.leave_disk()
 
@@ -79,6 +88,50 @@ class PrefixKeeper:
     def cached_pages(self) -> int:
         """Pages in the prefix cache."""
         return len(self._prefix) if self._prefix is not None else 0
+
+    def read_ahead(self, answer: Answer) -> None:
+        """Ask the disk for pages of a waiting answer that are not in memory, if reading them is worth it.
+
+        They are waited for as long as computing them would take, as far as that is known. Whether they come
+        in time changes nothing but when the answer comes.
+        """
+        if self._ahead is None or self._prefix is None:
+            return
+        if not answer.request.prefix_cache or answer.every_row:
+            return
+        self._cover(answer, self._executor.is_long(len(answer.tokens)))
+        assert answer.chain is not None
+        size = self._pool.page_tokens
+        full = answer.chain.keys[: (min(len(answer.tokens), self._shareable(answer)) - 1) // size]
+        keys = [key for key in full if key not in self._prefix and not self._ahead.has(key)]
+        if answer.reading is not None:
+            self._ahead.ask_more(answer.reading, keys)
+            return
+        page_s = size * (self._forecast.prefill_s or _UNKNOWN_S)
+        worth = min(max(_LEAST_WAIT_S, len(keys) * page_s), _MOST_WAIT_S)
+        if keys and self._ahead.seconds(len(keys)) <= worth:
+            answer.reading = self._ahead.ask(keys, time.monotonic() + worth)
+        elif keys:
+            self._ahead.doubt()
+
+    def is_reading(self, answer: Answer) -> bool:
+        """Whether an answer had better wait for pages on their way from disk."""
+        reading = answer.reading
+        if reading is None or time.monotonic() >= reading.until:
+            return False
+        if reading.done:  # what left memory since it asked is read too
+            self.read_ahead(answer)
+        return not reading.done
+
+    def wait_for_disk(self, seconds: float) -> None:
+        """Until a page arrives, or that long: nothing else is to do."""
+        if self._ahead is not None:
+            self._ahead.wait(seconds)
+
+    def _stop_reading(self, answer: Answer) -> None:
+        reading, answer.reading = answer.reading, None
+        if reading is not None and self._ahead is not None:
+            self._ahead.drop(reading)
 
     def begin(self, answer: Answer, spare: int = 0) -> bool:
         """Pages for all known tokens of an answer, computed ones among them.
@@ -98,6 +151,7 @@ class PrefixKeeper:
             for page in found.pages:
                 self._pool.release(page)
             return False
+        self._stop_reading(answer)
         answer.cached = CachedSequence(found.pages, found.tokens, self._executor.is_long(known))
         answer.published = found.tokens // size
         self._pool.grow(answer.cached, known)
@@ -218,6 +272,7 @@ class PrefixKeeper:
                     self._unsettled.append((answer.tokens, answer.request.salt))
         finally:
             self.release(answer)
+            self._stop_reading(answer)
 
     def _keep_tail(self, tokens: list[int], answer: Answer) -> None:
         """Share the last page of an answer that ended, which is not full."""
@@ -258,11 +313,16 @@ class PrefixKeeper:
 
     def close(self) -> None:
         """Write what waits for the disk and give up the cached pages."""
-        if self._disk is not None:
-            self._disk.close()
+        self._close_disk()
         if self._prefix is not None:
             self._prefix.clear()
             self._pool.reclaim = None
+
+    def _close_disk(self) -> None:
+        if self._ahead is not None and self._disk is not None:
+            self._ahead.close()
+            self._disk.close()
+        self._ahead = self._disk = None
 
 
 def _disk(model: LanguageModel, options: ServingOptions) -> KvDisk | None:

@@ -61,7 +61,7 @@ class Planner:
                 if ready and self._reserve(answer, 1):
                     works.append(Work.of(answer, 1))
         works = self._running(works)
-        scheduler.admit(self._begin, self._preempt)
+        scheduler.admit(self._begin, self._preempt, self._keeper.is_reading)
         works = self._running(works)
         self._add_drafts(works)
         works = self._running(works)
@@ -132,6 +132,7 @@ class Planner:
         self._keeper.release(answer)
         answer.preemptions += 1
         self._counters.preemptions += 1
+        self._keeper.read_ahead(answer)
 
     def _add_drafts(self, works: list[Work]) -> None:
         if self._speculator is None or not works:

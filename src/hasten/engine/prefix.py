@@ -37,9 +37,11 @@ class PageMemory(Protocol):
 
 
 class PageDisk(Protocol):
-    """The tier below: `hasten.cache.kv_disk.KvDisk`."""
+    """The tier below: `hasten.cache.kv_ahead.KvAhead`. Nothing here may wait for a disk."""
 
     def has(self, key: bytes) -> bool: ...
+
+    def knows(self, key: bytes) -> bool: ...
 
     def read(self, key: bytes, out: Bytes) -> bool: ...
 
@@ -199,7 +201,11 @@ class PrefixCache:
         if not self._disk.read(key, data):
             return None
         page, size = self._pool.take(), self._pool.page_tokens
-        self._memory.write_page(page, data)
+        try:
+            self._memory.write_page(page, data)
+        except BaseException:
+            self._pool.release(page)
+            raise
         raw = np.asarray(tokens[at * size : (at + 1) * size], np.int32).tobytes()
         return self._insert(key, _Entry(page, chain.before(at), raw), at * size)
 
@@ -215,7 +221,7 @@ class PrefixCache:
             self._pool.share(pages[at])
             raw = np.asarray(tokens[at * size : (at + 1) * size], np.int32).tobytes()
             self._insert(key, _Entry(pages[at], chain.before(at), raw), at * size)
-            if self._disk is not None and not self._disk.has(key):
+            if self._disk is not None and not self._disk.knows(key):
                 cost, parent = self._cost(at * size, size), chain.before(at)
                 self._disk.write(key, self._memory.read_page(pages[at]), cost, parent)
 
