@@ -107,8 +107,7 @@ class Engine:
         self._answers[request.id] = answers
         self._mail.pop(request.id, None)  # of one that ended: its outputs are all there
         self._scheduler.arrive(answers[0])
-        with self._alone(answers[0]):
-            self._keeper.read_ahead(answers[0])
+        self._keeper.read_ahead(answers[0])
         return request.id
 
     def _answers_of(self, request: Request) -> list[Answer]:

@@ -25,6 +25,7 @@ COMPILE_STACK = 64 << 20
 MASK_STACK = 512 << 10  # masks are made on ordinary threads, of 8 MB
 _MEMORY = 1 << 30  # beyond what the process has when it starts
 _IDLE_S = 120.0
+_NICE = 5  # the engine's threads come first
 _MASKS = 4
 
 
@@ -52,6 +53,8 @@ def main() -> None:
     vocabulary = LLTokenizer(wrapper, n_vocab=257, eos_token=[256])
     limits = LLParserLimits(**json.loads(sys.argv[2]), verbose_errors=False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    with contextlib.suppress(OSError):
+        os.nice(_NICE)
     _limit_memory()
     os.write(1, READY)
     waiting = select.poll()

@@ -95,24 +95,29 @@ class PrefixKeeper:
         They are waited for as long as computing them would take, as far as that is known. Whether they come
         in time changes nothing but when the answer comes.
         """
-        if self._ahead is None or self._prefix is None:
+        if self._ahead is None or not answer.request.prefix_cache or answer.every_row:
             return
-        if not answer.request.prefix_cache or answer.every_row:
-            return
+        try:
+            self._ask_disk(answer, self._ahead)
+        except Exception:  # it only saves time
+            log.exception("pages could not be asked for from disk")
+
+    def _ask_disk(self, answer: Answer, ahead: KvAhead) -> None:
+        assert self._prefix is not None, "pages are kept on disk only beside a prefix cache"
         self._cover(answer, self._executor.is_long(len(answer.tokens)))
         assert answer.chain is not None
         size = self._pool.page_tokens
         full = answer.chain.keys[: (min(len(answer.tokens), self._shareable(answer)) - 1) // size]
-        keys = [key for key in full if key not in self._prefix and not self._ahead.has(key)]
+        keys = [key for key in full if key not in self._prefix and not ahead.has(key)]
         if answer.reading is not None:
-            self._ahead.ask_more(answer.reading, keys)
+            ahead.ask_more(answer.reading, keys)
             return
         page_s = size * (self._forecast.prefill_s or _UNKNOWN_S)
         worth = min(max(_LEAST_WAIT_S, len(keys) * page_s), _MOST_WAIT_S)
-        if keys and self._ahead.seconds(len(keys)) <= worth:
-            answer.reading = self._ahead.ask(keys, time.monotonic() + worth)
+        if keys and ahead.seconds(len(keys)) <= worth:
+            answer.reading = ahead.ask(keys, time.monotonic() + worth)
         elif keys:
-            self._ahead.doubt()
+            ahead.doubt()
 
     def is_reading(self, answer: Answer) -> bool:
         """Whether an answer had better wait for pages on their way from disk."""
