@@ -134,7 +134,7 @@ def test_an_engine_that_failed_is_loaded_anew() -> None:
 def test_an_engine_that_failed_with_nobody_there_is_seen_and_loaded_anew() -> None:
     """No request has to fail first."""
     engines = [StandInEngine("old"), StandInEngine("new")]
-    spare = iter(engines[1:])
+    spare = iter(engines)
     with serving(
         ServeOptions(port=0, log=False), {"a": engines[0]}, lambda ref: (StandInModel(ref), next(spare))
     ) as server:
