@@ -85,6 +85,7 @@ class StandInEngine:
     running: int = 0
     steps: int = 0
     closed: bool = False
+    failed: bool = False
 
     async def stream(self, request: Request) -> AsyncGenerator[Output, None]:
         self.asked.append(request)

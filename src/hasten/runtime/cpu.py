@@ -183,6 +183,7 @@ class CpuExecutor:
                 str(wrong), hint=f"unset HASTEN_ISA or use one of: {', '.join(_native.isas())}"
             ) from None
         self._bits: dict[str, int] = {}  # of each linear layer
+        self.weights_version = 0  # counts replaced layers: keys and values of another version are stale
         int8 = packed.recipe.kv == "int8"
         self.kv = kv_plan(config, int8, options)
         self.context = self.kv.context
@@ -211,6 +212,7 @@ class CpuExecutor:
     def replace(self, name: str, linear: PackedLinear) -> None:
         """Put another matrix in a linear layer's place."""
         layout = linear.layout
+        self.weights_version += 1
         self._bits[name] = layout.bits
         self._decoder.set_linear(
             name, linear.data, linear.rows, linear.cols, layout.bits, layout.group, layout.symmetric

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 class ServedEngine(Protocol):
     """What the server needs of `AsyncEngine`."""
 
+    @property
+    def failed(self) -> bool:
+        """Whether it ended by itself: it refuses every request from now on."""
+        ...
+
     def batches(self, request: Request) -> AsyncGenerator[list[Output], None]:
         """Outputs as they come, all that wait at once; closing the iterator cancels the request."""
         ...
@@ -76,6 +81,11 @@ class Served:
         """Longest prompt plus output, tokens."""
         return self.model.context
 
+    @property
+    def takes_requests(self) -> bool:
+        """Whether it stays, and its engine lives."""
+        return not self.leaving and not self.engine.failed
+
 
 @dataclass(eq=False)
 class _Load:
@@ -120,7 +130,7 @@ class ModelPool:
     @property
     def ready(self) -> bool:
         """Whether a request would find a model in memory."""
-        return any(not served.leaving for served in self._loaded.values())
+        return any(served.takes_requests for served in self._loaded.values())
 
     def loaded(self) -> list[tuple[str, EngineStats]]:
         """(name, its engine's numbers) of the models in memory."""
@@ -167,7 +177,7 @@ class ModelPool:
                 code="model_not_found",
             )
         served = self._loaded.get(name)
-        if served is not None and not served.leaving:
+        if served is not None and served.takes_requests:
             served.users += 1
             served.idle.clear()
             return served
