@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from hasten.cache.reading import open_file, read_file
 from hasten.core import as_json
 from hasten.errors import DiskError
 
@@ -173,7 +174,7 @@ def digest(path: str | Path) -> str:
     """
     state = hashlib.sha256()
     buffer = memoryview(bytearray(_CHUNK_BYTES))
-    with Path(path).open("rb", buffering=0) as file:
+    with open_file(path, buffering=0) as file:
         while count := file.readinto(buffer):
             state.update(buffer[:count])
     return state.hexdigest()
@@ -193,6 +194,6 @@ def write_json(path: str | Path, value: Any) -> Path:
 def read_json(path: str | Path) -> Any | None:
     """The value in a JSON file, or None where it is missing, torn or no JSON: to a cache these are misses."""
     try:
-        return json.loads(Path(path).read_bytes())
+        return json.loads(read_file(path))
     except (OSError, ValueError, RecursionError):
         return None

@@ -82,13 +82,11 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """What is kept until the model is done: by files, recipe, text and version."""
-        files = [(file.path.name, file.bytes) for file in self.source.files]
+        """What is kept until the model is done: by the model's content, recipe, text and version."""
         texts = [one.sha256 for one in (self.text, self.lesson) if one is not None]
         key = [
             hasten.__version__,
-            self.source.name,
-            files,
+            self.source.content,
             write_recipe(replace(self.recipe, name="")),
             texts,
         ]

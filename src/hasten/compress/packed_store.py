@@ -25,13 +25,15 @@ from typing import Any
 import hasten
 from hasten.cache import cache_dir, digest, read_json, read_record, write_record
 from hasten.cache.deferred import Deferred
+from hasten.cache.reading import add_byte
 from hasten.cache.size_limit import Held, chosen_limit, limit_bytes, make_room, tree_bytes
 from hasten.cache.stage import clean, stage, vanish
-from hasten.compress.artifact import LAYOUT_VERSION, Artifact, load_artifact, save, verify_files
+from hasten.compress.artifact import Artifact, load_artifact, save, verify_files
+from hasten.compress.artifact_plan import LAYOUT_VERSION, PLAN_VERSION, format_digest
 from hasten.compress.origin import Content, ContentIndex, Origin
 from hasten.compress.pack import PackedModel
 from hasten.compress.work_store import WorkStore
-from hasten.core import SCHEMA_VERSION, Recipe, as_json
+from hasten.core import Recipe, as_json
 from hasten.errors import ArtifactError, DiskError
 from hasten.models.locate import Place
 from hasten.models.source import Source, SourceFile
@@ -130,7 +132,7 @@ class PackedStore:
             folder = folder if folder.is_dir() and self._is_sound(folder, key) else None
         self._count(folder is not None)
         if folder is not None:
-            _append(folder / _USED)
+            add_byte(folder / _USED)
         return folder, origin
 
     def _looked_at(self, place: Place) -> tuple[Origin | None, str | None]:
@@ -146,7 +148,7 @@ class PackedStore:
 
     def _count(self, is_hit: bool) -> None:
         if self.folder.is_dir():
-            _append(self.folder / ("hits" if is_hit else "misses"))
+            add_byte(self.folder / ("hits" if is_hit else "misses"))
 
     def keep(
         self,
@@ -292,7 +294,7 @@ class PackedStore:
         except (ArtifactError, OSError) as wrong:
             _drop_damaged(entry, seen, wrong)
             return None
-        _append(entry / _USED)
+        add_byte(entry / _USED)
         return replace(artifact, packed=replace(artifact.packed, recipe=recipe))
 
     def _is_sound(self, entry: Path, key: Mapping[str, Any]) -> bool:
@@ -352,7 +354,8 @@ def _key(content: str, recipe: Recipe, made_with: Mapping[str, Any] | None = Non
         "content": content,
         "recipe": parts,
         "layout_version": LAYOUT_VERSION,
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": PLAN_VERSION,
+        "format": format_digest(),
         "hasten": hasten.__version__,
     }
 
@@ -366,9 +369,3 @@ def _last_used(entry: Path) -> float:
         with contextlib.suppress(OSError):
             return file.stat().st_mtime
     return 0.0
-
-
-def _append(file: Path) -> None:
-    """One byte more: a count that needs no lock, and a time. A disk that cannot be written keeps none."""
-    with contextlib.suppress(OSError), file.open("ab") as tally:
-        tally.write(b".")

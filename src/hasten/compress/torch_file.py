@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hasten.cache import write_atomic
+from hasten.cache.reading import open_file
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> Path:
@@ -29,10 +30,11 @@ def read_state(path: Path) -> dict[str, Any] | None:
     """What a file holds, on the CPU; None where it is missing or damaged: then it is made again."""
     import torch
 
-    if not path.is_file() or state_damage(path) is not None:
-        return None
     try:
-        found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+        if state_damage(path) is not None:
+            return None
+        with open_file(path) as file:
+            found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
     except Exception:  # noqa: BLE001  torch.load raises whatever a strange file makes it
         return None
     return found
@@ -45,7 +47,7 @@ def state_damage(path: Path) -> str | None:
         OSError: it cannot be read.
     """
     try:
-        with zipfile.ZipFile(path) as parts:
+        with open_file(path) as file, zipfile.ZipFile(file) as parts:
             wrong = parts.testzip()
     except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError) as error:
         return f"{path} is torn: {error}"

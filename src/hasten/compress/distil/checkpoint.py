@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from hasten.cache.reading import is_there, open_file
 from hasten.compress.distil.result import Point
 from hasten.compress.torch_file import state_damage, write_state
 from hasten.errors import ModelError, UsageError
@@ -44,12 +45,13 @@ class Checkpoint:
             ModelError: it cannot be read.
         """
         path = folder / FILE
-        if not path.is_file():
+        if not is_there(path):
             return None
         try:
             if (wrong := state_damage(path)) is not None:
                 raise ValueError(wrong)
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with open_file(path) as file:
+                state = torch.load(file, map_location="cpu", weights_only=True)
             curve = tuple(Point(**point) for point in state.pop("curve"))
             found = cls(curve=curve, **state)
         except Exception as error:  # noqa: BLE001  torch.load raises whatever a damaged file makes it

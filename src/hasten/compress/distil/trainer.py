@@ -23,7 +23,7 @@ from hasten.compress.distil.checkpoint import Checkpoint
 from hasten.compress.distil.decoder import Decoder
 from hasten.compress.distil.result import Distilled, Observer, Point, Progress, silent
 from hasten.compress.distil.student import Layouts, Student
-from hasten.compress.distil.teacher import Teacher, cached_teacher, content, live_teacher
+from hasten.compress.distil.teacher import Teacher, cached_teacher, live_teacher
 from hasten.compress.torch_layer import layer_forward
 from hasten.errors import MachineError, ModelError, UsageError
 from hasten.models.source import Source
@@ -343,5 +343,5 @@ def _run_digest(
     how: Training,
 ) -> str:
     stored = [f"{name} {layouts(name)}" for name in sorted(student.tensors)] if layouts else []
-    parts = [content(teacher), content(student), text.sha256, options, stored, how.dtype, how.keep_zeros]
+    parts = [teacher.content, student.content, text.sha256, options, stored, how.dtype, how.keep_zeros]
     return hashlib.sha256(repr(parts).encode()).hexdigest()

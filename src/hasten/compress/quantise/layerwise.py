@@ -10,7 +10,6 @@ import torch
 
 from hasten.compress.calibration import Calibration
 from hasten.compress.pack import PackedLinear, PackedModel, pack_linear, vector
-from hasten.compress.quantise.identity import identity_of
 from hasten.compress.quantise.layer_methods import (
     QuantisedLayer,
     layer_alone,
@@ -21,6 +20,7 @@ from hasten.compress.quantise.sequential import Streams, sequential_head, sequen
 from hasten.compress.quantise.statistics import Observer, Statistics
 from hasten.compress.stream import Stream
 from hasten.compress.torch_file import read_state, write_state
+from hasten.compress.work_store import work_key
 from hasten.core import Layout, Recipe
 from hasten.errors import UsageError
 from hasten.models.source import Source
@@ -145,7 +145,7 @@ class _Work:
         if folder is None:
             return cls(None)
         how = (recipe.default, recipe.head, sorted(recipe.layers.items()), recipe.method, recipe.smooth)
-        return cls(folder / identity_of(source, text, "layers", _VERSION, str(how)))
+        return cls(folder / work_key(source, text, "layers", _VERSION, str(how)))
 
     def read(self, index: int) -> QuantisedLayer | None:
         """A finished layer; None where it is not there or damaged."""

@@ -18,13 +18,12 @@ import torch.nn.functional as F
 from hasten.compress.calibration import Calibration
 from hasten.compress.moments import symmetric_add
 from hasten.compress.quantise.fold import GROUPS, Group
-from hasten.compress.quantise.identity import identity_of
 from hasten.compress.quantise.staged import StagedLayer
 from hasten.compress.room import statistics_bytes
 from hasten.compress.stream import Stream, stream_weights
 from hasten.compress.torch_file import read_state, write_state
 from hasten.compress.torch_layer import tensor_values
-from hasten.compress.work_store import WorkStore, touch
+from hasten.compress.work_store import WorkStore, touch, work_key
 from hasten.models.source import Source
 
 Observer = Callable[[int, int, str], object]
@@ -53,7 +52,7 @@ class Statistics:
         self._source, self._text = source, calibration
         self._store = WorkStore()
         self.folder = self._store.place(
-            "statistics", identity_of(source, calibration, "statistics", _VERSION)
+            "statistics", work_key(source, calibration, "statistics", _VERSION)
         )
         self._last: tuple[int, LayerStatistics] | None = None
 
