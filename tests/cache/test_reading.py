@@ -149,7 +149,11 @@ ALLOWED = {
     "cache/kv_entry.py",  # looks for itself: it reads into two buffers at once
     "serve/web/__init__.py",  # files of the package
 }
-OTHERS = ("machine/", "bench/peers/", "bench/server_process.py")  # files of /proc and /sys, or a peer wrote them
+OTHERS = (
+    "machine/",
+    "bench/peers/",
+    "bench/server_process.py",
+)  # files of /proc and /sys, or a peer wrote them
 LOADS = ("torch.load", "np.load", "json.load", "pickle.load")
 OPENS = {"read_text", "read_bytes", "fromfile", "memmap", "from_file"}
 
@@ -157,19 +161,18 @@ OPENS = {"read_text", "read_bytes", "fromfile", "memmap", "from_file"}
 def opens(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """Calls that open a file by its path for reading."""
     for node in ast.walk(tree):
-        if not isinstance(node, ast.Call):
-            continue
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        first = node.args[0] if node.args else None
-        of = node.func.value if isinstance(node.func, ast.Attribute) else None
-        if name in OPENS and of is not None and not (isinstance(first, ast.Name) and first.id == "file"):
-            yield node.lineno, name
-        elif name == "open" and _reads(node):
-            yield node.lineno, name
-        elif name == "ZipFile" and ast.unparse(node.args[0]) != "file":
-            yield node.lineno, name
-        elif ast.unparse(node.func) in LOADS and ast.unparse(node.args[0]) != "file":
-            yield node.lineno, name
+        if isinstance(node, ast.Call) and _opens(node):
+            yield node.lineno, ast.unparse(node.func)
+
+
+def _opens(node: ast.Call) -> bool:
+    is_method = isinstance(node.func, ast.Attribute)
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    if node.args and ast.unparse(node.args[0]) == "file":
+        return False  # one that is open
+    if name == "open":
+        return _reads(node)
+    return (name in OPENS and is_method) or name == "ZipFile" or ast.unparse(node.func) in LOADS
 
 
 def _reads(node: ast.Call) -> bool:

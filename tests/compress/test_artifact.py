@@ -299,7 +299,9 @@ def test_a_config_holds_what_is_not_as_by_default(packed: PackedModel) -> None:
 
 def test_caches_know_the_fields(monkeypatch: pytest.MonkeyPatch) -> None:
     before = format_digest()
-    grown = make_dataclass("ModelConfig", [("sinks", bool, field(default=False))], bases=(ModelConfig,), frozen=True)
+    grown = make_dataclass(
+        "ModelConfig", [("sinks", bool, field(default=False))], bases=(ModelConfig,), frozen=True
+    )
     monkeypatch.setattr(artifact_plan, "ModelConfig", grown)
     assert format_digest() != before and noun_from(grown, config_json(PLAIN), "").sinks is False
 

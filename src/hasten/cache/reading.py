@@ -15,13 +15,14 @@ import select
 import stat
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"))
+_OPTIONS = ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY")
+_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in _OPTIONS)
 _CHUNK_BYTES = 1 << 20
 PATIENCE_S = 10.0
 """How long a named pipe may have nobody who writes into it."""
@@ -31,23 +32,28 @@ class NotAFile(OSError):
     """Something else stands where a file belongs; `strerror` says what. Handlers of OSError cover it."""
 
 
-def open_file(path: str | Path, *, buffering: int = -1) -> BinaryIO:
+def open_file(path: str | Path) -> io.BufferedReader:
     """Open a regular file for reading bytes; links are followed. Never waits.
-
-    Args:
-        path: the file.
-        buffering: as of the builtin `open`; 0 reads straight into the caller's memory.
 
     Raises:
         NotAFile: a named pipe, a socket or a device is there.
         IsADirectoryError: a folder is there.
         OSError: it is missing or may not be read.
     """
+    return io.BufferedReader(open_raw(path))
+
+
+def open_raw(path: str | Path) -> io.FileIO:
+    """As `open_file`, without a buffer: reads straight into the caller's memory.
+
+    Raises:
+        OSError: as `open_file`.
+    """
     _refuse(os.stat(path).st_mode, path)  # before opening: opening alone moves some devices  # noqa: PTH116
     descriptor = os.open(path, _FLAGS)
     try:
         _refuse(os.fstat(descriptor).st_mode, path)  # it may have been put in the file's place just now
-        return os.fdopen(descriptor, "rb", buffering)
+        return io.FileIO(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
         raise
@@ -63,7 +69,7 @@ def read_file(path: str | Path, most: int | None = None) -> bytes:
     Raises:
         OSError: as `open_file`; EFBIG where it has more than `most` bytes.
     """
-    with open_file(path, buffering=0) as file:
+    with open_raw(path) as file:
         if most is not None and os.fstat(file.fileno()).st_size > most:
             raise _too_large(path, most)
         return file.read()
@@ -87,7 +93,7 @@ def read_array(path: str | Path) -> npt.NDArray[np.uint8]:
     """
     import numpy as np
 
-    with open_file(path, buffering=0) as file:
+    with open_raw(path) as file:
         return np.fromfile(file, np.uint8)
 
 
@@ -99,7 +105,7 @@ def map_array(path: str | Path) -> npt.NDArray[np.uint8]:
     """
     import numpy as np
 
-    with open_file(path, buffering=0) as file:
+    with open_raw(path) as file:
         if os.fstat(file.fileno()).st_size == 0:
             return np.zeros(0, np.uint8)
         mapped: np.memmap[Any, np.dtype[np.uint8]] = np.memmap(file, np.uint8, "r")
@@ -189,7 +195,7 @@ def _first_bytes(descriptor: int, path: str | Path) -> bytes:
 
 
 def _is_named(path: str | Path) -> bool:
-    """Whether a pipe has a name in a file system; others, such as `<(command)`, have their writers already."""
+    """Whether a pipe has a name in a file system; others, such as `<(command)`, have writers already."""
     return Path(os.path.realpath(path)).exists()
 
 

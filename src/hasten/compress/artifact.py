@@ -7,8 +7,8 @@
     tokenizer.json ...    what Tokenizer.save writes
     report.html           written by `hasten optimize` and `hasten compress`; nobody reads it back
 
-The folder appears whole or not at all. Reading verifies every checksum. `artifact_plan` says how an artifact of
-another version is met.
+The folder appears whole or not at all. Reading verifies every checksum. `artifact_plan` says how an
+artifact of another version is met.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten import _native
-from hasten.cache import new_folder, write_atomic, write_json
-from hasten.cache.reading import is_there, map_array, open_file, read_file
+from hasten.cache import new_folder, read_json, write_atomic, write_json
+from hasten.cache.reading import is_there, map_array, open_file, open_raw, read_file
 from hasten.compress.artifact_plan import (
     AGAIN,
     CONFIG,
@@ -41,7 +41,7 @@ from hasten.compress.artifact_plan import (
 )
 from hasten.compress.pack import PIECE_BYTES, PackedLinear, PackedModel, checksum_of, packed_bytes
 from hasten.core import ModelConfig, Recipe, as_json
-from hasten.errors import ArtifactError, HastenError, UsageError
+from hasten.errors import ArtifactError, DiskError, HastenError, UsageError
 from hasten.models.config_check import checked
 from hasten.models.locate import ref_of
 from hasten.models.parameters import parameter_shapes, present_biases
@@ -70,6 +70,35 @@ def is_artifact(ref: str | Path) -> bool:
     """Whether a reference is meant as an artifact folder: it ends in .hasten or holds a plan."""
     path = Path(ref)
     return path.suffix == ".hasten" or (path / _PLAN).is_file()
+
+
+def refuse_other_model(folder: str | Path, source: Source) -> None:
+    """Say it where an artifact of another model stands: its name may be equal, or a part of it.
+
+    The same model has the same place, or files of the same content. Files are read only where their sizes are
+    equal and their place is not. What cannot be told, as of a damaged artifact, is not refused.
+
+    Raises:
+        DiskError: it is another model's.
+    """
+    plan = read_json(Path(folder) / _PLAN)
+    made_from = plan.get("source") if isinstance(plan, dict) else None
+    if not isinstance(made_from, dict) or made_from.get("ref") == ref_of(source):
+        return
+    try:
+        theirs = {str(one["path"]): (one["bytes"], one["sha256"]) for one in made_from["files"]}
+    except (KeyError, TypeError):
+        return
+    ours = {file.path.name: file for file in source.files}
+    sizes = {name: file.bytes for name, file in ours.items()}
+    are_alike = sizes == {name: size for name, (size, _) in theirs.items()}
+    if are_alike and all(theirs[name][1] == sha256_of(file) for name, file in ours.items()):
+        return
+    place = made_from.get("ref") or made_from.get("name")
+    raise DiskError(
+        f"{folder} is an artifact of another model: {place}; this is {ref_of(source)}",
+        hint=f"choose another name with --out DIR, or remove it: rm -r {folder}",
+    )
 
 
 def save(
@@ -253,7 +282,7 @@ def _read(file: Path, data: Bytes) -> list[str]:
 
     def work() -> None:
         try:
-            with open_file(file, buffering=0) as handle:
+            with open_raw(file) as handle:
                 for i in pieces:
                     part = data[i * PIECE_BYTES : (i + 1) * PIECE_BYTES]
                     handle.seek(i * PIECE_BYTES)

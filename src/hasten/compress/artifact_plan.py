@@ -4,11 +4,11 @@ Everything else in plan.json (machine, measurements, reasons) is told to people 
 
 Two programs of different age meet in an artifact, so these rules hold for both directions:
 
-- `schema_version` says by which rules the folder was written. A version that this program does not know is refused.
-- A field that is missing has the default of its dataclass. Defaults are therefore part of the format and are never
-  changed; a field that was added later must have a default that means what programs did before it.
-- A field that this program does not know is refused by its name, unless its value is null. What is as by default
-  is not written, so an older program meets only the new fields that change an answer.
+- `schema_version` says by which rules the folder was written. One that this program does not know is refused.
+- A field that is missing has the default of its dataclass. Defaults are therefore part of the format and never
+  change; a field that was added later must have a default that means what programs did before it.
+- A field that this program does not know is refused by its name, unless its value is null. What is as by
+  default is not written, so an older program meets only the new fields that change an answer.
 """
 
 from __future__ import annotations
@@ -92,20 +92,19 @@ def described(plan: Any, where: str, piece_bytes: int) -> Description:
         plan: the document. where: what errors call it. piece_bytes: what one checksum covers.
 
     Raises:
-        ArtifactError: it describes no artifact, is of another version, has a field that is unknown or of a wrong
-            type, lists not all of `FILES`, or differs from its own checksum.
+        ArtifactError: it describes no artifact, is of another version, has a field that is unknown or of a
+            wrong type, lists not all of `FILES`, or differs from its own checksum.
     """
     if not isinstance(plan, Mapping) or not isinstance(plan.get("artifact"), Mapping):
         raise ArtifactError(f"{where} does not describe an artifact", hint=AGAIN)
-    version = plan.get("schema_version")
-    _refuse_version(where, "schema_version", version, (1, PLAN_VERSION))
-    _refuse_version(where, "layout_version", plan["artifact"].get("layout_version"), (LAYOUT_VERSION,))
+    version = _known_version(where, "schema_version", plan, (1, PLAN_VERSION))
+    _known_version(where, "layout_version", plan["artifact"], (LAYOUT_VERSION,))
     try:
         stored = dict(plan["artifact"])
         if version == 1:
             stored.setdefault("tensors", {})  # the first ones had none
         found = Description(
-            int(version),
+            version,
             noun_from(StoredRecipe, plan.get("recipe"), "recipe"),
             noun_from(Stored, stored, "artifact"),
         )
@@ -167,9 +166,10 @@ def _nouns(*kinds: Any) -> list[Any]:
     return found
 
 
-def _refuse_version(where: str, name: str, found: Any, known: tuple[int, ...]) -> None:
+def _known_version(where: str, name: str, holder: Mapping[str, Any], known: tuple[int, ...]) -> int:
+    found = holder.get(name)
     if type(found) is int and found in known:
-        return
+        return found
     reads = " and ".join(map(str, known))
     is_newer = type(found) is int and found > max(known)
     raise ArtifactError(
@@ -223,7 +223,7 @@ def noun_from(kind: type[T], given: Any, where: str) -> T:
             made[one.name] = _typed(given[one.name], hints[one.name], f"{inside}{one.name}")
         elif one.default is MISSING and one.default_factory is MISSING:
             raise Mismatch(f"{inside}{one.name} is missing")
-    return kind(**made)  # type: ignore[return-value]
+    return kind(**made)
 
 
 def _typed(value: Any, hint: Any, where: str) -> Any:
@@ -250,7 +250,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     return _plain(value, hint, where)
 
 
-def _plain(value: Any, kind: type, where: str) -> Any:
+def _plain(value: Any, kind: Any, where: str) -> Any:
     if kind is float and type(value) is int and abs(value) < 1 << 1000:
         value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):

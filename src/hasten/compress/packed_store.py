@@ -28,6 +28,7 @@ from hasten.cache.deferred import Deferred
 from hasten.cache.reading import add_byte
 from hasten.cache.size_limit import Held, chosen_limit, limit_bytes, make_room, tree_bytes
 from hasten.cache.stage import clean, stage, vanish
+from hasten.cache.store import why_not_writable
 from hasten.compress.artifact import Artifact, load_artifact, save, verify_files
 from hasten.compress.artifact_plan import LAYOUT_VERSION, PLAN_VERSION, format_digest
 from hasten.compress.origin import Content, ContentIndex, Origin
@@ -40,6 +41,8 @@ from hasten.models.source import Source, SourceFile
 
 SWITCH = "HASTEN_CACHE_PACKED"
 _ENTRY, _USED, _PLAN = "entry.json", "used", "plan.json"
+
+_ELSEWHERE = "HASTEN_CACHE=DIR names another folder, HASTEN_CACHE_PACKED=0 keeps none"
 
 _log = logging.getLogger("hasten.cache")
 _said: set[str] = set()
@@ -194,6 +197,9 @@ class PackedStore:
         return self._write(key, folder, packed, replace(source, files=tuple(hashed)), plan or {})
 
     def _make_room(self, need: int, name: str) -> bool:
+        if (why := why_not_writable(self.models)) is not None:
+            warn_once("disk", f"the packed weights of {name} are not kept: {why} ({_ELSEWHERE})")
+            return False
         held = self.held_together()
         limit = limit_bytes(self.folder, sum(one.bytes for one in held))
         if need > limit:

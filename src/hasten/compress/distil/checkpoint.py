@@ -14,6 +14,7 @@ from hasten.compress.torch_file import state_damage, write_state
 from hasten.errors import ModelError, UsageError
 
 FILE = "distil.checkpoint"
+_KIND = "distillation 1"
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Checkpoint:
             DiskError: full, read-only or forbidden disk; the one before is untouched.
         """
         curve = [vars(point) for point in self.curve]
-        return write_state(folder / FILE, {**vars(self), "curve": curve})
+        return write_state(folder / FILE, _KIND, {**vars(self), "curve": curve})
 
     @classmethod
     def read(cls, folder: Path, run: str) -> Checkpoint | None:
@@ -52,6 +53,8 @@ class Checkpoint:
                 raise ValueError(wrong)
             with open_file(path) as file:
                 state = torch.load(file, map_location="cpu", weights_only=True)
+            if (kind := state.pop("kind", None)) != _KIND:
+                raise ValueError(f"it is {kind!r}, this program reads {_KIND!r}")
             curve = tuple(Point(**point) for point in state.pop("curve"))
             found = cls(curve=curve, **state)
         except Exception as error:  # noqa: BLE001  torch.load raises whatever a damaged file makes it
