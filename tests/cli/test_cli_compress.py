@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -41,7 +42,7 @@ def test_a_recipe_file(model: str, place: Path, capsys: pytest.CaptureFixture[st
     (place / "r.yaml").write_text(RECIPE)
     assert main(["compress", model, "--recipe", "r.yaml", "--tokens", "1024", "--threads", "1"]) == 0
     said = capsys.readouterr()
-    made = Path(f"{Path(model).stem}-my-recipe.hasten")
+    made = Path(f"{Path(model).name}-my-recipe.hasten")
     assert load_artifact(made).packed.config.intermediate_size == 64
     lines = said.out.splitlines()
     assert lines[0].startswith("prune ffn  prune ffn: 192 of 288 FFN channels kept  (")
@@ -137,3 +138,47 @@ def test_help_imports_neither_torch_nor_numpy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stderr == "", done.stderr
+
+
+def test_models_whose_names_begin_alike(
+    tiny_folder: Callable[..., Path], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The dots of Llama-3.2-1B belong to its name, and no model writes over another's artifact."""
+    for name, kind in (("Llama-3.2-1B", "llama"), ("Llama-3.2-3B", "mistral")):
+        shutil.copytree(tiny_folder(kind), place / "of" / name)
+        assert main(["compress", f"of/{name}", "--recipe", "w4"]) == 0
+    assert sorted(p.name for p in place.glob("*.hasten")) == [
+        "Llama-3.2-1B-w4.hasten",
+        "Llama-3.2-3B-w4.hasten",
+    ]
+    (place / "of" / "Llama-3.2-1B").rename(place / "Llama-3.2-1B")  # moved: its files are the same
+    assert main(["compress", "Llama-3.2-1B", "--recipe", "w4"]) == 0
+    capsys.readouterr()
+    shutil.copytree(tiny_folder("mistral"), place / "other" / "Llama-3.2-1B")
+    before = (place / "Llama-3.2-1B-w4.hasten" / "plan.json").read_bytes()
+    assert main(["compress", "other/Llama-3.2-1B", "--recipe", "w4"]) == 1
+    said = capsys.readouterr().err
+    assert "another model" in said and str(place / "Llama-3.2-1B") in said and "--force" in said
+    assert (place / "Llama-3.2-1B-w4.hasten" / "plan.json").read_bytes() == before
+    assert main(["compress", "other/Llama-3.2-1B", "--recipe", "w4", "--force"]) == 0
+    assert load_artifact("Llama-3.2-1B-w4.hasten").packed.config.architecture == "mistral"
+
+
+def test_another_training_of_the_same_size_is_another_model(
+    tiny_folder: Callable[..., Path], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for run in ("a", "b"):
+        shutil.copytree(tiny_folder("llama"), place / run / "checkpoint")
+    weights = place / "b" / "checkpoint" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-2] ^= 1  # a bit of the last weight
+    weights.write_bytes(data)
+    assert main(["compress", "a/checkpoint", "--recipe", "w4"]) == 0
+    assert main(["compress", "b/checkpoint", "--recipe", "w4"]) == 1
+    assert "another model" in capsys.readouterr().err
+
+
+def test_a_damaged_artifact_may_be_made_again(model: str, place: Path) -> None:
+    (place / "x.hasten").mkdir()
+    (place / "x.hasten" / "plan.json").write_text("{")
+    assert main(["compress", model, "--recipe", "w4", "--out", "x.hasten"]) == 0

@@ -72,11 +72,16 @@ def is_artifact(ref: str | Path) -> bool:
     return path.suffix == ".hasten" or (path / _PLAN).is_file()
 
 
-def refuse_other_model(folder: str | Path, source: Source) -> None:
+def refuse_other_model(folder: str | Path, source: Source, replace_by: str) -> None:
     """Say it where an artifact of another model stands: its name may be equal, or a part of it.
 
     The same model has the same place, or files of the same content. Files are read only where their sizes are
     equal and their place is not. What cannot be told, as of a damaged artifact, is not refused.
+
+    Args:
+        folder: where one may stand.
+        source: the model that shall be written there.
+        replace_by: what the hint says to replace it nevertheless.
 
     Raises:
         DiskError: it is another model's.
@@ -97,7 +102,7 @@ def refuse_other_model(folder: str | Path, source: Source) -> None:
     place = made_from.get("ref") or made_from.get("name")
     raise DiskError(
         f"{folder} is an artifact of another model: {place}; this is {ref_of(source)}",
-        hint=f"choose another name with --out DIR, or remove it: rm -r {folder}",
+        hint=f"choose another name with --out DIR, or replace it: {replace_by}",
     )
 
 

@@ -5,8 +5,8 @@ Everything else in plan.json (machine, measurements, reasons) is told to people 
 Two programs of different age meet in an artifact, so these rules hold for both directions:
 
 - `schema_version` says by which rules the folder was written. One that this program does not know is refused.
-- A field that is missing has the default of its dataclass. Defaults are therefore part of the format and never
-  change; a field that was added later must have a default that means what programs did before it.
+- A field that is missing has the default of its dataclass. Defaults are part of the format and never change;
+  a field that was added later must have a default that means what programs did before it.
 - A field that this program does not know is refused by its name, unless its value is null. What is as by
   default is not written, so an older program meets only the new fields that change an answer.
 """

@@ -106,7 +106,7 @@ class Job:
         if out is not None:
             refuse_foreign(Path(os.path.realpath(out)), "plan.json")
             if not force:
-                refuse_other_model(out, self.source)
+                refuse_other_model(out, self.source, "--force")
         tokens, lesson = (0 if text is None else text.tokens for text in (self.text, self.lesson))
         there = tree_bytes(self.folder) if self.folder.is_dir() else 0
         work = work_bytes(self.source, self.recipe, tokens, lesson)

@@ -88,11 +88,13 @@ def _from_sentencepiece(path: Path) -> tuple[Tokenizer, dict[str, str]]:
 
     vocabulary, ids = read_sentencepiece(path)
     backend = sentencepiece_tokenizer.build(vocabulary)
-    for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True):
-        if kind in (PieceType.CONTROL, PieceType.UNKNOWN):
-            backend.add_special_tokens([AddedToken(token, normalized=False, special=True)])
-        elif kind == PieceType.USER_DEFINED:
-            backend.add_tokens([AddedToken(token, normalized=False, special=False)])
+    special = (PieceType.CONTROL, PieceType.UNKNOWN)
+    added = [
+        AddedToken(token, normalized=False, special=kind in special)
+        for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
+        if kind in (*special, PieceType.USER_DEFINED)
+    ]
+    backend.add_tokens(added)  # all at once: each call builds the search for all of them anew
     return backend, {f"{name}_token": vocabulary.tokens[index] for name, index in ids.items()}
 
 
@@ -114,18 +116,20 @@ def _add_configured_tokens(backend: Tokenizer, config: Mapping[str, Any], named:
     known = {token.content: token.special for token in backend.get_added_tokens_decoder().values()}
     listed = config.get("added_tokens_decoder") or {}
     flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
+    added = []
     try:
         for _, entry in sorted(listed.items(), key=lambda item: int(item[0])):
             content = _content(entry)
             if content not in known:
                 options = {name: bool(entry[name]) for name in flags if name in entry}
-                backend.add_tokens([AddedToken(content, **options)])
+                added.append(AddedToken(content, **options))
                 known[content] = options.get("special", False)
     except (AttributeError, TypeError, ValueError) as error:
         raise TokenizerError(
             f"added_tokens_decoder of tokenizer_config.json cannot be read: {error}",
             hint="download the file again",
         ) from error
+    backend.add_tokens(added)  # all at once: each call builds the search for all of them anew
     more = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
     further = list(more.values()) if isinstance(more, Mapping) else more if isinstance(more, list) else [more]
     special = [*named.values(), *(_content(token) for token in further)]

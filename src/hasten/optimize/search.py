@@ -92,7 +92,7 @@ def optimize(
     observer(Progress("reference", "opening the model"))
     workshop = EngineWorkshop(ref, EngineOptions(threads=threads))
     place = Path(out) if out is not None else Path(f"{file_name_of(workshop.name)}.hasten")
-    refuse_other_model(place, workshop.source)
+    refuse_other_model(place, workshop.source, f"rm -r {place}")
     search = Search(
         workshop, Budget(max_ppl_increase), goal, judged, effort or Effort(), fresh, observer, calibrate
     )

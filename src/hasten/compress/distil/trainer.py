@@ -342,7 +342,7 @@ def _check(teacher: Source, student: Source, text: Calibration, options: Distill
         )
     if options.hidden and (apart := _heads_apart(teacher, student)) > _SAME_BASIS:
         raise UsageError(
-            f"distil: teacher and student read hidden states in another basis: their heads differ by {apart:.0%}",
+            f"distil: the student reads hidden states in another basis: the heads differ by {apart:.0%}",
             hint="leave hidden: out where the student was rotated, folded or is no copy of its teacher",
         )
     if len(text.ids) < 2:
