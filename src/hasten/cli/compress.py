@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -132,7 +133,7 @@ def command(
         emit(_document(model, made))
         return
     sys.stdout.write(_text(made))
-    note(f"hint: what it costs in quality: hasten eval {place}")
+    note(f"hint: what it costs in quality: hasten eval {shlex.quote(str(place))}")
 
 
 def _watcher(ticker: Ticker) -> Observer:

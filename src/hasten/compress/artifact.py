@@ -72,6 +72,16 @@ def is_artifact(ref: str | Path) -> bool:
     return path.suffix == ".hasten" or (path / _PLAN).is_file()
 
 
+def made_from(folder: str | Path) -> Mapping[str, Any]:
+    """`source` of an artifact: `ref`, by which the model is found again, `name` and `files`.
+
+    Empty where it cannot be read; older artifacts have no `ref`.
+    """
+    plan = read_json(Path(folder) / _PLAN)
+    origin = plan.get("source") if isinstance(plan, dict) else None
+    return origin if isinstance(origin, dict) else {}
+
+
 def refuse_other_model(folder: str | Path, source: Source, replace_by: str) -> None:
     """Say it where an artifact of another model stands: its name may be equal, or a part of it.
 
@@ -86,12 +96,11 @@ def refuse_other_model(folder: str | Path, source: Source, replace_by: str) -> N
     Raises:
         DiskError: it is another model's.
     """
-    plan = read_json(Path(folder) / _PLAN)
-    made_from = plan.get("source") if isinstance(plan, dict) else None
-    if not isinstance(made_from, dict) or made_from.get("ref") == ref_of(source):
+    origin = made_from(folder)
+    if not origin or origin.get("ref") == ref_of(source):
         return
     try:
-        theirs = {str(one["path"]): (one["bytes"], one["sha256"]) for one in made_from["files"]}
+        theirs = {str(one["path"]): (one["bytes"], one["sha256"]) for one in origin["files"]}
     except (KeyError, TypeError):
         return
     ours = {file.path.name: file for file in source.files}
@@ -99,7 +108,7 @@ def refuse_other_model(folder: str | Path, source: Source, replace_by: str) -> N
     are_alike = sizes == {name: size for name, (size, _) in theirs.items()}
     if are_alike and all(theirs[name][1] == sha256_of(file) for name, file in ours.items()):
         return
-    place = made_from.get("ref") or made_from.get("name")
+    place = origin.get("ref") or origin.get("name")
     raise DiskError(
         f"{folder} is an artifact of another model: {place}; this is {ref_of(source)}",
         hint=f"choose another name with --out DIR, or replace it: {replace_by}",
