@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 VOCABULARY, CONFIG = "tokenizer.json", "tokenizer_config.json"
 SCHEMA_VERSION = 1
+_KNOWN = ("schema_version", "bos_id", "eos_ids", "vocab_size", "special_tokens")
 _AGAIN = "make the artifact again with: hasten optimize MODEL"
 
 
@@ -142,6 +143,12 @@ def _fields(path: Path) -> TokenizerFields:
             raise ArtifactError(
                 f"{path} has schema version {own['schema_version']!r}, this Hasten reads {SCHEMA_VERSION}",
                 hint=_AGAIN,
+            )
+        strange = next((name for name in own if name not in _KNOWN and own[name] is not None), None)
+        if strange is not None:
+            raise ArtifactError(
+                f"{path}: this program does not know the field hasten.{strange}",
+                hint=f"update Hasten to the version that wrote it, or {_AGAIN}",
             )
         template = config.get("chat_template", [])
         named = [{"name": "default", "template": template}] if isinstance(template, str) else template
