@@ -221,6 +221,17 @@ class Tokenizer:
         """The id of a token by its own spelling, None where the vocabulary lacks it."""
         return self._backend.token_to_id(token)
 
+    def vocabulary(self) -> Mapping[str, int]:
+        """Every token by its own spelling, added ones included, with its id."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
+    def split(self, token: str) -> list[int]:
+        """Ids of the pieces that the merges make of a token's own spelling; none where they cannot."""
+        try:
+            return [piece.id for piece in self._backend.model.tokenize(token)]
+        except Exception:  # noqa: BLE001 - the library raises plain Exception
+            return []
+
     def to_json(self) -> str:
         """The vocabulary and its rules as a tokenizer.json has them."""
         return self._backend.to_str()

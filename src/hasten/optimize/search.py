@@ -80,18 +80,23 @@ def optimize(
     Raises:
         BudgetError: no recipe is within the budget.
         UsageError: a budget, goal or text that cannot be used.
-        ModelError, DiskError: the source cannot be opened, the artifact cannot be written.
+        ModelError, DiskError: the source cannot be opened, the artifact cannot be written, or one of another
+            model stands there.
     """
+    from hasten.compress.artifact import refuse_other_model
+    from hasten.models.locate import file_name_of
     from hasten.optimize.engine_workshop import EngineWorkshop
 
     check(max_ppl_increase, goal)
     judged = text_from_file(text) if text is not None else default_text()
     observer(Progress("reference", "opening the model"))
     workshop = EngineWorkshop(ref, EngineOptions(threads=threads))
+    place = Path(out) if out is not None else Path(f"{file_name_of(workshop.name)}.hasten")
+    refuse_other_model(place, workshop.source, f"rm -r {place}")
     search = Search(
         workshop, Budget(max_ppl_increase), goal, judged, effort or Effort(), fresh, observer, calibrate
     )
-    return search.run(Path(out) if out is not None else Path(f"{workshop.name}.hasten"))
+    return search.run(place)
 
 
 def check(max_ppl_increase: float, goal: str) -> None:
