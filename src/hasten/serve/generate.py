@@ -102,7 +102,7 @@ async def _batches(
     key = None
     if service.memory is not None:
         memory = service.memory
-        key = await service.work(lambda: memory.key(served, question.spec, question.requests))
+        key = await exchange.work(lambda: memory.key(served, question.spec, question.requests))
         known = memory.recall(key) if key is not None else None
         if known is not None:
             response.tally.remembered()

@@ -32,7 +32,7 @@ async def completions(exchange: Exchange) -> None:
     service = exchange.service
     async with service.pool.use(spec.model) as served:
         asker = asker_of(exchange)
-        requests = await service.work(lambda: prepare(spec, served, asker, service.options))
+        requests = await exchange.work(lambda: prepare(spec, served, asker, service.options))
         reports = spec.stream_options or {}
         usage = bool(reports.get("include_usage"))
         tally = Tally(service.metrics, served.name, exchange.call)

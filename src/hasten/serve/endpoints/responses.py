@@ -34,7 +34,7 @@ async def create(exchange: Exchange) -> None:
     chat = as_chat(spec, told)
     async with service.pool.use(spec.model) as served:
         asker = asker_of(exchange)
-        request, tools = await service.work(lambda: prepare_chat(chat, served, asker, service.options))
+        request, tools = await exchange.work(lambda: prepare_chat(chat, served, asker, service.options))
         shape = ResponseShape(
             fields_of(spec, served.name),
             TokenTexts(lambda: served.token_bytes),

@@ -21,7 +21,7 @@ async def tokenize(exchange: Exchange) -> None:
     if (spec.prompt is None) == (spec.messages is None):
         raise Problem(400, "give either prompt or messages", param="prompt", code="invalid_value")
     async with exchange.service.pool.use(spec.model) as served:
-        document = await exchange.service.work(lambda: _tokens(spec, served))
+        document = await exchange.work(lambda: _tokens(spec, served))
     await exchange.json(document)
 
 
@@ -41,7 +41,7 @@ async def detokenize(exchange: Exchange) -> None:
     """The text of token ids."""
     spec = await exchange.body(DetokenizeRequest)
     async with exchange.service.pool.use(spec.model) as served:
-        text = await exchange.service.work(lambda: _text(spec.tokens, served))
+        text = await exchange.work(lambda: _text(spec.tokens, served))
     await exchange.json({"prompt": text})
 
 
