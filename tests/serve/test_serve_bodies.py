@@ -1,4 +1,4 @@
-"""Bodies that are large, or hold very many wrong values: refused in time that grows with their length alone."""
+"""Bodies that are large, or hold very many wrong values: refused in a time that grows with their length."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Exchange:
         return await self.work(lambda: parse(model, data))
 
     async def work(self, task: Callable[[], T]) -> T:
-        """Run something for this request in a thread; what large bodies ask for waits in a line of its own."""
+        """Run something for this request in a thread; large bodies wait in a line of their own."""
         return await self.service.work(task, self._size)
 
     async def json(self, document: Any, status: int = 200) -> None:

@@ -71,7 +71,9 @@ class Guard:
                 if not call.started:
                     await _answer(_STOPPING, watch.send)
                 raise
-        except Exception as error:  # noqa: BLE001  a client gets an answer whatever happens
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # noqa: BLE001  a client gets an answer whatever happens
             await self._failed(error, call, watch)
         finally:
             watch.stop()
@@ -122,7 +124,7 @@ class Guard:
             ]
         return extra
 
-    async def _failed(self, error: Exception, call: Call, watch: _Watch) -> None:
+    async def _failed(self, error: BaseException, call: Call, watch: _Watch) -> None:
         problem = problem_of(error)
         call.fields.setdefault("error", problem.message)
         if problem.status == 500:
@@ -132,7 +134,7 @@ class Guard:
         if not call.started:
             await _answer(problem, watch.send)
 
-    def _fault(self, error: Exception, call: Call) -> None:
+    def _fault(self, error: BaseException, call: Call) -> None:
         import traceback
 
         text = "".join(traceback.format_exception(type(error), error, error.__traceback__))

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 from hasten.serve.memory import ResponseMemory
+from hasten.serve.problem import NO_FAULT, LibraryPanic
 from hasten.serve.recorder import Recorder
 from hasten.serve.stored import ResponseStore
 
@@ -43,9 +44,13 @@ class Service:
         self._long = ThreadPoolExecutor(1, thread_name_prefix="hasten-prepare-long")
 
     async def work(self, task: Callable[[], T], body_bytes: int = 0) -> T:
-        """Run something in a thread; what it is for came in a body of so many bytes."""
+        """Run something in a thread; what it is for came in a body of so many bytes.
+
+        Raises:
+            LibraryPanic: a library panicked; else what the task raises.
+        """
         threads = self._workers if body_bytes < _LONG else self._long
-        return await asyncio.get_running_loop().run_in_executor(threads, task)
+        return await asyncio.get_running_loop().run_in_executor(threads, lambda: _unpanicked(task))
 
     @property
     def ready(self) -> bool:
@@ -58,3 +63,12 @@ class Service:
         self._long.shutdown(wait=False, cancel_futures=True)
         if self.recorder is not None:
             self.recorder.close()
+
+
+def _unpanicked(task: Callable[[], T]) -> T:
+    try:
+        return task()
+    except (Exception, *NO_FAULT):
+        raise
+    except BaseException as panic:
+        raise LibraryPanic(str(panic)) from panic

@@ -69,7 +69,7 @@ def prepare(spec: EmbeddingRequest, served: Served, asker: Asker, options: Serve
     """One request an input. In a worker thread."""
     requests = []
     for number, text in enumerate(prompts_of(spec.input)):
-        prompt = encode(served, text, spec.add_special_tokens is not False)
+        prompt = encode(served, text, options, spec.add_special_tokens is not False)
         limit_of(0, len(prompt), served, options)
         one = replace(asker, request_id=f"{asker.request_id}-{number}")
         requests.append(

@@ -71,8 +71,8 @@ class Strict(BaseModel):
 
 MAX_VALUES = 1_000_000
 MAX_PARTS = 100_000
-"""What a body may hold: values in all, and fields, objects and lists. The parser keeps all other threads waiting
-while it runs; a value costs it 50 ns, a part 1 us: at these limits about 0.1 s."""
+"""What a body may hold: values in all; fields, objects and lists. The parser keeps all other threads waiting,
+50 ns for a value and 1 us for a part: at these limits about 0.1 s."""
 _MANY_ERRORS = 100  # to build the list of them costs 5 us each, in one piece
 _KEPT_FIELDS = 50
 _PIECE = 1 << 18  # bytes looked at in one piece
@@ -190,8 +190,8 @@ def _nulls(errors: Sequence[Mapping[str, Any]]) -> set[str] | None:
 def _problem(error: ValidationError, body: bytes | bytearray) -> Problem:
     """The error nearest to what was meant, told the way OpenAI tells it.
 
-    A wrong value of the right type comes before a wrong type: where a field may be of several types, each that
-    it is not gives an error too. Then the deepest place counts.
+    A wrong value of the right type comes before a wrong type: where a field may be of several types, each
+    that it is not gives an error too. Then the deepest place counts.
     """
     errors = error.errors(include_url=False, include_context=False, include_input=False)
     if errors[0]["type"] == "json_invalid":
