@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _LONG = 1000
 """Characters, or ids: from here on the library's calls for batches are used, which let other threads run.
-`encode` and `decode` keep them waiting, 1.3 s for a million characters; for short texts they are 20 us quicker."""
+`encode` and `decode` keep them waiting, 1.3 s for a million characters; below it they are 20 us quicker."""
 
 
 class Tokenizer:
