@@ -87,3 +87,7 @@ class BudgetError(HastenError):
     """Nothing met the quality or latency budget."""
 
     exit_code = 3
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM where it ends the process as Ctrl-C does, but with exit code 0: somebody stopped a service."""

@@ -72,7 +72,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.parser: Any = _Parser(self)  # type: ignore[assignment]
+        self.parser: Any = _Parser(self)
         self._unanswered: list[Any] = []  # cycles, the one that is answered first
 
     @property

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import logging
 import math
+import os
 import resource
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hasten.core import EngineOptions, ServingOptions
-from hasten.errors import MachineError, UsageError
+from hasten.errors import MachineError, Terminated, UsageError
 from hasten.serve.options import ServeOptions
 
 if TYPE_CHECKING:
     from hasten.engine.model import LanguageModel
-    from hasten.serve.pool import Loader, ServedEngine
+    from hasten.serve.pool import Loader, Served, ServedEngine
 
 _SEND_BUFFER = 256 << 10  # bytes the kernel may hold for a client that does not read; Linux doubles it
 _OWN_FILES = 256  # beside connections: weights, caches, sockets that are being refused
+STOPPED_EARLY = 130
+_STOPS = (signal.SIGINT, signal.SIGTERM)
 _EXTRA = "pip install 'hasten[serve]'"
 
 
@@ -52,7 +57,7 @@ def serve(setup: ServeSetup, say: Callable[[str], None], loader: Loader | None =
     """Run until SIGTERM or Ctrl-C; what runs then gets `drain_s` to finish.
 
     The first model loads in a thread of its own while the web framework is imported and the application
-    is built.
+    is built. From then on HTTP is answered: /health and /ready with 503, the rest when the model is there.
 
     Args:
         setup: what to serve and how.
@@ -64,14 +69,29 @@ def serve(setup: ServeSetup, say: Callable[[str], None], loader: Loader | None =
         UsageError: the address cannot be listened on.
         HastenError: the first model cannot be loaded.
     """
-    server, listener = made(setup, say, loader)
-    server.run(sockets=[listener])
+    try:
+        server, listener = made(setup, say, loader)
+        server.run(sockets=[listener])
+    except KeyboardInterrupt as stop:
+        _leave_loading(0 if isinstance(stop, Terminated) else STOPPED_EARLY)
+    if server.failure is not None:
+        raise server.failure
+    if not server.loaded:
+        _leave_loading(STOPPED_EARLY if server.stopped_by == signal.SIGINT else 0)
+
+
+def _leave_loading(code: int) -> NoReturn:
+    """End the process while a thread loads a model. It cannot be stopped, and the interpreter cannot end
+    beside it: native code that comes back then aborts the process."""
+    sys.stderr.write("\nstopped before the model was loaded.\n")
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def made(
     setup: ServeSetup, say: Callable[[str], None], loader: Loader | None = None
 ) -> tuple[Any, socket.socket]:
-    """uvicorn's server, its first model loaded, and the socket to run it on; see `serve`."""
+    """uvicorn's server, its first model on its way, and the socket to run it on; see `serve`."""
     _allow_files(setup.options.max_connections)
     listener = listen(setup.options)
     load = loader or setup.load
@@ -138,6 +158,8 @@ def _allow_files(connections: int) -> None:
 def _in_thread(task: Callable[[], Any]) -> Future[Any]:
     future: Future[Any] = Future()
 
+    future.set_running_or_notify_cancel()  # from here on it cannot be cancelled: the thread goes on
+
     def run() -> None:
         try:
             future.set_result(task())
@@ -184,46 +206,66 @@ def _server(
         timeout_keep_alive=math.ceil(options.keep_alive_s),
         timeout_graceful_shutdown=math.ceil(options.drain_s),
     )
-    model, engine = first.result()
-    pool.adopt(pool.default, model, engine)
 
-    def announce() -> None:
+    def announce(served: Served) -> None:
         say(url_of(listener))
         # a tokenizer takes 0.25 s and holds the interpreter meanwhile: not before the address is known
-        _in_thread(lambda: model.tokenizer.encode("ready"))
+        _in_thread(lambda: served.model.tokenizer.encode("ready"))
         if threading.current_thread() is threading.main_thread():  # the process is the server's alone
             gc.collect()
             gc.freeze()  # what was built stays: the collector need not walk it while tokens are on their way
 
-    return _drained(config, service, announce)
+    return _drained(config, service, first, announce)
 
 
-def _drained(config: Any, service: Any, ready: Callable[[], None]) -> Any:
-    """uvicorn's server, which announces itself, tells the service that it drains and leaves with code 0."""
+def _drained(config: Any, service: Any, first: Future[Any], ready: Callable[[Served], None]) -> Any:
+    """uvicorn's server, which announces itself when the first model is there, tells the service that it drains
+    and leaves with code 0."""
     import uvicorn
 
     from hasten.serve.log import Forward
 
     class Server(uvicorn.Server):
         forward = Forward(service.log)
+        loaded = False
+        failure: BaseException | None = None  # why the first model is not there
+        stopped_by: int | None = None
+        loading: asyncio.Task[None] | None = None
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            coming = service.pool.expect(first)
             try:
                 for one in sockets or ():
                     one.listen(config.backlog)
             except OSError as error:  # two servers that start at once can both bind, one can listen
+                await asyncio.wait([coming])
                 await service.pool.close()
                 host, port = one.getsockname()[:2]
                 raise _cannot_listen(host, port, error) from None
             logging.getLogger("hasten").addHandler(self.forward)
             await super().startup(sockets)
-            ready()
+            self.loading = asyncio.get_running_loop().create_task(self.announce(coming))
+
+        async def announce(self, coming: asyncio.Task[Served]) -> None:
+            """Say that requests are answered, or stop."""
+            try:
+                served = await coming
+            except Exception as error:  # noqa: BLE001  raised by `serve` when the loop has ended
+                self.failure, self.should_exit = first.exception() or error, True
+                return
+            self.loaded = True
+            ready(served)
             service.log.event("ready", models=list(service.pool.refs))
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             service.draining = True
-            service.log.event("draining", seconds=config.timeout_graceful_shutdown)
+            if self.loaded:
+                service.log.event("draining", seconds=config.timeout_graceful_shutdown)
+            else:  # all that runs waits for the model
+                config.timeout_graceful_shutdown = 1
             await super().shutdown(sockets)
+            if self.loading is not None:
+                self.loading.cancel()
             await service.pool.close()  # a second signal skips the lifespan's end; threads must end first
             logging.getLogger("hasten").removeHandler(self.forward)
             service.log.event("stopped")
@@ -234,7 +276,8 @@ def _drained(config: Any, service: Any, ready: Callable[[], None]) -> Any:
             if threading.current_thread() is not threading.main_thread():
                 yield
                 return
-            signals = (signal.SIGINT, signal.SIGTERM)
+            # who starts a server in the background of a script has SIGINT ignored, and means it
+            signals = [one for one in _STOPS if signal.getsignal(one) is not signal.SIG_IGN]
             before = {one: signal.signal(one, self.handle_exit) for one in signals}
             try:
                 yield
@@ -243,6 +286,7 @@ def _drained(config: Any, service: Any, ready: Callable[[], None]) -> Any:
                     signal.signal(one, handler)
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            self.stopped_by = sig
             self.force_exit = self.should_exit  # the second time is meant
             self.should_exit = True
 

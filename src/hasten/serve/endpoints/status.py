@@ -34,8 +34,9 @@ def _model(pool: ModelPool, name: str) -> dict[str, Any]:
 
 
 async def health(exchange: Exchange) -> None:
-    """Liveness: the process answers."""
-    await exchange.json({"status": "ok"})
+    """Liveness: the process answers, and has loaded its first model."""
+    started = exchange.service.pool.started
+    await exchange.json({"status": "ok" if started else "loading"}, 200 if started else 503)
 
 
 async def ready(exchange: Exchange) -> None:
