@@ -17,8 +17,9 @@ from running_server import Running, chat, wait_for
 from stand_in_engine import StandInEngine, StandInModel
 
 from hasten.errors import ModelError
+from hasten.serve.listening import url_of
 from hasten.serve.options import ServeOptions
-from hasten.serve.server import ServeSetup, made, url_of
+from hasten.serve.server import ServeSetup, made
 
 WAITS = """
 import signal, sys, time

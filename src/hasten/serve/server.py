@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import gc
-import logging
 import math
 import os
-import resource
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hasten.core import EngineOptions, ServingOptions
-from hasten.errors import MachineError, Terminated, UsageError
+from hasten.errors import MachineError, Terminated
+from hasten.serve.listening import allow_files, listen, url_of
 from hasten.serve.options import ServeOptions
 
 if TYPE_CHECKING:
     from hasten.engine.model import LanguageModel
     from hasten.serve.pool import Loader, Served, ServedEngine
 
-_SEND_BUFFER = 256 << 10  # bytes the kernel may hold for a client that does not read; Linux doubles it
-_OWN_FILES = 256  # beside connections: weights, caches, sockets that are being refused
 STOPPED_EARLY = 130
-_STOPS = (signal.SIGINT, signal.SIGTERM)
 _EXTRA = "pip install 'hasten[serve]'"
 
 
@@ -92,7 +85,7 @@ def made(
     setup: ServeSetup, say: Callable[[str], None], loader: Loader | None = None
 ) -> tuple[Any, socket.socket]:
     """uvicorn's server, its first model on its way, and the socket to run it on; see `serve`."""
-    _allow_files(setup.options.max_connections)
+    allow_files(setup.options.max_connections)
     listener = listen(setup.options)
     load = loader or setup.load
     first = _in_thread(lambda: load(next(iter(setup.refs.values()))))
@@ -101,58 +94,6 @@ def made(
     except BaseException:
         listener.close()
         raise
-
-
-def listen(options: ServeOptions) -> socket.socket:
-    """The bound socket.
-
-    Raises:
-        UsageError: the address is taken, forbidden or none of this machine's.
-    """
-    try:
-        found = socket.getaddrinfo(
-            options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        family, kind, protocol, _, address = found[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise UsageError(
-            f"cannot listen on {options.host}: {error.strerror}",
-            hint="use --host 127.0.0.1, or 0.0.0.0 for all",
-        ) from None
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)  # connections inherit it
-        listener.bind(address)
-    except OSError as error:
-        listener.close()
-        raise _cannot_listen(options.host, options.port, error) from None
-    return listener
-
-
-def _cannot_listen(host: str, port: int, error: OSError) -> UsageError:
-    return UsageError(
-        f"cannot listen on {host} port {port}: {error.strerror}",
-        hint="choose another: --port 8001, or --port 0 for any free one",
-    )
-
-
-def _allow_files(connections: int) -> None:
-    """Let the process open so many connections, as far as the system allows it.
-
-    Raises:
-        UsageError: it does not.
-    """
-    wanted = connections + _OWN_FILES
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return
-    if hard != resource.RLIM_INFINITY and hard < wanted:
-        raise UsageError(
-            f"--max-connections {connections} needs {wanted} files, {hard} are allowed",
-            hint=f"use --max-connections {max(1, hard - _OWN_FILES)}, or raise it: ulimit -Hn {wanted}",
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _in_thread(task: Callable[[], Any]) -> Future[Any]:
@@ -177,6 +118,7 @@ def _server(
         import uvicorn
 
         from hasten.serve.app import build
+        from hasten.serve.lifecycle import Server
         from hasten.serve.protocol_limits import limited
     except ImportError as error:
         raise MachineError(f"hasten serve needs {error.name}, which is not installed", hint=_EXTRA) from None
@@ -215,86 +157,4 @@ def _server(
             gc.collect()
             gc.freeze()  # what was built stays: the collector need not walk it while tokens are on their way
 
-    return _drained(config, service, first, announce)
-
-
-def _drained(config: Any, service: Any, first: Future[Any], ready: Callable[[Served], None]) -> Any:
-    """uvicorn's server, which announces itself when the first model is there, tells the service that it drains
-    and leaves with code 0."""
-    import uvicorn
-
-    from hasten.serve.log import Forward
-
-    class Server(uvicorn.Server):
-        forward = Forward(service.log)
-        loaded = False
-        failure: BaseException | None = None  # why the first model is not there
-        stopped_by: int | None = None
-        loading: asyncio.Task[None] | None = None
-
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            coming = service.pool.expect(first)
-            try:
-                for one in sockets or ():
-                    one.listen(config.backlog)
-            except OSError as error:  # two servers that start at once can both bind, one can listen
-                await asyncio.wait([coming])
-                await service.pool.close()
-                host, port = one.getsockname()[:2]
-                raise _cannot_listen(host, port, error) from None
-            logging.getLogger("hasten").addHandler(self.forward)
-            await super().startup(sockets)
-            self.loading = asyncio.get_running_loop().create_task(self.announce(coming))
-
-        async def announce(self, coming: asyncio.Task[Served]) -> None:
-            """Say that requests are answered, or stop."""
-            try:
-                served = await coming
-            except Exception as error:  # noqa: BLE001  raised by `serve` when the loop has ended
-                self.failure, self.should_exit = first.exception() or error, True
-                return
-            self.loaded = True
-            ready(served)
-            service.log.event("ready", models=list(service.pool.refs))
-
-        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            service.draining = True
-            if self.loaded:
-                service.log.event("draining", seconds=config.timeout_graceful_shutdown)
-            else:  # all that runs waits for the model
-                config.timeout_graceful_shutdown = 1
-            await super().shutdown(sockets)
-            if self.loading is not None:
-                self.loading.cancel()
-            await service.pool.close()  # a second signal skips the lifespan's end; threads must end first
-            logging.getLogger("hasten").removeHandler(self.forward)
-            service.log.event("stopped")
-            service.log.close()
-
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            if threading.current_thread() is not threading.main_thread():
-                yield
-                return
-            # who starts a server in the background of a script has SIGINT ignored, and means it
-            signals = [one for one in _STOPS if signal.getsignal(one) is not signal.SIG_IGN]
-            before = {one: signal.signal(one, self.handle_exit) for one in signals}
-            try:
-                yield
-            finally:
-                for one, handler in before.items():
-                    signal.signal(one, handler)
-
-        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            self.stopped_by = sig
-            self.force_exit = self.should_exit  # the second time is meant
-            self.should_exit = True
-
-    return Server(config)
-
-
-def url_of(listener: socket.socket) -> str:
-    """Where the server is, as a link."""
-    host, port = listener.getsockname()[:2]
-    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{shown}:{port}"
+    return Server(config, service, first, announce)
