@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 
-from hasten.errors import HastenError, Terminated, UsageError
+from hasten.errors import HastenError, Terminated, UsageError, stop_of
 
 REPORT_TO = "the issue tracker of Hasten"
 STOPPED = 130
@@ -58,15 +58,20 @@ def _explained(action: Callable[[], int], verb: str, last: bool) -> int:
         _discard_stdout()
         return READER_GONE
     except KeyboardInterrupt as stop:
-        if last:
-            _end_once()
-        return _say(0 if isinstance(stop, Terminated) else STOPPED, f"\nstopped. {_kept(verb)}")
+        return _stopped(stop, verb, last)
     except Exception as error:  # noqa: BLE001  the last line of defence: a user never meets a traceback
         if os.environ.get("HASTEN_DEBUG"):
             import traceback
 
             traceback.print_exc()
-        return _explain(error, verb)
+        wrapped = stop_of(error)
+        return _explain(error, verb) if wrapped is None else _stopped(wrapped, verb, last)
+
+
+def _stopped(stop: KeyboardInterrupt, verb: str, last: bool) -> int:
+    if last:
+        _end_once()
+    return _say(0 if isinstance(stop, Terminated) else STOPPED, f"\nstopped. {_kept(verb)}")
 
 
 def _explain(error: Exception, verb: str) -> int:

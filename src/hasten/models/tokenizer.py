@@ -278,7 +278,9 @@ class Tokenizer:
     def longest_token(self) -> int:
         """Characters of the longest token as the vocabulary spells it: no token stands for more of a text,
         but for tokenizers that drop blanks or have one token for any unknown word."""
-        return max(map(len, self._backend.get_vocab()), default=1)
+        backend = self._backend
+        known = range(backend.get_vocab_size())  # one by one: all at once keeps other threads waiting
+        return max((len(backend.id_to_token(i) or "") for i in known), default=1)
 
     @cached_property
     def _cut(self) -> Callable[[str], list[str]] | None:

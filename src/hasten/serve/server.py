@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hasten.core import EngineOptions, ServingOptions
-from hasten.errors import MachineError, Terminated
+from hasten.errors import MachineError, Terminated, stop_of
 from hasten.serve.listening import allow_files, listen, url_of
 from hasten.serve.options import ServeOptions
 
@@ -65,7 +65,10 @@ def serve(setup: ServeSetup, say: Callable[[str], None], loader: Loader | None =
     try:
         server, listener = made(setup, say, loader)
         server.run(sockets=[listener])
-    except KeyboardInterrupt as stop:
+    except (KeyboardInterrupt, RuntimeError) as error:
+        stop = stop_of(error)
+        if stop is None:
+            raise
         _leave_loading(0 if isinstance(stop, Terminated) else STOPPED_EARLY)
     if server.failure is not None:
         raise server.failure

@@ -9,7 +9,7 @@ from pydantic import Field
 from hasten.serve.protocol.chat import ResponseFormat
 from hasten.serve.protocol.sampling import SamplingFields, Text, TokenId
 
-TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=1_000_000, fail_fast=True)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=500_000, fail_fast=True)]
 
 
 class CompletionRequest(SamplingFields):

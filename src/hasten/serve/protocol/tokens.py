@@ -28,4 +28,4 @@ class DetokenizeRequest(Strict):
     """Token ids."""
 
     model: str | None = Field(None, max_length=1000)
-    tokens: Annotated[list[TokenId], Field(max_length=1_000_000, fail_fast=True)]
+    tokens: Annotated[list[TokenId], Field(max_length=500_000, fail_fast=True)]
