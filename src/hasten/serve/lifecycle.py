@@ -109,6 +109,6 @@ class Server(uvicorn.Server):
                 signal.signal(one, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.stopped_by = sig
+        self.stopped_by = self.stopped_by or sig
         self.force_exit = self.should_exit  # the second time is meant
         self.should_exit = True

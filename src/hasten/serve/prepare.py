@@ -160,7 +160,7 @@ def check_length(served: Served, text: str, options: ServeOptions) -> None:
     tokenizer = served.model.tokenizer
     most = _MOST_CHARS * limit
     if len(text) > most and len(text) > (most := max(most, tokenizer.longest_token * limit)):
-        said = f"the prompt has {len(text):,} characters; {most:,} are more than {limit} tokens can hold"
+        said = f"the prompt has {len(text):,} characters; {limit} tokens hold {most:,} at most"
         raise Problem(400, said, code=_too_long_code(served, limit))
     tokens = 0
     for start in range(0, len(text), part):
