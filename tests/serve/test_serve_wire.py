@@ -198,6 +198,22 @@ def test_who_waits_to_be_asked_for_the_body_is_refused_at_once(small: Running) -
     assert b"100 Continue" not in said
 
 
+def test_who_announces_what_is_never_taken_is_refused_at_once(small: Running) -> None:
+    began = time.monotonic()
+    with small.connect() as connection:
+        connection.sendall(
+            request(b"", "authorization: Bearer key").replace(b"length: 0", b"length: 99999999")
+        )
+        assert b" 413 " in connection.recv(1000)
+    assert time.monotonic() - began < 2
+
+
+def test_who_stops_sending_a_refused_body_is_answered(small: Running) -> None:
+    with small.connect() as connection:
+        connection.sendall(request(b"", "authorization: Bearer key").replace(b"length: 0", b"length: 200000"))
+        assert b" 413 " in connection.recv(1000)  # after 2 s of silence, not after --body-timeout-s
+
+
 def test_a_refused_body_without_end_is_not_taken_without_end(small: Running) -> None:
     sent = 0
     with small.connect() as connection:

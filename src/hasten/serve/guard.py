@@ -35,6 +35,7 @@ _ALLOWED = (
 
 
 _DRAINED = 1_000_000  # bytes of a refused body that are taken at least
+_SILENT_S = 2.0  # a client that sends no more of it for so long waits for the answer
 _STOPPING = Problem(503, "the server is stopping", code="stopping", headers={"retry-after": "1"})
 
 
@@ -182,7 +183,8 @@ class _Watch:
         self._extra = extra
         self._unread = False  # the client sends a body that nobody has read to its end
         self._waits = False  # with sending it, until it is asked for (Expect: 100-continue)
-        self._taken = 0  # bytes of it
+        self._announced = 0  # bytes of it
+        self._taken = 0
         self._serving = asyncio.current_task()
         self._listener: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -202,7 +204,9 @@ class _Watch:
 
     def expect_body(self, headers: dict[bytes, bytes]) -> None:
         """Note whether the client sends a body, and whether it waits to be told to."""
-        self._unread = headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers
+        length = headers.get(b"content-length", b"0")
+        self._announced = int(length) if length.isdigit() else 0
+        self._unread = self._announced > 0 or b"transfer-encoding" in headers
         self._waits = b"expect" in headers
 
     async def send(self, message: Message) -> None:
@@ -228,15 +232,19 @@ class _Watch:
         """
         most = max(_DRAINED, 4 * self._options.max_body_bytes)
         self._unread = False
-        with Deadline(max(0.0, self._options.body_timeout_s - (time.monotonic() - self.call.began))):
-            while self._taken < most:
+        ends = self.call.began + self._options.body_timeout_s
+        while self._announced <= most and self._taken < most and time.monotonic() < ends:
+            message: Message | None = None
+            with Deadline(_SILENT_S):
                 message = await self._receive()
-                if message["type"] == "http.disconnect":
-                    self.call.left = True
-                    raise asyncio.CancelledError
-                self._taken += len(message.get("body", b""))
-                if not message.get("more_body", False):
-                    return
+            if message is None:  # it waits for the answer
+                return
+            if message["type"] == "http.disconnect":
+                self.call.left = True
+                raise asyncio.CancelledError
+            self._taken += len(message.get("body", b""))
+            if not message.get("more_body", False):
+                return
 
     def stop(self) -> None:
         """The call is over."""
