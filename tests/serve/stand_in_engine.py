@@ -33,6 +33,11 @@ class ByteTokenizer:
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         return list(text.encode())
 
+    def count(self, text: str, add_special: bool = True) -> int:
+        return len(text.encode())
+
+    longest_token = 4
+
     def token_bytes(self) -> SimpleNamespace:
         return SimpleNamespace(values=[bytes([i]) for i in range(256)])
 
