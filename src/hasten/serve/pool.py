@@ -232,8 +232,10 @@ class ModelPool:
         except HastenError as error:
             said = f"the model {name!r} cannot be loaded: {error.message}"
             raise Problem(503, said, code="load_failed") from error
-        timing = {} if coming is not None else {"duration_ms": round(1000 * (time.monotonic() - began))}
-        self._say("model_loaded", model=name, **timing, **model.placement)
+        about: dict[str, Any] = dict(model.placement)
+        if coming is None:
+            about["duration_ms"] = round(1000 * (time.monotonic() - began))
+        self._say("model_loaded", model=name, **about)
         return Served(name, model, engine)
 
     async def _evict(self, victim: Served) -> None:
