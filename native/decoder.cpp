@@ -51,6 +51,7 @@ Decoder::Decoder(DecoderConfig config, int threads, int kv_pages, bool kv_int8)
 
 void Decoder::reserve(int tokens) {
   if (tokens <= capacity_) return;
+  pool().quiesce();  // late workers still read the buffers that move now
   capacity_ = tokens;
   const size_t n = tokens;
   residual_.resize(n * ld_hidden_);

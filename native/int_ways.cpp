@@ -14,6 +14,7 @@
 
 #include "linear.h"
 #include "memory.h"
+#include "threads.h"
 
 namespace hasten {
 namespace {
@@ -101,6 +102,7 @@ std::vector<double> time_ways(const PackedFormat& format, int rows, int cols, in
       linear_by(*ways[i], {{&layer, out.data(), ldo}}, x, tokens, threads);
       best[i] = std::min(best[i], std::chrono::duration<double>(Clock::now() - start).count());
     }
+  pool().quiesce();  // late workers still read what is freed now
   return best;
 }
 

@@ -46,18 +46,28 @@ void Activations::clear_tail(int token) {
 
 namespace {
 
-// Panels p0 <= p < p1 of a layer into `out`, whose first column is that of panel p0. Integers go `way`, or if it is
-// null the way chosen for their format.
-void run_panels(const Packed& w, int p0, int p1, const Activations& x, int tokens, float* out, size_t ldo, bool add,
+// The activations of a call in all their forms, by value: what a late worker goes on reading.
+struct Inputs {
+  QuantRows integers;
+  const bf16* floats;
+  int padded;
+  bool wide;
+  explicit Inputs(const Activations& x)
+      : integers(x.integers()), floats(x.floats()), padded(x.padded()), wide(x.wide()) {}
+};
+
+// Panels p0 <= p < p1 of a layer into `out`, whose first column is that of panel p0. Integers go `way`, or if it is null
+// the way chosen for their format.
+void run_panels(const Packed& w, int p0, int p1, const Inputs& x, int tokens, float* out, size_t ldo, bool add,
                 const IntWay* way = nullptr) {
   const Kernels& k = kernels();
   const Packed part{w.format, (p1 - p0) * kPanelRows, w.cols, w.panel(p0)};
   if (w.format.bits == 16)
-    k.linear_bf16(part, 0, p1 - p0, x.floats(), x.padded(), tokens, out, ldo, add);
-  else if (x.wide())
-    k.linear_wide(part, 0, p1 - p0, x.floats(), x.padded(), tokens, out, ldo, add);
+    k.linear_bf16(part, 0, p1 - p0, x.floats, x.padded, tokens, out, ldo, add);
+  else if (x.wide)
+    k.linear_wide(part, 0, p1 - p0, x.floats, x.padded, tokens, out, ldo, add);
   else
-    (way != nullptr ? *way : way_for(w.format, tokens)).run(part, 0, p1 - p0, x.integers(), tokens, out, ldo, add);
+    (way != nullptr ? *way : way_for(w.format, tokens)).run(part, 0, p1 - p0, x.integers, tokens, out, ldo, add);
 }
 
 // Panels that a layer reads side by side.
@@ -78,14 +88,15 @@ void add_biases(const Linear& layer, int first, int count, int tokens, float* st
 void linear_gated(const Linear& gate, const Linear& up, Gate kind, const Activations& x, int tokens, int threads,
                   Activations& into) {
   const int rows = gate.weight.rows, panels = gate.weight.panels();
+  const Inputs inputs(x);
   pool().split(threads, (panels + 1) / 2, 1, [&](int begin, int end, int) {
     static thread_local HugeVector<float> products;
     products.resize(std::max<size_t>(products.size(), static_cast<size_t>(tokens) * 64));
     for (int strip = begin; strip < end; strip++) {
       const int p0 = 2 * strip, p1 = std::min(p0 + 2, panels), count = std::min(32, rows - 32 * strip);
       float *g = products.data(), *u = g + static_cast<size_t>(tokens) * 32;
-      run_panels(gate.weight, p0, p1, x, tokens, g, 32, false);
-      run_panels(up.weight, p0, p1, x, tokens, u, 32, false);
+      run_panels(gate.weight, p0, p1, inputs, tokens, g, 32, false);
+      run_panels(up.weight, p0, p1, inputs, tokens, u, 32, false);
       add_biases(gate, 32 * strip, count, tokens, g);
       add_biases(up, 32 * strip, count, tokens, u);
       kernels().gated(kind, g, u, 32 * tokens);
@@ -97,10 +108,73 @@ void linear_gated(const Linear& gate, const Linear& up, Gate kind, const Activat
 
 namespace {
 
+// Up to here a step is a decode step, which a late worker must not hold up, and its results are few enough to be copied.
+constexpr int kRetakenTokens = 24;
+constexpr int kMostCalls = 3;  // q, k, v
+
+// A piece is `panels` panels of all calls in a row, at most; it is computed beside its place and copied there.
+struct Product {
+  struct Call {
+    Packed weight;
+    float* out;
+    size_t ldo;
+    bool add;
+  };
+  Inputs inputs;
+  int tokens, panels;
+  const IntWay* way;
+  int count = 0;
+  Call calls[kMostCalls] = {};
+
+  // Calls part(call, first panel, panels, where its results begin in the piece's scratch) for what a piece holds.
+  template <typename Fn>
+  void parts(int piece, const Fn& part) const {
+    const int begin = piece * panels, end = begin + panels;
+    int first = 0;
+    size_t at = 0;
+    for (int i = 0; i < count; i++) {
+      const int p0 = std::max(begin - first, 0), p1 = std::min(end - first, calls[i].weight.panels());
+      first += calls[i].weight.panels();
+      if (p0 >= p1) continue;
+      part(calls[i], p0, p1 - p0, at);
+      at += static_cast<size_t>(tokens) * (p1 - p0) * kPanelRows;
+    }
+  }
+  void compute(int piece, ThreadPool::Scratch& scratch) const {
+    scratch.resize(std::max<size_t>(scratch.size(), static_cast<size_t>(tokens) * panels * kPanelRows));
+    parts(piece, [&](const Call& call, int p0, int n, size_t at) {
+      const size_t width = static_cast<size_t>(n) * kPanelRows;
+      if (call.add)  // sums may begin with what is there: the bits are those of adding in place
+        for (int t = 0; t < tokens; t++)
+          std::copy_n(call.out + t * call.ldo + p0 * kPanelRows, width, scratch.data() + at + t * width);
+      run_panels(call.weight, p0, p0 + n, inputs, tokens, scratch.data() + at, width, call.add, way);
+    });
+  }
+  void commit(int piece, const ThreadPool::Scratch& scratch) const {
+    parts(piece, [&](const Call& call, int p0, int n, size_t at) {
+      const size_t width = static_cast<size_t>(n) * kPanelRows;
+      for (int t = 0; t < tokens; t++)
+        std::copy_n(scratch.data() + at + t * width, width, call.out + t * call.ldo + p0 * kPanelRows);
+    });
+  }
+};
+
+void linear_retaken(std::initializer_list<LinearCall> calls, const Inputs& x, int tokens, int threads, int grain,
+                    const IntWay* way, int panels) {
+  const int wanted = std::min(8 * threads, ThreadPool::kMostPieces);
+  Product product{x, tokens, round_up((panels + wanted - 1) / wanted, grain), way};
+  for (const LinearCall& call : calls)
+    product.calls[product.count++] = {call.layer->weight, call.out, call.ldo, call.add};
+  pool().retake(threads, (panels + product.panels - 1) / product.panels, product);
+}
+
 void linear_in_pieces(std::initializer_list<LinearCall> calls, const Activations& x, int tokens, int threads, int grain,
                       const IntWay* way) {
   int panels = 0;
   for (const LinearCall& call : calls) panels += call.layer->weight.panels();
+  const Inputs inputs(x);
+  if (threads > 1 && tokens <= kRetakenTokens && panels > grain && calls.size() <= kMostCalls)
+    return linear_retaken(calls, inputs, tokens, threads, grain, way, panels);
   const auto piece = [&](int begin, int end, int) {
     int first = 0;
     for (const LinearCall& call : calls) {
@@ -108,7 +182,7 @@ void linear_in_pieces(std::initializer_list<LinearCall> calls, const Activations
       const int p0 = std::max(begin - first, 0), p1 = std::min(end - first, w.panels());
       first += w.panels();
       if (p0 >= p1) continue;
-      run_panels(w, p0, p1, x, tokens, call.out + p0 * kPanelRows, call.ldo, call.add, way);
+      run_panels(w, p0, p1, inputs, tokens, call.out + p0 * kPanelRows, call.ldo, call.add, way);
     }
   };
   // With many tokens the activations are larger than the weights: few, long pieces read them less often.

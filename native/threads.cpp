@@ -1,6 +1,8 @@
 #include "threads.h"
 
 #include <algorithm>
+#include <chrono>
+#include <cstring>
 
 #ifdef __linux__
 #include <pthread.h>
@@ -14,6 +16,8 @@ constexpr int kIdleSpins = 2000;
 // A few microseconds: what the last piece of a worker that has its core takes. A later one has lost its core, and
 // spinning would take time away from whoever could run there.
 constexpr int kJoinSpins = 200;
+
+enum : uint8_t { kOpen, kCommitting, kDone };  // a piece of a retake()
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -51,19 +55,12 @@ ThreadPool::~ThreadPool() {
 }
 
 // Runs the task until it ends or throws. The first exception is kept for the caller.
-void ThreadPool::take_part(int number) {
+void ThreadPool::Slot::take_part(int number) {
   try {
-    if (!failed_.load(std::memory_order_relaxed)) task_(context_, number);
+    if (!failed.load(std::memory_order_relaxed)) task(context, number);
   } catch (...) {
-    if (!failed_.exchange(true)) error_ = std::current_exception();
+    if (!failed.exchange(true)) error = std::current_exception();
   }
-}
-
-// Goes into the job if it is open and has room for this worker.
-void ThreadPool::join_in(int number) {
-  const bool open = (inside_.fetch_add(1, std::memory_order_acquire) & kClosed) == 0;
-  if (open && number < threads_) take_part(number);
-  if (inside_.fetch_sub(1, std::memory_order_release) == kClosed + 1) inside_.notify_one();
 }
 
 void ThreadPool::work(Worker& worker, int number) {
@@ -78,7 +75,10 @@ void ThreadPool::work(Worker& worker, int number) {
     }
     seen = worker.ticket.load(std::memory_order_acquire);
     if (stop_) return;
-    join_in(number);
+    Slot& slot = *current_.load(std::memory_order_acquire);
+    const bool open = (slot.inside.fetch_add(1, std::memory_order_acquire) & kClosed) == 0;
+    if (open && number < slot.threads) slot.take_part(number);
+    if (slot.inside.fetch_sub(1, std::memory_order_release) == kClosed + 1) slot.inside.notify_one();
   }
 }
 
@@ -103,16 +103,39 @@ int ThreadPool::available(int threads) {
   return std::min(threads, static_cast<int>(workers_.size()) + 1);
 }
 
-// Lets no more workers in and waits for those inside.
-void ThreadPool::close() {
-  inside_.fetch_or(kClosed, std::memory_order_acq_rel);
+namespace {
+
+// Waits until nobody is inside a closed slot.
+void wait_for_nobody(std::atomic<uint32_t>& inside, uint32_t closed) {
   int spins = 0;
-  for (uint32_t now = inside_.load(std::memory_order_acquire); now != kClosed;
-       now = inside_.load(std::memory_order_acquire)) {
+  for (uint32_t now = inside.load(std::memory_order_acquire); now != closed;
+       now = inside.load(std::memory_order_acquire)) {
     if (++spins < kJoinSpins)
       relax();
     else
-      inside_.wait(now, std::memory_order_acquire);
+      inside.wait(now, std::memory_order_acquire);
+  }
+}
+
+}  // namespace
+
+ThreadPool::Slot& ThreadPool::free_slot() {
+  for (auto& slot : slots_)
+    if (slot->inside.load(std::memory_order_acquire) == kClosed) return *slot;
+  slots_.push_back(std::make_unique<Slot>());
+  return *slots_.back();
+}
+
+// Lets workers in and tells them.
+void ThreadPool::open(Slot& slot, int threads, Task task, void* context) {
+  slot.task = task;
+  slot.context = context;
+  slot.threads = threads;
+  slot.inside.fetch_and(~kClosed, std::memory_order_release);
+  current_.store(&slot, std::memory_order_release);
+  for (int i = 0; i < std::min<int>(threads - 1, static_cast<int>(workers_.size())); i++) {
+    workers_[i]->ticket.fetch_add(1, std::memory_order_release);
+    workers_[i]->ticket.notify_one();
   }
 }
 
@@ -123,20 +146,60 @@ void ThreadPool::run_erased(int threads, Task task, void* context) {
   }
   std::lock_guard lock(mutex_);
   grow(threads - 1);
-  task_ = task;
-  context_ = context;
-  threads_ = threads;
-  inside_.fetch_and(~kClosed, std::memory_order_release);
-  for (int i = 0; i < std::min<int>(threads - 1, static_cast<int>(workers_.size())); i++) {
-    workers_[i]->ticket.fetch_add(1, std::memory_order_release);
-    workers_[i]->ticket.notify_one();
+  Slot& slot = free_slot();
+  open(slot, threads, task, context);
+  slot.take_part(0);
+  slot.inside.fetch_or(kClosed, std::memory_order_acq_rel);
+  wait_for_nobody(slot.inside, kClosed);
+  if (slot.failed) {
+    slot.failed = false;
+    std::rethrow_exception(std::exchange(slot.error, nullptr));
   }
-  take_part(0);
-  close();
-  if (failed_) {
-    failed_ = false;
-    std::rethrow_exception(std::exchange(error_, nullptr));
-  }
+}
+
+// Computes a piece that is open and commits it, unless somebody else did in the meantime.
+bool ThreadPool::Slot::finish(int piece) {
+  static thread_local Scratch scratch;
+  compute(job, piece, scratch);
+  uint8_t open = kOpen;
+  if (!state[piece].compare_exchange_strong(open, kCommitting, std::memory_order_acq_rel)) return false;
+  commit(job, piece, scratch);
+  state[piece].store(kDone, std::memory_order_release);
+  if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == pieces) done.notify_one();
+  return true;
+}
+
+void ThreadPool::Slot::take_pieces() {
+  for (int piece = next.fetch_add(1); piece < pieces; piece = next.fetch_add(1)) finish(piece);
+}
+
+void ThreadPool::retake_erased(int threads, int pieces, const void* job, size_t bytes, Compute compute, Commit commit) {
+  using Clock = std::chrono::steady_clock;
+  std::lock_guard lock(mutex_);
+  if (threads > 1) grow(threads - 1);
+  Slot& slot = free_slot();
+  std::memcpy(slot.job, job, bytes);
+  slot.compute = compute;
+  slot.commit = commit;
+  slot.pieces = pieces;
+  slot.next = slot.done = 0;
+  for (int i = 0; i < pieces; i++) slot.state[i].store(kOpen, std::memory_order_relaxed);
+  const auto start = Clock::now();
+  open(slot, threads, [](void* s, int) { static_cast<Slot*>(s)->take_pieces(); }, &slot);
+  slot.take_part(0);
+  // What is missing now is in workers' hands. With their cores they need about a piece's time; then it is taken over.
+  const auto taken = Clock::now();
+  const auto patience = std::chrono::microseconds(5) + 2 * threads * (taken - start) / pieces;
+  while (slot.done.load(std::memory_order_acquire) != pieces && !slot.failed && Clock::now() - taken < patience) relax();
+  for (int piece = 0; piece < pieces && slot.done.load(std::memory_order_acquire) != pieces; piece++)
+    if (slot.state[piece].load(std::memory_order_acquire) == kOpen) slot.finish(piece);
+  for (int seen = slot.done; seen != pieces; seen = slot.done) slot.done.wait(seen, std::memory_order_acquire);
+  slot.inside.fetch_or(kClosed, std::memory_order_acq_rel);
+}
+
+void ThreadPool::quiesce() {
+  std::lock_guard lock(mutex_);
+  for (auto& slot : slots_) wait_for_nobody(slot->inside, kClosed);
 }
 
 }  // namespace hasten

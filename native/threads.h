@@ -18,9 +18,16 @@ namespace hasten {
 // finds the job closed and goes back to sleep: it costs the others nothing. Workers are not pinned to cores, so that
 // the system can move them away from a busy core, and two processes never insist on the same one.
 //
+// A worker may also lose its core in the middle of a piece, for milliseconds, where a whole step takes ten. Work whose
+// pieces may be computed twice goes through retake(): the caller then computes the missing piece itself and goes on, and
+// what the late worker brings is thrown away.
+//
 // An exception that a piece throws ends the job early and is thrown again by the caller's run() or split().
 class ThreadPool {
  public:
+  using Scratch = std::vector<float>;
+  static constexpr int kMostPieces = 256;
+
   ~ThreadPool();
 
   // Calls fn(thread) on the caller (thread 0) and on up to threads - 1 workers, each with its own number, and returns
@@ -55,6 +62,23 @@ class ThreadPool {
     });
   }
 
+  // Computes pieces 0 .. pieces-1, each at least once, and commits each exactly once.
+  //   job.compute(piece, scratch)   writes nothing but `scratch`; std::bad_alloc is all it may throw
+  //   job.commit(piece, scratch)    puts the result in its place; short
+  // Both are const. The job is copied and may outlive the call inside a late worker, which goes on reading what the job
+  // points to: before any of that memory is freed or moved, call quiesce().
+  template <typename Job>
+  void retake(int threads, int pieces, const Job& job) {
+    static_assert(std::is_trivially_copyable_v<Job> && sizeof(Job) <= kJobBytes);
+    retake_erased(
+        threads, pieces, &job, sizeof(Job),
+        [](const void* j, int piece, Scratch& scratch) { static_cast<const Job*>(j)->compute(piece, scratch); },
+        [](const void* j, int piece, const Scratch& scratch) { static_cast<const Job*>(j)->commit(piece, scratch); });
+  }
+
+  // Waits until no late worker is inside a job that retake() left.
+  void quiesce();
+
   // Calls fn on `threads` threads at once and returns how many there were (fewer only where the system refuses to start
   // threads). Waits for workers that come late: for what measures them all.
   template <typename Fn>
@@ -70,29 +94,50 @@ class ThreadPool {
 
  private:
   using Task = void (*)(void*, int);
+  using Compute = void (*)(const void*, int, Scratch&);
+  using Commit = void (*)(const void*, int, const Scratch&);
+  static constexpr uint32_t kClosed = 1u << 31;
+  static constexpr int kJobBytes = 320;
+
   struct Worker {
     std::thread thread;
     alignas(64) std::atomic<uint32_t> ticket{0};  // raised to announce a job
   };
-  static constexpr uint32_t kClosed = 1u << 31;
+
+  // A job. Its plain members are written by the caller while it is closed and nobody is inside.
+  struct Slot {
+    alignas(64) std::atomic<uint32_t> inside{kClosed};  // workers inside, and whether more may come in
+    Task task = nullptr;
+    void* context = nullptr;
+    int threads = 0;
+    std::exception_ptr error;
+    std::atomic<bool> failed{false};
+    // Of retake() alone.
+    alignas(64) unsigned char job[kJobBytes];
+    Compute compute = nullptr;
+    Commit commit = nullptr;
+    int pieces = 0;
+    alignas(64) std::atomic<int> next{0};
+    std::atomic<int> done{0};
+    std::atomic<uint8_t> state[kMostPieces] = {};  // of each piece: open, being committed, done
+
+    void take_part(int number);
+    void take_pieces();
+    bool finish(int piece);
+  };
 
   void run_erased(int threads, Task task, void* context);
+  void retake_erased(int threads, int pieces, const void* job, size_t bytes, Compute compute, Commit commit);
   int available(int threads);
   void grow(int workers);
   void work(Worker& worker, int number);
-  void join_in(int number);
-  void take_part(int number);
-  void close();
+  Slot& free_slot();
+  void open(Slot& slot, int threads, Task task, void* context);
 
   std::mutex mutex_;
   std::vector<std::unique_ptr<Worker>> workers_;
-  // The job. Written by the caller while it is closed and nobody is inside.
-  Task task_ = nullptr;
-  void* context_ = nullptr;
-  int threads_ = 0;
-  std::exception_ptr error_;
-  std::atomic<bool> failed_{false};
-  alignas(64) std::atomic<uint32_t> inside_{kClosed};  // workers inside the job, and whether more may come in
+  std::vector<std::unique_ptr<Slot>> slots_;  // one, and one more for each worker that is late in a retake()
+  std::atomic<Slot*> current_{nullptr};
   std::atomic<bool> stop_{false};
 };
 
