@@ -55,7 +55,7 @@ void Attention::stage_queries(const AttentionCall& call, const Task& task, Scrat
   const int group = call.heads / call.cache->shape().heads, d = call.head_dim, dp = padded(d);
   scratch.q.resize(static_cast<size_t>(kRows + group) * dp);
   scratch.position.resize(kRows + group);
-  float row[1024];
+  float row[kMostHeadDim];
   for (int t = 0; t < task.count; t++) {
     const int token = task.span->first + task.first + t;
     for (int g = 0; g < group; g++) {

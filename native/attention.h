@@ -31,6 +31,8 @@ struct AttentionCall {
   float softcap;  // 0 = none
 };
 
+constexpr int kMostHeadDim = 1024;
+
 class Attention {
  public:
   // Splits the work by (sequence, KV head, block of queries), and by part of the context where that gives too few

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from hasten.engine.session import Session
 from hasten.errors import UsageError
 from hasten.runtime.cpu import CpuExecutor
 from hasten.runtime.pages import Sequence as CachedSequence
+from hasten.runtime.tokens import token_ids
 
 if TYPE_CHECKING:
     from hasten.compress.pack import PackedLinear, PackedModel
@@ -41,9 +42,10 @@ class Completion:
 
 
 class LanguageModel:
-    """A packed model, its tokenizer and the engine that runs it. Not for several threads at once.
+    """A packed model, its tokenizer and the engine that runs it. Made by `hasten.load`.
 
-    Made by `hasten.load`.
+    Not for several threads at once: while one computes, a second one gets a UsageError. Load one model for
+    each thread, or share one through `AsyncEngine` or `hasten serve`.
     """
 
     def __init__(self, packed: PackedModel, tokenizer: Tokenizer, name: str, options: EngineOptions) -> None:
@@ -52,6 +54,11 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.options = options
         self.executor = CpuExecutor(packed, options)
+
+    def __getattr__(self, name: str) -> Any:  # of what is not there
+        if name in ("executor", "packed"):
+            raise UsageError("the model is closed", hint="load it again with hasten.load")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
     def config(self) -> ModelConfig:
@@ -190,15 +197,14 @@ class LanguageModel:
             UsageError: as `Session.stream`.
         """
         options = sampling or SamplingOptions()
-        for ids in prompts:
-            self.session().check(ids, max_new_tokens)
-        for start in range(0, len(prompts), self.options.max_sequences):
-            group = prompts[start : start + self.options.max_sequences]
+        checked = [self.session().checked(ids, max_new_tokens) for ids in prompts]
+        for start in range(0, len(checked), self.options.max_sequences):
+            group = checked[start : start + self.options.max_sequences]
             for which, token in self._run_group(group, max_new_tokens, options):
                 yield start + which, token
 
     def _run_group(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: SamplingOptions
+        self, prompts: list[list[int]], max_new_tokens: int, sampling: SamplingOptions
     ) -> Iterator[tuple[int, int]]:
         running = {which: CachedSequence() for which in range(len(prompts))}
         texts = [list(prompt) for prompt in prompts]
@@ -207,7 +213,7 @@ class LanguageModel:
         try:
             if max_new_tokens == 0:
                 return
-            hidden = np.concatenate([self.executor.prefill(running[i], list(prompts[i])) for i in running])
+            hidden = np.concatenate([self.executor.prefill(running[i], prompts[i]) for i in running])
             while running:
                 positions = np.array([sequence.length for sequence in running.values()], np.int64)
                 new = dict(zip(running, sample(self.executor.head(hidden), sampling, positions), strict=True))
@@ -245,9 +251,9 @@ class LanguageModel:
             float32 [T, E], after the final norm.
 
         Raises:
-            UsageError: more tokens than the context, or an id outside the vocabulary.
+            UsageError: more tokens than the context, or what is no id of the vocabulary.
         """
-        sequence = CachedSequence()
+        sequence, tokens = CachedSequence(), token_ids(tokens, self.config.vocab_size)
         self.executor.expect(sequence, len(tokens))
         chunk = self.executor.chunk
         try:
@@ -268,12 +274,18 @@ class LanguageModel:
         return self.logits_of(self.hidden(tokens))
 
     def replace(self, name: str, linear: PackedLinear) -> None:
-        """Run with another matrix in a linear layer's place."""
+        """Run with another matrix in a linear layer's place.
+
+        Texts that are being continued cannot go on; sessions compute theirs anew.
+
+        Raises:
+            UsageError: an engine with a prefix cache is open on this model, or another thread is computing.
+        """
         self.executor.replace(name, linear)
         self.packed.linears[name] = linear
 
     def close(self) -> None:
-        """Give weights and cache back; a second call does nothing."""
+        """Give weights and cache back; a second call does nothing. Whatever else is asked is a UsageError."""
         for part in ("executor", "packed"):
             self.__dict__.pop(part, None)
 
