@@ -145,6 +145,7 @@ def test_one_sampler_for_two_sequences_is_refused() -> None:
 EXIT = """
 import threading, time
 import numpy as np
+from hasten import _native
 data = np.zeros(1 << 26, np.uint8)
 def work():
     while True:
