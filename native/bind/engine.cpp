@@ -20,7 +20,8 @@ void require(bool good, const char* what) {
 DecoderConfig read_config(const nb::dict& d) {
   DecoderConfig c;
   auto read = [&]<typename T>(const char* key, T value) {
-    if (!nb::try_cast(d[key], value)) throw std::invalid_argument(std::string(key) + " is of a wrong type or too large");
+    if (!nb::try_cast(d[key], value))
+      throw std::invalid_argument(std::string(key) + " is of a wrong type or too large");
     return value;
   };
   auto number = [&](const char* key) { return static_cast<float>(read(key, 0.0)); };

@@ -120,6 +120,25 @@ cli._dispatch = work
     )
 
 
+def test_dropped_at_the_end_of_the_verb() -> None:
+    """It comes again too late: the verb is done by then."""
+    stopped(
+        run(
+            """
+import hasten.cli as cli
+class Held:
+    def __del__(self):
+        press()
+        for _ in range(1000): pass
+def work(arguments):
+    held = Held()
+    return 0
+cli._dispatch = work
+"""
+        )
+    )
+
+
 def test_a_second_one_while_the_first_is_said() -> None:
     done = run(
         """

@@ -64,12 +64,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def _to_the_end(arguments: list[str]) -> int:
     """Run the verb, then what it put off (`hasten.cache.deferred`), which Ctrl-C gives up."""
+    from hasten.cli.interrupt import insist
+
     try:
-        return _dispatch(arguments)
+        code = _dispatch(arguments)
     finally:
         put_off = sys.modules.get("hasten.cache.deferred")
         if put_off is not None:
             put_off.flush()
+    insist()
+    return code
 
 
 def overview() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import os
 import signal
 import sys
 import time
@@ -10,6 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+
+_on_its_way: list[bool] = []  # not empty: a Ctrl-C that Python dropped is sent again and has not come yet
 
 
 class Stopped(KeyboardInterrupt):
@@ -38,10 +42,22 @@ def listening() -> Iterator[None]:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def insist() -> None:
+    """Raise a Ctrl-C that Python dropped and that has not come again yet: the verb is at its end.
+
+    Raises:
+        Stopped: there is one.
+    """
+    if _on_its_way:
+        _on_its_way.clear()
+        raise Stopped
+
+
 def _stop(number: int, frame: FrameType | None) -> None:
     if frame is not None and frame.f_code.co_filename.startswith("<frozen importlib"):
         _send_again()  # raised here it could leave the import lock held, and other threads waiting forever
         return
+    _on_its_way.clear()
     raise Stopped
 
 
@@ -58,6 +74,7 @@ def _send_again() -> None:
 
     def send() -> None:
         time.sleep(0.005)
-        signal.raise_signal(signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # to the process: a main thread that waits for input must wake
 
+    _on_its_way.append(True)
     _thread.start_new_thread(send, ())
