@@ -1,6 +1,7 @@
 #include "attention.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 
@@ -15,13 +16,30 @@ constexpr float kNone = -std::numeric_limits<float>::infinity();
 int padded(int head_dim) { return round_up(head_dim, 32); }
 
 // out, max, sum of the context so far take in one more part. Parts are always taken in order, whoever computed them.
+// A part that has no number to give but NaN is taken in too: its sum is NaN then, and all that follows.
 void merge(const float* part, float part_max, float part_sum, int n, float* out, float& max, float& sum) {
-  if (part_max == kNone) return;
+  if (part_sum == 0) return;  // the row sees nothing of it
   const float top = std::max(max, part_max);
   const float keep = max == kNone ? 0.0f : std::exp(max - top), take = std::exp(part_max - top);
   for (int i = 0; i < n; i++) out[i] = out[i] * keep + part[i] * take;
   sum = sum * keep + part_sum * take;
   max = top;
+}
+
+constexpr uint32_t kExponent = 0x7f800000u;  // all of these bits: infinite or NaN
+
+bool all_finite(const float* x, int n) {
+  uint32_t broken = 0;
+  for (int i = 0; i < n; i++) broken |= (std::bit_cast<uint32_t>(x[i]) & kExponent) == kExponent;
+  return broken == 0;
+}
+
+// The token of its page that value i of a page belongs to. See kv_cache.h.
+constexpr int token_of_value(int i) { return i % (16 * kPageTokens) / 32 * 2 + i % 2; }
+
+bool sees(const AttendPart& a, int row, int token) {
+  const int position = a.first + token;
+  return position <= a.position[row] && (a.window == 0 || position > a.position[row] - a.window);
 }
 
 // The parts of the context that a block of queries can see.
@@ -37,7 +55,7 @@ void Attention::stage_queries(const AttentionCall& call, const Task& task, Scrat
   const int group = call.heads / call.cache->shape().heads, d = call.head_dim, dp = padded(d);
   scratch.q.resize(static_cast<size_t>(kRows + group) * dp);
   scratch.position.resize(kRows + group);
-  float row[1024];
+  float row[kMostHeadDim];
   for (int t = 0; t < task.count; t++) {
     const int token = task.span->first + task.first + t;
     for (int g = 0; g < group; g++) {
@@ -80,35 +98,78 @@ void Attention::part(const AttentionCall& call, const Task& task, int part, Scra
   }
   scratch.scores.resize(static_cast<size_t>(kRows + group) * kPartTokens);
   scratch.weights.resize(static_cast<size_t>(kRows + group) * kPartTokens);
-  kernels().attend({.q = scratch.q.data(),
-                    .rows = rows,
-                    .position = scratch.position.data(),
-                    .head_dim = dp,
-                    .k = k,
-                    .v = v,
-                    .k_scale = shape.int8 ? k_scale : nullptr,
-                    .v_scale = shape.int8 ? v_scale : nullptr,
-                    .pages = pages,
-                    .first = first,
-                    .window = call.window,
-                    .softcap = call.softcap,
-                    .scores = scratch.scores.data(),
-                    .weights = scratch.weights.data(),
-                    .out = out,
-                    .max = max,
-                    .sum = sum});
+  const AttendPart whole_block{.q = scratch.q.data(),
+                               .rows = rows,
+                               .position = scratch.position.data(),
+                               .head_dim = dp,
+                               .k = k,
+                               .v = v,
+                               .k_scale = shape.int8 ? k_scale : nullptr,
+                               .v_scale = shape.int8 ? v_scale : nullptr,
+                               .pages = pages,
+                               .first = first,
+                               .window = call.window,
+                               .softcap = call.softcap,
+                               .scores = scratch.scores.data(),
+                               .weights = scratch.weights.data(),
+                               .out = out,
+                               .max = max,
+                               .sum = sum};
+  kernels().attend(whole_block);
+  if (!shape.int8) keep_unseen_out(whole_block, scratch);
+}
+
+void Attention::keep_unseen_out(const AttendPart& block, Scratch& scratch) {
+  const int values = kPageTokens * block.head_dim;
+  bool looked = false;
+  for (int row = 0; row < block.rows; row++) {
+    float* out = block.out + static_cast<size_t>(row) * block.head_dim;
+    if (block.sum[row] == 0 || all_finite(out, block.head_dim)) continue;
+    if (!looked) find_broken(block, scratch.broken);
+    looked = true;
+    scratch.unseen.assign(scratch.broken.size(), 0);
+    bool any = false;
+    for (size_t t = 0; t < scratch.broken.size(); t++)
+      any |= scratch.unseen[t] = scratch.broken[t] && !sees(block, row, static_cast<int>(t));
+    if (!any) continue;
+    scratch.unpacked.resize(static_cast<size_t>(block.pages) * values);
+    const bf16* v[kPartTokens / kPageTokens];
+    for (int p = 0; p < block.pages; p++) {
+      bf16* to = scratch.unpacked.data() + static_cast<size_t>(p) * values;
+      for (int i = 0; i < values; i++)
+        to[i] = scratch.unseen[p * kPageTokens + token_of_value(i)] ? bf16{0} : block.v[p][i];
+      v[p] = to;
+    }
+    AttendPart one = block;
+    one.q += static_cast<size_t>(row) * block.head_dim;
+    one.rows = 1;
+    one.position += row;
+    one.v = v;
+    one.out = out;
+    one.max += row;
+    one.sum += row;
+    kernels().attend(one);
+  }
+}
+
+void Attention::find_broken(const AttendPart& block, std::vector<uint8_t>& broken) {
+  broken.assign(static_cast<size_t>(block.pages) * kPageTokens, 0);
+  for (int p = 0; p < block.pages; p++)
+    for (int i = 0; i < kPageTokens * block.head_dim; i++)
+      broken[p * kPageTokens + token_of_value(i)] |= (block.v[p][i] & (kExponent >> 16)) == kExponent >> 16;
 }
 
 namespace {
 
-// Divides by the sum and puts the rows where their heads are.
+// Divides by the sum and puts the rows where their heads are. Every row sees itself: a sum of 0 means that all its
+// scores were minus infinity, and its result is NaN.
 struct RowSink {
   const AttentionCall& call;
   int group, token0, head;
   void put(int row, const float* values, float sum) const {
     float* out =
         call.out + (token0 + row / group) * call.ldo + static_cast<size_t>(head * group + row % group) * call.head_dim;
-    const float by = sum > 0 ? 1.0f / sum : 0.0f;
+    const float by = 1.0f / sum;
     for (int i = 0; i < call.head_dim; i++) out[i] = values[i] * by;
   }
 };

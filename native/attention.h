@@ -31,6 +31,8 @@ struct AttentionCall {
   float softcap;  // 0 = none
 };
 
+constexpr int kMostHeadDim = 1024;
+
 class Attention {
  public:
   // Splits the work by (sequence, KV head, block of queries), and by part of the context where that gives too few
@@ -49,10 +51,18 @@ class Attention {
     std::vector<bf16> q, weights, unpacked;
     std::vector<float> scores, part, max, sum;
     std::vector<int> position;
+    std::vector<uint8_t> broken, unseen;
   };
 
   void part(const AttentionCall& call, const Task& task, int part, Scratch& scratch, float* out, float* max,
             float* sum);
+  // A value that a row does not see weighs 0, and 0 times infinity or NaN is NaN: what another text left behind in a
+  // page, or what comes later in this one, would reach the row. Such values are there only where a model overflows, so
+  // they are looked for only where a row's result is not finite; that row is then computed again with zeros in their
+  // place. int8 pages hold no such values, and masked scores need no such care: they are replaced.
+  static void keep_unseen_out(const AttendPart& block, Scratch& scratch);
+  // Which tokens of the part have a value that is infinite or NaN.
+  static void find_broken(const AttendPart& block, std::vector<uint8_t>& broken);
   void stage_queries(const AttentionCall& call, const Task& task, Scratch& scratch);
   void whole(const AttentionCall& call, const Task& task, Scratch& scratch);
 

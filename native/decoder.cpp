@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <limits>
+#include <stdexcept>
 
 #include "pack.h"
 #include "threads.h"
@@ -33,15 +35,54 @@ constexpr int kTokenGrain = 2;
 // From here on an MLP's two wide products no longer fit the caches whole.
 constexpr int kManyTokens = 16;
 
+void expect(bool good, const std::string& what) {
+  if (!good) throw std::invalid_argument(what);
+}
+
 }  // namespace
 
 const char* const Profile::kNames[kOps] = {"embed", "norm",    "qkv",   "rope+kv", "attention",
                                            "out",   "gate+up", "gated", "down",    "head"};
 
+namespace {
+
+// Whatever a configuration says, a step stays inside its buffers.
+DecoderConfig checked(DecoderConfig c) {
+  struct Range {
+    const char* name;
+    int value, low, high;
+  };
+  for (const Range& r :
+       {Range{"vocab_size", c.vocab_size, 1, 1 << 24}, Range{"hidden_size", c.hidden_size, 1, 1 << 20},
+        Range{"intermediate_size", c.intermediate_size, 1, 1 << 20}, Range{"layers", c.layers, 1, 1 << 14},
+        Range{"heads", c.heads, 1, 1 << 14}, Range{"kv_heads", c.kv_heads, 1, 1 << 14},
+        Range{"head_dim", c.head_dim, 1, kMostHeadDim}, Range{"window", c.window, 0, std::numeric_limits<int>::max()}})
+    expect(r.low <= r.value && r.value <= r.high, r.name + (" must be from " + std::to_string(r.low)) + " to " +
+                                                      std::to_string(r.high) + ", got " + std::to_string(r.value));
+  expect(c.heads % c.kv_heads == 0, "heads must be a multiple of kv_heads");
+  const size_t layers = c.layers, half = c.rope_global.size();
+  expect(c.sliding.size() == layers && c.rope.size() == layers, "sliding and rope must have one flag a layer");
+  expect(2 * half <= static_cast<size_t>(c.head_dim), "more rotary dimensions than head_dim");
+  expect(c.rope_local.empty() || c.rope_local.size() == half, "rope_local must be as long as rope_global");
+  expect(c.rope_long.empty() || c.rope_long.size() == half, "rope_long must be as long as rope_global");
+  return c;
+}
+
+KvShape shape_of(const DecoderConfig& c, bool int8) { return {c.layers, c.kv_heads, round_up(c.head_dim, 32), int8}; }
+
+int checked_pages(const KvShape& shape, int pages) {
+  constexpr size_t kMost = size_t{1} << 47;  // bytes: what a process can address
+  expect(pages > 0 && shape.page_bytes() <= kMost / static_cast<size_t>(pages),
+         std::to_string(pages) + " pages of " + std::to_string(shape.page_bytes()) + " bytes");
+  return pages;
+}
+
+}  // namespace
+
 Decoder::Decoder(DecoderConfig config, int threads, int kv_pages, bool kv_int8)
-    : config_(std::move(config)),
+    : config_(checked(std::move(config))),
       threads_(threads),
-      cache_({config_.layers, config_.kv_heads, round_up(config_.head_dim, 32), kv_int8}, kv_pages),
+      cache_(shape_of(config_, kv_int8), checked_pages(shape_of(config_, kv_int8), kv_pages)),
       layers_(config_.layers) {
   ld_hidden_ = round_up(config_.hidden_size, kPanelRows);
   ld_q_ = round_up(config_.heads * config_.head_dim, kPanelRows);
@@ -52,7 +93,6 @@ Decoder::Decoder(DecoderConfig config, int threads, int kv_pages, bool kv_int8)
 void Decoder::reserve(int tokens) {
   if (tokens <= capacity_) return;
   pool().quiesce();  // late workers still read the buffers that move now
-  capacity_ = tokens;
   const size_t n = tokens;
   residual_.resize(n * ld_hidden_);
   out_.resize(n * std::max(ld_hidden_, ld_q_));
@@ -63,6 +103,7 @@ void Decoder::reserve(int tokens) {
   up_.resize(std::min(tokens, kManyTokens) * ld_ffn_);
   acts_.reserve(tokens, std::max(config_.hidden_size, config_.heads * config_.head_dim));
   gated_.reserve(tokens, config_.intermediate_size);
+  capacity_ = tokens;  // last: what is out of memory before it must not be taken for done
 }
 
 void Decoder::embed(const int32_t* tokens, int n) {

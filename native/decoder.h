@@ -42,6 +42,7 @@ struct Profile {
 
 class Decoder {
  public:
+  // Throws std::invalid_argument on a configuration whose parts do not fit each other.
   Decoder(DecoderConfig config, int threads, int kv_pages, bool kv_int8);
 
   // Weights by canonical name ("layers.3.q", "layers.3.q.bias", "embed", "final_norm" ...). The memory stays the

@@ -56,8 +56,8 @@ struct Inputs {
       : integers(x.integers()), floats(x.floats()), padded(x.padded()), wide(x.wide()) {}
 };
 
-// Panels p0 <= p < p1 of a layer into `out`, whose first column is that of panel p0. Integers go `way`, or if it is null
-// the way chosen for their format.
+// Panels p0 <= p < p1 of a layer into `out`, whose first column is that of panel p0. Integers go `way`, or if it is
+// null the way chosen for their format.
 void run_panels(const Packed& w, int p0, int p1, const Inputs& x, int tokens, float* out, size_t ldo, bool add,
                 const IntWay* way = nullptr) {
   const Kernels& k = kernels();
@@ -108,7 +108,8 @@ void linear_gated(const Linear& gate, const Linear& up, Gate kind, const Activat
 
 namespace {
 
-// Up to here a step is a decode step, which a late worker must not hold up, and its results are few enough to be copied.
+// Up to here a step is a decode step, which a late worker must not hold up, and its results are few enough to be
+// copied.
 constexpr int kRetakenTokens = 24;
 constexpr int kMostCalls = 3;  // q, k, v
 

@@ -190,7 +190,8 @@ void ThreadPool::retake_erased(int threads, int pieces, const void* job, size_t 
   // What is missing now is in workers' hands. With their cores they need about a piece's time; then it is taken over.
   const auto taken = Clock::now();
   const auto patience = std::chrono::microseconds(5) + 2 * threads * (taken - start) / pieces;
-  while (slot.done.load(std::memory_order_acquire) != pieces && !slot.failed && Clock::now() - taken < patience) relax();
+  while (slot.done.load(std::memory_order_acquire) != pieces && !slot.failed && Clock::now() - taken < patience)
+    relax();
   for (int piece = 0; piece < pieces && slot.done.load(std::memory_order_acquire) != pieces; piece++)
     if (slot.state[piece].load(std::memory_order_acquire) == kOpen) slot.finish(piece);
   for (int seen = slot.done; seen != pieces; seen = slot.done) slot.done.wait(seen, std::memory_order_acquire);

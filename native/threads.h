@@ -19,8 +19,8 @@ namespace hasten {
 // the system can move them away from a busy core, and two processes never insist on the same one.
 //
 // A worker may also lose its core in the middle of a piece, for milliseconds, where a whole step takes ten. Work whose
-// pieces may be computed twice goes through retake(): the caller then computes the missing piece itself and goes on, and
-// what the late worker brings is thrown away.
+// pieces may be computed twice goes through retake(): the caller then computes the missing piece itself and goes on,
+// and what the late worker brings is thrown away.
 //
 // An exception that a piece throws ends the job early and is thrown again by the caller's run() or split().
 class ThreadPool {

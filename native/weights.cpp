@@ -54,6 +54,18 @@ void expect(const std::string& name, const char* what, int got, int want) {
                                 std::to_string(want));
 }
 
+// Rows of a linear layer: its outputs.
+int rows_of(const DecoderConfig& c, const std::string& part) {
+  if (part == "q") return c.heads * c.head_dim;
+  if (part == "k" || part == "v") return c.kv_heads * c.head_dim;
+  if (part == "gate" || part == "up") return c.intermediate_size;
+  return part == "embed" || part == "head" ? c.vocab_size : c.hidden_size;
+}
+
+int columns_of(const DecoderConfig& c, const std::string& part) {
+  return part == "o" ? c.heads * c.head_dim : part == "down" ? c.intermediate_size : c.hidden_size;
+}
+
 }  // namespace
 
 void Decoder::set_linear(const std::string& name, const Packed& weight) {
@@ -63,16 +75,8 @@ void Decoder::set_linear(const std::string& name, const Packed& weight) {
                    : parsed.part == "head"  ? &head_
                                             : nullptr;
   if (linear == nullptr || parsed.bias) throw std::invalid_argument("no such linear layer: " + name);
-  const int e = config_.hidden_size, f = config_.intermediate_size, q = config_.heads * config_.head_dim;
-  const int kv = config_.kv_heads * config_.head_dim;
-  const std::string& part = parsed.part;
-  const int rows = part == "q"                         ? q
-                   : part == "k" || part == "v"        ? kv
-                   : part == "gate" || part == "up"    ? f
-                   : part == "embed" || part == "head" ? config_.vocab_size
-                                                       : e;
-  expect(name, "row count", weight.rows, rows);
-  expect(name, "column count", weight.cols, part == "o" ? q : part == "down" ? f : e);
+  expect(name, "row count", weight.rows, rows_of(config_, parsed.part));
+  expect(name, "column count", weight.cols, columns_of(config_, parsed.part));
   linear->weight = weight;
 }
 
@@ -88,7 +92,7 @@ void Decoder::set_vector(const std::string& name, const float* values, int size)
   if (parsed.bias) {
     Linear* linear = linear_of(layer, parsed.part);
     if (linear == nullptr) throw std::invalid_argument("no such bias: " + name);
-    if (linear->present()) expect(name, "size", size, linear->weight.rows);
+    expect(name, "size", size, rows_of(config_, parsed.part));
     linear->bias = values;
     return;
   }

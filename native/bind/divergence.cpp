@@ -3,6 +3,7 @@
 #include <nanobind/stl/tuple.h>
 
 #include "arrays.h"
+#include "calls.h"
 #include "threads.h"
 
 namespace hasten {
@@ -23,7 +24,7 @@ Result py_divergence(const Logits& ref, const Logits& cand, const Input<int32_t,
   std::unique_ptr<double[]> kl(new double[rows]), nll_ref(new double[rows]), nll_cand(new double[rows]);
   std::unique_ptr<bool[]> agree(new bool[rows]);
   {
-    nb::gil_scoped_release release;
+    const WithoutGil others_run;
     pool().split(threads, static_cast<int>(rows), 1, [&](int begin, int end, int) {
       for (int r = begin; r < end; ++r) {
         const RowDivergence row =

@@ -4,6 +4,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "bind.h"
+#include "calls.h"
 #include "checksum.h"
 #include "decoder.h"
 #include "memory.h"
@@ -18,8 +19,15 @@ void require(bool good, const char* what) {
 
 DecoderConfig read_config(const nb::dict& d) {
   DecoderConfig c;
-  auto number = [&](const char* key) { return nb::cast<double>(d[key]); };
-  auto integer = [&](const char* key) { return nb::cast<int>(d[key]); };
+  auto read = [&]<typename T>(const char* key, T value) {
+    if (!nb::try_cast(d[key], value))
+      throw std::invalid_argument(std::string(key) + " is of a wrong type or too large");
+    return value;
+  };
+  auto number = [&](const char* key) { return static_cast<float>(read(key, 0.0)); };
+  auto integer = [&](const char* key) { return read(key, 0); };
+  auto flags = [&](const char* key) { return read(key, std::vector<uint8_t>()); };
+  auto numbers = [&](const char* key) { return read(key, std::vector<double>()); };
   c.vocab_size = integer("vocab_size");
   c.hidden_size = integer("hidden_size");
   c.intermediate_size = integer("intermediate_size");
@@ -27,51 +35,60 @@ DecoderConfig read_config(const nb::dict& d) {
   c.heads = integer("heads");
   c.kv_heads = integer("kv_heads");
   c.head_dim = integer("head_dim");
-  c.norm_eps = static_cast<float>(number("norm_eps"));
-  c.gate = nb::cast<std::string>(d["activation"]) == "silu" ? Gate::kSilu : Gate::kGeluTanh;
-  c.score_scale = static_cast<float>(number("score_scale"));
-  c.attention_softcap = static_cast<float>(number("attention_softcap"));
-  c.logit_softcap = static_cast<float>(number("logit_softcap"));
-  c.embed_scale = static_cast<float>(number("embed_scale"));
+  c.norm_eps = number("norm_eps");
+  const auto activation = read("activation", std::string());
+  require(activation == "silu" || activation == "gelu_tanh", "activation must be silu or gelu_tanh");
+  c.gate = activation == "silu" ? Gate::kSilu : Gate::kGeluTanh;
+  c.score_scale = number("score_scale");
+  c.attention_softcap = number("attention_softcap");
+  c.logit_softcap = number("logit_softcap");
+  c.embed_scale = number("embed_scale");
   c.window = integer("window");
-  c.sliding = nb::cast<std::vector<uint8_t>>(d["sliding"]);
-  c.rope = nb::cast<std::vector<uint8_t>>(d["rope"]);
-  c.rope_global = nb::cast<std::vector<double>>(d["rope_global"]);
-  c.rope_local = nb::cast<std::vector<double>>(d["rope_local"]);
-  c.rope_long = nb::cast<std::vector<double>>(d["rope_long"]);
-  c.rope_scale = static_cast<float>(number("rope_scale"));
-  c.rope_long_scale = static_cast<float>(number("rope_long_scale"));
-  require(c.heads % c.kv_heads == 0, "heads must be a multiple of kv_heads");
-  require(c.head_dim <= 1024, "head_dim must be at most 1024");
-  require(static_cast<int>(c.sliding.size()) == c.layers && static_cast<int>(c.rope.size()) == c.layers,
-          "one flag a layer");
-  require(2 * c.rope_global.size() <= static_cast<size_t>(c.head_dim), "more rotary dimensions than head_dim");
+  c.sliding = flags("sliding");
+  c.rope = flags("rope");
+  c.rope_global = numbers("rope_global");
+  c.rope_local = numbers("rope_local");
+  c.rope_long = numbers("rope_long");
+  c.rope_scale = number("rope_scale");
+  c.rope_long_scale = number("rope_long_scale");
   return c;
 }
 
-// Keeps the arrays the decoder points into.
+// Keeps the arrays the decoder points into. Every call takes the decoder's turn: steps give the interpreter lock away,
+// and what they compute with is one set of buffers.
 class PyDecoder {
  public:
   PyDecoder(const nb::dict& config, int threads, int pages, bool kv_int8)
       : decoder_(read_config(config), threads, pages, kv_int8) {}
+  ~PyDecoder() { pool().quiesce(); }  // a worker that is late may still read the weights that go now
 
   void set_linear(const std::string& name, Array<const uint8_t, 1> data, int rows, int cols, int bits, int group,
                   bool symmetric) {
+    const Mine mine(*this);
+    require(bits == 16 || bits == 8 || (bits >= 4 && bits <= 6), "bits must be 16, 8, 6, 5 or 4");
+    require(bits == 16 || group == 16 || group == 32 || group == 64 || group == 128, "group must be 16, 32, 64 or 128");
+    require(rows > 0 && cols > 0, "rows and cols must be positive");
     const PackedFormat format{bits, group, symmetric};
     require(data.size() == format.bytes(rows, cols), "packed data has the wrong size");
     decoder_.set_linear(name, {format, rows, cols, data.data()});
+    pool().quiesce();  // before the old matrix is let go
     kept_[name] = nb::cast(data);
   }
   void set_vector(const std::string& name, Array<const float, 1> values) {
+    const Mine mine(*this);
     decoder_.set_vector(name, values.data(), static_cast<int>(values.size()));
     kept_[name] = nb::cast(values);
   }
-  void check() const { decoder_.check(); }
+  void check() {
+    const Mine mine(*this);
+    decoder_.check();
+  }
 
   nb::ndarray<nb::numpy, float, nb::ndim<2>> step(Array<const int32_t, 1> tokens, Array<const int32_t, 1> counts,
                                                   Array<const int32_t, 1> pasts, Array<const int32_t, 2> tables,
                                                   Array<const uint8_t, 1> longs, Array<const int32_t, 1> rows,
                                                   bool prefill) {
+    const Mine mine(*this);
     const int n = static_cast<int>(tokens.size()), hidden = decoder_.config().hidden_size;
     require(counts.size() == pasts.size() && counts.size() == tables.shape(0) && counts.size() == longs.size(),
             "counts, pasts, page tables and flags differ in length");
@@ -84,7 +101,7 @@ class PyDecoder {
       const int count = counts.data()[i], past = pasts.data()[i];
       const int32_t* pages = tables.data() + i * tables.shape(1);
       require(count > 0 && past >= 0, "a sequence has no new tokens");
-      const size_t used = (past + count + kPageTokens - 1) / kPageTokens;
+      const size_t used = (static_cast<size_t>(past) + count + kPageTokens - 1) / kPageTokens;
       require(used <= tables.shape(1), "a page table is too short");
       for (size_t p = 0; p < used; p++)
         require(pages[p] >= 0 && pages[p] < decoder_.cache().pages(), "a page is not in the cache");
@@ -100,45 +117,49 @@ class PyDecoder {
     float* out = new float[std::max<size_t>(wanted.size() * hidden, 1)];
     nb::capsule owner(out, [](void* p) noexcept { delete[] static_cast<float*>(p); });
     {
-      nb::gil_scoped_release release;
+      const WithoutGil others_run;
       decoder_.step(tokens.data(), spans, wanted, prefill, out);
     }
     return {out, {wanted.size(), static_cast<size_t>(hidden)}, owner};
   }
 
   nb::ndarray<nb::numpy, float, nb::ndim<2>> head(Array<const float, 2> hidden) {
+    const Mine mine(*this);
     const size_t rows = hidden.shape(0), vocab = decoder_.config().vocab_size;
     require(hidden.shape(1) == static_cast<size_t>(decoder_.config().hidden_size),
             "hidden states have the wrong width");
     float* out = new float[std::max<size_t>(rows * vocab, 1)];
     nb::capsule owner(out, [](void* p) noexcept { delete[] static_cast<float*>(p); });
     if (rows > 0) {
-      nb::gil_scoped_release release;
+      const WithoutGil others_run;
       decoder_.head(hidden.data(), static_cast<int>(rows), out);
     }
     return {out, {rows, vocab}, owner};
   }
 
   void copy_page(int from, int to) {
+    const Mine mine(*this);
     const int pages = decoder_.cache().pages();
     require(from >= 0 && from < pages && to >= 0 && to < pages, "a page is not in the cache");
     decoder_.cache().copy(from, to);
   }
   size_t page_bytes() { return decoder_.cache().shape().page_bytes(); }
   nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> read_page(int page) {
+    const Mine mine(*this);
     require(page >= 0 && page < decoder_.cache().pages(), "a page is not in the cache");
     auto* out = new uint8_t[page_bytes()];
     nb::capsule owner(out, [](void* p) noexcept { delete[] static_cast<uint8_t*>(p); });
     {
-      nb::gil_scoped_release release;
+      const WithoutGil others_run;
       decoder_.cache().read(page, out);
     }
     return {out, {page_bytes()}, owner};
   }
   void write_page(int page, Array<const uint8_t, 1> data) {
+    const Mine mine(*this);
     require(page >= 0 && page < decoder_.cache().pages(), "a page is not in the cache");
     require(data.size() == page_bytes(), "a page's data has the wrong size");
-    nb::gil_scoped_release release;
+    const WithoutGil others_run;
     decoder_.cache().write(page, data.data());
   }
 
@@ -150,6 +171,7 @@ class PyDecoder {
   }
 
   nb::dict profile(bool reset) {
+    const Mine mine(*this);
     nb::dict out;
     for (int op = 0; op < Profile::kOps; op++) out[Profile::kNames[op]] = decoder_.profile().seconds[op];
     if (reset) decoder_.profile() = {};
@@ -157,6 +179,14 @@ class PyDecoder {
   }
 
  private:
+  struct Mine : Turn {
+    explicit Mine(PyDecoder& of)
+        : Turn(of.busy_, "another thread is using this model: it is not for several threads at once",
+               "load one model for each thread, or share one through hasten.engine.async_engine.AsyncEngine or "
+               "`hasten serve`") {}
+  };
+
+  std::atomic_flag busy_;
   Decoder decoder_;
   std::map<std::string, nb::object> kept_;
 };
@@ -181,7 +211,7 @@ std::vector<uint64_t> checksums(Array<const uint8_t, 1> data, size_t piece, int 
   const size_t bytes = data.size();
   const uint8_t* from = data.data();
   std::vector<uint64_t> out((bytes + piece - 1) / piece);
-  nb::gil_scoped_release release;
+  const WithoutGil others_run;
   pool().split(threads, static_cast<int>(out.size()), 1, [&](int begin, int end, int) {
     for (size_t i = begin; i < static_cast<size_t>(end); i++)
       out[i] = xxh64(from + i * piece, std::min(piece, bytes - i * piece), 0);

@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "arrays.h"
+#include "calls.h"
 #include "threads.h"
 
 namespace hasten {
@@ -66,7 +67,7 @@ std::tuple<double, double> py_pack(const Bytes& data, const std::string& dtype, 
   const PackedFormat format = checked_format(bits, group, symmetric);
   const WeightSource source = checked_source(data, dtype, rows, cols, row_order, offset);
   check_out(out, format.bytes(rows, cols));
-  nb::gil_scoped_release release;
+  const WithoutGil others_run;
   const PackLoss loss = pack(source, format, threads, out.data());
   return {loss.squared_error, loss.squares};
 }
@@ -76,7 +77,7 @@ std::tuple<double, double> py_pack_ggml(const Bytes& data, const std::string& dt
                                         int threads) {
   const WeightSource source = checked_source(data, dtype, rows, cols, row_order, 0.0f);
   check_out(out, info_of(source.dtype).format.bytes(rows, cols));
-  nb::gil_scoped_release release;
+  const WithoutGil others_run;
   const PackLoss loss = pack_ggml(source, threads, out.data());
   return {loss.max_error, loss.squares > 0.0 ? std::sqrt(loss.squared_error / loss.squares) : 0.0};
 }
@@ -85,7 +86,7 @@ Floats py_unpack(const Bytes& data, int rows, int cols, int bits, int group, boo
   const Packed packed = checked_packed(data, rows, cols, checked_format(bits, group, symmetric));
   std::unique_ptr<float[]> out(new float[static_cast<size_t>(rows) * cols]);
   {
-    nb::gil_scoped_release release;
+    const WithoutGil others_run;
     pool().split(threads, rows, kPanelRows, [&](int begin, int end, int) {
       for (int row = begin; row < end; ++row) unpack_row(packed, row, out.get() + static_cast<size_t>(row) * cols);
     });
@@ -110,7 +111,7 @@ Floats py_dequantize(const Bytes& data, const std::string& dtype, size_t n, int 
   constexpr size_t kPiece = 1 << 16;  // values, a multiple of every block
   std::unique_ptr<float[]> out(new float[n]);
   {
-    nb::gil_scoped_release release;
+    const WithoutGil others_run;
     const int pieces = static_cast<int>((n + kPiece - 1) / kPiece);
     pool().split(threads, pieces, 1, [&](int begin, int end, int) {
       const size_t first = begin * kPiece, last = std::min(end * kPiece, n);

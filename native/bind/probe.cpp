@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "bind.h"
+#include "calls.h"
 
 namespace hasten {
 namespace {
@@ -48,7 +49,7 @@ std::tuple<size_t, std::vector<double>> run_read(int threads, size_t bytes, doub
 }  // namespace
 
 void bind_probe(nb::module_& m) {
-  using Release = nb::call_guard<nb::gil_scoped_release>;
+  using Release = nb::call_guard<WithoutGil>;
   m.def("probe_isas", &isas, "Instruction sets that run here, best last.");
   m.def("probe_peaks", &peaks, "(isa, kind) of every ceiling that can be measured here.");
   m.def("probe_peak_tera_per_s", &run_peak, nb::arg("isa"), nb::arg("kind"), nb::arg("threads"), nb::arg("seconds"),

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "arrays.h"
+#include "calls.h"
 #include "threads.h"
 
 namespace hasten {
@@ -17,7 +18,7 @@ Owned<int32_t> py_sample(const Input<float, 2>& logits, double temperature, int 
   const SamplerOptions options{temperature, top_k, top_p, min_p, seed};
   std::unique_ptr<int32_t[]> tokens(new int32_t[rows]);
   {
-    nb::gil_scoped_release release;
+    const WithoutGil others_run;
     pool().split(threads, rows, 1, [&](int begin, int end, int) {
       static thread_local Sampler sampler;  // its scratch is as long as a row
       for (int r = begin; r < end; ++r)

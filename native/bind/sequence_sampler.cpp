@@ -6,8 +6,10 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <deque>
 
 #include "arrays.h"
+#include "calls.h"
 #include "threads.h"
 
 namespace hasten {
@@ -17,6 +19,17 @@ namespace {
 using Tokens = std::vector<int32_t>;
 using Logits = Input<float, 2>;
 using Mask = Input<uint32_t, 2>;
+
+// Counts tokens while the interpreter lock is given away: one step at a time may use it, and that once.
+struct PySampler : SequenceSampler {
+  using SequenceSampler::SequenceSampler;
+  std::atomic_flag busy;
+};
+
+struct Mine : Turn {
+  explicit Mine(PySampler& of)
+      : Turn(of.busy, "a sampler is used twice at the same time", "give each sequence a sampler of its own") {}
+};
 
 void require_tokens(const Tokens& tokens, int vocab) {
   for (const int32_t token : tokens)
@@ -28,22 +41,24 @@ int vocab_of(const Logits& logits) {
   return static_cast<int>(logits.shape(1));
 }
 
-void init_sampler(SequenceSampler* self, int vocab, double temperature, int top_k, double top_p, double min_p,
-                  uint64_t seed, double repetition, double presence, double frequency, SequenceSampler::Bias bias) {
+void init_sampler(PySampler* self, int vocab, double temperature, int top_k, double top_p, double min_p, uint64_t seed,
+                  double repetition, double presence, double frequency, SequenceSampler::Bias bias) {
   require(vocab > 0, "the vocabulary is empty");
   for (const auto& entry : bias)
     require(entry.first >= 0 && entry.first < vocab, "a bias for a token that is not in the vocabulary");
   const Penalties penalties{static_cast<float>(std::clamp(repetition, 1e-30, 1e30)), static_cast<float>(presence),
                             static_cast<float>(frequency)};
-  new (self) SequenceSampler(vocab, {temperature, top_k, top_p, min_p, seed}, penalties, std::move(bias));
+  new (self) PySampler(vocab, {temperature, top_k, top_p, min_p, seed}, penalties, std::move(bias));
 }
 
-void py_add_prompt(SequenceSampler& self, const Tokens& tokens) {
+void py_add_prompt(PySampler& self, const Tokens& tokens) {
+  const Mine mine(self);
   require_tokens(tokens, self.vocab());
   self.add_prompt(tokens.data(), static_cast<int>(tokens.size()));
 }
 
-void py_accept(SequenceSampler& self, const Tokens& tokens) {
+void py_accept(PySampler& self, const Tokens& tokens) {
+  const Mine mine(self);
   require_tokens(tokens, self.vocab());
   self.accept(tokens.data(), static_cast<int>(tokens.size()));
 }
@@ -66,10 +81,12 @@ nb::tuple as_tuple(const SequenceChoice& choice) {
 struct Step {
   std::vector<SequenceRows> rows;
   std::vector<SequenceSampler*> samplers;
+  std::deque<Mine> mine;
   std::vector<Mask> masks;
 
-  void add(const Logits& logits, size_t first, SequenceSampler* sampler, const Tokens& drafts, int64_t position,
+  void add(const Logits& logits, size_t first, PySampler* sampler, const Tokens& drafts, int64_t position,
            nb::handle mask, nb::handle top) {
+    mine.emplace_back(*sampler);
     const int vocab = vocab_of(logits);
     require(sampler->vocab() == vocab, "a sampler was made for another vocabulary");
     require_tokens(drafts, vocab);
@@ -98,13 +115,13 @@ nb::list py_choose(const Logits& logits, const nb::list& samplers, const std::ve
   size_t first = 0;
   for (size_t i = 0; i < n; ++i) {
     require(first + 1 + drafts[i].size() <= logits.shape(0), "logits have fewer rows than sequences and drafts");
-    step.add(logits, first, nb::cast<SequenceSampler*>(samplers[i]), drafts[i], positions[i], masks[i], tops[i]);
+    step.add(logits, first, nb::cast<PySampler*>(samplers[i]), drafts[i], positions[i], masks[i], tops[i]);
     first += 1 + drafts[i].size();
   }
   require(first == logits.shape(0), "logits have more rows than sequences and drafts");
   std::vector<SequenceChoice> choices;
   {
-    nb::gil_scoped_release release;
+    const WithoutGil others_run;
     choices = choose(step.rows, threads);
     for (size_t i = 0; i < n; ++i)
       step.samplers[i]->accept(choices[i].tokens.data(), static_cast<int>(choices[i].tokens.size()));
@@ -120,7 +137,7 @@ nb::list py_score(const Logits& logits, const Tokens& targets, int top, int thre
   require_tokens(targets, vocab);
   std::vector<TokenScore> scores;
   {
-    nb::gil_scoped_release release;
+    const WithoutGil others_run;
     scores = score_rows(logits.data(), static_cast<int>(targets.size()), vocab, targets.data(), top, threads);
   }
   nb::list out;
@@ -131,8 +148,7 @@ nb::list py_score(const Logits& logits, const Tokens& targets, int top, int thre
 }  // namespace
 
 void bind_sequence_sampler(nb::module_& m) {
-  nb::class_<SequenceSampler>(m, "SequenceSampler",
-                              "One answer's sampling options, and the tokens that penalties count.")
+  nb::class_<PySampler>(m, "SequenceSampler", "One answer's sampling options, and the tokens that penalties count.")
       .def("__init__", &init_sampler, nb::arg("vocab"), nb::arg("temperature"), nb::arg("top_k"), nb::arg("top_p"),
            nb::arg("min_p"), nb::arg("seed"), nb::arg("repetition"), nb::arg("presence"), nb::arg("frequency"),
            nb::arg("bias"))

@@ -53,7 +53,7 @@ inline __m256 visible(const AttendPart& a, int row, __m256i position) {
   return _mm256_castsi256_ps(_mm256_andnot_si256(later, near));
 }
 
-// Scales, caps and masks a row's scores; returns the largest.
+// Scales, caps and masks a row's scores; returns the largest number among them.
 float mask_scores(const AttendPart& a, int row, int tokens, float* s) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   const __m256 none = _mm256_set1_ps(-INFINITY), cap = _mm256_set1_ps(a.softcap);
@@ -64,7 +64,7 @@ float mask_scores(const AttendPart& a, int row, int tokens, float* s) {
     if (a.softcap > 0) v = _mm256_mul_ps(tanh(_mm256_div_ps(v, cap)), cap);
     v = _mm256_blendv_ps(none, v, visible(a, row, _mm256_add_epi32(lane, _mm256_set1_epi32(a.first + t))));
     _mm256_storeu_ps(s + t, v);
-    most = _mm256_max_ps(most, v);
+    most = _mm256_max_ps(v, most);  // NaN is left out: it must not become the others' largest
   }
   return largest_of(most);
 }
@@ -78,7 +78,7 @@ void softmax_part(const AttendPart& a) {
     __m256 sum[2] = {};
     bf16* weights = a.weights + static_cast<size_t>(row) * tokens;
     for (int t = 0; t < tokens; t += 8) {
-      const __m256 v = _mm256_loadu_ps(s + t), seen = _mm256_cmp_ps(v, none, _CMP_NEQ_OQ);
+      const __m256 v = _mm256_loadu_ps(s + t), seen = _mm256_cmp_ps(v, none, _CMP_NEQ_UQ);  // NaN too
       __m256 e = _mm256_and_ps(seen, exp(_mm256_sub_ps(v, _mm256_set1_ps(top))));
       sum[t / 8 % 2] = _mm256_add_ps(sum[t / 8 % 2], e);
       if (a.v_scale) {

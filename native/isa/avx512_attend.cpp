@@ -84,14 +84,14 @@ void softmax_part(const AttendPart& a) {
         v = _mm512_mul_ps(tanh(_mm512_div_ps(v, _mm512_set1_ps(a.softcap))), _mm512_set1_ps(a.softcap));
       v = _mm512_mask_mov_ps(none, visible(a, row, _mm512_add_epi32(lane, _mm512_set1_epi32(a.first + t))), v);
       _mm512_storeu_ps(s + t, v);
-      most = _mm512_max_ps(most, v);
+      most = _mm512_max_ps(v, most);  // NaN is left out: it must not become the others' largest
     }
     const float top = _mm512_reduce_max_ps(most);
     __m512 sum = _mm512_setzero_ps();
     bf16* weights = a.weights + static_cast<size_t>(row) * tokens;
     for (int t = 0; t < tokens; t += 16) {
       const __m512 v = _mm512_loadu_ps(s + t);
-      const __mmask16 seen = _mm512_cmp_ps_mask(v, none, _CMP_NEQ_OQ);
+      const __mmask16 seen = _mm512_cmp_ps_mask(v, none, _CMP_NEQ_UQ);  // NaN too
       __m512 e = _mm512_maskz_mov_ps(seen, exp(_mm512_sub_ps(v, _mm512_set1_ps(top))));
       sum = _mm512_add_ps(sum, e);
       if (a.v_scale) e = _mm512_maskz_mul_ps(seen, e, _mm512_loadu_ps(a.v_scale[t / kPageTokens] + t % kPageTokens));

@@ -11,7 +11,7 @@ namespace hasten::avx512 {
 namespace {
 
 // e^x by range reduction to [-ln2/2, ln2/2] and a polynomial of degree 6 (relative error below 1e-7); below -87 it is
-// 0.
+// 0; NaN stays NaN.
 inline __m512 exp(__m512 x) {
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 8);
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145751953125f), x);
@@ -24,18 +24,19 @@ inline __m512 exp(__m512 x) {
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
   const __m512 value = _mm512_scalef_ps(p, n);
-  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.3f), _CMP_GT_OQ), value);
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.3f), _CMP_NLE_UQ), value);
 }
 
 // x / (1 + e^-y); e^-y may overflow to infinity, and the quotient is then 0.
 inline __m512 gate_by_sigmoid(__m512 x, __m512 y) {
   const __m512 one = _mm512_set1_ps(1.0f);
-  const __m512 e = exp(_mm512_min_ps(_mm512_sub_ps(_mm512_setzero_ps(), y), _mm512_set1_ps(88.0f)));
+  const __m512 minus = _mm512_min_ps(_mm512_set1_ps(88.0f), _mm512_sub_ps(_mm512_setzero_ps(), y));  // NaN stays
+  const __m512 e = exp(minus);
   return _mm512_div_ps(x, _mm512_add_ps(one, e));
 }
 
 inline __m512 tanh(__m512 x) {  // 1 - 2 / (1 + e^2x)
-  const __m512 e = exp(_mm512_min_ps(_mm512_add_ps(x, x), _mm512_set1_ps(80.0f)));
+  const __m512 e = exp(_mm512_min_ps(_mm512_set1_ps(80.0f), _mm512_add_ps(x, x)));
   const __m512 one = _mm512_set1_ps(1.0f);
   return _mm512_sub_ps(one, _mm512_div_ps(_mm512_set1_ps(2.0f), _mm512_add_ps(one, e)));
 }

@@ -134,7 +134,7 @@ inline bool visible(const AttendPart& a, int row, int position) {
 }
 
 // Scores -> weights exp(score - max) in bf16, max and sum. Masked scores weigh exactly 0, so that trailing pages of
-// other batches change nothing.
+// other batches change nothing. max is the largest number; a NaN score is no mask: it makes the sum and the weight NaN.
 inline void softmax_part(const AttendPart& a) {
   const int tokens = a.pages * kPageTokens;
   for (int row = 0; row < a.rows; row++) {
@@ -149,9 +149,10 @@ inline void softmax_part(const AttendPart& a) {
     float lanes[16] = {};
     bf16* w = a.weights + static_cast<size_t>(row) * tokens;
     for (int t = 0; t < tokens; t++) {
-      float e = s[t] == -std::numeric_limits<float>::infinity() ? 0.0f : std::exp(s[t] - most);
+      const bool seen = s[t] != -std::numeric_limits<float>::infinity();
+      float e = seen ? std::exp(s[t] - most) : 0.0f;
       lanes[t % 16] += e;
-      if (a.v_scale) e *= e > 0 ? a.v_scale[t / kPageTokens][t % kPageTokens] : 0.0f;
+      if (a.v_scale && seen) e *= a.v_scale[t / kPageTokens][t % kPageTokens];
       w[t] = float_to_bf16(e);
     }
     for (int width = 8; width > 0; width /= 2)

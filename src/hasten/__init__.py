@@ -12,9 +12,11 @@ instant.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # as typing has it, whose import takes longer than all else here
 if TYPE_CHECKING:
+    from typing import Any
+
     from hasten.compress.compress import compress
     from hasten.core import EngineOptions, Layout, Recipe
     from hasten.engine.model import Completion, LanguageModel

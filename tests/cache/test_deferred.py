@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,3 +99,36 @@ def test_ctrl_c_gives_it_up() -> None:
         program.send_signal(signal.SIGINT)
         assert program.stdout.read() == "" and program.stderr.read() == ""
     assert time.monotonic() - began < 30
+
+
+TIDY = """
+import sys, time
+from pathlib import Path
+from hasten.cache import write_atomic
+from hasten.cache.deferred import Deferred
+class Owner: pass
+owner = Owner()
+def parts(file):
+    print("begun", flush=True)
+    for _ in range(6000):
+        file.write(b"x")
+        time.sleep(0.01)
+Deferred(lambda: write_atomic(Path(sys.argv[1]) / "entry", parts), owner)
+print("end", flush=True)
+"""
+
+
+def test_what_is_given_up_leaves_nothing_behind(tmp_path: Path) -> None:
+    program = subprocess.Popen(
+        [sys.executable, "-c", TIDY, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    with program:
+        assert program.stdout is not None and program.stderr is not None
+        assert [program.stdout.readline().strip() for _ in range(2)] == ["end", "begun"]
+        program.send_signal(signal.SIGINT)
+        assert program.stderr.read() == ""
+    assert program.returncode == 0 and not list(tmp_path.iterdir())

@@ -180,3 +180,82 @@ def test_instruction_sets_agree_to_rounding() -> None:
     _native.use_isa(before)
     for result in results[1:]:
         np.testing.assert_allclose(result, results[0], atol=2e-3)
+
+
+# What is no number ----------------------------------------------------------------------------------------
+
+BROKEN = [np.inf, -np.inf, np.nan]
+MASKS = [Masks(0.2), Masks(0.2, window=40), Masks(0.2, softcap=5.0)]
+
+
+def filled(tokens: int, heads: tuple[int, int], size: int, int8: bool, old: float) -> Context:
+    """A context whose pages were full of `old` before."""
+    context = Context(tokens, heads, size, int8)
+    pages = len(context.table) + 2
+    before = np.full((pages * PAGE, heads[1], size), old, np.float32)
+    context.cache.write(before, before, 0, np.arange(pages, dtype=np.int32))
+    context.cache.write(context.keys, context.values, 0, context.table)
+    return context
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["bf16", "int8"])
+@pytest.mark.parametrize("masks", MASKS, ids=str)
+@pytest.mark.parametrize("old", BROKEN)
+def test_what_a_page_held_before_changes_nothing(isa: str, old: float, masks: Masks, int8: bool) -> None:
+    """Behind the last token of a page lies what another text left there: it weighs nothing, even NaN."""
+    for tokens, heads, size in [(1, (7, 1), 64), (33, (4, 2), 80), (300, (14, 2), 64), (270, (2, 2), 128)]:
+        clean, dirty = (filled(tokens, heads, size, int8, what) for what in (0.0, old))
+        for past, count in [(tokens - 1, 1), (0, tokens), (tokens // 2, tokens - tokens // 2)]:
+            for threads in (1, 3):
+                np.testing.assert_array_equal(
+                    dirty.attend(past, count, masks, threads), clean.attend(past, count, masks, threads)
+                )
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["bf16", "int8"])
+@pytest.mark.parametrize("which", ["keys", "values", "both"])
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_token_reaches_those_who_see_it_and_nobody_else(
+    isa: str, broken: float, which: str, int8: bool
+) -> None:
+    """One token of a prompt overflows: those before it keep their bits, those who look back on it are NaN."""
+    at, window = 280, 50
+    for masks in (Masks(0.2), Masks(0.2, window=window), Masks(0.2, window=window, softcap=5.0)):
+        context = Context(400, (4, 2), 64, int8)
+        wanted = context.attend(0, 400, masks)
+        keys, values = (
+            np.where(which in (name, "both"), np.float32(broken), whole[at : at + 1])
+            for name, whole in (("keys", context.keys), ("values", context.values))
+        )
+        context.cache.write(keys.astype(np.float32), values.astype(np.float32), at, context.table)
+        out = context.attend(0, 400, masks)
+        after = min(400, at + masks.window) if masks.window else 400
+        unhurt = [*range(at), *range(after, 400)]
+        np.testing.assert_array_equal(out[unhurt], wanted[unhurt])
+        assert not np.isfinite(out[at:after]).any()
+        for past, count in pieces(400, 64):
+            for threads in (1, 3):
+                np.testing.assert_array_equal(
+                    context.attend(past, count, masks, threads), out[past : past + count]
+                )
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["bf16", "int8"])
+@pytest.mark.parametrize("masks", MASKS, ids=str)
+def test_a_query_that_is_no_number_gives_no_numbers(isa: str, masks: Masks, int8: bool) -> None:
+    """Its scores are all NaN, which is not to see nothing."""
+    context = Context(300, (4, 2), 64, int8)
+    wanted = context.attend(200, 100, masks)
+    context.q[250, 1] = np.nan
+    for threads in (1, 3):
+        out = context.attend(200, 100, masks, threads)
+        assert np.isnan(out[50, 1]).all()
+        out[50, 1] = wanted[50, 1]
+        np.testing.assert_array_equal(out, wanted)
+
+
+def test_scores_that_are_all_minus_infinity_are_no_numbers(isa: str) -> None:
+    context = Context(3, (1, 1), 32)
+    context.cache.write(np.full((3, 1, 32), -np.inf, np.float32), context.values, 0, context.table)
+    context.q[:] = 1
+    assert np.isnan(context.attend(0, 3, Masks(0.2))).all()

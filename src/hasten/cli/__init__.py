@@ -9,15 +9,15 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 budget not met, 130 stopped by Ctrl-C, 
 
 from __future__ import annotations
 
-import sys
-from typing import NamedTuple
+import sys  # and nothing else: until `main` runs, Ctrl-C ends in a traceback
 
 
-class Verb(NamedTuple):
+class Verb:
     """Where a verb lives, and its line in `hasten --help`: the first line of the docstring of `command`."""
 
-    module: str
-    help: str
+    def __init__(self, module: str, help: str) -> None:
+        self.module = module
+        self.help = help
 
 
 VERBS = {
@@ -41,14 +41,42 @@ VERBS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line `argv` (default: the process's) and return its exit code. Never raises."""
-    from hasten.cli.failure import guarded, listen_for_sigterm
+    """Run a command line and return its exit code. Never raises.
 
-    arguments = sys.argv[1:] if argv is None else argv
-    verb = arguments[0] if arguments else ""
-    if argv is None and verb == "serve":
-        listen_for_sigterm()
-    return guarded(lambda: _dispatch(arguments), verb=verb, last=argv is None)
+    Args:
+        argv: the arguments; None: the process's own, which ends with it. Ctrl-C is then without effect once
+            this returns.
+    """
+    try:
+        from hasten.cli.failure import guarded, listen_for_sigterm
+
+        if argv is not None:
+            return guarded(lambda: _dispatch(argv), verb=argv[0] if argv else "")
+        from hasten.cli.interrupt import listening
+
+        arguments = sys.argv[1:]
+        verb = arguments[0] if arguments else ""
+        if verb == "serve":
+            listen_for_sigterm()
+        with listening():
+            return guarded(lambda: _to_the_end(arguments), verb=verb, last=True)
+    except KeyboardInterrupt:  # while the lines above are imported, or again while the first one is said
+        sys.stderr.write("\nstopped.\n")
+        return 130
+
+
+def _to_the_end(arguments: list[str]) -> int:
+    """Run the verb, then what it put off (`hasten.cache.deferred`), which Ctrl-C gives up."""
+    from hasten.cli.interrupt import insist
+
+    try:
+        code = _dispatch(arguments)
+    finally:
+        put_off = sys.modules.get("hasten.cache.deferred")
+        if put_off is not None:
+            put_off.flush()
+    insist()
+    return code
 
 
 def overview() -> str:

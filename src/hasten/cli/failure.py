@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from importlib import import_module
 
 from hasten.errors import HastenError, Terminated, UsageError, stop_of
 
@@ -113,10 +112,10 @@ def _system_hint(error: OSError) -> str | None:
 
 
 def _kept(verb: str) -> str:
-    """What a stopped verb leaves behind: the `KEPT` of its module."""
+    """What a stopped verb leaves behind: the `KEPT` of its module, if that was imported by then."""
     from hasten.cli import VERBS
 
-    module = import_module(VERBS[verb].module) if verb in VERBS else None
+    module = sys.modules.get(VERBS[verb].module) if verb in VERBS else None
     return str(getattr(module, "KEPT", "Nothing was changed."))
 
 

@@ -16,9 +16,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -297,11 +298,14 @@ def _read(file: Path, data: Bytes) -> list[str]:
     sums = [""] * -(-data.size // PIECE_BYTES)
     pieces = iter(range(len(sums)))  # `next` is one step of the interpreter: no lock is needed
     wrong: list[OSError] = []
+    stop = Event()
 
-    def work() -> None:
+    def work(ended: Event) -> None:
         try:
             with open_raw(file) as handle:
                 for i in pieces:
+                    if stop.is_set():
+                        return
                     part = data[i * PIECE_BYTES : (i + 1) * PIECE_BYTES]
                     handle.seek(i * PIECE_BYTES)
                     view, done = part.data, 0
@@ -310,16 +314,35 @@ def _read(file: Path, data: Bytes) -> list[str]:
                     sums[i] = f"{_native.checksums(part, PIECE_BYTES)[0]:016x}"
         except OSError as error:
             wrong.append(error)
+        finally:
+            ended.set()
 
-    others = [Thread(target=work) for _ in range(min(usable_cores(), _READERS, len(sums)) - 1)]
-    for thread in others:
-        thread.start()
-    work()
-    for thread in others:
-        thread.join()
+    ends = [Event() for _ in range(min(usable_cores(), _READERS, len(sums)) - 1)]
+    others = [Thread(target=work, args=(ended,)) for ended in ends]
+    try:
+        for thread in others:
+            thread.start()
+        work(Event())
+        for ended in ends:
+            ended.wait()
+    except BaseException:  # Ctrl-C: nobody may still read into `data` when this is left
+        stop.set()
+        _wait([ended for thread, ended in zip(others, ends, strict=True) if thread.ident is not None])
+        raise
     if wrong:
         raise ArtifactError(f"{file} cannot be read: {wrong[0].strerror}", hint=AGAIN) from None
     return sums
+
+
+def _wait(events: list[Event]) -> None:
+    """Wait for all, whatever comes in between.
+
+    Thread.join would not do: CPython 3.11 takes a thread for dead once that was interrupted.
+    """
+    for event in events:
+        while not event.is_set():
+            with suppress(KeyboardInterrupt):
+                event.wait()
 
 
 def _packed(path: Path, description: Description, config: ModelConfig, weights: Bytes) -> PackedModel:

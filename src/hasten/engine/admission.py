@@ -13,6 +13,7 @@ from hasten.engine.forecast import Forecast
 from hasten.engine.request import Request
 from hasten.engine.scheduler import Scheduler
 from hasten.errors import DeadlineError, QueueFull, UsageError
+from hasten.runtime.tokens import token_ids
 
 if TYPE_CHECKING:
     from hasten.engine.model import LanguageModel
@@ -46,12 +47,7 @@ class Admission:
                 f"the prompt has {length} tokens, the context holds {context} with the answer",
                 hint=f"shorten the prompt, or load the model with a longer --context (made for {longest})",
             )
-        strange = next((token for token in request.prompt if not 0 <= token < vocab), None)
-        if strange is not None:
-            raise UsageError(
-                f"token id {strange} is not in the vocabulary of {vocab}",
-                hint="encode text with this model's own tokenizer",
-            )
+        prompt = tuple(token_ids(request.prompt, vocab).tolist())
         waiting = len(self._scheduler.waiting)
         if waiting >= self._options.max_waiting:
             raise QueueFull(
@@ -62,6 +58,7 @@ class Admission:
         self._check_deadline(request)
         return replace(
             request,
+            prompt=prompt,
             id=request.id or f"request-{next(self._made)}",
             max_new_tokens=min(request.max_new_tokens, context - length),
         )

@@ -18,6 +18,7 @@ from hasten.errors import UsageError
 from hasten.machine.cores import cores
 from hasten.runtime.cpu import CpuExecutor
 from hasten.runtime.pages import Sequence as CachedSequence
+from hasten.runtime.tokens import token_ids
 
 if TYPE_CHECKING:
     from hasten.compress.pack import PackedLinear, PackedModel
@@ -42,9 +43,10 @@ class Completion:
 
 
 class LanguageModel:
-    """A packed model, its tokenizer and the engine that runs it. Not for several threads at once.
+    """A packed model, its tokenizer and the engine that runs it. Made by `hasten.load`.
 
-    Made by `hasten.load`.
+    Not for several threads at once: while one computes, a second one gets a UsageError. Load one model for
+    each thread, or share one through `AsyncEngine` or `hasten serve`.
     """
 
     def __init__(self, packed: PackedModel, tokenizer: Tokenizer, name: str, options: EngineOptions) -> None:
@@ -53,6 +55,11 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.options = options
         self.executor = CpuExecutor(packed, options)
+
+    def __getattr__(self, name: str) -> Any:  # of what is not there
+        if name in ("executor", "packed"):
+            raise UsageError("the model is closed", hint="load it again with hasten.load")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
     def config(self) -> ModelConfig:
@@ -198,11 +205,10 @@ class LanguageModel:
             UsageError: as `Session.stream`.
         """
         options = sampling or SamplingOptions()
-        for ids in prompts:
-            self.session().check(ids, max_new_tokens)
+        checked = [self.session().checked(ids, max_new_tokens) for ids in prompts]
         start = 0
-        while start < len(prompts):
-            group = prompts[start : start + self._fitting(prompts[start:], max_new_tokens)]
+        while start < len(checked):
+            group = checked[start : start + self._fitting(checked[start:], max_new_tokens)]
             for which, token in self._run_group(group, max_new_tokens, options):
                 yield start + which, token
             start += len(group)
@@ -219,7 +225,7 @@ class LanguageModel:
         return count
 
     def _run_group(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: SamplingOptions
+        self, prompts: list[list[int]], max_new_tokens: int, sampling: SamplingOptions
     ) -> Iterator[tuple[int, int]]:
         running = {which: CachedSequence() for which in range(len(prompts))}
         texts = [list(prompt) for prompt in prompts]
@@ -228,7 +234,7 @@ class LanguageModel:
         try:
             if max_new_tokens == 0:
                 return
-            hidden = np.concatenate([self.executor.prefill(running[i], list(prompts[i])) for i in running])
+            hidden = np.concatenate([self.executor.prefill(running[i], prompts[i]) for i in running])
             while running:
                 positions = np.array([sequence.length for sequence in running.values()], np.int64)
                 drawn = sample(self.executor.head(hidden), sampling, positions, threads=self.threads)
@@ -267,9 +273,9 @@ class LanguageModel:
             float32 [T, E], after the final norm.
 
         Raises:
-            UsageError: more tokens than the context, or an id outside the vocabulary.
+            UsageError: more tokens than the context, or what is no id of the vocabulary.
         """
-        sequence = CachedSequence()
+        sequence, tokens = CachedSequence(), token_ids(tokens, self.config.vocab_size)
         self.executor.expect(sequence, len(tokens))
         chunk = self.executor.chunk
         try:
@@ -290,12 +296,18 @@ class LanguageModel:
         return self.logits_of(self.hidden(tokens))
 
     def replace(self, name: str, linear: PackedLinear) -> None:
-        """Run with another matrix in a linear layer's place."""
+        """Run with another matrix in a linear layer's place.
+
+        Texts that are being continued cannot go on; sessions compute theirs anew.
+
+        Raises:
+            UsageError: an engine with a prefix cache is open on this model, or another thread is computing.
+        """
         self.executor.replace(name, linear)
         self.packed.linears[name] = linear
 
     def close(self) -> None:
-        """Give weights and cache back; a second call does nothing."""
+        """Give weights and cache back; a second call does nothing. Whatever else is asked is a UsageError."""
         for part in ("executor", "packed"):
             self.__dict__.pop(part, None)
 

@@ -12,6 +12,7 @@ import numpy as np
 from hasten.engine.sampling import SamplingOptions, sample
 from hasten.errors import UsageError
 from hasten.runtime.pages import Sequence as CachedSequence
+from hasten.runtime.tokens import token_ids
 
 if TYPE_CHECKING:
     from hasten.runtime.cpu import CpuExecutor
@@ -48,30 +49,32 @@ class Session:
             sampling: how tokens are chosen.
 
         Raises:
-            UsageError: an empty prompt, a negative count, or a prompt that leaves no room in the context;
-                from the iterator, that the session was given another text or closed in the meantime.
+            UsageError: an empty prompt, what is no token id, a negative count, or a prompt that leaves no
+                room in the context; from the iterator, that the session was given another text or closed, or
+                weights were replaced in the meantime.
         """
-        self.check(ids, max_new_tokens)
-        return self._tokens_of(list(ids), max_new_tokens, sampling)
+        return self._tokens_of(self.checked(ids, max_new_tokens), max_new_tokens, sampling)
 
-    def check(self, ids: Sequence[int], max_new_tokens: int) -> None:
-        """Say now what would be wrong with a request.
+    def checked(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
+        """The prompt's token ids; says now what would be wrong with a request.
 
         Raises:
             UsageError: as `stream`.
         """
         context = self._executor.context
-        if len(ids) == 0:
+        tokens: list[int] = token_ids(ids, self._executor.config.vocab_size).tolist()
+        if not tokens:
             raise UsageError("the prompt is empty", hint="give at least one token")
         if max_new_tokens < 0:
             raise UsageError(f"{max_new_tokens} new tokens asked for", hint="use -n 0 or more")
-        if len(ids) + min(max_new_tokens, 1) > context:
-            needed, most = len(ids) + max(max_new_tokens, 1), self._executor.config.context_length
+        if len(tokens) + min(max_new_tokens, 1) > context:
+            needed, most = len(tokens) + max(max_new_tokens, 1), self._executor.config.context_length
             longer = f" or load the model with --context {needed} or more" if needed <= most else ""
             raise UsageError(
-                f"the prompt has {len(ids)} tokens, the context holds {context} with the answer",
+                f"the prompt has {len(tokens)} tokens, the context holds {context} with the answer",
                 hint=f"shorten the prompt{longer} (the model was made for {most} tokens)",
             )
+        return tokens
 
     def _tokens_of(self, ids: list[int], max_new_tokens: int, sampling: SamplingOptions) -> Iterator[int]:
         if max_new_tokens == 0:
@@ -80,6 +83,8 @@ class Session:
         # Where prompts take other kernels than answers, the last answer is computed again, as prompt:
         # what is kept must not change what follows.
         kept = self._tokens if self._executor.decodes_like_prefill else self._tokens[: self._prompt]
+        if self._sequence.weights != self._executor.weights_version:
+            kept = []  # weights were replaced
         pairs = zip(kept, ids[:-1], strict=False)
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         self.truncate(same)

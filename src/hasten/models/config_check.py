@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, cast, get_args
 
-from hasten.core import Activation, ModelConfig
+import numpy as np
+
+from hasten.core import Activation, ModelConfig, NormPlacement
 from hasten.errors import ModelError
+from hasten.models.rope import tables
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "smollm3", "olmo2")
 """Architectures the decoder runs; SmolLM and SmolLM2 are llama."""
@@ -22,6 +26,21 @@ _MAX_LAYERS = 1024
 _MAX_WIDTH = 1 << 20
 _MAX_HEAD_DIM = 1024  # of native/bind/engine.cpp: attention keeps a query's row on the stack
 _MAX_VOCAB = 1 << 22
+_POSITIVE = {
+    "rope_theta": 1e15,
+    "rope_local_theta": 1e15,
+    "query_scale": 1e6,
+    "attention_softcap": 1e6,
+    "logit_softcap": 1e6,
+    "embed_scale": 1e6,
+}
+"""Numbers above 0, where there are any, and the most that each may be: beyond lies no model, but overflow."""
+_NAMES: dict[str, tuple[str, ...]] = {
+    "architecture": SUPPORTED,
+    "activation": get_args(Activation),
+    "norm_placement": get_args(NormPlacement),
+    "qk_norm": ("none", "head", "full"),
+}
 
 
 def unsupported_architecture(name: Any, where: str) -> ModelError:
@@ -81,6 +100,18 @@ def checked(config: ModelConfig, where: str) -> ModelConfig:
         value = cast(int, getattr(config, field))
         if not low <= value <= high:
             raise ModelError(f"{where}: {field} must be from {low} to {high}, got {value}")
+    for field, most in _POSITIVE.items():
+        number = getattr(config, field)
+        if number is not None and not 0 < number <= most:
+            raise ModelError(f"{where}: {field} must be above 0 and at most {most:g}, got {number}")
+    if not 0 <= config.norm_eps <= 1:
+        raise ModelError(f"{where}: norm_eps must be from 0 to 1, got {config.norm_eps}")
+    for field, known in _NAMES.items():
+        if getattr(config, field) not in known:
+            raise ModelError(
+                f"{where}: {field} {getattr(config, field)!r} is not supported",
+                hint=f"supported: {', '.join(known)}",
+            )
     _check_heads(config, where)
     _check_rope(config, where)
     for name, flags in (("rope", config.rope_layers), ("sliding", config.sliding_layers)):
@@ -94,7 +125,7 @@ def _check_heads(config: ModelConfig, where: str) -> None:
         raise ModelError(
             f"{where}: {config.num_heads} query heads are no multiple of {config.num_kv_heads} key heads"
         )
-    if config.sliding_window is not None and config.sliding_window < 1:
+    if config.sliding_window is not None and not 1 <= config.sliding_window < 1 << 31:
         raise ModelError(f"{where}: a sliding window of {config.sliding_window} tokens")
 
 
@@ -111,3 +142,16 @@ def _check_rope(config: ModelConfig, where: str) -> None:
             raise ModelError(
                 f"{where}: longrope needs {rotary // 2} positive {name} factors, got {len(factors)}"
             )
+    if scaling.original_context_length is not None and scaling.original_context_length < 1:
+        raise ModelError(f"{where}: an original context of {scaling.original_context_length} tokens")
+    try:
+        with np.errstate(all="ignore"):  # what comes of it is looked at below
+            rope = tables(config)
+    except ModelError as wrong:
+        raise ModelError(f"{where}: {wrong.message}", hint=wrong.hint) from None
+    except (ArithmeticError, ValueError) as wrong:
+        raise ModelError(f"{where}: {scaling.kind} rope scaling cannot be computed: {wrong}") from None
+    frequencies = (rope.global_inv_freq, rope.local_inv_freq, rope.long_inv_freq)
+    is_finite = all(np.isfinite(one).all() for one in frequencies if one is not None)
+    if not is_finite or not math.isfinite(rope.global_scale) or not math.isfinite(rope.long_scale):
+        raise ModelError(f"{where}: {scaling.kind} rope scaling gives frequencies that are not finite")

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 from hasten.cache.reading import is_there, read_file
@@ -101,25 +101,29 @@ class _Parsing:
         self._backend: Backend | None = None
         self._sha256 = ""
         self._reason = ""
-        self._thread = Thread(target=self._parse, name="hasten-tokenizer", daemon=True)
-        self._thread.start()
+        self._done = Event()  # Thread.join takes a thread for dead once it was interrupted
+        # No daemon: Python waits for it before it ends. A thread that is ended inside the library, which is
+        # Rust and cannot be unwound, takes the process with it.
+        Thread(target=self._parse, name="hasten-tokenizer").start()
 
     def _parse(self) -> None:
-        from tokenizers import Tokenizer
-
         try:
+            from tokenizers import Tokenizer
+
             self._sha256 = hashlib.sha256(self._data).hexdigest()  # 3 ms
             self._backend = Tokenizer.from_buffer(self._data)
             self._data = b""
         except Exception as error:  # noqa: BLE001 - the library raises plain Exception
             self._reason = str(error)
+        finally:
+            self._done.set()
 
     def sha256(self) -> str:
         self.result()
         return self._sha256
 
     def result(self) -> Backend:
-        self._thread.join()
+        self._done.wait()
         if self._backend is None:
             raise ArtifactError(f"{self._path} cannot be read: {self._reason}", hint=_AGAIN)
         size = self._backend.get_vocab_size()

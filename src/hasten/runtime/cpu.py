@@ -15,7 +15,7 @@ import numpy.typing as npt
 from hasten import _native
 from hasten.compress.pack import PackedLinear, PackedModel
 from hasten.core import EngineOptions, ModelConfig
-from hasten.errors import MachineError, UsageError
+from hasten.errors import MachineError, ModelError, UsageError
 from hasten.machine.cores import core_ids, usable_cores
 from hasten.machine.kernels import Format, choose_kernels
 from hasten.machine.memory import address_space_left
@@ -24,8 +24,8 @@ from hasten.models.rope import tables
 from hasten.runtime.key_scale import key_scales
 from hasten.runtime.key_shift import key_shifts
 from hasten.runtime.pages import PageMemory, PagePool, Sequence
+from hasten.runtime.tokens import Ids, token_ids
 
-Ids = npt.NDArray[np.int32]  # token ids
 Floats = npt.NDArray[np.float32]
 _DEFAULT_CONTEXT = 8192
 _LEAST_CONTEXT = 512
@@ -153,7 +153,7 @@ def decoder_config(config: ModelConfig) -> dict[str, Any]:
 
 
 class CpuExecutor:
-    """A packed model on the native engine.
+    """A packed model on the native engine. Not for several threads at once: a second one gets a UsageError.
 
     Args:
         packed: the model; its arrays are used in place and must not change but through `replace`.
@@ -161,6 +161,7 @@ class CpuExecutor:
 
     Raises:
         MachineError: HASTEN_ISA names an instruction set this machine lacks.
+        ModelError: the model's parts do not fit each other.
         UsageError: more threads than cores, or a context or batch that is not positive.
     """
 
@@ -187,17 +188,26 @@ class CpuExecutor:
         int8 = packed.recipe.kv == "int8"
         self.kv = kv_plan(config, int8, options)
         self.context = self.kv.context
-        self._decoder = _native.Decoder(decoder_config(config), self.threads, self.kv.pages, int8)
-        behind = PageMemory(memory_room(), self.page_bytes, self._decoder.drop_pages)
-        self.pool = PagePool(self.kv.pages, self.page_tokens, behind)
+        try:
+            self._decoder = _native.Decoder(decoder_config(config), self.threads, self.kv.pages, int8)
+            behind = PageMemory(memory_room(), self.page_bytes, self._decoder.drop_pages)
+            self.pool = PagePool(self.kv.pages, self.page_tokens, behind)
+            self._give_weights(packed)
+        except (ValueError, OverflowError) as wrong:
+            raise ModelError(
+                f"the model's parts do not fit each other: {wrong}", hint="get or make the model again"
+            ) from None
+        self.kernels = choose_kernels(_integer_matrices(packed), self.threads)
+
+    def _give_weights(self, packed: PackedModel) -> None:
+        config, int8 = packed.config, packed.recipe.kv == "int8"
         for name, linear in packed.linears.items():
-            self.replace(name, linear)
+            self._set_linear(name, linear)
         shifts = key_shifts(config, packed.vectors)
         scales = key_scales(config, packed.linears, packed.vectors, shifts) if int8 else {}
         for name, values in (*packed.vectors.items(), *shifts.items(), *scales.items()):
             self._decoder.set_vector(name, values)
         self._decoder.check()
-        self.kernels = choose_kernels(_integer_matrices(packed), self.threads)
 
     @property
     def page_bytes(self) -> int:
@@ -210,13 +220,22 @@ class CpuExecutor:
         return self.isa != "amx" or set(self._bits.values()) == {16}
 
     def replace(self, name: str, linear: PackedLinear) -> None:
-        """Put another matrix in a linear layer's place."""
-        layout = linear.layout
+        """Put another matrix in a linear layer's place. What was computed before cannot be continued.
+
+        An open engine notices by `weights_version`: it drops what it cached and computes what runs anew.
+
+        Raises:
+            UsageError: another thread is computing.
+        """
+        self._set_linear(name, linear)
         self.weights_version += 1
-        self._bits[name] = layout.bits
+
+    def _set_linear(self, name: str, linear: PackedLinear) -> None:
+        layout = linear.layout
         self._decoder.set_linear(
             name, linear.data, linear.rows, linear.cols, layout.bits, layout.group, layout.symmetric
         )
+        self._bits[name] = layout.bits
 
     def step(
         self, batch: Seq[tuple[Sequence, Seq[int] | Ids]], rows: Seq[int], *, prefill: bool = False
@@ -234,10 +253,11 @@ class CpuExecutor:
             float32 [len(rows), E], hidden states after the final norm.
 
         Raises:
-            UsageError: a sequence outgrows the context, a token id is unknown, or the cache is full.
+            UsageError: a sequence outgrows the context or was computed with weights that were replaced, a
+                token id is unknown, the cache is full, or another thread is computing.
         """
-        tokens = np.concatenate([np.asarray(ids, np.int32) for _, ids in batch])
-        self._check(tokens, batch)
+        tokens = np.concatenate([token_ids(ids, self.config.vocab_size) for _, ids in batch])
+        self._check(batch)
         for sequence, ids in batch:
             self.pool.grow(sequence, sequence.length + len(ids))
         table = np.zeros((len(batch), max(len(sequence.pages) for sequence, _ in batch)), np.int32)
@@ -273,14 +293,15 @@ class CpuExecutor:
         """Whether LongRoPE rotates a text of this length by its long factors."""
         return self._long_threshold is not None and length > self._long_threshold
 
-    def _check(self, tokens: Ids, batch: Seq[tuple[Sequence, Seq[int] | Ids]]) -> None:
-        if tokens.size and (tokens.min() < 0 or tokens.max() >= self.config.vocab_size):
-            strange = int(tokens.max() if tokens.max() >= self.config.vocab_size else tokens.min())
-            raise UsageError(
-                f"token id {strange} is not in the vocabulary of {self.config.vocab_size}",
-                hint="encode text with this model's own tokenizer",
-            )
+    def _check(self, batch: Seq[tuple[Sequence, Seq[int] | Ids]]) -> None:
         for sequence, ids in batch:
+            if sequence.length == 0 or sequence.weights is None:
+                sequence.weights = self.weights_version
+            elif sequence.weights != self.weights_version:
+                raise UsageError(
+                    "weights were replaced since this text was begun: its keys and values are of others",
+                    hint="begin the text again",
+                )
             if sequence.length + len(ids) > self.context:
                 raise UsageError(
                     f"{sequence.length + len(ids)} tokens do not fit the context of {self.context}",

@@ -25,6 +25,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     length: int = 0
     is_long: bool = False  # LongRoPE: its keys are rotated by the long factors
+    weights: int | None = None  # `CpuExecutor.weights_version` they were computed with; None: not known yet
 
 
 @dataclass(frozen=True)
@@ -231,6 +232,7 @@ class PagePool:
             self.release(sequence.pages.pop())
         sequence.length = min(sequence.length, length)
         sequence.is_long = sequence.is_long and sequence.length > 0
+        sequence.weights = sequence.weights if sequence.length > 0 else None
 
 
 def _runs(pages: Seq[int]) -> list[tuple[int, int]]:
