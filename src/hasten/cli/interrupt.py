@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-
 _on_its_way: list[bool] = []  # not empty: a Ctrl-C that Python dropped is sent again and has not come yet
 
 
