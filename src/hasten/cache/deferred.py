@@ -70,7 +70,8 @@ class Deferred:
     def finish(self) -> None:
         """Do it now, and return when it is done."""
         self._go.set()
-        self._ended.wait()
+        while not self._ended.wait(0.1):  # a signal that comes just before a wait begins does not end it
+            pass
 
     def give_up(self) -> None:
         """End it at its next line of Python, and return when it has tidied up, or after some seconds."""
