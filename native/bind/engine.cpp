@@ -166,7 +166,7 @@ class PyDecoder {
   void drop_pages(int first, int count) {
     const int pages = decoder_.cache().pages();
     require(first >= 0 && count >= 0 && count <= pages - first, "a page is not in the cache");
-    nb::gil_scoped_release release;
+    const WithoutGil others_run;  // beside a step too: free pages are not part of it
     decoder_.cache().drop(first, count);
   }
 

@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "bind.h"
+#include "calls.h"
 
 namespace hasten {
 namespace {
@@ -53,7 +54,7 @@ void bind_int_ways(nb::module_& m) {
       "Take a way for a format and a class of token numbers.");
   m.def("forget_ways", &forget_choices, "Go back to what is taken where nothing was measured.");
   m.def("time_ways", &timed, nb::arg("bits"), nb::arg("group"), nb::arg("symmetric"), nb::arg("rows"), nb::arg("cols"),
-        nb::arg("tokens"), nb::arg("threads"), nb::arg("rounds"), nb::call_guard<nb::gil_scoped_release>(),
+        nb::arg("tokens"), nb::arg("threads"), nb::arg("rounds"), nb::call_guard<WithoutGil>(),
         "Seconds that each way takes for one product with a matrix [rows, cols]; inf for one that dropped out.");
 }
 
