@@ -1,0 +1,282 @@
+"""Checks the persistent decode kernel against float32, and times it at real shapes.
+
+    python benchmarks/gpu/persistent.py [tiny] [0.6B] [8B] ... [--only TEXT] [--json FILE]
+
+`tiny` compares every family, at small sizes, with the plain decoder, token after token from an empty cache. The real
+shapes have random weights and 512 random keys and values; four steps are compared with a float32 twin, then steps
+are timed as replays of one graph, the next token fed on the device. One row a variant is written to
+benchmarks/results/gpu-persistent.json as soon as it is known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from persistent_models import REAL, TINY, Parameters, Twin, reference_logits
+
+from hasten.runtime.gpu.driver import Device, built, current_device, with_defines
+from hasten.runtime.gpu.persistent import PersistentDecoder, load_weights, same_format
+from hasten.runtime.gpu.shape import PAGE, Shape, Tuning, WeightFormat, kernel_source
+
+RESULTS = Path(__file__).parents[1] / "results" / "gpu-persistent.json"
+BF16, FP8, INT8 = WeightFormat("bf16"), WeightFormat("fp8"), WeightFormat("int8", 128)
+INT4, INT4_MINIMUM = WeightFormat("int4", 128), WeightFormat("int4", 128, minimum=True)
+H200 = Device("NVIDIA H200", (9, 0), 132, 232448)
+WORST = 1e-3  # relative error of logits that is still called right
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One line of the table."""
+
+    model: str
+    name: str
+    format: WeightFormat = BF16
+    head: WeightFormat | None = None
+    tuning: Tuning = dataclasses.field(default_factory=Tuning)
+    context: int = 512
+
+    @property
+    def shape(self) -> Shape:
+        """What is built."""
+        config = REAL[self.model]
+        biases = frozenset("qkv") if config.architecture == "qwen2" else frozenset[str]()
+        return Shape(config, same_format(self.format, self.head), biases, self.tuning)
+
+
+def variants() -> Iterator[Variant]:
+    """What is tried, model by model, formats together."""
+    for warps in (8, 16):
+        for in_flight in (0, 2, 4):
+            yield Variant("0.6B", f"{warps} warps, {in_flight} in flight", tuning=Tuning(warps, in_flight=in_flight))
+    yield Variant("0.6B", "8 warps, 4 slots", tuning=Tuning(slots=4))
+    yield Variant("0.6B", "8 warps, 132 blocks", tuning=Tuning(blocks=132))
+    for fmt, head in ((BF16, None), (FP8, None), (FP8, BF16), (INT4, None), (INT4, FP8)):
+        for warps in (8, 16):
+            for slots in (None, 4) if head is None else (None,):
+                name = f"{fmt}{'' if head is None else f', {head} head'}, {warps} warps, {slots or 'all'} slots"
+                yield Variant("8B", name, fmt, head, Tuning(warps, slots=slots))
+    yield Variant("8B", "int4-g128-asym, 8 warps", INT4_MINIMUM)
+    yield Variant("8B", "int4-g32, 8 warps", WeightFormat("int4", 32))
+    yield Variant("8B", "int8-g128, 8 warps", INT8)
+    for context in (8192, 32768):
+        for warps in (8, 16):
+            yield Variant("8B", f"bf16, context {context}, {warps} warps", tuning=Tuning(warps), context=context)
+    yield Variant("qwen2.5-7B", "bf16, 8 warps")
+    yield Variant("gemma3-1B", "bf16, 8 warps")
+
+
+def tiny_shapes() -> dict[str, tuple[Shape, Parameters]]:
+    """Every family in bf16, and one model in every other format."""
+    wide = TINY["llama-wide"]
+    cases = [(name, config, BF16) for name, config in TINY.items()]
+    for fmt in (FP8, WeightFormat("int8"), WeightFormat("int8", 32), WeightFormat("int4", 64), INT4, INT4_MINIMUM):
+        cases.append((f"llama-wide {fmt}", wide, fmt))
+    shapes = {}
+    for name, config, fmt in cases:
+        parameters = Parameters(config, 7, "cpu", 1.6)
+        for warps in (8, 16):
+            shape = Shape(config, same_format(fmt), parameters.biases, Tuning(warps))
+            shapes[f"{name}, {warps} warps"] = shape, parameters
+    return shapes
+
+
+def text_of(shape: Shape) -> str:
+    """The source that a decoder of this shape builds."""
+    return with_defines(kernel_source(), shape.defines() | {"SLOTS": shape.slots(H200)})
+
+
+def build_all(shapes: list[Shape]) -> None:
+    """Compile everything side by side, into the cache."""
+    with ProcessPoolExecutor(14) as pool:
+        texts = sorted({text_of(shape) for shape in shapes})
+        list(pool.map(built, texts, [H200.architecture] * len(texts)))
+
+
+def check_tiny(name: str, shape: Shape, parameters: Parameters) -> dict[str, Any]:
+    """Teacher-forced logits of 70 tokens from an empty cache, pages out of order."""
+    tokens = torch.randint(0, 262, (70,), generator=torch.Generator().manual_seed(3)).tolist()
+    decoder = PersistentDecoder(load_weights(shape, parameters), 96, [4, 1, 3])
+    found = []
+    for position, token in enumerate(tokens):
+        decoder.start(token, position)
+        decoder.logits.fill_(float("nan"))
+        decoder.step()
+        torch.cuda.synchronize()
+        found.append(decoder.logits.cpu())
+    expected = reference_logits(shape, parameters, tokens)
+    got = torch.stack(found)
+    errors = (got - expected).norm(dim=1) / expected.norm(dim=1)
+    agree = int((got.argmax(1) == expected.argmax(1)).sum())
+    error = float(errors.max())
+    return {"variant": name, "error": error, "agree": agree, "of": len(tokens), "good": error < WORST}
+
+
+def check(v: Variant, decoder: PersistentDecoder, parameters: Parameters) -> dict[str, Any]:
+    """Four greedy steps from a full context, logits against the twin fed with the same tokens."""
+    shape, config = v.shape, REAL[v.model]
+    keys, values = decoder.keys_and_values
+    for tensor in (keys, values):
+        tensor.normal_(generator=torch.Generator(device="cuda").manual_seed(5))
+    pages = decoder._buffers["pages"].long()
+    held = [t[:, pages, :, :, : config.head_dim].transpose(2, 3).flatten(1, 2)[:, : v.context] for t in (keys, values)]
+    held = [t.clone() for t in held]
+    decoder.start(1000, v.context)
+    decoder.tokens.fill_(-1)
+    logits = []
+    for _ in range(4):
+        decoder.logits.fill_(float("nan"))
+        decoder.step()
+        torch.cuda.synchronize()
+        logits.append(decoder.logits.clone())
+    chosen = decoder.tokens[v.context + 1 : v.context + 5].tolist()
+    expected = Twin(shape, parameters).logits([1000, *chosen[:3]], v.context, *held)
+    got = torch.stack(logits)
+    error = float(((got - expected).norm(dim=1) / expected.norm(dim=1)).max())
+    agree = sum(a == b for a, b in zip(chosen, expected.argmax(1).tolist(), strict=True))
+    return {"error": error, "agree": agree, "of": 4, "good": error < WORST and agree == 4}
+
+
+def measure(decoder: PersistentDecoder, context: int, steps: int = 64, rounds: int = 7) -> dict[str, float]:
+    """Microseconds a step, over rounds of graph replays."""
+    stream = torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
+    decoder.start(1000, context)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        decoder.step()
+    times = []
+    for _ in range(rounds + 2):
+        decoder.start(1000, context)
+        torch.cuda.synchronize()
+        begin, end = torch.cuda.Event(True), torch.cuda.Event(True)
+        with torch.cuda.stream(stream):
+            begin.record()
+            for _ in range(steps):
+                graph.replay()
+            end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / steps)
+    kept = sorted(times[2:])
+    return {"us": statistics.median(kept), "us_least": kept[0], "us_most": kept[-1], "rounds": rounds}
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a copy of 4 GB."""
+    source = torch.randn(2**31, device="cuda", dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(10):
+        begin, end = torch.cuda.Event(True), torch.cuda.Event(True)
+        begin.record()
+        target.copy_(source)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    return 2 * source.numel() * 2 / (statistics.median(times) / 1e3)
+
+
+def run(v: Variant, weights: Any, parameters: Parameters, bandwidth: float) -> dict[str, Any]:
+    """One row of the table."""
+    config = REAL[v.model]
+    count = -(-(v.context + 96) // PAGE)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(1)).tolist()
+    decoder = PersistentDecoder(weights, count * PAGE, order)
+    row = {"model": v.model, "variant": v.name, "context": v.context, **decoder.resources}
+    row |= check(v, decoder, parameters)
+    row |= measure(decoder, v.context)
+    read = weights.streamed_bytes + config.kv_bytes_per_token() * v.context
+    row |= {"tok_s": 1e6 / row["us"], "bytes": read, "limit_us": read / bandwidth * 1e6}
+    return row | {"of_limit": row["limit_us"] / row["us"]}
+
+
+class Record:
+    """The JSON file, written anew after every row."""
+
+    def __init__(self, path: Path, bandwidth: float) -> None:
+        self.path = path
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        self.value: dict[str, Any] = {
+            "machine": f"{current_device().name}, torch {torch.__version__}",
+            "date": time.strftime("%Y-%m-%d"),
+            "commit": commit.stdout.strip() or None,
+            "command": " ".join(["python", *sys.argv]),
+            "copy_bytes_per_s": bandwidth,
+            "rows": [],
+        }
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keep and print a row."""
+        self.value["rows"].append(row)
+        print({k: round(x, 6) if isinstance(x, float) else x for k, x in row.items()}, flush=True)
+        self.path.write_text(json.dumps(self.value, indent=1) + "\n")
+
+    def table(self) -> None:
+        """What a reader wants, last."""
+        for row in self.value["rows"]:
+            if "us" in row:
+                speed = f"{row['us']:9.1f} us {row['tok_s']:7.0f} tok/s {row['of_limit']:6.1%}"
+            else:
+                speed = "" if "failed" not in row else row["failed"][:120]
+            right = "" if row.get("good") else "WRONG"
+            agree = f"{row.get('agree')}/{row.get('of')}"
+            print(f"{row.get('model', 'tiny'):10} {row['variant']:42} {speed} {row.get('error', -1):.1e} {agree} {right}")
+
+
+def main() -> None:
+    """Run what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=["tiny", "0.6B", "8B"])
+    parser.add_argument("--only", default="", help="variants whose name has this text; several with |")
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    chosen = [v for v in variants() if v.model in options.models and any(t in v.name for t in options.only.split("|"))]
+    tiny = tiny_shapes() if "tiny" in options.models else {}
+    began = time.perf_counter()
+    build_all([shape for shape, _ in tiny.values()] + [v.shape for v in chosen])
+    print(f"built in {time.perf_counter() - began:.1f} s", flush=True)
+    record = Record(options.json, copy_bandwidth())
+    for name, (shape, parameters) in tiny.items():
+        guarded(record, {"variant": name}, lambda n=name, s=shape, p=parameters: check_tiny(n, s, p))
+    weights, key = None, None
+    for v in chosen:
+        parameters = Parameters(REAL[v.model], 11, "cuda")
+        wanted = (v.model, v.format, v.head, v.tuning.warps, v.tuning.slot_bytes)
+        if wanted != key:
+            weights = None
+            torch.cuda.empty_cache()
+            weights, key = load_weights(v.shape, parameters), wanted
+        own = dataclasses.replace(weights, shape=v.shape)
+        guarded(record, {"model": v.model, "variant": v.name}, lambda v=v, w=own, p=parameters: run(v, w, p, record.value["copy_bytes_per_s"]))
+    record.table()
+    print(f"{time.perf_counter() - began:.0f} s")
+
+
+def guarded(record: Record, named: dict[str, Any], work: Any) -> None:
+    """A row, or what went wrong; a lost device ends the run."""
+    try:
+        record.add(work())
+    except Exception as error:  # noqa: BLE001 - one variant's failure must not cost the others
+        traceback.print_exc(limit=3)
+        record.add({**named, "failed": repr(error)})
+        try:
+            torch.cuda.synchronize()
+        except Exception:  # noqa: BLE001
+            record.table()
+            raise SystemExit("the device is lost") from error
+
+
+if __name__ == "__main__":
+    main()
