@@ -63,6 +63,9 @@ def variants() -> Iterator[Variant]:
             yield Variant("0.6B", f"{warps} warps, {in_flight} in flight", tuning=Tuning(warps, in_flight=in_flight))
     yield Variant("0.6B", "8 warps, 4 slots", tuning=Tuning(slots=4))
     yield Variant("0.6B", "8 warps, 132 blocks", tuning=Tuning(blocks=132))
+    yield Variant("0.6B", "trace, 8 warps", tuning=Tuning(trace=True))
+    yield Variant("8B", "trace bf16, 8 warps", tuning=Tuning(trace=True))
+    yield Variant("8B", "trace int4, 8 warps", INT4, tuning=Tuning(trace=True))
     for fmt, head in ((BF16, None), (FP8, None), (FP8, BF16), (INT4, None), (INT4, FP8)):
         for warps in (8, 16):
             for slots in (None, 4) if head is None else (None,):
@@ -195,11 +198,31 @@ def run(v: Variant, weights: Any, parameters: Parameters, bandwidth: float) -> d
     order = torch.randperm(count, generator=torch.Generator().manual_seed(1)).tolist()
     decoder = PersistentDecoder(weights, count * PAGE, order)
     row = {"model": v.model, "variant": v.name, "context": v.context, **decoder.resources}
+    if v.tuning.trace:
+        return row | {"cycles": where_time_goes(decoder, v.context), "good": True}
     row |= check(v, decoder, parameters)
     row |= measure(decoder, v.context)
     read = weights.streamed_bytes + config.kv_bytes_per_token() * v.context
     row |= {"tok_s": 1e6 / row["us"], "bytes": read, "limit_us": read / bandwidth * 1e6}
     return row | {"of_limit": row["limit_us"] / row["us"]}
+
+
+def where_time_goes(decoder: PersistentDecoder, context: int) -> dict[str, float]:
+    """Cycles between the marks of a traced kernel: mean over layers and blocks, of thread 0."""
+    for _ in range(3):
+        decoder.start(1000, context)
+        decoder.step()
+    torch.cuda.synchronize()
+    marks = decoder.trace[:, 2:-3].long().cpu()  # [block, layer, mark]
+    order = [0, 1, 2, 12, 13, 14, 15, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    names = ["weights", "x", "sums"]
+    label = {3 * p + i: f"{n} {names[i]}" for p, n in enumerate(("qkv", "o", "gate/up", "down")) for i in range(3)}
+    label |= {12: "q, k, v", 13: "keys", 14: "warps merged", 15: "splits merged"}
+    found = {}
+    for before, at in zip(order, order[1:], strict=False):
+        found[label[at]] = float(((marks[..., at] - marks[..., before]) & 0xFFFFFFFF).double().mean())
+    whole = ((marks[:, 1:, 11] - marks[:, :-1, 11]) & 0xFFFFFFFF).double().mean()
+    return found | {"qkv weights": float(whole) - sum(found.values()), "layer": float(whole)}
 
 
 class Record:

@@ -115,6 +115,9 @@ def _driver() -> Any:
 def _compiler() -> Any:
     for path in _compiler_paths():
         with contextlib.suppress(OSError):
+            if path.is_absolute():
+                for part in path.parent.glob("libnvrtc-builtins.so*"):  # found by name once it is loaded
+                    ctypes.CDLL(str(part), mode=ctypes.RTLD_GLOBAL)
             return ctypes.CDLL(str(path))
     raise MachineError(
         "NVRTC (libnvrtc.so), which comes with torch's CUDA wheels, is not there",

@@ -211,7 +211,7 @@ class PersistentDecoder:
         found |= {"cosines": cosines, "sines": sines, "pages": torch.tensor(pages, dtype=torch.int32)}
         found |= {"state": torch.zeros(4, dtype=torch.int32), "logits": torch.zeros(c.vocab_size)}
         found["tokens"] = torch.zeros(self.positions + 1, dtype=torch.int32)
-        found["trace"] = torch.zeros(self.shape.tuning.blocks * (c.num_layers + 1) * 8, dtype=torch.int32)
+        found["trace"] = torch.zeros(self.shape.tuning.blocks * (c.num_layers + 1) * 16, dtype=torch.int32)
         on_device = {k: t.cuda() for k, t in found.items()}
         for name in ("keys", "values"):  # zeros: what was never written must be finite
             on_device[name] = torch.zeros(kv, dtype=torch.bfloat16, device="cuda")
@@ -256,7 +256,7 @@ class PersistentDecoder:
     @property
     def trace(self) -> torch.Tensor:
         """Clock marks [block, layer, mark] of a kernel built with TRACE."""
-        return self._buffers["trace"].view(self.shape.tuning.blocks, -1, 8)
+        return self._buffers["trace"].view(self.shape.tuning.blocks, -1, 16)
 
     def start(self, token: int, position: int) -> None:
         """Put `token` at `position`; keys and values of all positions before it must be there."""

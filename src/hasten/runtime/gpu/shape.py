@@ -29,7 +29,7 @@ _RESERVED_SHARED_BYTES = 1024  # the system's, a block
 _MOST_SPLITS = 32  # lanes that merge them
 # Registers a consumer needs beside its inputs and weights (found by compiling until nothing spilled to speak of).
 _SPARE_REGISTERS = {8: 112, 12: 80, 16: 64}
-_CONSUMER_REGISTERS = {8: 240, 12: 160, 16: 112}
+_MOST_STEPS = {8: 78, 12: 48, 16: 28}  # of 32 inputs a warp whose operands fit its registers
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class Tuning:
             the exchange between blocks faster and memory slower.
         slots: of the ring; None is as many as fit, at most 12.
         splits: blocks that share one KV head's context; None is as many as there are, at most 32.
+        trace: keep clock marks of every block and layer, for finding out where the time goes.
     """
 
     warps: int = 8
@@ -80,6 +81,7 @@ class Tuning:
     in_flight: int = 0
     slots: int | None = None
     splits: int | None = None
+    trace: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,8 @@ class Shape:
             "IN_FLIGHT": t.in_flight,
             "SPARE_REGISTERS": _SPARE_REGISTERS[t.warps],
         }
+        if t.trace:
+            values["TRACE"] = 1
         values |= {name: f"{number!r}f" for name, number in self._floats().items()}
         values |= {name: int(bool(self.biases & members)) for name, members in _BIASES.items()}
         for name, fmt in self.formats.items():
@@ -282,7 +286,7 @@ def problems(config: ModelConfig, tuning: Tuning) -> Iterable[str]:
     for what, columns in (("width", c.hidden_size), ("feed-forward width", c.intermediate_size)):
         if columns % 2:
             yield f"a {what} of {columns}; it must be even"
-    most = tuning.warps * STEP_COLS * ((_CONSUMER_REGISTERS[tuning.warps] - 72) // 2)
+    most = tuning.warps * STEP_COLS * _MOST_STEPS[tuning.warps]
     widest = max(c.hidden_size, c.intermediate_size, c.num_heads * c.head_dim)
     if widest > most:
         yield f"{widest} inputs of one product; {most} fit its registers with {tuning.warps} warps"

@@ -13,12 +13,6 @@ struct Args {
   int* state;                                                                     // token, position, epoch
   int* tokens;                                                                    // [position + 1] is chosen here
   float* logits;                                                                  // [V], or null
-  int *trace;                                                                     // clock marks, or null
+  int* trace;                                                                     // clock marks [block][layer][16], with TRACE
   int pages_held, positions;
 };
-#ifdef TRACE
-#define MARK(layer, i) \
-  if (b.thread == 0) a.trace[(blockIdx.x * (LAYERS + 1) + (layer)) * 8 + (i)] = (int)clock64();
-#else
-#define MARK(layer, i)
-#endif

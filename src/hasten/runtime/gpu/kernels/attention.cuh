@@ -298,15 +298,16 @@ DEVICE void merge_splits(const Args& a, const Place& p, u32 tag, int thread) {
   }
 }
 
-DEVICE void attend(const Args& a, Attention& s, int layer, int position, u32 tag, int flags, int first_page, int thread) {
+DEVICE void attend(const Args& a, Attention& s, int layer, int position, u32 tag, int flags, int first_page, const Block& b) {
   if (blockIdx.x >= KV_HEADS * SPLITS) return;
-  const int warp = thread / 32, lane = thread % 32, set = warp % SETS;
+  const int thread = b.thread, warp = b.warp, lane = b.lane, set = warp % SETS;
   const bool slides = flags & 1, rotates = flags & 2;
   const Place p = place_of(position, slides);
   Keys next;  // old keys do not depend on this step: asked for before the wait
   load_keys(a, next, layer, first_page, p.head, min(p.first + warp / SETS * 4, p.end & ~3), lane);
   await_heads(a, s, p, layer, tag, thread, warp, lane);
   consumers_barrier();
+  mark(b, 12);
   float q[SET_HEADS][CHUNKS * 8], q_norm = 1, k_norm = 1;
   if (QK_NORM == 2) q_norm = norm_of_all(s.square[0], HEADS * HEAD_DIM), k_norm = norm_of_all(s.square[1], KV_HEADS * HEAD_DIM);
   const float scale = ATTENTION_CAP > 0.f ? SCORE_SCALE : SCORE_SCALE * LOG2_E;
@@ -334,7 +335,10 @@ DEVICE void attend(const Args& a, Attention& s, int layer, int position, u32 tag
     for (int i = 0; i < PADDED / 32; i++) s.out[warp / SETS][head][lane * (PADDED / 32) + i] = r.out[h][i];
     if (lane == 0) s.most[warp / SETS][head] = r.most[h], s.weight[warp / SETS][head] = r.weight[h];
   }
+  mark(b, 13);
   consumers_barrier();
   merge_warps(a, s, p, tag, thread);
+  mark(b, 14);
   merge_splits(a, p, tag, thread);
+  mark(b, 15);
 }

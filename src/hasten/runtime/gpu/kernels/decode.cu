@@ -224,20 +224,16 @@ DEVICE void consume(Block& b, Attention& attention, const Args& a, int token, in
   for (int layer = 0; layer < LAYERS; layer++) {
     const u32 tag = epoch * (LAYERS + 1) + layer + 1;
     const int kind = layer_kinds[layer];
+    b.trace = a.trace + (blockIdx.x * (LAYERS + 1) + layer) * 16;
     qkv_product(b, a, layer, tag, embedding);
-    MARK(layer, 0)
-    attend(a, attention, layer, position, tag, kind, first_page[kind & 1], b.thread);
-    MARK(layer, 1)
+    attend(a, attention, layer, position, tag, kind, first_page[kind & 1], b);
     out_product(b, a, layer, tag);
-    MARK(layer, 2)
     gate_up_product(b, a, layer, tag);
-    MARK(layer, 3)
     down_product(b, a, layer, tag);
-    MARK(layer, 4)
   }
   const u32 tag = (epoch + 1) * (LAYERS + 1);
+  b.trace += 16;
   head_product(b, a, tag);
-  MARK(LAYERS, 5)
   if (blockIdx.x) return;
   const int next = greedy_token(b, a, tag);
   if (b.thread == 0) {
@@ -249,7 +245,7 @@ DEVICE void consume(Block& b, Attention& attention, const Args& a, int token, in
 extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode_step(const __grid_constant__ Args a) {
   Shared& s = *(Shared*)(shared_memory + SHARED_AT);
   Attention& attention = *(Attention*)(shared_memory + ATTENTION_AT);
-  Block b{s, shared_address(shared_memory), (int)threadIdx.x / 32, (int)threadIdx.x % 32, (int)threadIdx.x, 0, 0, 0};
+  Block b{s, shared_address(shared_memory), (int)threadIdx.x / 32, (int)threadIdx.x % 32, (int)threadIdx.x, 0, 0, 0, nullptr};
   const int token = a.state[0], position = a.state[1];
   const u32 epoch = (u32)a.state[2];
   set_up(b, attention);

@@ -11,8 +11,8 @@
 // for rows 0..7, n = 2, 3 for rows 8..15. The sum of row g is c0 + c1 in lane 4 g and c2 + c3 in lane 4 g + 1.
 enum { BF16 = 0, FP8 = 1, INT8 = 2, INT4 = 3 };
 
-template <int TYPE_, int GROUP_, int MINIMUM_, int ROWS_, int COLS_, int PAIR_> struct Product {
-  static constexpr int TYPE = TYPE_, GROUP = GROUP_, ROWS = ROWS_, COLS = COLS_;
+template <int ID_, int TYPE_, int GROUP_, int MINIMUM_, int ROWS_, int COLS_, int PAIR_> struct Product {
+  static constexpr int ID = ID_, TYPE = TYPE_, GROUP = GROUP_, ROWS = ROWS_, COLS = COLS_;
   static constexpr bool MINIMUM = MINIMUM_ != 0, PAIR = PAIR_ != 0;  // PAIR: tiles of gate and up take turns
   static constexpr int STEP_WORDS = TYPE == BF16 ? 4 : TYPE == INT4 ? 1 : 2;  // 32-bit words a lane, of 8 weights
   static constexpr int STEPS = ceil_div(ceil_div(COLS, 32), WARPS), SPAN = STEPS * 32;
@@ -55,11 +55,11 @@ template <int TYPE_, int GROUP_, int MINIMUM_, int ROWS_, int COLS_, int PAIR_> 
   static_assert(stage_bytes(STAGE_STEPS) <= SLOT_BYTES, "a stage must fit its slot");
   static_assert(!PAIR || BATCH % 2 == 0, "gate and up must share a batch");
 };
-using Qkv = Product<QKV_TYPE, QKV_GROUP, QKV_MINIMUM, (HEADS + 2 * KV_HEADS) * HEAD_DIM, WIDTH, 0>;
-using OutProduct = Product<O_TYPE, O_GROUP, O_MINIMUM, WIDTH, HEADS * HEAD_DIM, 0>;
-using GateUp = Product<GATE_UP_TYPE, GATE_UP_GROUP, GATE_UP_MINIMUM, FEED, WIDTH, 1>;
-using Down = Product<DOWN_TYPE, DOWN_GROUP, DOWN_MINIMUM, WIDTH, FEED, 0>;
-using Head = Product<HEAD_TYPE, HEAD_GROUP, HEAD_MINIMUM, VOCAB, WIDTH, 0>;
+using Qkv = Product<0, QKV_TYPE, QKV_GROUP, QKV_MINIMUM, (HEADS + 2 * KV_HEADS) * HEAD_DIM, WIDTH, 0>;
+using OutProduct = Product<1, O_TYPE, O_GROUP, O_MINIMUM, WIDTH, HEADS * HEAD_DIM, 0>;
+using GateUp = Product<2, GATE_UP_TYPE, GATE_UP_GROUP, GATE_UP_MINIMUM, FEED, WIDTH, 1>;
+using Down = Product<3, DOWN_TYPE, DOWN_GROUP, DOWN_MINIMUM, WIDTH, FEED, 0>;
+using Head = Product<0, HEAD_TYPE, HEAD_GROUP, HEAD_MINIMUM, VOCAB, WIDTH, 0>;
 
 constexpr int WINDOW_PAIRS = 64 / WARPS;  // of a warp's inputs that pass through shared memory at a time
 constexpr int WIDTH_SPAN = Qkv::SPAN;
@@ -81,7 +81,15 @@ struct Block {
   int warp, lane, thread;
   u32 slot, parity;   // of the ring, for the next stage
   int sums;           // which of the two buffers
+  int* trace;         // of this layer, with TRACE
 };
+#ifdef TRACE  // cycles of thread 0, to see where the time goes
+DEVICE void mark(const Block& b, int at) {
+  if (b.thread == 0) b.trace[at] = (int)clock64();
+}
+#else
+DEVICE void mark(const Block&, int) {}
+#endif
 
 // ---- producer and consumers walk the same order: tiles (gate and up in turn), then stages of a tile
 DEVICE void next_slot(Block& b) {
@@ -330,8 +338,10 @@ template <class P, class Fetch, class Out> DEVICE void product(Block& b, Fetch f
   if constexpr (P::WHOLE) {
     u32 words[P::AT_ONCE][P::WORDS] = {}, scales[P::AT_ONCE][P::SCALE_WORDS + 1] = {};
     take_tiles<P>(b, mine, words, scales);
+    mark(b, 3 * P::ID);
     float v[2 * P::PAIRS];
     fetch(v);
+    mark(b, 3 * P::ID + 1);
     make_input<P>(b, v, in);
 #pragma unroll 1
     for (int i0 = 0; i0 < max(mine, 1); i0 += P::AT_ONCE) {
@@ -351,8 +361,10 @@ template <class P, class Fetch, class Out> DEVICE void product(Block& b, Fetch f
     u32 words[P::STAGE_STEPS * P::STEP_WORDS], scales[P::SCALE_WORDS + 1];
     static_assert(P::STAGES > 1 || P::STAGE_STEPS == P::STEPS, "");
     if (mine) take_stage<P, P::steps_of(0)>(b, words, scales);
+    mark(b, 3 * P::ID);
     float v[2 * P::PAIRS];
     fetch(v);
+    mark(b, 3 * P::ID + 1);
     make_input<P>(b, v, in);
 #pragma unroll 1
     for (int i = 0; i < mine; i++) {
@@ -365,4 +377,5 @@ template <class P, class Fetch, class Out> DEVICE void product(Block& b, Fetch f
     }
     if (!mine) consumers_barrier();
   }
+  mark(b, 3 * P::ID + 2);
 }
