@@ -165,26 +165,41 @@ def stored(shape: Shape, parameters: Parameters, name: str) -> torch.Tensor:
     return value.float() if fmt is None else rounded(value, fmt).values()
 
 
-def reference_logits(shape: Shape, parameters: Parameters, tokens: Sequence[int]) -> torch.Tensor:
-    """The plain decoder's logits [T, V], keys and values rounded as the cache holds them."""
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """What the plain decoder gives for one sequence."""
+
+    logits: torch.Tensor  # float32 [T, V]
+    keys: torch.Tensor  # bf16 [layer, T, KV head, D], as the cache holds them
+    values: torch.Tensor
+
+
+def reference(shape: Shape, parameters: Parameters, tokens: Sequence[int]) -> Expected:
+    """The plain decoder over the stored weights, keys and values rounded as the cache holds them."""
     names = parameter_shapes(shape.config, parameters.biases)
     tensors = {name: stored(shape, parameters, name).cpu().numpy() for name in names}
-    if shape.config.tied_head:
-        # the head is stored in its own format, and the embedding row is bf16
-        embed = parameters("embed")
-        assert embed is not None
-        head = torch.from_numpy(rounded(embed, shape.formats["head"]).values().cpu().numpy())
-    else:
-        head = torch.from_numpy(tensors["head"])
+    cached: dict[str, torch.Tensor] = {}
 
     def as_cached(name: str, value: torch.Tensor) -> torch.Tensor:
-        is_cached = name.endswith((".keys", ".values"))
-        return value.bfloat16().float() if is_cached else value
+        if not name.endswith((".keys", ".values")):
+            return value
+        cached[name] = value.bfloat16()
+        return cached[name].float()
 
     hidden = ReferenceDecoder(shape.config, tensors, as_cached).hidden(np.array(tokens))
-    logits = hidden @ head.T
-    cap = shape.config.logit_softcap
-    return logits if cap is None else torch.tanh(logits / cap) * cap
+    if shape.config.tied_head:  # the head is stored in its own format, the embedding's rows are bf16
+        embed = parameters("embed")
+        assert embed is not None
+        head = rounded(embed, shape.formats["head"]).values().cpu()
+    else:
+        head = torch.from_numpy(tensors["head"])
+    logits, cap = hidden @ head.T, shape.config.logit_softcap
+    layers = range(shape.config.num_layers)
+    return Expected(
+        logits if cap is None else torch.tanh(logits / cap) * cap,
+        torch.stack([cached[f"layers.{i}.keys"] for i in layers]),
+        torch.stack([cached[f"layers.{i}.values"] for i in layers]),
+    )
 
 
 class Twin:

@@ -60,8 +60,11 @@ def read_back(tiles: np.ndarray, layout: TileLayout, offset: int) -> np.ndarray:
         at, first = 0, 0
         for steps in layout.stage_steps:
             stage = data[at : at + layout.stage_bytes(steps)]
-            at, size = at + len(stage), steps * layout.step_words * 128
+            at, size = at + layout.stage_bytes(steps), steps * layout.step_words * 128
             units = steps // layout.unit_steps if layout.numbers else 0
+            if layout.has_row_scales:
+                row_scales = stage[-32:].view(np.float32)
+                stage = stage[:-32]
             numbers = stage[warps * size :].view(np.float16).astype(np.float32)
             numbers = numbers.reshape(warps, 8, units, layout.numbers) if units else numbers
             for warp in range(warps):
@@ -75,6 +78,8 @@ def read_back(tiles: np.ndarray, layout: TileLayout, offset: int) -> np.ndarray:
                         if units:
                             own = numbers[warp, lane // 4, step // layout.unit_steps]
                             values = values * own[0] + (own[1] if len(own) > 1 else 0)
+                        if layout.has_row_scales:
+                            values = values * row_scales[lane // 4]
                         column = (warp * layout.steps + first + step) * 32 + lane % 4 * 8
                         whole[tile * 8 + lane // 4, column : column + 8] = values
             first += steps
@@ -91,8 +96,6 @@ def test_the_kernel_reads_what_was_stored(fmt: WeightFormat, warps: int, slot: i
     assert tuple(tiles.shape) == (layout.tiles, layout.tile_bytes)
     whole = read_back(tiles.numpy(), layout, weights.offset)
     expected = weights.values().numpy()
-    if weights.scales is not None and not fmt.group:
-        whole[:rows] *= weights.scales.numpy()[:, None]
     np.testing.assert_allclose(whole[:rows, :cols], expected, rtol=1e-6, atol=1e-7)
     assert not whole[rows:].any() and not whole[:, cols:].any()
 

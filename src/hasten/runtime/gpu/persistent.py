@@ -35,7 +35,6 @@ class _Arguments(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in PRODUCTS),
-        *((f"{name}_scales", ctypes.c_void_p) for name in PRODUCTS),
         *((f"{name}_bias", ctypes.c_void_p) for name in PRODUCTS[:-1]),
         ("embedding", ctypes.c_void_p),
         *((name, ctypes.c_void_p) for name in (*_NORMS, "final_norm", "q_norm", "k_norm")),
@@ -126,8 +125,6 @@ def _add_matrix(
     layout = shape.layout(name)
     tiles = [tiled(w, layout) for w in weights]
     _place(found, name, layer, count, tiles[0] if len(tiles) == 1 else interleaved(*tiles))
-    if not layout.format.group and weights[0].scales is not None:
-        _place(found, f"{name}_scales", layer, count, torch.cat([w.scales for w in weights if w.scales is not None]))
 
 
 def _place(found: dict[str, torch.Tensor], name: str, layer: int, count: int, value: torch.Tensor) -> None:

@@ -70,6 +70,8 @@ class Tuning:
         slot_bytes: of one stage of the ring.
         in_flight: stages asked for and not yet arrived, at most; 0 is as many as the ring holds. Fewer make
             the exchange between blocks faster and memory slower.
+        ahead: stages past the ring that are brought into L2; 0 is none.
+        pace: cycles a KiB that a block leaves between such stages: 55 is what an H200's memory gives 128 blocks.
         slots: of the ring; None is as many as fit, at most 12.
         splits: blocks that share one KV head's context; None is as many as there are, at most 32.
         trace: keep clock marks of every block and layer, for finding out where the time goes.
@@ -79,6 +81,8 @@ class Tuning:
     blocks: int = 128
     slot_bytes: int = 17408
     in_flight: int = 0
+    ahead: int = 0
+    pace: int = 55
     slots: int | None = None
     splits: int | None = None
     trace: bool = False
@@ -136,6 +140,8 @@ class Shape:
             "BLOCKS": t.blocks,
             "SLOT_BYTES": t.slot_bytes,
             "IN_FLIGHT": t.in_flight,
+            "AHEAD": t.ahead,
+            "PACE": t.pace,
             "SPARE_REGISTERS": _SPARE_REGISTERS[t.warps],
         }
         if t.trace:
@@ -178,7 +184,7 @@ class Shape:
         while -(-ratio // sets) > max(1, (32 if warps > 8 else 64) // (padded // 8)):
             sets *= 2
         partial = warps // sets * ratio * (padded + 2) * 4
-        return shared + padded * 4 * (2 * ratio + 7) + partial + 1024
+        return shared + padded * 4 * (2 * ratio + 7) + 256 + partial + 1024
 
 
 _BIASES = {
@@ -194,7 +200,7 @@ class TileLayout:
     """A matrix in the order the kernel streams it: tiles of 8 rows, each in stages of one slot.
 
     A warp owns `steps` * 32 neighbouring columns of every tile. Inside a stage come each warp's words, lane by
-    lane in 16-byte pieces, then each warp's and row's fp16 scales (and minimums).
+    lane in 16-byte pieces, then each warp's and row's fp16 scales (and minimums), or a float32 scale a row.
     """
 
     format: WeightFormat
@@ -223,10 +229,16 @@ class TileLayout:
         """fp16 numbers a row and unit: scale, minimum."""
         return 0 if not self.format.group else 1 + self.format.minimum
 
+    @property
+    def has_row_scales(self) -> bool:
+        """Whether every stage ends with a float32 scale a row."""
+        return self.format.kind != "bf16" and not self.format.group
+
     def stage_bytes(self, steps: int) -> int:
         """Bytes of a stage of so many steps."""
         warps, units = self.tuning.warps, -(-steps // self.unit_steps)
-        return warps * 128 * self.step_words * steps + warps * 16 * self.numbers * units
+        row_scales = 32 if self.has_row_scales else 0
+        return warps * 128 * self.step_words * steps + warps * 16 * self.numbers * units + row_scales
 
     @property
     def stage_steps(self) -> list[int]:

@@ -99,6 +99,9 @@ def tiled(weights: Weights, layout: TileLayout) -> torch.Tensor:
     codes = _padded(codes, padded_rows, padded_cols, weights.offset)
     words = _words(codes, weights.format).view(layout.tiles, TILE_ROWS, warps, layout.steps, 4, -1)
     numbers = _unit_numbers(weights, layout, padded_rows, padded_cols)
+    if weights.scales is not None and layout.has_row_scales:
+        scales = _padded(weights.scales.float()[:, None], padded_rows, 1, 0)
+        row_scales = scales.contiguous().view(torch.uint8).view(layout.tiles, -1)
     stages, first = [], 0
     for steps in layout.stage_steps:
         parts = [_lane_order(words[:, :, :, first : first + steps])]
@@ -106,6 +109,8 @@ def tiled(weights: Weights, layout: TileLayout) -> torch.Tensor:
             units = slice(first // layout.unit_steps, (first + steps) // layout.unit_steps)
             taken = numbers[:, :, :, units].permute(0, 2, 1, 3, 4)  # [tile, warp, row, unit, number]
             parts.append(taken.contiguous().view(torch.uint8).view(layout.tiles, -1))
+        if layout.has_row_scales:
+            parts.append(row_scales)
         stages += parts
         first += steps
     return torch.cat(stages, 1)

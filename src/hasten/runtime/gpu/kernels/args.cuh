@@ -1,7 +1,6 @@
 // What the host hands over; hasten/runtime/gpu/persistent.py has the same fields in the same order.
 struct Args {
   const u8 *qkv, *o, *gate_up, *down, *head;                                      // tiles, layer after layer
-  const float *qkv_scales, *o_scales, *gate_up_scales, *down_scales, *head_scales;  // a scale a row, or null
   const float *qkv_bias, *o_bias, *gate_up_bias, *down_bias;                      // [layers][rows], or null
   const u16* embedding;                                                           // bf16 [V][E]
   const float *attn_norm, *post_attn_norm, *mlp_norm, *post_mlp_norm, *final_norm, *q_norm, *k_norm;

@@ -11,30 +11,30 @@ COMPILE_TIME int head_sets() {
   return sets;
 }
 constexpr int SETS = head_sets(), SET_HEADS = ceil_div(RATIO, SETS), KEY_WARPS = WARPS / SETS;
-constexpr int QKV_WORDS = (RATIO + 2) * HEAD_DIM;        // of the exchange that a block reads
-constexpr int GAMMAS = QK_NORM == 0 ? 0 : QK_NORM == 1 ? 2 * HEAD_DIM : (RATIO + 1) * HEAD_DIM;
+constexpr int DEPTH = WARPS > 8 ? 1 : 2;                 // rounds of keys in flight
 constexpr float LOG2_E = 1.4426950408889634f, NO_SCORE = -1e30f;
 static_assert(WARPS % SETS == 0 && KV_HEADS * SPLITS <= BLOCKS && (SPLITS & (SPLITS - 1)) == 0 && SPLITS <= 32, "splits");
 static_assert(HEAD_DIM % 8 == 0 && ROTARY % 2 == 0, "head size");
 
 struct Attention {
-  float raw[RATIO + 2][PADDED];     // q of the group's heads, k, v, as the product gave them; 0 past HEAD_DIM
-  float gamma[RATIO + 1][PADDED];   // of the norms of q and k
+  alignas(16) float heads[RATIO][PADDED];    // queries of the group, ready for the scores
+  alignas(16) u16 key[PADDED], value[PADDED];  // of the new token, bf16 as the cache holds them
+  alignas(16) float turning[RATIO + 2][PADDED];  // of a warp, where a rotation's partner is in another lane
   float cosine[2][PADDED], sine[2][PADDED];  // [global, sliding layers][element]; the sine has its sign, 1 and 0 past ROTARY
-  float square[2][WARPS];           // sums of squares of all of q, of all of k
   float out[KEY_WARPS][RATIO][PADDED], most[KEY_WARPS][RATIO], weight[KEY_WARPS][RATIO];
 };
 
 struct Place {                      // of this block in the attention of one layer
   int head, split;                  // KV head
-  int start, end, first, last;      // keys that count: [start, end); this block's: [first, last), first a multiple of 4
+  int start, first, last;           // keys count from `start`; this block's are [first, last), first a multiple of 4
+  int position;                     // of the new token, the last key
 };
 DEVICE Place place_of(int position, bool slides) {
   Place p;
   p.head = blockIdx.x / SPLITS, p.split = blockIdx.x % SPLITS;
-  p.start = WINDOW && slides ? max(0, position + 1 - WINDOW) : 0, p.end = position;
-  const int aligned = p.start & ~3, each = round_up(ceil_div(position - aligned, SPLITS), 4);  // 4 keys lie in one page
-  p.first = aligned + p.split * each, p.last = min(position, p.first + each);
+  p.start = WINDOW && slides ? max(0, position + 1 - WINDOW) : 0, p.position = position;
+  const int aligned = p.start & ~3, each = round_up(ceil_div(position + 1 - aligned, SPLITS), 4);  // 4 keys lie in one page
+  p.first = aligned + p.split * each, p.last = min(position + 1, p.first + each);
   return p;
 }
 DEVICE size_t cache_row(const Args& a, int layer, int page, int head, int token) {
@@ -65,46 +65,107 @@ DEVICE void load_keys(const Args& a, Keys& r, int layer, int page, int head, int
     }
   }
 }
+// The new token is no exception: its key and value take the place of what the cache holds there so far.
+DEVICE void take_new_key(const Attention& s, Keys& r, int at, int lane) {
+#pragma unroll
+  for (int i = 0; i < CHUNKS; i++)
+    if (lane / 8 == at) r.k[i] = *(const uint4*)(s.key + 64 * i + lane % 8 * 8);
+#pragma unroll
+  for (int j = 0; j < 4; j++)
+#pragma unroll
+    for (int i = 0; i < PADDED / 64; i++)
+      if (j == at) r.v[j][i] = *(const u32*)(s.value + lane * (PADDED / 32) + 2 * i);
+}
 
-// Norm, rotation and scale of one head in shared memory -> this lane's elements 64 c + 8 (lane % 8) + i. Every warp does
-// it for the heads it needs: cheaper than a second block barrier.
-DEVICE void prepare_head(const Attention& s, int which, float norm, bool slides, bool rotates, float scale, int lane,
-                         float (&out)[CHUNKS * 8]) {
-  const float *raw = s.raw[which], *gamma = s.gamma[which];
-  float squares = 0;
-#pragma unroll
-  for (int i = 0; i < CHUNKS * 8; i++) {
-    const int e = i / 8 * 64 + lane % 8 * 8 + i % 8;
-    out[i] = raw[e];
-    squares += out[i] * out[i];
+// 1 / rms of all of q or all of k, from the sums of squares that the product published by tiles.
+DEVICE float norm_of_tiles(const u64* words, int tiles, u32 tag, int lane, int count) {
+  float sum = 0;
+  for (int e = lane; e < tiles; e += 32) {
+    u64 v;
+    u32 tries = 0;
+    do {
+      asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(words + e) : "memory");
+      count_try(tries);
+    } while ((u32)(v >> 32) != tag);
+    sum += value_of(v);
   }
-  if (QK_NORM == 1) {
+  return rsqrtf(warp_sum(sum) / count + NORM_EPS);
+}
+// Elements 64 c + 2 lane and the next of a head in x -> turned by its position. Partners lie ROTARY / 2 apart: in the
+// same lane where that is a multiple of 64, else they are found through shared memory.
+DEVICE void rotate(Attention& s, int which, bool slides, int lane, float (&x)[2 * CHUNKS]) {
+  float other[2 * CHUNKS];
+  if constexpr (ROTARY % 128 == 0) {
+    constexpr int APART = ROTARY / 128;
 #pragma unroll
-    for (int m = 1; m < 8; m *= 2) squares += __shfl_xor_sync(~0u, squares, m);
-    norm = rsqrtf(squares / HEAD_DIM + NORM_EPS);
+    for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        other[2 * c + i] = x[2 * (c < APART ? c + APART : c < 2 * APART ? c - APART : c) + i];
+  } else {
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) *(float2*)(s.turning[which] + 64 * c + 2 * lane) = make_float2(x[2 * c], x[2 * c + 1]);
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 2 * CHUNKS; i++) {
+      const int e = i / 2 * 64 + 2 * lane + i % 2;
+      other[i] = s.turning[which][e < ROTARY / 2 ? e + ROTARY / 2 : e < ROTARY ? e - ROTARY / 2 : e];
+    }
   }
-  if (QK_NORM) {
 #pragma unroll
-    for (int i = 0; i < CHUNKS * 8; i++) out[i] *= norm * gamma[i / 8 * 64 + lane % 8 * 8 + i % 8];
+  for (int c = 0; c < CHUNKS; c++) {
+    const float2 co = *(const float2*)(s.cosine[slides] + 64 * c + 2 * lane), si = *(const float2*)(s.sine[slides] + 64 * c + 2 * lane);
+    x[2 * c] = x[2 * c] * co.x + other[2 * c] * si.x;
+    x[2 * c + 1] = x[2 * c + 1] * co.y + other[2 * c + 1] * si.y;
   }
-  if (rotates) {
-    float turned[CHUNKS * 8];
+}
+// One warp a head: q, k or v out of the exchange, normed, turned, scaled; into shared memory, and k and v into the cache.
+DEVICE void prepare_head(const Args& a, Attention& s, const Place& p, int which, int layer, u32 tag, bool slides,
+                         bool rotates, int lane) {
+  const bool is_query = which < RATIO, is_key = which == RATIO;
+  const int head = is_query ? p.head * RATIO + which : HEADS + (which - RATIO) * KV_HEADS + p.head;
+  float x[2 * CHUNKS];
+  float2 gamma[CHUNKS];
+  if (QK_NORM && which <= RATIO) {  // before the wait: a miss to memory costs as much as the exchange
+    const float* from = QK_NORM == 1 ? (is_query ? a.q_norm : a.k_norm) + layer * HEAD_DIM
+                        : is_query   ? a.q_norm + (layer * HEADS + head) * HEAD_DIM
+                                     : a.k_norm + (layer * KV_HEADS + p.head) * HEAD_DIM;
 #pragma unroll
-    for (int i = 0; i < CHUNKS * 8; i++) {
-      const int e = i / 8 * 64 + lane % 8 * 8 + i % 8;
-      float other;
-      if constexpr (ROTARY == PADDED && ROTARY % 128 == 0) other = out[(i + CHUNKS * 4) % (CHUNKS * 8)];
-      else {
-        const int partner = e < ROTARY / 2 ? e + ROTARY / 2 : e < ROTARY ? e - ROTARY / 2 : e;
-        other = raw[partner] * (QK_NORM ? norm * gamma[partner] : 1.f);
-      }
-      turned[i] = out[i] * s.cosine[slides][e] + other * s.sine[slides][e];
+    for (int c = 0; c < CHUNKS; c++)
+      gamma[c] = 64 * c + 2 * lane < HEAD_DIM ? __ldg((const float2*)(from + 64 * c + 2 * lane)) : make_float2(0.f, 0.f);
+  }
+  await_slice<CHUNKS>(a.qkv_words + head * HEAD_DIM, HEAD_DIM, tag, lane, x);
+  if (QK_NORM && which <= RATIO) {
+    float norm;
+    if (QK_NORM == 1) {
+      float squares = 0;
+#pragma unroll
+      for (int i = 0; i < 2 * CHUNKS; i++) squares += x[i] * x[i];
+      norm = rsqrtf(warp_sum(squares) / HEAD_DIM + NORM_EPS);
+    } else {
+      constexpr int QUERY_TILES = HEADS * HEAD_DIM / 8, KEY_TILES = KV_HEADS * HEAD_DIM / 8;
+      norm = norm_of_tiles(a.square_words + (is_query ? 0 : QUERY_TILES), is_query ? QUERY_TILES : KEY_TILES, tag, lane,
+                           8 * (is_query ? QUERY_TILES : KEY_TILES));
     }
 #pragma unroll
-    for (int i = 0; i < CHUNKS * 8; i++) out[i] = turned[i];
+    for (int c = 0; c < CHUNKS; c++) x[2 * c] *= norm * gamma[c].x, x[2 * c + 1] *= norm * gamma[c].y;
   }
+  if (rotates && which <= RATIO) rotate(s, which, slides, lane, x);
+  if (is_query) {
+    const float scale = ATTENTION_CAP > 0.f ? SCORE_SCALE : SCORE_SCALE * LOG2_E;
 #pragma unroll
-  for (int i = 0; i < CHUNKS * 8; i++) out[i] *= scale;
+    for (int c = 0; c < CHUNKS; c++)
+      *(float2*)(s.heads[which] + 64 * c + 2 * lane) = make_float2(x[2 * c] * scale, x[2 * c + 1] * scale);
+    return;
+  }
+  const bool is_mine = p.first <= p.position && p.position < p.last;
+  u16* cache = (is_key ? a.keys : a.values) + cache_row(a, layer, page_of(a, p.position, p.position), p.head, p.position);
+#pragma unroll
+  for (int c = 0; c < CHUNKS; c++) {
+    const u32 pair = to_bf16_pair(x[2 * c], x[2 * c + 1]);
+    *(u32*)((is_key ? s.key : s.value) + 64 * c + 2 * lane) = pair;
+    if (is_mine) *(u32*)(cache + 64 * c + 2 * lane) = pair;
+  }
 }
 
 struct Partial {                    // of a warp: running maximum, sum of weights, weighted sum of values, by head
@@ -134,118 +195,38 @@ DEVICE void add_keys(Partial& r, float (&score)[SET_HEADS], const float (&v)[4][
 }
 DEVICE float shaped_score(float dot) { return ATTENTION_CAP > 0.f ? LOG2_E * capped(dot, ATTENTION_CAP) : dot; }
 
-DEVICE void attend_old_keys(const Args& a, const Place& p, Keys next, Partial& r, const float (&q)[SET_HEADS][CHUNKS * 8],
-                            int layer, int warp, int lane) {
-  constexpr int STRIDE = KEY_WARPS * 4;
-#pragma unroll 1
-  for (int token = p.first + warp / SETS * 4; token < p.last; token += STRIDE) {
-    const Keys now = next;
-    if (token + STRIDE < p.last)
-      load_keys(a, next, layer, page_of(a, token + STRIDE, p.end), p.head, token + STRIDE, lane);
-    float score[SET_HEADS], v[4][PADDED / 32];
-#pragma unroll
-    for (int h = 0; h < SET_HEADS; h++) {
-      float d[4] = {0, 0, 0, 0};
-#pragma unroll
-      for (int c = 0; c < CHUNKS; c++) {
-        const u32 k[4] = {now.k[c].x, now.k[c].y, now.k[c].z, now.k[c].w};
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          d[i & 1] += q[h][c * 8 + 2 * i] * bf16_low(k[i]);
-          d[2 + (i & 1)] += q[h][c * 8 + 2 * i + 1] * bf16_high(k[i]);
-        }
-      }
-      score[h] = (d[0] + d[1]) + (d[2] + d[3]);
-    }
-#pragma unroll
-    for (int m = 1; m < 8; m *= 2)
-#pragma unroll
-      for (int h = 0; h < SET_HEADS; h++) score[h] += __shfl_xor_sync(~0u, score[h], m);
-    const int key = token + lane / 8;
-#pragma unroll
-    for (int h = 0; h < SET_HEADS; h++)
-      score[h] = key >= p.start && key < p.last ? shaped_score(score[h]) : __int_as_float(0xff800000);
-#pragma unroll
-    for (int j = 0; j < 4; j++)
-#pragma unroll
-      for (int i = 0; i < PADDED / 64; i++) v[j][2 * i] = bf16_low(now.v[j][i]), v[j][2 * i + 1] = bf16_high(now.v[j][i]);
-    add_keys(r, score, v);
-  }
-}
-// The token itself, from shared memory: rounded as the cache will hold it, and written there.
-DEVICE void attend_new_key(const Args& a, const Attention& s, const Place& p, Partial& r,
-                           const float (&q)[SET_HEADS][CHUNKS * 8], const float (&k)[CHUNKS * 8], int layer, int warp,
-                           int lane) {
-  float score[SET_HEADS], v[4][PADDED / 32] = {};
+DEVICE void attend_keys(const Attention& s, const Place& p, const Keys& now, Partial& r,
+                        const float (&q)[SET_HEADS][CHUNKS * 8], int token, int lane) {
+  float score[SET_HEADS], v[4][PADDED / 32];
 #pragma unroll
   for (int h = 0; h < SET_HEADS; h++) {
-    score[h] = 0;
+    float d[4] = {0, 0, 0, 0};
 #pragma unroll
-    for (int i = 0; i < CHUNKS * 8; i++) score[h] += q[h][i] * round_bf16(k[i]);
+    for (int c = 0; c < CHUNKS; c++) {
+      const u32 k[4] = {now.k[c].x, now.k[c].y, now.k[c].z, now.k[c].w};
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        d[i & 1] += q[h][c * 8 + 2 * i] * bf16_low(k[i]);
+        d[2 + (i & 1)] += q[h][c * 8 + 2 * i + 1] * bf16_high(k[i]);
+      }
+    }
+    score[h] = (d[0] + d[1]) + (d[2] + d[3]);
   }
 #pragma unroll
   for (int m = 1; m < 8; m *= 2)
 #pragma unroll
     for (int h = 0; h < SET_HEADS; h++) score[h] += __shfl_xor_sync(~0u, score[h], m);
+  const int key = token + lane / 8;
 #pragma unroll
-  for (int h = 0; h < SET_HEADS; h++) score[h] = lane < 8 ? shaped_score(score[h]) : __int_as_float(0xff800000);
+  for (int h = 0; h < SET_HEADS; h++)
+    score[h] = key >= p.start && key < p.last ? shaped_score(score[h]) : __int_as_float(0xff800000);
 #pragma unroll
-  for (int i = 0; i < PADDED / 32; i++) v[0][i] = round_bf16(s.raw[RATIO + 1][lane * (PADDED / 32) + i]);
+  for (int j = 0; j < 4; j++)
+#pragma unroll
+    for (int i = 0; i < PADDED / 64; i++) v[j][2 * i] = bf16_low(now.v[j][i]), v[j][2 * i + 1] = bf16_high(now.v[j][i]);
   add_keys(r, score, v);
-  if (warp % SETS) return;
-  const size_t row = cache_row(a, layer, page_of(a, p.end, p.end), p.head, p.end);
-  if (lane < 8)
-#pragma unroll
-    for (int c = 0; c < CHUNKS; c++) {
-      uint4 w;
-      w.x = to_bf16_pair(k[8 * c], k[8 * c + 1]), w.y = to_bf16_pair(k[8 * c + 2], k[8 * c + 3]);
-      w.z = to_bf16_pair(k[8 * c + 4], k[8 * c + 5]), w.w = to_bf16_pair(k[8 * c + 6], k[8 * c + 7]);
-      *(uint4*)(a.keys + row + c * 64 + lane * 8) = w;
-    }
-#pragma unroll
-  for (int i = 0; i < PADDED / 64; i++)
-    *(u32*)(a.values + row + lane * (PADDED / 32) + 2 * i) = to_bf16_pair(v[0][2 * i], v[0][2 * i + 1]);
 }
 
-// q, k, v of this block's heads out of the exchange into shared memory; weights of the norms with them.
-DEVICE void await_heads(const Args& a, Attention& s, const Place& p, int layer, u32 tag, int thread, int warp, int lane) {
-  constexpr int LOADS = ceil_div(max_of(GAMMAS, 1), THREADS);
-  float gamma[LOADS];
-#pragma unroll
-  for (int i = 0; i < LOADS; i++) {  // before the wait: a miss to memory costs as much as the exchange
-    const int e = i * THREADS + thread, which = e / HEAD_DIM, at = e % HEAD_DIM;
-    if (e >= GAMMAS) continue;
-    if (QK_NORM == 1) gamma[i] = __ldg((which ? a.k_norm : a.q_norm) + layer * HEAD_DIM + at);
-    else if (which < RATIO) gamma[i] = __ldg(a.q_norm + layer * HEADS * HEAD_DIM + (p.head * RATIO + which) * HEAD_DIM + at);
-    else gamma[i] = __ldg(a.k_norm + layer * KV_HEADS * HEAD_DIM + p.head * HEAD_DIM + at);
-  }
-  for (int e = 2 * thread; e < QKV_WORDS; e += 2 * THREADS) {
-    const int which = e / HEAD_DIM, at = e % HEAD_DIM;
-    const int head = which < RATIO ? p.head * RATIO + which : HEADS + (which - RATIO) * KV_HEADS + p.head;
-    const ulonglong2 v = await(a.qkv_words + head * HEAD_DIM + at, tag);
-    s.raw[which][at] = value_of(v.x), s.raw[which][at + 1] = value_of(v.y);
-  }
-  if (QK_NORM == 2) {
-    float square[2] = {0, 0};
-    for (int e = 2 * thread; e < (HEADS + KV_HEADS) * HEAD_DIM / 8; e += 2 * THREADS) {
-      const ulonglong2 v = await(a.square_words + e, tag);
-      const bool is_key = e >= HEADS * HEAD_DIM / 8, next_is_key = e + 1 >= HEADS * HEAD_DIM / 8;
-      square[0] += (is_key ? 0.f : value_of(v.x)) + (next_is_key ? 0.f : value_of(v.y));
-      square[1] += (is_key ? value_of(v.x) : 0.f) + (next_is_key ? value_of(v.y) : 0.f);
-    }
-    square[0] = warp_sum(square[0]), square[1] = warp_sum(square[1]);
-    if (lane == 0) s.square[0][warp] = square[0], s.square[1][warp] = square[1];
-  }
-#pragma unroll
-  for (int i = 0; i < LOADS; i++) {
-    const int e = i * THREADS + thread, which = e / HEAD_DIM, at = e % HEAD_DIM;
-    if (e >= GAMMAS) continue;
-    if (QK_NORM == 2) s.gamma[which][at] = gamma[i];
-    else if (which) s.gamma[RATIO][at] = gamma[i];
-    else
-      for (int h = 0; h < RATIO; h++) s.gamma[h][at] = gamma[i];
-  }
-}
 DEVICE float norm_of_all(const float (&square)[WARPS], int count) {
   float sum = 0;
 #pragma unroll
@@ -298,33 +279,62 @@ DEVICE void merge_splits(const Args& a, const Place& p, u32 tag, int thread) {
   }
 }
 
-DEVICE void attend(const Args& a, Attention& s, int layer, int position, u32 tag, int flags, int first_page, const Block& b) {
+// The first keys of a warp do not depend on this step: asked for before the wait for q, and those of the next layer
+// brought into L2.
+struct FirstPages {
+  int page[2][DEPTH];  // [global, sliding layers][round]: the same in every layer
+};
+DEVICE int first_token(const Place& p, int warp, int round) {
+  return min(p.first + (round * KEY_WARPS + warp / SETS) * 4, p.position & ~3);
+}
+DEVICE FirstPages first_pages(const Args& a, int position, int warp) {
+  FirstPages f;
+#pragma unroll
+  for (int slides = 0; slides < 2; slides++)
+#pragma unroll
+    for (int i = 0; i < DEPTH; i++) f.page[slides][i] = page_of(a, first_token(place_of(position, slides), warp, i), position);
+  return f;
+}
+
+DEVICE void attend(const Args& a, Attention& s, int layer, int position, u32 tag, int flags, const FirstPages& pages,
+                   const Block& b) {
   if (blockIdx.x >= KV_HEADS * SPLITS) return;
+  constexpr int STRIDE = KEY_WARPS * 4;
   const int thread = b.thread, warp = b.warp, lane = b.lane, set = warp % SETS;
   const bool slides = flags & 1, rotates = flags & 2;
   const Place p = place_of(position, slides);
-  Keys next;  // old keys do not depend on this step: asked for before the wait
-  load_keys(a, next, layer, first_page, p.head, min(p.first + warp / SETS * 4, p.end & ~3), lane);
-  await_heads(a, s, p, layer, tag, thread, warp, lane);
+  Keys held[DEPTH];
+#pragma unroll
+  for (int i = 0; i < DEPTH; i++)
+    load_keys(a, held[i], layer, slides ? pages.page[1][i] : pages.page[0][i], p.head, first_token(p, warp, i), lane);
+#pragma unroll 1
+  for (int which = warp; which < RATIO + 2; which += WARPS) prepare_head(a, s, p, which, layer, tag, slides, rotates, lane);
   consumers_barrier();
   mark(b, 12);
-  float q[SET_HEADS][CHUNKS * 8], q_norm = 1, k_norm = 1;
-  if (QK_NORM == 2) q_norm = norm_of_all(s.square[0], HEADS * HEAD_DIM), k_norm = norm_of_all(s.square[1], KV_HEADS * HEAD_DIM);
-  const float scale = ATTENTION_CAP > 0.f ? SCORE_SCALE : SCORE_SCALE * LOG2_E;
+  float q[SET_HEADS][CHUNKS * 8];
   Partial r;
 #pragma unroll
   for (int h = 0; h < SET_HEADS; h++) {
-    prepare_head(s, min(set * SET_HEADS + h, RATIO - 1), q_norm, slides, rotates, scale, lane, q[h]);
+    const float* from = s.heads[min(set * SET_HEADS + h, RATIO - 1)] + lane % 8 * 8;
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+      for (int i = 0; i < 8; i += 4) *(float4*)(q[h] + c * 8 + i) = *(const float4*)(from + 64 * c + i);
     r.most[h] = NO_SCORE, r.weight[h] = 0;
 #pragma unroll
     for (int i = 0; i < PADDED / 32; i++) r.out[h][i] = 0;
   }
-  attend_old_keys(a, p, next, r, q, layer, warp, lane);
-  if (p.split == SPLITS - 1 && warp / SETS == KEY_WARPS - 1) {
-    float k[CHUNKS * 8];
-    prepare_head(s, RATIO, k_norm, slides, rotates, 1.f, lane, k);
-    attend_new_key(a, s, p, r, q, k, layer, warp, lane);
-  }
+#pragma unroll 1
+  for (int token0 = p.first + warp / SETS * 4; token0 < p.last; token0 += DEPTH * STRIDE)
+#pragma unroll
+    for (int i = 0; i < DEPTH; i++) {
+      const int token = token0 + i * STRIDE, later = token + DEPTH * STRIDE;
+      if (token >= p.last) break;
+      Keys now = held[i];
+      if (later < p.last) load_keys(a, held[i], layer, page_of(a, later, position), p.head, later, lane);
+      if (position - token < 4) take_new_key(s, now, position - token, lane);
+      attend_keys(s, p, now, r, q, token, lane);
+    }
 #pragma unroll
   for (int h = 0; h < SET_HEADS; h++) {
     const int head = set * SET_HEADS + h;

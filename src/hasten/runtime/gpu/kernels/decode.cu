@@ -9,22 +9,31 @@ struct Residual {
   const float* after;   // weights of the norm behind the layer whose output is added, or null
 };
 
-template <class P>
-DEVICE void add_and_norm(Block& b, const u64* words, u32 tag, const u16* embedding, Residual norms, float (&v)[2 * P::PAIRS]) {
-  const int first = b.warp * P::SPAN, end = min(P::SPAN, P::COLS - first);
-  float2 before[P::PAIRS], after[P::PAIRS], h[P::PAIRS];
-  auto is_mine = [&](int p) { return P::SPAN * WARPS == P::COLS && P::SPAN % 64 == 0 ? true : p * 64 + 2 * b.lane < end; };
+template <class P> struct NormWeights {  // of a warp's slice
+  float2 before[P::PAIRS], after[P::PAIRS];
+};
+template <class P> DEVICE bool is_mine(const Block& b, int p) {
+  if (P::SPAN * WARPS == P::COLS && P::SPAN % 64 == 0) return true;
+  return p * 64 + 2 * b.lane < min(P::SPAN, P::COLS - b.warp * P::SPAN);
+}
+template <class P> DEVICE void ask_norms(const Block& b, const Residual& norms, NormWeights<P>& w) {
 #pragma unroll
-  for (int p = 0; p < P::PAIRS; p++) {  // before the wait: a miss to memory costs as much as the exchange
-    const int at = p * 64 + 2 * b.lane;
-    before[p] = norms.before && is_mine(p) ? __ldg((const float2*)(norms.before + first + at)) : make_float2(1.f, 1.f);
-    if (NORM_AFTER) after[p] = norms.after && is_mine(p) ? __ldg((const float2*)(norms.after + first + at)) : make_float2(1.f, 1.f);
-    h[p] = *(float2*)(b.s.residual[b.warp] + at);
+  for (int p = 0; p < P::PAIRS; p++) {  // a miss to memory costs more than the exchange: asked for a phase ahead
+    const int at = b.warp * P::SPAN + p * 64 + 2 * b.lane;
+    w.before[p] = norms.before && is_mine<P>(b, p) ? __ldg((const float2*)(norms.before + at)) : make_float2(1.f, 1.f);
+    if (NORM_AFTER) w.after[p] = norms.after && is_mine<P>(b, p) ? __ldg((const float2*)(norms.after + at)) : make_float2(1.f, 1.f);
   }
+}
+template <class P>
+DEVICE void add_and_norm(Block& b, const u64* words, u32 tag, const u16* embedding, const NormWeights<P>& w, float (&v)[2 * P::PAIRS]) {
+  const int first = b.warp * P::SPAN, end = min(P::SPAN, P::COLS - first);
+  float2 h[P::PAIRS];
+#pragma unroll
+  for (int p = 0; p < P::PAIRS; p++) h[p] = *(float2*)(b.s.residual[b.warp] + p * 64 + 2 * b.lane);
   if (embedding) {
 #pragma unroll
     for (int p = 0; p < P::PAIRS; p++) {
-      const u32 pair = is_mine(p) ? __ldg((const u32*)(embedding + first + p * 64 + 2 * b.lane)) : 0;
+      const u32 pair = is_mine<P>(b, p) ? __ldg((const u32*)(embedding + first + p * 64 + 2 * b.lane)) : 0;
       h[p] = make_float2(bf16_low(pair) * EMBED_SCALE, bf16_high(pair) * EMBED_SCALE);
     }
   } else {
@@ -41,8 +50,8 @@ DEVICE void add_and_norm(Block& b, const u64* words, u32 tag, const u16* embeddi
     }
 #pragma unroll
     for (int p = 0; p < P::PAIRS; p++) {
-      h[p].x += NORM_AFTER ? v[2 * p] * scale * after[p].x : v[2 * p];
-      h[p].y += NORM_AFTER ? v[2 * p + 1] * scale * after[p].y : v[2 * p + 1];
+      h[p].x += NORM_AFTER ? v[2 * p] * scale * w.after[p].x : v[2 * p];
+      h[p].y += NORM_AFTER ? v[2 * p + 1] * scale * w.after[p].y : v[2 * p + 1];
     }
   }
   float squares = 0;
@@ -50,25 +59,25 @@ DEVICE void add_and_norm(Block& b, const u64* words, u32 tag, const u16* embeddi
   for (int p = 0; p < P::PAIRS; p++) {
     squares += h[p].x * h[p].x + h[p].y * h[p].y;
     *(float2*)(b.s.residual[b.warp] + p * 64 + 2 * b.lane) = h[p];
-    v[2 * p] = h[p].x * before[p].x, v[2 * p + 1] = h[p].y * before[p].y;
+    v[2 * p] = h[p].x * w.before[p].x, v[2 * p + 1] = h[p].y * w.before[p].y;
   }
   squares = warp_sum(squares);
   if (b.lane == 0) b.s.squares[b.warp] = squares;
 }
 DEVICE float bias_of(const float* bias, int row) { return bias ? __ldg(bias + row) : 0.f; }
-template <class P> DEVICE float row_scale(const float* scales, int row) { return P::HALF && !P::GROUP ? __ldg(scales + row) : 1.f; }
 
 DEVICE void qkv_product(Block& b, const Args& a, int layer, u32 tag, const u16* embedding) {
   const Residual norms = {NORM_BEFORE ? a.attn_norm + layer * WIDTH : nullptr,
                           NORM_AFTER && layer ? a.post_mlp_norm + (layer - 1) * WIDTH : nullptr};
+  NormWeights<Qkv> weights;
   product<Qkv>(
-      b,
+      b, [&] { ask_norms<Qkv>(b, norms, weights); },
       [&](float (&v)[2 * Qkv::PAIRS]) {
-        add_and_norm<Qkv>(b, a.down_words, tag - 1, layer ? nullptr : embedding, norms, v);
+        add_and_norm<Qkv>(b, a.down_words, tag - 1, layer ? nullptr : embedding, weights, v);
       },
       [&](int row, float sum, float) {
         const float norm = NORM_BEFORE ? norm_of_all(b.s.squares, WIDTH) : 1.f;
-        sum = sum * norm * row_scale<Qkv>(a.qkv_scales + layer * Qkv::ROWS, row);
+        sum *= norm;
         if (BIAS_QKV) sum += bias_of(a.qkv_bias + layer * Qkv::ROWS, row);
         publish(a.qkv_words + row, sum, tag);  // rows are a multiple of 8
         if (QK_NORM == 2) {
@@ -82,13 +91,12 @@ DEVICE void qkv_product(Block& b, const Args& a, int layer, u32 tag, const u16* 
 DEVICE void out_product(Block& b, const Args& a, int layer, u32 tag) {
   const int first = b.warp * OutProduct::SPAN;
   product<OutProduct>(
-      b,
+      b, [] {},
       [&](float (&v)[2 * OutProduct::PAIRS]) {
         await_slice<OutProduct::PAIRS>(a.attention_words + first, min(OutProduct::SPAN, OutProduct::COLS - first), tag, b.lane, v);
       },
       [&](int row, float sum, float) {
         if (row >= WIDTH) return;
-        sum *= row_scale<OutProduct>(a.o_scales + layer * WIDTH, row);
         if (BIAS_O) sum += bias_of(a.o_bias + layer * WIDTH, row);
         publish(a.out_words + row, sum, tag);
       });
@@ -96,13 +104,14 @@ DEVICE void out_product(Block& b, const Args& a, int layer, u32 tag) {
 DEVICE void gate_up_product(Block& b, const Args& a, int layer, u32 tag) {
   const Residual norms = {NORM_BEFORE ? a.mlp_norm + layer * WIDTH : nullptr,
                           NORM_AFTER ? a.post_attn_norm + layer * WIDTH : nullptr};
+  NormWeights<GateUp> weights;
   product<GateUp>(
-      b, [&](float (&v)[2 * GateUp::PAIRS]) { add_and_norm<GateUp>(b, a.out_words, tag, nullptr, norms, v); },
+      b, [&] { ask_norms<GateUp>(b, norms, weights); },
+      [&](float (&v)[2 * GateUp::PAIRS]) { add_and_norm<GateUp>(b, a.out_words, tag, nullptr, weights, v); },
       [&](int row, float gate, float up) {
         if (row >= FEED) return;
         const float norm = NORM_BEFORE ? norm_of_all(b.s.squares, WIDTH) : 1.f;
-        gate *= norm * row_scale<GateUp>(a.gate_up_scales + (size_t)layer * 2 * FEED, row);
-        up *= norm * row_scale<GateUp>(a.gate_up_scales + (size_t)layer * 2 * FEED + FEED, row);
+        gate *= norm, up *= norm;
         if (BIAS_GATE_UP) {
           gate += bias_of(a.gate_up_bias + layer * 2 * FEED, row);
           up += bias_of(a.gate_up_bias + layer * 2 * FEED + FEED, row);
@@ -113,13 +122,12 @@ DEVICE void gate_up_product(Block& b, const Args& a, int layer, u32 tag) {
 DEVICE void down_product(Block& b, const Args& a, int layer, u32 tag) {
   const int first = b.warp * Down::SPAN;
   product<Down>(
-      b,
+      b, [] {},
       [&](float (&v)[2 * Down::PAIRS]) {
         await_slice<Down::PAIRS>(a.feed_words + first, min(Down::SPAN, Down::COLS - first), tag, b.lane, v);
       },
       [&](int row, float sum, float) {
         if (row >= WIDTH) return;
-        sum *= row_scale<Down>(a.down_scales + layer * WIDTH, row);
         if (BIAS_DOWN) sum += bias_of(a.down_bias + layer * WIDTH, row);
         publish(a.down_words + row, sum, tag);
       });
@@ -145,11 +153,13 @@ DEVICE void head_product(Block& b, const Args& a, u32 tag) {
   float best = -3e38f;
   int best_row = 0x7fffffff;
   const Residual norms = {a.final_norm, NORM_AFTER ? a.post_mlp_norm + (LAYERS - 1) * WIDTH : nullptr};
+  NormWeights<Head> weights;
   product<Head>(
-      b, [&](float (&v)[2 * Head::PAIRS]) { add_and_norm<Head>(b, a.down_words, tag - 1, nullptr, norms, v); },
+      b, [&] { ask_norms<Head>(b, norms, weights); },
+      [&](float (&v)[2 * Head::PAIRS]) { add_and_norm<Head>(b, a.down_words, tag - 1, nullptr, weights, v); },
       [&](int row, float sum, float) {
         if (row >= VOCAB) return;
-        sum *= norm_of_all(b.s.squares, WIDTH) * row_scale<Head>(a.head_scales, row);
+        sum *= norm_of_all(b.s.squares, WIDTH);
         if (LOGIT_CAP > 0.f) sum = capped(sum, LOGIT_CAP);
         if (a.logits) a.logits[row] = sum;
         if (is_better(sum, row, best, best_row)) best = sum, best_row = row;
@@ -188,8 +198,7 @@ DEVICE void set_up(Block& b, Attention& s) {
       init_mbarrier(shared_address(&b.s.empty[i]), WARPS);
     }
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-  for (int i = threadIdx.x; i < (RATIO + 2) * PADDED; i += ALL_THREADS) ((float*)s.raw)[i] = 0;
-  for (int i = threadIdx.x; i < (RATIO + 1) * PADDED; i += ALL_THREADS) ((float*)s.gamma)[i] = 0;
+  if (threadIdx.x == 0) b.s.asked = 0;
   for (int i = threadIdx.x; i < WARPS * round_up(WIDTH_SPAN, 64); i += ALL_THREADS) ((float*)b.s.residual)[i] = 0;
 }
 DEVICE void load_rotation(const Args& a, Attention& s, int position) {
@@ -200,33 +209,74 @@ DEVICE void load_rotation(const Args& a, Attention& s, int position) {
   }
 }
 
+template <class Visit> DEVICE void walk_step(const Args& a, Visit visit) {  // everything this block streams, in order
+#pragma unroll 1
+  for (int layer = 0; layer < LAYERS; layer++) {
+    walk<Qkv>(a.qkv + (size_t)layer * Qkv::TILES * Qkv::TILE_BYTES, visit);
+    walk<OutProduct>(a.o + (size_t)layer * OutProduct::TILES * OutProduct::TILE_BYTES, visit);
+    walk<GateUp>(a.gate_up + (size_t)layer * GateUp::TILES * 2 * GateUp::TILE_BYTES, visit);
+    walk<Down>(a.down + (size_t)layer * Down::TILES * Down::TILE_BYTES, visit);
+  }
+  walk<Head>(a.head, visit);
+}
 DEVICE void stream_weights(Block& b, const Args& a) {
   const u64 policy = read_once_policy();
   u32 asked = 0;
-#pragma unroll 1
-  for (int layer = 0; layer < LAYERS; layer++) {
-    feed<Qkv>(b, a.qkv + (size_t)layer * Qkv::TILES * Qkv::TILE_BYTES, asked, policy);
-    feed<OutProduct>(b, a.o + (size_t)layer * OutProduct::TILES * OutProduct::TILE_BYTES, asked, policy);
-    feed<GateUp>(b, a.gate_up + (size_t)layer * GateUp::TILES * 2 * GateUp::TILE_BYTES, asked, policy);
-    feed<Down>(b, a.down + (size_t)layer * Down::TILES * Down::TILE_BYTES, asked, policy);
-  }
-  feed<Head>(b, a.head, asked, policy);
+  walk_step(a, [&](const u8* from, u32 bytes) {
+    const u32 full = shared_address(&b.s.full[b.slot]);
+    wait_mbarrier(shared_address(&b.s.empty[b.slot]), b.parity ^ 1);
+    if (IN_FLIGHT && asked >= IN_FLIGHT)  // fewer copies in flight: the exchange is faster, memory slower
+      wait_mbarrier(shared_address(&b.s.full[(asked - IN_FLIGHT) % SLOTS]), (asked - IN_FLIGHT) / SLOTS & 1);
+    expect_bytes(full, bytes);
+    bulk_copy(b.ring + b.slot * SLOT_BYTES, from, bytes, full, policy);
+    asked++;
+    if (AHEAD) b.s.asked = asked;
+    next_slot(b);
+  });
+}
+// Memory has time for more than the ring holds while the blocks exchange activations: what comes after it is brought
+// into L2, AHEAD stages at most, no faster than memory gives it (PACE cycles a KiB and block), so that nothing queues.
+DEVICE void bring_ahead(Block& b, const Args& a) {
+  u32 brought = 0;
+  int next = (int)clock64();
+  walk_step(a, [&](const u8* from, u32 bytes) {
+    u32 tries = 0;
+    while (brought >= b.s.asked + AHEAD) {
+      __nanosleep(64);
+      count_try(tries);
+    }
+    if (brought++ < b.s.asked) return;
+    int now;
+    while ((now = (int)clock64()) - next < 0) {}
+    if (now - next > 20000) next = now;  // a pause is not caught up with in a burst
+    next += bytes * PACE / 1024;
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+  });
+}
+// Norm weights are small and read by all blocks: into L2 before the first of them is asked for.
+DEVICE void bring_norms(const Args& a, int lane) {
+  auto bring = [&](const float* from, int count) {
+    if (!from) return;
+    for (int at = (blockIdx.x * 32 + lane) * 32; at < count; at += BLOCKS * 32 * 32)
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
+  };
+  bring(a.attn_norm, LAYERS * WIDTH), bring(a.mlp_norm, LAYERS * WIDTH);
+  bring(a.post_attn_norm, LAYERS * WIDTH), bring(a.post_mlp_norm, LAYERS * WIDTH), bring(a.final_norm, WIDTH);
+  bring(a.q_norm, LAYERS * HEAD_DIM * (QK_NORM == 2 ? HEADS : 1));
+  bring(a.k_norm, LAYERS * HEAD_DIM * (QK_NORM == 2 ? KV_HEADS : 1));
 }
 
 DEVICE void consume(Block& b, Attention& attention, const Args& a, int token, int position, u32 epoch) {
   const u16* embedding = a.embedding + (size_t)token * WIDTH;
-  int first_page[2] = {0, 0};  // of this warp's first keys: the same in every layer of a kind
-  if (blockIdx.x < KV_HEADS * SPLITS)
-#pragma unroll
-    for (int slides = 0; slides < 2; slides++)
-      first_page[slides] = page_of(a, place_of(position, slides).first + b.warp / SETS * 4, position);
+  FirstPages pages = {};
+  if (blockIdx.x < KV_HEADS * SPLITS) pages = first_pages(a, position, b.warp);
 #pragma unroll 1
   for (int layer = 0; layer < LAYERS; layer++) {
     const u32 tag = epoch * (LAYERS + 1) + layer + 1;
     const int kind = layer_kinds[layer];
     b.trace = a.trace + (blockIdx.x * (LAYERS + 1) + layer) * 16;
     qkv_product(b, a, layer, tag, embedding);
-    attend(a, attention, layer, position, tag, kind, first_page[kind & 1], b);
+    attend(a, attention, layer, position, tag, kind, pages, b);
     out_product(b, a, layer, tag);
     gate_up_product(b, a, layer, tag);
     down_product(b, a, layer, tag);
@@ -256,6 +306,8 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode_step(const _
   if (__shfl_sync(~0u, b.warp, 0) >= WARPS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
     if (b.thread == THREADS) stream_weights(b, a);
+    else if (AHEAD && b.thread == THREADS + 32) bring_ahead(b, a);
+    else if (b.warp == WARPS + 2) bring_norms(a, b.lane);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
     consume(b, attention, a, token, position, epoch);

@@ -18,12 +18,13 @@ template <int ID_, int TYPE_, int GROUP_, int MINIMUM_, int ROWS_, int COLS_, in
   static constexpr int STEPS = ceil_div(ceil_div(COLS, 32), WARPS), SPAN = STEPS * 32;
   static constexpr int UNIT = GROUP ? gcd(GROUP, SPAN) : SPAN, UNIT_STEPS = UNIT / 32;  // columns a stored scale is for
   static constexpr int NUMBERS = GROUP ? 1 + MINIMUM_ : 0;                              // fp16 numbers a unit and row
+  static constexpr bool ROW_SCALE = TYPE != BF16 && !GROUP;                             // fp32, in every stage
   static COMPILE_TIME int align() {  // steps a stage must hold a multiple of: whole units, whole 16-byte loads
     const int unit = GROUP ? UNIT_STEPS : 1, load = 4 / STEP_WORDS;
     return unit / gcd(unit, load) * load;
   }
   static COMPILE_TIME int stage_bytes(int steps) {
-    return WARPS * 128 * STEP_WORDS * steps + WARPS * 16 * NUMBERS * ceil_div(steps, UNIT_STEPS);
+    return WARPS * 128 * STEP_WORDS * steps + WARPS * 16 * NUMBERS * ceil_div(steps, UNIT_STEPS) + 32 * ROW_SCALE;
   }
   static COMPILE_TIME int most_steps() {
     int steps = align();
@@ -39,7 +40,7 @@ template <int ID_, int TYPE_, int GROUP_, int MINIMUM_, int ROWS_, int COLS_, in
   static constexpr int MOST_TILES = ceil_div(TILES, BLOCKS) << PAIR_;  // a block
   static constexpr int WORDS = STEPS * STEP_WORDS;                     // a lane, of a tile
   static constexpr int UNITS = GROUP ? STEPS / UNIT_STEPS : 0;         // a lane's row, of a tile
-  static constexpr int SCALE_WORDS = UNITS * NUMBERS;
+  static constexpr int SCALE_WORDS = UNITS * NUMBERS + ROW_SCALE;
   // Whole tiles are taken into registers before x arrives where they fit: their loads are then off the critical path.
   static constexpr int FREE = CONSUMER_REGISTERS - SPARE_REGISTERS - 2 * STEPS;  // registers beside x's
   static constexpr bool WHOLE = WORDS + SCALE_WORDS <= FREE;
@@ -70,6 +71,7 @@ struct Shared {
   float squares[WARPS], squares_after[WARPS];  // of the residual stream; of a layer's output before its norm
   float best[WARPS];
   int best_row[WARPS];
+  volatile u32 asked;                          // stages of this step that the producer has asked for
   float sums[2][8 * 8 * WARPS];                // [tile and row][warp], for two batches in turn
   u8 window[WARPS][WINDOW_PAIRS * 256];        // a warp's inputs on their way into operand order
   float residual[WARPS][round_up(WIDTH_SPAN, 64)];
@@ -98,22 +100,15 @@ DEVICE void next_slot(Block& b) {
     b.parity ^= 1;
   }
 }
-template <class P> DEVICE void feed(Block& b, const u8* weights, u32& asked, u64 policy) {
+template <class P, class Visit> DEVICE void walk(const u8* weights, Visit visit) {
 #pragma unroll 1
   for (int tile = blockIdx.x; tile < P::TILES; tile += BLOCKS) {
     const u8* from = weights + ((size_t)tile << P::PAIR) * P::TILE_BYTES;
 #pragma unroll 1
     for (int stage = 0; stage < P::STAGES << P::PAIR; stage++) {
-      const bool is_last = stage % P::STAGES == P::STAGES - 1;
-      const u32 bytes = is_last ? P::LAST_BYTES : P::stage_bytes(P::STAGE_STEPS), full = shared_address(&b.s.full[b.slot]);
-      wait_mbarrier(shared_address(&b.s.empty[b.slot]), b.parity ^ 1);
-      if (IN_FLIGHT && asked >= IN_FLIGHT)  // fewer copies in flight: the exchange is faster, memory slower
-        wait_mbarrier(shared_address(&b.s.full[(asked - IN_FLIGHT) % SLOTS]), (asked - IN_FLIGHT) / SLOTS & 1);
-      asked++;
-      expect_bytes(full, bytes);
-      bulk_copy(b.ring + b.slot * SLOT_BYTES, from, bytes, full, policy);
+      const u32 bytes = stage % P::STAGES == P::STAGES - 1 ? P::LAST_BYTES : P::stage_bytes(P::STAGE_STEPS);
+      visit(from, bytes);
       from += bytes;
-      next_slot(b);
     }
   }
 }
@@ -147,6 +142,7 @@ template <class P, int STEPS> DEVICE void take_stage(Block& b, u32* words, u32* 
 #pragma unroll
     for (int j = 0; j < NUMBERS; j++) load_shared_half(row + j * 2, scales[j]);
   }
+  if (P::ROW_SCALE) load_shared(stage + WARPS * N * 128 + b.lane / 4 * 4, scales[0]);
   __syncwarp();
   if (b.lane == 0) arrive(shared_address(&b.s.empty[b.slot]));
   next_slot(b);
@@ -279,7 +275,7 @@ template <class P> DEVICE void make_input(Block& b, float (&v)[2 * P::PAIRS], In
   }
 }
 
-// ---- the product. `fetch(v)` waits for this warp's slice of the input; `out(row, sum, second)` is called by one thread
+// ---- the product. `ask()` asks for what memory must bring before then, `fetch(v)` waits for this warp's slice of the input; `out(row, sum, second)` is called by one thread
 // a row, in whole groups of 8 threads, with the row's sum (and where PAIR the sum of the same row of `up`).
 template <class P, int STAGE> DEVICE void take_tile(Block& b, u32* words, u32* scales) {
   if constexpr (STAGE < P::STAGES) {
@@ -289,7 +285,7 @@ template <class P, int STAGE> DEVICE void take_tile(Block& b, u32* words, u32* s
   }
 }
 template <class P>
-DEVICE void take_tiles(Block& b, int left, u32 (&words)[P::AT_ONCE][P::WORDS], u32 (&scales)[P::AT_ONCE][P::SCALE_WORDS + 1]) {
+DEVICE void take_tiles(Block& b, int left, u32 (&words)[P::AT_ONCE][P::WORDS], u32 (&scales)[P::AT_ONCE][max_of(P::SCALE_WORDS, 1)]) {
 #pragma unroll
   for (int i = 0; i < P::AT_ONCE; i++)
     if (i < left) take_tile<P, 0>(b, words[i], scales[i]);
@@ -304,7 +300,7 @@ DEVICE void stream_stages(Block& b, const Input<P>& in, u32* words, u32* scales,
   }
 }
 template <class P, int CHAINS>
-DEVICE void keep_sum(Block& b, const Input<P>& in, const float (&d)[CHAINS][4], float sum, int place) {
+DEVICE void keep_sum(Block& b, const Input<P>& in, const u32* scales, const float (&d)[CHAINS][4], float sum, int place) {
   if constexpr (!P::GROUP) {
     float e[4] = {0, 0, 0, 0};
 #pragma unroll
@@ -313,6 +309,7 @@ DEVICE void keep_sum(Block& b, const Input<P>& in, const float (&d)[CHAINS][4], 
       for (int chain = 0; chain < CHAINS; chain++) e[i] += d[chain][i];
     sum = row_sum(e, b.lane);
   }
+  if (P::ROW_SCALE) sum *= __uint_as_float(scales[0]);
   sum += __shfl_xor_sync(~0u, sum, 1);
   if ((b.lane & 3) == 0) b.s.sums[b.sums][(place * 8 + b.lane / 4) * WARPS + b.warp] = sum * in.scale;
 }
@@ -332,11 +329,12 @@ template <class P, class Out> DEVICE void reduce(Block& b, int first, int tiles,
   }
   b.sums ^= 1;
 }
-template <class P, class Fetch, class Out> DEVICE void product(Block& b, Fetch fetch, Out out) {
+template <class P, class Ask, class Fetch, class Out> DEVICE void product(Block& b, Ask ask, Fetch fetch, Out out) {
   const int mine = ((int)blockIdx.x < P::TILES ? (P::TILES - 1 - (int)blockIdx.x) / BLOCKS + 1 : 0) << P::PAIR;
   Input<P> in;
+  ask();
   if constexpr (P::WHOLE) {
-    u32 words[P::AT_ONCE][P::WORDS] = {}, scales[P::AT_ONCE][P::SCALE_WORDS + 1] = {};
+    u32 words[P::AT_ONCE][P::WORDS] = {}, scales[P::AT_ONCE][max_of(P::SCALE_WORDS, 1)] = {};
     take_tiles<P>(b, mine, words, scales);
     mark(b, 3 * P::ID);
     float v[2 * P::PAIRS];
@@ -352,13 +350,13 @@ template <class P, class Fetch, class Out> DEVICE void product(Block& b, Fetch f
         constexpr int CHAINS = P::AT_ONCE >= 4 ? 1 : P::AT_ONCE >= 2 ? 2 : 4;
         float d[CHAINS][4] = {}, sum = 0;
         multiply<P, 0, P::STEPS>(in, words[i], scales[i], d, sum, b.lane);
-        keep_sum<P>(b, in, d, sum, place + i);
+        keep_sum<P>(b, in, scales[i], d, sum, place + i);
       }
       const int end = min(i0 + P::AT_ONCE, mine);
       if (end == mine || place + P::AT_ONCE == P::BATCH) reduce<P>(b, i0 - place, end - (i0 - place), out);
     }
   } else {
-    u32 words[P::STAGE_STEPS * P::STEP_WORDS], scales[P::SCALE_WORDS + 1];
+    u32 words[P::STAGE_STEPS * P::STEP_WORDS], scales[max_of(P::SCALE_WORDS, 1)];
     static_assert(P::STAGES > 1 || P::STAGE_STEPS == P::STEPS, "");
     if (mine) take_stage<P, P::steps_of(0)>(b, words, scales);
     mark(b, 3 * P::ID);
@@ -372,7 +370,7 @@ template <class P, class Fetch, class Out> DEVICE void product(Block& b, Fetch f
       if (i) take_stage<P, P::steps_of(0)>(b, words, scales);
       multiply<P, 0, P::steps_of(0)>(in, words, scales, d, sum, b.lane);
       stream_stages<P, 1>(b, in, words, scales, d, sum);
-      keep_sum<P>(b, in, d, sum, i % P::BATCH);
+      keep_sum<P>(b, in, scales, d, sum, i % P::BATCH);
       if (i + 1 == mine || i % P::BATCH == P::BATCH - 1) reduce<P>(b, i / P::BATCH * P::BATCH, i % P::BATCH + 1, out);
     }
     if (!mine) consumers_barrier();
