@@ -35,6 +35,8 @@ BF16, FP8, INT8 = WeightFormat("bf16"), WeightFormat("fp8"), WeightFormat("int8"
 INT4, INT4_MINIMUM = WeightFormat("int4", 128), WeightFormat("int4", 128, minimum=True)
 H200 = Device("NVIDIA H200", (9, 0), 132, 232448)
 WORST = 1e-3  # relative error of logits that is still called right
+WORST_TINY = 3e-3  # one key or value that rounds to its other neighbour is worth 2e-3 where heads have 16 elements
+REPEATS = 40  # of one step: every one must give the same bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,30 +60,20 @@ class Variant:
 
 def variants() -> Iterator[Variant]:
     """What is tried, model by model, formats together."""
-    for tuning in (
-        Tuning(in_flight=2),
-        Tuning(in_flight=3),
-        Tuning(slot_bytes=9216, in_flight=3),
-        Tuning(slot_bytes=9216, in_flight=4),
-        Tuning(in_flight=2, ahead=8),
-        Tuning(in_flight=2, ahead=8, pace=64),
-        Tuning(ahead=16),
-        Tuning(16, in_flight=2),
-        Tuning(in_flight=2, trace=True),
-    ):
+    small = (Tuning(in_flight=2), Tuning(in_flight=3), Tuning(slot_bytes=9216, in_flight=4), Tuning(16, in_flight=2))
+    for tuning in (*small, Tuning(in_flight=2, trace=True)):
         yield Variant("0.6B", named(tuning), tuning=tuning)
-    for fmt, head in ((BF16, None), (FP8, None), (FP8, BF16), (INT4, None), (INT4, FP8)):
-        for tuning in (Tuning(), Tuning(ahead=8), Tuning(ahead=16), Tuning(ahead=16, pace=50), Tuning(in_flight=3), Tuning(trace=True)):
-            if head is None or tuning in (Tuning(), Tuning(ahead=16)):
-                yield Variant("8B", f"{fmt}{'' if head is None else f', {head} head'}: {named(tuning)}", fmt, head, tuning)
-        if head is None:
-            for tuning in (Tuning(16), Tuning(16, ahead=16)):
-                yield Variant("8B", f"{fmt}: {named(tuning)}", fmt, head, tuning)
-    for fmt in (INT4_MINIMUM, WeightFormat("int4", 32), INT8):
-        yield Variant("8B", f"{fmt}: {named(Tuning())}", fmt)
+    for fmt in (BF16, FP8, INT4):
+        tunings = [Tuning(in_flight=n) for n in (0, 2, 3, 4)] + [Tuning(16), Tuning(16, in_flight=3)]
+        for tuning in (*tunings, Tuning(in_flight=3, trace=True)):
+            yield Variant("8B", f"{fmt}: {named(tuning)}", fmt, tuning=tuning)
+    paced = Tuning(in_flight=3)
+    for fmt, head in ((FP8, BF16), (INT4, FP8), (INT4_MINIMUM, None), (WeightFormat("int4", 32), None), (INT8, None)):
+        yield Variant("8B", f"{fmt}{'' if head is None else f', {head} head'}: {named(paced)}", fmt, head, paced)
     for context in (8192, 32768):
-        yield Variant("8B", f"bf16, context {context}", context=context)
-    yield Variant("qwen2.5-7B", "bf16")
+        for tuning in (Tuning(in_flight=3), Tuning(16, in_flight=3)):
+            yield Variant("8B", f"bf16, context {context}: {named(tuning)}", tuning=tuning, context=context)
+    yield Variant("qwen2.5-7B", "bf16", tuning=paced)
     yield Variant("gemma3-1B", "bf16", tuning=Tuning(in_flight=2))
 
 
@@ -149,7 +141,7 @@ def check_tiny(name: str, shape: Shape, parameters: Parameters) -> dict[str, Any
     got = torch.stack(found)
     error = float(((got - expected.logits).norm(dim=1) / expected.logits.norm(dim=1)).max())
     agree = int((got.argmax(1) == expected.logits.argmax(1)).sum())
-    good = error < WORST and written < 4 * WORST
+    good = error < WORST_TINY and written < WORST_TINY
     return {"variant": name, "error": error, "written": written, "agree": agree, "of": len(tokens), "good": good}
 
 
@@ -175,7 +167,14 @@ def check(v: Variant, decoder: PersistentDecoder, parameters: Parameters) -> dic
     got = torch.stack(logits)
     error = float(((got - expected).norm(dim=1) / expected.norm(dim=1)).max())
     agree = sum(a == b for a, b in zip(chosen, expected.argmax(1).tolist(), strict=True))
-    return {"error": error, "agree": agree, "of": 4, "good": error < WORST and agree == 4}
+    unlike = 0
+    for _ in range(REPEATS):
+        decoder.start(1000, v.context)
+        decoder.step()
+        torch.cuda.synchronize()
+        unlike += not torch.equal(decoder.logits, logits[0])
+    good = error < WORST and agree == 4 and not unlike
+    return {"error": error, "agree": agree, "of": 4, "unlike": unlike, "good": good}
 
 
 def measure(decoder: PersistentDecoder, context: int, steps: int = 64, rounds: int = 7) -> dict[str, float]:
@@ -281,7 +280,7 @@ class Record:
                 speed = "" if "failed" not in row else row["failed"][:120]
             right = "" if row.get("good") else "WRONG"
             agree = f"{row.get('agree')}/{row.get('of')}"
-            print(f"{row.get('model', 'tiny'):10} {row['variant']:42} {speed} {row.get('error', -1):.1e} {agree} {right}")
+            print(f"{row.get('model', 'tiny'):10} {row['variant']:42} {speed} {row.get('error', -1):.1e} {agree} {row.get('unlike', '')} {right}")
 
 
 def main() -> None:
@@ -293,6 +292,7 @@ def main() -> None:
     options = parser.parse_args()
     chosen = [v for v in variants() if v.model in options.models and any(t in v.name for t in options.only.split("|"))]
     tiny = tiny_shapes() if "tiny" in options.models else {}
+    tiny = {name: case for name, case in tiny.items() if any(t in name for t in options.only.split("|"))}
     began = time.perf_counter()
     build_all([shape for shape, _ in tiny.values()] + [v.shape for v in chosen])
     print(f"built in {time.perf_counter() - began:.1f} s", flush=True)

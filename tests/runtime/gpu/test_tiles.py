@@ -120,7 +120,7 @@ def test_symmetric_integers_are_numpys() -> None:
     values = matrix(5, 128, seed=1)
     w = rounded(values, WeightFormat("int4", 32))
     grouped = values.numpy().reshape(5, 4, 32)
-    scales = (np.abs(grouped).max(2) / np.float32(7)).astype(np.float16)
+    scales = (np.abs(grouped).max(2) * np.float32(1 / 7)).astype(np.float16)
     codes = np.clip(np.rint(grouped / scales.astype(np.float32)[..., None]), -8, 7) + 8
     np.testing.assert_array_equal(w.codes.numpy(), codes.reshape(5, 128).astype(np.uint8))
     np.testing.assert_array_equal(w.scales.numpy(), scales)  # type: ignore[union-attr]

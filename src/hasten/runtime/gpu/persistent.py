@@ -14,7 +14,7 @@ from hasten.core import ModelConfig
 from hasten.errors import MachineError, ModelError, UsageError
 from hasten.models import rope
 from hasten.runtime.gpu.driver import Device, Module, built, current_device, with_defines
-from hasten.runtime.gpu.shape import PAGE, PRODUCTS, ProductName, Shape, Tuning, WeightFormat, kernel_source
+from hasten.runtime.gpu.shape import PAGE, PRODUCTS, ProductName, Shape, WeightFormat, kernel_source
 from hasten.runtime.gpu.tiles import Weights, interleaved, rounded, tiled
 
 TensorOf = Callable[[str], "torch.Tensor | None"]
@@ -179,7 +179,7 @@ class PersistentDecoder:
         self.shape = weights.shape
         self.weights = weights
         self.device = current_device()
-        _refuse_device(self.device, self.shape.tuning)
+        _refuse_device(self.device, self.shape.blocks)
         self.positions = -(-positions // PAGE) * PAGE
         count = self.positions // PAGE
         self._held = max(pages or [0, count - 1]) + 1
@@ -202,13 +202,13 @@ class PersistentDecoder:
             "out": c.hidden_size,
             "feed": c.intermediate_size,
             "down": c.hidden_size,
-            "best": 2 * self.shape.tuning.blocks,
+            "best": 2 * self.shape.blocks,
         }
         found = {f"{k}_words": torch.zeros(n + 2, dtype=torch.int64) for k, n in words.items()}
         found |= {"cosines": cosines, "sines": sines, "pages": torch.tensor(pages, dtype=torch.int32)}
         found |= {"state": torch.zeros(4, dtype=torch.int32), "logits": torch.zeros(c.vocab_size)}
         found["tokens"] = torch.zeros(self.positions + 1, dtype=torch.int32)
-        found["trace"] = torch.zeros(self.shape.tuning.blocks * (c.num_layers + 1) * 16, dtype=torch.int32)
+        found["trace"] = torch.zeros(self.shape.blocks * (c.num_layers + 1) * 16, dtype=torch.int32)
         on_device = {k: t.cuda() for k, t in found.items()}
         for name in ("keys", "values"):  # zeros: what was never written must be finite
             on_device[name] = torch.zeros(kv, dtype=torch.bfloat16, device="cuda")
@@ -253,7 +253,7 @@ class PersistentDecoder:
     @property
     def trace(self) -> torch.Tensor:
         """Clock marks [block, layer, mark] of a kernel built with TRACE."""
-        return self._buffers["trace"].view(self.shape.tuning.blocks, -1, 16)
+        return self._buffers["trace"].view(self.shape.blocks, -1, 16)
 
     def start(self, token: int, position: int) -> None:
         """Put `token` at `position`; keys and values of all positions before it must be there."""
@@ -270,7 +270,7 @@ class PersistentDecoder:
         Returns before the device is done; a captured graph may replay it. The chosen token is in `tokens`.
         """
         self._kernel.launch(
-            self.shape.tuning.blocks,
+            self.shape.blocks,
             self._threads,
             [self._arguments],
             torch.cuda.current_stream().cuda_stream,
@@ -278,15 +278,15 @@ class PersistentDecoder:
         self.position += 1
 
 
-def _refuse_device(device: Device, tuning: Tuning) -> None:
+def _refuse_device(device: Device, blocks: int) -> None:
     if device.capability[0] != 9:
         raise MachineError(
             f"the persistent decode kernel runs on compute capability 9.0 (H100, H200), "
             f"and {device.name} has {device.capability[0]}.{device.capability[1]}"
         )
-    if device.multiprocessors < tuning.blocks:
+    if device.multiprocessors < blocks:
         raise MachineError(
-            f"{device.name} shows {device.multiprocessors} multiprocessors, and the kernel needs {tuning.blocks}",
+            f"{device.name} shows {device.multiprocessors} multiprocessors, and the kernel needs {blocks}",
             hint="a part of a GPU (MIG) is too small for it",
         )
 

@@ -66,23 +66,20 @@ class Tuning:
 
     Attributes:
         warps: consumers a block: 8, 12 or 16.
-        blocks: of the grid, one a multiprocessor.
+        blocks: of the grid, one a multiprocessor; None is 128, or fewer for a narrow model: every block must
+            own a tile of every product, since what a block publishes is how the others know that it has read.
         slot_bytes: of one stage of the ring.
         in_flight: stages asked for and not yet arrived, at most; 0 is as many as the ring holds. Fewer make
             the exchange between blocks faster and memory slower.
-        ahead: stages past the ring that are brought into L2; 0 is none.
-        pace: cycles a KiB that a block leaves between such stages: 55 is what an H200's memory gives 128 blocks.
         slots: of the ring; None is as many as fit, at most 12.
         splits: blocks that share one KV head's context; None is as many as there are, at most 32.
         trace: keep clock marks of every block and layer, for finding out where the time goes.
     """
 
     warps: int = 8
-    blocks: int = 128
+    blocks: int | None = None
     slot_bytes: int = 17408
     in_flight: int = 0
-    ahead: int = 0
-    pace: int = 55
     slots: int | None = None
     splits: int | None = None
     trace: bool = False
@@ -102,6 +99,11 @@ class Shape:
             raise UsageError(f"the persistent decode kernel cannot hold this model: {problem}")
 
     @property
+    def blocks(self) -> int:
+        """Blocks of the grid."""
+        return grid_blocks(self.config, self.tuning)
+
+    @property
     def padded_head(self) -> int:
         """Head size in the KV cache."""
         return -(-self.config.head_dim // 64) * 64
@@ -109,7 +111,7 @@ class Shape:
     @property
     def splits(self) -> int:
         """Blocks that share the context of one KV head; fixed, so that a result never depends on load."""
-        most = min(self.tuning.splits or _MOST_SPLITS, self.tuning.blocks // self.config.num_kv_heads)
+        most = min(self.tuning.splits or _MOST_SPLITS, self.blocks // self.config.num_kv_heads)
         return int(2 ** int(math.log2(most)))
 
     def layout(self, name: ProductName) -> TileLayout:
@@ -137,11 +139,9 @@ class Shape:
             "PAGE": PAGE,
             "SPLITS": self.splits,
             "WARPS": t.warps,
-            "BLOCKS": t.blocks,
+            "BLOCKS": self.blocks,
             "SLOT_BYTES": t.slot_bytes,
             "IN_FLIGHT": t.in_flight,
-            "AHEAD": t.ahead,
-            "PACE": t.pace,
             "SPARE_REGISTERS": _SPARE_REGISTERS[t.warps],
         }
         if t.trace:
@@ -274,6 +274,12 @@ def matrix_shape(config: ModelConfig, name: ProductName) -> tuple[int, int]:
     }[name]
 
 
+def grid_blocks(config: ModelConfig, tuning: Tuning) -> int:
+    """Blocks of the grid: at most one for every tile of the narrowest product."""
+    narrowest = min(matrix_shape(config, name)[0] for name in PRODUCTS)
+    return min(tuning.blocks or 128, -(-narrowest // TILE_ROWS))
+
+
 def layer_flags(config: ModelConfig) -> list[int]:
     """A number a layer: 1 where it slides, 2 where it rotates."""
     slides = config.sliding_layers if config.sliding_window and config.sliding_layers else ()
@@ -302,8 +308,8 @@ def problems(config: ModelConfig, tuning: Tuning) -> Iterable[str]:
     widest = max(c.hidden_size, c.intermediate_size, c.num_heads * c.head_dim)
     if widest > most:
         yield f"{widest} inputs of one product; {most} fit its registers with {tuning.warps} warps"
-    if c.num_kv_heads > tuning.blocks:
-        yield f"{c.num_kv_heads} KV heads on {tuning.blocks} blocks"
+    if c.num_kv_heads > grid_blocks(c, tuning):
+        yield f"{c.num_kv_heads} KV heads on {grid_blocks(c, tuning)} blocks"
 
 
 @lru_cache(maxsize=1)

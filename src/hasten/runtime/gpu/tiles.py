@@ -52,12 +52,15 @@ class Weights:
 
 
 def rounded(values: torch.Tensor, fmt: WeightFormat) -> Weights:
-    """Round a matrix [rows, cols] to a format, each value to the nearest."""
+    """Round a matrix [rows, cols] to a format, each value to the nearest.
+
+    Scales are products and not quotients: a GPU divides by a constant otherwise than a CPU, and ties are common.
+    """
     if fmt.kind == "bf16":
         return Weights(fmt, values.to(torch.bfloat16))
     if not fmt.group:
         most = _E4M3_MAX if fmt.kind == "fp8" else 127.0
-        scales = (values.float().abs().amax(1) / most).clamp_min(1e-30)
+        scales = (values.float().abs().amax(1) * (1 / most)).clamp_min(1e-30)
         return Weights(fmt, _codes(values.float() / scales[:, None], fmt), scales)
     rows, cols = values.shape
     if cols % fmt.group:
@@ -66,12 +69,12 @@ def rounded(values: torch.Tensor, fmt: WeightFormat) -> Weights:
     low, high = grouped.amin(2), grouped.amax(2)
     levels = 15 if fmt.kind == "int4" else 255
     if fmt.minimum:
-        scales = ((high - low) / levels).half().clamp_min(2**-24)
+        scales = ((high - low) * (1 / levels)).half().clamp_min(2**-24)
         minimums = low.half()
         scaled = (grouped - minimums.float()[..., None]) / scales.float()[..., None]
         return Weights(fmt, _codes(scaled.reshape(rows, cols), fmt), scales, minimums)
     most = _E4M3_MAX if fmt.kind == "fp8" else levels // 2
-    scales = (torch.maximum(high, -low) / most).half().clamp_min(2**-24)
+    scales = (torch.maximum(high, -low) * (1 / most)).half().clamp_min(2**-24)
     return Weights(fmt, _codes((grouped / scales.float()[..., None]).reshape(rows, cols), fmt), scales)
 
 

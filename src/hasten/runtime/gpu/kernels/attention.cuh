@@ -11,7 +11,7 @@ COMPILE_TIME int head_sets() {
   return sets;
 }
 constexpr int SETS = head_sets(), SET_HEADS = ceil_div(RATIO, SETS), KEY_WARPS = WARPS / SETS;
-constexpr int DEPTH = WARPS > 8 ? 1 : 2;                 // rounds of keys in flight
+constexpr int DEPTH = WARPS > 8 || CHUNKS > 2 ? 1 : 2;   // rounds of keys in flight
 constexpr float LOG2_E = 1.4426950408889634f, NO_SCORE = -1e30f;
 static_assert(WARPS % SETS == 0 && KV_HEADS * SPLITS <= BLOCKS && (SPLITS & (SPLITS - 1)) == 0 && SPLITS <= 32, "splits");
 static_assert(HEAD_DIM % 8 == 0 && ROTARY % 2 == 0, "head size");
@@ -20,7 +20,7 @@ struct Attention {
   alignas(16) float heads[RATIO][PADDED];    // queries of the group, ready for the scores
   alignas(16) u16 key[PADDED], value[PADDED];  // of the new token, bf16 as the cache holds them
   alignas(16) float turning[RATIO + 2][PADDED];  // of a warp, where a rotation's partner is in another lane
-  float cosine[2][PADDED], sine[2][PADDED];  // [global, sliding layers][element]; the sine has its sign, 1 and 0 past ROTARY
+  alignas(16) float cosine[2][PADDED], sine[2][PADDED];  // [global, sliding layers][element]; the sine has its sign, 1 and 0 past ROTARY
   float out[KEY_WARPS][RATIO][PADDED], most[KEY_WARPS][RATIO], weight[KEY_WARPS][RATIO];
 };
 

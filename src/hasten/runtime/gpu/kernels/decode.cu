@@ -25,19 +25,17 @@ template <class P> DEVICE void ask_norms(const Block& b, const Residual& norms, 
   }
 }
 template <class P>
-DEVICE void add_and_norm(Block& b, const u64* words, u32 tag, const u16* embedding, const NormWeights<P>& w, float (&v)[2 * P::PAIRS]) {
-  const int first = b.warp * P::SPAN, end = min(P::SPAN, P::COLS - first);
+DEVICE void add_and_norm(Block& b, const u16* embedding, const NormWeights<P>& w, float (&v)[2 * P::PAIRS]) {
   float2 h[P::PAIRS];
 #pragma unroll
   for (int p = 0; p < P::PAIRS; p++) h[p] = *(float2*)(b.s.residual[b.warp] + p * 64 + 2 * b.lane);
   if (embedding) {
 #pragma unroll
     for (int p = 0; p < P::PAIRS; p++) {
-      const u32 pair = is_mine<P>(b, p) ? __ldg((const u32*)(embedding + first + p * 64 + 2 * b.lane)) : 0;
+      const u32 pair = is_mine<P>(b, p) ? __ldg((const u32*)(embedding + b.warp * P::SPAN + p * 64 + 2 * b.lane)) : 0;
       h[p] = make_float2(bf16_low(pair) * EMBED_SCALE, bf16_high(pair) * EMBED_SCALE);
     }
   } else {
-    await_slice<P::PAIRS>(words + first, end, tag, b.lane, v);
     float scale = 1.f;
     if (NORM_AFTER) {
       float squares = 0;
@@ -71,10 +69,8 @@ DEVICE void qkv_product(Block& b, const Args& a, int layer, u32 tag, const u16* 
                           NORM_AFTER && layer ? a.post_mlp_norm + (layer - 1) * WIDTH : nullptr};
   NormWeights<Qkv> weights;
   product<Qkv>(
-      b, [&] { ask_norms<Qkv>(b, norms, weights); },
-      [&](float (&v)[2 * Qkv::PAIRS]) {
-        add_and_norm<Qkv>(b, a.down_words, tag - 1, layer ? nullptr : embedding, weights, v);
-      },
+      b, {a.down_words, tag - 1, layer > 0}, [&] { ask_norms<Qkv>(b, norms, weights); },
+      [&](float (&v)[2 * Qkv::PAIRS]) { add_and_norm<Qkv>(b, layer ? nullptr : embedding, weights, v); },
       [&](int row, float sum, float) {
         const float norm = NORM_BEFORE ? norm_of_all(b.s.squares, WIDTH) : 1.f;
         sum *= norm;
@@ -89,12 +85,8 @@ DEVICE void qkv_product(Block& b, const Args& a, int layer, u32 tag, const u16* 
       });
 }
 DEVICE void out_product(Block& b, const Args& a, int layer, u32 tag) {
-  const int first = b.warp * OutProduct::SPAN;
   product<OutProduct>(
-      b, [] {},
-      [&](float (&v)[2 * OutProduct::PAIRS]) {
-        await_slice<OutProduct::PAIRS>(a.attention_words + first, min(OutProduct::SPAN, OutProduct::COLS - first), tag, b.lane, v);
-      },
+      b, {a.attention_words, tag, true}, [] {}, [](auto&) {},
       [&](int row, float sum, float) {
         if (row >= WIDTH) return;
         if (BIAS_O) sum += bias_of(a.o_bias + layer * WIDTH, row);
@@ -106,8 +98,8 @@ DEVICE void gate_up_product(Block& b, const Args& a, int layer, u32 tag) {
                           NORM_AFTER ? a.post_attn_norm + layer * WIDTH : nullptr};
   NormWeights<GateUp> weights;
   product<GateUp>(
-      b, [&] { ask_norms<GateUp>(b, norms, weights); },
-      [&](float (&v)[2 * GateUp::PAIRS]) { add_and_norm<GateUp>(b, a.out_words, tag, nullptr, weights, v); },
+      b, {a.out_words, tag, true}, [&] { ask_norms<GateUp>(b, norms, weights); },
+      [&](float (&v)[2 * GateUp::PAIRS]) { add_and_norm<GateUp>(b, nullptr, weights, v); },
       [&](int row, float gate, float up) {
         if (row >= FEED) return;
         const float norm = NORM_BEFORE ? norm_of_all(b.s.squares, WIDTH) : 1.f;
@@ -120,12 +112,8 @@ DEVICE void gate_up_product(Block& b, const Args& a, int layer, u32 tag) {
       });
 }
 DEVICE void down_product(Block& b, const Args& a, int layer, u32 tag) {
-  const int first = b.warp * Down::SPAN;
   product<Down>(
-      b, [] {},
-      [&](float (&v)[2 * Down::PAIRS]) {
-        await_slice<Down::PAIRS>(a.feed_words + first, min(Down::SPAN, Down::COLS - first), tag, b.lane, v);
-      },
+      b, {a.feed_words, tag, true}, [] {}, [](auto&) {},
       [&](int row, float sum, float) {
         if (row >= WIDTH) return;
         if (BIAS_DOWN) sum += bias_of(a.down_bias + layer * WIDTH, row);
@@ -155,8 +143,8 @@ DEVICE void head_product(Block& b, const Args& a, u32 tag) {
   const Residual norms = {a.final_norm, NORM_AFTER ? a.post_mlp_norm + (LAYERS - 1) * WIDTH : nullptr};
   NormWeights<Head> weights;
   product<Head>(
-      b, [&] { ask_norms<Head>(b, norms, weights); },
-      [&](float (&v)[2 * Head::PAIRS]) { add_and_norm<Head>(b, a.down_words, tag - 1, nullptr, weights, v); },
+      b, {a.down_words, tag - 1, true}, [&] { ask_norms<Head>(b, norms, weights); },
+      [&](float (&v)[2 * Head::PAIRS]) { add_and_norm<Head>(b, nullptr, weights, v); },
       [&](int row, float sum, float) {
         if (row >= VOCAB) return;
         sum *= norm_of_all(b.s.squares, WIDTH);
@@ -198,7 +186,6 @@ DEVICE void set_up(Block& b, Attention& s) {
       init_mbarrier(shared_address(&b.s.empty[i]), WARPS);
     }
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-  if (threadIdx.x == 0) b.s.asked = 0;
   for (int i = threadIdx.x; i < WARPS * round_up(WIDTH_SPAN, 64); i += ALL_THREADS) ((float*)b.s.residual)[i] = 0;
 }
 DEVICE void load_rotation(const Args& a, Attention& s, int position) {
@@ -230,27 +217,7 @@ DEVICE void stream_weights(Block& b, const Args& a) {
     expect_bytes(full, bytes);
     bulk_copy(b.ring + b.slot * SLOT_BYTES, from, bytes, full, policy);
     asked++;
-    if (AHEAD) b.s.asked = asked;
     next_slot(b);
-  });
-}
-// Memory has time for more than the ring holds while the blocks exchange activations: what comes after it is brought
-// into L2, AHEAD stages at most, no faster than memory gives it (PACE cycles a KiB and block), so that nothing queues.
-DEVICE void bring_ahead(Block& b, const Args& a) {
-  u32 brought = 0;
-  int next = (int)clock64();
-  walk_step(a, [&](const u8* from, u32 bytes) {
-    u32 tries = 0;
-    while (brought >= b.s.asked + AHEAD) {
-      __nanosleep(64);
-      count_try(tries);
-    }
-    if (brought++ < b.s.asked) return;
-    int now;
-    while ((now = (int)clock64()) - next < 0) {}
-    if (now - next > 20000) next = now;  // a pause is not caught up with in a burst
-    next += bytes * PACE / 1024;
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
   });
 }
 // Norm weights are small and read by all blocks: into L2 before the first of them is asked for.
@@ -306,8 +273,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode_step(const _
   if (__shfl_sync(~0u, b.warp, 0) >= WARPS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
     if (b.thread == THREADS) stream_weights(b, a);
-    else if (AHEAD && b.thread == THREADS + 32) bring_ahead(b, a);
-    else if (b.warp == WARPS + 2) bring_norms(a, b.lane);
+    else if (b.warp == WARPS + 1) bring_norms(a, b.lane);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
     consume(b, attention, a, token, position, epoch);

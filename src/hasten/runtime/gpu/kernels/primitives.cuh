@@ -159,7 +159,31 @@ DEVICE ulonglong2 await(const u64* words, u32 tag) {
   }
   return v;
 }
-// Words first + 64 p + 2 lane and the next one, for p < PAIRS, as far as they lie below `end`; others give 0.
+// A lane's part of a slice: words first + 64 p + 2 lane and the next one, for p < PAIRS, as far as they lie below `end`.
+template <int PAIRS> DEVICE void peek_slice(const u64* first, int end, u32 tag, int lane, ulonglong2 (&v)[PAIRS]) {
+#pragma unroll
+  for (int p = 0; p < PAIRS; p++) {
+    const int at = p * 64 + 2 * lane;
+    v[p].x = v[p].y = (u64)tag << 32;
+    if (at < end) v[p] = peek(first + at);
+  }
+}
+// Waits for what has been peeked at; past `end` the values are 0.
+template <int PAIRS>
+DEVICE void await_peeked(const u64* first, int end, u32 tag, int lane, ulonglong2 (&v)[PAIRS],
+                         float (&out)[2 * PAIRS]) {
+  u32 tries = 0;
+  for (;;) {
+    bool complete = true;
+#pragma unroll
+    for (int p = 0; p < PAIRS; p++) complete &= is_tagged(v[p], tag);
+    if (complete) break;
+    count_try(tries);
+    peek_slice<PAIRS>(first, end, tag, lane, v);
+  }
+#pragma unroll
+  for (int p = 0; p < PAIRS; p++) out[2 * p] = value_of(v[p].x), out[2 * p + 1] = value_of(v[p].y);
+}
 template <int PAIRS> DEVICE void await_slice(const u64* first, int end, u32 tag, int lane, float (&out)[2 * PAIRS]) {
   constexpr int AT_ONCE = 8;  // loads in flight a lane
 #pragma unroll
@@ -181,9 +205,6 @@ template <int PAIRS> DEVICE void await_slice(const u64* first, int end, u32 tag,
     } while (!complete);
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++)
-      if (p0 + i < PAIRS) {
-        out[2 * (p0 + i)] = value_of(v[i].x);
-        out[2 * (p0 + i) + 1] = value_of(v[i].y);
-      }
+      if (p0 + i < PAIRS) out[2 * (p0 + i)] = value_of(v[i].x), out[2 * (p0 + i) + 1] = value_of(v[i].y);
   }
 }

@@ -42,7 +42,9 @@ template <int ID_, int TYPE_, int GROUP_, int MINIMUM_, int ROWS_, int COLS_, in
   static constexpr int UNITS = GROUP ? STEPS / UNIT_STEPS : 0;         // a lane's row, of a tile
   static constexpr int SCALE_WORDS = UNITS * NUMBERS + ROW_SCALE;
   // Whole tiles are taken into registers before x arrives where they fit: their loads are then off the critical path.
-  static constexpr int FREE = CONSUMER_REGISTERS - SPARE_REGISTERS - 2 * STEPS;  // registers beside x's
+  static constexpr int PAIRS = ceil_div(SPAN, 64);  // of inputs a lane waits for
+  static constexpr bool EARLY = PAIRS <= 6 && WARPS == 8;  // the first look at them overlaps with the weights' loads
+  static constexpr int FREE = CONSUMER_REGISTERS - SPARE_REGISTERS - 2 * STEPS - (EARLY ? 4 * PAIRS : 0);
   static constexpr bool WHOLE = WORDS + SCALE_WORDS <= FREE;
   static COMPILE_TIME int at_once() {
     int tiles = WHOLE ? FREE / (WORDS + SCALE_WORDS) : 1;
@@ -51,7 +53,6 @@ template <int ID_, int TYPE_, int GROUP_, int MINIMUM_, int ROWS_, int COLS_, in
   }
   static constexpr int AT_ONCE = at_once();                 // tiles held in registers together
   static constexpr int BATCH = 8 / AT_ONCE * AT_ONCE;       // tiles between two barriers
-  static constexpr int PAIRS = ceil_div(SPAN, 64);          // of inputs a lane fetches
   static constexpr bool HALF = TYPE != BF16;                // operands are fp16, scaled to its range; else bf16
   static_assert(stage_bytes(STAGE_STEPS) <= SLOT_BYTES, "a stage must fit its slot");
   static_assert(!PAIR || BATCH % 2 == 0, "gate and up must share a batch");
@@ -71,10 +72,9 @@ struct Shared {
   float squares[WARPS], squares_after[WARPS];  // of the residual stream; of a layer's output before its norm
   float best[WARPS];
   int best_row[WARPS];
-  volatile u32 asked;                          // stages of this step that the producer has asked for
-  float sums[2][8 * 8 * WARPS];                // [tile and row][warp], for two batches in turn
-  u8 window[WARPS][WINDOW_PAIRS * 256];        // a warp's inputs on their way into operand order
-  float residual[WARPS][round_up(WIDTH_SPAN, 64)];
+  alignas(16) float sums[2][8 * 8 * WARPS];                // [tile and row][warp], for two batches in turn
+  alignas(16) u8 window[WARPS][WINDOW_PAIRS * 256];        // a warp's inputs on their way into operand order
+  alignas(16) float residual[WARPS][round_up(WIDTH_SPAN, 64)];
 };
 
 struct Block {
@@ -275,8 +275,14 @@ template <class P> DEVICE void make_input(Block& b, float (&v)[2 * P::PAIRS], In
   }
 }
 
-// ---- the product. `ask()` asks for what memory must bring before then, `fetch(v)` waits for this warp's slice of the input; `out(row, sum, second)` is called by one thread
-// a row, in whole groups of 8 threads, with the row's sum (and where PAIR the sum of the same row of `up`).
+// ---- the product. `input` is where its input arrives in the exchange, with which tag; `ask()` asks for what memory must
+// bring by then, `change(v)` makes x of a warp's slice of the input, `out(row, sum, second)` is called by one thread a
+// row, in whole groups of 8 threads, with the row's sum (and where PAIR the sum of the same row of `up`).
+struct Awaited {
+  const u64* words;
+  u32 tag;
+  bool is_there;  // else there is nothing to wait for
+};
 template <class P, int STAGE> DEVICE void take_tile(Block& b, u32* words, u32* scales) {
   if constexpr (STAGE < P::STAGES) {
     constexpr int FIRST = STAGE * P::STAGE_STEPS;
@@ -284,10 +290,10 @@ template <class P, int STAGE> DEVICE void take_tile(Block& b, u32* words, u32* s
     take_tile<P, STAGE + 1>(b, words, scales);
   }
 }
-template <class P>
+template <class P, int FIRST = 0, int LAST = P::AT_ONCE>
 DEVICE void take_tiles(Block& b, int left, u32 (&words)[P::AT_ONCE][P::WORDS], u32 (&scales)[P::AT_ONCE][max_of(P::SCALE_WORDS, 1)]) {
 #pragma unroll
-  for (int i = 0; i < P::AT_ONCE; i++)
+  for (int i = FIRST; i < LAST; i++)
     if (i < left) take_tile<P, 0>(b, words[i], scales[i]);
 }
 template <class P, int STAGE, int CHAINS>
@@ -329,16 +335,29 @@ template <class P, class Out> DEVICE void reduce(Block& b, int first, int tiles,
   }
   b.sums ^= 1;
 }
-template <class P, class Ask, class Fetch, class Out> DEVICE void product(Block& b, Ask ask, Fetch fetch, Out out) {
+template <class P, class Ask, class Change, class Out>
+DEVICE void product(Block& b, Awaited input, Ask ask, Change change, Out out) {
   const int mine = ((int)blockIdx.x < P::TILES ? (P::TILES - 1 - (int)blockIdx.x) / BLOCKS + 1 : 0) << P::PAIR;
+  const u64* words_in = input.words + b.warp * P::SPAN;
+  const int end = min(P::SPAN, P::COLS - b.warp * P::SPAN);
   Input<P> in;
   ask();
   if constexpr (P::WHOLE) {
     u32 words[P::AT_ONCE][P::WORDS] = {}, scales[P::AT_ONCE][max_of(P::SCALE_WORDS, 1)] = {};
-    take_tiles<P>(b, mine, words, scales);
-    mark(b, 3 * P::ID);
     float v[2 * P::PAIRS];
-    fetch(v);
+    if constexpr (P::EARLY) {
+      ulonglong2 early[P::PAIRS];
+      take_tiles<P, 0, P::AT_ONCE / 2>(b, mine, words, scales);
+      if (input.is_there) peek_slice<P::PAIRS>(words_in, end, input.tag, b.lane, early);
+      take_tiles<P, P::AT_ONCE / 2>(b, mine, words, scales);
+      mark(b, 3 * P::ID);
+      if (input.is_there) await_peeked<P::PAIRS>(words_in, end, input.tag, b.lane, early, v);
+    } else {
+      take_tiles<P>(b, mine, words, scales);
+      mark(b, 3 * P::ID);
+      if (input.is_there) await_slice<P::PAIRS>(words_in, end, input.tag, b.lane, v);
+    }
+    change(v);
     mark(b, 3 * P::ID + 1);
     make_input<P>(b, v, in);
 #pragma unroll 1
@@ -361,7 +380,8 @@ template <class P, class Ask, class Fetch, class Out> DEVICE void product(Block&
     if (mine) take_stage<P, P::steps_of(0)>(b, words, scales);
     mark(b, 3 * P::ID);
     float v[2 * P::PAIRS];
-    fetch(v);
+    if (input.is_there) await_slice<P::PAIRS>(words_in, end, input.tag, b.lane, v);
+    change(v);
     mark(b, 3 * P::ID + 1);
     make_input<P>(b, v, in);
 #pragma unroll 1
