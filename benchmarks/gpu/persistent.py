@@ -34,7 +34,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "gpu-persistent.json"
 BF16, FP8, INT8 = WeightFormat("bf16"), WeightFormat("fp8"), WeightFormat("int8", 128)
 INT4, INT4_MINIMUM = WeightFormat("int4", 128), WeightFormat("int4", 128, minimum=True)
 H200 = Device("NVIDIA H200", (9, 0), 132, 232448)
-WORST = 1e-3  # relative error of logits that is still called right
+WORST = 3e-4  # relative error of logits that is still called right
 WORST_TINY = 3e-3  # one key or value that rounds to its other neighbour is worth 2e-3 where heads have 16 elements
 REPEATS = 40  # of one step: every one must give the same bits
 
@@ -60,21 +60,17 @@ class Variant:
 
 def variants() -> Iterator[Variant]:
     """What is tried, model by model, formats together."""
-    small = (Tuning(in_flight=2), Tuning(in_flight=3), Tuning(slot_bytes=9216, in_flight=4), Tuning(16, in_flight=2))
-    for tuning in (*small, Tuning(in_flight=2, trace=True)):
+    for tuning in (Tuning(), Tuning(in_flight=0), Tuning(16), Tuning(trace=True)):
         yield Variant("0.6B", named(tuning), tuning=tuning)
     for fmt in (BF16, FP8, INT4):
-        tunings = [Tuning(in_flight=n) for n in (0, 2, 3, 4)] + [Tuning(16), Tuning(16, in_flight=3)]
-        for tuning in (*tunings, Tuning(in_flight=3, trace=True)):
+        for tuning in (Tuning(), Tuning(in_flight=0), Tuning(16), Tuning(16, in_flight=0), Tuning(trace=True)):
             yield Variant("8B", f"{fmt}: {named(tuning)}", fmt, tuning=tuning)
-    paced = Tuning(in_flight=3)
     for fmt, head in ((FP8, BF16), (INT4, FP8), (INT4_MINIMUM, None), (WeightFormat("int4", 32), None), (INT8, None)):
-        yield Variant("8B", f"{fmt}{'' if head is None else f', {head} head'}: {named(paced)}", fmt, head, paced)
+        yield Variant("8B", f"{fmt}{'' if head is None else f', {head} head'}: {named(Tuning())}", fmt, head)
     for context in (8192, 32768):
-        for tuning in (Tuning(in_flight=3), Tuning(16, in_flight=3)):
-            yield Variant("8B", f"bf16, context {context}: {named(tuning)}", tuning=tuning, context=context)
-    yield Variant("qwen2.5-7B", "bf16", tuning=paced)
-    yield Variant("gemma3-1B", "bf16", tuning=Tuning(in_flight=2))
+        yield Variant("8B", f"bf16, context {context}: {named(Tuning())}", context=context)
+    yield Variant("qwen2.5-7B", "bf16")
+    yield Variant("gemma3-1B", "bf16")
 
 
 def named(tuning: Tuning) -> str:

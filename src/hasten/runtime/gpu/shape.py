@@ -28,8 +28,8 @@ _SOURCES = ("primitives.cuh", "product.cuh", "args.cuh", "attention.cuh", "decod
 _RESERVED_SHARED_BYTES = 1024  # the system's, a block
 _MOST_SPLITS = 32  # lanes that merge them
 # Registers a consumer needs beside its inputs and weights (found by compiling until nothing spilled to speak of).
-_SPARE_REGISTERS = {8: 112, 12: 80, 16: 64}
-_MOST_STEPS = {8: 78, 12: 48, 16: 28}  # of 32 inputs a warp whose operands fit its registers
+_SPARE_REGISTERS = {8: 112, 16: 64}
+_MOST_STEPS = {8: 78, 16: 28}  # of 32 inputs a warp whose operands fit its registers
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,12 @@ class Tuning:
     """What may be measured and chosen freely; no value changes a result but in rounding.
 
     Attributes:
-        warps: consumers a block: 8, 12 or 16.
+        warps: consumers a block, 8 or 16; 16 were never faster.
         blocks: of the grid, one a multiprocessor; None is 128, or fewer for a narrow model: every block must
             own a tile of every product, since what a block publishes is how the others know that it has read.
         slot_bytes: of one stage of the ring.
         in_flight: stages asked for and not yet arrived, at most; 0 is as many as the ring holds. Fewer make
-            the exchange between blocks faster and memory slower.
+            the exchange between blocks faster and memory slower. None is 3 for wide bf16 models, else 2.
         slots: of the ring; None is as many as fit, at most 12.
         splits: blocks that share one KV head's context; None is as many as there are, at most 32.
         trace: keep clock marks of every block and layer, for finding out where the time goes.
@@ -79,7 +79,7 @@ class Tuning:
     warps: int = 8
     blocks: int | None = None
     slot_bytes: int = 17408
-    in_flight: int = 0
+    in_flight: int | None = None
     slots: int | None = None
     splits: int | None = None
     trace: bool = False
@@ -102,6 +102,13 @@ class Shape:
     def blocks(self) -> int:
         """Blocks of the grid."""
         return grid_blocks(self.config, self.tuning)
+
+    @property
+    def in_flight(self) -> int:
+        """Stages asked for and not yet arrived, at most."""
+        if self.tuning.in_flight is not None:
+            return self.tuning.in_flight
+        return 3 if self.config.hidden_size >= 2048 and self.formats["down"].kind == "bf16" else 2
 
     @property
     def padded_head(self) -> int:
@@ -141,7 +148,7 @@ class Shape:
             "WARPS": t.warps,
             "BLOCKS": self.blocks,
             "SLOT_BYTES": t.slot_bytes,
-            "IN_FLIGHT": t.in_flight,
+            "IN_FLIGHT": self.in_flight,
             "SPARE_REGISTERS": _SPARE_REGISTERS[t.warps],
         }
         if t.trace:

@@ -86,7 +86,7 @@ DEVICE void qkv_product(Block& b, const Args& a, int layer, u32 tag, const u16* 
 }
 DEVICE void out_product(Block& b, const Args& a, int layer, u32 tag) {
   product<OutProduct>(
-      b, {a.attention_words, tag, true}, [] {}, [](auto&) {},
+      b, {a.attention_words, tag, true}, [] {}, [](float (&)[2 * OutProduct::PAIRS]) {},
       [&](int row, float sum, float) {
         if (row >= WIDTH) return;
         if (BIAS_O) sum += bias_of(a.o_bias + layer * WIDTH, row);
@@ -113,7 +113,7 @@ DEVICE void gate_up_product(Block& b, const Args& a, int layer, u32 tag) {
 }
 DEVICE void down_product(Block& b, const Args& a, int layer, u32 tag) {
   product<Down>(
-      b, {a.feed_words, tag, true}, [] {}, [](auto&) {},
+      b, {a.feed_words, tag, true}, [] {}, [](float (&)[2 * Down::PAIRS]) {},
       [&](int row, float sum, float) {
         if (row >= WIDTH) return;
         if (BIAS_DOWN) sum += bias_of(a.down_bias + layer * WIDTH, row);
@@ -262,7 +262,8 @@ DEVICE void consume(Block& b, Attention& attention, const Args& a, int token, in
 extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode_step(const __grid_constant__ Args a) {
   Shared& s = *(Shared*)(shared_memory + SHARED_AT);
   Attention& attention = *(Attention*)(shared_memory + ATTENTION_AT);
-  Block b{s, shared_address(shared_memory), (int)threadIdx.x / 32, (int)threadIdx.x % 32, (int)threadIdx.x, 0, 0, 0, nullptr};
+  Block b{s, shared_address(shared_memory), (int)threadIdx.x / 32, (int)threadIdx.x % 32, (int)threadIdx.x,
+          0, 0, 0, (u32)a.state[3], nullptr};
   const int token = a.state[0], position = a.state[1];
   const u32 epoch = (u32)a.state[2];
   set_up(b, attention);

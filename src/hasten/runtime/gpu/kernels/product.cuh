@@ -43,8 +43,7 @@ template <int ID_, int TYPE_, int GROUP_, int MINIMUM_, int ROWS_, int COLS_, in
   static constexpr int SCALE_WORDS = UNITS * NUMBERS + ROW_SCALE;
   // Whole tiles are taken into registers before x arrives where they fit: their loads are then off the critical path.
   static constexpr int PAIRS = ceil_div(SPAN, 64);  // of inputs a lane waits for
-  static constexpr bool EARLY = PAIRS <= 6 && WARPS == 8;  // the first look at them overlaps with the weights' loads
-  static constexpr int FREE = CONSUMER_REGISTERS - SPARE_REGISTERS - 2 * STEPS - (EARLY ? 4 * PAIRS : 0);
+  static constexpr int FREE = CONSUMER_REGISTERS - SPARE_REGISTERS - 2 * STEPS;  // registers beside x's
   static constexpr bool WHOLE = WORDS + SCALE_WORDS <= FREE;
   static COMPILE_TIME int at_once() {
     int tiles = WHOLE ? FREE / (WORDS + SCALE_WORDS) : 1;
@@ -83,6 +82,7 @@ struct Block {
   int warp, lane, thread;
   u32 slot, parity;   // of the ring, for the next stage
   int sums;           // which of the two buffers
+  u32 zero;           // 0, unknown to the compiler
   int* trace;         // of this layer, with TRACE
 };
 #ifdef TRACE  // cycles of thread 0, to see where the time goes
@@ -143,8 +143,14 @@ template <class P, int STEPS> DEVICE void take_stage(Block& b, u32* words, u32* 
     for (int j = 0; j < NUMBERS; j++) load_shared_half(row + j * 2, scales[j]);
   }
   if (P::ROW_SCALE) load_shared(stage + WARPS * N * 128 + b.lane / 4 * 4, scales[0]);
+  u32 all = N % 4 ? words[N - 1] | words[N / 4 * 4] : 0;  // a word of every load
+#pragma unroll
+  for (int j = 0; j < N / 4; j++) all |= words[4 * j];
+  if (P::ROW_SCALE) all |= scales[0];
+#pragma unroll
+  for (int j = 0; j < NUMBERS; j++) all |= scales[j];
   __syncwarp();
-  if (b.lane == 0) arrive(shared_address(&b.s.empty[b.slot]));
+  if (b.lane == 0) arrive_after(shared_address(&b.s.empty[b.slot]), all, b.zero);
   next_slot(b);
 }
 
@@ -290,10 +296,10 @@ template <class P, int STAGE> DEVICE void take_tile(Block& b, u32* words, u32* s
     take_tile<P, STAGE + 1>(b, words, scales);
   }
 }
-template <class P, int FIRST = 0, int LAST = P::AT_ONCE>
+template <class P>
 DEVICE void take_tiles(Block& b, int left, u32 (&words)[P::AT_ONCE][P::WORDS], u32 (&scales)[P::AT_ONCE][max_of(P::SCALE_WORDS, 1)]) {
 #pragma unroll
-  for (int i = FIRST; i < LAST; i++)
+  for (int i = 0; i < P::AT_ONCE; i++)
     if (i < left) take_tile<P, 0>(b, words[i], scales[i]);
 }
 template <class P, int STAGE, int CHAINS>
@@ -345,18 +351,9 @@ DEVICE void product(Block& b, Awaited input, Ask ask, Change change, Out out) {
   if constexpr (P::WHOLE) {
     u32 words[P::AT_ONCE][P::WORDS] = {}, scales[P::AT_ONCE][max_of(P::SCALE_WORDS, 1)] = {};
     float v[2 * P::PAIRS];
-    if constexpr (P::EARLY) {
-      ulonglong2 early[P::PAIRS];
-      take_tiles<P, 0, P::AT_ONCE / 2>(b, mine, words, scales);
-      if (input.is_there) peek_slice<P::PAIRS>(words_in, end, input.tag, b.lane, early);
-      take_tiles<P, P::AT_ONCE / 2>(b, mine, words, scales);
-      mark(b, 3 * P::ID);
-      if (input.is_there) await_peeked<P::PAIRS>(words_in, end, input.tag, b.lane, early, v);
-    } else {
-      take_tiles<P>(b, mine, words, scales);
-      mark(b, 3 * P::ID);
-      if (input.is_there) await_slice<P::PAIRS>(words_in, end, input.tag, b.lane, v);
-    }
+    take_tiles<P>(b, mine, words, scales);
+    mark(b, 3 * P::ID);
+    if (input.is_there) await_slice<P::PAIRS>(words_in, end, input.tag, b.lane, v);
     change(v);
     mark(b, 3 * P::ID + 1);
     make_input<P>(b, v, in);
