@@ -2,10 +2,10 @@
 
     python benchmarks/gpu/persistent.py [tiny] [0.6B] [8B] ... [--only TEXT] [--json FILE]
 
-`tiny` compares every family, at small sizes, with the plain decoder, token after token from an empty cache. The real
-shapes have random weights and 512 random keys and values; four steps are compared with a float32 twin, then steps
-are timed as replays of one graph, the next token fed on the device. One row a variant is written to
-benchmarks/results/gpu-persistent.json as soon as it is known.
+`tiny` compares every family, at small sizes, with the plain decoder, token after token. The real shapes have
+random weights and 512 random keys and values; four steps are compared with a float32 twin, one step is
+repeated and must give the same bits, then steps are timed as replays of one graph, the next token fed on the
+device. One row a variant is written to benchmarks/results/gpu-persistent.json as soon as it is known.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ BF16, FP8, INT8 = WeightFormat("bf16"), WeightFormat("fp8"), WeightFormat("int8"
 INT4, INT4_MINIMUM = WeightFormat("int4", 128), WeightFormat("int4", 128, minimum=True)
 H200 = Device("NVIDIA H200", (9, 0), 132, 232448)
 WORST = 3e-4  # relative error of logits that is still called right
-WORST_TINY = 3e-3  # one key or value that rounds to its other neighbour is worth 2e-3 where heads have 16 elements
+WORST_TINY = (
+    3e-3  # one key or value that rounds to its other neighbour is worth 2e-3 where heads have 16 elements
+)
 REPEATS = 40  # of one step: every one must give the same bits
 
 
@@ -63,9 +66,21 @@ def variants() -> Iterator[Variant]:
     for tuning in (Tuning(), Tuning(in_flight=0), Tuning(16), Tuning(trace=True)):
         yield Variant("0.6B", named(tuning), tuning=tuning)
     for fmt in (BF16, FP8, INT4):
-        for tuning in (Tuning(), Tuning(in_flight=0), Tuning(16), Tuning(16, in_flight=0), Tuning(trace=True)):
+        for tuning in (
+            Tuning(),
+            Tuning(in_flight=0),
+            Tuning(16),
+            Tuning(16, in_flight=0),
+            Tuning(trace=True),
+        ):
             yield Variant("8B", f"{fmt}: {named(tuning)}", fmt, tuning=tuning)
-    for fmt, head in ((FP8, BF16), (INT4, FP8), (INT4_MINIMUM, None), (WeightFormat("int4", 32), None), (INT8, None)):
+    for fmt, head in (
+        (FP8, BF16),
+        (INT4, FP8),
+        (INT4_MINIMUM, None),
+        (WeightFormat("int4", 32), None),
+        (INT8, None),
+    ):
         yield Variant("8B", f"{fmt}{'' if head is None else f', {head} head'}: {named(Tuning())}", fmt, head)
     for context in (8192, 32768):
         yield Variant("8B", f"bf16, context {context}: {named(Tuning())}", context=context)
@@ -86,9 +101,9 @@ def named(tuning: Tuning) -> str:
 def tiny_shapes() -> dict[str, tuple[Shape, Parameters]]:
     """Every family in bf16, and one model in every other format."""
     wide = TINY["llama-wide"]
+    rows, groups = WeightFormat("int8"), [WeightFormat("int8", 32), WeightFormat("int4", 64)]
     cases = [(name, config, BF16) for name, config in TINY.items()]
-    for fmt in (FP8, WeightFormat("int8"), WeightFormat("int8", 32), WeightFormat("int4", 64), INT4, INT4_MINIMUM):
-        cases.append((f"llama-wide {fmt}", wide, fmt))
+    cases += [(f"llama-wide {fmt}", wide, fmt) for fmt in (FP8, rows, *groups, INT4, INT4_MINIMUM)]
     shapes = {}
     for name, config, fmt in cases:
         parameters = Parameters(config, 7, "cpu", 1.6)
@@ -113,8 +128,8 @@ def build_all(shapes: list[Shape]) -> None:
 def check_tiny(name: str, shape: Shape, parameters: Parameters) -> dict[str, Any]:
     """Teacher-forced logits of 70 tokens, pages out of order.
 
-    Before each step the cache holds the plain decoder's keys and values: rounding them to bf16 turns differences of
-    1e-6 into ones of 4e-3 now and then, which would hide a fault as small as that.
+    Before each step the cache holds the plain decoder's keys and values: rounding them to bf16 turns
+    differences of 1e-6 into ones of 4e-3 now and then, which would hide a fault as small as that.
     """
     tokens = torch.randint(0, 262, (70,), generator=torch.Generator().manual_seed(3)).tolist()
     expected, pages = reference(shape, parameters, tokens), [4, 1, 3]
@@ -138,7 +153,14 @@ def check_tiny(name: str, shape: Shape, parameters: Parameters) -> dict[str, Any
     error = float(((got - expected.logits).norm(dim=1) / expected.logits.norm(dim=1)).max())
     agree = int((got.argmax(1) == expected.logits.argmax(1)).sum())
     good = error < WORST_TINY and written < WORST_TINY
-    return {"variant": name, "error": error, "written": written, "agree": agree, "of": len(tokens), "good": good}
+    return {
+        "variant": name,
+        "error": error,
+        "written": written,
+        "agree": agree,
+        "of": len(tokens),
+        "good": good,
+    }
 
 
 def check(v: Variant, decoder: PersistentDecoder, parameters: Parameters) -> dict[str, Any]:
@@ -148,7 +170,10 @@ def check(v: Variant, decoder: PersistentDecoder, parameters: Parameters) -> dic
     for tensor in (keys, values):
         tensor.normal_(generator=torch.Generator(device="cuda").manual_seed(5))
     pages = decoder._buffers["pages"].long()
-    held = [t[:, pages, :, :, : config.head_dim].transpose(2, 3).flatten(1, 2)[:, : v.context] for t in (keys, values)]
+    held = [
+        t[:, pages, :, :, : config.head_dim].transpose(2, 3).flatten(1, 2)[:, : v.context]
+        for t in (keys, values)
+    ]
     held = [t.clone() for t in held]
     decoder.start(1000, v.context)
     decoder.tokens.fill_(-1)
@@ -237,10 +262,12 @@ def where_time_goes(decoder: PersistentDecoder, context: int) -> dict[str, float
     marks = decoder.trace[:, 2:-3].long().cpu()  # [block, layer, mark]
     order = [0, 1, 2, 12, 13, 14, 15, 3, 4, 5, 6, 7, 8, 9, 10, 11]
     names = ["weights", "x", "sums"]
-    label = {3 * p + i: f"{n} {names[i]}" for p, n in enumerate(("qkv", "o", "gate/up", "down")) for i in range(3)}
+    label = {
+        3 * p + i: f"{n} {names[i]}" for p, n in enumerate(("qkv", "o", "gate/up", "down")) for i in range(3)
+    }
     label |= {12: "q, k, v", 13: "keys", 14: "warps merged", 15: "splits merged"}
     found = {}
-    for before, at in zip(order, order[1:], strict=False):
+    for before, at in pairwise(order):
         found[label[at]] = float(((marks[..., at] - marks[..., before]) & 0xFFFFFFFF).double().mean())
     whole = ((marks[:, 1:, 11] - marks[:, :-1, 11]) & 0xFFFFFFFF).double().mean()
     return found | {"qkv weights": float(whole) - sum(found.values()), "layer": float(whole)}
@@ -276,17 +303,24 @@ class Record:
                 speed = "" if "failed" not in row else row["failed"][:120]
             right = "" if row.get("good") else "WRONG"
             agree = f"{row.get('agree')}/{row.get('of')}"
-            print(f"{row.get('model', 'tiny'):10} {row['variant']:42} {speed} {row.get('error', -1):.1e} {agree} {row.get('unlike', '')} {right}")
+            checked = f"{row.get('error', -1):.1e} {agree} {row.get('unlike', '')} {right}"
+            print(f"{row.get('model', 'tiny'):10} {row['variant']:42} {speed} {checked}")
 
 
 def main() -> None:
     """Run what was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", nargs="*", default=["tiny", "0.6B", "8B"])
     parser.add_argument("--only", default="", help="variants whose name has this text; several with |")
     parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
-    chosen = [v for v in variants() if v.model in options.models and any(t in v.name for t in options.only.split("|"))]
+    chosen = [
+        v
+        for v in variants()
+        if v.model in options.models and any(t in v.name for t in options.only.split("|"))
+    ]
     tiny = tiny_shapes() if "tiny" in options.models else {}
     tiny = {name: case for name, case in tiny.items() if any(t in name for t in options.only.split("|"))}
     began = time.perf_counter()
@@ -304,7 +338,11 @@ def main() -> None:
             torch.cuda.empty_cache()
             weights, key = load_weights(v.shape, parameters), wanted
         own = dataclasses.replace(weights, shape=v.shape)
-        guarded(record, {"model": v.model, "variant": v.name}, lambda v=v, w=own, p=parameters: run(v, w, p, record.value["copy_bytes_per_s"]))
+        guarded(
+            record,
+            {"model": v.model, "variant": v.name},
+            lambda v=v, w=own, p=parameters: run(v, w, p, record.value["copy_bytes_per_s"]),
+        )
     record.table()
     print(f"{time.perf_counter() - began:.0f} s")
 

@@ -1,4 +1,4 @@
-"""Models with random weights for the persistent decode kernel, and the same computation in plain float32 torch."""
+"""Models with random weights for the persistent decode kernel, and the same computation in float32 torch."""
 
 from __future__ import annotations
 
@@ -273,7 +273,10 @@ class Twin:
         v = torch.cat((values.float(), v.bfloat16().float()))
         ratio = c.num_heads // c.num_kv_heads
         scores = torch.einsum("tkgd,skd->kgts", q.view(count, -1, ratio, c.head_dim) * c.score_scale, k)
-        back = torch.arange(len(k), device=x.device) - (len(keys) + torch.arange(count, device=x.device))[:, None]
+        back = (
+            torch.arange(len(k), device=x.device)
+            - (len(keys) + torch.arange(count, device=x.device))[:, None]
+        )
         slides = bool(c.sliding_window and c.sliding_layers and c.sliding_layers[i])
         hidden = (back > 0) | ((back <= -c.sliding_window) if slides and c.sliding_window else (back > 0))
         mixed = torch.einsum("kgts,skd->tkgd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v)

@@ -42,7 +42,8 @@ def shape(config: ModelConfig = LLAMA, fmt: WeightFormat = BF16, **tuning: int) 
 
 def test_every_name_the_kernel_asks_for_is_defined() -> None:
     text = re.sub(r"//.*", "", kernel_source())
-    own = set(re.findall(r"(?:constexpr \w+|int|bool|enum \{|,|#define|template <u32|u32|COMPILE_TIME int) ([A-Z][A-Z0-9_]+)\b", text))
+    kinds = r"constexpr \w+|int|bool|enum \{|,|#define|template <u32|u32|COMPILE_TIME int"
+    own = set(re.findall(rf"(?:{kinds}) ([A-Z][A-Z0-9_]+)\b", text))
     own |= set(re.findall(r"\b([A-Z][A-Z0-9_]+) = ", text))
     asked = set(re.findall(r"\b[A-Z][A-Z0-9_]*_[A-Z0-9_]+\b", text)) - own
     defined = set(shape().defines()) | {"SLOTS"}

@@ -1,7 +1,7 @@
 """CUDA C++ from source to a launch, with nothing but the driver and NVRTC from torch's wheel.
 
-No nvcc and no headers: the sources include nothing. A machine program (cubin) is kept on disk by everything that
-decides it, so that a kernel is compiled once a machine: 2 to 6 s the first time, some ms later.
+No nvcc and no headers: the sources include nothing. A machine program (cubin) is kept on disk under a key of
+everything that decides it, so that a kernel is compiled once a machine: 2 to 6 s the first time, ms later.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from hasten.cache.store import cache_dir, write_atomic
 from hasten.errors import DiskError, MachineError
 
-OLDEST_DRIVER = 13000  # CUDA 13.0: what cuDriverGetVersion must give for cubins of torch's NVRTC 13
 _OPTIONS = ("-std=c++17", "--use_fast_math")
 _COOPERATIVE = 2  # CU_LAUNCH_ATTRIBUTE_COOPERATIVE
 _MOST_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -70,8 +70,8 @@ def current_device() -> Device:
     if not torch.cuda.is_available():
         built = "this torch was built without CUDA" if torch.version.cuda is None else "torch sees no GPU"
         raise MachineError(f"no usable GPU here: {built}", hint="use --device cpu, or check nvidia-smi")
-    torch.cuda.init()
-    refuse_old_driver(_driver_version())
+    torch.zeros(1, device="cuda")  # makes the context that the driver's calls below use
+    refuse_old_driver(_driver_version(), compiler_version())
     found = torch.cuda.get_device_properties(torch.cuda.current_device())
     return Device(
         found.name,
@@ -81,17 +81,21 @@ def current_device() -> Device:
     )
 
 
-def refuse_old_driver(version: int) -> None:
-    """Say it where the driver cannot load what NVRTC makes; `version` as CUDA writes it, 13000 for 13.0.
+def refuse_old_driver(driver: int, compiler: tuple[int, int]) -> None:
+    """Say it where the driver cannot load what NVRTC makes: a driver loads programs of its own major version.
+
+    Args:
+        driver: as CUDA writes it, 13000 for 13.0.
+        compiler: NVRTC's version.
 
     Raises:
         MachineError: the driver is too old.
     """
-    if version < OLDEST_DRIVER:
-        has, wants = (f"{v // 1000}.{v % 1000 // 10}" for v in (version, OLDEST_DRIVER))
+    if driver // 1000 < compiler[0]:
         raise MachineError(
-            f"the NVIDIA driver supports CUDA {has}, and Hasten's kernels need {wants}",
-            hint="install driver 580 or newer, or use --device cpu",
+            f"the NVIDIA driver supports CUDA {driver // 1000}.{driver % 1000 // 10}, "
+            f"and the installed torch makes kernels of CUDA {compiler[0]}.{compiler[1]}",
+            hint=f"install a driver for CUDA {compiler[0]}, a torch for an older CUDA, or use --device cpu",
         )
 
 
@@ -128,9 +132,7 @@ def _compiler() -> Any:
 def _compiler_paths() -> Iterator[Path]:
     """Where torch's wheels put it, then wherever the system finds it."""
     with contextlib.suppress(ImportError):
-        import nvidia  # a namespace package of many wheels
-
-        for base in nvidia.__path__:
+        for base in import_module("nvidia").__path__:  # a namespace package of many wheels
             yield from sorted(Path(base).glob("**/libnvrtc.so*"), reverse=True)
     yield Path("libnvrtc.so")
 
@@ -196,7 +198,7 @@ def _compile(text: str, architecture: str) -> bytes:
         )
         if failed:
             log = _text_of(compiler.nvrtcGetProgramLogSize, compiler.nvrtcGetProgramLog, program)
-            first = log.decode(errors="replace").strip()[:2000]
+            first = log.decode(errors="replace").strip("\0 \n")[:2000]
             raise MachineError(f"the kernel does not compile for {architecture}: {first}")
         return _text_of(compiler.nvrtcGetCUBINSize, compiler.nvrtcGetCUBIN, program)
     finally:
@@ -208,7 +210,7 @@ def _text_of(size_of: Any, copy: Any, program: ctypes.c_void_p) -> bytes:
     size_of(program, ctypes.byref(size))
     buffer = ctypes.create_string_buffer(size.value)
     copy(program, buffer)
-    return buffer.raw
+    return buffer.raw[: size.value]
 
 
 class Module:
@@ -270,9 +272,7 @@ class Kernel:
         """
         attribute = _Attribute(_COOPERATIVE, 0)
         attribute.value[0] = 1
-        launch = _Launch(
-            blocks, 1, 1, threads, 1, 1, self.shared_bytes, stream, ctypes.pointer(attribute), 1
-        )
+        launch = _Launch(blocks, 1, 1, threads, 1, 1, self.shared_bytes, stream, ctypes.pointer(attribute), 1)
         pointers = [ctypes.cast(ctypes.byref(value), ctypes.c_void_p) for value in arguments]
         _check(
             _driver().cuLaunchKernelEx(

@@ -1,4 +1,4 @@
-"""One sequence decoded by one persistent kernel: weights, KV pages and exchange buffers on the device, and `step`."""
+"""One sequence decoded by one persistent kernel: weights, KV pages, exchange buffers, and `step`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hasten.runtime.gpu.shape import PAGE, PRODUCTS, ProductName, Shape, WeightF
 from hasten.runtime.gpu.tiles import Weights, interleaved, rounded, tiled
 
 TensorOf = Callable[[str], "torch.Tensor | None"]
-"""A parameter by canonical name (models/parameters.py), any float dtype, on any device; None where there is none."""
+"""A parameter by canonical name (models/parameters.py), any float dtype and device; None: it has none."""
 
 _NORMS = ("attn_norm", "post_attn_norm", "mlp_norm", "post_mlp_norm")
 _WORDS = ("qkv", "square", "part", "weight", "attention", "out", "feed", "down", "best")
@@ -85,10 +85,10 @@ def _load_weights(shape: Shape, tensor_of: TensorOf, device: str) -> DeviceWeigh
     head = embedding if c.tied_head else _required(tensor_of, "head", device)
     found["embedding"] = embedding.to(torch.bfloat16).contiguous()
     _add_matrix(found, "head", 0, 1, [rounded(head, shape.formats["head"])], shape)
-    for name in _NORMS + ("q_norm", "k_norm"):
-        layers = [_device(tensor_of, f"layers.{i}.{name}", device) for i in range(c.num_layers)]
+    for norm in (*_NORMS, "q_norm", "k_norm"):
+        layers = [_device(tensor_of, f"layers.{i}.{norm}", device) for i in range(c.num_layers)]
         if layers[0] is not None:
-            found[name] = torch.stack([t.float() for t in layers if t is not None]).contiguous()
+            found[norm] = torch.stack([t.float() for t in layers if t is not None]).contiguous()
     found["final_norm"] = _required(tensor_of, "final_norm", device).float().contiguous()
     return DeviceWeights(shape, found)
 

@@ -1,7 +1,7 @@
 """From a ModelConfig to the persistent kernel's compile-time values, and how its weights are shared out.
 
-The kernel computes the same layout from the same values (kernels/product.cuh) and tells it, so that a difference
-is an error at load and never a wrong answer.
+The kernel computes the same layout from the same values (kernels/product.cuh) and tells it, so that a
+difference is an error at load and never a wrong answer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _KINDS: tuple[WeightKind, ...] = ("bf16", "fp8", "int8", "int4")
 _SOURCES = ("primitives.cuh", "product.cuh", "args.cuh", "attention.cuh", "decode.cu")
 _RESERVED_SHARED_BYTES = 1024  # the system's, a block
 _MOST_SPLITS = 32  # lanes that merge them
-# Registers a consumer needs beside its inputs and weights (found by compiling until nothing spilled to speak of).
+# Registers a consumer needs beside its inputs and weights: found by compiling until nothing spilled.
 _SPARE_REGISTERS = {8: 112, 16: 64}
 _MOST_STEPS = {8: 78, 16: 28}  # of 32 inputs a warp whose operands fit its registers
 
@@ -206,8 +206,8 @@ _BIASES = {
 class TileLayout:
     """A matrix in the order the kernel streams it: tiles of 8 rows, each in stages of one slot.
 
-    A warp owns `steps` * 32 neighbouring columns of every tile. Inside a stage come each warp's words, lane by
-    lane in 16-byte pieces, then each warp's and row's fp16 scales (and minimums), or a float32 scale a row.
+    A warp owns `steps` * 32 neighbouring columns of every tile. Inside a stage come each warp's words, lane
+    by lane in 16-byte pieces, then each warp's and row's fp16 scales (and minimums), or a float32 scale a row.
     """
 
     format: WeightFormat
@@ -254,8 +254,8 @@ class TileLayout:
         most = whole
         while self.stage_bytes(most + whole) <= self.tuning.slot_bytes:
             most += whole
-        stages = -(-self.steps // most)
-        each = min(self.steps, -(-(-(-self.steps // stages)) // whole) * whole)
+        even = math.ceil(self.steps / math.ceil(self.steps / most))
+        each = min(self.steps, math.ceil(even / whole) * whole)
         return [min(each, self.steps - first) for first in range(0, self.steps, each)]
 
     @property
@@ -291,8 +291,7 @@ def layer_flags(config: ModelConfig) -> list[int]:
     """A number a layer: 1 where it slides, 2 where it rotates."""
     slides = config.sliding_layers if config.sliding_window and config.sliding_layers else ()
     return [
-        int(bool(slides) and slides[layer])
-        + 2 * int(not config.rope_layers or config.rope_layers[layer])
+        int(bool(slides) and slides[layer]) + 2 * int(not config.rope_layers or config.rope_layers[layer])
         for layer in range(config.num_layers)
     ]
 

@@ -1,4 +1,4 @@
-"""Weights as the persistent kernel streams them, and the roundings that make them. Runs on any torch device."""
+"""Weights as the persistent kernel streams them, and the roundings that make them; any torch device."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ class Weights:
 def rounded(values: torch.Tensor, fmt: WeightFormat) -> Weights:
     """Round a matrix [rows, cols] to a format, each value to the nearest.
 
-    Scales are products and not quotients: a GPU divides by a constant otherwise than a CPU, and ties are common.
+    Scales are products and not quotients: a GPU divides by a constant otherwise than a CPU, and ties are
+    common.
     """
     if fmt.kind == "bf16":
         return Weights(fmt, values.to(torch.bfloat16))
@@ -144,7 +145,7 @@ def _words(codes: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
 
 
 def _lane_order(words: torch.Tensor) -> torch.Tensor:
-    """[tile, row, warp, step, quarter, word] -> uint8 [tile, bytes]: a lane's words in 16, 8 and 4-byte pieces."""
+    """[tile, row, warp, step, quarter, word] -> uint8 [tile, bytes]: a lane's words in pieces of 16, 8, 4."""
     tiles, _, warps, steps, _, count = words.shape
     lanes = words.permute(0, 2, 1, 4, 3, 5).reshape(tiles, warps, 32, steps * count)
     pieces, first = [], 0

@@ -1,9 +1,9 @@
 // Attention of one new token over paged keys and values: every KV head's context is split over SPLITS blocks, the
 // warps of a block share its keys (and, where a group has many query heads, the heads), and partial results are merged
 // twice: over the warps in shared memory, over the blocks through the exchange.
-constexpr int RATIO = HEADS / KV_HEADS;                  // query heads of a KV head
-constexpr int PADDED = round_up(HEAD_DIM, 64);           // head size in the cache and in shared memory
-constexpr int CHUNKS = PADDED / 64;                      // 16-byte pieces of a key a lane holds
+constexpr int RATIO = HEADS / KV_HEADS;         // query heads of a KV head
+constexpr int PADDED = round_up(HEAD_DIM, 64);  // head size in the cache and in shared memory
+constexpr int CHUNKS = PADDED / 64;             // 16-byte pieces of a key a lane holds
 constexpr int MOST_HEADS = max_of(1, (WARPS > 8 ? 32 : 64) / (8 * CHUNKS));  // whose queries fit a warp's registers
 COMPILE_TIME int head_sets() {
   int sets = 1;
@@ -11,29 +11,32 @@ COMPILE_TIME int head_sets() {
   return sets;
 }
 constexpr int SETS = head_sets(), SET_HEADS = ceil_div(RATIO, SETS), KEY_WARPS = WARPS / SETS;
-constexpr int DEPTH = WARPS > 8 || CHUNKS > 2 ? 1 : 2;   // rounds of keys in flight
+constexpr int DEPTH = WARPS > 8 || CHUNKS > 2 ? 1 : 2;  // rounds of keys in flight
 constexpr float LOG2_E = 1.4426950408889634f, NO_SCORE = -1e30f;
-static_assert(WARPS % SETS == 0 && KV_HEADS * SPLITS <= BLOCKS && (SPLITS & (SPLITS - 1)) == 0 && SPLITS <= 32, "splits");
+static_assert(WARPS % SETS == 0 && KV_HEADS * SPLITS <= BLOCKS && (SPLITS & (SPLITS - 1)) == 0 && SPLITS <= 32,
+              "splits");
 static_assert(HEAD_DIM % 8 == 0 && ROTARY % 2 == 0, "head size");
 
 struct Attention {
-  alignas(16) float heads[RATIO][PADDED];    // queries of the group, ready for the scores
-  alignas(16) u16 key[PADDED], value[PADDED];  // of the new token, bf16 as the cache holds them
+  alignas(16) float heads[RATIO][PADDED];        // queries of the group, ready for the scores
+  alignas(16) u16 key[PADDED], value[PADDED];    // of the new token, bf16 as the cache holds them
   alignas(16) float turning[RATIO + 2][PADDED];  // of a warp, where a rotation's partner is in another lane
-  alignas(16) float cosine[2][PADDED], sine[2][PADDED];  // [global, sliding layers][element]; the sine has its sign, 1 and 0 past ROTARY
+  alignas(16) float cosine[2][PADDED],
+      sine[2][PADDED];  // [global, sliding layers][element]; the sine has its sign, 1 and 0 past ROTARY
   float out[KEY_WARPS][RATIO][PADDED], most[KEY_WARPS][RATIO], weight[KEY_WARPS][RATIO];
 };
 
-struct Place {                      // of this block in the attention of one layer
-  int head, split;                  // KV head
-  int start, first, last;           // keys count from `start`; this block's are [first, last), first a multiple of 4
-  int position;                     // of the new token, the last key
+struct Place {             // of this block in the attention of one layer
+  int head, split;         // KV head
+  int start, first, last;  // keys count from `start`; this block's are [first, last), first a multiple of 4
+  int position;            // of the new token, the last key
 };
 DEVICE Place place_of(int position, bool slides) {
   Place p;
   p.head = blockIdx.x / SPLITS, p.split = blockIdx.x % SPLITS;
   p.start = WINDOW && slides ? max(0, position + 1 - WINDOW) : 0, p.position = position;
-  const int aligned = p.start & ~3, each = round_up(ceil_div(position + 1 - aligned, SPLITS), 4);  // 4 keys lie in one page
+  const int aligned = p.start & ~3,
+            each = round_up(ceil_div(position + 1 - aligned, SPLITS), 4);  // 4 keys lie in one page
   p.first = aligned + p.split * each, p.last = min(position + 1, p.first + each);
   return p;
 }
@@ -42,7 +45,7 @@ DEVICE size_t cache_row(const Args& a, int layer, int page, int head, int token)
 }
 DEVICE int page_of(const Args& a, int token, int position) { return __ldg(a.pages + min(token, position) / PAGE); }
 
-struct Keys {                       // 4 keys and values of a warp, raw: a conversion would wait for the load
+struct Keys {  // 4 keys and values of a warp, raw: a conversion would wait for the load
   uint4 k[CHUNKS];
   u32 v[4][PADDED / 64];
 };
@@ -54,8 +57,10 @@ DEVICE void load_keys(const Args& a, Keys& r, int layer, int page, int head, int
 #pragma unroll
   for (int j = 0; j < 4; j++) {
     const u16* at = v + j * PADDED;
-    if constexpr (PADDED == 64) load_global(at, r.v[j][0]);
-    else if constexpr (PADDED == 128) load_global(at, r.v[j][0], r.v[j][1]);
+    if constexpr (PADDED == 64)
+      load_global(at, r.v[j][0]);
+    else if constexpr (PADDED == 128)
+      load_global(at, r.v[j][0], r.v[j][1]);
     else if constexpr (PADDED == 256) {
       const uint4 x = load_global4(at);
       r.v[j][0] = x.x, r.v[j][1] = x.y, r.v[j][2] = x.z, r.v[j][3] = x.w;
@@ -100,11 +105,11 @@ DEVICE void rotate(Attention& s, int which, bool slides, int lane, float (&x)[2 
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++)
 #pragma unroll
-      for (int i = 0; i < 2; i++)
-        other[2 * c + i] = x[2 * (c < APART ? c + APART : c < 2 * APART ? c - APART : c) + i];
+      for (int i = 0; i < 2; i++) other[2 * c + i] = x[2 * (c < APART ? c + APART : c < 2 * APART ? c - APART : c) + i];
   } else {
 #pragma unroll
-    for (int c = 0; c < CHUNKS; c++) *(float2*)(s.turning[which] + 64 * c + 2 * lane) = make_float2(x[2 * c], x[2 * c + 1]);
+    for (int c = 0; c < CHUNKS; c++)
+      *(float2*)(s.turning[which] + 64 * c + 2 * lane) = make_float2(x[2 * c], x[2 * c + 1]);
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < 2 * CHUNKS; i++) {
@@ -114,12 +119,14 @@ DEVICE void rotate(Attention& s, int which, bool slides, int lane, float (&x)[2 
   }
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++) {
-    const float2 co = *(const float2*)(s.cosine[slides] + 64 * c + 2 * lane), si = *(const float2*)(s.sine[slides] + 64 * c + 2 * lane);
+    const float2 co = *(const float2*)(s.cosine[slides] + 64 * c + 2 * lane),
+                 si = *(const float2*)(s.sine[slides] + 64 * c + 2 * lane);
     x[2 * c] = x[2 * c] * co.x + other[2 * c] * si.x;
     x[2 * c + 1] = x[2 * c + 1] * co.y + other[2 * c + 1] * si.y;
   }
 }
-// One warp a head: q, k or v out of the exchange, normed, turned, scaled; into shared memory, and k and v into the cache.
+// One warp a head: q, k or v out of the exchange, normed, turned, scaled; into shared memory, and k and v into the
+// cache.
 DEVICE void prepare_head(const Args& a, Attention& s, const Place& p, int which, int layer, u32 tag, bool slides,
                          bool rotates, int lane) {
   const bool is_query = which < RATIO, is_key = which == RATIO;
@@ -132,7 +139,8 @@ DEVICE void prepare_head(const Args& a, Attention& s, const Place& p, int which,
                                      : a.k_norm + (layer * KV_HEADS + p.head) * HEAD_DIM;
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++)
-      gamma[c] = 64 * c + 2 * lane < HEAD_DIM ? __ldg((const float2*)(from + 64 * c + 2 * lane)) : make_float2(0.f, 0.f);
+      gamma[c] =
+          64 * c + 2 * lane < HEAD_DIM ? __ldg((const float2*)(from + 64 * c + 2 * lane)) : make_float2(0.f, 0.f);
   }
   await_slice<CHUNKS>(a.qkv_words + head * HEAD_DIM, HEAD_DIM, tag, lane, x);
   if (QK_NORM && which <= RATIO) {
@@ -159,7 +167,8 @@ DEVICE void prepare_head(const Args& a, Attention& s, const Place& p, int which,
     return;
   }
   const bool is_mine = p.first <= p.position && p.position < p.last;
-  u16* cache = (is_key ? a.keys : a.values) + cache_row(a, layer, page_of(a, p.position, p.position), p.head, p.position);
+  u16* cache =
+      (is_key ? a.keys : a.values) + cache_row(a, layer, page_of(a, p.position, p.position), p.head, p.position);
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++) {
     const u32 pair = to_bf16_pair(x[2 * c], x[2 * c + 1]);
@@ -168,10 +177,11 @@ DEVICE void prepare_head(const Args& a, Attention& s, const Place& p, int which,
   }
 }
 
-struct Partial {                    // of a warp: running maximum, sum of weights, weighted sum of values, by head
+struct Partial {  // of a warp: running maximum, sum of weights, weighted sum of values, by head
   float most[SET_HEADS], weight[SET_HEADS], out[SET_HEADS][PADDED / 32];
 };
-// Adds 4 keys (of lanes 0-7, 8-15, ..) whose dot products are in `score`, summed over 8 lanes; -inf where there is none.
+// Adds 4 keys (of lanes 0-7, 8-15, ..) whose dot products are in `score`, summed over 8 lanes; -inf where there is
+// none.
 DEVICE void add_keys(Partial& r, float (&score)[SET_HEADS], const float (&v)[4][PADDED / 32]) {
 #pragma unroll
   for (int h = 0; h < SET_HEADS; h++) {
@@ -247,7 +257,8 @@ DEVICE void merge_warps(const Args& a, const Attention& s, const Place& p, u32 t
     }
     publish(a.part_words + (p.head * SPLITS + p.split) * RATIO * PADDED + e, out, tag);
     if (e % PADDED < 2)
-      publish(a.weight_words + ((p.head * SPLITS + p.split) * RATIO + h) * 2 + e % PADDED, e % PADDED ? weight : most, tag);
+      publish(a.weight_words + ((p.head * SPLITS + p.split) * RATIO + h) * 2 + e % PADDED, e % PADDED ? weight : most,
+              tag);
   }
 }
 // A block merges its slice of the group's elements, SPLITS lanes a pair of them.
@@ -275,7 +286,8 @@ DEVICE void merge_splits(const Args& a, const Place& p, u32 tag, int thread) {
     u64* out = a.attention_words + (p.head * RATIO + h) * HEAD_DIM + at;
     if (SPLITS == 1) {
       if (at < HEAD_DIM) publish(out, o0 / weight, tag), publish(out + 1, o1 / weight, tag);
-    } else if (z < 2 && at < HEAD_DIM) publish(out + z, (z ? o1 : o0) / weight, tag);
+    } else if (z < 2 && at < HEAD_DIM)
+      publish(out + z, (z ? o1 : o0) / weight, tag);
   }
 }
 
@@ -292,7 +304,8 @@ DEVICE FirstPages first_pages(const Args& a, int position, int warp) {
 #pragma unroll
   for (int slides = 0; slides < 2; slides++)
 #pragma unroll
-    for (int i = 0; i < DEPTH; i++) f.page[slides][i] = page_of(a, first_token(place_of(position, slides), warp, i), position);
+    for (int i = 0; i < DEPTH; i++)
+      f.page[slides][i] = page_of(a, first_token(place_of(position, slides), warp, i), position);
   return f;
 }
 
@@ -308,7 +321,8 @@ DEVICE void attend(const Args& a, Attention& s, int layer, int position, u32 tag
   for (int i = 0; i < DEPTH; i++)
     load_keys(a, held[i], layer, slides ? pages.page[1][i] : pages.page[0][i], p.head, first_token(p, warp, i), lane);
 #pragma unroll 1
-  for (int which = warp; which < RATIO + 2; which += WARPS) prepare_head(a, s, p, which, layer, tag, slides, rotates, lane);
+  for (int which = warp; which < RATIO + 2; which += WARPS)
+    prepare_head(a, s, p, which, layer, tag, slides, rotates, lane);
   consumers_barrier();
   mark(b, 12);
   float q[SET_HEADS][CHUNKS * 8];

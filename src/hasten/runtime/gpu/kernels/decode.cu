@@ -1,6 +1,7 @@
 // One decode step of one sequence as one persistent kernel: BLOCKS blocks, each of WARPS consumer warps and one warp
-// that streams this block's weights of the whole step through a ring in shared memory and never waits for an activation.
-// So memory works through every exchange between the blocks, as long as the ring is longer than the exchange.
+// that streams this block's weights of the whole step through a ring in shared memory and never waits for an
+// activation. So memory works through every exchange between the blocks, as long as the ring is longer than the
+// exchange.
 //
 // The residual stream lives in every block, a slice a warp: layers publish their outputs, and every warp adds its slice
 // of them to its slice of the stream. Norms are applied to the sums (the norm's scale) and to the slice (its weights).
@@ -9,19 +10,23 @@ struct Residual {
   const float* after;   // weights of the norm behind the layer whose output is added, or null
 };
 
-template <class P> struct NormWeights {  // of a warp's slice
+template <class P>
+struct NormWeights {  // of a warp's slice
   float2 before[P::PAIRS], after[P::PAIRS];
 };
-template <class P> DEVICE bool is_mine(const Block& b, int p) {
+template <class P>
+DEVICE bool is_mine(const Block& b, int p) {
   if (P::SPAN * WARPS == P::COLS && P::SPAN % 64 == 0) return true;
   return p * 64 + 2 * b.lane < min(P::SPAN, P::COLS - b.warp * P::SPAN);
 }
-template <class P> DEVICE void ask_norms(const Block& b, const Residual& norms, NormWeights<P>& w) {
+template <class P>
+DEVICE void ask_norms(const Block& b, const Residual& norms, NormWeights<P>& w) {
 #pragma unroll
   for (int p = 0; p < P::PAIRS; p++) {  // a miss to memory costs more than the exchange: asked for a phase ahead
     const int at = b.warp * P::SPAN + p * 64 + 2 * b.lane;
     w.before[p] = norms.before && is_mine<P>(b, p) ? __ldg((const float2*)(norms.before + at)) : make_float2(1.f, 1.f);
-    if (NORM_AFTER) w.after[p] = norms.after && is_mine<P>(b, p) ? __ldg((const float2*)(norms.after + at)) : make_float2(1.f, 1.f);
+    if (NORM_AFTER)
+      w.after[p] = norms.after && is_mine<P>(b, p) ? __ldg((const float2*)(norms.after + at)) : make_float2(1.f, 1.f);
   }
 }
 template <class P>
@@ -170,13 +175,19 @@ DEVICE int greedy_token(Block& b, const Args& a, u32 tag) {
   return (u32)best_row < VOCAB ? best_row : 0;  // logits all NaN: still a token that exists, or the next step faults
 }
 
-constexpr int RING_BYTES = SLOTS * SLOT_BYTES, SHARED_AT = RING_BYTES, ATTENTION_AT = round_up(SHARED_AT + sizeof(Shared), 128);
+constexpr int RING_BYTES = SLOTS * SLOT_BYTES, SHARED_AT = RING_BYTES,
+              ATTENTION_AT = round_up(SHARED_AT + sizeof(Shared), 128);
 extern __shared__ __align__(128) u8 shared_memory[];
 __constant__ unsigned char layer_kinds[LAYERS] = {LAYER_FLAGS};  // 1: slides, 2: rotates
 
 // What the host must agree with: shared memory, threads, then bytes of a tile of qkv, o, gate/up, down, head.
-extern "C" __constant__ int layout[8] = {ATTENTION_AT + (int)sizeof(Attention), ALL_THREADS, Qkv::TILE_BYTES,
-                                         OutProduct::TILE_BYTES, GateUp::TILE_BYTES, Down::TILE_BYTES, Head::TILE_BYTES,
+extern "C" __constant__ int layout[8] = {ATTENTION_AT + (int)sizeof(Attention),
+                                         ALL_THREADS,
+                                         Qkv::TILE_BYTES,
+                                         OutProduct::TILE_BYTES,
+                                         GateUp::TILE_BYTES,
+                                         Down::TILE_BYTES,
+                                         Head::TILE_BYTES,
                                          PADDED};
 
 DEVICE void set_up(Block& b, Attention& s) {
@@ -196,7 +207,8 @@ DEVICE void load_rotation(const Args& a, Attention& s, int position) {
   }
 }
 
-template <class Visit> DEVICE void walk_step(const Args& a, Visit visit) {  // everything this block streams, in order
+template <class Visit>
+DEVICE void walk_step(const Args& a, Visit visit) {  // everything this block streams, in order
 #pragma unroll 1
   for (int layer = 0; layer < LAYERS; layer++) {
     walk<Qkv>(a.qkv + (size_t)layer * Qkv::TILES * Qkv::TILE_BYTES, visit);
@@ -262,8 +274,16 @@ DEVICE void consume(Block& b, Attention& attention, const Args& a, int token, in
 extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode_step(const __grid_constant__ Args a) {
   Shared& s = *(Shared*)(shared_memory + SHARED_AT);
   Attention& attention = *(Attention*)(shared_memory + ATTENTION_AT);
-  Block b{s, shared_address(shared_memory), (int)threadIdx.x / 32, (int)threadIdx.x % 32, (int)threadIdx.x,
-          0, 0, 0, (u32)a.state[3], nullptr};
+  Block b{s,
+          shared_address(shared_memory),
+          (int)threadIdx.x / 32,
+          (int)threadIdx.x % 32,
+          (int)threadIdx.x,
+          0,
+          0,
+          0,
+          (u32)a.state[3],
+          nullptr};
   const int token = a.state[0], position = a.state[1];
   const u32 epoch = (u32)a.state[2];
   set_up(b, attention);
@@ -273,8 +293,10 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode_step(const _
   // works, so that it can give its registers to the consumers (needs sm_90a).
   if (__shfl_sync(~0u, b.warp, 0) >= WARPS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-    if (b.thread == THREADS) stream_weights(b, a);
-    else if (b.warp == WARPS + 1) bring_norms(a, b.lane);
+    if (b.thread == THREADS)
+      stream_weights(b, a);
+    else if (b.warp == WARPS + 1)
+      bring_norms(a, b.lane);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
     consume(b, attention, a, token, position, epoch);

@@ -8,10 +8,10 @@ typedef unsigned long long u64;
 #define DEVICE __device__ __forceinline__
 #define COMPILE_TIME __host__ __device__ constexpr
 
-constexpr int THREADS = WARPS * 32;          // of the consumers
-constexpr int ALL_THREADS = THREADS + 128;   // and of the warps that stream the weights
-// Of a quarter of a multiprocessor's 512 registers a lane, in steps of 8: what the launch gives all its warps, less 24 for
-// the streaming one. Asking for more than the launch gave hangs the kernel for ever.
+constexpr int THREADS = WARPS * 32;         // of the consumers
+constexpr int ALL_THREADS = THREADS + 128;  // and of the warps that stream the weights
+// Of a quarter of a multiprocessor's 512 registers a lane, in steps of 8: what the launch gives all its warps, less 24
+// for the streaming one. Asking for more than the launch gave hangs the kernel for ever.
 constexpr int CONSUMER_REGISTERS = WARPS == 8 ? 240 : 112;
 static_assert(WARPS == 8 || WARPS == 16, "whole groups of 4 warps, whose registers are known");
 constexpr u32 MOST_TRIES = 4000000;  // of any wait: a hang becomes an error, or it would hold the GPU for ever
@@ -36,30 +36,29 @@ DEVICE void init_mbarrier(u32 barrier, u32 arrivals) {
 DEVICE void wait_mbarrier(u32 barrier, u32 parity) {
   u32 done, tries = 0;
   do {
-    asm volatile(
-        "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
+    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
     count_try(tries);
   } while (!done);
 }
-// Arrives once `loaded` is there: it depends on it through `zero`, which is 0 and the compiler does not know that. A plain
-// arrive orders a load before it in the memory model, but the load may still be on its way when the copy engine, which is
-// not part of that order, overwrites what it reads (seen with 16 warps: 2 to 40 of 40 repeated steps differed).
+// Arrives once `loaded` is there: it depends on it through `zero`, which is 0 and the compiler does not know that. A
+// plain arrive orders a load before it in the memory model, but the load may still be on its way when the copy engine,
+// which is not part of that order, overwrites what it reads (seen with 16 warps: 2 to 40 of 40 repeated steps
+// differed).
 DEVICE void arrive_after(u32 barrier, u32 loaded, u32 zero) {
-  asm volatile(
-      "{.reg .b32 at; lop3.b32 at, %1, %2, %0, 0xEA; mbarrier.arrive.shared::cta.b64 _, [at];}" ::"r"(barrier), "r"(loaded),
-      "r"(zero)
-      : "memory");
+  asm volatile("{.reg .b32 at; lop3.b32 at, %1, %2, %0, 0xEA; mbarrier.arrive.shared::cta.b64 _, [at];}" ::"r"(barrier),
+               "r"(loaded), "r"(zero)
+               : "memory");
 }
 DEVICE void expect_bytes(u32 barrier, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 DEVICE void bulk_copy(u32 to, const void* from, u32 bytes, u32 barrier, u64 policy) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-          to),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+          "r"(to),
       "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");
 }
@@ -122,7 +121,8 @@ DEVICE u32 half2_fma(u32 a, u32 b, u32 c) {
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
   return r;
 }
-template <u32 MASK, u32 OR> DEVICE u32 and_or(u32 v) {  // one instruction
+template <u32 MASK, u32 OR>
+DEVICE u32 and_or(u32 v) {  // one instruction
   u32 r;
   asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(v), "n"(MASK), "n"(OR));
   return r;
@@ -166,7 +166,8 @@ DEVICE ulonglong2 await(const u64* words, u32 tag) {
   return v;
 }
 // A lane's part of a slice: words first + 64 p + 2 lane and the next one, for p < PAIRS; 0 from `end` on.
-template <int PAIRS> DEVICE void await_slice(const u64* first, int end, u32 tag, int lane, float (&out)[2 * PAIRS]) {
+template <int PAIRS>
+DEVICE void await_slice(const u64* first, int end, u32 tag, int lane, float (&out)[2 * PAIRS]) {
   constexpr int AT_ONCE = 8;  // loads in flight a lane
 #pragma unroll
   for (int p0 = 0; p0 < PAIRS; p0 += AT_ONCE) {

@@ -7,13 +7,14 @@
 // One barrier remains, before the warps' sums of a row are added up.
 //
 // mma.m16n8k16 has the weights as A: its rows g and g + 8 are both row g of the tile, at different columns, so one
-// instruction takes 8 rows x 32 columns. x is B, as high + low part (two 16-bit floats, so that it loses nothing): n = 0, 1
-// for rows 0..7, n = 2, 3 for rows 8..15. The sum of row g is c0 + c1 in lane 4 g and c2 + c3 in lane 4 g + 1.
+// instruction takes 8 rows x 32 columns. x is B, as high + low part (two 16-bit floats, so that it loses nothing): n =
+// 0, 1 for rows 0..7, n = 2, 3 for rows 8..15. The sum of row g is c0 + c1 in lane 4 g and c2 + c3 in lane 4 g + 1.
 enum { BF16 = 0, FP8 = 1, INT8 = 2, INT4 = 3 };
 
-template <int ID_, int TYPE_, int GROUP_, int MINIMUM_, int ROWS_, int COLS_, int PAIR_> struct Product {
+template <int ID_, int TYPE_, int GROUP_, int MINIMUM_, int ROWS_, int COLS_, int PAIR_>
+struct Product {
   static constexpr int ID = ID_, TYPE = TYPE_, GROUP = GROUP_, ROWS = ROWS_, COLS = COLS_;
-  static constexpr bool MINIMUM = MINIMUM_ != 0, PAIR = PAIR_ != 0;  // PAIR: tiles of gate and up take turns
+  static constexpr bool MINIMUM = MINIMUM_ != 0, PAIR = PAIR_ != 0;           // PAIR: tiles of gate and up take turns
   static constexpr int STEP_WORDS = TYPE == BF16 ? 4 : TYPE == INT4 ? 1 : 2;  // 32-bit words a lane, of 8 weights
   static constexpr int STEPS = ceil_div(ceil_div(COLS, 32), WARPS), SPAN = STEPS * 32;
   static constexpr int UNIT = GROUP ? gcd(GROUP, SPAN) : SPAN, UNIT_STEPS = UNIT / 32;  // columns a stored scale is for
@@ -42,7 +43,7 @@ template <int ID_, int TYPE_, int GROUP_, int MINIMUM_, int ROWS_, int COLS_, in
   static constexpr int UNITS = GROUP ? STEPS / UNIT_STEPS : 0;         // a lane's row, of a tile
   static constexpr int SCALE_WORDS = UNITS * NUMBERS + ROW_SCALE;
   // Whole tiles are taken into registers before x arrives where they fit: their loads are then off the critical path.
-  static constexpr int PAIRS = ceil_div(SPAN, 64);  // of inputs a lane waits for
+  static constexpr int PAIRS = ceil_div(SPAN, 64);                               // of inputs a lane waits for
   static constexpr int FREE = CONSUMER_REGISTERS - SPARE_REGISTERS - 2 * STEPS;  // registers beside x's
   static constexpr bool WHOLE = WORDS + SCALE_WORDS <= FREE;
   static COMPILE_TIME int at_once() {
@@ -50,9 +51,9 @@ template <int ID_, int TYPE_, int GROUP_, int MINIMUM_, int ROWS_, int COLS_, in
     tiles = min_of(min_of(tiles, 8), MOST_TILES);
     return PAIR && tiles > 1 ? tiles / 2 * 2 : tiles;
   }
-  static constexpr int AT_ONCE = at_once();                 // tiles held in registers together
-  static constexpr int BATCH = 8 / AT_ONCE * AT_ONCE;       // tiles between two barriers
-  static constexpr bool HALF = TYPE != BF16;                // operands are fp16, scaled to its range; else bf16
+  static constexpr int AT_ONCE = at_once();            // tiles held in registers together
+  static constexpr int BATCH = 8 / AT_ONCE * AT_ONCE;  // tiles between two barriers
+  static constexpr bool HALF = TYPE != BF16;           // operands are fp16, scaled to its range; else bf16
   static_assert(stage_bytes(STAGE_STEPS) <= SLOT_BYTES, "a stage must fit its slot");
   static_assert(!PAIR || BATCH % 2 == 0, "gate and up must share a batch");
 };
@@ -71,8 +72,8 @@ struct Shared {
   float squares[WARPS], squares_after[WARPS];  // of the residual stream; of a layer's output before its norm
   float best[WARPS];
   int best_row[WARPS];
-  alignas(16) float sums[2][8 * 8 * WARPS];                // [tile and row][warp], for two batches in turn
-  alignas(16) u8 window[WARPS][WINDOW_PAIRS * 256];        // a warp's inputs on their way into operand order
+  alignas(16) float sums[2][8 * 8 * WARPS];          // [tile and row][warp], for two batches in turn
+  alignas(16) u8 window[WARPS][WINDOW_PAIRS * 256];  // a warp's inputs on their way into operand order
   alignas(16) float residual[WARPS][round_up(WIDTH_SPAN, 64)];
 };
 
@@ -80,10 +81,10 @@ struct Block {
   Shared& s;
   u32 ring;
   int warp, lane, thread;
-  u32 slot, parity;   // of the ring, for the next stage
-  int sums;           // which of the two buffers
-  u32 zero;           // 0, unknown to the compiler
-  int* trace;         // of this layer, with TRACE
+  u32 slot, parity;  // of the ring, for the next stage
+  int sums;          // which of the two buffers
+  u32 zero;          // 0, unknown to the compiler
+  int* trace;        // of this layer, with TRACE
 };
 #ifdef TRACE  // cycles of thread 0, to see where the time goes
 DEVICE void mark(const Block& b, int at) {
@@ -100,7 +101,8 @@ DEVICE void next_slot(Block& b) {
     b.parity ^= 1;
   }
 }
-template <class P, class Visit> DEVICE void walk(const u8* weights, Visit visit) {
+template <class P, class Visit>
+DEVICE void walk(const u8* weights, Visit visit) {
 #pragma unroll 1
   for (int tile = blockIdx.x; tile < P::TILES; tile += BLOCKS) {
     const u8* from = weights + ((size_t)tile << P::PAIR) * P::TILE_BYTES;
@@ -114,7 +116,8 @@ template <class P, class Visit> DEVICE void walk(const u8* weights, Visit visit)
 }
 
 // ---- a lane's words of a stage, and the scales of its row, out of the ring
-template <class P, int STEPS> DEVICE void take_stage(Block& b, u32* words, u32* scales) {
+template <class P, int STEPS>
+DEVICE void take_stage(Block& b, u32* words, u32* scales) {
   constexpr int N = STEPS * P::STEP_WORDS, NUMBERS = P::GROUP ? STEPS / P::UNIT_STEPS * P::NUMBERS : 0;
   wait_mbarrier(shared_address(&b.s.full[b.slot]), b.parity);
   const u32 stage = b.ring + b.slot * SLOT_BYTES, at = stage + b.warp * (N * 128);
@@ -156,7 +159,8 @@ template <class P, int STEPS> DEVICE void take_stage(Block& b, u32* words, u32* 
 
 // ---- 8 weights of a lane as A operand; integers become fp16 without a conversion instruction: OR-ing them into the
 // mantissa of 1024 gives 1024 + q exactly, and a fused multiply-add takes the offset out again
-template <class P> DEVICE void operand(const u32* words, u32 (&a)[4]) {
+template <class P>
+DEVICE void operand(const u32* words, u32 (&a)[4]) {
   if (P::TYPE == BF16) {
     a[0] = words[0], a[2] = words[1], a[1] = words[2], a[3] = words[3];
   } else if (P::TYPE == FP8) {
@@ -178,7 +182,8 @@ template <class P> DEVICE void operand(const u32* words, u32 (&a)[4]) {
     a[3] = half2_fma(and_or<0x00f000f0u, 0x64006400u>(v), 0x2c002c00u, 0xd480d480u);
   }
 }
-template <bool HALF> DEVICE void mma(float (&d)[4], const u32 (&a)[4], const u32 (&x)[2]) {
+template <bool HALF>
+DEVICE void mma(float (&d)[4], const u32 (&a)[4], const u32 (&x)[2]) {
   // not volatile: chained ones wait 33 cycles each, so the compiler must be free to interleave independent sums
   if (HALF)
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -192,13 +197,15 @@ template <bool HALF> DEVICE void mma(float (&d)[4], const u32 (&a)[4], const u32
 DEVICE float row_sum(const float (&d)[4], int lane) { return lane & 1 ? d[2] + d[3] : d[0] + d[1]; }
 
 // A warp's slice of the input as B operands, and what its sums must be multiplied with.
-template <class P> struct Input {
+template <class P>
+struct Input {
   u32 x[P::STEPS][2];
   float unit_sum[P::MINIMUM ? P::UNITS : 1];  // of x over a unit, where a minimum is added to its weights
   float scale;
 };
 template <class P, int FIRST, int STEPS, int CHAINS>
-DEVICE void multiply(const Input<P>& in, const u32* words, const u32* scales, float (&d)[CHAINS][4], float& sum, int lane) {
+DEVICE void multiply(const Input<P>& in, const u32* words, const u32* scales, float (&d)[CHAINS][4], float& sum,
+                     int lane) {
   u32 a[4];
   if constexpr (!P::GROUP) {  // several sums: an mma waits 33 cycles for the one before it
 #pragma unroll
@@ -227,7 +234,8 @@ DEVICE void multiply(const Input<P>& in, const u32* words, const u32* scales, fl
 }
 
 // ---- fp32 values of a warp's slice (as await_slice gives them) -> operands
-template <class P> DEVICE void make_input(Block& b, float (&v)[2 * P::PAIRS], Input<P>& in) {
+template <class P>
+DEVICE void make_input(Block& b, float (&v)[2 * P::PAIRS], Input<P>& in) {
   in.scale = 1.f;
   if (P::HALF) {  // fp16 has a small range: the largest value of the slice is brought to [2^14, 2^15)
     u32 largest = 0;
@@ -281,15 +289,16 @@ template <class P> DEVICE void make_input(Block& b, float (&v)[2 * P::PAIRS], In
   }
 }
 
-// ---- the product. `input` is where its input arrives in the exchange, with which tag; `ask()` asks for what memory must
-// bring by then, `change(v)` makes x of a warp's slice of the input, `out(row, sum, second)` is called by one thread a
-// row, in whole groups of 8 threads, with the row's sum (and where PAIR the sum of the same row of `up`).
+// ---- the product. `input` is where its input arrives in the exchange, with which tag; `ask()` asks for what memory
+// must bring by then, `change(v)` makes x of a warp's slice of the input, `out(row, sum, second)` is called by one
+// thread a row, in whole groups of 8 threads, with the row's sum (and where PAIR the sum of the same row of `up`).
 struct Awaited {
   const u64* words;
   u32 tag;
   bool is_there;  // else there is nothing to wait for
 };
-template <class P, int STAGE> DEVICE void take_tile(Block& b, u32* words, u32* scales) {
+template <class P, int STAGE>
+DEVICE void take_tile(Block& b, u32* words, u32* scales) {
   if constexpr (STAGE < P::STAGES) {
     constexpr int FIRST = STAGE * P::STAGE_STEPS;
     take_stage<P, P::steps_of(STAGE)>(b, words + FIRST * P::STEP_WORDS, scales + FIRST / P::UNIT_STEPS * P::NUMBERS);
@@ -297,7 +306,8 @@ template <class P, int STAGE> DEVICE void take_tile(Block& b, u32* words, u32* s
   }
 }
 template <class P>
-DEVICE void take_tiles(Block& b, int left, u32 (&words)[P::AT_ONCE][P::WORDS], u32 (&scales)[P::AT_ONCE][max_of(P::SCALE_WORDS, 1)]) {
+DEVICE void take_tiles(Block& b, int left, u32 (&words)[P::AT_ONCE][P::WORDS],
+                       u32 (&scales)[P::AT_ONCE][max_of(P::SCALE_WORDS, 1)]) {
 #pragma unroll
   for (int i = 0; i < P::AT_ONCE; i++)
     if (i < left) take_tile<P, 0>(b, words[i], scales[i]);
@@ -312,7 +322,8 @@ DEVICE void stream_stages(Block& b, const Input<P>& in, u32* words, u32* scales,
   }
 }
 template <class P, int CHAINS>
-DEVICE void keep_sum(Block& b, const Input<P>& in, const u32* scales, const float (&d)[CHAINS][4], float sum, int place) {
+DEVICE void keep_sum(Block& b, const Input<P>& in, const u32* scales, const float (&d)[CHAINS][4], float sum,
+                     int place) {
   if constexpr (!P::GROUP) {
     float e[4] = {0, 0, 0, 0};
 #pragma unroll
@@ -325,7 +336,8 @@ DEVICE void keep_sum(Block& b, const Input<P>& in, const u32* scales, const floa
   sum += __shfl_xor_sync(~0u, sum, 1);
   if ((b.lane & 3) == 0) b.s.sums[b.sums][(place * 8 + b.lane / 4) * WARPS + b.warp] = sum * in.scale;
 }
-template <class P, class Out> DEVICE void reduce(Block& b, int first, int tiles, Out out) {
+template <class P, class Out>
+DEVICE void reduce(Block& b, int first, int tiles, Out out) {
   consumers_barrier();
   if (b.thread < (tiles * 8 >> P::PAIR)) {
     const int place = (b.thread >> 3) << P::PAIR, row = b.thread & 7;
@@ -362,7 +374,8 @@ DEVICE void product(Block& b, Awaited input, Ask ask, Change change, Out out) {
       if (i0) take_tiles<P>(b, mine - i0, words, scales);
       const int place = i0 % P::BATCH;
 #pragma unroll
-      for (int i = 0; i < P::AT_ONCE; i++) {  // tiles past the last give sums that nobody reads: no branch, more overlap
+      for (int i = 0; i < P::AT_ONCE;
+           i++) {  // tiles past the last give sums that nobody reads: no branch, more overlap
         constexpr int CHAINS = P::AT_ONCE >= 4 ? 1 : P::AT_ONCE >= 2 ? 2 : 4;
         float d[CHAINS][4] = {}, sum = 0;
         multiply<P, 0, P::STEPS>(in, words[i], scales[i], d, sum, b.lane);
