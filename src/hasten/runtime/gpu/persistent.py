@@ -15,10 +15,11 @@ from hasten.errors import MachineError, ModelError, UsageError
 from hasten.models import rope
 from hasten.runtime.gpu.driver import Device, Module, built, current_device, with_defines
 from hasten.runtime.gpu.shape import PAGE, PRODUCTS, ProductName, Shape, WeightFormat, kernel_source
-from hasten.runtime.gpu.tiles import Weights, interleaved, rounded, tiled
+from hasten.runtime.gpu.tiles import Weights, interleaved, joined, rounded, tiled
 
-TensorOf = Callable[[str], "torch.Tensor | None"]
-"""A parameter by canonical name (models/parameters.py), any float dtype and device; None: it has none."""
+TensorOf = Callable[[str], "torch.Tensor | Weights | None"]
+"""A parameter by canonical name (models/parameters.py), on any device; None: the model has none. Floats are
+rounded to the product's format; a matrix may also be Weights, which are kept."""
 
 _NORMS = ("attn_norm", "post_attn_norm", "mlp_norm", "post_mlp_norm")
 _WORDS = ("qkv", "square", "part", "weight", "attention", "out", "feed", "down", "best")
@@ -83,13 +84,14 @@ def _load_weights(shape: Shape, tensor_of: TensorOf, device: str) -> DeviceWeigh
             _add_layer(found, shape, name, layer, lambda part: _device(tensor_of, part, device))
     embedding = _required(tensor_of, "embed", device)
     head = embedding if c.tied_head else _required(tensor_of, "head", device)
-    found["embedding"] = embedding.to(torch.bfloat16).contiguous()
-    _add_matrix(found, "head", 0, 1, [rounded(head, shape.formats["head"])], shape)
+    found["embedding"] = _floats(embedding).to(torch.bfloat16).contiguous()
+    weights = head if isinstance(head, Weights) else rounded(head, shape.formats["head"])
+    _add_matrix(found, "head", 0, 1, [weights], shape)
     for norm in (*_NORMS, "q_norm", "k_norm"):
         layers = [_device(tensor_of, f"layers.{i}.{norm}", device) for i in range(c.num_layers)]
         if layers[0] is not None:
-            found[norm] = torch.stack([t.float() for t in layers if t is not None]).contiguous()
-    found["final_norm"] = _required(tensor_of, "final_norm", device).float().contiguous()
+            found[norm] = torch.stack([_floats(t) for t in layers if t is not None]).contiguous()
+    found["final_norm"] = _floats(_required(tensor_of, "final_norm", device)).contiguous()
     return DeviceWeights(shape, found)
 
 
@@ -98,18 +100,19 @@ def _add_layer(
     shape: Shape,
     name: ProductName,
     layer: int,
-    tensor_of: Callable[[str], torch.Tensor | None],
+    tensor_of: Callable[[str], torch.Tensor | Weights | None],
 ) -> None:
     count, biases, parts = shape.config.num_layers, [], []
     for member in _MEMBERS[name]:
         part = tensor_of(f"layers.{layer}.{member}")
         if part is None:
             raise ModelError(f"tensor 'layers.{layer}.{member}' is missing")
+        weights = part if isinstance(part, Weights) else rounded(part, shape.formats[name])
         bias = tensor_of(f"layers.{layer}.{member}.bias")
-        biases.append(torch.zeros(len(part), device=part.device) if bias is None else bias.float())
-        parts.append(part)
-    matrices = parts if name == "gate_up" else [torch.cat(parts)]
-    _add_matrix(found, name, layer, count, [rounded(m, shape.formats[name]) for m in matrices], shape)
+        rows = len(weights.codes)
+        biases.append(torch.zeros(rows, device=weights.codes.device) if bias is None else _floats(bias))
+        parts.append(weights)
+    _add_matrix(found, name, layer, count, parts if name == "gate_up" else [joined(parts)], shape)
     if shape.biases & set(_MEMBERS[name]):
         _place(found, f"{name}_bias", layer, count, torch.cat(biases))
 
@@ -134,12 +137,17 @@ def _place(found: dict[str, torch.Tensor], name: str, layer: int, count: int, va
     found[name][layer] = value
 
 
-def _device(tensor_of: TensorOf, name: str, device: str) -> torch.Tensor | None:
+def _floats(tensor: torch.Tensor | Weights) -> torch.Tensor:
+    """float32 values of what may be in a format."""
+    return tensor.values() if isinstance(tensor, Weights) else tensor.float()
+
+
+def _device(tensor_of: TensorOf, name: str, device: str) -> torch.Tensor | Weights | None:
     found = tensor_of(name)
     return None if found is None else found.to(device)
 
 
-def _required(tensor_of: TensorOf, name: str, device: str) -> torch.Tensor:
+def _required(tensor_of: TensorOf, name: str, device: str) -> torch.Tensor | Weights:
     found = _device(tensor_of, name, device)
     if found is None:
         raise ModelError(f"tensor {name!r} is missing")

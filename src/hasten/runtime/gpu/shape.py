@@ -207,7 +207,8 @@ class TileLayout:
     """A matrix in the order the kernel streams it: tiles of 8 rows, each in stages of one slot.
 
     A warp owns `steps` * 32 neighbouring columns of every tile. Inside a stage come each warp's words, lane
-    by lane in 16-byte pieces, then each warp's and row's fp16 scales (and minimums), or a float32 scale a row.
+    by lane in 16-byte pieces, then each warp's and row's fp16 scales (and minimums), or a float32 scale
+    a row.
     """
 
     format: WeightFormat

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from hasten.compress.unpack import Integers
 from hasten.errors import ModelError
 from hasten.runtime.gpu.shape import TILE_ROWS, TileLayout, WeightFormat
 
@@ -28,6 +31,11 @@ class Weights:
     scales: torch.Tensor | None = None
     minimums: torch.Tensor | None = None
 
+    def to(self, device: str) -> Weights:
+        """The same on another device."""
+        moved = (None if t is None else t.to(device) for t in (self.scales, self.minimums))
+        return Weights(self.format, self.codes.to(device), *moved)
+
     @property
     def offset(self) -> int:
         """What is taken off a stored integer; 0 where a minimum does it."""
@@ -49,6 +57,29 @@ class Weights:
     def _numbers(self) -> list[torch.Tensor]:
         """fp16 [rows, groups] each: scales, and minimums where there are some."""
         return [t for t in (self.scales, self.minimums) if t is not None]
+
+
+def kept(found: Integers) -> Weights:
+    """Integers of an artifact or a quantised checkpoint, values as they are; 5, 6, 8 bits become int8."""
+    bits = found.layout.bits
+    fmt = WeightFormat("int4" if bits == 4 else "int8", found.layout.group, found.minimums is not None)
+    codes = torch.from_numpy(np.array(found.u))
+    if found.minimums is None:
+        codes = codes + ((8 if bits == 4 else 128) - (1 << (bits - 1)))
+    minimums = None if found.minimums is None else torch.from_numpy(np.array(found.minimums))
+    return Weights(fmt, codes, torch.from_numpy(np.array(found.scales)), minimums)
+
+
+def joined(parts: Sequence[Weights]) -> Weights:
+    """Matrices of one format with the same columns, one below the other."""
+    scales = [p.scales for p in parts if p.scales is not None]
+    minimums = [p.minimums for p in parts if p.minimums is not None]
+    return Weights(
+        parts[0].format,
+        torch.cat([p.codes for p in parts]),
+        torch.cat(scales) if scales else None,
+        torch.cat(minimums) if minimums else None,
+    )
 
 
 def rounded(values: torch.Tensor, fmt: WeightFormat) -> Weights:
