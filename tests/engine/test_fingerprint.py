@@ -42,7 +42,8 @@ def test_packed_now_or_read_from_an_artifact(tiny_folder: Callable[..., Path], t
 def test_an_artifact_without_checksums_of_tensors(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
     made = artifact(tiny_folder("qwen3"), tmp_path / "a.hasten")
     plan = json.loads((made / "plan.json").read_text())
-    del plan["artifact"]["tensors"]
+    plan["schema_version"] = 1  # the first artifacts had neither these nor a sum of the description
+    del plan["artifact"]["tensors"], plan["artifact"]["sha256"]
     (made / "plan.json").write_text(json.dumps(plan))
     assert fingerprint(hasten.load(made, options=OPTIONS)) == fingerprint(packed(tiny_folder("qwen3")))
 
