@@ -1,0 +1,282 @@
+"""CUDA C++ from source to a launch, with nothing but the driver and NVRTC from torch's wheel.
+
+No nvcc and no headers: the sources include nothing. A machine program (cubin) is kept on disk under a key of
+everything that decides it, so that a kernel is compiled once a machine: 2 to 6 s the first time, ms later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from hasten.cache.store import cache_dir, write_atomic
+from hasten.errors import DiskError, MachineError
+
+_OPTIONS = ("-std=c++17", "--use_fast_math")
+_COOPERATIVE = 2  # CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+_MOST_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_REGISTERS, _LOCAL_BYTES = 4, 3  # CU_FUNC_ATTRIBUTE_NUM_REGS, CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES
+_OUT_OF_MEMORY, _TOO_LARGE_LAUNCH = 2, 720
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16)]
+
+
+class _Launch(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_uint) for name in ("gx", "gy", "gz", "bx", "by", "bz", "shared_bytes")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("attribute_count", ctypes.c_uint),
+    ]
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a program is built for."""
+
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_bytes: int  # a block may ask for
+
+    @property
+    def architecture(self) -> str:
+        """As NVRTC calls it; from 9.0 on with the instructions of exactly this generation."""
+        major, minor = self.capability
+        return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
+
+
+def current_device() -> Device:
+    """The GPU that torch computes on.
+
+    Raises:
+        MachineError: torch is missing, there is no GPU, or the driver is too old.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise MachineError(
+            "running on a GPU needs torch, which is not installed", hint='pip install "hasten[gpu]"'
+        ) from error
+    if not torch.cuda.is_available():
+        built = "this torch was built without CUDA" if torch.version.cuda is None else "torch sees no GPU"
+        raise MachineError(f"no usable GPU here: {built}", hint="use --device cpu, or check nvidia-smi")
+    torch.zeros(1, device="cuda")  # makes the context that the driver's calls below use
+    refuse_old_driver(_driver_version(), compiler_version())
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return Device(
+        found.name,
+        (found.major, found.minor),
+        found.multi_processor_count,
+        getattr(found, "shared_memory_per_block_optin", 227 * 1024),
+    )
+
+
+def refuse_old_driver(driver: int, compiler: tuple[int, int]) -> None:
+    """Say it where the driver cannot load what NVRTC makes: a driver loads programs of its own major version.
+
+    Args:
+        driver: as CUDA writes it, 13000 for 13.0.
+        compiler: NVRTC's version.
+
+    Raises:
+        MachineError: the driver is too old.
+    """
+    if driver // 1000 < compiler[0]:
+        raise MachineError(
+            f"the NVIDIA driver supports CUDA {driver // 1000}.{driver % 1000 // 10}, "
+            f"and the installed torch makes kernels of CUDA {compiler[0]}.{compiler[1]}",
+            hint=f"install a driver for CUDA {compiler[0]}, a torch for an older CUDA, or use --device cpu",
+        )
+
+
+def _driver_version() -> int:
+    version = ctypes.c_int()
+    _check(_driver().cuDriverGetVersion(ctypes.byref(version)), "cuDriverGetVersion")
+    return version.value
+
+
+@lru_cache(maxsize=1)
+def _driver() -> Any:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise MachineError(
+            "the NVIDIA driver's library libcuda.so.1 is not there", hint="install the NVIDIA driver"
+        ) from error
+
+
+@lru_cache(maxsize=1)
+def _compiler() -> Any:
+    for path in _compiler_paths():
+        with contextlib.suppress(OSError):
+            if path.is_absolute():
+                for part in path.parent.glob("libnvrtc-builtins.so*"):  # found by name once it is loaded
+                    ctypes.CDLL(str(part), mode=ctypes.RTLD_GLOBAL)
+            return ctypes.CDLL(str(path))
+    raise MachineError(
+        "NVRTC (libnvrtc.so), which comes with torch's CUDA wheels, is not there",
+        hint='pip install "hasten[gpu]" with a CUDA build of torch',
+    )
+
+
+def _compiler_paths() -> Iterator[Path]:
+    """Where torch's wheels put it, then wherever the system finds it."""
+    with contextlib.suppress(ImportError):
+        for base in import_module("nvidia").__path__:  # a namespace package of many wheels
+            yield from sorted(Path(base).glob("**/libnvrtc.so*"), reverse=True)
+    yield Path("libnvrtc.so")
+
+
+def _check(code: int, what: str) -> None:
+    if code == 0:
+        return
+    text = ctypes.c_char_p()
+    _driver().cuGetErrorString(code, ctypes.byref(text))
+    said = (text.value or b"unknown error").decode()
+    if code == _OUT_OF_MEMORY:
+        raise MachineError(f"{what}: the GPU has too little free memory", hint="close what else runs on it")
+    if code == _TOO_LARGE_LAUNCH:
+        raise MachineError(
+            f"{what}: its blocks do not fit this GPU at once", hint="another program may hold multiprocessors"
+        )
+    raise MachineError(f"{what}: CUDA error {code}, {said}", hint="run nvidia-smi to see the GPU's state")
+
+
+def compiler_version() -> tuple[int, int]:
+    """NVRTC's version: part of what decides a machine program."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _compiler().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return major.value, minor.value
+
+
+def with_defines(source: str, defines: dict[str, int | str]) -> str:
+    """The source with one #define a value in front; the order of `defines` does not matter."""
+    return "".join(f"#define {name} {defines[name]}\n" for name in sorted(defines)) + source
+
+
+def cubin_key(text: str, architecture: str, version: tuple[int, int]) -> str:
+    """A name for the machine program: 40 hexadecimal digits of everything that decides it."""
+    parts = (text, architecture, f"{version[0]}.{version[1]}", *_OPTIONS)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:40]
+
+
+def built(text: str, architecture: str) -> bytes:
+    """The machine program of a source, from the cache or compiled now and kept.
+
+    Raises:
+        MachineError: NVRTC is missing or refuses the source.
+    """
+    path = cache_dir() / "cubins" / f"{cubin_key(text, architecture, compiler_version())}.cubin"
+    with contextlib.suppress(OSError):
+        kept = path.read_bytes()
+        if kept[:4] == b"\x7fELF":
+            return kept
+    cubin = _compile(text, architecture)
+    with contextlib.suppress(DiskError):  # a cache that cannot be written costs the next start some seconds
+        write_atomic(path, cubin)
+    return cubin
+
+
+def _compile(text: str, architecture: str) -> bytes:
+    compiler, program = _compiler(), ctypes.c_void_p()
+    if compiler.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"decode.cu", 0, None, None):
+        raise MachineError("NVRTC could not take the kernel's source")
+    options = [f"--gpu-architecture={architecture}".encode(), *(option.encode() for option in _OPTIONS)]
+    try:
+        failed = compiler.nvrtcCompileProgram(
+            program, len(options), (ctypes.c_char_p * len(options))(*options)
+        )
+        if failed:
+            log = _text_of(compiler.nvrtcGetProgramLogSize, compiler.nvrtcGetProgramLog, program)
+            first = log.decode(errors="replace").strip("\0 \n")[:2000]
+            raise MachineError(f"the kernel does not compile for {architecture}: {first}")
+        return _text_of(compiler.nvrtcGetCUBINSize, compiler.nvrtcGetCUBIN, program)
+    finally:
+        compiler.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _text_of(size_of: Any, copy: Any, program: ctypes.c_void_p) -> bytes:
+    size = ctypes.c_size_t()
+    size_of(program, ctypes.byref(size))
+    buffer = ctypes.create_string_buffer(size.value)
+    copy(program, buffer)
+    return buffer.raw[: size.value]
+
+
+class Module:
+    """A machine program on the current device."""
+
+    def __init__(self, cubin: bytes) -> None:
+        self._cubin = ctypes.create_string_buffer(cubin, len(cubin))
+        self._handle = ctypes.c_void_p()
+        _check(_driver().cuModuleLoadData(ctypes.byref(self._handle), self._cubin), "loading a kernel")
+
+    def constants(self, name: str, count: int) -> list[int]:
+        """A __constant__ array of 32-bit integers."""
+        address, size = ctypes.c_void_p(), ctypes.c_size_t()
+        driver, values = _driver(), (ctypes.c_int * count)()
+        _check(
+            driver.cuModuleGetGlobal_v2(
+                ctypes.byref(address), ctypes.byref(size), self._handle, name.encode()
+            ),
+            name,
+        )
+        _check(driver.cuMemcpyDtoH_v2(values, address, 4 * count), name)
+        return list(values)
+
+    def kernel(self, name: str, shared_bytes: int) -> Kernel:
+        """A kernel that will use `shared_bytes` of dynamic shared memory."""
+        function = ctypes.c_void_p()
+        _check(_driver().cuModuleGetFunction(ctypes.byref(function), self._handle, name.encode()), name)
+        _check(_driver().cuFuncSetAttribute(function, _MOST_SHARED_BYTES, shared_bytes), name)
+        return Kernel(self, name, function, shared_bytes)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel ready to launch."""
+
+    module: Module  # keeps it loaded
+    name: str
+    function: ctypes.c_void_p
+    shared_bytes: int
+
+    def resources(self) -> dict[str, int]:
+        """Registers a thread at launch, and bytes a thread keeps in memory (spills among them)."""
+        found = {}
+        for name, attribute in (("registers", _REGISTERS), ("local_bytes", _LOCAL_BYTES)):
+            value = ctypes.c_int()
+            _check(_driver().cuFuncGetAttribute(ctypes.byref(value), attribute, self.function), self.name)
+            found[name] = value.value
+        return found
+
+    def launch(self, blocks: int, threads: int, arguments: Sequence[Any], stream: int) -> None:
+        """Launch with all blocks resident at once, or not at all (a cooperative launch).
+
+        Args:
+            arguments: ctypes values, one a parameter.
+            stream: a CUDA stream's handle.
+
+        Raises:
+            MachineError: the launch is refused.
+        """
+        attribute = _Attribute(_COOPERATIVE, 0)
+        attribute.value[0] = 1
+        launch = _Launch(blocks, 1, 1, threads, 1, 1, self.shared_bytes, stream, ctypes.pointer(attribute), 1)
+        pointers = [ctypes.cast(ctypes.byref(value), ctypes.c_void_p) for value in arguments]
+        _check(
+            _driver().cuLaunchKernelEx(
+                ctypes.byref(launch), self.function, (ctypes.c_void_p * len(pointers))(*pointers), None
+            ),
+            self.name,
+        )

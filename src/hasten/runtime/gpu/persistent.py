@@ -1,0 +1,304 @@
+"""One sequence decoded by one persistent kernel: weights, KV pages, exchange buffers, and `step`."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from hasten.core import ModelConfig
+from hasten.errors import MachineError, ModelError, UsageError
+from hasten.models import rope
+from hasten.runtime.gpu.driver import Device, Module, built, current_device, with_defines
+from hasten.runtime.gpu.shape import PAGE, PRODUCTS, ProductName, Shape, WeightFormat, kernel_source
+from hasten.runtime.gpu.tiles import Weights, interleaved, joined, rounded, tiled
+
+TensorOf = Callable[[str], "torch.Tensor | Weights | None"]
+"""A parameter by canonical name (models/parameters.py), on any device; None: the model has none. Floats are
+rounded to the product's format; a matrix may also be Weights, which are kept."""
+
+_NORMS = ("attn_norm", "post_attn_norm", "mlp_norm", "post_mlp_norm")
+_WORDS = ("qkv", "square", "part", "weight", "attention", "out", "feed", "down", "best")
+_MEMBERS: dict[ProductName, tuple[str, ...]] = {
+    "qkv": ("q", "k", "v"),
+    "o": ("o",),
+    "gate_up": ("gate", "up"),
+    "down": ("down",),
+}
+
+
+class _Arguments(ctypes.Structure):
+    """`Args` of kernels/args.cuh: the same fields in the same order."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in PRODUCTS),
+        *((f"{name}_bias", ctypes.c_void_p) for name in PRODUCTS[:-1]),
+        ("embedding", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in (*_NORMS, "final_norm", "q_norm", "k_norm")),
+        *((name, ctypes.c_void_p) for name in ("cosines", "sines", "keys", "values", "pages")),
+        *((f"{name}_words", ctypes.c_void_p) for name in _WORDS),
+        *((name, ctypes.c_void_p) for name in ("state", "tokens", "logits", "trace")),
+        ("pages_held", ctypes.c_int),
+        ("positions", ctypes.c_int),
+    ]
+
+
+@dataclass(frozen=True)
+class DeviceWeights:
+    """A model's parameters on the device, by the names of `_Arguments`."""
+
+    shape: Shape
+    tensors: Mapping[str, torch.Tensor]
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes of weights one step reads, scales included."""
+        return sum(self.tensors[name].numel() for name in PRODUCTS)
+
+
+def load_weights(shape: Shape, tensor_of: TensorOf, device: str = "cuda") -> DeviceWeights:
+    """Round, tile and keep every parameter on the device, a layer at a time.
+
+    Raises:
+        ModelError: a parameter is missing.
+        MachineError: they do not fit.
+    """
+    try:
+        return _load_weights(shape, tensor_of, device)
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info()
+        raise MachineError(
+            f"the weights do not fit: {free / 1e9:.1f} of {total / 1e9:.1f} GB of GPU memory are free",
+            hint="use a smaller weight format, such as int4",
+        ) from error
+
+
+def _load_weights(shape: Shape, tensor_of: TensorOf, device: str) -> DeviceWeights:
+    c, found = shape.config, dict[str, torch.Tensor]()
+    for name in PRODUCTS[:-1]:
+        for layer in range(c.num_layers):
+            _add_layer(found, shape, name, layer, lambda part: _device(tensor_of, part, device))
+    embedding = _required(tensor_of, "embed", device)
+    head = embedding if c.tied_head else _required(tensor_of, "head", device)
+    found["embedding"] = _floats(embedding).to(torch.bfloat16).contiguous()
+    weights = head if isinstance(head, Weights) else rounded(head, shape.formats["head"])
+    _add_matrix(found, "head", 0, 1, [weights], shape)
+    for norm in (*_NORMS, "q_norm", "k_norm"):
+        layers = [_device(tensor_of, f"layers.{i}.{norm}", device) for i in range(c.num_layers)]
+        if layers[0] is not None:
+            found[norm] = torch.stack([_floats(t) for t in layers if t is not None]).contiguous()
+    found["final_norm"] = _floats(_required(tensor_of, "final_norm", device)).contiguous()
+    return DeviceWeights(shape, found)
+
+
+def _add_layer(
+    found: dict[str, torch.Tensor],
+    shape: Shape,
+    name: ProductName,
+    layer: int,
+    tensor_of: Callable[[str], torch.Tensor | Weights | None],
+) -> None:
+    count, biases, parts = shape.config.num_layers, [], []
+    for member in _MEMBERS[name]:
+        part = tensor_of(f"layers.{layer}.{member}")
+        if part is None:
+            raise ModelError(f"tensor 'layers.{layer}.{member}' is missing")
+        weights = part if isinstance(part, Weights) else rounded(part, shape.formats[name])
+        bias = tensor_of(f"layers.{layer}.{member}.bias")
+        rows = len(weights.codes)
+        biases.append(torch.zeros(rows, device=weights.codes.device) if bias is None else _floats(bias))
+        parts.append(weights)
+    _add_matrix(found, name, layer, count, parts if name == "gate_up" else [joined(parts)], shape)
+    if shape.biases & set(_MEMBERS[name]):
+        _place(found, f"{name}_bias", layer, count, torch.cat(biases))
+
+
+def _add_matrix(
+    found: dict[str, torch.Tensor],
+    name: ProductName,
+    layer: int,
+    count: int,
+    weights: list[Weights],
+    shape: Shape,
+) -> None:
+    layout = shape.layout(name)
+    tiles = [tiled(w, layout) for w in weights]
+    _place(found, name, layer, count, tiles[0] if len(tiles) == 1 else interleaved(*tiles))
+
+
+def _place(found: dict[str, torch.Tensor], name: str, layer: int, count: int, value: torch.Tensor) -> None:
+    """Keep a layer's tensor in the array of all layers: nothing is held twice."""
+    if name not in found:
+        found[name] = torch.empty((count, *value.shape), dtype=value.dtype, device=value.device)
+    found[name][layer] = value
+
+
+def _floats(tensor: torch.Tensor | Weights) -> torch.Tensor:
+    """float32 values of what may be in a format."""
+    return tensor.values() if isinstance(tensor, Weights) else tensor.float()
+
+
+def _device(tensor_of: TensorOf, name: str, device: str) -> torch.Tensor | Weights | None:
+    found = tensor_of(name)
+    return None if found is None else found.to(device)
+
+
+def _required(tensor_of: TensorOf, name: str, device: str) -> torch.Tensor | Weights:
+    found = _device(tensor_of, name, device)
+    if found is None:
+        raise ModelError(f"tensor {name!r} is missing")
+    return found
+
+
+def rotation_tables(config: ModelConfig, positions: int, length: int | None = None) -> tuple[Any, Any]:
+    """Cosines and sines, float32 [global, sliding layers][positions][rotary / 2].
+
+    Args:
+        length: longest sequence that they are for; LongRoPE takes its long factors past its threshold.
+    """
+    tables = rope.tables(config, length)
+    is_long = tables.long_threshold is not None and (length or 0) > tables.long_threshold
+    frequencies, scale = tables.global_inv_freq, tables.global_scale
+    if is_long and tables.long_inv_freq is not None:
+        frequencies, scale = tables.long_inv_freq, tables.long_scale
+    local = (frequencies, scale) if tables.local_inv_freq is None else (tables.local_inv_freq, 1.0)
+    angles = [(np.outer(np.arange(positions), f), s) for f, s in ((frequencies, scale), local)]
+    cosines, sines = (np.stack([turn(a) * s for a, s in angles]) for turn in (np.cos, np.sin))
+    return cosines.astype(np.float32), sines.astype(np.float32)
+
+
+class PersistentDecoder:
+    """Decodes one sequence greedily, a token a launch.
+
+    Args:
+        weights: on the device.
+        positions: longest sequence, tokens; KV pages for it are allocated here.
+        pages: page table of the sequence, page numbers; default: in order.
+
+    Raises:
+        MachineError: the GPU is too old or too small.
+    """
+
+    def __init__(self, weights: DeviceWeights, positions: int, pages: list[int] | None = None) -> None:
+        self.shape = weights.shape
+        self.weights = weights
+        self.device = current_device()
+        _refuse_device(self.device, self.shape.blocks)
+        self.positions = -(-positions // PAGE) * PAGE
+        count = self.positions // PAGE
+        self._held = max(pages or [0, count - 1]) + 1
+        self._buffers = self._allocate(pages or list(range(count)))
+        self._kernel, self._threads = self._build()
+        self._arguments = self._pointers()
+        self.position = 0
+
+    def _allocate(self, pages: list[int]) -> dict[str, torch.Tensor]:
+        c = self.shape.config
+        kv = (c.num_layers, self._held, c.num_kv_heads, PAGE, self.shape.padded_head)
+        cosines, sines = (torch.from_numpy(t) for t in rotation_tables(c, self.positions, self.positions))
+        group = c.num_heads * self.shape.padded_head * self.shape.splits
+        words = {
+            "qkv": (c.num_heads + 2 * c.num_kv_heads) * c.head_dim,
+            "square": (c.num_heads + c.num_kv_heads) * c.head_dim // 8 + 2,
+            "part": group,
+            "weight": 2 * c.num_heads * self.shape.splits,
+            "attention": c.num_heads * c.head_dim,
+            "out": c.hidden_size,
+            "feed": c.intermediate_size,
+            "down": c.hidden_size,
+            "best": 2 * self.shape.blocks,
+        }
+        found = {f"{k}_words": torch.zeros(n + 2, dtype=torch.int64) for k, n in words.items()}
+        found |= {"cosines": cosines, "sines": sines, "pages": torch.tensor(pages, dtype=torch.int32)}
+        found |= {"state": torch.zeros(4, dtype=torch.int32), "logits": torch.zeros(c.vocab_size)}
+        found["tokens"] = torch.zeros(self.positions + 1, dtype=torch.int32)
+        found["trace"] = torch.zeros(self.shape.blocks * (c.num_layers + 1) * 16, dtype=torch.int32)
+        on_device = {k: t.cuda() for k, t in found.items()}
+        for name in ("keys", "values"):  # zeros: what was never written must be finite
+            on_device[name] = torch.zeros(kv, dtype=torch.bfloat16, device="cuda")
+        return on_device
+
+    def _build(self) -> tuple[Any, int]:
+        text = with_defines(kernel_source(), self.shape.defines() | {"SLOTS": self.shape.slots(self.device)})
+        module = Module(built(text, self.device.architecture))
+        shared, threads, *tile_bytes, padded = module.constants("layout", 8)
+        expected = [self.shape.layout(name).tile_bytes for name in PRODUCTS]
+        if tile_bytes != expected or padded != self.shape.padded_head:
+            raise ModelError(f"kernel and host disagree on the layout: {tile_bytes}, {expected}, {padded}")
+        return module.kernel("decode_step", shared), threads
+
+    def _pointers(self) -> _Arguments:
+        arguments = _Arguments()
+        for name, tensor in {**self.weights.tensors, **self._buffers}.items():
+            setattr(arguments, name, tensor.data_ptr())
+        arguments.pages_held, arguments.positions = self._held, self.positions
+        return arguments
+
+    @property
+    def resources(self) -> dict[str, int]:
+        """Registers, bytes of local memory and of shared memory of the kernel."""
+        return {**self._kernel.resources(), "shared_bytes": self._kernel.shared_bytes}
+
+    @property
+    def keys_and_values(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """bf16 [layer, page, KV head, 32, padded head size] each."""
+        return self._buffers["keys"], self._buffers["values"]
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """Of the last step, float32 [V], on the device."""
+        return self._buffers["logits"]
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """int32 [positions + 1] on the device: what was chosen for each position."""
+        return self._buffers["tokens"]
+
+    @property
+    def trace(self) -> torch.Tensor:
+        """Clock marks [block, layer, mark] of a kernel built with TRACE."""
+        return self._buffers["trace"].view(self.shape.blocks, -1, 16)
+
+    def start(self, token: int, position: int) -> None:
+        """Put `token` at `position`; keys and values of all positions before it must be there."""
+        if not 0 <= position < self.positions:
+            raise UsageError(f"position {position} is outside the {self.positions} positions held")
+        if not 0 <= token < self.shape.config.vocab_size:
+            raise UsageError(f"token ids are below {self.shape.config.vocab_size}, got {token}")
+        self._buffers["state"][:2] = torch.tensor([token, position], dtype=torch.int32)
+        self.position = position
+
+    def step(self) -> None:
+        """Queue one step on torch's current stream: the token at hand in, the next one chosen on the device.
+
+        Returns before the device is done; a captured graph may replay it. The chosen token is in `tokens`.
+        """
+        self._kernel.launch(
+            self.shape.blocks,
+            self._threads,
+            [self._arguments],
+            torch.cuda.current_stream().cuda_stream,
+        )
+        self.position += 1
+
+
+def _refuse_device(device: Device, blocks: int) -> None:
+    if device.capability[0] != 9:
+        raise MachineError(
+            f"the persistent decode kernel runs on compute capability 9.0 (H100, H200), "
+            f"and {device.name} has {device.capability[0]}.{device.capability[1]}"
+        )
+    if device.multiprocessors < blocks:
+        raise MachineError(
+            f"{device.name} shows {device.multiprocessors} multiprocessors, and the kernel needs {blocks}",
+            hint="a part of a GPU (MIG) is too small for it",
+        )
+
+
+def same_format(fmt: WeightFormat, head: WeightFormat | None = None) -> dict[ProductName, WeightFormat]:
+    """One format for every product, another for the head where given."""
+    return {name: head or fmt if name == "head" else fmt for name in PRODUCTS}

@@ -1,0 +1,326 @@
+"""From a ModelConfig to the persistent kernel's compile-time values, and how its weights are shared out.
+
+The kernel computes the same layout from the same values (kernels/product.cuh) and tells it, so that a
+difference is an error at load and never a wrong answer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+from hasten.core import ModelConfig
+from hasten.errors import UsageError
+from hasten.runtime.gpu.driver import Device
+
+WeightKind = Literal["bf16", "fp8", "int8", "int4"]
+ProductName = Literal["qkv", "o", "gate_up", "down", "head"]
+PRODUCTS: tuple[ProductName, ...] = ("qkv", "o", "gate_up", "down", "head")
+PAGE = 32  # tokens
+TILE_ROWS = 8
+STEP_COLS = 32  # columns one tensor-core instruction takes
+_KINDS: tuple[WeightKind, ...] = ("bf16", "fp8", "int8", "int4")
+_SOURCES = ("primitives.cuh", "product.cuh", "args.cuh", "attention.cuh", "decode.cu")
+_RESERVED_SHARED_BYTES = 1024  # the system's, a block
+_MOST_SPLITS = 32  # lanes that merge them
+# Registers a consumer needs beside its inputs and weights: found by compiling until nothing spilled.
+_SPARE_REGISTERS = {8: 112, 16: 64}
+_MOST_STEPS = {8: 78, 16: 28}  # of 32 inputs a warp whose operands fit its registers
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How one product's weights are stored on the device.
+
+    `group` inputs share one fp16 scale (and minimum); 0 is a float32 scale a row, or none for bf16. With a
+    `minimum`, w = scale * q + minimum; else q is signed: stored as q + 8 or q + 128.
+    """
+
+    kind: WeightKind = "bf16"
+    group: int = 0
+    minimum: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise UsageError(f"unknown weight format {self.kind!r}", hint=f"use {', '.join(_KINDS)}")
+        if self.group not in (0, 32, 64, 128):
+            raise UsageError(f"group size {self.group} is not supported", hint="use 32, 64 or 128")
+        if self.kind == "bf16" and (self.group or self.minimum):
+            raise UsageError("bf16 weights have no scales", hint="drop group and minimum")
+        if self.kind == "int4" and not self.group:
+            raise UsageError("int4 weights need a group size", hint="use a group of 32, 64 or 128")
+        if self.minimum and (not self.group or self.kind == "fp8"):
+            raise UsageError("a minimum goes with groups of integers", hint="use int8 or int4 with a group")
+
+    def __str__(self) -> str:
+        return self.kind + (f"-g{self.group}" if self.group else "") + ("-asym" if self.minimum else "")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What may be measured and chosen freely; no value changes a result but in rounding.
+
+    Attributes:
+        warps: consumers a block, 8 or 16; 16 were never faster.
+        blocks: of the grid, one a multiprocessor; None is 128, or fewer for a narrow model: every block must
+            own a tile of every product, since what a block publishes is how the others know that it has read.
+        slot_bytes: of one stage of the ring.
+        in_flight: stages asked for and not yet arrived, at most; 0 is as many as the ring holds. Fewer make
+            the exchange between blocks faster and memory slower. None is 3 for wide bf16 models, else 2.
+        slots: of the ring; None is as many as fit, at most 12.
+        splits: blocks that share one KV head's context; None is as many as there are, at most 32.
+        trace: keep clock marks of every block and layer, for finding out where the time goes.
+    """
+
+    warps: int = 8
+    blocks: int | None = None
+    slot_bytes: int = 17408
+    in_flight: int | None = None
+    slots: int | None = None
+    splits: int | None = None
+    trace: bool = False
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One kernel: a model, its weight formats, a tuning."""
+
+    config: ModelConfig
+    formats: Mapping[ProductName, WeightFormat]
+    biases: frozenset[str] = frozenset()  # of "q", "k", "v", "o", "gate", "up", "down"
+    tuning: Tuning = field(default_factory=Tuning)
+
+    def __post_init__(self) -> None:
+        for problem in problems(self.config, self.tuning):
+            raise UsageError(f"the persistent decode kernel cannot hold this model: {problem}")
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the grid."""
+        return grid_blocks(self.config, self.tuning)
+
+    @property
+    def in_flight(self) -> int:
+        """Stages asked for and not yet arrived, at most."""
+        if self.tuning.in_flight is not None:
+            return self.tuning.in_flight
+        return 3 if self.config.hidden_size >= 2048 and self.formats["down"].kind == "bf16" else 2
+
+    @property
+    def padded_head(self) -> int:
+        """Head size in the KV cache."""
+        return -(-self.config.head_dim // 64) * 64
+
+    @property
+    def splits(self) -> int:
+        """Blocks that share the context of one KV head; fixed, so that a result never depends on load."""
+        most = min(self.tuning.splits or _MOST_SPLITS, self.blocks // self.config.num_kv_heads)
+        return int(2 ** int(math.log2(most)))
+
+    def layout(self, name: ProductName) -> TileLayout:
+        """How the weights of one product are laid out."""
+        return TileLayout(self.formats[name], matrix_shape(self.config, name), self.tuning)
+
+    def defines(self) -> dict[str, int | str]:
+        """Every compile-time value of the kernel."""
+        c, t = self.config, self.tuning
+        values: dict[str, int | str] = {
+            "LAYERS": c.num_layers,
+            "WIDTH": c.hidden_size,
+            "FEED": c.intermediate_size,
+            "HEADS": c.num_heads,
+            "KV_HEADS": c.num_kv_heads,
+            "HEAD_DIM": c.head_dim,
+            "VOCAB": c.vocab_size,
+            "ROTARY": c.rotary_dim or c.head_dim,
+            "GELU": int(c.activation == "gelu_tanh"),
+            "QK_NORM": ("none", "head", "full").index(c.qk_norm),
+            "NORM_BEFORE": int(c.norm_placement != "post"),
+            "NORM_AFTER": int(c.norm_placement != "pre"),
+            "WINDOW": c.sliding_window or 0,
+            "LAYER_FLAGS": ",".join(str(flag) for flag in layer_flags(c)),
+            "PAGE": PAGE,
+            "SPLITS": self.splits,
+            "WARPS": t.warps,
+            "BLOCKS": self.blocks,
+            "SLOT_BYTES": t.slot_bytes,
+            "IN_FLIGHT": self.in_flight,
+            "SPARE_REGISTERS": _SPARE_REGISTERS[t.warps],
+        }
+        if t.trace:
+            values["TRACE"] = 1
+        values |= {name: f"{number!r}f" for name, number in self._floats().items()}
+        values |= {name: int(bool(self.biases & members)) for name, members in _BIASES.items()}
+        for name, fmt in self.formats.items():
+            values[f"{name.upper()}_TYPE"] = _KINDS.index(fmt.kind)
+            values[f"{name.upper()}_GROUP"] = fmt.group
+            values[f"{name.upper()}_MINIMUM"] = int(fmt.minimum)
+        return values
+
+    def _floats(self) -> dict[str, float]:
+        c = self.config
+        return {
+            "SCORE_SCALE": float(c.score_scale),
+            "ATTENTION_CAP": float(c.attention_softcap or 0),
+            "LOGIT_CAP": float(c.logit_softcap or 0),
+            "EMBED_SCALE": float(c.embed_scale),
+            "NORM_EPS": float(c.norm_eps),
+        }
+
+    def slots(self, device: Device) -> int:
+        """Stages of the ring that fit beside everything else, at most 12: more were never faster."""
+        free = device.shared_bytes - _RESERVED_SHARED_BYTES - self._fixed_shared_bytes()
+        fit = min(free // self.tuning.slot_bytes, 12)
+        if fit < 2:
+            raise UsageError(
+                "the persistent decode kernel cannot hold this model: its activations leave no shared memory"
+            )
+        return min(fit, self.tuning.slots or fit)
+
+    def _fixed_shared_bytes(self) -> int:
+        """An upper bound of `Shared` and `Attention` of the kernel, bytes."""
+        c, warps = self.config, self.tuning.warps
+        ratio, padded = c.num_heads // c.num_kv_heads, self.padded_head
+        span = -(-c.hidden_size // (STEP_COLS * warps)) * STEP_COLS
+        shared = 512 * warps + 64 * 256 + warps * -(-span // 64) * 256 + 1024
+        sets = 1  # of query heads whose registers fit a warp: head_sets of kernels/attention.cuh
+        while -(-ratio // sets) > max(1, (32 if warps > 8 else 64) // (padded // 8)):
+            sets *= 2
+        partial = warps // sets * ratio * (padded + 2) * 4
+        return shared + padded * 4 * (2 * ratio + 7) + 256 + partial + 1024
+
+
+_BIASES = {
+    "BIAS_QKV": frozenset("qkv"),
+    "BIAS_O": frozenset({"o"}),
+    "BIAS_GATE_UP": frozenset({"gate", "up"}),
+    "BIAS_DOWN": frozenset({"down"}),
+}
+
+
+@dataclass(frozen=True)
+class TileLayout:
+    """A matrix in the order the kernel streams it: tiles of 8 rows, each in stages of one slot.
+
+    A warp owns `steps` * 32 neighbouring columns of every tile. Inside a stage come each warp's words, lane
+    by lane in 16-byte pieces, then each warp's and row's fp16 scales (and minimums), or a float32 scale
+    a row.
+    """
+
+    format: WeightFormat
+    shape: tuple[int, int]  # rows, columns; gate and up each have these rows
+    tuning: Tuning
+
+    @property
+    def step_words(self) -> int:
+        """32-bit words a lane for its 8 weights of a step."""
+        return {"bf16": 4, "fp8": 2, "int8": 2, "int4": 1}[self.format.kind]
+
+    @property
+    def steps(self) -> int:
+        """Steps of 32 columns a warp."""
+        return -(-self.shape[1] // (STEP_COLS * self.tuning.warps))
+
+    @property
+    def unit_steps(self) -> int:
+        """Steps one stored scale is for."""
+        if not self.format.group:
+            return self.steps
+        return math.gcd(self.format.group, self.steps * STEP_COLS) // STEP_COLS
+
+    @property
+    def numbers(self) -> int:
+        """fp16 numbers a row and unit: scale, minimum."""
+        return 0 if not self.format.group else 1 + self.format.minimum
+
+    @property
+    def has_row_scales(self) -> bool:
+        """Whether every stage ends with a float32 scale a row."""
+        return self.format.kind != "bf16" and not self.format.group
+
+    def stage_bytes(self, steps: int) -> int:
+        """Bytes of a stage of so many steps."""
+        warps, units = self.tuning.warps, -(-steps // self.unit_steps)
+        row_scales = 32 if self.has_row_scales else 0
+        return warps * 128 * self.step_words * steps + warps * 16 * self.numbers * units + row_scales
+
+    @property
+    def stage_steps(self) -> list[int]:
+        """Steps of every stage of a tile."""
+        whole = math.lcm(self.unit_steps if self.format.group else 1, 4 // self.step_words)
+        most = whole
+        while self.stage_bytes(most + whole) <= self.tuning.slot_bytes:
+            most += whole
+        even = math.ceil(self.steps / math.ceil(self.steps / most))
+        each = min(self.steps, math.ceil(even / whole) * whole)
+        return [min(each, self.steps - first) for first in range(0, self.steps, each)]
+
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes of a tile."""
+        return sum(self.stage_bytes(steps) for steps in self.stage_steps)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of the matrix; of gate as many as of up."""
+        return -(-self.shape[0] // TILE_ROWS)
+
+
+def matrix_shape(config: ModelConfig, name: ProductName) -> tuple[int, int]:
+    """Rows and columns of a product; of gate_up those of one of the two."""
+    heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_dim
+    return {
+        "qkv": ((heads + 2 * kv_heads) * size, config.hidden_size),
+        "o": (config.hidden_size, heads * size),
+        "gate_up": (config.intermediate_size, config.hidden_size),
+        "down": (config.hidden_size, config.intermediate_size),
+        "head": (config.vocab_size, config.hidden_size),
+    }[name]
+
+
+def grid_blocks(config: ModelConfig, tuning: Tuning) -> int:
+    """Blocks of the grid: at most one for every tile of the narrowest product."""
+    narrowest = min(matrix_shape(config, name)[0] for name in PRODUCTS)
+    return min(tuning.blocks or 128, -(-narrowest // TILE_ROWS))
+
+
+def layer_flags(config: ModelConfig) -> list[int]:
+    """A number a layer: 1 where it slides, 2 where it rotates."""
+    slides = config.sliding_layers if config.sliding_window and config.sliding_layers else ()
+    return [
+        int(bool(slides) and slides[layer]) + 2 * int(not config.rope_layers or config.rope_layers[layer])
+        for layer in range(config.num_layers)
+    ]
+
+
+def problems(config: ModelConfig, tuning: Tuning) -> Iterable[str]:
+    """What of a model or a tuning the kernel cannot hold, in words."""
+    c = config
+    if c.num_heads % c.num_kv_heads:
+        yield f"{c.num_heads} query heads do not divide among {c.num_kv_heads} KV heads"
+    elif c.num_heads // c.num_kv_heads > 8:
+        yield f"{c.num_heads // c.num_kv_heads} query heads share a KV head, at most 8 can"
+    if c.head_dim % 8 or not 8 <= c.head_dim <= 256:
+        yield f"a head size of {c.head_dim}; it must be a multiple of 8 up to 256"
+    if (c.rotary_dim or c.head_dim) % 2:
+        yield f"{c.rotary_dim} rotary dimensions; the number must be even"
+    for what, columns in (("width", c.hidden_size), ("feed-forward width", c.intermediate_size)):
+        if columns % 2:
+            yield f"a {what} of {columns}; it must be even"
+    most = tuning.warps * STEP_COLS * _MOST_STEPS[tuning.warps]
+    widest = max(c.hidden_size, c.intermediate_size, c.num_heads * c.head_dim)
+    if widest > most:
+        yield f"{widest} inputs of one product; {most} fit its registers with {tuning.warps} warps"
+    if c.num_kv_heads > grid_blocks(c, tuning):
+        yield f"{c.num_kv_heads} KV heads on {grid_blocks(c, tuning)} blocks"
+
+
+@lru_cache(maxsize=1)
+def kernel_source() -> str:
+    """The CUDA C++ of the kernel, without its defines."""
+    folder = Path(__file__).parent / "kernels"
+    return "".join((folder / name).read_text() for name in _SOURCES)

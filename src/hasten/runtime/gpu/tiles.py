@@ -1,0 +1,199 @@
+"""Weights as the persistent kernel streams them, and the roundings that make them; any torch device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hasten.compress.unpack import Integers
+from hasten.errors import ModelError
+from hasten.runtime.gpu.shape import TILE_ROWS, TileLayout, WeightFormat
+
+_E4M3_MAX = 448.0
+_NIBBLE_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of a word, for 8 neighbouring columns: pairs lie 16 bits apart
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One matrix in a format, not yet in tiles.
+
+    Attributes:
+        codes: [rows, cols] bf16, e4m3 or uint8 (what is stored: signed integers + 8 or + 128).
+        scales: float32 [rows] where the format has no groups, else fp16 [rows, cols / group]; None for bf16.
+        minimums: fp16 [rows, cols / group] where the format has them.
+    """
+
+    format: WeightFormat
+    codes: torch.Tensor
+    scales: torch.Tensor | None = None
+    minimums: torch.Tensor | None = None
+
+    def to(self, device: str) -> Weights:
+        """The same on another device."""
+        moved = (None if t is None else t.to(device) for t in (self.scales, self.minimums))
+        return Weights(self.format, self.codes.to(device), *moved)
+
+    @property
+    def offset(self) -> int:
+        """What is taken off a stored integer; 0 where a minimum does it."""
+        if self.format.minimum:
+            return 0
+        return {"int4": 8, "int8": 128}.get(self.format.kind, 0)
+
+    def values(self) -> torch.Tensor:
+        """What the weights mean, float32 [rows, cols]."""
+        codes = self.codes.float() - self.offset
+        if self.scales is None:
+            return codes
+        if not self.format.group:
+            return codes * self.scales[:, None]
+        spread = [t.float().repeat_interleave(self.format.group, 1) for t in self._numbers()]
+        values = codes * spread[0][:, : codes.shape[1]]
+        return values if len(spread) == 1 else values + spread[1][:, : codes.shape[1]]
+
+    def _numbers(self) -> list[torch.Tensor]:
+        """fp16 [rows, groups] each: scales, and minimums where there are some."""
+        return [t for t in (self.scales, self.minimums) if t is not None]
+
+
+def kept(found: Integers) -> Weights:
+    """Integers of an artifact or a quantised checkpoint, values as they are; 5, 6, 8 bits become int8."""
+    bits = found.layout.bits
+    fmt = WeightFormat("int4" if bits == 4 else "int8", found.layout.group, found.minimums is not None)
+    codes = torch.from_numpy(np.array(found.u))
+    if found.minimums is None:
+        codes = codes + ((8 if bits == 4 else 128) - (1 << (bits - 1)))
+    minimums = None if found.minimums is None else torch.from_numpy(np.array(found.minimums))
+    return Weights(fmt, codes, torch.from_numpy(np.array(found.scales)), minimums)
+
+
+def joined(parts: Sequence[Weights]) -> Weights:
+    """Matrices of one format with the same columns, one below the other."""
+    scales = [p.scales for p in parts if p.scales is not None]
+    minimums = [p.minimums for p in parts if p.minimums is not None]
+    return Weights(
+        parts[0].format,
+        torch.cat([p.codes for p in parts]),
+        torch.cat(scales) if scales else None,
+        torch.cat(minimums) if minimums else None,
+    )
+
+
+def rounded(values: torch.Tensor, fmt: WeightFormat) -> Weights:
+    """Round a matrix [rows, cols] to a format, each value to the nearest.
+
+    Scales are products and not quotients: a GPU divides by a constant otherwise than a CPU, and ties are
+    common.
+    """
+    if fmt.kind == "bf16":
+        return Weights(fmt, values.to(torch.bfloat16))
+    if not fmt.group:
+        most = _E4M3_MAX if fmt.kind == "fp8" else 127.0
+        scales = (values.float().abs().amax(1) * (1 / most)).clamp_min(1e-30)
+        return Weights(fmt, _codes(values.float() / scales[:, None], fmt), scales)
+    rows, cols = values.shape
+    if cols % fmt.group:
+        raise ModelError(f"{cols} inputs are not whole groups of {fmt.group}")
+    grouped = values.float().reshape(rows, -1, fmt.group)
+    low, high = grouped.amin(2), grouped.amax(2)
+    levels = 15 if fmt.kind == "int4" else 255
+    if fmt.minimum:
+        scales = ((high - low) * (1 / levels)).half().clamp_min(2**-24)
+        minimums = low.half()
+        scaled = (grouped - minimums.float()[..., None]) / scales.float()[..., None]
+        return Weights(fmt, _codes(scaled.reshape(rows, cols), fmt), scales, minimums)
+    most = _E4M3_MAX if fmt.kind == "fp8" else levels // 2
+    scales = (torch.maximum(high, -low) * (1 / most)).half().clamp_min(2**-24)
+    return Weights(fmt, _codes((grouped / scales.float()[..., None]).reshape(rows, cols), fmt), scales)
+
+
+def _codes(scaled: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
+    if fmt.kind == "fp8":
+        return scaled.clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
+    levels = 16 if fmt.kind == "int4" else 256
+    offset = 0 if fmt.minimum else levels // 2
+    return (scaled.round() + offset).clamp(0, levels - 1).to(torch.uint8)
+
+
+def tiled(weights: Weights, layout: TileLayout) -> torch.Tensor:
+    """A matrix in the kernel's order: uint8 [tiles, tile bytes].
+
+    Rows and columns past the matrix are filled with what stands for 0.
+    """
+    if weights.format != layout.format or tuple(weights.codes.shape) != layout.shape:
+        raise ModelError(
+            f"weights are {weights.format} {tuple(weights.codes.shape)}, "
+            f"and the layout is for {layout.format} {layout.shape}"
+        )
+    warps = layout.tuning.warps
+    padded_rows, padded_cols = layout.tiles * TILE_ROWS, layout.steps * 32 * warps
+    codes = weights.codes.view(torch.uint8) if weights.format.kind == "fp8" else weights.codes
+    codes = _padded(codes, padded_rows, padded_cols, weights.offset)
+    words = _words(codes, weights.format).view(layout.tiles, TILE_ROWS, warps, layout.steps, 4, -1)
+    numbers = _unit_numbers(weights, layout, padded_rows, padded_cols)
+    if weights.scales is not None and layout.has_row_scales:
+        scales = _padded(weights.scales.float()[:, None], padded_rows, 1, 0)
+        row_scales = scales.contiguous().view(torch.uint8).view(layout.tiles, -1)
+    stages, first = [], 0
+    for steps in layout.stage_steps:
+        parts = [_lane_order(words[:, :, :, first : first + steps])]
+        if numbers is not None:
+            units = slice(first // layout.unit_steps, (first + steps) // layout.unit_steps)
+            taken = numbers[:, :, :, units].permute(0, 2, 1, 3, 4)  # [tile, warp, row, unit, number]
+            parts.append(taken.contiguous().view(torch.uint8).view(layout.tiles, -1))
+        if layout.has_row_scales:
+            parts.append(row_scales)
+        stages += parts
+        first += steps
+    return torch.cat(stages, 1)
+
+
+def interleaved(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Tiles of gate and up in turn, as one matrix: [2 tiles, tile bytes]."""
+    return torch.stack((gate, up), 1).flatten(0, 1)
+
+
+def _padded(matrix: torch.Tensor, rows: int, cols: int, value: int) -> torch.Tensor:
+    if tuple(matrix.shape) == (rows, cols):
+        return matrix
+    whole = torch.full((rows, cols), value, dtype=matrix.dtype, device=matrix.device)
+    whole[: matrix.shape[0], : matrix.shape[1]] = matrix
+    return whole
+
+
+def _words(codes: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
+    """32-bit words of 8 neighbouring columns each: int32 [rows, cols / 8 * words]."""
+    if fmt.kind != "int4":
+        return codes.contiguous().view(torch.int32)
+    nibbles = codes.view(codes.shape[0], -1, 8).to(torch.int32)
+    word = torch.zeros_like(nibbles[..., 0])
+    for column, place in enumerate(_NIBBLE_PLACES):
+        word |= nibbles[..., column] << (4 * place)
+    return word
+
+
+def _lane_order(words: torch.Tensor) -> torch.Tensor:
+    """[tile, row, warp, step, quarter, word] -> uint8 [tile, bytes]: a lane's words in pieces of 16, 8, 4."""
+    tiles, _, warps, steps, _, count = words.shape
+    lanes = words.permute(0, 2, 1, 4, 3, 5).reshape(tiles, warps, 32, steps * count)
+    pieces, first = [], 0
+    total = steps * count
+    for size in (4,) * (total // 4) + ((2,) if total & 2 else ()) + ((1,) if total & 1 else ()):
+        pieces.append(lanes[..., first : first + size].reshape(tiles, warps, -1))
+        first += size
+    return torch.cat(pieces, 2).contiguous().view(torch.uint8).view(tiles, -1)
+
+
+def _unit_numbers(weights: Weights, layout: TileLayout, rows: int, cols: int) -> torch.Tensor | None:
+    """fp16 [tile, row, warp, unit, number]: a scale (and minimum) for every unit of columns of a warp."""
+    if not layout.numbers:
+        return None
+    unit = layout.unit_steps * 32
+    spread = [
+        _padded(t.repeat_interleave(layout.format.group // unit, 1)[:, : cols // unit], rows, cols // unit, 0)
+        for t in weights._numbers()
+    ]
+    return torch.stack(spread, 2).view(layout.tiles, TILE_ROWS, layout.tuning.warps, -1, layout.numbers)
