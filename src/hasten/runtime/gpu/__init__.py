@@ -1,0 +1,1 @@
+"""Runs a model on a GPU: own kernels for decode, library products for prefill."""

@@ -1,0 +1,123 @@
+"""The Triton kernel for attention of a decode step: one query token a row, keys and values in pages.
+
+A program takes one row, one KV head with all query heads that share it (their keys are read once), and one
+split of `SPLIT` tokens. The tensor cores' tile has 16 query rows; groups of 1 to 8 heads leave some unused,
+which costs nothing: reading keys and values is what takes the time. Splits begin at multiples of `SPLIT`
+counted from the sequence's start, so where they lie depends on the row's own length alone, and the last
+program of a row to finish merges them in order: a row's result is the same in any company.
+
+Keys and values: bf16 [pages, K heads, PAGE tokens, D] each, one pair of arrays a layer.
+"""
+
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hasten.runtime.gpu.batch_products import is_last, raise_peak_of_row, wait_for_previous
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def attend_block(q, top, total, mixed, keys, values, table, start, low, high, g, scale, softcap, KV: tl.constexpr,
+                 D: tl.constexpr, DIMS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+                 SOFTCAP: tl.constexpr):  # fmt: skip
+    """One block of keys into the running softmax: top [G] (in log2), total [G], mixed [G, DIMS]."""
+    token, d = start + tl.arange(0, BLOCK), tl.arange(0, DIMS)
+    seen = (token >= low) & (token < high)
+    page = tl.load(table + token // PAGE, mask=seen, other=0).to(tl.int64)
+    at = (((page * KV + g) * PAGE + token % PAGE) * D)[:, None] + d[None, :]
+    mask = seen[:, None] & (d < D)[None, :]
+    k = tl.load(keys + at, mask=mask, other=0.0)
+    v = tl.load(values + at, mask=mask, other=0.0)
+    s = tl.dot(q, tl.trans(k)) * scale
+    if SOFTCAP:
+        s = softcap * (1.0 - 2.0 / (tl.exp(2.0 * s / softcap) + 1.0))
+    s = tl.where(seen[None, :], s * LOG2_E, float("-inf"))
+    new_top = tl.maximum(top, tl.max(s, 1))
+    p, old = tl.exp2(s - new_top[:, None]), tl.exp2(top - new_top)
+    mixed = tl.dot(p.to(tl.bfloat16), v, mixed * old[:, None])
+    return new_top, total * old + tl.sum(p, 1), mixed
+
+
+@triton.jit
+def merge(parts, tops, totals, base, count, SHARE: tl.constexpr, GROUP: tl.constexpr, DIMS: tl.constexpr,
+          AT_ONCE: tl.constexpr):  # fmt: skip
+    """All splits of one row and KV head, in order, `AT_ONCE` loads in flight: float32 [GROUP, DIMS]."""
+    s, r, d = tl.arange(0, AT_ONCE), tl.arange(0, GROUP), tl.arange(0, DIMS)
+    top = tl.full([GROUP], -1e30, tl.float32)
+    total = tl.zeros([GROUP], tl.float32)
+    mixed = tl.zeros([GROUP, DIMS], tl.float32)
+    for start in range(0, count, AT_ONCE):
+        there = (start + s < count)[:, None] & (r < SHARE)[None, :]
+        at = (base + start + s)[:, None] * SHARE + r[None, :]
+        its_top = tl.load(tops + at, mask=there, other=-1e30, cache_modifier=".cg")
+        its_total = tl.load(totals + at, mask=there, other=0.0, cache_modifier=".cg")
+        place = parts + at[:, :, None] * DIMS + d[None, None, :]
+        part = tl.load(place, mask=there[:, :, None], other=0.0, cache_modifier=".cg")
+        new_top = tl.maximum(top, tl.max(its_top, 0))
+        old, new = tl.exp2(top - new_top), tl.exp2(its_top - new_top[None, :])
+        total = total * old + tl.sum(its_total * new, 0)
+        mixed = mixed * old[:, None] + tl.sum(part * new[:, :, None], 0)
+        top = new_top
+    return mixed / total[:, None]
+
+
+@triton.jit
+def put_heads(out, mixed, peak, row, g, HEADS: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr,
+              GROUP: tl.constexpr, DIMS: tl.constexpr, QUANT: tl.constexpr):  # fmt: skip
+    """Results of one KV head's query heads, bf16 into [M, H, D]."""
+    r, d = tl.arange(0, GROUP), tl.arange(0, DIMS)
+    inside = (r < SHARE)[:, None] & (d < D)[None, :]
+    rounded = tl.where(inside, mixed, 0.0).to(tl.bfloat16)
+    tl.store(out + (row * HEADS + g * SHARE + r)[:, None] * D + d[None, :], rounded, mask=inside)
+    if QUANT:
+        raise_peak_of_row(peak, rounded.to(tl.float32), row)
+
+
+@triton.jit
+def attend(queries, keys, values, table, positions, out, parts, tops, totals, arrivals, peak, scale, softcap,
+           TABLE: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr,
+           GROUP: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+           WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, QUANT: tl.constexpr,
+           PDL: tl.constexpr):  # fmt: skip
+    """softmax(q k) v over a row's pages. Grid: (K heads, rows, SPLITS).
+
+    WINDOW > 0: the last so many tokens alone, and SPLITS need cover no more than those. A program whose split
+    holds none of the row's tokens does nothing.
+    """
+    g, row, slot = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    r, d = tl.arange(0, GROUP), tl.arange(0, DIMS)
+    wait_for_previous(PDL)
+    length = tl.load(positions + row) + 1  # the newest token is in its page already
+    low = length * 0
+    if WINDOW > 0:
+        low = tl.maximum(length - WINDOW, 0)
+    first = low // SPLIT
+    count = (length + SPLIT - 1) // SPLIT - first
+    if slot < count:
+        share: tl.constexpr = HEADS // KV
+        used = (r < share)[:, None] & (d < D)[None, :]
+        q = tl.load(queries + (row * HEADS + g * share + r)[:, None] * D + d[None, :], mask=used, other=0.0)
+        start = (first + slot) * SPLIT
+        high = tl.minimum(length, start + SPLIT)
+        top = tl.full([GROUP], -1e30, tl.float32)
+        total, mixed = tl.zeros([GROUP], tl.float32), tl.zeros([GROUP, DIMS], tl.float32)
+        begin = tl.maximum(start, low // BLOCK * BLOCK)
+        for block in range(begin, high, BLOCK):
+            top, total, mixed = attend_block(q, top, total, mixed, keys, values, table + row * TABLE, block, low, high,
+                                             g, scale, softcap, KV, D, DIMS, PAGE, BLOCK, SOFTCAP)  # fmt: skip
+        if count == 1:
+            put_heads(out, mixed / total[:, None], peak, row, g, HEADS, share, D, GROUP, DIMS, QUANT)
+        else:
+            base = (row * KV + g) * SPLITS
+            at = (base + slot) * share + r
+            tl.store(tops + at, top, mask=r < share)
+            tl.store(totals + at, total, mask=r < share)
+            tl.store(parts + at[:, None] * DIMS + d[None, :], mixed, mask=used)
+            if is_last(arrivals + row * KV + g, count):
+                whole = merge(parts, tops, totals, base, count, share, GROUP, DIMS, 4)
+                put_heads(out, whole, peak, row, g, HEADS, share, D, GROUP, DIMS, QUANT)

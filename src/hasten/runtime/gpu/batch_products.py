@@ -1,0 +1,420 @@
+"""Triton kernels for the linear layers of a decode step of 2 to 64 rows, each with all that follows it.
+
+One program multiplies `ROWS` rows of a weight matrix [N, K] with all `M` rows of the batch: every weight is
+read once. `tl.dot(weights, inputs)` has the weights on its first side, since that side must have 64 rows for
+Hopper's `wgmma`, and a batch of 16 has not. Small matrices need more programs than they have tiles: `SPLITS`
+programs share a tile, each takes a part of K, and the last to finish adds their sums in the order of K. No sum
+depends on timing, on other rows or on a row's place, so a row's result is the same in any company.
+
+What follows a product is done in the same program, so a layer is five kernels, not twelve: a launch costs
+about 1.3 us, a 0.6B layer at 16 rows has 45.
+- The norm before a product needs the whole row; what writes a row writes it times the norm's weight, in bf16,
+  with the sum of its squares a tile. The product runs on that, and its result is multiplied with 1 / rms.
+- fp8: what writes a row also takes its largest magnitude (an atomic maximum does not depend on order); the
+  product rounds inputs to e4m3 with that scale a row on their way into shared memory.
+"""
+
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+E4M3_MAX = tl.constexpr(448.0)
+
+
+@triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    """Programmatic dependent launch: this kernel started while the one before it was ending."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def to_e4m3_factor(peak, m, QUANT: tl.constexpr):
+    """What row m's inputs are multiplied with before rounding to e4m3, [M]; 1 for a row of zeros."""
+    largest = tl.load(peak + m).to(tl.float32, bitcast=True)
+    return tl.where(largest > 0, E4M3_MAX / largest, 1.0)
+
+
+@triton.jit
+def read_weights(w, rows, k, K: tl.constexpr):
+    return tl.load(w + rows.to(tl.int64)[:, None] * K + k[None, :], eviction_policy="evict_first")
+
+
+@triton.jit
+def read_inputs(x, factor, m, k, K: tl.constexpr, QUANT: tl.constexpr):
+    """Inputs [BLOCK, M], e4m3 if QUANT."""
+    b = tl.load(x + m[None, :] * K + k[:, None])
+    if QUANT:
+        b = (b.to(tl.float32) * factor[None, :]).to(tl.float8e4nv)
+    return b
+
+
+@triton.jit
+def one_product(w, x, factor, rows, split, K: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+                BLOCK: tl.constexpr, M: tl.constexpr, QUANT: tl.constexpr):  # fmt: skip
+    """Rows `rows` of w times all inputs over this split's part of K: float32 [ROWS, M]."""
+    m, k = tl.arange(0, M), tl.arange(0, BLOCK)
+    blocks: tl.constexpr = K // BLOCK
+    acc = tl.zeros([ROWS, M], tl.float32)
+    for i in range(split * blocks // SPLITS, (split + 1) * blocks // SPLITS):
+        b = read_inputs(x, factor, m, i * BLOCK + k, K, QUANT)
+        acc = tl.dot(read_weights(w, rows, i * BLOCK + k, K), b, acc)
+    return acc
+
+
+@triton.jit
+def two_products(w, x, factor, first, second, split, K: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+                 BLOCK: tl.constexpr, M: tl.constexpr, QUANT: tl.constexpr):  # fmt: skip
+    """The same for two sets of rows that are needed together: halves of a head, gate and up."""
+    m, k = tl.arange(0, M), tl.arange(0, BLOCK)
+    blocks: tl.constexpr = K // BLOCK
+    a, b = tl.zeros([ROWS, M], tl.float32), tl.zeros([ROWS, M], tl.float32)
+    for i in range(split * blocks // SPLITS, (split + 1) * blocks // SPLITS):
+        inputs = read_inputs(x, factor, m, i * BLOCK + k, K, QUANT)
+        a = tl.dot(read_weights(w, first, i * BLOCK + k, K), inputs, a)
+        b = tl.dot(read_weights(w, second, i * BLOCK + k, K), inputs, b)
+    return a, b
+
+
+@triton.jit
+def write_part(parts, acc, index, ROWS: tl.constexpr, M: tl.constexpr):
+    n, m = tl.arange(0, ROWS), tl.arange(0, M)
+    tl.store(parts + index * (ROWS * M) + n[:, None] * M + m[None, :], acc)
+
+
+@triton.jit
+def add_parts(parts, index, STRIDE: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr):
+    """The sum of a tile's splits, in their order; `.cg`: other multiprocessors wrote them, this L1 knows not."""
+    n, m = tl.arange(0, ROWS), tl.arange(0, M)
+    place = parts + index * (ROWS * M) + n[:, None] * M + m[None, :]
+    acc = tl.load(place, cache_modifier=".cg")
+    for s in tl.static_range(1, SPLITS):
+        acc += tl.load(place + s * STRIDE * ROWS * M, cache_modifier=".cg")
+    return acc
+
+
+@triton.jit
+def is_last(arrivals, count):
+    """Whether count - 1 programs have written before this one; the last sets the counter back for the next."""
+    tl.debug_barrier()  # every thread's part is written before one of them counts
+    last = tl.atomic_add(arrivals, 1, sem="acq_rel") == count - 1
+    if last:
+        tl.store(arrivals, 0)
+    return last
+
+
+@triton.jit
+def result_scale(squares, factor, m, K: tl.constexpr, eps, SQUARES: tl.constexpr, M: tl.constexpr,
+                 BLOCK: tl.constexpr, QUANT: tl.constexpr):  # fmt: skip
+    """What sums are multiplied with, [M]: 1 / rms of the inputs (SQUARES tiles of sums; 0: no norm), and 1 / factor."""
+    scale = tl.full([M], 1.0, tl.float32)
+    if SQUARES > 0:
+        t = tl.arange(0, BLOCK)[:, None]
+        tiles = tl.load(squares + t * M + m[None, :], mask=t < SQUARES, other=0.0)
+        scale = tl.rsqrt(tl.sum(tiles, 0) / K + eps)
+    if QUANT:
+        scale = scale / factor
+    return scale
+
+
+@triton.jit
+def row_scale(scales, rows, QUANT: tl.constexpr, ROWS: tl.constexpr):
+    """Scales of weight rows, [ROWS]."""
+    if QUANT:
+        return tl.load(scales + rows)
+    else:
+        return tl.full([ROWS], 1.0, tl.float32)
+
+
+@triton.jit
+def raise_peak(peak, values, m, M: tl.constexpr):
+    """peak[m] = max(peak[m], |values[:, m]|). Floats of one sign order like integers."""
+    largest = tl.max(tl.abs(values), 0)
+    tl.atomic_max(peak + m, largest.to(tl.int32, bitcast=True), sem="relaxed")
+
+
+@triton.jit
+def raise_peak_of_row(peak, values, row):
+    """peak[row] = max(peak[row], all |values|)."""
+    largest = tl.max(tl.max(tl.abs(values), 1), 0)
+    tl.atomic_max(peak + row, largest.to(tl.int32, bitcast=True), sem="relaxed")
+
+
+# ---- queries, keys, values -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def place_head(a, b, h, positions, table, cos, sin, q_norm, k_norm, queries, keys, values, eps, live,
+               TABLE: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+               PAGE: tl.constexpr, M: tl.constexpr, QK_NORM: tl.constexpr):  # fmt: skip
+    """Norm and rotate one head (a: dimensions 0 to D/2, b: the others; [HALF, M]), then store it where it belongs."""
+    i, m = tl.arange(0, HALF), tl.arange(0, M)
+    inside = (i < D // 2)[:, None]
+    position = tl.load(positions + m)
+    at = tl.maximum(position, 0)
+    if h < HEADS + KV:
+        if QK_NORM:
+            gamma = q_norm
+            if h >= HEADS:
+                gamma = k_norm
+            r = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / D + eps)[None, :]
+            a = a * r * tl.load(gamma + i, mask=i < D // 2, other=0.0)[:, None]
+            b = b * r * tl.load(gamma + D // 2 + i, mask=i < D // 2, other=0.0)[:, None]
+        angle = at[None, :] * (D // 2) + i[:, None]
+        c = tl.load(cos + angle, mask=inside, other=0.0)
+        s = tl.load(sin + angle, mask=inside, other=0.0)
+        a, b = a * c - b * s, b * c + a * s
+    if h < HEADS:
+        to = queries + m[None, :] * (HEADS * D) + h * D + i[:, None]
+        stored = inside & (at >= 0)[None, :]
+    else:
+        page = tl.load(table + m * TABLE + at // PAGE).to(tl.int64)
+        head = (h - HEADS) % KV
+        cache = keys
+        if h >= HEADS + KV:
+            cache = values
+        to = cache + (((page * KV + head) * PAGE + at % PAGE) * D)[None, :] + i[:, None]
+        stored = inside & ((position >= 0) & (m < live))[None, :]  # a row without a sequence has no page
+    tl.store(to, a.to(tl.bfloat16), mask=stored)
+    tl.store(to + D // 2, b.to(tl.bfloat16), mask=stored)
+
+
+@triton.jit
+def project_qkv(w, x, scales, bias, squares, peak, parts, arrivals, positions, table, cos, sin, q_norm, k_norm,
+                queries, keys, values, eps, live, E: tl.constexpr, TABLE: tl.constexpr, HEADS: tl.constexpr,
+                KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+                SPLITS: tl.constexpr, M: tl.constexpr, SQUARES: tl.constexpr, SQUARES_BLOCK: tl.constexpr,
+                QK_NORM: tl.constexpr, QUANT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Norm, product, bias, q/k norm, rotation; queries to [M, H, D], keys and values into their pages.
+
+    A tile is one head, in two halves, because a rotation pairs dimension i with i + D/2.
+    Grid: (H + 2 K heads, SPLITS).
+    """
+    h, split = tl.program_id(0), tl.program_id(1)
+    i, m = tl.arange(0, HALF), tl.arange(0, M)
+    half = tl.minimum(i, D // 2 - 1)  # past the head's end: rows that exist, whose results nobody stores
+    first = h * D + half
+    wait_for_previous(PDL)
+    factor = to_e4m3_factor(peak, m, QUANT) if QUANT else m
+    a, b = two_products(w, x, factor, first, first + D // 2, split, E, SPLITS, HALF, BLOCK, M, QUANT)
+    done = True
+    if SPLITS > 1:
+        heads: tl.constexpr = HEADS + 2 * KV
+        write_part(parts, a, (split * heads + h) * 2, HALF, M)
+        write_part(parts, b, (split * heads + h) * 2 + 1, HALF, M)
+        done = is_last(arrivals + h, SPLITS)
+    if done:
+        if SPLITS > 1:
+            a = add_parts(parts, h * 2, heads * 2, SPLITS, HALF, M)
+            b = add_parts(parts, h * 2 + 1, heads * 2, SPLITS, HALF, M)
+        scale = result_scale(squares, factor, m, E, eps, SQUARES, M, SQUARES_BLOCK, QUANT)[None, :]
+        a = a * scale * row_scale(scales, first, QUANT, HALF)[:, None]
+        b = b * scale * row_scale(scales, first + D // 2, QUANT, HALF)[:, None]
+        if bias is not None:
+            a += tl.load(bias + first)[:, None]
+            b += tl.load(bias + first + D // 2)[:, None]
+        inside = (i < D // 2)[:, None]
+        place_head(tl.where(inside, a, 0.0), tl.where(inside, b, 0.0), h, positions, table, cos, sin, q_norm, k_norm,
+                   queries, keys, values, eps, live, TABLE, HEADS, KV, D, HALF, PAGE, M, QK_NORM)  # fmt: skip
+
+
+# ---- what is added to the residual: o and down -----------------------------------------------------------------
+
+
+@triton.jit
+def add_to_residual(y, n, m, tile, residual, gamma, hidden, squares, peak, E: tl.constexpr, M: tl.constexpr,
+                    QUANT: tl.constexpr):  # fmt: skip
+    """residual += y; hidden = residual * gamma for the next product; sums of squares, largest magnitudes."""
+    inside = (n < E)[:, None]
+    at = m[None, :] * E + n[:, None]
+    x = tl.load(residual + at, mask=inside, other=0.0) + y
+    tl.store(residual + at, x, mask=inside)
+    scaled = (x * tl.load(gamma + n, mask=n < E, other=0.0)[:, None]).to(tl.bfloat16)
+    tl.store(hidden + at, scaled, mask=inside)
+    tl.store(squares + tile * M + m, tl.sum(tl.where(inside, x * x, 0.0), 0))
+    if QUANT:
+        raise_peak(peak, tl.where(inside, scaled.to(tl.float32), 0.0), m, M)
+
+
+@triton.jit
+def project_residual(w, x, scales, bias, peak, parts, arrivals, residual, gamma, hidden, squares, next_peak, plain,
+                     K: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+                     M: tl.constexpr, QUANT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Product, bias, residual, and what the next norm needs; or, where `plain` is given, the product alone.
+
+    `plain` (float32 [M, E]) is for models that norm this product before they add it: `norm_and_add` follows.
+    Grid: (tiles of E, SPLITS).
+    """
+    tile, split = tl.program_id(0), tl.program_id(1)
+    n, m = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, M)
+    rows = tl.minimum(n, E - 1) if E % ROWS else n
+    wait_for_previous(PDL)
+    factor = to_e4m3_factor(peak, m, QUANT) if QUANT else m
+    acc = one_product(w, x, factor, rows, split, K, SPLITS, ROWS, BLOCK, M, QUANT)
+    done = True
+    tiles: tl.constexpr = (E + ROWS - 1) // ROWS
+    if SPLITS > 1:
+        write_part(parts, acc, split * tiles + tile, ROWS, M)
+        done = is_last(arrivals + tile, SPLITS)
+    if done:
+        if SPLITS > 1:
+            acc = add_parts(parts, tile, tiles, SPLITS, ROWS, M)
+        if QUANT:
+            acc = acc / factor[None, :] * tl.load(scales + rows)[:, None]
+        if bias is not None:
+            acc += tl.load(bias + rows)[:, None]
+        if plain is not None:
+            tl.store(plain + m[None, :] * E + n[:, None], acc, mask=(n < E)[:, None])
+        else:
+            add_to_residual(acc, n, m, tile, residual, gamma, hidden, squares, next_peak, E, M, QUANT)
+
+
+@triton.jit
+def norm_and_add(y, post_gamma, residual, gamma, hidden, squares, next_peak, eps, E: tl.constexpr, BLOCK: tl.constexpr,
+                 M: tl.constexpr, QUANT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """residual += norm(y) * post_gamma, and what the next norm needs. Grid: (rows,)."""
+    row, k = tl.program_id(0), tl.arange(0, BLOCK)
+    wait_for_previous(PDL)
+    inside = k < E
+    v = tl.load(y + row * E + k, mask=inside, other=0.0)
+    v = v * tl.rsqrt(tl.sum(v * v, 0) / E + eps) * tl.load(post_gamma + k, mask=inside, other=0.0)
+    put_row(tl.load(residual + row * E + k, mask=inside, other=0.0) + v, row, residual, gamma, hidden, squares,
+            next_peak, E, BLOCK, M, QUANT)  # fmt: skip
+
+
+@triton.jit
+def put_row(x, row, residual, gamma, hidden, squares, peak, E: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr,
+            QUANT: tl.constexpr):  # fmt: skip
+    """One whole row of the residual stream, and what the next norm needs (its sum of squares in one piece)."""
+    k = tl.arange(0, BLOCK)
+    inside = k < E
+    tl.store(residual + row * E + k, x, mask=inside)
+    scaled = (x * tl.load(gamma + k, mask=inside, other=0.0)).to(tl.bfloat16)
+    tl.store(hidden + row * E + k, scaled, mask=inside)
+    tl.store(squares + row, tl.sum(x * x, 0))
+    if QUANT:
+        tl.store(peak + row, tl.max(tl.abs(scaled.to(tl.float32)), 0).to(tl.int32, bitcast=True))
+
+
+# ---- gate and up ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def activate(gate, up, GELU: tl.constexpr):
+    if GELU:  # the tanh form; tanh(z) = 1 - 2 / (exp(2 z) + 1)
+        z = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        return gate * (1.0 - 1.0 / (tl.exp(2.0 * z) + 1.0)) * up
+    else:
+        return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
+def project_gate_up(w, x, scales, bias, squares, peak, parts, arrivals, out, next_peak, eps, E: tl.constexpr,
+                    F: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, M: tl.constexpr,
+                    SQUARES: tl.constexpr, SQUARES_BLOCK: tl.constexpr, GELU: tl.constexpr, QUANT: tl.constexpr,
+                    PDL: tl.constexpr):  # fmt: skip
+    """Norm, both products, activation: bf16 [M, F]. Grid: (tiles of F, SPLITS)."""
+    tile, split = tl.program_id(0), tl.program_id(1)
+    n, m = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, M)
+    rows = tl.minimum(n, F - 1) if F % ROWS else n
+    wait_for_previous(PDL)
+    factor = to_e4m3_factor(peak, m, QUANT) if QUANT else m
+    gate, up = two_products(w, x, factor, rows, rows + F, split, E, SPLITS, ROWS, BLOCK, M, QUANT)
+    done = True
+    tiles: tl.constexpr = (F + ROWS - 1) // ROWS
+    if SPLITS > 1:
+        write_part(parts, gate, (split * tiles + tile) * 2, ROWS, M)
+        write_part(parts, up, (split * tiles + tile) * 2 + 1, ROWS, M)
+        done = is_last(arrivals + tile, SPLITS)
+    if done:
+        if SPLITS > 1:
+            gate = add_parts(parts, tile * 2, tiles * 2, SPLITS, ROWS, M)
+            up = add_parts(parts, tile * 2 + 1, tiles * 2, SPLITS, ROWS, M)
+        scale = result_scale(squares, factor, m, E, eps, SQUARES, M, SQUARES_BLOCK, QUANT)[None, :]
+        gate = gate * scale * row_scale(scales, rows, QUANT, ROWS)[:, None]
+        up = up * scale * row_scale(scales, rows + F, QUANT, ROWS)[:, None]
+        if bias is not None:
+            gate += tl.load(bias + rows)[:, None]
+            up += tl.load(bias + rows + F)[:, None]
+        mixed = activate(gate, up, GELU).to(tl.bfloat16)
+        tl.store(out + m[None, :] * F + n[:, None], mixed, mask=(n < F)[:, None])
+        if QUANT:
+            raise_peak(next_peak, tl.where((n < F)[:, None], mixed.to(tl.float32), 0.0), m, M)
+
+
+# ---- the head ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def project_head(w, x, scales, squares, peak, logits, best, best_id, eps, softcap, E: tl.constexpr, V: tl.constexpr,
+                 ROWS: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr, SQUARES: tl.constexpr,
+                 SQUARES_BLOCK: tl.constexpr, SOFTCAP: tl.constexpr, QUANT: tl.constexpr,
+                 PDL: tl.constexpr):  # fmt: skip
+    """Norm, product, soft-cap; each tile's best logit and its id (the lowest of equals), logits where wanted.
+
+    Greedy decoding reads the tiles' best: 64 rows of logits would be 39 MB written and read. Grid: (tiles of V,).
+    """
+    tile = tl.program_id(0)
+    n, m = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, M)
+    rows = tl.minimum(n, V - 1) if V % ROWS else n
+    wait_for_previous(PDL)
+    factor = to_e4m3_factor(peak, m, QUANT) if QUANT else m
+    acc = one_product(w, x, factor, rows, 0, E, 1, ROWS, BLOCK, M, QUANT)
+    acc = acc * result_scale(squares, factor, m, E, eps, SQUARES, M, SQUARES_BLOCK, QUANT)[None, :]
+    if QUANT:
+        acc = acc * tl.load(scales + rows)[:, None]
+    if SOFTCAP:
+        acc = softcap * (1.0 - 2.0 / (tl.exp(2.0 * acc / softcap) + 1.0))
+    if logits is not None:
+        tl.store(logits + m.to(tl.int64)[None, :] * V + n[:, None], acc, mask=(n < V)[:, None])
+    acc = tl.where((n < V)[:, None], acc, float("-inf"))
+    top = tl.max(acc, 0)
+    tl.store(best + tile * M + m, top)
+    tl.store(best_id + tile * M + m, tl.min(tl.where(acc == top[None, :], n[:, None], V - 1), 0))
+
+
+# ---- both ends of a step ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def begin(embed, tokens, gamma, residual, hidden, squares, peaks, embed_scale, E: tl.constexpr, BLOCK: tl.constexpr,
+          PEAKS: tl.constexpr, PEAKS_BLOCK: tl.constexpr, TILES: tl.constexpr, TILES_BLOCK: tl.constexpr,
+          M: tl.constexpr, QUANT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Embed each row's token; clear the magnitudes of all layers. Grid: (rows,).
+
+    Layer 0 adds `TILES` sums of squares like every other layer (one kernel serves all), so the others are 0.
+    """
+    row, k = tl.program_id(0), tl.arange(0, BLOCK)
+    wait_for_previous(PDL)
+    t = tl.arange(0, TILES_BLOCK)
+    tl.store(squares + t * M + row, 0.0, mask=(t > 0) & (t < TILES))
+    if QUANT:
+        p = tl.arange(0, PEAKS_BLOCK)
+        tl.store(peaks + p * M + row, 0, mask=(p > 0) & (p < PEAKS))
+    token = tl.load(tokens + row).to(tl.int64)
+    x = tl.load(embed + token * E + k, mask=k < E, other=0.0).to(tl.float32) * embed_scale
+    put_row(x, row, residual, gamma, hidden, squares, peaks, E, BLOCK, M, QUANT)
+
+
+@triton.jit
+def pick(best, best_id, tokens, positions, emitted, V: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
+         RING: tl.constexpr, M: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Each row's greedy token becomes its next input; its position moves on. Grid: (rows,).
+
+    `emitted` [rows, RING] keeps the token of position p at p % RING, so that the host may read some steps late.
+    """
+    row, t = tl.program_id(0), tl.arange(0, BLOCK)
+    wait_for_previous(PDL)
+    inside = t < TILES
+    value = tl.load(best + t * M + row, mask=inside, other=float("-inf"))
+    which = tl.load(best_id + t * M + row, mask=inside, other=V - 1)
+    top = tl.max(value, 0)
+    token = tl.min(tl.where(value == top, which, V - 1), 0)  # NaN equals nothing: a token that exists all the same
+    position = tl.load(positions + row)
+    if position >= 0:
+        tl.store(tokens + row, token)
+        tl.store(emitted + row * RING + (position + 1) % RING, token)
+        tl.store(positions + row, position + 1)
