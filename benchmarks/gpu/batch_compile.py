@@ -64,7 +64,7 @@ def resources(cubin: bytes) -> str:
         file.flush()
         usage = subprocess.run([tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True).stdout
         code = subprocess.run([tools / "nvdisasm", file.name], capture_output=True, text=True).stdout
-    counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in ("HGMMA", "QGMMA", "HMMA", "LDGSTS", "LDL", "STL")}
+    counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in ("HGMMA", "QGMMA", "HMMA", "LDGSTS", "CCTL", "LDL", "STL")}
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     return f"registers {found[1]} stack {found[2]} " + " ".join(f"{k} {v}" for k, v in counts.items() if v)
 
@@ -80,9 +80,11 @@ def main() -> None:
             print(f"{name:18}shared {kernel.metadata.shared:7} {resources(kernel.asm['cubin'])}", flush=True)
 
     for precision in sys.argv[3:] or ["bf16"]:
-        step = BatchStep(random_weights(model, precision, "meta"), StepOptions(rows, 32, CONTEXT))
-        with compiling(report):
-            step.run(step.shape(rows, 512))
+        weights = random_weights(model, precision, "meta")
+        for dependent in (False, True):
+            step = BatchStep(weights, StepOptions(rows, 32, CONTEXT, dependent_launch=dependent))
+            with compiling(report):
+                step.run(step.shape(rows, 512))
 
 
 if __name__ == "__main__":

@@ -9,11 +9,13 @@ from hasten.runtime.gpu.batch_step import PAGE, BatchStep
 from hasten.runtime.gpu.batch_weights import Matrix
 
 
-def linear(matrix: Matrix, inputs: torch.Tensor) -> torch.Tensor:
-    """Inputs as the kernels round them, float32 [R, cols], times a matrix, in float32."""
-    x = inputs.to(torch.bfloat16).float()
+def linear(matrix: Matrix, inputs: torch.Tensor, exact: bool = False) -> torch.Tensor:
+    """Inputs as the kernels round them (or not, if `exact`), float32 [R, cols], times a matrix, in float32."""
+    x = inputs if exact else inputs.to(torch.bfloat16).float()
     weights = matrix.values.float()
-    if matrix.scales is not None:
+    if matrix.scales is not None and exact:
+        weights *= matrix.scales[:, None]
+    elif matrix.scales is not None:
         factor = 448 / x.abs().amax(-1, keepdim=True)
         x = (x * factor).to(torch.float8_e4m3fn).float() / factor
         weights *= matrix.scales[:, None]
@@ -25,25 +27,29 @@ def rms(x: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def logits(step: BatchStep, rows: int) -> torch.Tensor:
-    """Logits [rows, V] of the step that comes next; nothing is changed. Pre-norm models without windows."""
+def logits(step: BatchStep, rows: int, exact: bool = False) -> torch.Tensor:
+    """Logits [rows, V] of the step that comes next; nothing is changed. Pre-norm models without windows.
+
+    `exact` keeps activations in float32: what the difference to that is worth is the noise of rounding.
+    """
     weights, c = step.weights, step.weights.config
     position = step.positions[:rows].long()
     x = weights.embed[step.tokens[:rows].long()].float() * c.embed_scale
     for i, w in enumerate(weights.layers):
-        y = linear(w.qkv, x * w.attn_norm) * rms(x, c.norm_eps)
+        y = linear(w.qkv, x * w.attn_norm, exact) * rms(x, c.norm_eps)
         heads = y.unflatten(-1, (-1, c.head_dim)).split([c.num_heads, c.num_kv_heads, c.num_kv_heads], 1)
         turned = []
         for part, gamma in zip(heads[:2], (w.q_norm, w.k_norm), strict=True):
             part = part if gamma is None else part * rms(part, c.norm_eps) * gamma
             a, b = part.chunk(2, -1)
-            cos, sin = (t[position][:, None] for t in (weights.rotation_of(i).cos, weights.rotation_of(i).sin))
+            table = weights.rotations[weights.rotation_of(i)]
+            cos, sin = (t[position][:, None] for t in (table.cos, table.sin))
             turned.append(torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(torch.bfloat16).float())
         mixed = torch.stack([_attend(step, i, row, turned[0], turned[1], heads[2]) for row in range(rows)])
-        x = x + linear(w.o, mixed)
-        gate, up = (linear(w.gate_up, x * w.mlp_norm) * rms(x, c.norm_eps)).chunk(2, -1)
-        x = x + linear(w.down, F.silu(gate) * up)
-    return linear(weights.head, x * weights.final_norm) * rms(x, c.norm_eps)
+        x = x + linear(w.o, mixed, exact)
+        gate, up = (linear(w.gate_up, x * w.mlp_norm, exact) * rms(x, c.norm_eps)).chunk(2, -1)
+        x = x + linear(w.down, F.silu(gate) * up, exact)
+    return linear(weights.head, x * weights.final_norm, exact) * rms(x, c.norm_eps)
 
 
 def _attend(

@@ -26,9 +26,33 @@ E4M3_MAX = tl.constexpr(448.0)
 
 @triton.jit
 def wait_for_previous(PDL: tl.constexpr):
-    """Programmatic dependent launch: this kernel started while the one before it was ending."""
+    """Programmatic dependent launch: this kernel may have started while the one before it was ending."""
     if PDL:
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def let_next_start(PDL: tl.constexpr):
+    """From here on nothing large is read: the next kernel's programs may take the memory's time."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(pointers):
+    """Bring the 128-byte lines that hold these addresses into the L2."""
+    tl.inline_asm_elementwise(
+        "{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def prefetch_weights(w, rows, column, K: tl.constexpr, PDL: tl.constexpr):
+    """The first 512 bytes of each row from `column`, before this kernel may read what the last one wrote."""
+    if PDL:
+        line: tl.constexpr = 1024 // w.dtype.element_ty.primitive_bitwidth
+        columns = tl.minimum(column + tl.arange(0, 4) * line, K - 1)
+        prefetch(w + rows.to(tl.int64)[:, None] * K + columns[None, :])
 
 
 @triton.jit
@@ -36,6 +60,12 @@ def to_e4m3_factor(peak, m, QUANT: tl.constexpr):
     """What row m's inputs are multiplied with before rounding to e4m3, [M]; 1 for a row of zeros."""
     largest = tl.load(peak + m).to(tl.float32, bitcast=True)
     return tl.where(largest > 0, E4M3_MAX / largest, 1.0)
+
+
+@triton.jit
+def first_column(split, K: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Where a split's part of K begins: at whole blocks."""
+    return split * (K // BLOCK) // SPLITS * BLOCK
 
 
 @triton.jit
@@ -147,14 +177,32 @@ def raise_peak_of_row(peak, values, row):
 
 
 @triton.jit
-def place_head(a, b, h, positions, table, cos, sin, q_norm, k_norm, queries, keys, values, eps, live,
-               TABLE: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+def look_up(positions, table, cos, sin, cos_now, sin_now, places, TABLE: tl.constexpr, HALF_D: tl.constexpr,
+            BLOCK: tl.constexpr, PAGE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Once a step what every layer needs of a row's position. Grid: (rows,).
+
+    cos_now, sin_now [M, D/2]: the row's angles; places [M]: page * PAGE + token in it, -1 for a row without a
+    sequence. A layer's kernel then has one load to wait for, not position, then page, then angle.
+    """
+    row, i = tl.program_id(0), tl.arange(0, BLOCK)
+    wait_for_previous(PDL)
+    position = tl.load(positions + row)
+    at = tl.maximum(position, 0)
+    inside = i < HALF_D
+    tl.store(cos_now + row * HALF_D + i, tl.load(cos + at * HALF_D + i, mask=inside, other=0.0), mask=inside)
+    tl.store(sin_now + row * HALF_D + i, tl.load(sin + at * HALF_D + i, mask=inside, other=0.0), mask=inside)
+    place = tl.load(table + row * TABLE + at // PAGE) * PAGE + at % PAGE
+    tl.store(places + row, tl.where(position >= 0, place, -1))
+
+
+@triton.jit
+def place_head(a, b, h, places, cos, sin, q_norm, k_norm, queries, keys, values, eps, live,
+               HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
                PAGE: tl.constexpr, M: tl.constexpr, QK_NORM: tl.constexpr):  # fmt: skip
     """Norm and rotate one head (a: dimensions 0 to D/2, b: the others; [HALF, M]), then store it where it belongs."""
     i, m = tl.arange(0, HALF), tl.arange(0, M)
     inside = (i < D // 2)[:, None]
-    position = tl.load(positions + m)
-    at = tl.maximum(position, 0)
+    place = tl.load(places + m, mask=m < live, other=-1)
     if h < HEADS + KV:
         if QK_NORM:
             gamma = q_norm
@@ -163,28 +211,28 @@ def place_head(a, b, h, positions, table, cos, sin, q_norm, k_norm, queries, key
             r = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / D + eps)[None, :]
             a = a * r * tl.load(gamma + i, mask=i < D // 2, other=0.0)[:, None]
             b = b * r * tl.load(gamma + D // 2 + i, mask=i < D // 2, other=0.0)[:, None]
-        angle = at[None, :] * (D // 2) + i[:, None]
+        angle = m[None, :] * (D // 2) + i[:, None]
         c = tl.load(cos + angle, mask=inside, other=0.0)
         s = tl.load(sin + angle, mask=inside, other=0.0)
         a, b = a * c - b * s, b * c + a * s
     if h < HEADS:
-        to = queries + m[None, :] * (HEADS * D) + h * D + i[:, None]
-        stored = inside & (at >= 0)[None, :]
+        to = queries + m.to(tl.int64)[None, :] * (HEADS * D) + h * D + i[:, None]
+        stored = inside & (m >= 0)[None, :]
     else:
-        page = tl.load(table + m * TABLE + at // PAGE).to(tl.int64)
+        at = tl.maximum(place, 0).to(tl.int64)
         head = (h - HEADS) % KV
         cache = keys
         if h >= HEADS + KV:
             cache = values
-        to = cache + (((page * KV + head) * PAGE + at % PAGE) * D)[None, :] + i[:, None]
-        stored = inside & ((position >= 0) & (m < live))[None, :]  # a row without a sequence has no page
+        to = cache + (((at // PAGE * KV + head) * PAGE + at % PAGE) * D)[None, :] + i[:, None]
+        stored = inside & (place >= 0)[None, :]  # a row without a sequence has no page
     tl.store(to, a.to(tl.bfloat16), mask=stored)
     tl.store(to + D // 2, b.to(tl.bfloat16), mask=stored)
 
 
 @triton.jit
-def project_qkv(w, x, scales, bias, squares, peak, parts, arrivals, positions, table, cos, sin, q_norm, k_norm,
-                queries, keys, values, eps, live, E: tl.constexpr, TABLE: tl.constexpr, HEADS: tl.constexpr,
+def project_qkv(w, x, scales, bias, squares, peak, parts, arrivals, places, cos, sin, q_norm, k_norm,
+                queries, keys, values, eps, live, E: tl.constexpr, HEADS: tl.constexpr,
                 KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
                 SPLITS: tl.constexpr, M: tl.constexpr, SQUARES: tl.constexpr, SQUARES_BLOCK: tl.constexpr,
                 QK_NORM: tl.constexpr, QUANT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
@@ -197,9 +245,13 @@ def project_qkv(w, x, scales, bias, squares, peak, parts, arrivals, positions, t
     i, m = tl.arange(0, HALF), tl.arange(0, M)
     half = tl.minimum(i, D // 2 - 1)  # past the head's end: rows that exist, whose results nobody stores
     first = h * D + half
+    column = first_column(split, E, SPLITS, BLOCK)
+    prefetch_weights(w, first, column, E, PDL)
+    prefetch_weights(w, first + D // 2, column, E, PDL)
     wait_for_previous(PDL)
     factor = to_e4m3_factor(peak, m, QUANT) if QUANT else m
     a, b = two_products(w, x, factor, first, first + D // 2, split, E, SPLITS, HALF, BLOCK, M, QUANT)
+    let_next_start(PDL)
     done = True
     if SPLITS > 1:
         heads: tl.constexpr = HEADS + 2 * KV
@@ -217,8 +269,8 @@ def project_qkv(w, x, scales, bias, squares, peak, parts, arrivals, positions, t
             a += tl.load(bias + first)[:, None]
             b += tl.load(bias + first + D // 2)[:, None]
         inside = (i < D // 2)[:, None]
-        place_head(tl.where(inside, a, 0.0), tl.where(inside, b, 0.0), h, positions, table, cos, sin, q_norm, k_norm,
-                   queries, keys, values, eps, live, TABLE, HEADS, KV, D, HALF, PAGE, M, QK_NORM)  # fmt: skip
+        place_head(tl.where(inside, a, 0.0), tl.where(inside, b, 0.0), h, places, cos, sin, q_norm, k_norm,
+                   queries, keys, values, eps, live, HEADS, KV, D, HALF, PAGE, M, QK_NORM)  # fmt: skip
 
 
 # ---- what is added to the residual: o and down -----------------------------------------------------------------
@@ -251,9 +303,11 @@ def project_residual(w, x, scales, bias, peak, parts, arrivals, residual, gamma,
     tile, split = tl.program_id(0), tl.program_id(1)
     n, m = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, M)
     rows = tl.minimum(n, E - 1) if E % ROWS else n
+    prefetch_weights(w, rows, first_column(split, K, SPLITS, BLOCK), K, PDL)
     wait_for_previous(PDL)
     factor = to_e4m3_factor(peak, m, QUANT) if QUANT else m
     acc = one_product(w, x, factor, rows, split, K, SPLITS, ROWS, BLOCK, M, QUANT)
+    let_next_start(PDL)
     done = True
     tiles: tl.constexpr = (E + ROWS - 1) // ROWS
     if SPLITS > 1:
@@ -320,9 +374,13 @@ def project_gate_up(w, x, scales, bias, squares, peak, parts, arrivals, out, nex
     tile, split = tl.program_id(0), tl.program_id(1)
     n, m = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, M)
     rows = tl.minimum(n, F - 1) if F % ROWS else n
+    column = first_column(split, E, SPLITS, BLOCK)
+    prefetch_weights(w, rows, column, E, PDL)
+    prefetch_weights(w, rows + F, column, E, PDL)
     wait_for_previous(PDL)
     factor = to_e4m3_factor(peak, m, QUANT) if QUANT else m
     gate, up = two_products(w, x, factor, rows, rows + F, split, E, SPLITS, ROWS, BLOCK, M, QUANT)
+    let_next_start(PDL)
     done = True
     tiles: tl.constexpr = (F + ROWS - 1) // ROWS
     if SPLITS > 1:
@@ -360,9 +418,11 @@ def project_head(w, x, scales, squares, peak, logits, best, best_id, eps, softca
     tile = tl.program_id(0)
     n, m = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, M)
     rows = tl.minimum(n, V - 1) if V % ROWS else n
+    prefetch_weights(w, rows, 0, E, PDL)
     wait_for_previous(PDL)
     factor = to_e4m3_factor(peak, m, QUANT) if QUANT else m
     acc = one_product(w, x, factor, rows, 0, E, 1, ROWS, BLOCK, M, QUANT)
+    let_next_start(PDL)
     acc = acc * result_scale(squares, factor, m, E, eps, SQUARES, M, SQUARES_BLOCK, QUANT)[None, :]
     if QUANT:
         acc = acc * tl.load(scales + rows)[:, None]
@@ -372,8 +432,9 @@ def project_head(w, x, scales, squares, peak, logits, best, best_id, eps, softca
         tl.store(logits + m.to(tl.int64)[None, :] * V + n[:, None], acc, mask=(n < V)[:, None])
     acc = tl.where((n < V)[:, None], acc, float("-inf"))
     top = tl.max(acc, 0)
-    tl.store(best + tile * M + m, top)
-    tl.store(best_id + tile * M + m, tl.min(tl.where(acc == top[None, :], n[:, None], V - 1), 0))
+    tiles: tl.constexpr = (V + ROWS - 1) // ROWS
+    tl.store(best + m * tiles + tile, top)
+    tl.store(best_id + m * tiles + tile, tl.min(tl.where(acc == top[None, :], n[:, None], V - 1), 0))
 
 
 # ---- both ends of a step ---------------------------------------------------------------------------------------
@@ -401,7 +462,7 @@ def begin(embed, tokens, gamma, residual, hidden, squares, peaks, embed_scale, E
 
 @triton.jit
 def pick(best, best_id, tokens, positions, emitted, V: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
-         RING: tl.constexpr, M: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+         RING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Each row's greedy token becomes its next input; its position moves on. Grid: (rows,).
 
     `emitted` [rows, RING] keeps the token of position p at p % RING, so that the host may read some steps late.
@@ -409,8 +470,8 @@ def pick(best, best_id, tokens, positions, emitted, V: tl.constexpr, TILES: tl.c
     row, t = tl.program_id(0), tl.arange(0, BLOCK)
     wait_for_previous(PDL)
     inside = t < TILES
-    value = tl.load(best + t * M + row, mask=inside, other=float("-inf"))
-    which = tl.load(best_id + t * M + row, mask=inside, other=V - 1)
+    value = tl.load(best + row * TILES + t, mask=inside, other=float("-inf"))
+    which = tl.load(best_id + row * TILES + t, mask=inside, other=V - 1)
     top = tl.max(value, 0)
     token = tl.min(tl.where(value == top, which, V - 1), 0)  # NaN equals nothing: a token that exists all the same
     position = tl.load(positions + row)

@@ -59,6 +59,8 @@ class Shape:
 class _Buffers:
     """Everything a step writes, for the largest shape. Shared by all graphs: they run one after another."""
 
+    places: torch.Tensor  # int32 [M], where the newest token's keys and values go
+    angles: dict[str, tuple[torch.Tensor, torch.Tensor]]  # cos, sin [M, D / 2] of each rotation
     residual: torch.Tensor  # float32 [M, E]
     hidden: torch.Tensor  # bf16 [M, E], residual times the next norm's weight
     queries: torch.Tensor  # bf16 [M, H D]
@@ -121,6 +123,8 @@ class BatchStep:
 
         most_tiles = max(c.vocab_size, 2 * c.intermediate_size, c.num_heads + 2 * c.num_kv_heads, e) // 16 + 1
         return _Buffers(
+            places=make(m, dtype=torch.int32),
+            angles={name: (make(m, c.head_dim // 2), make(m, c.head_dim // 2)) for name in self.weights.rotations},
             residual=make(m, e),
             hidden=make(m, e, dtype=torch.bfloat16),
             queries=make(m, heads, dtype=torch.bfloat16),
@@ -199,6 +203,7 @@ class BatchStep:
     def run(self, shape: Shape) -> None:
         """Launch one step's kernels, one by one."""
         self.begin(shape)
+        self.look_up(shape)
         for layer in range(self.weights.config.num_layers):
             self.qkv(shape, layer)
             self.attention(shape, layer)
@@ -220,17 +225,26 @@ class BatchStep:
             TILES=tiles, TILES_BLOCK=_power(tiles), M=shape.padded, num_warps=8, **self._switches(),
         )  # fmt: skip
 
+    def look_up(self, shape: Shape) -> None:
+        """What all layers need of the rows' positions."""
+        b, half = self.buffers, self.weights.config.head_dim // 2
+        for name, rotation in self.weights.rotations.items():
+            batch_products.look_up[(shape.rows,)](
+                self.positions, self.table, rotation.cos, rotation.sin, *b.angles[name], b.places,
+                TABLE=self.table.shape[1], HALF_D=half, BLOCK=_power(half), PAGE=PAGE, num_warps=1, **self._pdl(),
+            )  # fmt: skip
+
     def qkv(self, shape: Shape, layer: int) -> None:
         """Queries, keys and values of a layer, normed, rotated and stored."""
         c, b, w, t = self.weights.config, self.buffers, self.weights.layers[layer], shape.tiles["qkv"]
-        rotation, squares = self.weights.rotation_of(layer), self._squares(shape.tiles["down"])
+        squares = self._squares(shape.tiles["down"])
         heads = c.num_heads + 2 * c.num_kv_heads
         half = _power(c.head_dim // 2)
         batch_products.project_qkv[(heads, t.splits)](
             w.qkv.values, b.hidden, w.qkv.scales, w.qkv.bias, b.squares[0], self._peak(shape, layer, 0),
-            self._parts("products", 2 * heads * t.splits * half * shape.padded), b.arrivals, self.positions, self.table,
-            rotation.cos, rotation.sin, w.q_norm, w.k_norm, b.queries, self.keys[layer], self.values[layer],
-            c.norm_eps, shape.rows, E=c.hidden_size, TABLE=self.table.shape[1], HEADS=c.num_heads, KV=c.num_kv_heads,
+            self._parts("products", 2 * heads * t.splits * half * shape.padded), b.arrivals, b.places,
+            *b.angles[self.weights.rotation_of(layer)], w.q_norm, w.k_norm, b.queries, self.keys[layer], self.values[layer],
+            c.norm_eps, shape.rows, E=c.hidden_size, HEADS=c.num_heads, KV=c.num_kv_heads,
             D=c.head_dim, HALF=half, PAGE=PAGE, BLOCK=t.block, SPLITS=t.splits, M=shape.padded, SQUARES=squares,
             SQUARES_BLOCK=_power(squares), QK_NORM=c.qk_norm == "head", num_warps=t.warps, num_stages=t.stages,
             **self._switches(),
@@ -249,7 +263,7 @@ class BatchStep:
             self._parts("attended", slots * dims), self._parts("tops", slots), self._parts("totals", slots),
             b.row_arrivals, self._peak(shape, layer, 1), c.score_scale, c.attention_softcap or 0.0,
             TABLE=self.table.shape[1], HEADS=c.num_heads, KV=c.num_kv_heads, D=c.head_dim, DIMS=dims,
-            GROUP=max(16, _power(share)), PAGE=PAGE, SPLIT=t.split, SPLITS=splits, BLOCK=t.block, WINDOW=window,
+            GROUP=max(16, _power(share)), MERGED=_power(share), PAGE=PAGE, SPLIT=t.split, SPLITS=splits, BLOCK=t.block, WINDOW=window,
             SOFTCAP=c.attention_softcap is not None, num_warps=t.warps, num_stages=t.stages,
             **self._switches(),
         )  # fmt: skip
@@ -314,7 +328,7 @@ class BatchStep:
         tiles = math.ceil(c.vocab_size / shape.tiles["head"].rows)
         batch_products.pick[(shape.rows,)](
             b.best, b.best_id, self.tokens, self.positions, self.emitted, V=c.vocab_size, TILES=tiles,
-            BLOCK=_power(tiles), RING=self.options.ring, M=shape.padded, num_warps=4, **self._pdl(),
+            BLOCK=_power(tiles), RING=self.options.ring, num_warps=8, **self._pdl(),
         )  # fmt: skip
 
     # ---- what the kernels are given ------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def tile(product: Product, n: int, k: int, bytes_per_weight: int) -> Tile:
 
     The same for every batch size, so a row's result depends on the batch's size as little as on its company.
     """
-    block = _largest_divisor(k, 128 if bytes_per_weight == 2 else 256)
+    block = _largest_divisor(k, 64 if bytes_per_weight == 2 else 128)
     rows = min(64, _next_power(n))
     if product == "head":
         return Tile(min(128, _next_power(n)), block)
@@ -56,7 +56,7 @@ def tile(product: Product, n: int, k: int, bytes_per_weight: int) -> Tile:
 
 
 def _largest_divisor(k: int, most: int) -> int:
-    return next(b for b in (256, 128, 64, 32) if b <= most and k % b == 0)
+    return next(b for b in (128, 64, 32) if b <= most and k % b == 0)
 
 
 def _next_power(n: int) -> int:

@@ -68,12 +68,12 @@ class BatchWeights:
     head: Matrix
     rotations: dict[str, Rotation]  # "global", "local" (Gemma's sliding layers), "none"
 
-    def rotation_of(self, layer: int) -> Rotation:
-        """What a layer's queries and keys are rotated with."""
+    def rotation_of(self, layer: int) -> str:
+        """Which rotation a layer's queries and keys have."""
         c = self.config
         if c.rope_layers and not c.rope_layers[layer]:
-            return self.rotations["none"]
-        return self.rotations["local" if slides(c, layer) and "local" in self.rotations else "global"]
+            return "none"
+        return "local" if slides(c, layer) and "local" in self.rotations else "global"
 
     @property
     def bytes(self) -> int:
