@@ -120,11 +120,14 @@ def remember(step: BatchStep, row: int, tokens: list[int], seen: dict[str, torch
 
 def poison(step: BatchStep) -> None:
     """What a step must write before it reads it."""
-    for buffer in vars(step.buffers).values():
-        for tensor in buffer if isinstance(buffer, tuple) else [buffer]:
-            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-                tensor.fill_(float("nan"))
-    step.buffers.peaks.fill_(0x7F000000)
+    buffers = step.buffers
+    inputs = [t for pair in (buffers.hidden, buffers.attended, buffers.mixed) for t in (pair.values, pair.scales)]
+    others = [buffers.residual, buffers.queries, buffers.plain, *buffers.squares, buffers.best, buffers.logits]
+    angles = [t for pair in buffers.angles.values() for t in pair]
+    for tensor in [*inputs, *others, *angles, *buffers.parts.values()]:
+        if tensor is not None:
+            tensor.fill_(float("nan"))
+    buffers.places.fill_(2**30)
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:

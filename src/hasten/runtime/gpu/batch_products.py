@@ -10,8 +10,9 @@ What follows a product is done in the same program, so a layer is five kernels, 
 about 1.3 us, a 0.6B layer at 16 rows has 45.
 - The norm before a product needs the whole row; what writes a row writes it times the norm's weight, in bf16,
   with the sum of its squares a tile. The product runs on that, and its result is multiplied with 1 / rms.
-- fp8: what writes a row also takes its largest magnitude (an atomic maximum does not depend on order); the
-  product rounds inputs to e4m3 with that scale a row on their way into shared memory.
+- fp8: what writes a tile of a row writes it in e4m3 with one scale, so a row has a scale for each `GROUP` of its
+  values (Hopper's usual 128); the product multiplies each block's sum with it. Rounding inside the product
+  instead, with one scale a row, cost 28 us a layer at 64 rows of an 8B model.
 """
 
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls
@@ -26,15 +27,19 @@ E4M3_MAX = tl.constexpr(448.0)
 
 @triton.jit
 def wait_for_previous(PDL: tl.constexpr):
-    """Programmatic dependent launch: this kernel may have started while the one before it was ending."""
-    if PDL:
+    """Programmatic dependent launch: this kernel may have started while the one before it was ending.
+
+    PDL: 0 is off; 1 starts programs as soon as those before have ended; 2 lets them start before, to prefetch.
+    Small matrices gain by 2 (0.6B at 16 rows: 6 %), large ones lose: programs that wait crowd some multiprocessors.
+    """
+    if PDL > 0:
         tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
 def let_next_start(PDL: tl.constexpr):
     """From here on nothing large is read: the next kernel's programs may take the memory's time."""
-    if PDL:
+    if PDL > 1:
         tl.extra.cuda.gdc_launch_dependents()
 
 
@@ -49,17 +54,10 @@ def prefetch(pointers):
 @triton.jit
 def prefetch_weights(w, rows, column, K: tl.constexpr, PDL: tl.constexpr):
     """The first 512 bytes of each row from `column`, before this kernel may read what the last one wrote."""
-    if PDL:
+    if PDL > 1:
         line: tl.constexpr = 1024 // w.dtype.element_ty.primitive_bitwidth
         columns = tl.minimum(column + tl.arange(0, 4) * line, K - 1)
         prefetch(w + rows.to(tl.int64)[:, None] * K + columns[None, :])
-
-
-@triton.jit
-def to_e4m3_factor(peak, m, QUANT: tl.constexpr):
-    """What row m's inputs are multiplied with before rounding to e4m3, [M]; 1 for a row of zeros."""
-    largest = tl.load(peak + m).to(tl.float32, bitcast=True)
-    return tl.where(largest > 0, E4M3_MAX / largest, 1.0)
 
 
 @triton.jit
@@ -74,38 +72,45 @@ def read_weights(w, rows, k, K: tl.constexpr):
 
 
 @triton.jit
-def read_inputs(x, factor, m, k, K: tl.constexpr, QUANT: tl.constexpr):
-    """Inputs [BLOCK, M], e4m3 if QUANT."""
-    b = tl.load(x + m[None, :] * K + k[:, None])
-    if QUANT:
-        b = (b.to(tl.float32) * factor[None, :]).to(tl.float8e4nv)
-    return b
+def add_product(acc, w, x, x_scales, rows, block, K: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr,
+                GROUP: tl.constexpr):  # fmt: skip
+    """acc + rows of w times all inputs over one block of columns. GROUP > 0: inputs are e4m3, with scales."""
+    m, k = tl.arange(0, M), block * BLOCK + tl.arange(0, BLOCK)
+    inputs = tl.load(x + m[None, :] * K + k[:, None])
+    if GROUP > 0:
+        scale = tl.load(x_scales + block * BLOCK // GROUP * M + m)
+        return acc + tl.dot(read_weights(w, rows, k, K), inputs) * scale[None, :]
+    else:
+        return tl.dot(read_weights(w, rows, k, K), inputs, acc)
 
 
 @triton.jit
-def one_product(w, x, factor, rows, split, K: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
-                BLOCK: tl.constexpr, M: tl.constexpr, QUANT: tl.constexpr):  # fmt: skip
+def one_product(w, x, x_scales, rows, split, K: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+                BLOCK: tl.constexpr, M: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
     """Rows `rows` of w times all inputs over this split's part of K: float32 [ROWS, M]."""
-    m, k = tl.arange(0, M), tl.arange(0, BLOCK)
     blocks: tl.constexpr = K // BLOCK
     acc = tl.zeros([ROWS, M], tl.float32)
     for i in range(split * blocks // SPLITS, (split + 1) * blocks // SPLITS):
-        b = read_inputs(x, factor, m, i * BLOCK + k, K, QUANT)
-        acc = tl.dot(read_weights(w, rows, i * BLOCK + k, K), b, acc)
+        acc = add_product(acc, w, x, x_scales, rows, i, K, BLOCK, M, GROUP)
     return acc
 
 
 @triton.jit
-def two_products(w, x, factor, first, second, split, K: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
-                 BLOCK: tl.constexpr, M: tl.constexpr, QUANT: tl.constexpr):  # fmt: skip
-    """The same for two sets of rows that are needed together: halves of a head, gate and up."""
-    m, k = tl.arange(0, M), tl.arange(0, BLOCK)
-    blocks: tl.constexpr = K // BLOCK
-    a, b = tl.zeros([ROWS, M], tl.float32), tl.zeros([ROWS, M], tl.float32)
-    for i in range(split * blocks // SPLITS, (split + 1) * blocks // SPLITS):
-        inputs = read_inputs(x, factor, m, i * BLOCK + k, K, QUANT)
-        a = tl.dot(read_weights(w, first, i * BLOCK + k, K), inputs, a)
-        b = tl.dot(read_weights(w, second, i * BLOCK + k, K), inputs, b)
+def two_products(w, x, x_scales, first, second, split, K: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+                 BLOCK: tl.constexpr, M: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+    """The same for two sets of rows that are needed together: halves of a head, gate and up.
+
+    Sets of less than 64 rows are multiplied as one, or they would not fill an instruction.
+    """
+    if ROWS < 64:
+        both = one_product(w, x, x_scales, tl.interleave(first, second), split, K, SPLITS, 2 * ROWS, BLOCK, M, GROUP)
+        a, b = tl.split(tl.permute(tl.reshape(both, [ROWS, 2, M]), [0, 2, 1]))
+    else:
+        blocks: tl.constexpr = K // BLOCK
+        a, b = tl.zeros([ROWS, M], tl.float32), tl.zeros([ROWS, M], tl.float32)
+        for i in range(split * blocks // SPLITS, (split + 1) * blocks // SPLITS):
+            a = add_product(a, w, x, x_scales, first, i, K, BLOCK, M, GROUP)
+            b = add_product(b, w, x, x_scales, second, i, K, BLOCK, M, GROUP)
     return a, b
 
 
@@ -137,40 +142,33 @@ def is_last(arrivals, count):
 
 
 @triton.jit
-def result_scale(squares, factor, m, K: tl.constexpr, eps, SQUARES: tl.constexpr, M: tl.constexpr,
-                 BLOCK: tl.constexpr, QUANT: tl.constexpr):  # fmt: skip
-    """What sums are multiplied with, [M]: 1 / rms of the inputs (SQUARES tiles of sums; 0: no norm), and 1 / factor."""
-    scale = tl.full([M], 1.0, tl.float32)
-    if SQUARES > 0:
-        t = tl.arange(0, BLOCK)[:, None]
-        tiles = tl.load(squares + t * M + m[None, :], mask=t < SQUARES, other=0.0)
-        scale = tl.rsqrt(tl.sum(tiles, 0) / K + eps)
-    if QUANT:
-        scale = scale / factor
-    return scale
+def inverse_rms(squares, m, K: tl.constexpr, eps, SQUARES: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr):
+    """1 / rms of each row, [M], from SQUARES tiles' sums of squares."""
+    t = tl.arange(0, BLOCK)[:, None]
+    tiles = tl.load(squares + t * M + m[None, :], mask=t < SQUARES, other=0.0)
+    return tl.rsqrt(tl.sum(tiles, 0) / K + eps)
 
 
 @triton.jit
-def row_scale(scales, rows, QUANT: tl.constexpr, ROWS: tl.constexpr):
+def row_scale(scales, rows, ROWS: tl.constexpr):
     """Scales of weight rows, [ROWS]."""
-    if QUANT:
+    if scales is not None:
         return tl.load(scales + rows)
     else:
         return tl.full([ROWS], 1.0, tl.float32)
 
 
 @triton.jit
-def raise_peak(peak, values, m, M: tl.constexpr):
-    """peak[m] = max(peak[m], |values[:, m]|). Floats of one sign order like integers."""
-    largest = tl.max(tl.abs(values), 0)
-    tl.atomic_max(peak + m, largest.to(tl.int32, bitcast=True), sem="relaxed")
-
-
-@triton.jit
-def raise_peak_of_row(peak, values, row):
-    """peak[row] = max(peak[row], all |values|)."""
-    largest = tl.max(tl.max(tl.abs(values), 1), 0)
-    tl.atomic_max(peak + row, largest.to(tl.int32, bitcast=True), sem="relaxed")
+def put_inputs(to, scales, values, at, inside, tile, m, M: tl.constexpr, QUANT: tl.constexpr):
+    """A tile [ROWS, M] of the next product's inputs: bf16, or e4m3 with the tile's scale for each row of the batch."""
+    if QUANT:
+        values = tl.where(inside, values, 0.0)
+        largest = tl.max(tl.abs(values), 0)
+        scale = tl.where(largest > 0, largest / E4M3_MAX, 1.0)
+        tl.store(scales + tile * M + m, scale)
+        tl.store(to + at, (values / scale[None, :]).to(tl.float8e4nv), mask=inside)
+    else:
+        tl.store(to + at, values.to(tl.bfloat16), mask=inside)
 
 
 # ---- queries, keys, values -------------------------------------------------------------------------------------
@@ -231,11 +229,11 @@ def place_head(a, b, h, places, cos, sin, q_norm, k_norm, queries, keys, values,
 
 
 @triton.jit
-def project_qkv(w, x, scales, bias, squares, peak, parts, arrivals, places, cos, sin, q_norm, k_norm,
+def project_qkv(w, x, x_scales, scales, bias, squares, parts, arrivals, places, cos, sin, q_norm, k_norm,
                 queries, keys, values, eps, live, E: tl.constexpr, HEADS: tl.constexpr,
                 KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
                 SPLITS: tl.constexpr, M: tl.constexpr, SQUARES: tl.constexpr, SQUARES_BLOCK: tl.constexpr,
-                QK_NORM: tl.constexpr, QUANT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                QK_NORM: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Norm, product, bias, q/k norm, rotation; queries to [M, H, D], keys and values into their pages.
 
     A tile is one head, in two halves, because a rotation pairs dimension i with i + D/2.
@@ -249,8 +247,7 @@ def project_qkv(w, x, scales, bias, squares, peak, parts, arrivals, places, cos,
     prefetch_weights(w, first, column, E, PDL)
     prefetch_weights(w, first + D // 2, column, E, PDL)
     wait_for_previous(PDL)
-    factor = to_e4m3_factor(peak, m, QUANT) if QUANT else m
-    a, b = two_products(w, x, factor, first, first + D // 2, split, E, SPLITS, HALF, BLOCK, M, QUANT)
+    a, b = two_products(w, x, x_scales, first, first + D // 2, split, E, SPLITS, HALF, BLOCK, M, GROUP)
     let_next_start(PDL)
     done = True
     if SPLITS > 1:
@@ -262,9 +259,9 @@ def project_qkv(w, x, scales, bias, squares, peak, parts, arrivals, places, cos,
         if SPLITS > 1:
             a = add_parts(parts, h * 2, heads * 2, SPLITS, HALF, M)
             b = add_parts(parts, h * 2 + 1, heads * 2, SPLITS, HALF, M)
-        scale = result_scale(squares, factor, m, E, eps, SQUARES, M, SQUARES_BLOCK, QUANT)[None, :]
-        a = a * scale * row_scale(scales, first, QUANT, HALF)[:, None]
-        b = b * scale * row_scale(scales, first + D // 2, QUANT, HALF)[:, None]
+        scale = inverse_rms(squares, m, E, eps, SQUARES, M, SQUARES_BLOCK)[None, :]
+        a = a * scale * row_scale(scales, first, HALF)[:, None]
+        b = b * scale * row_scale(scales, first + D // 2, HALF)[:, None]
         if bias is not None:
             a += tl.load(bias + first)[:, None]
             b += tl.load(bias + first + D // 2)[:, None]
@@ -277,24 +274,22 @@ def project_qkv(w, x, scales, bias, squares, peak, parts, arrivals, places, cos,
 
 
 @triton.jit
-def add_to_residual(y, n, m, tile, residual, gamma, hidden, squares, peak, E: tl.constexpr, M: tl.constexpr,
+def add_to_residual(y, n, m, tile, residual, gamma, hidden, hidden_scales, squares, E: tl.constexpr, M: tl.constexpr,
                     QUANT: tl.constexpr):  # fmt: skip
-    """residual += y; hidden = residual * gamma for the next product; sums of squares, largest magnitudes."""
+    """residual += y; hidden = residual * gamma for the next product; sums of squares."""
     inside = (n < E)[:, None]
     at = m[None, :] * E + n[:, None]
     x = tl.load(residual + at, mask=inside, other=0.0) + y
     tl.store(residual + at, x, mask=inside)
-    scaled = (x * tl.load(gamma + n, mask=n < E, other=0.0)[:, None]).to(tl.bfloat16)
-    tl.store(hidden + at, scaled, mask=inside)
     tl.store(squares + tile * M + m, tl.sum(tl.where(inside, x * x, 0.0), 0))
-    if QUANT:
-        raise_peak(peak, tl.where(inside, scaled.to(tl.float32), 0.0), m, M)
+    scaled = x * tl.load(gamma + n, mask=n < E, other=0.0)[:, None]
+    put_inputs(hidden, hidden_scales, scaled, at, inside, tile, m, M, QUANT)
 
 
 @triton.jit
-def project_residual(w, x, scales, bias, peak, parts, arrivals, residual, gamma, hidden, squares, next_peak, plain,
-                     K: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
-                     M: tl.constexpr, QUANT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def project_residual(w, x, x_scales, scales, bias, parts, arrivals, residual, gamma, hidden, hidden_scales, squares,
+                     plain, K: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+                     SPLITS: tl.constexpr, M: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Product, bias, residual, and what the next norm needs; or, where `plain` is given, the product alone.
 
     `plain` (float32 [M, E]) is for models that norm this product before they add it: `norm_and_add` follows.
@@ -305,8 +300,7 @@ def project_residual(w, x, scales, bias, peak, parts, arrivals, residual, gamma,
     rows = tl.minimum(n, E - 1) if E % ROWS else n
     prefetch_weights(w, rows, first_column(split, K, SPLITS, BLOCK), K, PDL)
     wait_for_previous(PDL)
-    factor = to_e4m3_factor(peak, m, QUANT) if QUANT else m
-    acc = one_product(w, x, factor, rows, split, K, SPLITS, ROWS, BLOCK, M, QUANT)
+    acc = one_product(w, x, x_scales, rows, split, K, SPLITS, ROWS, BLOCK, M, GROUP)
     let_next_start(PDL)
     done = True
     tiles: tl.constexpr = (E + ROWS - 1) // ROWS
@@ -316,41 +310,46 @@ def project_residual(w, x, scales, bias, peak, parts, arrivals, residual, gamma,
     if done:
         if SPLITS > 1:
             acc = add_parts(parts, tile, tiles, SPLITS, ROWS, M)
-        if QUANT:
-            acc = acc / factor[None, :] * tl.load(scales + rows)[:, None]
+        acc = acc * row_scale(scales, rows, ROWS)[:, None]
         if bias is not None:
             acc += tl.load(bias + rows)[:, None]
         if plain is not None:
             tl.store(plain + m[None, :] * E + n[:, None], acc, mask=(n < E)[:, None])
         else:
-            add_to_residual(acc, n, m, tile, residual, gamma, hidden, squares, next_peak, E, M, QUANT)
+            add_to_residual(acc, n, m, tile, residual, gamma, hidden, hidden_scales, squares, E, M, GROUP > 0)
 
 
 @triton.jit
-def norm_and_add(y, post_gamma, residual, gamma, hidden, squares, next_peak, eps, E: tl.constexpr, BLOCK: tl.constexpr,
-                 M: tl.constexpr, QUANT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def norm_and_add(y, post_gamma, residual, gamma, hidden, hidden_scales, squares, eps, E: tl.constexpr,
+                 BLOCK: tl.constexpr, M: tl.constexpr, GROUP: tl.constexpr, QUANT: tl.constexpr,
+                 PDL: tl.constexpr):  # fmt: skip
     """residual += norm(y) * post_gamma, and what the next norm needs. Grid: (rows,)."""
     row, k = tl.program_id(0), tl.arange(0, BLOCK)
     wait_for_previous(PDL)
     inside = k < E
     v = tl.load(y + row * E + k, mask=inside, other=0.0)
     v = v * tl.rsqrt(tl.sum(v * v, 0) / E + eps) * tl.load(post_gamma + k, mask=inside, other=0.0)
-    put_row(tl.load(residual + row * E + k, mask=inside, other=0.0) + v, row, residual, gamma, hidden, squares,
-            next_peak, E, BLOCK, M, QUANT)  # fmt: skip
+    x = tl.load(residual + row * E + k, mask=inside, other=0.0) + v
+    put_row(x, row, residual, gamma, hidden, hidden_scales, squares, E, BLOCK, M, GROUP, QUANT)
 
 
 @triton.jit
-def put_row(x, row, residual, gamma, hidden, squares, peak, E: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr,
-            QUANT: tl.constexpr):  # fmt: skip
+def put_row(x, row, residual, gamma, hidden, hidden_scales, squares, E: tl.constexpr, BLOCK: tl.constexpr,
+            M: tl.constexpr, GROUP: tl.constexpr, QUANT: tl.constexpr):  # fmt: skip
     """One whole row of the residual stream, and what the next norm needs (its sum of squares in one piece)."""
     k = tl.arange(0, BLOCK)
     inside = k < E
     tl.store(residual + row * E + k, x, mask=inside)
-    scaled = (x * tl.load(gamma + k, mask=inside, other=0.0)).to(tl.bfloat16)
-    tl.store(hidden + row * E + k, scaled, mask=inside)
     tl.store(squares + row, tl.sum(x * x, 0))
-    if QUANT:
-        tl.store(peak + row, tl.max(tl.abs(scaled.to(tl.float32)), 0).to(tl.int32, bitcast=True))
+    scaled = x * tl.load(gamma + k, mask=inside, other=0.0)
+    if QUANT:  # groups side by side, as tiles of one row
+        groups: tl.constexpr = BLOCK // GROUP
+        g = tl.arange(0, groups)
+        columns = g[None, :] * GROUP + tl.arange(0, GROUP)[:, None]
+        values = tl.trans(tl.reshape(scaled, [groups, GROUP]))
+        put_inputs(hidden, hidden_scales + row, values, row * E + columns, columns < E, 0, g * M, M, QUANT)
+    else:
+        tl.store(hidden + row * E + k, scaled.to(tl.bfloat16), mask=inside)
 
 
 # ---- gate and up ------------------------------------------------------------------------------------------------
@@ -366,9 +365,9 @@ def activate(gate, up, GELU: tl.constexpr):
 
 
 @triton.jit
-def project_gate_up(w, x, scales, bias, squares, peak, parts, arrivals, out, next_peak, eps, E: tl.constexpr,
+def project_gate_up(w, x, x_scales, scales, bias, squares, parts, arrivals, out, out_scales, eps, E: tl.constexpr,
                     F: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, M: tl.constexpr,
-                    SQUARES: tl.constexpr, SQUARES_BLOCK: tl.constexpr, GELU: tl.constexpr, QUANT: tl.constexpr,
+                    SQUARES: tl.constexpr, SQUARES_BLOCK: tl.constexpr, GELU: tl.constexpr, GROUP: tl.constexpr,
                     PDL: tl.constexpr):  # fmt: skip
     """Norm, both products, activation: bf16 [M, F]. Grid: (tiles of F, SPLITS)."""
     tile, split = tl.program_id(0), tl.program_id(1)
@@ -378,8 +377,7 @@ def project_gate_up(w, x, scales, bias, squares, peak, parts, arrivals, out, nex
     prefetch_weights(w, rows, column, E, PDL)
     prefetch_weights(w, rows + F, column, E, PDL)
     wait_for_previous(PDL)
-    factor = to_e4m3_factor(peak, m, QUANT) if QUANT else m
-    gate, up = two_products(w, x, factor, rows, rows + F, split, E, SPLITS, ROWS, BLOCK, M, QUANT)
+    gate, up = two_products(w, x, x_scales, rows, rows + F, split, E, SPLITS, ROWS, BLOCK, M, GROUP)
     let_next_start(PDL)
     done = True
     tiles: tl.constexpr = (F + ROWS - 1) // ROWS
@@ -391,25 +389,23 @@ def project_gate_up(w, x, scales, bias, squares, peak, parts, arrivals, out, nex
         if SPLITS > 1:
             gate = add_parts(parts, tile * 2, tiles * 2, SPLITS, ROWS, M)
             up = add_parts(parts, tile * 2 + 1, tiles * 2, SPLITS, ROWS, M)
-        scale = result_scale(squares, factor, m, E, eps, SQUARES, M, SQUARES_BLOCK, QUANT)[None, :]
-        gate = gate * scale * row_scale(scales, rows, QUANT, ROWS)[:, None]
-        up = up * scale * row_scale(scales, rows + F, QUANT, ROWS)[:, None]
+        scale = inverse_rms(squares, m, E, eps, SQUARES, M, SQUARES_BLOCK)[None, :]
+        gate = gate * scale * row_scale(scales, rows, ROWS)[:, None]
+        up = up * scale * row_scale(scales, rows + F, ROWS)[:, None]
         if bias is not None:
             gate += tl.load(bias + rows)[:, None]
             up += tl.load(bias + rows + F)[:, None]
-        mixed = activate(gate, up, GELU).to(tl.bfloat16)
-        tl.store(out + m[None, :] * F + n[:, None], mixed, mask=(n < F)[:, None])
-        if QUANT:
-            raise_peak(next_peak, tl.where((n < F)[:, None], mixed.to(tl.float32), 0.0), m, M)
+        at, inside = m[None, :] * F + n[:, None], (n < F)[:, None]
+        put_inputs(out, out_scales, activate(gate, up, GELU), at, inside, tile, m, M, GROUP > 0)
 
 
 # ---- the head ---------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def project_head(w, x, scales, squares, peak, logits, best, best_id, eps, softcap, E: tl.constexpr, V: tl.constexpr,
+def project_head(w, x, x_scales, scales, squares, logits, best, best_id, eps, softcap, E: tl.constexpr, V: tl.constexpr,
                  ROWS: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr, SQUARES: tl.constexpr,
-                 SQUARES_BLOCK: tl.constexpr, SOFTCAP: tl.constexpr, QUANT: tl.constexpr,
+                 SQUARES_BLOCK: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr,
                  PDL: tl.constexpr):  # fmt: skip
     """Norm, product, soft-cap; each tile's best logit and its id (the lowest of equals), logits where wanted.
 
@@ -420,12 +416,10 @@ def project_head(w, x, scales, squares, peak, logits, best, best_id, eps, softca
     rows = tl.minimum(n, V - 1) if V % ROWS else n
     prefetch_weights(w, rows, 0, E, PDL)
     wait_for_previous(PDL)
-    factor = to_e4m3_factor(peak, m, QUANT) if QUANT else m
-    acc = one_product(w, x, factor, rows, 0, E, 1, ROWS, BLOCK, M, QUANT)
+    acc = one_product(w, x, x_scales, rows, 0, E, 1, ROWS, BLOCK, M, GROUP)
     let_next_start(PDL)
-    acc = acc * result_scale(squares, factor, m, E, eps, SQUARES, M, SQUARES_BLOCK, QUANT)[None, :]
-    if QUANT:
-        acc = acc * tl.load(scales + rows)[:, None]
+    acc = acc * inverse_rms(squares, m, E, eps, SQUARES, M, SQUARES_BLOCK)[None, :]
+    acc = acc * row_scale(scales, rows, ROWS)[:, None]
     if SOFTCAP:
         acc = softcap * (1.0 - 2.0 / (tl.exp(2.0 * acc / softcap) + 1.0))
     if logits is not None:
@@ -441,10 +435,10 @@ def project_head(w, x, scales, squares, peak, logits, best, best_id, eps, softca
 
 
 @triton.jit
-def begin(embed, tokens, gamma, residual, hidden, squares, peaks, embed_scale, E: tl.constexpr, BLOCK: tl.constexpr,
-          PEAKS: tl.constexpr, PEAKS_BLOCK: tl.constexpr, TILES: tl.constexpr, TILES_BLOCK: tl.constexpr,
-          M: tl.constexpr, QUANT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """Embed each row's token; clear the magnitudes of all layers. Grid: (rows,).
+def begin(embed, tokens, gamma, residual, hidden, hidden_scales, squares, embed_scale, E: tl.constexpr,
+          BLOCK: tl.constexpr, TILES: tl.constexpr, TILES_BLOCK: tl.constexpr, M: tl.constexpr, GROUP: tl.constexpr,
+          QUANT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Embed each row's token. Grid: (rows,).
 
     Layer 0 adds `TILES` sums of squares like every other layer (one kernel serves all), so the others are 0.
     """
@@ -452,12 +446,9 @@ def begin(embed, tokens, gamma, residual, hidden, squares, peaks, embed_scale, E
     wait_for_previous(PDL)
     t = tl.arange(0, TILES_BLOCK)
     tl.store(squares + t * M + row, 0.0, mask=(t > 0) & (t < TILES))
-    if QUANT:
-        p = tl.arange(0, PEAKS_BLOCK)
-        tl.store(peaks + p * M + row, 0, mask=(p > 0) & (p < PEAKS))
     token = tl.load(tokens + row).to(tl.int64)
     x = tl.load(embed + token * E + k, mask=k < E, other=0.0).to(tl.float32) * embed_scale
-    put_row(x, row, residual, gamma, hidden, squares, peaks, E, BLOCK, M, QUANT)
+    put_row(x, row, residual, gamma, hidden, hidden_scales, squares, E, BLOCK, M, GROUP, QUANT)
 
 
 @triton.jit

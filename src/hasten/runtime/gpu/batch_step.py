@@ -10,17 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from hasten.errors import UsageError
 from hasten.runtime.gpu import batch_attention, batch_products
-from hasten.runtime.gpu.batch_tiles import AttentionTile, Product, Tile, tile
+from hasten.runtime.gpu.batch_tiles import AttentionTile, Product, Tile, attention_tile, tile
 from hasten.runtime.gpu.batch_weights import BatchWeights, slides
 
 PAGE = 32  # tokens
 _LEAST_BUCKET = 512  # tokens; graphs are made for contexts of this, twice this, ...
-_PEAKS = 4  # largest magnitudes a layer keeps: inputs of qkv, o, gate_up, down
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class StepOptions:
         pages: of KV cache, PAGE tokens each; page 0 upwards.
         context: the longest sequence, tokens.
         keep_logits: write float32 logits too; greedy decoding does not need them.
-        dependent_launch: start a kernel while the one before it ends (Hopper and later).
+        dependent_launch: how early a kernel may start (Hopper and later; `batch_products.wait_for_previous`).
         ring: tokens kept for the host, a row.
     """
 
@@ -40,7 +40,7 @@ class StepOptions:
     pages: int
     context: int
     keep_logits: bool = False
-    dependent_launch: bool = False
+    dependent_launch: int = 0
     ring: int = 1024
 
 
@@ -55,6 +55,14 @@ class Shape:
     attention: AttentionTile
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """What a product multiplies: bf16, or e4m3 with float32 scales [groups, M]."""
+
+    values: torch.Tensor
+    scales: torch.Tensor | None
+
+
 @dataclass
 class _Buffers:
     """Everything a step writes, for the largest shape. Shared by all graphs: they run one after another."""
@@ -62,15 +70,14 @@ class _Buffers:
     places: torch.Tensor  # int32 [M], where the newest token's keys and values go
     angles: dict[str, tuple[torch.Tensor, torch.Tensor]]  # cos, sin [M, D / 2] of each rotation
     residual: torch.Tensor  # float32 [M, E]
-    hidden: torch.Tensor  # bf16 [M, E], residual times the next norm's weight
+    hidden: _Inputs  # [M, E], residual times the next norm's weight
     queries: torch.Tensor  # bf16 [M, H D]
-    attended: torch.Tensor  # bf16 [M, H D]
-    mixed: torch.Tensor  # bf16 [M, F]
+    attended: _Inputs  # [M, H D]
+    mixed: _Inputs  # [M, F]
     plain: torch.Tensor  # float32 [M, E]
     squares: tuple[torch.Tensor, torch.Tensor]  # float32 [tiles, M]: before attention, before the MLP
-    peaks: torch.Tensor  # int32 (bits of float32) [4 layers + 1, M]
-    best: torch.Tensor  # float32 [tiles, M]
-    best_id: torch.Tensor  # int32 [tiles, M]
+    best: torch.Tensor  # float32 [M, tiles]
+    best_id: torch.Tensor  # int32 [M, tiles]
     logits: torch.Tensor | None  # float32 [M, V]
     arrivals: torch.Tensor  # int32 [tiles], zero between kernels
     row_arrivals: torch.Tensor  # int32 [M K], zero between kernels
@@ -111,6 +118,7 @@ class BatchStep:
         cache = (options.pages, c.num_kv_heads, PAGE, c.head_dim)
         self.keys = [torch.zeros(cache, dtype=torch.bfloat16, device=device) for _ in range(c.num_layers)]
         self.values = [torch.zeros(cache, dtype=torch.bfloat16, device=device) for _ in range(c.num_layers)]
+        self._is_fp8 = weights.layers[0].o.scales is not None
         self.buffers = self._make_buffers(m)
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
 
@@ -121,18 +129,22 @@ class BatchStep:
         def make(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
+        def inputs(width: int) -> _Inputs:
+            if not self._is_fp8:
+                return _Inputs(make(m, width, dtype=torch.bfloat16), None)
+            return _Inputs(make(m, width, dtype=torch.float8_e4m3fn), make(width // 16 + 1, m))
+
         most_tiles = max(c.vocab_size, 2 * c.intermediate_size, c.num_heads + 2 * c.num_kv_heads, e) // 16 + 1
         return _Buffers(
             places=make(m, dtype=torch.int32),
             angles={name: (make(m, c.head_dim // 2), make(m, c.head_dim // 2)) for name in self.weights.rotations},
             residual=make(m, e),
-            hidden=make(m, e, dtype=torch.bfloat16),
+            hidden=inputs(e),
             queries=make(m, heads, dtype=torch.bfloat16),
-            attended=make(m, heads, dtype=torch.bfloat16),
-            mixed=make(m, c.intermediate_size, dtype=torch.bfloat16),
+            attended=inputs(heads),
+            mixed=inputs(c.intermediate_size),
             plain=make(m, e),
             squares=(make(e // 16 + 1, m), make(e // 16 + 1, m)),
-            peaks=make(_PEAKS * c.num_layers + 1, m, dtype=torch.int32),
             best=make(most_tiles, m),
             best_id=make(most_tiles, m, dtype=torch.int32),
             logits=make(m, c.vocab_size) if self.options.keep_logits else None,
@@ -155,7 +167,12 @@ class BatchStep:
         while bucket < context:
             bucket *= 2
         m = _padded(rows)
-        c, layer = self.weights.config, self.weights.layers[0]
+        attention = self._attention(m) if callable(self._attention) else self._attention
+        return Shape(rows, m, min(bucket, self.options.context), self._choose(m), attention or attention_tile(m))
+
+    def _choose(self, m: int) -> dict[Product, Tile]:
+        """Tiles of all products. In fp8 a product's blocks lie within what one program before it wrote."""
+        c = self.weights.config
         sizes: dict[Product, tuple[int, int]] = {
             "qkv": ((c.num_heads + 2 * c.num_kv_heads) * c.head_dim // 2, c.hidden_size),
             "o": (c.hidden_size, c.num_heads * c.head_dim),
@@ -163,11 +180,22 @@ class BatchStep:
             "down": (c.hidden_size, c.intermediate_size),
             "head": (c.vocab_size, c.hidden_size),
         }
-        width = layer.o.values.element_size()
-        pick = self._tiles
-        tiles = {p: tile(p, n, k, width) if pick is None else pick(p, m) for p, (n, k) in sizes.items()}
-        chosen = self._attention(m) if callable(self._attention) else self._attention
-        return Shape(rows, m, min(bucket, self.options.context), tiles, chosen or AttentionTile())
+
+        def pick(product: Product, group: int = 0) -> Tile:
+            if self._tiles is not None:
+                return self._tiles(product, m)
+            n, k = sizes[product]
+            return tile(product, n, k, rows=m, is_fp8=self._is_fp8, group=group if self._is_fp8 else 0)
+
+        tiles: dict[Product, Tile] = {"o": pick("o", c.head_dim)}
+        tiles["gate_up"] = pick("gate_up", tiles["o"].rows)
+        tiles["down"] = pick("down", tiles["gate_up"].rows)
+        tiles["qkv"], tiles["head"] = (pick(product, tiles["down"].rows) for product in ("qkv", "head"))
+        groups = {"o": c.head_dim, "gate_up": tiles["o"].rows, "down": tiles["gate_up"].rows}
+        for product, t in tiles.items():
+            group = groups.get(product, tiles["down"].rows)
+            assert not self._is_fp8 or group % t.block == 0, f"{product}: blocks of {t.block} in groups of {group}"
+        return tiles
 
     def step(self, rows: int, context: int) -> None:
         """One token for each of the first `rows` rows, none of which has more than `context` tokens after it.
@@ -218,11 +246,11 @@ class BatchStep:
     def begin(self, shape: Shape) -> None:
         """Embeddings of the rows' tokens."""
         c, b, down = self.weights.config, self.buffers, shape.tiles["down"]
-        tiles, peaks = self._squares(down), _PEAKS * c.num_layers + 1
+        tiles = self._squares(down)
         batch_products.begin[(shape.rows,)](
-            self.weights.embed, self.tokens, self.weights.layers[0].attn_norm, b.residual, b.hidden, b.squares[0], b.peaks,
-            c.embed_scale, E=c.hidden_size, BLOCK=_power(c.hidden_size), PEAKS=peaks, PEAKS_BLOCK=_power(peaks),
-            TILES=tiles, TILES_BLOCK=_power(tiles), M=shape.padded, num_warps=8, **self._switches(),
+            self.weights.embed, self.tokens, self.weights.layers[0].attn_norm, b.residual, b.hidden.values, b.hidden.scales,
+            b.squares[0], c.embed_scale, E=c.hidden_size, BLOCK=_power(c.hidden_size), TILES=tiles,
+            TILES_BLOCK=_power(tiles), M=shape.padded, GROUP=down.rows, QUANT=self._is_fp8, num_warps=8, **self._pdl(),
         )  # fmt: skip
 
     def look_up(self, shape: Shape) -> None:
@@ -241,13 +269,13 @@ class BatchStep:
         heads = c.num_heads + 2 * c.num_kv_heads
         half = _power(c.head_dim // 2)
         batch_products.project_qkv[(heads, t.splits)](
-            w.qkv.values, b.hidden, w.qkv.scales, w.qkv.bias, b.squares[0], self._peak(shape, layer, 0),
+            w.qkv.values, b.hidden.values, b.hidden.scales, w.qkv.scales, w.qkv.bias, b.squares[0],
             self._parts("products", 2 * heads * t.splits * half * shape.padded), b.arrivals, b.places,
             *b.angles[self.weights.rotation_of(layer)], w.q_norm, w.k_norm, b.queries, self.keys[layer], self.values[layer],
             c.norm_eps, shape.rows, E=c.hidden_size, HEADS=c.num_heads, KV=c.num_kv_heads,
             D=c.head_dim, HALF=half, PAGE=PAGE, BLOCK=t.block, SPLITS=t.splits, M=shape.padded, SQUARES=squares,
-            SQUARES_BLOCK=_power(squares), QK_NORM=c.qk_norm == "head", num_warps=t.warps, num_stages=t.stages,
-            **self._switches(),
+            SQUARES_BLOCK=_power(squares), QK_NORM=c.qk_norm == "head", GROUP=self._group(shape.tiles["down"].rows),
+            num_warps=t.warps, num_stages=t.stages, **self._pdl(),
         )  # fmt: skip
 
     def attention(self, shape: Shape, layer: int) -> None:
@@ -259,56 +287,58 @@ class BatchStep:
         share, dims = c.num_heads // c.num_kv_heads, _power(c.head_dim)
         slots = shape.rows * c.num_kv_heads * splits * share
         batch_attention.attend[(c.num_kv_heads, shape.rows, splits)](
-            b.queries, self.keys[layer], self.values[layer], self.table, self.positions, b.attended,
-            self._parts("attended", slots * dims), self._parts("tops", slots), self._parts("totals", slots),
-            b.row_arrivals, self._peak(shape, layer, 1), c.score_scale, c.attention_softcap or 0.0,
+            b.queries, self.keys[layer], self.values[layer], self.table, self.positions,
+            b.attended.values, b.attended.scales, self._parts("attended", slots * dims), self._parts("tops", slots), self._parts("totals", slots),
+            b.row_arrivals, c.score_scale, c.attention_softcap or 0.0,
             TABLE=self.table.shape[1], HEADS=c.num_heads, KV=c.num_kv_heads, D=c.head_dim, DIMS=dims,
             GROUP=max(16, _power(share)), MERGED=_power(share), PAGE=PAGE, SPLIT=t.split, SPLITS=splits, BLOCK=t.block, WINDOW=window,
-            SOFTCAP=c.attention_softcap is not None, num_warps=t.warps, num_stages=t.stages,
-            **self._switches(),
+            M=shape.padded, SOFTCAP=c.attention_softcap is not None, QUANT=self._is_fp8, num_warps=t.warps,
+            num_stages=t.stages, **self._pdl(),
         )  # fmt: skip
 
     def o(self, shape: Shape, layer: int) -> None:
         """Attention's output into the residual stream."""
         w = self.weights.layers[layer]
-        self._add(shape, "o", self.buffers.attended, (layer, 1), w.mlp_norm, (layer, 2), w.post_attn_norm)
+        self._add(shape, "o", layer, self.buffers.attended, w.mlp_norm, w.post_attn_norm)
 
     def gate_up(self, shape: Shape, layer: int) -> None:
         """Gate and up of a layer and their activation."""
         c, b, w, t = self.weights.config, self.buffers, self.weights.layers[layer], shape.tiles["gate_up"]
         tiles, squares = math.ceil(c.intermediate_size / t.rows), self._squares(shape.tiles["o"])
         batch_products.project_gate_up[(tiles, t.splits)](
-            w.gate_up.values, b.hidden, w.gate_up.scales, w.gate_up.bias, b.squares[1], self._peak(shape, layer, 2),
-            self._parts("products", 2 * tiles * t.splits * t.rows * shape.padded), b.arrivals, b.mixed,
-            self._peak(shape, layer, 3), c.norm_eps, E=c.hidden_size, F=c.intermediate_size, ROWS=t.rows, BLOCK=t.block,
+            w.gate_up.values, b.hidden.values, b.hidden.scales, w.gate_up.scales, w.gate_up.bias, b.squares[1],
+            self._parts("products", 2 * tiles * t.splits * t.rows * shape.padded), b.arrivals, b.mixed.values,
+            b.mixed.scales, c.norm_eps, E=c.hidden_size, F=c.intermediate_size, ROWS=t.rows, BLOCK=t.block,
             SPLITS=t.splits, M=shape.padded, SQUARES=squares, SQUARES_BLOCK=_power(squares),
-            GELU=c.activation == "gelu_tanh", num_warps=t.warps, num_stages=t.stages, **self._switches(),
+            GELU=c.activation == "gelu_tanh", GROUP=self._group(shape.tiles["o"].rows), num_warps=t.warps,
+            num_stages=t.stages, **self._pdl(),
         )  # fmt: skip
 
     def down(self, shape: Shape, layer: int) -> None:
         """The MLP's output into the residual stream."""
         layers, w = self.weights.layers, self.weights.layers[layer]
         gamma = layers[layer + 1].attn_norm if layer + 1 < len(layers) else self.weights.final_norm
-        self._add(shape, "down", self.buffers.mixed, (layer, 3), gamma, (layer + 1, 0), w.post_mlp_norm)
+        self._add(shape, "down", layer, self.buffers.mixed, gamma, w.post_mlp_norm)
 
-    def _add(self, shape: Shape, name: Product, inputs: torch.Tensor, peak: tuple[int, int], gamma: torch.Tensor,
-             next_peak: tuple[int, int], post_norm: torch.Tensor | None) -> None:  # fmt: skip
+    def _add(self, shape: Shape, name: Product, layer: int, inputs: _Inputs, gamma: torch.Tensor,
+             post_norm: torch.Tensor | None) -> None:  # fmt: skip
         """A product into the residual stream, through a norm of its own where the model has one."""
-        c, b, t = self.weights.config, self.buffers, shape.tiles[name]
-        w = self.weights.layers[peak[0]]
+        c, b, t, w = self.weights.config, self.buffers, shape.tiles[name], self.weights.layers[layer]
         matrix, squares = (w.o, b.squares[1]) if name == "o" else (w.down, b.squares[0])
+        group = c.head_dim if name == "o" else shape.tiles["gate_up"].rows
         e, tiles = c.hidden_size, math.ceil(c.hidden_size / t.rows)
         plain = None if post_norm is None else b.plain
         batch_products.project_residual[(tiles, t.splits)](
-            matrix.values, inputs, matrix.scales, matrix.bias, self._peak(shape, *peak),
-            self._parts("products", tiles * t.splits * t.rows * shape.padded), b.arrivals, b.residual, gamma, b.hidden,
-            squares, self._peak(shape, *next_peak), plain, K=inputs.shape[1], E=e, ROWS=t.rows, BLOCK=t.block,
-            SPLITS=t.splits, M=shape.padded, num_warps=t.warps, num_stages=t.stages, **self._switches(),
+            matrix.values, inputs.values, inputs.scales, matrix.scales, matrix.bias,
+            self._parts("products", tiles * t.splits * t.rows * shape.padded), b.arrivals, b.residual, gamma,
+            b.hidden.values, b.hidden.scales, squares, plain, K=inputs.values.shape[1], E=e, ROWS=t.rows, BLOCK=t.block,
+            SPLITS=t.splits, M=shape.padded, GROUP=self._group(group), num_warps=t.warps, num_stages=t.stages,
+            **self._pdl(),
         )  # fmt: skip
         if post_norm is not None:
             batch_products.norm_and_add[(shape.rows,)](
-                b.plain, post_norm, b.residual, gamma, b.hidden, squares, self._peak(shape, *next_peak), c.norm_eps,
-                E=e, BLOCK=_power(e), M=shape.padded, num_warps=8, **self._switches(),
+                b.plain, post_norm, b.residual, gamma, b.hidden.values, b.hidden.scales, squares, c.norm_eps,
+                E=e, BLOCK=_power(e), M=shape.padded, GROUP=t.rows, QUANT=self._is_fp8, num_warps=8, **self._pdl(),
             )  # fmt: skip
 
     def head(self, shape: Shape) -> None:
@@ -316,10 +346,10 @@ class BatchStep:
         c, b, head, t = self.weights.config, self.buffers, self.weights.head, shape.tiles["head"]
         squares = self._squares(shape.tiles["down"])
         batch_products.project_head[(math.ceil(c.vocab_size / t.rows),)](
-            head.values, b.hidden, head.scales, b.squares[0], self._peak(shape, c.num_layers, 0), b.logits, b.best,
+            head.values, b.hidden.values, b.hidden.scales, head.scales, b.squares[0], b.logits, b.best,
             b.best_id, c.norm_eps, c.logit_softcap or 0.0, E=c.hidden_size, V=c.vocab_size, ROWS=t.rows, BLOCK=t.block,
             M=shape.padded, SQUARES=squares, SQUARES_BLOCK=_power(squares), SOFTCAP=c.logit_softcap is not None,
-            num_warps=t.warps, num_stages=t.stages, **self._switches(),
+            GROUP=self._group(shape.tiles["down"].rows), num_warps=t.warps, num_stages=t.stages, **self._pdl(),
         )  # fmt: skip
 
     def pick(self, shape: Shape) -> None:
@@ -338,8 +368,9 @@ class BatchStep:
         c = self.weights.config
         return 1 if c.norm_placement == "sandwich" else math.ceil(c.hidden_size / source.rows)
 
-    def _peak(self, shape: Shape, layer: int, which: int) -> torch.Tensor:
-        return self.buffers.peaks.view(-1)[(_PEAKS * layer + which) * shape.padded :]
+    def _group(self, size: int) -> int:
+        """Inputs that share a scale: what one program of the kernel before wrote; 0 in bf16."""
+        return size if self._is_fp8 else 0
 
     def _parts(self, name: str, floats: int) -> torch.Tensor:
         """Scratch of at least so many floats."""
@@ -350,13 +381,9 @@ class BatchStep:
             parts[name] = torch.zeros(floats, device=self.weights.embed.device)
         return parts[name]
 
-    def _switches(self) -> dict[str, bool]:
-        return {"QUANT": self.weights.layers[0].o.scales is not None, **self._pdl()}
-
-    def _pdl(self) -> dict[str, bool]:
-        if self.options.dependent_launch:
-            return {"PDL": True, "launch_pdl": True}
-        return {"PDL": False}
+    def _pdl(self) -> dict[str, Any]:
+        level = self.options.dependent_launch
+        return {"PDL": level, "launch_pdl": True} if level else {"PDL": 0}
 
 
 def _padded(rows: int) -> int:

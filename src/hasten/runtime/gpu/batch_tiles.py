@@ -39,25 +39,64 @@ class AttentionTile:
     stages: int = 3
 
 
-def tile(product: Product, n: int, k: int, bytes_per_weight: int) -> Tile:
+def tile(product: Product, n: int, k: int, *, rows: int, is_fp8: bool, group: int = 0) -> Tile:
     """What to use for a product of n rows (of one matrix, or one head's half) and k columns.
 
-    The same for every batch size, so a row's result depends on the batch's size as little as on its company.
+    Args:
+        rows: of the batch, padded: 16, 32 or 64.
+        group: in fp8, inputs that share a scale; a block never crosses its end.
     """
-    block = _largest_divisor(k, 64 if bytes_per_weight == 2 else 128)
-    rows = min(64, _next_power(n))
+    measured = _MEASURED.get((product, n, k, is_fp8, rows))
+    if measured is not None and (not group or group % measured.block == 0):
+        return measured
+    block = _largest_divisor(math.gcd(k, group) if group else k, 128 if is_fp8 else 64)
+    most = 128 if product == "head" or (is_fp8 and product != "qkv") else 64
+    tile_rows = min(most, _next_power(n))
+    warps = 8 if tile_rows == 128 and product != "head" else 4
     if product == "head":
-        return Tile(min(128, _next_power(n)), block)
-    tiles = math.ceil(n / rows)
-    splits = 1
+        return Tile(tile_rows, block)
+    tiles, splits = math.ceil(n / tile_rows), 1
     while tiles * splits < _PROGRAMS and k // (2 * splits) >= _LEAST_K and splits < 8:
         splits *= 2
-    return Tile(rows, block, splits)
+    return Tile(tile_rows, block, splits, warps, 3 if warps == 8 else 4)
+
+
+def attention_tile(rows: int) -> AttentionTile:
+    """What to use for attention of so many padded rows."""
+    return AttentionTile(1024, 32, 2, 7) if rows > 16 else AttentionTile(256, 64, 2, 5)
 
 
 def _largest_divisor(k: int, most: int) -> int:
-    return next(b for b in (128, 64, 32) if b <= most and k % b == 0)
+    return next(b for b in (128, 64, 32, 16) if b <= most and k % b == 0)
 
 
 def _next_power(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
+
+
+def _measured() -> dict[tuple[Product, int, int, bool, int], Tile]:
+    """(product, n, k, fp8, rows) -> tile, from the table below."""
+    found = {}
+    for is_fp8, shapes in _FASTEST.items():
+        for (product, n, k), (small, large) in shapes.items():
+            found |= {(product, n, k, is_fp8, rows): Tile(*(small if rows == 16 else large)) for rows in (16, 32, 64)}
+    return found
+
+
+_FASTEST: dict[bool, dict[tuple[Product, int, int], tuple[tuple[int, ...], tuple[int, ...]]]] = {
+    False: {  # Qwen3-0.6B, then Llama-3.1-8B
+        ("qkv", 2048, 1024): ((64, 128, 2, 4, 4), (64, 128, 2, 4, 4)),
+        ("o", 1024, 2048): ((32, 128, 4, 4, 3), (32, 128, 4, 4, 3)),
+        ("gate_up", 3072, 1024): ((64, 64, 2, 4, 4), (64, 128, 2, 4, 3)),
+        ("down", 1024, 3072): ((32, 128, 8, 4, 3), (32, 128, 4, 4, 4)),
+        ("head", 151936, 1024): ((128, 128, 1, 4, 3), (128, 64, 1, 4, 4)),
+        ("qkv", 3072, 4096): ((64, 128, 2, 4, 4), (64, 128, 2, 4, 4)),
+        ("o", 4096, 4096): ((64, 128, 2, 4, 4), (64, 128, 2, 4, 4)),
+        ("gate_up", 14336, 4096): ((64, 128, 1, 4, 3), (64, 64, 1, 4, 3)),
+        ("down", 4096, 14336): ((32, 128, 4, 4, 3), (64, 128, 2, 4, 4)),
+        ("head", 128256, 4096): ((128, 128, 1, 4, 3), (128, 64, 1, 4, 4)),
+    },
+    True: {},
+}
+"""What was fastest on an H200 (benchmarks/gpu/batch_step.py --tune), for 2 to 16 rows and for more."""
+_MEASURED = _measured()
