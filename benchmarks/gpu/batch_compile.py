@@ -81,8 +81,8 @@ def main() -> None:
 
     for precision in sys.argv[3:] or ["bf16"]:
         weights = random_weights(model, precision, "meta")
-        for dependent in (False, True):
-            step = BatchStep(weights, StepOptions(rows, 32, CONTEXT, dependent_launch=dependent))
+        for early in (0, 2):
+            step = BatchStep(weights, StepOptions(rows, 32, CONTEXT, early=early))
             with compiling(report):
                 step.run(step.shape(rows, 512))
 

@@ -9,20 +9,15 @@ from hasten.runtime.gpu.batch_step import PAGE, BatchStep
 from hasten.runtime.gpu.batch_weights import Matrix
 
 
-def linear(matrix: Matrix, inputs: torch.Tensor, group: int = 0) -> torch.Tensor:
-    """Inputs as the kernels round them, float32 [R, cols], times a matrix, in float32.
-
-    Args:
-        group: inputs that share a scale in e4m3; 0: bf16; -1: not rounded.
-    """
-    x = inputs if group else inputs.to(torch.bfloat16).float()
+def linear(matrix: Matrix, inputs: torch.Tensor, exact: bool = False) -> torch.Tensor:
+    """Inputs as the kernels round them (or not, if `exact`), float32 [R, cols], times a matrix, in float32."""
+    x = inputs if exact else inputs.to(torch.bfloat16).float()
     weights = matrix.values.float()
     if matrix.scales is not None:
         weights *= matrix.scales[:, None]
-    if group > 0:
-        groups = F.pad(x, (0, -x.shape[-1] % group)).unflatten(-1, (-1, group))
-        scale = groups.abs().amax(-1, keepdim=True) / 448
-        x = ((groups / scale.clamp_min(1e-30)).to(torch.float8_e4m3fn).float() * scale).flatten(-2)[:, : x.shape[-1]]
+        if not exact:
+            factor = 448 / x.abs().amax(-1, keepdim=True)
+            x = (x * factor).to(torch.float8_e4m3fn).float() / factor
     return x @ weights.T
 
 
@@ -37,13 +32,10 @@ def logits(step: BatchStep, rows: int, exact: bool = False) -> torch.Tensor:
     `exact` keeps activations in float32: what the difference to that is worth is the noise of rounding.
     """
     weights, c = step.weights, step.weights.config
-    tiles, is_fp8 = step.shape(rows, 1).tiles, step.weights.head.scales is not None
-    sizes = {"qkv": tiles["down"].rows, "o": c.head_dim, "gate_up": tiles["o"].rows, "down": tiles["gate_up"].rows}
-    groups = {name: -1 if exact else size * is_fp8 for name, size in sizes.items()}
     position = step.positions[:rows].long()
     x = weights.embed[step.tokens[:rows].long()].float() * c.embed_scale
     for i, w in enumerate(weights.layers):
-        y = linear(w.qkv, x * w.attn_norm, groups["qkv"]) * rms(x, c.norm_eps)
+        y = linear(w.qkv, x * w.attn_norm, exact) * rms(x, c.norm_eps)
         heads = y.unflatten(-1, (-1, c.head_dim)).split([c.num_heads, c.num_kv_heads, c.num_kv_heads], 1)
         turned = []
         for part, gamma in zip(heads[:2], (w.q_norm, w.k_norm), strict=True):
@@ -53,10 +45,10 @@ def logits(step: BatchStep, rows: int, exact: bool = False) -> torch.Tensor:
             cos, sin = (t[position][:, None] for t in (table.cos, table.sin))
             turned.append(torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(torch.bfloat16).float())
         mixed = torch.stack([_attend(step, i, row, turned[0], turned[1], heads[2]) for row in range(rows)])
-        x = x + linear(w.o, mixed, groups["o"])
-        gate, up = (linear(w.gate_up, x * w.mlp_norm, groups["gate_up"]) * rms(x, c.norm_eps)).chunk(2, -1)
-        x = x + linear(w.down, F.silu(gate) * up, groups["down"])
-    return linear(weights.head, x * weights.final_norm, groups["qkv"]) * rms(x, c.norm_eps)
+        x = x + linear(w.o, mixed, exact)
+        gate, up = (linear(w.gate_up, x * w.mlp_norm, exact) * rms(x, c.norm_eps)).chunk(2, -1)
+        x = x + linear(w.down, F.silu(gate) * up, exact)
+    return linear(weights.head, x * weights.final_norm, exact) * rms(x, c.norm_eps)
 
 
 def _attend(

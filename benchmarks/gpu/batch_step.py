@@ -68,7 +68,7 @@ def compile_job(job: Job) -> str:
     key = job.model, job.precision
     weights = _META.setdefault(key, None) or random_weights(*key, "meta")
     _META[key] = weights
-    options = StepOptions(64, 32, CONTEXT, keep_logits=job.logits, dependent_launch=job.pdl)
+    options = StepOptions(64, 32, CONTEXT, keep_logits=job.logits, early=job.pdl)
     step = BatchStep(weights, options, *_overrides(job.choice))
     shape = step.shape(job.rows, FIRST + STEPS)
     try:
@@ -88,7 +88,7 @@ def compile_job(job: Job) -> str:
 def _overrides(choice: Choice | None) -> tuple[Any, Any]:
     if choice is None:
         return None, None
-    return (lambda product, m: choice[m][product]), (lambda m: choice[m]["attention"])
+    return (lambda product, m: choice[m][product]), (lambda rows: choice[16 if rows <= 16 else 64]["attention"])
 
 
 def compile_all(pool: ProcessPoolExecutor, jobs: list[Job]) -> None:
@@ -131,11 +131,6 @@ def tuned(model: str, precision: str, step: BatchStep, record: dict[str, Any]) -
             found = batch_tuning.tune(step, shape, product, batch_tuning.candidates(model, precision, product))
             cublas = batch_tuning.library(step, rows, product)
             choice[rows][product] = found[0][1]
-            if product == "gate_up":
-                gate_up = found
-            if product == "down" and precision == "fp8":  # its blocks lie within what gate_up wrote
-                pairs = [(a + b, x, y) for a, x in gate_up for b, y in found if x.rows % y.block == 0]
-                _, choice[rows]["gate_up"], choice[rows]["down"] = min(pairs, key=lambda pair: pair[0])
             key = f"{model} {precision} {rows} {product}"
             record[key] = {"library_us": round(cublas, 2), "tiles": [[round(t, 2), *dataclasses.astuple(x)] for t, x in found]}
             print(f"{key:28} library {cublas:7.2f}  " + "  ".join(f"{t:.2f} {dataclasses.astuple(x)}" for t, x in found[:4]), flush=True)
@@ -215,7 +210,7 @@ def parts_of(step: BatchStep, rows: int) -> dict[str, float]:
 
 def measure(model: str, precision: str, weights: Any, choice: Choice | None) -> list[dict[str, Any]]:
     c, rows_out = weights.config, []
-    steps = {level: new_step(weights, choice, dependent_launch=level) for level in (0, 1, 2)}
+    steps = {level: new_step(weights, choice, early=level) for level in (0, 1, 2)}
     with_logits = new_step(weights, choice, keep_logits=True)
     for rows in SIZES:
         kv = rows * (FIRST + STEPS // 2) * c.kv_bytes_per_token()
@@ -223,7 +218,7 @@ def measure(model: str, precision: str, weights: Any, choice: Choice | None) -> 
         times = {level: timed(step, rows) for level, step in steps.items()}
         best = min(times, key=times.__getitem__)
         row["us"], row["tok_s"] = round(times[best], 1), round(rows / times[best] * 1e6)
-        row["dependent_launch"], row["us_by_level"] = best, {level: round(us, 1) for level, us in times.items()}
+        row["early"], row["us_by_level"] = best, {level: round(us, 1) for level, us in times.items()}
         row["tb_per_s"] = round(row["bytes"] / times[best] / 1e6, 2)
         bars = dict(zip((16, 64), BARS[model, precision], strict=True))
         if rows in bars:
@@ -287,7 +282,7 @@ def main() -> None:
         for model, precision in wanted:
             weights, choice = random_weights(model, precision), None
             if f"{model}-{precision}" in arguments.tune:
-                choice = tuned(model, precision, new_step(weights, None, dependent_launch=EARLY[model]), record["tuning"])
+                choice = tuned(model, precision, new_step(weights, None, early=EARLY[model]), record["tuning"])
                 compile_all(pool, [Job(model, precision, rows, None, None, choice, pdl, logits)
                                    for rows in (16, 32, 64) for pdl, logits in VARIANTS])  # fmt: skip
             record["checks"][f"{model} {precision}"] = found = check(weights, choice)

@@ -83,7 +83,7 @@ def step_of(name: str, rows: int, precision: str = "bf16", tiles=None, **options
 
     weights = batch_weights.load(MODELS[name], tensor_of, CONTEXT, precision, DEVICE)
     wanted = StepOptions(rows=rows, pages=3 * rows, context=CONTEXT, keep_logits=True, **options)
-    step = BatchStep(weights, wanted, tiles, SMALL)
+    step = BatchStep(weights, wanted, tiles, lambda rows: SMALL)
     order = np.random.default_rng(5).permutation(3 * rows).reshape(rows, 3)
     step.table[:rows] = torch.from_numpy(order).to(DEVICE, torch.int32)
     return step
@@ -121,12 +121,13 @@ def remember(step: BatchStep, row: int, tokens: list[int], seen: dict[str, torch
 def poison(step: BatchStep) -> None:
     """What a step must write before it reads it."""
     buffers = step.buffers
-    inputs = [t for pair in (buffers.hidden, buffers.attended, buffers.mixed) for t in (pair.values, pair.scales)]
-    others = [buffers.residual, buffers.queries, buffers.plain, *buffers.squares, buffers.best, buffers.logits]
+    others = [buffers.residual, buffers.hidden, buffers.queries, buffers.attended, buffers.mixed, buffers.plain]
+    others += [*buffers.squares, buffers.best, buffers.logits]
     angles = [t for pair in buffers.angles.values() for t in pair]
-    for tensor in [*inputs, *others, *angles, *buffers.parts.values()]:
-        if tensor is not None:
-            tensor.fill_(float("nan"))
+    for tensor in [*others, *angles, *buffers.parts.values()]:
+        tensor.fill_(float("nan"))
+    if buffers.peaks is not None:
+        buffers.peaks.fill_(0x7F000000)
     buffers.places.fill_(2**30)
 
 

@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 
 from hasten.runtime.gpu.batch_products import (
-    E4M3_MAX,
     is_last,
     let_next_start,
     prefetch,
@@ -89,29 +88,24 @@ def prefetch_pages(keys, values, table, start, length, g, KV: tl.constexpr, D: t
 
 
 @triton.jit
-def put_heads(out, out_scales, mixed, row, g, M: tl.constexpr, HEADS: tl.constexpr, SHARE: tl.constexpr,
-              D: tl.constexpr, GROUP: tl.constexpr, DIMS: tl.constexpr, QUANT: tl.constexpr):  # fmt: skip
-    """Results of one KV head's query heads into [M, H, D]: bf16, or e4m3 with a scale a head."""
+def put_heads(out, peaks, mixed, row, g, HEADS: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr,
+              GROUP: tl.constexpr, DIMS: tl.constexpr):  # fmt: skip
+    """Results of one KV head's query heads, bf16 into [M, H, D]. fp8: peaks[row] = max(peaks[row], all of them)."""
     r, d = tl.arange(0, GROUP), tl.arange(0, DIMS)
     inside = (r < SHARE)[:, None] & (d < D)[None, :]
-    head = g * SHARE + r
-    to = out + (row * HEADS + head)[:, None] * D + d[None, :]
-    if QUANT:
-        mixed = tl.where(inside, mixed, 0.0)
-        largest = tl.max(tl.abs(mixed), 1)
-        scale = tl.where(largest > 0, largest / E4M3_MAX, 1.0)
-        tl.store(out_scales + head * M + row, scale, mask=r < SHARE)
-        tl.store(to, (mixed / scale[:, None]).to(tl.float8e4nv), mask=inside)
-    else:
-        tl.store(to, mixed.to(tl.bfloat16), mask=inside)
+    rounded = mixed.to(tl.bfloat16)
+    tl.store(out + (row * HEADS + g * SHARE + r)[:, None] * D + d[None, :], rounded, mask=inside)
+    if peaks is not None:
+        largest = tl.max(tl.max(tl.where(inside, tl.abs(rounded.to(tl.float32)), 0.0), 1), 0)
+        tl.atomic_max(peaks + row, largest.to(tl.int32, bitcast=True), sem="relaxed")
 
 
 @triton.jit
-def attend(queries, keys, values, table, positions, out, out_scales, parts, tops, totals, arrivals, scale, softcap,
+def attend(queries, keys, values, table, positions, out, peaks, parts, tops, totals, arrivals, scale, softcap,
            TABLE: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr,
            GROUP: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
            WINDOW: tl.constexpr, MERGED: tl.constexpr, M: tl.constexpr, SOFTCAP: tl.constexpr,
-           QUANT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+           PDL: tl.constexpr):  # fmt: skip
     """softmax(q k) v over a row's pages. Grid: (K heads, rows, SPLITS).
 
     WINDOW > 0: the last so many tokens alone, and SPLITS need cover no more than those. A program whose split
@@ -143,7 +137,7 @@ def attend(queries, keys, values, table, positions, out, out_scales, parts, tops
                                              g, scale, softcap, KV, D, DIMS, PAGE, BLOCK, SOFTCAP)  # fmt: skip
         let_next_start(PDL)
         if count == 1:
-            put_heads(out, out_scales, mixed / total[:, None], row, g, M, HEADS, share, D, GROUP, DIMS, QUANT)
+            put_heads(out, peaks, mixed / total[:, None], row, g, HEADS, share, D, GROUP, DIMS)
         else:
             base = (row * KV + g) * SPLITS
             at = (base + slot) * share + r
@@ -152,4 +146,4 @@ def attend(queries, keys, values, table, positions, out, out_scales, parts, tops
             tl.store(parts + at[:, None] * DIMS + d[None, :], mixed, mask=used)
             if is_last(arrivals + row * KV + g, count):
                 whole = merge(parts, tops, totals, base, count, share, MERGED, DIMS, 4)
-                put_heads(out, out_scales, whole, row, g, M, HEADS, share, D, MERGED, DIMS, QUANT)
+                put_heads(out, peaks, whole, row, g, HEADS, share, D, MERGED, DIMS)

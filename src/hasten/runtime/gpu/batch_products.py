@@ -10,9 +10,10 @@ What follows a product is done in the same program, so a layer is five kernels, 
 about 1.3 us, a 0.6B layer at 16 rows has 45.
 - The norm before a product needs the whole row; what writes a row writes it times the norm's weight, in bf16,
   with the sum of its squares a tile. The product runs on that, and its result is multiplied with 1 / rms.
-- fp8: what writes a tile of a row writes it in e4m3 with one scale, so a row has a scale for each `GROUP` of its
-  values (Hopper's usual 128); the product multiplies each block's sum with it. Rounding inside the product
-  instead, with one scale a row, cost 28 us a layer at 64 rows of an 8B model.
+- fp8: inputs are rounded to e4m3 with one scale a row. What writes a row takes its largest magnitude (an atomic
+  maximum does not depend on order). To 16 rows the product rounds its inputs itself; above, that would keep the
+  tensor cores waiting (28 us a layer at 64 rows of an 8B model), so `quantise` rounds them once. A scale for each
+  128 inputs needs no maximum of a row, but a sum to wait for every 128 columns: slower at 16 rows and at 64.
 """
 
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls
@@ -61,6 +62,13 @@ def prefetch_weights(w, rows, column, K: tl.constexpr, PDL: tl.constexpr):
 
 
 @triton.jit
+def to_e4m3_factor(peaks, m):
+    """What the rows' inputs are multiplied with before rounding to e4m3, [M]; 1 for a row of zeros."""
+    largest = tl.load(peaks + m).to(tl.float32, bitcast=True)
+    return tl.where(largest > 0, E4M3_MAX / largest, 1.0)
+
+
+@triton.jit
 def first_column(split, K: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     """Where a split's part of K begins: at whole blocks."""
     return split * (K // BLOCK) // SPLITS * BLOCK
@@ -72,45 +80,46 @@ def read_weights(w, rows, k, K: tl.constexpr):
 
 
 @triton.jit
-def add_product(acc, w, x, x_scales, rows, block, K: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr,
-                GROUP: tl.constexpr):  # fmt: skip
-    """acc + rows of w times all inputs over one block of columns. GROUP > 0: inputs are e4m3, with scales."""
+def read_inputs(x, peaks, block, K: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr, ROUND: tl.constexpr):
+    """Inputs [BLOCK, M] of one block of columns; ROUND: bf16 becomes e4m3 on its way."""
     m, k = tl.arange(0, M), block * BLOCK + tl.arange(0, BLOCK)
     inputs = tl.load(x + m[None, :] * K + k[:, None])
-    if GROUP > 0:
-        scale = tl.load(x_scales + block * BLOCK // GROUP * M + m)
-        return acc + tl.dot(read_weights(w, rows, k, K), inputs) * scale[None, :]
-    else:
-        return tl.dot(read_weights(w, rows, k, K), inputs, acc)
+    if ROUND:
+        inputs = (inputs.to(tl.float32) * to_e4m3_factor(peaks, m)[None, :]).to(tl.float8e4nv)
+    return inputs
 
 
 @triton.jit
-def one_product(w, x, x_scales, rows, split, K: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
-                BLOCK: tl.constexpr, M: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+def one_product(w, x, peaks, rows, split, K: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+                BLOCK: tl.constexpr, M: tl.constexpr, ROUND: tl.constexpr):  # fmt: skip
     """Rows `rows` of w times all inputs over this split's part of K: float32 [ROWS, M]."""
+    k = tl.arange(0, BLOCK)
     blocks: tl.constexpr = K // BLOCK
     acc = tl.zeros([ROWS, M], tl.float32)
     for i in range(split * blocks // SPLITS, (split + 1) * blocks // SPLITS):
-        acc = add_product(acc, w, x, x_scales, rows, i, K, BLOCK, M, GROUP)
+        inputs = read_inputs(x, peaks, i, K, BLOCK, M, ROUND)
+        acc = tl.dot(read_weights(w, rows, i * BLOCK + k, K), inputs, acc)
     return acc
 
 
 @triton.jit
-def two_products(w, x, x_scales, first, second, split, K: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
-                 BLOCK: tl.constexpr, M: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+def two_products(w, x, peaks, first, second, split, K: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+                 BLOCK: tl.constexpr, M: tl.constexpr, ROUND: tl.constexpr):  # fmt: skip
     """The same for two sets of rows that are needed together: halves of a head, gate and up.
 
     Sets of less than 64 rows are multiplied as one, or they would not fill an instruction.
     """
     if ROWS < 64:
-        both = one_product(w, x, x_scales, tl.interleave(first, second), split, K, SPLITS, 2 * ROWS, BLOCK, M, GROUP)
+        both = one_product(w, x, peaks, tl.interleave(first, second), split, K, SPLITS, 2 * ROWS, BLOCK, M, ROUND)
         a, b = tl.split(tl.permute(tl.reshape(both, [ROWS, 2, M]), [0, 2, 1]))
     else:
+        k = tl.arange(0, BLOCK)
         blocks: tl.constexpr = K // BLOCK
         a, b = tl.zeros([ROWS, M], tl.float32), tl.zeros([ROWS, M], tl.float32)
         for i in range(split * blocks // SPLITS, (split + 1) * blocks // SPLITS):
-            a = add_product(a, w, x, x_scales, first, i, K, BLOCK, M, GROUP)
-            b = add_product(b, w, x, x_scales, second, i, K, BLOCK, M, GROUP)
+            inputs = read_inputs(x, peaks, i, K, BLOCK, M, ROUND)
+            a = tl.dot(read_weights(w, first, i * BLOCK + k, K), inputs, a)
+            b = tl.dot(read_weights(w, second, i * BLOCK + k, K), inputs, b)
     return a, b
 
 
@@ -150,25 +159,31 @@ def inverse_rms(squares, m, K: tl.constexpr, eps, SQUARES: tl.constexpr, M: tl.c
 
 
 @triton.jit
-def row_scale(scales, rows, ROWS: tl.constexpr):
-    """Scales of weight rows, [ROWS]."""
+def unscaled(acc, scales, peaks, rows, m):
+    """Sums of e4m3 products [ROWS, M] in the units of weights and inputs; bf16 has no scales."""
     if scales is not None:
-        return tl.load(scales + rows)
-    else:
-        return tl.full([ROWS], 1.0, tl.float32)
+        acc = acc * tl.load(scales + rows)[:, None] / to_e4m3_factor(peaks, m)[None, :]
+    return acc
 
 
 @triton.jit
-def put_inputs(to, scales, values, at, inside, tile, m, M: tl.constexpr, QUANT: tl.constexpr):
-    """A tile [ROWS, M] of the next product's inputs: bf16, or e4m3 with the tile's scale for each row of the batch."""
-    if QUANT:
-        values = tl.where(inside, values, 0.0)
-        largest = tl.max(tl.abs(values), 0)
-        scale = tl.where(largest > 0, largest / E4M3_MAX, 1.0)
-        tl.store(scales + tile * M + m, scale)
-        tl.store(to + at, (values / scale[None, :]).to(tl.float8e4nv), mask=inside)
-    else:
-        tl.store(to + at, values.to(tl.bfloat16), mask=inside)
+def put_inputs(to, peaks, values, at, inside, m):
+    """A tile [ROWS, M] of the next product's inputs in bf16. fp8: peaks[m] = max(peaks[m], |values[:, m]|)."""
+    rounded = values.to(tl.bfloat16)
+    tl.store(to + at, rounded, mask=inside)
+    if peaks is not None:  # floats of one sign order like integers
+        largest = tl.max(tl.where(inside, tl.abs(rounded.to(tl.float32)), 0.0), 0)
+        tl.atomic_max(peaks + m, largest.to(tl.int32, bitcast=True), sem="relaxed")
+
+
+@triton.jit
+def quantise(x, peaks, out, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Inputs of a product rounded to e4m3, [M, K]. Grid: (rows, blocks of K)."""
+    row, k = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    wait_for_previous(PDL)
+    inside = k < K
+    value = tl.load(x + row * K + k, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * K + k, (value * to_e4m3_factor(peaks, row)).to(tl.float8e4nv), mask=inside)
 
 
 # ---- queries, keys, values -------------------------------------------------------------------------------------
@@ -229,11 +244,11 @@ def place_head(a, b, h, places, cos, sin, q_norm, k_norm, queries, keys, values,
 
 
 @triton.jit
-def project_qkv(w, x, x_scales, scales, bias, squares, parts, arrivals, places, cos, sin, q_norm, k_norm,
+def project_qkv(w, x, peaks, scales, bias, squares, parts, arrivals, places, cos, sin, q_norm, k_norm,
                 queries, keys, values, eps, live, E: tl.constexpr, HEADS: tl.constexpr,
                 KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
                 SPLITS: tl.constexpr, M: tl.constexpr, SQUARES: tl.constexpr, SQUARES_BLOCK: tl.constexpr,
-                QK_NORM: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                QK_NORM: tl.constexpr, ROUND: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Norm, product, bias, q/k norm, rotation; queries to [M, H, D], keys and values into their pages.
 
     A tile is one head, in two halves, because a rotation pairs dimension i with i + D/2.
@@ -247,7 +262,7 @@ def project_qkv(w, x, x_scales, scales, bias, squares, parts, arrivals, places, 
     prefetch_weights(w, first, column, E, PDL)
     prefetch_weights(w, first + D // 2, column, E, PDL)
     wait_for_previous(PDL)
-    a, b = two_products(w, x, x_scales, first, first + D // 2, split, E, SPLITS, HALF, BLOCK, M, GROUP)
+    a, b = two_products(w, x, peaks, first, first + D // 2, split, E, SPLITS, HALF, BLOCK, M, ROUND)
     let_next_start(PDL)
     done = True
     if SPLITS > 1:
@@ -260,8 +275,8 @@ def project_qkv(w, x, x_scales, scales, bias, squares, parts, arrivals, places, 
             a = add_parts(parts, h * 2, heads * 2, SPLITS, HALF, M)
             b = add_parts(parts, h * 2 + 1, heads * 2, SPLITS, HALF, M)
         scale = inverse_rms(squares, m, E, eps, SQUARES, M, SQUARES_BLOCK)[None, :]
-        a = a * scale * row_scale(scales, first, HALF)[:, None]
-        b = b * scale * row_scale(scales, first + D // 2, HALF)[:, None]
+        a = unscaled(a, scales, peaks, first, m) * scale
+        b = unscaled(b, scales, peaks, first + D // 2, m) * scale
         if bias is not None:
             a += tl.load(bias + first)[:, None]
             b += tl.load(bias + first + D // 2)[:, None]
@@ -274,8 +289,8 @@ def project_qkv(w, x, x_scales, scales, bias, squares, parts, arrivals, places, 
 
 
 @triton.jit
-def add_to_residual(y, n, m, tile, residual, gamma, hidden, hidden_scales, squares, E: tl.constexpr, M: tl.constexpr,
-                    QUANT: tl.constexpr):  # fmt: skip
+def add_to_residual(y, n, m, tile, residual, gamma, hidden, squares, next_peaks, E: tl.constexpr,
+                    M: tl.constexpr):  # fmt: skip
     """residual += y; hidden = residual * gamma for the next product; sums of squares."""
     inside = (n < E)[:, None]
     at = m[None, :] * E + n[:, None]
@@ -283,13 +298,13 @@ def add_to_residual(y, n, m, tile, residual, gamma, hidden, hidden_scales, squar
     tl.store(residual + at, x, mask=inside)
     tl.store(squares + tile * M + m, tl.sum(tl.where(inside, x * x, 0.0), 0))
     scaled = x * tl.load(gamma + n, mask=n < E, other=0.0)[:, None]
-    put_inputs(hidden, hidden_scales, scaled, at, inside, tile, m, M, QUANT)
+    put_inputs(hidden, next_peaks, scaled, at, inside, m)
 
 
 @triton.jit
-def project_residual(w, x, x_scales, scales, bias, parts, arrivals, residual, gamma, hidden, hidden_scales, squares,
+def project_residual(w, x, peaks, scales, bias, parts, arrivals, residual, gamma, hidden, squares, next_peaks,
                      plain, K: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-                     SPLITS: tl.constexpr, M: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                     SPLITS: tl.constexpr, M: tl.constexpr, ROUND: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Product, bias, residual, and what the next norm needs; or, where `plain` is given, the product alone.
 
     `plain` (float32 [M, E]) is for models that norm this product before they add it: `norm_and_add` follows.
@@ -300,7 +315,7 @@ def project_residual(w, x, x_scales, scales, bias, parts, arrivals, residual, ga
     rows = tl.minimum(n, E - 1) if E % ROWS else n
     prefetch_weights(w, rows, first_column(split, K, SPLITS, BLOCK), K, PDL)
     wait_for_previous(PDL)
-    acc = one_product(w, x, x_scales, rows, split, K, SPLITS, ROWS, BLOCK, M, GROUP)
+    acc = one_product(w, x, peaks, rows, split, K, SPLITS, ROWS, BLOCK, M, ROUND)
     let_next_start(PDL)
     done = True
     tiles: tl.constexpr = (E + ROWS - 1) // ROWS
@@ -310,19 +325,18 @@ def project_residual(w, x, x_scales, scales, bias, parts, arrivals, residual, ga
     if done:
         if SPLITS > 1:
             acc = add_parts(parts, tile, tiles, SPLITS, ROWS, M)
-        acc = acc * row_scale(scales, rows, ROWS)[:, None]
+        acc = unscaled(acc, scales, peaks, rows, m)
         if bias is not None:
             acc += tl.load(bias + rows)[:, None]
         if plain is not None:
             tl.store(plain + m[None, :] * E + n[:, None], acc, mask=(n < E)[:, None])
         else:
-            add_to_residual(acc, n, m, tile, residual, gamma, hidden, hidden_scales, squares, E, M, GROUP > 0)
+            add_to_residual(acc, n, m, tile, residual, gamma, hidden, squares, next_peaks, E, M)
 
 
 @triton.jit
-def norm_and_add(y, post_gamma, residual, gamma, hidden, hidden_scales, squares, eps, E: tl.constexpr,
-                 BLOCK: tl.constexpr, M: tl.constexpr, GROUP: tl.constexpr, QUANT: tl.constexpr,
-                 PDL: tl.constexpr):  # fmt: skip
+def norm_and_add(y, post_gamma, residual, gamma, hidden, squares, next_peaks, eps, E: tl.constexpr,
+                 BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """residual += norm(y) * post_gamma, and what the next norm needs. Grid: (rows,)."""
     row, k = tl.program_id(0), tl.arange(0, BLOCK)
     wait_for_previous(PDL)
@@ -330,26 +344,20 @@ def norm_and_add(y, post_gamma, residual, gamma, hidden, hidden_scales, squares,
     v = tl.load(y + row * E + k, mask=inside, other=0.0)
     v = v * tl.rsqrt(tl.sum(v * v, 0) / E + eps) * tl.load(post_gamma + k, mask=inside, other=0.0)
     x = tl.load(residual + row * E + k, mask=inside, other=0.0) + v
-    put_row(x, row, residual, gamma, hidden, hidden_scales, squares, E, BLOCK, M, GROUP, QUANT)
+    put_row(x, row, residual, gamma, hidden, squares, next_peaks, E, BLOCK)
 
 
 @triton.jit
-def put_row(x, row, residual, gamma, hidden, hidden_scales, squares, E: tl.constexpr, BLOCK: tl.constexpr,
-            M: tl.constexpr, GROUP: tl.constexpr, QUANT: tl.constexpr):  # fmt: skip
+def put_row(x, row, residual, gamma, hidden, squares, peaks, E: tl.constexpr, BLOCK: tl.constexpr):
     """One whole row of the residual stream, and what the next norm needs (its sum of squares in one piece)."""
     k = tl.arange(0, BLOCK)
     inside = k < E
     tl.store(residual + row * E + k, x, mask=inside)
     tl.store(squares + row, tl.sum(x * x, 0))
-    scaled = x * tl.load(gamma + k, mask=inside, other=0.0)
-    if QUANT:  # groups side by side, as tiles of one row
-        groups: tl.constexpr = BLOCK // GROUP
-        g = tl.arange(0, groups)
-        columns = g[None, :] * GROUP + tl.arange(0, GROUP)[:, None]
-        values = tl.trans(tl.reshape(scaled, [groups, GROUP]))
-        put_inputs(hidden, hidden_scales + row, values, row * E + columns, columns < E, 0, g * M, M, QUANT)
-    else:
-        tl.store(hidden + row * E + k, scaled.to(tl.bfloat16), mask=inside)
+    scaled = (x * tl.load(gamma + k, mask=inside, other=0.0)).to(tl.bfloat16)
+    tl.store(hidden + row * E + k, scaled, mask=inside)
+    if peaks is not None:
+        tl.store(peaks + row, tl.max(tl.abs(scaled.to(tl.float32)), 0).to(tl.int32, bitcast=True))
 
 
 # ---- gate and up ------------------------------------------------------------------------------------------------
@@ -365,9 +373,9 @@ def activate(gate, up, GELU: tl.constexpr):
 
 
 @triton.jit
-def project_gate_up(w, x, x_scales, scales, bias, squares, parts, arrivals, out, out_scales, eps, E: tl.constexpr,
+def project_gate_up(w, x, peaks, scales, bias, squares, parts, arrivals, out, next_peaks, eps, E: tl.constexpr,
                     F: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, M: tl.constexpr,
-                    SQUARES: tl.constexpr, SQUARES_BLOCK: tl.constexpr, GELU: tl.constexpr, GROUP: tl.constexpr,
+                    SQUARES: tl.constexpr, SQUARES_BLOCK: tl.constexpr, GELU: tl.constexpr, ROUND: tl.constexpr,
                     PDL: tl.constexpr):  # fmt: skip
     """Norm, both products, activation: bf16 [M, F]. Grid: (tiles of F, SPLITS)."""
     tile, split = tl.program_id(0), tl.program_id(1)
@@ -377,7 +385,7 @@ def project_gate_up(w, x, x_scales, scales, bias, squares, parts, arrivals, out,
     prefetch_weights(w, rows, column, E, PDL)
     prefetch_weights(w, rows + F, column, E, PDL)
     wait_for_previous(PDL)
-    gate, up = two_products(w, x, x_scales, rows, rows + F, split, E, SPLITS, ROWS, BLOCK, M, GROUP)
+    gate, up = two_products(w, x, peaks, rows, rows + F, split, E, SPLITS, ROWS, BLOCK, M, ROUND)
     let_next_start(PDL)
     done = True
     tiles: tl.constexpr = (F + ROWS - 1) // ROWS
@@ -390,22 +398,22 @@ def project_gate_up(w, x, x_scales, scales, bias, squares, parts, arrivals, out,
             gate = add_parts(parts, tile * 2, tiles * 2, SPLITS, ROWS, M)
             up = add_parts(parts, tile * 2 + 1, tiles * 2, SPLITS, ROWS, M)
         scale = inverse_rms(squares, m, E, eps, SQUARES, M, SQUARES_BLOCK)[None, :]
-        gate = gate * scale * row_scale(scales, rows, ROWS)[:, None]
-        up = up * scale * row_scale(scales, rows + F, ROWS)[:, None]
+        gate = unscaled(gate, scales, peaks, rows, m) * scale
+        up = unscaled(up, scales, peaks, rows + F, m) * scale
         if bias is not None:
             gate += tl.load(bias + rows)[:, None]
             up += tl.load(bias + rows + F)[:, None]
         at, inside = m[None, :] * F + n[:, None], (n < F)[:, None]
-        put_inputs(out, out_scales, activate(gate, up, GELU), at, inside, tile, m, M, GROUP > 0)
+        put_inputs(out, next_peaks, activate(gate, up, GELU), at, inside, m)
 
 
 # ---- the head ---------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def project_head(w, x, x_scales, scales, squares, logits, best, best_id, eps, softcap, E: tl.constexpr, V: tl.constexpr,
+def project_head(w, x, peaks, scales, squares, logits, best, best_id, eps, softcap, E: tl.constexpr, V: tl.constexpr,
                  ROWS: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr, SQUARES: tl.constexpr,
-                 SQUARES_BLOCK: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr,
+                 SQUARES_BLOCK: tl.constexpr, SOFTCAP: tl.constexpr, ROUND: tl.constexpr,
                  PDL: tl.constexpr):  # fmt: skip
     """Norm, product, soft-cap; each tile's best logit and its id (the lowest of equals), logits where wanted.
 
@@ -416,10 +424,10 @@ def project_head(w, x, x_scales, scales, squares, logits, best, best_id, eps, so
     rows = tl.minimum(n, V - 1) if V % ROWS else n
     prefetch_weights(w, rows, 0, E, PDL)
     wait_for_previous(PDL)
-    acc = one_product(w, x, x_scales, rows, 0, E, 1, ROWS, BLOCK, M, GROUP)
+    acc = one_product(w, x, peaks, rows, 0, E, 1, ROWS, BLOCK, M, ROUND)
     let_next_start(PDL)
     acc = acc * inverse_rms(squares, m, E, eps, SQUARES, M, SQUARES_BLOCK)[None, :]
-    acc = acc * row_scale(scales, rows, ROWS)[:, None]
+    acc = unscaled(acc, scales, peaks, rows, m)
     if SOFTCAP:
         acc = softcap * (1.0 - 2.0 / (tl.exp(2.0 * acc / softcap) + 1.0))
     if logits is not None:
@@ -435,10 +443,10 @@ def project_head(w, x, x_scales, scales, squares, logits, best, best_id, eps, so
 
 
 @triton.jit
-def begin(embed, tokens, gamma, residual, hidden, hidden_scales, squares, embed_scale, E: tl.constexpr,
-          BLOCK: tl.constexpr, TILES: tl.constexpr, TILES_BLOCK: tl.constexpr, M: tl.constexpr, GROUP: tl.constexpr,
-          QUANT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """Embed each row's token. Grid: (rows,).
+def begin(embed, tokens, gamma, residual, hidden, squares, peaks, embed_scale, E: tl.constexpr, BLOCK: tl.constexpr,
+          TILES: tl.constexpr, TILES_BLOCK: tl.constexpr, PEAKS: tl.constexpr, PEAKS_BLOCK: tl.constexpr,
+          M: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Embed each row's token; clear the largest magnitudes of all layers. Grid: (rows,).
 
     Layer 0 adds `TILES` sums of squares like every other layer (one kernel serves all), so the others are 0.
     """
@@ -446,9 +454,12 @@ def begin(embed, tokens, gamma, residual, hidden, hidden_scales, squares, embed_
     wait_for_previous(PDL)
     t = tl.arange(0, TILES_BLOCK)
     tl.store(squares + t * M + row, 0.0, mask=(t > 0) & (t < TILES))
+    if peaks is not None:
+        p = tl.arange(0, PEAKS_BLOCK)
+        tl.store(peaks + p * M + row, 0, mask=(p > 0) & (p < PEAKS))
     token = tl.load(tokens + row).to(tl.int64)
     x = tl.load(embed + token * E + k, mask=k < E, other=0.0).to(tl.float32) * embed_scale
-    put_row(x, row, residual, gamma, hidden, hidden_scales, squares, E, BLOCK, M, GROUP, QUANT)
+    put_row(x, row, residual, gamma, hidden, squares, peaks, E, BLOCK)
 
 
 @triton.jit

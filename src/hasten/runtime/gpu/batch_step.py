@@ -17,9 +17,12 @@ import torch
 from hasten.errors import UsageError
 from hasten.runtime.gpu import batch_attention, batch_products
 from hasten.runtime.gpu.batch_tiles import AttentionTile, Product, Tile, attention_tile, tile
-from hasten.runtime.gpu.batch_weights import BatchWeights, slides
+from hasten.runtime.gpu.batch_weights import BatchWeights, Matrix, slides
 
 PAGE = 32  # tokens
+_PEAKS = 4  # a layer's inputs: of qkv, o, gate_up, down
+_ROUNDS_ITSELF = 16  # rows up to which an fp8 product rounds its inputs itself
+_L2_LAYER = 48 << 20  # bytes of a layer's weights up to which programs that start early gain by prefetching
 _LEAST_BUCKET = 512  # tokens; graphs are made for contexts of this, twice this, ...
 
 
@@ -32,7 +35,7 @@ class StepOptions:
         pages: of KV cache, PAGE tokens each; page 0 upwards.
         context: the longest sequence, tokens.
         keep_logits: write float32 logits too; greedy decoding does not need them.
-        dependent_launch: how early a kernel may start (Hopper and later; `batch_products.wait_for_previous`).
+        early: how early a kernel may start (`batch_products.wait_for_previous`); None: what is best here.
         ring: tokens kept for the host, a row.
     """
 
@@ -40,7 +43,7 @@ class StepOptions:
     pages: int
     context: int
     keep_logits: bool = False
-    dependent_launch: int = 0
+    early: int | None = None
     ring: int = 1024
 
 
@@ -53,14 +56,7 @@ class Shape:
     context: int
     tiles: Mapping[Product, Tile]
     attention: AttentionTile
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """What a product multiplies: bf16, or e4m3 with float32 scales [groups, M]."""
-
-    values: torch.Tensor
-    scales: torch.Tensor | None
+    early: int  # how early a kernel may start: `batch_products.wait_for_previous`
 
 
 @dataclass
@@ -70,10 +66,12 @@ class _Buffers:
     places: torch.Tensor  # int32 [M], where the newest token's keys and values go
     angles: dict[str, tuple[torch.Tensor, torch.Tensor]]  # cos, sin [M, D / 2] of each rotation
     residual: torch.Tensor  # float32 [M, E]
-    hidden: _Inputs  # [M, E], residual times the next norm's weight
+    hidden: torch.Tensor  # bf16 [M, E], residual times the next norm's weight
     queries: torch.Tensor  # bf16 [M, H D]
-    attended: _Inputs  # [M, H D]
-    mixed: _Inputs  # [M, F]
+    attended: torch.Tensor  # bf16 [M, H D]
+    mixed: torch.Tensor  # bf16 [M, F]
+    peaks: torch.Tensor | None  # fp8: int32 (bits of float32) [4 layers + 1, M], largest magnitudes of inputs
+    e4m3: torch.Tensor | None  # fp8: inputs of one product, rounded, [M, widest]
     plain: torch.Tensor  # float32 [M, E]
     squares: tuple[torch.Tensor, torch.Tensor]  # float32 [tiles, M]: before attention, before the MLP
     best: torch.Tensor  # float32 [M, tiles]
@@ -101,9 +99,9 @@ class BatchStep:
         weights: BatchWeights,
         options: StepOptions,
         tiles: Callable[[Product, int], Tile] | None = None,
-        attention: AttentionTile | Callable[[int], AttentionTile] | None = None,
+        attention: Callable[[int], AttentionTile] | None = None,
     ) -> None:
-        """`tiles` and `attention` (of the padded rows) override the choice; benchmarks use it."""
+        """`tiles` (of padded rows) and `attention` (of rows) override the choice; benchmarks use it."""
         if not 1 <= options.rows <= 64:
             raise UsageError(f"a batched step has 1 to 64 rows, got {options.rows}")
         self.weights, self.options = weights, options
@@ -129,20 +127,17 @@ class BatchStep:
         def make(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        def inputs(width: int) -> _Inputs:
-            if not self._is_fp8:
-                return _Inputs(make(m, width, dtype=torch.bfloat16), None)
-            return _Inputs(make(m, width, dtype=torch.float8_e4m3fn), make(width // 16 + 1, m))
-
         most_tiles = max(c.vocab_size, 2 * c.intermediate_size, c.num_heads + 2 * c.num_kv_heads, e) // 16 + 1
         return _Buffers(
             places=make(m, dtype=torch.int32),
             angles={name: (make(m, c.head_dim // 2), make(m, c.head_dim // 2)) for name in self.weights.rotations},
             residual=make(m, e),
-            hidden=inputs(e),
+            hidden=make(m, e, dtype=torch.bfloat16),
             queries=make(m, heads, dtype=torch.bfloat16),
-            attended=inputs(heads),
-            mixed=inputs(c.intermediate_size),
+            attended=make(m, heads, dtype=torch.bfloat16),
+            mixed=make(m, c.intermediate_size, dtype=torch.bfloat16),
+            peaks=make(_PEAKS * c.num_layers + 1, m, dtype=torch.int32) if self._is_fp8 else None,
+            e4m3=make(m, max(e, heads, c.intermediate_size), dtype=torch.float8_e4m3fn) if self._is_fp8 else None,
             plain=make(m, e),
             squares=(make(e // 16 + 1, m), make(e // 16 + 1, m)),
             best=make(most_tiles, m),
@@ -166,12 +161,21 @@ class BatchStep:
         bucket = _LEAST_BUCKET
         while bucket < context:
             bucket *= 2
-        m = _padded(rows)
-        attention = self._attention(m) if callable(self._attention) else self._attention
-        return Shape(rows, m, min(bucket, self.options.context), self._choose(m), attention or attention_tile(m))
+        m, context = _padded(rows), min(bucket, self.options.context)
+        attention = self._attention or attention_tile
+        return Shape(rows, m, context, self._choose(m), attention(rows), self._how_early(rows))
+
+    def _how_early(self, rows: int) -> int:
+        if self.options.early is not None:
+            return self.options.early
+        device, layer = self.weights.embed.device, self.weights.layers[0]
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+            return 0
+        size = sum(matrix.bytes for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down))
+        return 2 if rows <= 16 and size <= _L2_LAYER else 1
 
     def _choose(self, m: int) -> dict[Product, Tile]:
-        """Tiles of all products. In fp8 a product's blocks lie within what one program before it wrote."""
+        """Tiles of all products."""
         c = self.weights.config
         sizes: dict[Product, tuple[int, int]] = {
             "qkv": ((c.num_heads + 2 * c.num_kv_heads) * c.head_dim // 2, c.hidden_size),
@@ -180,22 +184,9 @@ class BatchStep:
             "down": (c.hidden_size, c.intermediate_size),
             "head": (c.vocab_size, c.hidden_size),
         }
-
-        def pick(product: Product, group: int = 0) -> Tile:
-            if self._tiles is not None:
-                return self._tiles(product, m)
-            n, k = sizes[product]
-            return tile(product, n, k, rows=m, is_fp8=self._is_fp8, group=group if self._is_fp8 else 0)
-
-        tiles: dict[Product, Tile] = {"o": pick("o", c.head_dim)}
-        tiles["gate_up"] = pick("gate_up", tiles["o"].rows)
-        tiles["down"] = pick("down", tiles["gate_up"].rows)
-        tiles["qkv"], tiles["head"] = (pick(product, tiles["down"].rows) for product in ("qkv", "head"))
-        groups = {"o": c.head_dim, "gate_up": tiles["o"].rows, "down": tiles["gate_up"].rows}
-        for product, t in tiles.items():
-            group = groups.get(product, tiles["down"].rows)
-            assert not self._is_fp8 or group % t.block == 0, f"{product}: blocks of {t.block} in groups of {group}"
-        return tiles
+        if self._tiles is not None:
+            return {product: self._tiles(product, m) for product in sizes}
+        return {p: tile(p, n, k, rows=m, is_fp8=self._is_fp8) for p, (n, k) in sizes.items()}
 
     def step(self, rows: int, context: int) -> None:
         """One token for each of the first `rows` rows, none of which has more than `context` tokens after it.
@@ -245,12 +236,12 @@ class BatchStep:
 
     def begin(self, shape: Shape) -> None:
         """Embeddings of the rows' tokens."""
-        c, b, down = self.weights.config, self.buffers, shape.tiles["down"]
-        tiles = self._squares(down)
+        c, b = self.weights.config, self.buffers
+        tiles, peaks = self._squares(shape.tiles["down"]), _PEAKS * c.num_layers + 1
         batch_products.begin[(shape.rows,)](
-            self.weights.embed, self.tokens, self.weights.layers[0].attn_norm, b.residual, b.hidden.values, b.hidden.scales,
-            b.squares[0], c.embed_scale, E=c.hidden_size, BLOCK=_power(c.hidden_size), TILES=tiles,
-            TILES_BLOCK=_power(tiles), M=shape.padded, GROUP=down.rows, QUANT=self._is_fp8, num_warps=8, **self._pdl(),
+            self.weights.embed, self.tokens, self.weights.layers[0].attn_norm, b.residual, b.hidden, b.squares[0],
+            b.peaks, c.embed_scale, E=c.hidden_size, BLOCK=_power(c.hidden_size), TILES=tiles, TILES_BLOCK=_power(tiles),
+            PEAKS=peaks, PEAKS_BLOCK=_power(peaks), M=shape.padded, num_warps=8, **_early(shape),
         )  # fmt: skip
 
     def look_up(self, shape: Shape) -> None:
@@ -259,23 +250,21 @@ class BatchStep:
         for name, rotation in self.weights.rotations.items():
             batch_products.look_up[(shape.rows,)](
                 self.positions, self.table, rotation.cos, rotation.sin, *b.angles[name], b.places,
-                TABLE=self.table.shape[1], HALF_D=half, BLOCK=_power(half), PAGE=PAGE, num_warps=1, **self._pdl(),
+                TABLE=self.table.shape[1], HALF_D=half, BLOCK=_power(half), PAGE=PAGE, num_warps=1, **_early(shape),
             )  # fmt: skip
 
     def qkv(self, shape: Shape, layer: int) -> None:
         """Queries, keys and values of a layer, normed, rotated and stored."""
         c, b, w, t = self.weights.config, self.buffers, self.weights.layers[layer], shape.tiles["qkv"]
-        squares = self._squares(shape.tiles["down"])
-        heads = c.num_heads + 2 * c.num_kv_heads
+        squares, heads = self._squares(shape.tiles["down"]), c.num_heads + 2 * c.num_kv_heads
         half = _power(c.head_dim // 2)
         batch_products.project_qkv[(heads, t.splits)](
-            w.qkv.values, b.hidden.values, b.hidden.scales, w.qkv.scales, w.qkv.bias, b.squares[0],
+            w.qkv.values, *self._inputs(shape, b.hidden, layer, 0), w.qkv.scales, w.qkv.bias, b.squares[0],
             self._parts("products", 2 * heads * t.splits * half * shape.padded), b.arrivals, b.places,
-            *b.angles[self.weights.rotation_of(layer)], w.q_norm, w.k_norm, b.queries, self.keys[layer], self.values[layer],
-            c.norm_eps, shape.rows, E=c.hidden_size, HEADS=c.num_heads, KV=c.num_kv_heads,
-            D=c.head_dim, HALF=half, PAGE=PAGE, BLOCK=t.block, SPLITS=t.splits, M=shape.padded, SQUARES=squares,
-            SQUARES_BLOCK=_power(squares), QK_NORM=c.qk_norm == "head", GROUP=self._group(shape.tiles["down"].rows),
-            num_warps=t.warps, num_stages=t.stages, **self._pdl(),
+            *b.angles[self.weights.rotation_of(layer)], w.q_norm, w.k_norm, b.queries, self.keys[layer],
+            self.values[layer], c.norm_eps, shape.rows, E=c.hidden_size, HEADS=c.num_heads, KV=c.num_kv_heads,
+            D=c.head_dim, HALF=half, PAGE=PAGE, SQUARES=squares, SQUARES_BLOCK=_power(squares),
+            QK_NORM=c.qk_norm == "head", **self._product(shape, "qkv"),
         )  # fmt: skip
 
     def attention(self, shape: Shape, layer: int) -> None:
@@ -287,69 +276,67 @@ class BatchStep:
         share, dims = c.num_heads // c.num_kv_heads, _power(c.head_dim)
         slots = shape.rows * c.num_kv_heads * splits * share
         batch_attention.attend[(c.num_kv_heads, shape.rows, splits)](
-            b.queries, self.keys[layer], self.values[layer], self.table, self.positions,
-            b.attended.values, b.attended.scales, self._parts("attended", slots * dims), self._parts("tops", slots), self._parts("totals", slots),
-            b.row_arrivals, c.score_scale, c.attention_softcap or 0.0,
+            b.queries, self.keys[layer], self.values[layer], self.table, self.positions, b.attended,
+            self._peaks(shape, layer, 1), self._parts("attended", slots * dims), self._parts("tops", slots),
+            self._parts("totals", slots), b.row_arrivals, c.score_scale, c.attention_softcap or 0.0,
             TABLE=self.table.shape[1], HEADS=c.num_heads, KV=c.num_kv_heads, D=c.head_dim, DIMS=dims,
-            GROUP=max(16, _power(share)), MERGED=_power(share), PAGE=PAGE, SPLIT=t.split, SPLITS=splits, BLOCK=t.block, WINDOW=window,
-            M=shape.padded, SOFTCAP=c.attention_softcap is not None, QUANT=self._is_fp8, num_warps=t.warps,
-            num_stages=t.stages, **self._pdl(),
+            GROUP=max(16, _power(share)), MERGED=_power(share), PAGE=PAGE, SPLIT=t.split, SPLITS=splits, BLOCK=t.block,
+            WINDOW=window, M=shape.padded, SOFTCAP=c.attention_softcap is not None, num_warps=t.warps,
+            num_stages=t.stages, **_early(shape),
         )  # fmt: skip
 
     def o(self, shape: Shape, layer: int) -> None:
         """Attention's output into the residual stream."""
-        w = self.weights.layers[layer]
-        self._add(shape, "o", layer, self.buffers.attended, w.mlp_norm, w.post_attn_norm)
+        w, b = self.weights.layers[layer], self.buffers
+        inputs, peaks = self._inputs(shape, b.attended, layer, 1), self._peaks(shape, layer, 2)
+        self._add(shape, "o", w.o, inputs, (b.squares[1], peaks), w.mlp_norm, w.post_attn_norm)
 
     def gate_up(self, shape: Shape, layer: int) -> None:
         """Gate and up of a layer and their activation."""
         c, b, w, t = self.weights.config, self.buffers, self.weights.layers[layer], shape.tiles["gate_up"]
         tiles, squares = math.ceil(c.intermediate_size / t.rows), self._squares(shape.tiles["o"])
         batch_products.project_gate_up[(tiles, t.splits)](
-            w.gate_up.values, b.hidden.values, b.hidden.scales, w.gate_up.scales, w.gate_up.bias, b.squares[1],
-            self._parts("products", 2 * tiles * t.splits * t.rows * shape.padded), b.arrivals, b.mixed.values,
-            b.mixed.scales, c.norm_eps, E=c.hidden_size, F=c.intermediate_size, ROWS=t.rows, BLOCK=t.block,
-            SPLITS=t.splits, M=shape.padded, SQUARES=squares, SQUARES_BLOCK=_power(squares),
-            GELU=c.activation == "gelu_tanh", GROUP=self._group(shape.tiles["o"].rows), num_warps=t.warps,
-            num_stages=t.stages, **self._pdl(),
+            w.gate_up.values, *self._inputs(shape, b.hidden, layer, 2), w.gate_up.scales, w.gate_up.bias, b.squares[1],
+            self._parts("products", 2 * tiles * t.splits * t.rows * shape.padded), b.arrivals, b.mixed,
+            self._peaks(shape, layer, 3), c.norm_eps, E=c.hidden_size, F=c.intermediate_size, ROWS=t.rows,
+            SQUARES=squares, SQUARES_BLOCK=_power(squares), GELU=c.activation == "gelu_tanh",
+            **self._product(shape, "gate_up"),
         )  # fmt: skip
 
     def down(self, shape: Shape, layer: int) -> None:
         """The MLP's output into the residual stream."""
-        layers, w = self.weights.layers, self.weights.layers[layer]
+        layers, b, w = self.weights.layers, self.buffers, self.weights.layers[layer]
         gamma = layers[layer + 1].attn_norm if layer + 1 < len(layers) else self.weights.final_norm
-        self._add(shape, "down", layer, self.buffers.mixed, gamma, w.post_mlp_norm)
+        inputs, peaks = self._inputs(shape, b.mixed, layer, 3), self._peaks(shape, layer + 1, 0)
+        self._add(shape, "down", w.down, inputs, (b.squares[0], peaks), gamma, w.post_mlp_norm)
 
-    def _add(self, shape: Shape, name: Product, layer: int, inputs: _Inputs, gamma: torch.Tensor,
+    def _add(self, shape: Shape, name: Product, matrix: Matrix, inputs: tuple[torch.Tensor, torch.Tensor | None],
+             sums: tuple[torch.Tensor, torch.Tensor | None], gamma: torch.Tensor,
              post_norm: torch.Tensor | None) -> None:  # fmt: skip
         """A product into the residual stream, through a norm of its own where the model has one."""
-        c, b, t, w = self.weights.config, self.buffers, shape.tiles[name], self.weights.layers[layer]
-        matrix, squares = (w.o, b.squares[1]) if name == "o" else (w.down, b.squares[0])
-        group = c.head_dim if name == "o" else shape.tiles["gate_up"].rows
+        c, b, t = self.weights.config, self.buffers, shape.tiles[name]
         e, tiles = c.hidden_size, math.ceil(c.hidden_size / t.rows)
         plain = None if post_norm is None else b.plain
         batch_products.project_residual[(tiles, t.splits)](
-            matrix.values, inputs.values, inputs.scales, matrix.scales, matrix.bias,
-            self._parts("products", tiles * t.splits * t.rows * shape.padded), b.arrivals, b.residual, gamma,
-            b.hidden.values, b.hidden.scales, squares, plain, K=inputs.values.shape[1], E=e, ROWS=t.rows, BLOCK=t.block,
-            SPLITS=t.splits, M=shape.padded, GROUP=self._group(group), num_warps=t.warps, num_stages=t.stages,
-            **self._pdl(),
+            matrix.values, *inputs, matrix.scales, matrix.bias,
+            self._parts("products", tiles * t.splits * t.rows * shape.padded), b.arrivals, b.residual, gamma, b.hidden,
+            *sums, plain, K=matrix.values.shape[1], E=e, ROWS=t.rows, **self._product(shape, name),
         )  # fmt: skip
         if post_norm is not None:
             batch_products.norm_and_add[(shape.rows,)](
-                b.plain, post_norm, b.residual, gamma, b.hidden.values, b.hidden.scales, squares, c.norm_eps,
-                E=e, BLOCK=_power(e), M=shape.padded, GROUP=t.rows, QUANT=self._is_fp8, num_warps=8, **self._pdl(),
+                b.plain, post_norm, b.residual, gamma, b.hidden, *sums, c.norm_eps, E=e, BLOCK=_power(e), num_warps=8,
+                **_early(shape),
             )  # fmt: skip
 
     def head(self, shape: Shape) -> None:
         """The final norm and the head."""
         c, b, head, t = self.weights.config, self.buffers, self.weights.head, shape.tiles["head"]
-        squares = self._squares(shape.tiles["down"])
+        squares, arguments = self._squares(shape.tiles["down"]), self._product(shape, "head")
+        del arguments["SPLITS"]  # a head has tiles enough
         batch_products.project_head[(math.ceil(c.vocab_size / t.rows),)](
-            head.values, b.hidden.values, b.hidden.scales, head.scales, b.squares[0], b.logits, b.best,
-            b.best_id, c.norm_eps, c.logit_softcap or 0.0, E=c.hidden_size, V=c.vocab_size, ROWS=t.rows, BLOCK=t.block,
-            M=shape.padded, SQUARES=squares, SQUARES_BLOCK=_power(squares), SOFTCAP=c.logit_softcap is not None,
-            GROUP=self._group(shape.tiles["down"].rows), num_warps=t.warps, num_stages=t.stages, **self._pdl(),
+            head.values, *self._inputs(shape, b.hidden, c.num_layers, 0), head.scales, b.squares[0], b.logits, b.best,
+            b.best_id, c.norm_eps, c.logit_softcap or 0.0, E=c.hidden_size, V=c.vocab_size, ROWS=t.rows, SQUARES=squares,
+            SQUARES_BLOCK=_power(squares), SOFTCAP=c.logit_softcap is not None, **arguments,
         )  # fmt: skip
 
     def pick(self, shape: Shape) -> None:
@@ -358,7 +345,7 @@ class BatchStep:
         tiles = math.ceil(c.vocab_size / shape.tiles["head"].rows)
         batch_products.pick[(shape.rows,)](
             b.best, b.best_id, self.tokens, self.positions, self.emitted, V=c.vocab_size, TILES=tiles,
-            BLOCK=_power(tiles), RING=self.options.ring, num_warps=8, **self._pdl(),
+            BLOCK=_power(tiles), RING=self.options.ring, num_warps=8, **_early(shape),
         )  # fmt: skip
 
     # ---- what the kernels are given ------------------------------------------------------------------------
@@ -368,9 +355,30 @@ class BatchStep:
         c = self.weights.config
         return 1 if c.norm_placement == "sandwich" else math.ceil(c.hidden_size / source.rows)
 
-    def _group(self, size: int) -> int:
-        """Inputs that share a scale: what one program of the kernel before wrote; 0 in bf16."""
-        return size if self._is_fp8 else 0
+    def _inputs(
+        self, shape: Shape, x: torch.Tensor, layer: int, which: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A product's inputs and their largest magnitudes; those of larger fp8 batches are rounded here, once."""
+        peaks, width = self._peaks(shape, layer, which), x.shape[1]
+        if peaks is None or shape.padded <= _ROUNDS_ITSELF:
+            return x, peaks
+        assert self.buffers.e4m3 is not None
+        rounded = self.buffers.e4m3.view(-1)[: x.numel()]
+        block = min(4096, _power(width))
+        batch_products.quantise[(shape.rows, math.ceil(width / block))](
+            x, peaks, rounded, K=width, BLOCK=block, num_warps=8, **_early(shape)
+        )
+        return rounded, peaks
+
+    def _peaks(self, shape: Shape, layer: int, which: int) -> torch.Tensor | None:
+        peaks = self.buffers.peaks
+        return None if peaks is None else peaks.view(-1)[(_PEAKS * layer + which) * shape.padded :]
+
+    def _product(self, shape: Shape, name: Product) -> dict[str, Any]:
+        """What every product's kernel is given."""
+        t = shape.tiles[name]
+        sizes = {"BLOCK": t.block, "SPLITS": t.splits, "M": shape.padded, "num_warps": t.warps, "num_stages": t.stages}
+        return {**sizes, "ROUND": self._is_fp8 and shape.padded <= _ROUNDS_ITSELF, **_early(shape)}
 
     def _parts(self, name: str, floats: int) -> torch.Tensor:
         """Scratch of at least so many floats."""
@@ -381,9 +389,9 @@ class BatchStep:
             parts[name] = torch.zeros(floats, device=self.weights.embed.device)
         return parts[name]
 
-    def _pdl(self) -> dict[str, Any]:
-        level = self.options.dependent_launch
-        return {"PDL": level, "launch_pdl": True} if level else {"PDL": 0}
+
+def _early(shape: Shape) -> dict[str, Any]:
+    return {"PDL": shape.early, "launch_pdl": True} if shape.early else {"PDL": 0}
 
 
 def _padded(rows: int) -> int:

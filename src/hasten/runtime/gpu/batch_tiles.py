@@ -39,31 +39,29 @@ class AttentionTile:
     stages: int = 3
 
 
-def tile(product: Product, n: int, k: int, *, rows: int, is_fp8: bool, group: int = 0) -> Tile:
+def tile(product: Product, n: int, k: int, *, rows: int, is_fp8: bool) -> Tile:
     """What to use for a product of n rows (of one matrix, or one head's half) and k columns.
 
-    Args:
-        rows: of the batch, padded: 16, 32 or 64.
-        group: in fp8, inputs that share a scale; a block never crosses its end.
+    `rows` are the batch's, padded: 16, 32 or 64.
     """
     measured = _MEASURED.get((product, n, k, is_fp8, rows))
-    if measured is not None and (not group or group % measured.block == 0):
+    if measured is not None:
         return measured
-    block = _largest_divisor(math.gcd(k, group) if group else k, 128 if is_fp8 else 64)
-    most = 128 if product == "head" or (is_fp8 and product != "qkv") else 64
-    tile_rows = min(most, _next_power(n))
-    warps = 8 if tile_rows == 128 and product != "head" else 4
+    block = _largest_divisor(k, 128 if is_fp8 else 64)
+    tile_rows = min(128 if product == "head" else 64, _next_power(n))
     if product == "head":
         return Tile(tile_rows, block)
     tiles, splits = math.ceil(n / tile_rows), 1
     while tiles * splits < _PROGRAMS and k // (2 * splits) >= _LEAST_K and splits < 8:
         splits *= 2
-    return Tile(tile_rows, block, splits, warps, 3 if warps == 8 else 4)
+    return Tile(tile_rows, block, splits)
 
 
 def attention_tile(rows: int) -> AttentionTile:
-    """What to use for attention of so many padded rows."""
-    return AttentionTile(1024, 32, 2, 7) if rows > 16 else AttentionTile(256, 64, 2, 5)
+    """What to use for attention of so many rows: few rows are split to fill the device, many keep their keys whole."""
+    if rows <= 8:
+        return AttentionTile(256, 64, 2, 5)
+    return AttentionTile(1024, 64, 4, 5) if rows <= 16 else AttentionTile(1024, 32, 2, 5)
 
 
 def _largest_divisor(k: int, most: int) -> int:
@@ -87,16 +85,22 @@ _FASTEST: dict[bool, dict[tuple[Product, int, int], tuple[tuple[int, ...], tuple
     False: {  # Qwen3-0.6B, then Llama-3.1-8B
         ("qkv", 2048, 1024): ((64, 128, 2, 4, 4), (64, 128, 2, 4, 4)),
         ("o", 1024, 2048): ((32, 128, 4, 4, 3), (32, 128, 4, 4, 3)),
-        ("gate_up", 3072, 1024): ((64, 64, 2, 4, 4), (64, 128, 2, 4, 3)),
+        ("gate_up", 3072, 1024): ((32, 128, 1, 4, 4), (32, 128, 1, 4, 4)),
         ("down", 1024, 3072): ((32, 128, 8, 4, 3), (32, 128, 4, 4, 4)),
-        ("head", 151936, 1024): ((128, 128, 1, 4, 3), (128, 64, 1, 4, 4)),
+        ("head", 151936, 1024): ((64, 128, 1, 4, 4), (128, 64, 1, 4, 4)),
         ("qkv", 3072, 4096): ((64, 128, 2, 4, 4), (64, 128, 2, 4, 4)),
         ("o", 4096, 4096): ((64, 128, 2, 4, 4), (64, 128, 2, 4, 4)),
         ("gate_up", 14336, 4096): ((64, 128, 1, 4, 3), (64, 64, 1, 4, 3)),
         ("down", 4096, 14336): ((32, 128, 4, 4, 3), (64, 128, 2, 4, 4)),
         ("head", 128256, 4096): ((128, 128, 1, 4, 3), (128, 64, 1, 4, 4)),
     },
-    True: {},
+    True: {  # Llama-3.1-8B
+        ("qkv", 3072, 4096): ((64, 128, 4, 4, 4), (64, 128, 2, 4, 4)),
+        ("o", 4096, 4096): ((64, 256, 4, 4, 3), (64, 128, 4, 4, 4)),
+        ("gate_up", 14336, 4096): ((64, 128, 1, 4, 4), (64, 128, 1, 4, 4)),
+        ("down", 4096, 14336): ((64, 256, 4, 4, 3), (64, 128, 4, 4, 4)),
+        ("head", 128256, 4096): ((128, 128, 1, 4, 4), (128, 128, 1, 4, 4)),
+    },
 }
 """What was fastest on an H200 (benchmarks/gpu/batch_step.py --tune), for 2 to 16 rows and for more."""
 _MEASURED = _measured()

@@ -101,7 +101,7 @@ def load(
     Raises:
         ModelError: the model has parts that these kernels do not compute.
     """
-    _check(config, context, precision)
+    _check(config, context)
     maker = _Maker(config, tensor_of, precision, device)
     embed = maker.plain("embed").to(torch.bfloat16)
     head = maker.matrix(["embed"] if config.tied_head else ["head"])
@@ -110,18 +110,17 @@ def load(
     return BatchWeights(config, embed, layers, maker.norm("final_norm"), head, rotations)
 
 
-def _check(config: ModelConfig, context: int, precision: Precision) -> None:
+def _check(config: ModelConfig, context: int) -> None:
     if config.qk_norm == "full" or config.norm_placement == "post":
         raise ModelError(
             f"the batched GPU step does not compute {config.architecture}: norms over all heads together",
             hint="use --device cpu",
         )
     widths = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
-    heads_fit = config.head_dim % (_STEP if precision == "fp8" else 2) == 0
-    if any(width % _STEP for width in widths) or not heads_fit:
+    if any(width % _STEP for width in widths) or config.head_dim % 2:
         raise ModelError(
-            f"the batched GPU step needs widths that are multiples of {_STEP} (and heads in fp8), got {widths} and "
-            f"heads of {config.head_dim}",
+            f"the batched GPU step needs widths that are multiples of {_STEP} and even heads, got {widths} and "
+            f"{config.head_dim}",
             hint="use --device cpu",
         )
     scaling, original = config.rope_scaling, config.rope_scaling.original_context_length or config.context_length
