@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import shlex
 import sys
 import time
@@ -43,6 +42,7 @@ from hasten.compress.pack import pack_model
 from hasten.compress.torch_layer import tensor_values
 from hasten.core import SCHEMA_VERSION, Budget, Recipe, as_json
 from hasten.errors import HastenError
+from hasten.machine.cores import usable_cores
 from hasten.models.open import open_model
 from hasten.models.source import Source
 from hasten.quality.divergence import Divergence
@@ -77,7 +77,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, default=14.0, help="of training")
-    parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--cores", type=int, default=usable_cores())
     parser.add_argument("--text-tokens", type=int, default=16_000_000, help="of packages' docstrings")
     parser.add_argument("--sample-tokens", type=int, default=8_000_000)
     parser.add_argument("--sample-batch", type=int, default=2048)

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from bar import Bar, Settings, record, say
-from hasten import _native
 from hasten.bench.measure import measure_model
 from hasten.compress.calibration import Calibration, cut
 from hasten.compress.pack import pack_model
@@ -28,6 +27,7 @@ from hasten.compress.prune.prune import prune
 from hasten.core import Budget, EngineOptions, Recipe, Workload
 from hasten.engine.model import LanguageModel, load_packed
 from hasten.errors import HastenError
+from hasten.machine.cores import usable_cores
 from hasten.models.open import open_model
 from hasten.models.source import Source
 from hasten.quality.divergence import Reference
@@ -111,7 +111,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--calibration", type=int, default=16_384, help="tokens of calibration text")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of evaluation text")
-    parser.add_argument("--threads", type=int, default=_native.usable_cores())
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--only", nargs="*", default=[], help="kinds, such as ffn; default: all")
     parser.add_argument("--time", action="store_true", help="decode speed too; needs a quiet machine")
     parser.add_argument("--runs", type=int, default=5, help="timed runs a model")

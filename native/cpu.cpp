@@ -47,7 +47,6 @@ CpuFeatures detect() {
     f.avx512dq = bit(seven.b, 17);
     f.avx512bw = bit(seven.b, 30);
     f.avx512vl = bit(seven.b, 31);
-    f.avx512vbmi = bit(seven.c, 1);
     f.avx512vnni = bit(seven.c, 11);
     f.avx512bf16 = bit(more.a, 5);
   }
@@ -87,11 +86,12 @@ const CpuFeatures& cpu() {
 
 bool has_avx2() { return cpu().avx2; }
 
-bool has_avx512() {
+bool has_avx512_vnni() {
   const CpuFeatures& f = cpu();
-  return has_avx2() && f.avx512f && f.avx512bw && f.avx512vl && f.avx512dq && f.avx512vnni && f.avx512bf16 &&
-         f.avx512vbmi;
+  return has_avx2() && f.avx512f && f.avx512bw && f.avx512vl && f.avx512dq && f.avx512vnni;
 }
+
+bool has_avx512() { return has_avx512_vnni() && cpu().avx512bf16; }
 
 bool has_amx() {
   static const bool usable = has_avx512() && cpu().amx_tile && cpu().amx_int8 && cpu().amx_bf16 && request_tiles();

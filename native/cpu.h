@@ -13,7 +13,6 @@ struct CpuFeatures {
   bool avx512dq = false;
   bool avx512vnni = false;
   bool avx512bf16 = false;
-  bool avx512vbmi = false;
   bool amx_tile = false;
   bool amx_int8 = false;
   bool amx_bf16 = false;
@@ -22,10 +21,12 @@ struct CpuFeatures {
 // Asked once, then remembered. All false on a processor that is no x86-64.
 const CpuFeatures& cpu();
 
-// Can code of native/isa/avx2.cpp, avx512.cpp and amx.cpp run here? Each needs every flag its file is compiled with.
-// has_amx() also asks Linux for the permission to use tile registers (once a process, inherited by its threads).
+// Can code of native/isa/avx2.cpp, avx512_linear.cpp, avx512.cpp and amx.cpp run here? Each needs every flag its file
+// is compiled with. has_amx() also asks Linux for the permission to use tile registers (once a process, inherited by
+// its threads).
 bool has_avx2();
-bool has_avx512();
+bool has_avx512_vnni();
+bool has_avx512();  // with bf16 products
 bool has_amx();
 
 }  // namespace hasten

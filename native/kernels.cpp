@@ -1,5 +1,6 @@
 #include "isa/kernels.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -7,15 +8,34 @@
 #include <vector>
 
 #include "cpu.h"
+#include "int_ways.h"
 
 namespace hasten {
 namespace {
+
+#if defined(__x86_64__)
+// Ice, Cascade, Tiger and Rocket Lake: integer products of AVX512-VNNI, but no bf16 instructions. All else as on AVX2.
+const Kernels* avx512_vnni() {
+  static const Kernels table = [] {
+    Kernels mixed = kAvx2Kernels;
+    mixed.name = "avx512vnni";
+    mixed.ways = kAvx512Kernels.ways;
+    std::ranges::copy(kAvx512Kernels.usual_way, mixed.usual_way);
+    return mixed;
+  }();
+  return &table;
+}
+#endif
+
+// Names of all tables, best last.
+constexpr const char* kNames[] = {"scalar", "avx2", "avx512vnni", "avx512", "amx"};
 
 // The table of that name, or null if this machine cannot run it.
 const Kernels* find(const std::string& name) {
 #if defined(__x86_64__)
   if (name == "amx") return has_amx() ? &kAmxKernels : nullptr;
   if (name == "avx512") return has_avx512() ? &kAvx512Kernels : nullptr;
+  if (name == "avx512vnni") return has_avx512_vnni() ? avx512_vnni() : nullptr;
   if (name == "avx2") return has_avx2() ? &kAvx2Kernels : nullptr;
 #endif
   return name == "scalar" ? &kScalarKernels : nullptr;
@@ -31,11 +51,38 @@ const Kernels* from_environment() {
 
 std::atomic<const Kernels*> chosen{nullptr};
 
+// The table's own ways, then those of the tables below it that it does not share with them. The plain one is for
+// machines that have nothing else.
+std::vector<const IntWay*> ways_of(const Kernels& table) {
+  std::vector<const IntWay*> found;
+  const auto take = [&](const Kernels& from) {
+    if (!found.empty() && std::ranges::find(found, from.ways.data()) != found.end()) return;
+    for (const IntWay& way : from.ways) found.push_back(&way);
+  };
+  take(table);
+#if defined(__x86_64__)
+  if (&table != &kScalarKernels) take(kAvx2Kernels);
+#endif
+  return found;
+}
+
+std::vector<const IntWay*>& ways() {
+  static std::vector<const IntWay*> found;
+  return found;
+}
+
+const Kernels* put_in_use(const Kernels* table) {
+  ways() = ways_of(*table);
+  forget_choices();
+  chosen = table;
+  return table;
+}
+
 }  // namespace
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
-  for (const char* name : {"scalar", "avx2", "avx512", "amx"})
+  for (const char* name : kNames)
     if (find(name)) names.emplace_back(name);
   return names;
 }
@@ -43,13 +90,17 @@ std::vector<std::string> available_isas() {
 void use_isa(const std::string& name) {
   const Kernels* found = find(name);
   if (found == nullptr) throw std::invalid_argument("instruction set " + name + " cannot run on this machine");
-  chosen = found;
+  put_in_use(found);
 }
 
 const Kernels& kernels() {
   const Kernels* table = chosen.load(std::memory_order_relaxed);
-  if (table == nullptr) chosen = table = from_environment();
-  return *table;
+  return table != nullptr ? *table : *put_in_use(from_environment());
+}
+
+const std::vector<const IntWay*>& int_ways() {
+  kernels();
+  return ways();
 }
 
 }  // namespace hasten

@@ -1,6 +1,7 @@
 #include "kv_cache.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -66,6 +67,17 @@ void KvCache::read(int page, uint8_t* out) const {
 void KvCache::write(int page, const uint8_t* data) {
   for (int layer = 0; layer < shape_.layers; layer++, data += shape_.layer_bytes())
     std::memcpy(at(layer, page, 0), data, shape_.layer_bytes());
+}
+
+void KvCache::drop(int first, int count) {
+  // madvise() takes whole system pages; what they share with pages that stay is kept.
+  static const auto system_page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  for (int layer = 0; layer < shape_.layers; layer++) {
+    const auto begin = reinterpret_cast<uintptr_t>(at(layer, first, 0));
+    const uintptr_t end = begin + shape_.layer_bytes() * count;
+    const uintptr_t from = (begin + system_page - 1) / system_page * system_page, to = end / system_page * system_page;
+    if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_DONTNEED);  // a refusal only costs memory
+  }
 }
 
 }  // namespace hasten

@@ -50,6 +50,9 @@ class KvCache {
   // page of any cache of this shape.
   void read(int page, uint8_t* out) const;
   void write(int page, const uint8_t* data);
+  // Gives the memory of pages [first, first + count) back to the system. Their content is lost: each byte is zero, or
+  // what it was where it shares a system page with a neighbour. They take memory again once they are written.
+  void drop(int first, int count);
 
  private:
   uint8_t* at(int layer, int page, int head) const {

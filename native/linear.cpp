@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "int_ways.h"
 #include "threads.h"
 
 namespace hasten {
@@ -45,8 +46,10 @@ void Activations::clear_tail(int token) {
 
 namespace {
 
-// Panels p0 <= p < p1 of a layer into `out`, whose first column is that of panel p0.
-void run_panels(const Packed& w, int p0, int p1, const Activations& x, int tokens, float* out, size_t ldo, bool add) {
+// Panels p0 <= p < p1 of a layer into `out`, whose first column is that of panel p0. Integers go `way`, or if it is
+// null the way chosen for their format.
+void run_panels(const Packed& w, int p0, int p1, const Activations& x, int tokens, float* out, size_t ldo, bool add,
+                const IntWay* way = nullptr) {
   const Kernels& k = kernels();
   const Packed part{w.format, (p1 - p0) * kPanelRows, w.cols, w.panel(p0)};
   if (w.format.bits == 16)
@@ -54,7 +57,13 @@ void run_panels(const Packed& w, int p0, int p1, const Activations& x, int token
   else if (x.wide())
     k.linear_wide(part, 0, p1 - p0, x.floats(), x.padded(), tokens, out, ldo, add);
   else
-    k.linear_int(part, 0, p1 - p0, x.integers(), tokens, out, ldo, add);
+    (way != nullptr ? *way : way_for(w.format, tokens)).run(part, 0, p1 - p0, x.integers(), tokens, out, ldo, add);
+}
+
+// Panels that a layer reads side by side.
+int side_by_side(const Packed& w, const Activations& x, int tokens) {
+  if (w.format.bits == 16 || x.wide()) return tokens == 1 ? 4 : 2;
+  return way_for(w.format, tokens).panels;
 }
 
 // Biases of rows first to first + count - 1 onto a strip [tokens][32].
@@ -86,11 +95,12 @@ void linear_gated(const Linear& gate, const Linear& up, Gate kind, const Activat
   for (int t = 0; t < tokens; t++) into.clear_tail(t);
 }
 
-void linear(std::initializer_list<LinearCall> calls, const Activations& x, int tokens, int threads) {
+namespace {
+
+void linear_in_pieces(std::initializer_list<LinearCall> calls, const Activations& x, int tokens, int threads, int grain,
+                      const IntWay* way) {
   int panels = 0;
   for (const LinearCall& call : calls) panels += call.layer->weight.panels();
-  // Four panels at once feed one token best; many tokens work on pairs. With many tokens the activations are larger
-  // than the weights: few, long pieces read them less often.
   const auto piece = [&](int begin, int end, int) {
     int first = 0;
     for (const LinearCall& call : calls) {
@@ -98,10 +108,24 @@ void linear(std::initializer_list<LinearCall> calls, const Activations& x, int t
       const int p0 = std::max(begin - first, 0), p1 = std::min(end - first, w.panels());
       first += w.panels();
       if (p0 >= p1) continue;
-      run_panels(w, p0, p1, x, tokens, call.out + p0 * kPanelRows, call.ldo, call.add);
+      run_panels(w, p0, p1, x, tokens, call.out + p0 * kPanelRows, call.ldo, call.add, way);
     }
   };
-  pool().split(threads, panels, tokens == 1 ? 4 : 2, piece, tokens > 64 ? 2 : 8);
+  // With many tokens the activations are larger than the weights: few, long pieces read them less often.
+  pool().split(threads, panels, grain, piece, tokens > 64 ? 2 : 8);
+}
+
+}  // namespace
+
+void linear(std::initializer_list<LinearCall> calls, const Activations& x, int tokens, int threads) {
+  int grain = 1;
+  for (const LinearCall& call : calls) grain = std::max(grain, side_by_side(call.layer->weight, x, tokens));
+  linear_in_pieces(calls, x, tokens, threads, grain, nullptr);
+}
+
+void linear_by(const IntWay& way, std::initializer_list<LinearCall> calls, const Activations& x, int tokens,
+               int threads) {
+  linear_in_pieces(calls, x, tokens, threads, way.panels, &way);
 }
 
 }  // namespace hasten

@@ -63,4 +63,8 @@ void linear_gated(const Linear& gate, const Linear& up, Gate kind, const Activat
 // caller's.
 void linear(std::initializer_list<LinearCall> calls, const Activations& x, int tokens, int threads);
 
+// The same for integer weights in one way, to time it.
+void linear_by(const IntWay& way, std::initializer_list<LinearCall> calls, const Activations& x, int tokens,
+               int threads);
+
 }  // namespace hasten

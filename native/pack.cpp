@@ -260,7 +260,7 @@ PackLoss pack(const WeightSource& source, const PackedFormat& format, int thread
   const float limit = limit_of(format);
   std::vector<PackLoss> losses(panels);
   std::vector<int64_t> bad(panels, -1);
-  pool().split(threads > 0 ? threads : usable_cores(), panels, 1, [&](int begin, int end, int) {
+  pool().split(threads, panels, 1, [&](int begin, int end, int) {
     std::vector<float> rows(static_cast<size_t>(kPanelRows) * source.cols);
     for (int panel = begin; panel < end; ++panel) {
       bad[panel] = read_panel(source, panel, limit, rows.data());

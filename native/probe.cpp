@@ -90,7 +90,10 @@ const std::vector<const ProbeKernels*>& probe_kernels() {
     std::vector<const ProbeKernels*> found{&kProbeScalar};
 #if defined(__x86_64__)
     if (has_avx2()) found.push_back(&kProbeAvx2);
-    if (has_avx512()) found.push_back(&kProbeAvx512);
+    static ProbeKernels no_bf16 = kProbeAvx512;
+    no_bf16.name = "avx512vnni";
+    no_bf16.bf16 = {};
+    if (has_avx512_vnni()) found.push_back(has_avx512() ? &kProbeAvx512 : &no_bf16);
     if (has_amx()) found.push_back(&kProbeAmx);
 #endif
     return found;
@@ -127,8 +130,8 @@ std::vector<double> measure_peak(const Peak& peak, int threads, double seconds) 
   const auto begin = Clock::now();
   while (rounds.size() < kLeastRounds || since(begin) < seconds) {
     const auto start = Clock::now();
-    pool().run(threads, [&](int) { peak.run(loops); });
-    rounds.push_back(peak.ops * static_cast<double>(loops) * threads / since(start) / 1e12);
+    const int all = pool().everyone(threads, [&] { peak.run(loops); });
+    rounds.push_back(peak.ops * static_cast<double>(loops) * all / since(start) / 1e12);
   }
   return rounds;
 }

@@ -116,7 +116,7 @@ PackLoss pack_ggml(const WeightSource& source, int threads, uint8_t* out) {
   const int panels = round_up(source.rows, kPanelRows) / kPanelRows, groups = source.cols / info.format.group;
   std::vector<PackLoss> losses(panels);
   std::vector<int64_t> bad(panels, -1);
-  pool().split(threads > 0 ? threads : usable_cores(), panels, 1, [&](int begin, int end, int) {
+  pool().split(threads, panels, 1, [&](int begin, int end, int) {
     PanelParts parts{std::vector<uint8_t>(static_cast<size_t>(kPanelRows) * source.cols),
                      std::vector<float>(static_cast<size_t>(kPanelRows) * groups),
                      std::vector<float>(static_cast<size_t>(kPanelRows) * groups)};

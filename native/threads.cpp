@@ -4,15 +4,16 @@
 
 #ifdef __linux__
 #include <pthread.h>
-#include <sched.h>
-#include <unistd.h>
 #endif
 
 namespace hasten {
 namespace {
 
-// About 100 us: longer than the gaps inside a step, shorter than anyone would notice on an idle machine.
-constexpr int kSpins = 4000;
+// About 50 us: longer than the gaps inside a step. A worker that finds nothing for so long sleeps.
+constexpr int kIdleSpins = 2000;
+// A few microseconds: what the last piece of a worker that has its core takes. A later one has lost its core, and
+// spinning would take time away from whoever could run there.
+constexpr int kJoinSpins = 200;
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -22,46 +23,21 @@ inline void relax() {
 #endif
 }
 
-std::vector<int> allowed_cores() {
-  std::vector<int> cores;
-#ifdef __linux__
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0)
-    for (int core = 0; core < CPU_SETSIZE; core++)
-      if (CPU_ISSET(core, &set)) cores.push_back(core);
-#endif
-  if (cores.empty()) cores.resize(std::max(1u, std::thread::hardware_concurrency()));
-  return cores;
-}
-
-// Workers stay on one core each; the caller's thread belongs to the caller and is left alone.
-void pin(std::thread& thread, int index) {
-#ifdef __linux__
-  static const std::vector<int> cores = allowed_cores();
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  CPU_SET(cores[index % cores.size()], &set);
-  pthread_setaffinity_np(thread.native_handle(), sizeof set, &set);  // best effort: a refusal only costs speed
-#else
-  (void)thread, (void)index;
-#endif
-}
+ThreadPool* instance = nullptr;
 
 }  // namespace
-
-int usable_cores() { return static_cast<int>(allowed_cores().size()); }
 
 ThreadPool& pool() {
   // Never destroyed: at exit, workers may still be asleep in the kernel, and joining them from a static destructor of a
   // module that Python is unloading can hang.
-  static ThreadPool* instance = new ThreadPool;
-#ifdef __linux__
-  static pid_t owner = getpid();
-  if (owner != getpid()) {  // after fork() the workers are gone: start anew
-    owner = getpid();
+  static std::once_flag once;
+  std::call_once(once, [] {
     instance = new ThreadPool;
-  }
+#ifdef __linux__
+    // The child of a fork has none of the workers, and perhaps a lock that nobody will give back: it starts anew.
+    pthread_atfork(nullptr, nullptr, [] { instance = new ThreadPool; });
 #endif
+  });
   return *instance;
 }
 
@@ -74,27 +50,69 @@ ThreadPool::~ThreadPool() {
   }
 }
 
+// Runs the task until it ends or throws. The first exception is kept for the caller.
+void ThreadPool::take_part(int number) {
+  try {
+    if (!failed_.load(std::memory_order_relaxed)) task_(context_, number);
+  } catch (...) {
+    if (!failed_.exchange(true)) error_ = std::current_exception();
+  }
+}
+
+// Goes into the job if it is open and has room for this worker.
+void ThreadPool::join_in(int number) {
+  const bool open = (inside_.fetch_add(1, std::memory_order_acquire) & kClosed) == 0;
+  if (open && number < threads_) take_part(number);
+  if (inside_.fetch_sub(1, std::memory_order_release) == kClosed + 1) inside_.notify_one();
+}
+
+void ThreadPool::work(Worker& worker, int number) {
+  uint32_t seen = 0;
+  for (;;) {
+    int spins = 0;
+    while (worker.ticket.load(std::memory_order_acquire) == seen) {
+      if (++spins < kIdleSpins)
+        relax();
+      else
+        worker.ticket.wait(seen, std::memory_order_acquire);
+    }
+    seen = worker.ticket.load(std::memory_order_acquire);
+    if (stop_) return;
+    join_in(number);
+  }
+}
+
 void ThreadPool::grow(int workers) {
   while (static_cast<int>(workers_.size()) < workers) {
-    const int index = static_cast<int>(workers_.size());
+    const int number = static_cast<int>(workers_.size()) + 1;
     workers_.push_back(std::make_unique<Worker>());
-    workers_[index]->thread = std::thread([this, worker = workers_[index].get(), index] {
-      uint32_t seen = 0;
-      for (;;) {
-        int spins = 0;
-        while (worker->ticket.load(std::memory_order_acquire) == seen) {
-          if (++spins < kSpins)
-            relax();
-          else
-            worker->ticket.wait(seen, std::memory_order_acquire);
-        }
-        seen++;
-        if (stop_) return;
-        task_(context_, index + 1);
-        if (pending_.fetch_sub(1, std::memory_order_acq_rel) == 1) pending_.notify_one();
-      }
-    });
-    pin(workers_[index]->thread, index + 1);
+    Worker& worker = *workers_.back();
+    try {
+      worker.thread = std::thread([this, &worker, number] { work(worker, number); });
+    } catch (...) {  // no more threads allowed: the ones there are do the work
+      workers_.pop_back();
+      return;
+    }
+  }
+}
+
+// Of so many threads, those that can be had: the caller and the workers.
+int ThreadPool::available(int threads) {
+  std::lock_guard lock(mutex_);
+  grow(threads - 1);
+  return std::min(threads, static_cast<int>(workers_.size()) + 1);
+}
+
+// Lets no more workers in and waits for those inside.
+void ThreadPool::close() {
+  inside_.fetch_or(kClosed, std::memory_order_acq_rel);
+  int spins = 0;
+  for (uint32_t now = inside_.load(std::memory_order_acquire); now != kClosed;
+       now = inside_.load(std::memory_order_acquire)) {
+    if (++spins < kJoinSpins)
+      relax();
+    else
+      inside_.wait(now, std::memory_order_acquire);
   }
 }
 
@@ -107,19 +125,17 @@ void ThreadPool::run_erased(int threads, Task task, void* context) {
   grow(threads - 1);
   task_ = task;
   context_ = context;
-  pending_.store(threads - 1, std::memory_order_relaxed);
-  for (int i = 0; i < threads - 1; i++) {
+  threads_ = threads;
+  inside_.fetch_and(~kClosed, std::memory_order_release);
+  for (int i = 0; i < std::min<int>(threads - 1, static_cast<int>(workers_.size())); i++) {
     workers_[i]->ticket.fetch_add(1, std::memory_order_release);
     workers_[i]->ticket.notify_one();
   }
-  task(context, 0);
-  int spins = 0;
-  for (int left = pending_.load(std::memory_order_acquire); left != 0;
-       left = pending_.load(std::memory_order_acquire)) {
-    if (++spins < kSpins)
-      relax();
-    else
-      pending_.wait(left, std::memory_order_acquire);
+  take_part(0);
+  close();
+  if (failed_) {
+    failed_ = false;
+    std::rethrow_exception(std::exchange(error_, nullptr));
   }
 }
 

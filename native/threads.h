@@ -3,20 +3,29 @@
 
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <thread>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace hasten {
 
+// Workers help: a job never needs them. The caller takes pieces of the job like every worker does, and when no piece is
+// left it waits only for workers that are inside the job. A worker whose core another process holds comes too late,
+// finds the job closed and goes back to sleep: it costs the others nothing. Workers are not pinned to cores, so that
+// the system can move them away from a busy core, and two processes never insist on the same one.
+//
+// An exception that a piece throws ends the job early and is thrown again by the caller's run() or split().
 class ThreadPool {
  public:
   ~ThreadPool();
 
-  // Calls fn(thread) for thread = 0 .. threads-1, 0 on the caller, and returns when all are done. Calls from several
-  // threads take turns; fn must not call run() itself.
+  // Calls fn(thread) on the caller (thread 0) and on up to threads - 1 workers, each with its own number, and returns
+  // when all that began have ended. Workers that come late are not waited for: fn takes its work from something shared.
+  // Calls from several threads take turns; fn must not call run() or split() itself.
   template <typename Fn>
   void run(int threads, Fn&& fn) {
     using Plain = std::remove_reference_t<Fn>;
@@ -46,28 +55,48 @@ class ThreadPool {
     });
   }
 
+  // Calls fn on `threads` threads at once and returns how many there were (fewer only where the system refuses to start
+  // threads). Waits for workers that come late: for what measures them all.
+  template <typename Fn>
+  int everyone(int threads, Fn&& fn) {
+    const int all = available(threads);
+    std::atomic<int> there{0};
+    run(all, [&](int) {
+      for (there.fetch_add(1); there.load(std::memory_order_relaxed) < all;) std::this_thread::yield();
+      fn();
+    });
+    return all;
+  }
+
  private:
   using Task = void (*)(void*, int);
   struct Worker {
     std::thread thread;
-    alignas(64) std::atomic<uint32_t> ticket{0};  // raised to hand over work
+    alignas(64) std::atomic<uint32_t> ticket{0};  // raised to announce a job
   };
+  static constexpr uint32_t kClosed = 1u << 31;
 
   void run_erased(int threads, Task task, void* context);
+  int available(int threads);
   void grow(int workers);
+  void work(Worker& worker, int number);
+  void join_in(int number);
+  void take_part(int number);
+  void close();
 
   std::mutex mutex_;
   std::vector<std::unique_ptr<Worker>> workers_;
+  // The job. Written by the caller while it is closed and nobody is inside.
   Task task_ = nullptr;
   void* context_ = nullptr;
-  alignas(64) std::atomic<int> pending_{0};
+  int threads_ = 0;
+  std::exception_ptr error_;
+  std::atomic<bool> failed_{false};
+  alignas(64) std::atomic<uint32_t> inside_{kClosed};  // workers inside the job, and whether more may come in
   std::atomic<bool> stop_{false};
 };
 
 // The one pool of the process.
 ThreadPool& pool();
-
-// Cores this process may run on.
-int usable_cores();
 
 }  // namespace hasten

@@ -84,6 +84,7 @@ class FakeModel:
     weight_bytes: int
     closed: bool = False
     calls: int = 0
+    threads: int = 1
 
     def hidden(self, tokens: npt.NDArray[np.int32]) -> Floats:
         assert not self.closed

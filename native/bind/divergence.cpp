@@ -24,7 +24,7 @@ Result py_divergence(const Logits& ref, const Logits& cand, const Input<int32_t,
   std::unique_ptr<bool[]> agree(new bool[rows]);
   {
     nb::gil_scoped_release release;
-    pool().split(threads > 0 ? threads : usable_cores(), static_cast<int>(rows), 1, [&](int begin, int end, int) {
+    pool().split(threads, static_cast<int>(rows), 1, [&](int begin, int end, int) {
       for (int r = begin; r < end; ++r) {
         const RowDivergence row =
             divergence_of(ref.data() + r * vocab, cand.data() + r * vocab, static_cast<int>(vocab), targets.data()[r]);
@@ -42,7 +42,7 @@ Result py_divergence(const Logits& ref, const Logits& cand, const Input<int32_t,
 }  // namespace
 
 void bind_divergence(nb::module_& m) {
-  m.def("divergence", &py_divergence, nb::arg("ref"), nb::arg("cand"), nb::arg("targets"), nb::arg("threads") = 0,
+  m.def("divergence", &py_divergence, nb::arg("ref"), nb::arg("cand"), nb::arg("targets"), nb::arg("threads") = 1,
         "KL(ref || cand), -log p_ref(target), -log p_cand(target) in nats (float64 [R]) and whether both have the same "
         "largest logit (bool [R]), from logits float32 [R, V] and targets int32 [R].");
 }

@@ -142,6 +142,13 @@ class PyDecoder {
     decoder_.cache().write(page, data.data());
   }
 
+  void drop_pages(int first, int count) {
+    const int pages = decoder_.cache().pages();
+    require(first >= 0 && count >= 0 && count <= pages - first, "a page is not in the cache");
+    nb::gil_scoped_release release;
+    decoder_.cache().drop(first, count);
+  }
+
   nb::dict profile(bool reset) {
     nb::dict out;
     for (int op = 0; op < Profile::kOps; op++) out[Profile::kNames[op]] = decoder_.profile().seconds[op];
@@ -189,7 +196,6 @@ void bind_engine(nb::module_& m) {
   m.def("isas", &available_isas, "Instruction sets the engine can run here, best last.");
   m.def("isa", [] { return std::string(kernels().name); }, "The instruction set in use.");
   m.def("use_isa", &use_isa, nb::arg("name"), "Switch the instruction set; for tests that compare them.");
-  m.def("usable_cores", &usable_cores, "Cores this process may run on.");
   m.def("allocate", &allocate, nb::arg("bytes"),
         "uint8 [bytes], zero-filled, on huge pages where the system gives them.");
   m.def("checksums", &checksums, nb::arg("data"), nb::arg("piece"), nb::arg("threads") = 1,
@@ -210,6 +216,8 @@ void bind_engine(nb::module_& m) {
       .def("read_page", &PyDecoder::read_page, nb::arg("page"), "A page's keys and values as uint8 [page_bytes].")
       .def("write_page", &PyDecoder::write_page, nb::arg("page"), nb::arg("data").noconvert(),
            "Put what read_page gave into a page.")
+      .def("drop_pages", &PyDecoder::drop_pages, nb::arg("first"), nb::arg("count"),
+           "Give the memory of consecutive pages back to the system; what they held is lost.")
       .def("profile", &PyDecoder::profile, nb::arg("reset") = true, "Seconds by operation since the last reset.");
 }
 

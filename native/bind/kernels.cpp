@@ -8,6 +8,7 @@
 
 #include "attention.h"
 #include "bind.h"
+#include "int_ways.h"
 #include "linear.h"
 #include "threads.h"
 
@@ -67,7 +68,7 @@ void linear_panels(Rows x, Array<const uint8_t, 1> data, int rows, int bits, int
   else if (acts.wide())
     kernels().linear_wide(w, first, last, acts.floats(), acts.padded(), m, out.data(), out.shape(1), add);
   else
-    kernels().linear_int(w, first, last, acts.integers(), m, out.data(), out.shape(1), add);
+    way_for(w.format, m).run(w, first, last, acts.integers(), m, out.data(), out.shape(1), add);
 }
 
 auto rms_norm(Floats x, Floats weight, float eps, bool in_place) {
@@ -93,10 +94,11 @@ auto rope(Floats head, Floats cos, Floats sin) {
 
 int argmax(Floats x) { return kernels().argmax(x.data(), static_cast<int>(x.size())); }
 
-// How often each index was handed out, and to how many different threads.
-auto split(int threads, int count, int grain) {
+// How often each index was handed out, and to how many different threads. The piece that holds index `fails` throws.
+auto split(int threads, int count, int grain, int fails) {
   std::vector<std::atomic<int>> seen(count), used(threads);
   pool().split(threads, count, grain, [&](int begin, int end, int thread) {
+    if (begin <= fails && fails < end) throw std::invalid_argument("a piece failed");
     for (int i = begin; i < end; i++) seen[i]++;
     used[thread]++;
   });
@@ -190,7 +192,7 @@ void bind_kernels(nb::module_& parent) {
   m.def("gated", &gated, nb::arg("kind"), nb::arg("gate").noconvert(), nb::arg("up").noconvert());
   m.def("rope", &rope, nb::arg("head").noconvert(), nb::arg("cos").noconvert(), nb::arg("sin").noconvert());
   m.def("argmax", &argmax, nb::arg("x").noconvert());
-  m.def("split", &split, nb::arg("threads"), nb::arg("count"), nb::arg("grain") = 1,
+  m.def("split", &split, nb::arg("threads"), nb::arg("count"), nb::arg("grain") = 1, nb::arg("fails") = -1,
         "How often each of `count` indices was handed out, and how many threads got any.");
   nb::class_<KernelCache>(m, "KernelCache")
       .def(nb::init<int, int, int, bool>(), nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("pages"), nb::arg("int8"))

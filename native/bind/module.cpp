@@ -5,6 +5,7 @@ NB_MODULE(_native, m) {
   m.doc() = "Hasten's native engine: kernels, decoder, sampler, packing and measured ceilings.";
   hasten::bind_engine(m);
   hasten::bind_kernels(m);
+  hasten::bind_int_ways(m);
   hasten::bind_pack(m);
   hasten::bind_sampler(m);
   hasten::bind_sequence_sampler(m);

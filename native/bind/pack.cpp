@@ -86,7 +86,7 @@ Floats py_unpack(const Bytes& data, int rows, int cols, int bits, int group, boo
   std::unique_ptr<float[]> out(new float[static_cast<size_t>(rows) * cols]);
   {
     nb::gil_scoped_release release;
-    pool().split(threads > 0 ? threads : usable_cores(), rows, kPanelRows, [&](int begin, int end, int) {
+    pool().split(threads, rows, kPanelRows, [&](int begin, int end, int) {
       for (int row = begin; row < end; ++row) unpack_row(packed, row, out.get() + static_cast<size_t>(row) * cols);
     });
   }
@@ -112,7 +112,7 @@ Floats py_dequantize(const Bytes& data, const std::string& dtype, size_t n, int 
   {
     nb::gil_scoped_release release;
     const int pieces = static_cast<int>((n + kPiece - 1) / kPiece);
-    pool().split(threads > 0 ? threads : usable_cores(), pieces, 1, [&](int begin, int end, int) {
+    pool().split(threads, pieces, 1, [&](int begin, int end, int) {
       const size_t first = begin * kPiece, last = std::min(end * kPiece, n);
       dequantize(info.dtype, data.data() + bytes_of(info, first), last - first, out.get() + first);
     });
@@ -134,12 +134,12 @@ void bind_pack(nb::module_& m) {
       "Bytes of a packed matrix [rows, cols].");
   m.def("pack", &py_pack, nb::arg("weights"), nb::arg("dtype"), nb::arg("rows"), nb::arg("cols"), nb::arg("bits"),
         nb::arg("group"), nb::arg("symmetric"), nb::arg("out"), nb::arg("row_order") = nb::none(),
-        nb::arg("offset") = 0.0f, nb::arg("threads") = 0,
+        nb::arg("offset") = 0.0f, nb::arg("threads") = 1,
         "Quantise weights (raw uint8 of any dtype, [rows, cols]) into out (uint8 [packed_bytes]). Row r comes from row "
         "row_order[r] of the data; offset is added to every value. Returns (sum of squared errors, sum of squares). "
         "Raises PackError on a value that is not finite or too large.");
   m.def("pack_ggml", &py_pack_ggml, nb::arg("weights"), nb::arg("dtype"), nb::arg("rows"), nb::arg("cols"),
-        nb::arg("out"), nb::arg("row_order") = nb::none(), nb::arg("threads") = 0,
+        nb::arg("out"), nb::arg("row_order") = nb::none(), nb::arg("threads") = 1,
         "Bring a GGUF tensor into the layout of ggml_layout(dtype), values kept. Returns (largest absolute error, "
         "relative rms error), both 0 where the layout is exact. Raises PackError on a scale that is not finite.");
   m.def(
@@ -150,11 +150,11 @@ void bind_pack(nb::module_& m) {
       },
       nb::arg("dtype"), "The cheapest layout that holds a dtype's values: (bits, group, symmetric, exact).");
   m.def("unpack", &py_unpack, nb::arg("data"), nb::arg("rows"), nb::arg("cols"), nb::arg("bits"), nb::arg("group"),
-        nb::arg("symmetric"), nb::arg("threads") = 0, "A packed matrix as float32 [rows, cols].");
+        nb::arg("symmetric"), nb::arg("threads") = 1, "A packed matrix as float32 [rows, cols].");
   m.def("unpack_rows", &py_unpack_rows, nb::arg("data"), nb::arg("rows"), nb::arg("cols"), nb::arg("bits"),
         nb::arg("group"), nb::arg("symmetric"), nb::arg("row_ids"),
         "Some rows of a packed matrix as float32 [R, cols]; row_ids int32 [R].");
-  m.def("dequantize_ggml", &py_dequantize, nb::arg("data"), nb::arg("dtype"), nb::arg("n"), nb::arg("threads") = 0,
+  m.def("dequantize_ggml", &py_dequantize, nb::arg("data"), nb::arg("dtype"), nb::arg("n"), nb::arg("threads") = 1,
         "n values of raw data of any dtype as float32 [n].");
 }
 

@@ -105,7 +105,7 @@ nb::list py_choose(const Logits& logits, const nb::list& samplers, const std::ve
   std::vector<SequenceChoice> choices;
   {
     nb::gil_scoped_release release;
-    choices = choose(step.rows, threads > 0 ? threads : usable_cores());
+    choices = choose(step.rows, threads);
     for (size_t i = 0; i < n; ++i)
       step.samplers[i]->accept(choices[i].tokens.data(), static_cast<int>(choices[i].tokens.size()));
   }
@@ -121,8 +121,7 @@ nb::list py_score(const Logits& logits, const Tokens& targets, int top, int thre
   std::vector<TokenScore> scores;
   {
     nb::gil_scoped_release release;
-    scores = score_rows(logits.data(), static_cast<int>(targets.size()), vocab, targets.data(), top,
-                        threads > 0 ? threads : usable_cores());
+    scores = score_rows(logits.data(), static_cast<int>(targets.size()), vocab, targets.data(), top, threads);
   }
   nb::list out;
   for (size_t r = 0; r < scores.size(); ++r) out.append(as_tuple(scores[r], targets[r]));
@@ -141,12 +140,12 @@ void bind_sequence_sampler(nb::module_& m) {
       .def("accept", &py_accept, nb::arg("tokens"));
   m.def(
       "choose", &py_choose, nb::arg("logits"), nb::arg("samplers"), nb::arg("drafts"), nb::arg("positions"),
-      nb::arg("masks"), nb::arg("tops"), nb::arg("threads") = 0,
+      nb::arg("masks"), nb::arg("tops"), nb::arg("threads") = 1,
       "Next tokens of several sequences. Sequence i has 1 + len(drafts[i]) rows of logits float32 [R, V], masks[i] is "
       "None or uint32 [rows, ceil(V / 32)], tops[i] is None or how many alternatives to score. Gives (tokens, scores, "
       "error) each; a score is (token, logprob, rank, ((token, logprob), ...)), an error '', 'nan' or 'none' "
       "(allowed).");
-  m.def("score", &py_score, nb::arg("logits"), nb::arg("targets"), nb::arg("top"), nb::arg("threads") = 0,
+  m.def("score", &py_score, nb::arg("logits"), nb::arg("targets"), nb::arg("top"), nb::arg("threads") = 1,
         "(token, logprob, rank, ((token, logprob), ...)) of one target a row of logits float32 [R, V].");
 }
 

@@ -64,7 +64,8 @@ namespace hasten {
 
 const Kernels kAmxKernels = {
     .name = "amx",
-    .linear_int = avx512::linear_int,
+    .ways = avx512::kIntWays,
+    .usual_way = {3, 2, 2, 2, 2, 4},
     .linear_bf16 = amx::linear_bf16,
     .linear_wide = amx::linear_wide,
     .quantize = avx512::quantize,

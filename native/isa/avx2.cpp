@@ -178,7 +178,8 @@ namespace hasten {
 
 const Kernels kAvx2Kernels = {
     .name = "avx2",
-    .linear_int = avx2::linear_int,
+    .ways = avx2::kIntWays,
+    .usual_way = {1, 1, 1, 2, 2, 2},
     .linear_bf16 = avx2::linear_bf16,
     .linear_wide = nullptr,
     .quantize = avx2::quantize,

@@ -5,7 +5,7 @@
 
 namespace hasten::avx2 {
 
-void linear_int(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add);
+extern const IntWay kIntWays[3];
 void attend(const AttendPart& part);
 
 }  // namespace hasten::avx2

@@ -12,6 +12,7 @@ namespace {
 constexpr int kTile = 4;         // tokens a tile: 8 registers of 16-bit sums, the rest for weights
 constexpr int kTokenBlock = 64;  // tokens whose activations stay in L2 while panels pass by
 constexpr int kDepth = 1024;     // inputs unpacked at a time: 16 KB of weights
+constexpr int kAhead = 2304;     // bytes that are asked for before they are needed, where prefetch is on
 
 inline void store(float* out, __m256 value, bool add) {
   _mm256_storeu_ps(out, add ? _mm256_add_ps(_mm256_loadu_ps(out), value) : value);
@@ -69,8 +70,9 @@ inline void dot_step(const Step<STEP>& x, __m256i (&dot)[M], const Unpack& unpac
   }
 }
 
-// M tokens and one panel over the whole depth, weights taken straight from the packed blocks.
-template <int BITS, int STEP, bool SYMMETRIC, int M>
+// M tokens and one panel over the whole depth, weights taken straight from the packed blocks. AHEAD: with software
+// prefetch.
+template <int BITS, int STEP, bool SYMMETRIC, bool AHEAD, int M>
 void stream_panel(const Packed& w, int p, const QuantRows& x, float* out, size_t ldo, bool add) {
   const int group = w.format.group, block_bytes = w.format.block_bytes(), depth = w.padded_cols();
   const uint8_t* block = w.panel(p);
@@ -79,8 +81,9 @@ void stream_panel(const Packed& w, int p, const QuantRows& x, float* out, size_t
   for (int h = 0; h < 2; h++)
     for (int m = 0; m < M; m++) sum[h][m] = _mm256_setzero_ps();
   for (int k0 = 0; k0 < depth; k0 += group, block += block_bytes, scales += block_bytes) {
-    for (int line = 0; line < block_bytes; line += 64)
-      _mm_prefetch(reinterpret_cast<const char*>(block) + 2304 + line, _MM_HINT_T0);
+    if constexpr (AHEAD)
+      for (int line = 0; line < block_bytes; line += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(block) + kAhead + line, _MM_HINT_T0);
     for (int s = 0; s < group; s += STEP) {
       const Step<STEP> step(x, 0, k0 + s);
       for (int h = 0; h < 2; h++) {
@@ -97,9 +100,22 @@ void stream_panel(const Packed& w, int p, const QuantRows& x, float* out, size_t
     for (int m = 0; m < M; m++) store(out + m * ldo + p * kPanelRows + 8 * h, sum[h][m], add);
 }
 
-template <int BITS, int STEP, bool SYMMETRIC, int M>
-void stream_panels(const Packed& w, int p0, int p1, const QuantRows& x, float* out, size_t ldo, bool add) {
-  for (int p = p0; p < p1; p++) stream_panel<BITS, STEP, SYMMETRIC, M>(w, p, x, out, ldo, add);
+// A panel is streamed for each tile of tokens, from memory for the first and from L1 for the others.
+template <int BITS, int STEP, bool SYMMETRIC, bool AHEAD>
+void stream(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add) {
+  const int tiles = (m + kTile - 1) / kTile;
+  for (int p = p0; p < p1; p++)
+    for (int i = 0; i < tiles; i++) {
+      const int t = m * i / tiles;
+      const QuantRows rows = from_token(x, t);
+      float* to = out + t * ldo;
+      switch (m * (i + 1) / tiles - t) {
+        case 1: stream_panel<BITS, STEP, SYMMETRIC, AHEAD, 1>(w, p, rows, to, ldo, add); break;
+        case 2: stream_panel<BITS, STEP, SYMMETRIC, false, 2>(w, p, rows, to, ldo, add); break;
+        case 3: stream_panel<BITS, STEP, SYMMETRIC, false, 3>(w, p, rows, to, ldo, add); break;
+        default: stream_panel<BITS, STEP, SYMMETRIC, false, 4>(w, p, rows, to, ldo, add);
+      }
+    }
 }
 
 // A panel's weights over some depth, unpacked.
@@ -200,35 +216,39 @@ void blocked(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* 
       }
 }
 
-template <int BITS, int STEP, bool SYMMETRIC>
-void by_tokens(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add) {
-  if (m == 1) return stream_panels<BITS, STEP, SYMMETRIC, 1>(w, p0, p1, x, out, ldo, add);
-  if constexpr (STEP == 32) {  // groups of 16 come from GGUF k-quants alone: fewer variants keep the program small
-    if (m == 2) return stream_panels<BITS, STEP, SYMMETRIC, 2>(w, p0, p1, x, out, ldo, add);
-    if (m == 3) return stream_panels<BITS, STEP, SYMMETRIC, 3>(w, p0, p1, x, out, ldo, add);
-    if (m == 4) return stream_panels<BITS, STEP, SYMMETRIC, 4>(w, p0, p1, x, out, ldo, add);
-  }
-  blocked<BITS, STEP, SYMMETRIC>(w, p0, p1, x, m, out, ldo, add);
+enum class How { kStream, kStreamAhead, kBlocked };
+
+template <How HOW, int BITS, int STEP, bool SYMMETRIC>
+constexpr auto kernel_of() {
+  if constexpr (HOW == How::kBlocked)
+    return blocked<BITS, STEP, SYMMETRIC>;
+  else
+    return stream < BITS, STEP, SYMMETRIC, HOW == How::kStreamAhead > ;
 }
 
-template <int BITS>
+template <How HOW, int BITS>
 void by_format(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add) {
   const bool small = w.format.group == 16;
   if (w.format.symmetric)
-    (small ? by_tokens<BITS, 16, true> : by_tokens<BITS, 32, true>)(w, p0, p1, x, m, out, ldo, add);
+    (small ? kernel_of<HOW, BITS, 16, true>() : kernel_of<HOW, BITS, 32, true>())(w, p0, p1, x, m, out, ldo, add);
   else
-    (small ? by_tokens<BITS, 16, false> : by_tokens<BITS, 32, false>)(w, p0, p1, x, m, out, ldo, add);
+    (small ? kernel_of<HOW, BITS, 16, false>() : kernel_of<HOW, BITS, 32, false>())(w, p0, p1, x, m, out, ldo, add);
+}
+
+template <How HOW>
+void by_bits(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add) {
+  switch (w.format.bits) {
+    case 4: return by_format<HOW, 4>(w, p0, p1, x, m, out, ldo, add);
+    case 5: return by_format<HOW, 5>(w, p0, p1, x, m, out, ldo, add);
+    case 6: return by_format<HOW, 6>(w, p0, p1, x, m, out, ldo, add);
+    default: return by_format<HOW, 8>(w, p0, p1, x, m, out, ldo, add);
+  }
 }
 
 }  // namespace
 
-void linear_int(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add) {
-  switch (w.format.bits) {
-    case 4: return by_format<4>(w, p0, p1, x, m, out, ldo, add);
-    case 5: return by_format<5>(w, p0, p1, x, m, out, ldo, add);
-    case 6: return by_format<6>(w, p0, p1, x, m, out, ldo, add);
-    default: return by_format<8>(w, p0, p1, x, m, out, ldo, add);
-  }
-}
+const IntWay kIntWays[3] = {{"avx2 stream", 1, by_bits<How::kStream>},
+                            {"avx2 stream, prefetch", 1, by_bits<How::kStreamAhead>},
+                            {"avx2 unpack", 1, by_bits<How::kBlocked>}};
 
 }  // namespace hasten::avx2

@@ -170,7 +170,8 @@ namespace hasten {
 
 const Kernels kAvx512Kernels = {
     .name = "avx512",
-    .linear_int = avx512::linear_int,
+    .ways = avx512::kIntWays,
+    .usual_way = {3, 2, 2, 2, 2, 4},
     .linear_bf16 = avx512::linear_bf16,
     .linear_wide = nullptr,
     .quantize = avx512::quantize,

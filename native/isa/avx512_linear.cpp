@@ -1,6 +1,7 @@
 // Integer linear layers on AVX512-VNNI. Few tokens: weights stream from memory straight into VPDPBUSD on the unsigned
 // values, the zero point folded into the accumulator's start through -sum(q). Many tokens: a panel pair is unpacked
-// into L1 once and multiplied with tiles of 6 tokens x 32 rows.
+// into L1 once and multiplied with tiles of 6 tokens x 32 rows. How many panels are streamed side by side, and whether
+// software prefetch helps, differs between processors: each is a way of its own.
 #include <algorithm>
 
 #include "isa/avx512.h"
@@ -11,9 +12,8 @@ namespace hasten::avx512 {
 namespace {
 
 constexpr int kTile = 6;          // tokens a tile: 12 int and 12 float accumulators of the 32 registers
-constexpr int kStreamed = 24;     // tokens up to which weights are streamed
 constexpr int kTokenBlock = 192;  // tokens whose activations stay in L2 while panels pass by
-constexpr int kAhead = 2304;      // bytes each stream is asked for before it is needed
+constexpr int kAhead = 2304;      // bytes each stream is asked for before it is needed, where prefetch is on
 constexpr int kDepth = 1024;      // inputs unpacked at a time: 32 KB of weights for a panel pair
 
 inline void store(float* out, __m512 value, bool add) {
@@ -26,80 +26,122 @@ template <int BYTES>
       HASTEN_EACH(line) { _mm_prefetch(reinterpret_cast<const char*>(block) + 64 * line, _MM_HINT_T0); });
 }
 
-// A format known at compile time: offsets become constants, which is worth a factor of two here.
-template <int BITS, int GROUP, bool SYMMETRIC>
-struct Block {
-  static constexpr int kStep = GROUP < 32 ? GROUP : 32;  // inputs that share one weight scale and one activation scale
-  static constexpr int kQuantBytes = 2 * BITS * GROUP;
-  static constexpr int kBytes = kQuantBytes + (SYMMETRIC ? 32 : 64);
-  static constexpr int kAheadBlocks = kAhead / kBytes + 1;
+// What a streaming kernel is made for. STEP: inputs that share a weight scale and an activation scale, 16 or 32. ONE: a
+// block is one step, so that every offset is a constant. AHEAD: with software prefetch.
+template <int BITS_, int STEP_, bool SYMMETRIC_, bool ONE_, bool AHEAD_>
+struct Stream {
+  static constexpr int BITS = BITS_, STEP = STEP_;
+  static constexpr bool SYMMETRIC = SYMMETRIC_, ONE = ONE_, AHEAD = AHEAD_;
+  static constexpr int kLow = (BITS == 8 ? 16 : 8) * STEP;                       // bytes of a step's low plane
+  static constexpr int kHigh = BITS == 5 ? 2 * STEP : BITS == 6 ? 4 * STEP : 0;  // and of its high plane
+  static constexpr int kScales = SYMMETRIC ? 32 : 64;
+  using Plain = Stream<BITS, STEP, SYMMETRIC, ONE, false>;  // for the last panels of a matrix, which are few
 };
 
 // M tokens x R panels over the whole depth, weights taken straight from the packed blocks.
-template <int BITS, int GROUP, bool SYMMETRIC, int M, int R>
+template <typename S, int M, int R>
 void stream_tile(const Packed& w, int p, const QuantRows& x, float* out, size_t ldo, bool add) {
-  using B = Block<BITS, GROUP, SYMMETRIC>;
-  constexpr int kStep = B::kStep;
+  constexpr int STEP = S::STEP;
+  // One token and one panel would be one chain of sums; two chains, added at the end, are the same integer sooner.
+  constexpr int kChains = M * R <= 2 ? 2 : 1;
+  const int group = S::ONE ? STEP : w.format.group, steps = S::ONE ? 1 : group / STEP;
+  const int high0 = 8 * group, scales0 = 2 * S::BITS * group, block_bytes = scales0 + S::kScales;
   const uint8_t* panel[R];
   repeat<R>(HASTEN_EACH(r) { panel[r] = w.panel(p + r); });
   const size_t cols = x.cols;
-  const int8_t* q = x.q;
+  const int8_t* q[(M + 2) / 3];  // every third token's row: the two after it are within reach of an address
+  repeat<(M + 2) / 3>(HASTEN_EACH(i) { q[i] = x.q + 3 * i * cols; });
   const float* act = x.scale;
-  const int32_t* nsum = kStep == 16 ? x.nsum16 : x.nsum;
+  const int32_t* nsum = STEP == 16 ? x.nsum16 : x.nsum;
   // Near the end of a panel the next bytes are those of panel p + R: this one's neighbours are being read already.
   const size_t jump = (R - 1) * w.format.panel_bytes(w.cols);
-  const int blocks = w.padded_cols() / GROUP;
+  const int blocks = w.padded_cols() / group, last_blocks = kAhead / block_bytes + 1;
   __m512 sum[R][M];
   repeat<R>(HASTEN_EACH(r) { repeat<M>(HASTEN_EACH(m) { sum[r][m] = _mm512_setzero_ps(); }); });
-  for (int b = 0; b < blocks; b++) {
-    const size_t ahead = B::kAheadBlocks * B::kBytes + (b + B::kAheadBlocks < blocks ? 0 : jump);
-    repeat<R>(HASTEN_EACH(r) { prefetch<B::kBytes>(panel[r] + ahead); });
-    repeat<GROUP / kStep>(HASTEN_EACH(s) {
-      __m512i dot[R][M];
+  for (int b = 0, i = 0; b < blocks; b++) {
+    const size_t ahead = kAhead + (b + last_blocks < blocks ? 0 : jump);
+    for (int s = 0; s < steps; s++, i++) {
+      if constexpr (S::AHEAD)
+        repeat<R>(HASTEN_EACH(r) {
+          prefetch<2 * S::BITS * STEP + (S::ONE ? S::kScales : 0)>(panel[r] + s * 2 * S::BITS * STEP + ahead);
+        });
+      __m512i dot[kChains][R][M];
       repeat<M>(HASTEN_EACH(m) {
         __m512i start = _mm512_setzero_si512();
-        if constexpr (SYMMETRIC) start = _mm512_slli_epi32(_mm512_set1_epi32(nsum[m * (cols / kStep) + s]), BITS - 1);
-        repeat<R>(HASTEN_EACH(r) { dot[r][m] = start; });
+        if constexpr (S::SYMMETRIC)
+          start = _mm512_slli_epi32(_mm512_set1_epi32(nsum[m * (cols / STEP) + i]), S::BITS - 1);
+        repeat<R>(HASTEN_EACH(r) { dot[0][r][m] = start; });
+        if constexpr (kChains == 2) repeat<R>(HASTEN_EACH(r) { dot[1][r][m] = _mm512_setzero_si512(); });
       });
-      repeat<kStep / 8>(HASTEN_EACH(j) {
+      repeat<STEP / 8>(HASTEN_EACH(j) {
         __m512i first[R], second[R];
-        repeat<R>(HASTEN_EACH(r) { unpack8<BITS>(panel[r], GROUP, s * (kStep / 8) + j, first[r], second[r]); });
-        repeat<M>(HASTEN_EACH(m) {
-          const int8_t* at = q + m * cols + s * kStep + 8 * j;
-          const __m512i a = broadcast4(at), c = broadcast4(at + 4);
-          repeat<R>(HASTEN_EACH(r) { dot[r][m] = _mm512_dpbusd_epi32(dot[r][m], first[r], a); });
-          repeat<R>(HASTEN_EACH(r) { dot[r][m] = _mm512_dpbusd_epi32(dot[r][m], second[r], c); });
+        repeat<R>(HASTEN_EACH(r) {
+          unpack8<S::BITS>(panel[r] + s * S::kLow, panel[r] + high0 + s * S::kHigh, j, first[r], second[r]);
         });
-      });
-      repeat<R>(HASTEN_EACH(r) {
-        const __m512 scale = load_scales(panel[r] + B::kQuantBytes);
         repeat<M>(HASTEN_EACH(m) {
-          const float a = act[m * (cols / 32) + (kStep == 16 ? 0 : s)];
-          sum[r][m] =
-              _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[r][m]), _mm512_mul_ps(scale, _mm512_set1_ps(a)), sum[r][m]);
-          if constexpr (!SYMMETRIC) {
-            const float total = a * static_cast<float>(-nsum[m * (cols / kStep) + s]);
-            sum[r][m] = _mm512_fmadd_ps(load_scales(panel[r] + B::kQuantBytes + 32), _mm512_set1_ps(total), sum[r][m]);
+          const int8_t* at = q[m / 3] + (m % 3) * cols + 8 * j;
+          if constexpr (R == 1) {
+            dot[0][0][m] = dot_broadcast(dot[0][0][m], first[0], at);
+            dot[kChains - 1][0][m] = dot_broadcast(dot[kChains - 1][0][m], second[0], at + 4);
+          } else {
+            const __m512i a = broadcast4(at), c = broadcast4(at + 4);
+            repeat<R>(HASTEN_EACH(r) { dot[0][r][m] = _mm512_dpbusd_epi32(dot[0][r][m], first[r], a); });
+            repeat<R>(
+                HASTEN_EACH(r) { dot[kChains - 1][r][m] = _mm512_dpbusd_epi32(dot[kChains - 1][r][m], second[r], c); });
           }
         });
       });
-    });
-    repeat<R>(HASTEN_EACH(r) { panel[r] += B::kBytes; });
-    q += GROUP;
-    nsum += GROUP / kStep;
-    act += kStep == 16 ? b % 2 : GROUP / 32;
+      repeat<R>(HASTEN_EACH(r) {
+        const __m512 scale = load_scales(panel[r] + scales0);
+        repeat<M>(HASTEN_EACH(m) {
+          const float a = act[m * (cols / 32) + (STEP == 16 ? i / 2 : i)];
+          if constexpr (kChains == 2) dot[0][r][m] = _mm512_add_epi32(dot[0][r][m], dot[1][r][m]);
+          sum[r][m] =
+              _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[0][r][m]), _mm512_mul_ps(scale, _mm512_set1_ps(a)), sum[r][m]);
+          if constexpr (!S::SYMMETRIC) {
+            const float total = a * static_cast<float>(-nsum[m * (cols / STEP) + i]);
+            sum[r][m] = _mm512_fmadd_ps(load_scales(panel[r] + scales0 + 32), _mm512_set1_ps(total), sum[r][m]);
+          }
+        });
+      });
+      repeat<(M + 2) / 3>(HASTEN_EACH(n) { q[n] += STEP; });
+    }
+    repeat<R>(HASTEN_EACH(r) { panel[r] += block_bytes; });
   }
   repeat<R>(
       HASTEN_EACH(r) { repeat<M>(HASTEN_EACH(m) { store(out + m * ldo + (p + r) * kPanelRows, sum[r][m], add); }); });
 }
 
-template <int BITS, int GROUP, bool SYMMETRIC, int M>
-void stream_panels(const Packed& w, int p0, int p1, const QuantRows& x, float* out, size_t ldo, bool add) {
+// Tokens of a tile: what the pair of panels has registers for. Formats with longer groups or minimums have fewer
+// variants, which keeps the program small.
+template <typename S, int R>
+constexpr int kMostTokens = R == 4                   ? 1
+                            : S::ONE && S::SYMMETRIC ? 6
+                                                     : 4;
+
+// stream_tile of `m` tokens, a run-time number from 1 to kMostTokens.
+template <typename S, int R, int M = kMostTokens<S, R>>
+void stream_tokens(const Packed& w, int p, const QuantRows& x, int m, float* out, size_t ldo, bool add) {
+  if constexpr (M > 1)
+    if (m < M) return stream_tokens<S, R, M - 1>(w, p, x, m, out, ldo, add);
+  stream_tile<S, M, R>(w, p, x, out, ldo, add);
+}
+
+// R panels at a time; more tokens than there are registers for are taken in equal tiles, the first of which reads the
+// panels from memory and the others from L1.
+template <typename S, int R>
+void stream(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add) {
+  if constexpr (R > 2)
+    if (m > 1) return stream<S, 2>(w, p0, p1, x, m, out, ldo, add);
+  const int tiles = (m + kMostTokens<S, R> - 1) / kMostTokens<S, R>;
   int p = p0;
-  if constexpr (M == 1)
-    for (; p + 4 <= p1; p += 4) stream_tile<BITS, GROUP, SYMMETRIC, M, 4>(w, p, x, out, ldo, add);
-  for (; p + 2 <= p1; p += 2) stream_tile<BITS, GROUP, SYMMETRIC, M, 2>(w, p, x, out, ldo, add);
-  for (; p < p1; p++) stream_tile<BITS, GROUP, SYMMETRIC, M, 1>(w, p, x, out, ldo, add);
+  for (; p + R <= p1; p += R)
+    for (int i = 0; i < tiles; i++) {
+      const int t = m * i / tiles, end = m * (i + 1) / tiles;
+      stream_tokens<S, R>(w, p, from_token(x, t), end - t, out + t * ldo, ldo, add);
+    }
+  if constexpr (R > 1)
+    if (p < p1) stream<typename S::Plain, R / 2>(w, p, p1, x, m, out, ldo, add);
 }
 
 // A panel pair's weights over `depth` inputs, unpacked.
@@ -118,7 +160,7 @@ void unpack_pair(const Packed& w, int p, int panels, int k0, int depth, int step
     for (int k = 0; k < depth; k += group, block += block_bytes) {
       for (int j = 0; j < group / 8; j++) {
         __m512i first, second;
-        unpack8<BITS>(block, group, j, first, second);
+        unpack8<BITS>(block, block + 8 * group, j, first, second);
         uint8_t* u = out.u + (k + 8 * j) / 4 * 128 + 64 * r;
         _mm512_store_si512(u, first);
         _mm512_store_si512(u + 128, second);
@@ -197,17 +239,20 @@ void block_tile(const Tile& tile, int t) {
   });
 }
 
+// Tiles of nearly the same size: eight tokens are 4 + 4, not 6 + 2, whose second tile would wait for its own sums.
 template <int STEP, bool SYMMETRIC, int R>
 void block_tiles(const Tile& tile, int t0, int t1) {
-  int t = t0;
-  for (; t + kTile <= t1; t += kTile) block_tile<STEP, SYMMETRIC, R, kTile>(tile, t);
-  switch (t1 - t) {
-    case 5: return block_tile<STEP, SYMMETRIC, R, 5>(tile, t);
-    case 4: return block_tile<STEP, SYMMETRIC, R, 4>(tile, t);
-    case 3: return block_tile<STEP, SYMMETRIC, R, 3>(tile, t);
-    case 2: return block_tile<STEP, SYMMETRIC, R, 2>(tile, t);
-    case 1: return block_tile<STEP, SYMMETRIC, R, 1>(tile, t);
-    default: return;
+  const int tokens = t1 - t0, tiles = (tokens + kTile - 1) / kTile;
+  for (int i = 0; i < tiles; i++) {
+    const int t = t0 + tokens * i / tiles;
+    switch (t0 + tokens * (i + 1) / tiles - t) {
+      case 6: block_tile<STEP, SYMMETRIC, R, 6>(tile, t); break;
+      case 5: block_tile<STEP, SYMMETRIC, R, 5>(tile, t); break;
+      case 4: block_tile<STEP, SYMMETRIC, R, 4>(tile, t); break;
+      case 3: block_tile<STEP, SYMMETRIC, R, 3>(tile, t); break;
+      case 2: block_tile<STEP, SYMMETRIC, R, 2>(tile, t); break;
+      default: block_tile<STEP, SYMMETRIC, R, 1>(tile, t);
+    }
   }
 }
 
@@ -231,66 +276,47 @@ void blocked(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* 
     }
 }
 
-// The same activations from token t on.
-QuantRows from_token(const QuantRows& x, int t) {
-  const size_t at = static_cast<size_t>(t) * x.cols;
-  return {x.q + at, x.scale + at / 32, x.nsum + at / 32, x.nsum16 + at / 16, x.cols};
-}
+enum class How { kOne, kTwo, kTwoAhead, kFourAhead, kBlocked };
 
-template <int BITS>
-void stream_tokens(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add) {
-  switch (m) {
-    case 1: return stream_panels<BITS, 32, true, 1>(w, p0, p1, x, out, ldo, add);
-    case 2: return stream_panels<BITS, 32, true, 2>(w, p0, p1, x, out, ldo, add);
-    case 3: return stream_panels<BITS, 32, true, 3>(w, p0, p1, x, out, ldo, add);
-    case 4: return stream_panels<BITS, 32, true, 4>(w, p0, p1, x, out, ldo, add);
-    case 5: return stream_panels<BITS, 32, true, 5>(w, p0, p1, x, out, ldo, add);
-    default: return stream_panels<BITS, 32, true, 6>(w, p0, p1, x, out, ldo, add);
-  }
-}
-
-// Formats that recipes make. Up to a tile of tokens weights are streamed; up to a few tiles, a panel pair is streamed
-// for each tile, from memory for the first and from L1 for the others; beyond that unpacking them first pays.
-template <int BITS>
-void usual(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add) {
-  if (m <= kTile) return stream_tokens<BITS>(w, p0, p1, x, m, out, ldo, add);
-  if (m > kStreamed) return blocked<BITS, 32, true>(w, p0, p1, x, m, out, ldo, add);
-  const int tiles = (m + kTile - 1) / kTile;
-  for (int p = p0; p < p1; p += 2)
-    for (int i = 0; i < tiles; i++) {
-      const int t = m * i / tiles, end = m * (i + 1) / tiles;
-      stream_tokens<BITS>(w, p, std::min(p + 2, p1), from_token(x, t), end - t, out + t * ldo, ldo, add);
-    }
-}
-
-// The rest (other groups, minimums): streamed for one token, blocked otherwise, which keeps the program small.
-template <int BITS, bool SYMMETRIC>
-void by_group(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add) {
-  if (m > 1 && w.format.group == 16) return blocked<BITS, 16, SYMMETRIC>(w, p0, p1, x, m, out, ldo, add);
-  if (m > 1) return blocked<BITS, 32, SYMMETRIC>(w, p0, p1, x, m, out, ldo, add);
-  switch (w.format.group) {
-    case 16: return stream_panels<BITS, 16, SYMMETRIC, 1>(w, p0, p1, x, out, ldo, add);
-    case 32: return stream_panels<BITS, 32, SYMMETRIC, 1>(w, p0, p1, x, out, ldo, add);
-    case 64: return stream_panels<BITS, 64, SYMMETRIC, 1>(w, p0, p1, x, out, ldo, add);
-    default: return stream_panels<BITS, 128, SYMMETRIC, 1>(w, p0, p1, x, out, ldo, add);
-  }
-}
-
-template <int BITS>
-void by_symmetry(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add) {
-  if (w.format.symmetric && w.format.group == 32)
-    usual<BITS>(w, p0, p1, x, m, out, ldo, add);
-  else if (w.format.symmetric)
-    by_group<BITS, true>(w, p0, p1, x, m, out, ldo, add);
+template <How HOW, int BITS, int STEP, bool SYMMETRIC, bool ONE>
+void by_way(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add) {
+  // Formats that recipes make (groups of 32, symmetric) have every way. For the others a pair of panels always comes
+  // with prefetch.
+  constexpr bool kAheadToo =
+      HOW == How::kTwoAhead || HOW == How::kFourAhead || (HOW == How::kTwo && !(ONE && SYMMETRIC));
+  constexpr int R = HOW == How::kOne ? 1 : HOW == How::kFourAhead ? 4 : 2;
+  if constexpr (HOW == How::kBlocked)
+    blocked<BITS, STEP, SYMMETRIC>(w, p0, p1, x, m, out, ldo, add);
   else
-    by_group<BITS, false>(w, p0, p1, x, m, out, ldo, add);
+    stream<Stream<BITS, STEP, SYMMETRIC, ONE, kAheadToo>, R>(w, p0, p1, x, m, out, ldo, add);
+}
+
+template <How HOW, int BITS>
+void by_format(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add) {
+  const bool small = w.format.group == 16;
+  if (w.format.symmetric && w.format.group == 32)
+    by_way<HOW, BITS, 32, true, true>(w, p0, p1, x, m, out, ldo, add);
+  else if (w.format.symmetric)
+    (small ? by_way<HOW, BITS, 16, true, false> : by_way<HOW, BITS, 32, true, false>)(w, p0, p1, x, m, out, ldo, add);
+  else
+    (small ? by_way<HOW, BITS, 16, false, false> : by_way<HOW, BITS, 32, false, false>)(w, p0, p1, x, m, out, ldo, add);
+}
+
+template <How HOW>
+void by_bits(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add) {
+  switch (w.format.bits) {
+    case 4: return by_format<HOW, 4>(w, p0, p1, x, m, out, ldo, add);
+    case 5: return by_format<HOW, 5>(w, p0, p1, x, m, out, ldo, add);
+    case 6: return by_format<HOW, 6>(w, p0, p1, x, m, out, ldo, add);
+    default: return by_format<HOW, 8>(w, p0, p1, x, m, out, ldo, add);
+  }
 }
 
 template <int BITS>
 void unpack_whole(const PackedFormat& format, const uint8_t* block, uint8_t* out, size_t stride) {
   for (int j = 0; j < format.group / 8; j++) {
     __m512i first, second;
-    unpack8<BITS>(block, format.group, j, first, second);
+    unpack8<BITS>(block, block + 8 * format.group, j, first, second);
     _mm512_storeu_si512(out + 2 * j * stride, first);
     _mm512_storeu_si512(out + (2 * j + 1) * stride, second);
   }
@@ -298,14 +324,11 @@ void unpack_whole(const PackedFormat& format, const uint8_t* block, uint8_t* out
 
 }  // namespace
 
-void linear_int(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add) {
-  switch (w.format.bits) {
-    case 4: return by_symmetry<4>(w, p0, p1, x, m, out, ldo, add);
-    case 5: return by_symmetry<5>(w, p0, p1, x, m, out, ldo, add);
-    case 6: return by_symmetry<6>(w, p0, p1, x, m, out, ldo, add);
-    default: return by_symmetry<8>(w, p0, p1, x, m, out, ldo, add);
-  }
-}
+const IntWay kIntWays[5] = {{"avx512 one panel", 1, by_bits<How::kOne>},
+                            {"avx512 two panels", 2, by_bits<How::kTwo>},
+                            {"avx512 two panels, prefetch", 2, by_bits<How::kTwoAhead>},
+                            {"avx512 four panels, prefetch", 4, by_bits<How::kFourAhead>},
+                            {"avx512 unpack", 2, by_bits<How::kBlocked>}};
 
 void unpack_block(const PackedFormat& format, const uint8_t* block, uint8_t* out, size_t stride) {
   switch (format.bits) {

@@ -5,6 +5,7 @@
 // do not depend on what else is in a batch.
 #pragma once
 
+#include <span>
 #include <string>
 #include <vector>
 
@@ -22,6 +23,12 @@ struct QuantRows {
   const int32_t* nsum16;  // [m][cols / 16], the same over 16 inputs
   int cols;
 };
+
+// The same activations from token t on.
+inline QuantRows from_token(const QuantRows& x, int t) {
+  const size_t at = static_cast<size_t>(t) * x.cols;
+  return {x.q + at, x.scale + at / 32, x.nsum + at / 32, x.nsum16 + at / 16, x.cols};
+}
 
 enum class Gate { kSilu, kGeluTanh };
 
@@ -49,17 +56,31 @@ struct AttendPart {
 constexpr int kPageTokens = 32;
 constexpr int kPartTokens = 256;  // attention works through the context in parts of this many tokens
 
+// One way to compute integer layers. All ways of all instruction sets give the same bits; which is the fastest depends
+// on the processor, the format and the number of tokens, and is measured (int_ways.h).
+struct IntWay {
+  const char* name;
+  int panels;  // read side by side
+  // out[t][16*p + r] (+)= sum_k w[16*p + r][k] * x[t][k] for panels p0 <= p < p1, t < m. `out` has room for whole
+  // panels. w.format.bits is 4, 5, 6 or 8.
+  void (*run)(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add);
+};
+
+// Numbers of tokens that one choice of way serves: up to 1, 2, 4, 8, 24, and more.
+constexpr int kRowClasses = 6;
+
 struct Kernels {
   const char* name;
 
-  // out[t][16*p + r] (+)= sum_k w[16*p + r][k] * x[t][k] for panels p0 <= p < p1, t < m. `out` has room for whole
-  // panels. w.format.bits is 4, 5, 6 or 8.
-  void (*linear_int)(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add);
-  // The same for bf16 weights and activations; x rows are padded with zeros to a multiple of 32 columns.
+  // This instruction set's own ways to compute integer layers, and the one of them that is taken for each class of
+  // token numbers where nothing was measured.
+  std::span<const IntWay> ways;
+  int8_t usual_way[kRowClasses];
+  // bf16 weights and activations: as IntWay::run; x rows are padded with zeros to a multiple of 32 columns.
   void (*linear_bf16)(const Packed& w, int p0, int p1, const bf16* x, size_t ldx, int m, float* out, size_t ldo,
                       bool add);
 
-  // Integer weights against bf16 activations, for prefill where that is faster than linear_int; null where it is not.
+  // Integer weights against bf16 activations, for prefill where that is faster than integers; null where it is not.
   // Each weight is rounded to bf16; sums are float. Arguments as of linear_bf16.
   void (*linear_wide)(const Packed& w, int p0, int p1, const bf16* x, size_t ldx, int m, float* out, size_t ldo,
                       bool add);
@@ -95,7 +116,11 @@ const Kernels& kernels();
 // Names of the tables this machine can run, best last.
 std::vector<std::string> available_isas();
 
-// Makes another table the one in use, for tests that compare them. Not while a step is running.
+// Makes another table the one in use, for tests that compare them. Forgets what was measured. Not while a step is
+// running.
 void use_isa(const std::string& name);
+
+// The ways that the table in use may take: its own, and those of the instruction sets below it.
+const std::vector<const IntWay*>& int_ways();
 
 }  // namespace hasten

@@ -3,9 +3,14 @@
 
 namespace hasten {
 
+namespace {
+constexpr IntWay kWays[] = {{"scalar", 1, generic::linear_int}};
+}
+
 const Kernels kScalarKernels = {
     .name = "scalar",
-    .linear_int = generic::linear_int,
+    .ways = kWays,
+    .usual_way = {},
     .linear_bf16 = generic::linear_bf16,
     .linear_wide = nullptr,
     .quantize = generic::quantize,

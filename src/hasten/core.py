@@ -104,17 +104,23 @@ class EngineOptions:
     """How the engine runs a model on this machine."""
 
     threads: int | None = field(
-        default=None, metadata={"help": "threads to use; default: the cores this process may use"}
+        default=None, metadata={"help": "threads to use; default: one a core, as far as CPU quotas allow"}
     )
     context: int | None = field(
         default=None,
-        metadata={"help": "longest prompt plus output, tokens; default: the model's, at most 8192"},
+        metadata={
+            "help": "longest prompt plus output, tokens; default: the model's, at most 8192, "
+            "less where memory is short"
+        },
     )
     max_sequences: int = field(default=16, metadata={"help": "sequences that may decode together"})
     prefill_chunk: int = field(default=512, metadata={"help": "prompt tokens computed in one step"})
     kv_gb: float | None = field(
         default=None,
-        metadata={"help": "memory for keys and values, GB; default: room for max_sequences full contexts"},
+        metadata={
+            "help": "most memory for keys and values, GB; "
+            "default: max_sequences full contexts, less where memory is short"
+        },
     )
 
 
@@ -195,7 +201,7 @@ class Machine:
 
     cpu: str
     isa: tuple[str, ...]  # instruction sets the native engine has here, best last
-    cores: int  # this process may use
+    cores: int  # threads worth starting: hasten.machine.cores
     l1d_bytes: int | None
     l2_bytes: int | None
     l3_bytes: int | None
@@ -212,6 +218,7 @@ class Machine:
     read_rounds: Stat | None = None  # GB/s of all rounds; read_gb_per_s is the best one
     read_buffer_bytes: int | None = None  # read in each round
     ceilings: tuple[Ceiling, ...] = ()  # every instruction set's; int8_tops and its like are the best of them
+    cores_because: str = ""  # why `cores` is less than the processors this process may run on
 
 
 @dataclass(frozen=True)
@@ -231,6 +238,7 @@ class Measurement:
     threads: int = 1
     fraction_of_read_ceiling: float | None = None
     fraction_of_int8_ceiling: float | None = None
+    disturbed_rounds: int = 0  # rounds that other work slowed down and that were taken again
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,8 @@ def test_what_goes_wrong_is_logged(error: Exception, caplog: Any) -> None:
 
 
 SCRIPT = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
 from hasten.cache.deferred import Deferred
 class Owner: pass
 owner = Owner()

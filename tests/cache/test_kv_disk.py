@@ -213,6 +213,36 @@ def test_every_policy_keeps_the_limit(open_disk: Callable[..., KvDisk], tmp_path
     assert len(there(disk, range(40))) == 8
 
 
+def test_two_in_one_folder_keep_one_limit(
+    open_disk: Callable[..., KvDisk], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each counted only what it had written itself since it looked, up to a minute ago."""
+    monkeypatch.setattr("hasten.cache.kv_disk._IDLE_S", 0.05)
+    limit = 64
+    disks = [open_disk(pages=limit), open_disk(pages=limit)]
+    most = 0
+    for number in range(3 * limit):
+        put(disks[number % 2], number)
+        most = max(most, len(files(tmp_path)))
+    assert most <= limit + 2 * (limit // 32 + 1), "while they write, each may be ahead of the other's look"
+    until = time.monotonic() + 20
+    while len(files(tmp_path)) > limit:
+        assert time.monotonic() < until, "at rest the limit holds"
+        time.sleep(0.01)
+    assert len(files(tmp_path)) > limit // 2
+
+
+def test_knowing_a_page_never_looks_at_the_disk(
+    open_disk: Callable[..., KvDisk], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, other = open_disk(), open_disk()
+    other.flush()
+    put(writer, 1)
+    assert writer.knows(key_of(1)) and not other.knows(key_of(1)) and other.has(key_of(1))
+    monkeypatch.setattr(Path, "is_file", None)
+    assert not writer.knows(key_of(2))
+
+
 def test_close_twice_and_use_after(open_disk: Callable[..., KvDisk]) -> None:
     disk = open_disk()
     put(disk, 1)

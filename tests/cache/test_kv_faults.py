@@ -32,19 +32,21 @@ from pathlib import Path
 from typing import Any
 from hasten.cache.kv_entry import fingerprint_digest, write_entry
 folder, seed = Path(sys.argv[1]), int(sys.argv[2])
-import os, random
+import itertools, os, random
 for shard in range(4):
     (folder / "1-model" / f"{shard:02x}").mkdir(parents=True, exist_ok=True)
-while True:
+for turn in itertools.count():
     if os.fork() == 0:
         rng = random.Random(os.getpid() * 1000 + seed)
-        while True:
-            n = rng.randrange(4)
+        for count in itertools.count():
+            n = rng.randrange(4) if count else turn % 4
             page = np.full(65536, n, np.uint8); page[1:9] = np.frombuffer(rng.randbytes(8), np.uint8)
             page[9:17] = page[1:9]
             name = bytes([n]) * 16
             path = folder / "1-model" / f"{n:02x}" / name.hex()
             write_entry(path, fingerprint_digest("model"), name, page, 0.1, b"")
+            if not count:
+                os.write(1, b".")
     if os.wait() and not sys.stdin.readline():
         break
 """
@@ -284,14 +286,18 @@ def kill_writers(tmp_path: Path, kills: int, seed: int) -> tuple[int, int]:
     """Kill a process that writes pages all the time, `kills` times; (pages found whole, leftovers seen)."""
     folder, rng = tmp_path / "kv", random.Random(seed)
     mother = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(folder), str(seed)], stdin=subprocess.PIPE, text=True
+        [sys.executable, "-c", WRITER, str(folder), str(seed)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     disk = KvDisk(folder, 10**8, "model", 65536)
     out, whole, leftovers = np.zeros(65536, np.uint8), 0, 0
     child = 0
-    assert mother.stdin is not None
+    assert mother.stdin is not None and mother.stdout is not None
     for _ in range(kills):
         child = child_of(mother.pid, child)
+        mother.stdout.read(1)  # it has written a page: on a busy machine a time says nothing of that
         time.sleep(rng.uniform(0.001, 0.015))
         os.kill(child, signal.SIGKILL)
         for n in range(4):
@@ -303,7 +309,7 @@ def kill_writers(tmp_path: Path, kills: int, seed: int) -> tuple[int, int]:
         mother.stdin.flush()
     os.kill(child_of(mother.pid, child), signal.SIGKILL)
     mother.stdin.close()
-    mother.wait(10)
+    mother.wait(60)
     assert disk.stats().dropped == 0
     disk.close()
     for path in folder.rglob("*.tmp"):

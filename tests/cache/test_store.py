@@ -194,3 +194,45 @@ def test_new_folder_refuses_foreign_things(tmp_path: Path) -> None:
     for name in ("photos", "file"):
         with pytest.raises(DiskError), new_folder(tmp_path / name, marker="plan.json"):
             pytest.fail("must not get here")
+
+
+SCRATCH = """
+import os, sys
+from hasten.cache.stage import scratch
+folder = scratch()
+(folder / "weights").write_bytes(b"x")
+print(folder, flush=True)
+sys.stdin.readline()
+if len(sys.argv) > 1:
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_scratch_folders_of_dead_processes_go(tmp_path: Path) -> None:
+    """One of a living process stays, one of a killed process goes at the next start, one's own at the end."""
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+
+    def begin(*arguments: str) -> tuple[subprocess.Popen[str], Path]:
+        command = [sys.executable, "-c", SCRATCH, *arguments]
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        assert process.stdout is not None
+        return process, Path(process.stdout.readline().strip())
+
+    def end(process: subprocess.Popen[str]) -> None:
+        process.communicate("end\n", timeout=60)
+
+    alive, kept = begin()
+    killed, left = begin("kill")
+    end(killed)
+    assert kept.parent == left.parent == tmp_path and left.is_dir()
+    (tmp_path / "hasten-models").mkdir()  # a user's own
+    (tmp_path / "hasten-scratch-notmine!").write_text("a file")
+    for path in (kept, left, tmp_path / "hasten-models"):
+        os.utime(path, (1, 1))
+    last, own = begin()
+    assert own.is_dir() and kept.is_dir() and not left.exists()
+    end(last)
+    end(alive)
+    assert {path.name for path in tmp_path.iterdir()} == {"hasten-models", "hasten-scratch-notmine!"}

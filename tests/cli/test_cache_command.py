@@ -46,7 +46,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_folder: Callable
     (folder / "bench" / "model").mkdir(parents=True)
     (folder / "bench" / "model" / "q8_0.gguf").write_bytes(bytes(1000))
     kept = WorkStore(folder / "compress").place("statistics", "ef" * 16)
-    write_state(kept / "layer-0.pt", {"x": torch.arange(1000)})
+    write_state(kept / "layer-0.pt", "x 1", {"x": torch.arange(1000)})
     WorkStore(folder / "compress").mark(kept, "a/model")
     disk = KvDisk(tmp_path / "kv", 1 << 20, "f" * 64, 4096)
     for i in range(3):

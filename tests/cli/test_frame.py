@@ -90,7 +90,8 @@ def test_ctrl_c_says_what_is_kept(verb: Any, capsys: Any) -> None:
 def test_a_real_ctrl_c() -> None:
     """The signal itself, in a process of its own: no traceback, exit code 130."""
     script = (
-        "import sys, time, hasten.cli as c\n"
+        "import signal, sys, time, hasten.cli as c\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # whoever runs the tests may ignore it
         "def wait():\n    print('ready', flush=True)\n    time.sleep(60)\n"
         "c.overview = wait\nsys.exit(c.main(['--help']))"
     )

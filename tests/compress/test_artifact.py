@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, field, make_dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,15 +17,25 @@ import pytest
 
 import hasten
 from hasten import _native
-from hasten.compress import artifact
+from hasten.compress import artifact, artifact_plan
 from hasten.compress.artifact import is_artifact, load_artifact, save
+from hasten.compress.artifact_plan import (
+    FILES,
+    PLAN_VERSION,
+    config_from,
+    config_json,
+    format_digest,
+    noun_from,
+    seal,
+)
 from hasten.compress.pack import PackedModel, pack_model
-from hasten.core import Recipe
+from hasten.core import ModelConfig, Recipe
 from hasten.engine.sampling import SamplingOptions
 from hasten.errors import ArtifactError, DiskError, HastenError, UsageError
 from hasten.models.open import open_model
 from hasten.models.source import Source
 
+PLAIN = ModelConfig("llama", 32, 64, 96, 2, 4, 2, 16, 128)
 TEXT = [int(t) for t in np.random.default_rng(2).integers(0, 262, 30)]
 
 
@@ -60,8 +71,11 @@ def refused(folder: Path, *words: str) -> ArtifactError:
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change plan.json and its own checksum with it: someone lies on purpose."""
     plan = json.loads((folder / "plan.json").read_text())
     change(plan)
+    with contextlib.suppress(KeyError, TypeError, AttributeError):
+        plan["artifact"]["sha256"] = seal(plan)
     (folder / "plan.json").write_text(json.dumps(plan))
 
 
@@ -113,7 +127,8 @@ def test_the_same_tokens(made: Path, tiny_folder: Callable[..., Path]) -> None:
 
 def test_what_the_plan_says(made: Path, source: Source, packed: PackedModel) -> None:
     plan = json.loads((made / "plan.json").read_text())
-    assert plan["because"] == ["it is small"] and plan["schema_version"] == 1
+    assert plan["because"] == ["it is small"] and plan["schema_version"] == PLAN_VERSION
+    assert plan["source"]["ref"] == str(source.files[0].path.parent)
     assert plan["source"]["files"][0]["sha256"] and plan["recipe"]["name"] == "w4-head8-kv8"
     assert plan["recipe"]["bits_per_weight"] == packed.bits_per_weight
     assert "report.html" not in plan["artifact"]["files"]  # may be drawn again without breaking the artifact
@@ -149,16 +164,14 @@ def test_which_references_are_artifacts(made: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["schema_version", "layout_version"])
-@pytest.mark.parametrize("value", [0, 2, None, "1"])
+@pytest.mark.parametrize("value", [0, 3, None, "1", True, 1.0, [1]])
 def test_another_version(copy: Path, key: str, value: object) -> None:
     def change(plan: dict[str, Any]) -> None:
         (plan if key == "schema_version" else plan["artifact"])[key] = value
 
     rewrite(copy, change)
-    refused(copy, key, str(value))
-
-
-FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "weights.safetensors"]
+    said = refused(copy, key, str(value)).hint
+    assert said is not None and ("update Hasten" in said) == (value == 3)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -200,6 +213,29 @@ def test_a_plan_that_is_garbage(copy: Path, text: bytes) -> None:
 
 LIES: dict[str, Callable[[dict[str, Any]], object]] = {
     "no files": lambda p: p["artifact"].update(files={}),
+    "no configuration": lambda p: p["artifact"]["files"].pop("config.json"),
+    "no tokenizer": lambda p: p["artifact"]["files"].pop("tokenizer.json"),
+    "no tokens": lambda p: p["artifact"]["files"].pop("tokenizer_config.json"),
+    "the plan itself": lambda p: p["artifact"]["files"].update({"plan.json": {"bytes": 0, "xxh64": []}}),
+    "checksums too few": lambda p: p["artifact"]["files"]["config.json"].update(xxh64=[]),
+    "numbers as checksums": lambda p: p["artifact"]["files"]["config.json"].update(xxh64=[7]),
+    "words as checksums": lambda p: p["artifact"]["files"]["config.json"].update(xxh64=["x" * 16]),
+    "a size of another kind": lambda p: p["artifact"]["files"]["config.json"].update(bytes="7"),
+    "a negative size": lambda p: p["artifact"]["files"]["config.json"].update(bytes=-1, xxh64=[]),
+    "more in a file": lambda p: p["artifact"]["files"]["config.json"].update(more=1),
+    "pieces of another kind": lambda p: p["artifact"].update(piece_bytes=None),
+    "other pieces": lambda p: p["artifact"].update(piece_bytes=7),
+    "tensors of another kind": lambda p: p["artifact"].update(tensors=[]),
+    "no tensors": lambda p: p["artifact"].pop("tensors"),
+    "a checksum of another kind": lambda p: p["artifact"]["tensors"].update({"layers.0.q": 3}),
+    "no word as a checksum": lambda p: p["artifact"]["tensors"].update({"layers.0.q": "xyz"}),
+    "more in the description": lambda p: p["artifact"].update(dtype="fp8"),
+    "a recipe of another kind": lambda p: p.update(recipe="w4"),
+    "more in the recipe": lambda p: p["recipe"].update(activations="int8"),
+    "a name of another kind": lambda p: p["recipe"].update(name=["w4"]),
+    "a layer of another kind": lambda p: p["recipe"]["layers"].update({"layers.0.q": "w4"}),
+    "bits of another kind": lambda p: p["recipe"]["layers"]["layers.0.q"].update(bits="4"),
+    "a zero point of another kind": lambda p: p["recipe"]["layers"]["layers.0.q"].update(symmetric=1),
     "no weights": lambda p: p["artifact"]["files"].pop("weights.safetensors"),
     "a record of another kind": lambda p: p["artifact"]["files"].update({"config.json": 7}),
     "no checksums": lambda p: p["artifact"]["files"]["config.json"].pop("xxh64"),
@@ -230,6 +266,87 @@ def test_a_plan_that_lies(copy: Path, lie: str) -> None:
     refused(copy)
 
 
+def test_a_flipped_bit_in_what_runs(copy: Path) -> None:
+    """A changed value that makes sense is found too: the description has a checksum of its own."""
+    text = (copy / "plan.json").read_text()
+    assert '"kv": "int8"' in text
+    (copy / "plan.json").write_text(text.replace('"kv": "int8"', '"kv": "bf16"'))
+    refused(copy, "plan.json", "checksum")
+
+
+def test_a_field_of_another_version_is_refused_by_its_name(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "sinks": True, "experts": None}))
+    reseal(copy, "config.json")
+    error = refused(copy, "sinks")
+    assert "experts" not in error.message and error.hint is not None and "update Hasten" in error.hint
+    (copy / "config.json").write_text(json.dumps({**config, "sinks": None}))  # not used: harmless
+    reseal(copy, "config.json")
+    hasten.load(copy, threads=1)
+
+
+def test_a_config_holds_what_is_not_as_by_default(packed: PackedModel) -> None:
+    """A field that is added later is missing in what was written before, and has its default."""
+    written = config_json(packed.config)
+    assert "embed_scale" in written and "attention_softcap" not in written
+    assert written["rope_scaling"] == {"kind": "linear", "factor": 8.0}
+    assert config_from(json.dumps(written).encode(), "x") == packed.config
+    for needed in ("architecture", "num_layers"):
+        less = {key: value for key, value in written.items() if key != needed}
+        with pytest.raises(ArtifactError, match=f"{needed} is missing"):
+            config_from(json.dumps(less).encode(), "x")
+
+
+def test_caches_know_the_fields(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = format_digest()
+    grown = make_dataclass(
+        "ModelConfig", [("sinks", bool, field(default=False))], bases=(ModelConfig,), frozen=True
+    )
+    monkeypatch.setattr(artifact_plan, "ModelConfig", grown)
+    assert format_digest() != before and noun_from(grown, config_json(PLAIN), "").sinks is False
+
+
+OLD = Path(__file__).with_name("artifact_version_1.json")
+"""plan.json and config.json as the first version wrote them of the same tiny model."""
+
+
+def aged(folder: Path, tensors: bool = True) -> None:
+    """Make an artifact what the first version would have written."""
+    old, now = json.loads(OLD.read_text()), json.loads((folder / "plan.json").read_text())
+    (folder / "config.json").write_text(json.dumps(old["config"], indent=2, ensure_ascii=False) + "\n")
+    files = {name: artifact._fingerprint(folder / name, 1) for name in FILES}
+    assert old["plan"]["artifact"]["files"].keys() == files.keys()
+    assert files["config.json"] == old["plan"]["artifact"]["files"]["config.json"]
+    old["plan"]["artifact"].update(files=files, tensors=now["artifact"]["tensors"])
+    if not tensors:
+        del old["plan"]["artifact"]["tensors"]
+    (folder / "plan.json").write_text(json.dumps(old["plan"]))
+
+
+@pytest.mark.parametrize("tensors", [True, False])
+def test_an_artifact_of_the_first_version_opens(made: Path, copy: Path, tensors: bool) -> None:
+    aged(copy, tensors)
+    old, new = hasten.load(copy, threads=1), hasten.load(made, threads=1)
+    assert old.config == new.config and old.recipe.kv == "int8"
+    np.testing.assert_array_equal(old.logits(TEXT), new.logits(TEXT))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_struck_from_the_list_of_an_old_one(copy: Path, name: str) -> None:
+    aged(copy)
+    plan = json.loads((copy / "plan.json").read_text())
+    del plan["artifact"]["files"][name]
+    (copy / "plan.json").write_text(json.dumps(plan))
+    refused(copy, name)
+
+
+@pytest.mark.parametrize("name", ["plan.json", *FILES])
+def test_a_pipe_in_place_of_a_file(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    os.mkfifo(copy / name)
+    refused(copy, name, "named pipe")
+
+
 def test_a_plan_may_lack_what_is_only_told(copy: Path) -> None:
     rewrite(copy, lambda p: p.update(source=7))
     assert hasten.load(copy, threads=1).name == "copy"
@@ -247,9 +364,23 @@ def test_a_plan_may_lack_what_is_only_told(copy: Path) -> None:
         {"num_heads": 3},
         {"head_dim": 7},
         {"rope_scaling": 5},
-        {"rope_scaling": {"kind": "linear"}},
         {"sliding_layers": [True]},
         {"norm_placement": "pre"},
+        {"head_dim": 24.0},
+        {"head_dim": True},
+        {"norm_eps": "1e-6"},
+        {"norm_eps": None},
+        {"tied_head": 1},
+        {"activation": "relu"},
+        {"activation": ["silu"]},
+        {"eos_token_ids": 262},
+        {"eos_token_ids": ["262"]},
+        {"sliding_window": [7]},
+        {"query_scale": "0.2"},
+        {"query_scale": 10**400},
+        {"rope_scaling": {"factor": float("inf")}},
+        {"experts": 8},
+        {"rope_scaling": {"stretch": 2}},
     ],
     ids=str,
 )

@@ -163,6 +163,8 @@ FFN = (Pruning("ffn", 0.34),)
         (Recipe("r", Layout(4), prune=(*FFN, Pruning("ffn", 0.999))), "leaves no channel"),
         (Recipe("r", Layout(4), prune=(Pruning("wanda", pattern=(3, 7)),)), "7"),
         (Recipe("r", Layout(4), prune=(*FFN, Pruning("vocabulary")), distil=Distillation()), "no words"),
+        (Recipe("r", Layout(4), rotate=True, distil=Distillation(hidden=1.0)), "another basis"),
+        (Recipe("r", Layout(4), prune=(Pruning("width"),), distil=Distillation(hidden=1.0)), "pruned width"),
         (Recipe("r", method="awq"), "is for integer weights"),
         ("w4bits", "unknown recipe"),
         ("nothing.yaml", "No such file"),

@@ -15,7 +15,7 @@ import tiny_models
 from hasten.compress.calibration import Calibration
 from hasten.compress.changed import changed
 from hasten.compress.distil import teacher as module
-from hasten.compress.distil.teacher import CachedTeacher, cached_teacher, content, live_teacher
+from hasten.compress.distil.teacher import CachedTeacher, cached_teacher, live_teacher
 from hasten.compress.torch_layer import tensor_values
 from hasten.errors import DiskError, ModelError
 from hasten.models.open import open_folder
@@ -119,9 +119,9 @@ def test_a_run_that_was_killed_goes_on(source: Source, tmp_path: Path) -> None:
 
 def test_other_values_or_text_are_another_teacher(source: Source) -> None:
     other = changed(source, {"layers.1.o": tensor_values(source.tensors["layers.1.o"]) * 1.001})
-    assert content(other) != content(source)
-    assert content(replace(source, name="renamed")) == content(source)
-    assert content(replace(source, config=replace(source.config, rope_theta=1.0))) != content(source)
+    assert other.content != source.content
+    assert replace(source, name="renamed").content == source.content
+    assert replace(source, config=replace(source.config, rope_theta=1.0)).content != source.content
     assert TEXT.sha256 != Calibration("noise", TEXT.ids[::-1]).sha256
 
 

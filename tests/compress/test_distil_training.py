@@ -24,6 +24,7 @@ from hasten.compress.distil.result import Distilled, Progress
 from hasten.compress.distil.student import Student
 from hasten.compress.distil.trainer import Training, distil, held_out
 from hasten.compress.pack import pack_linear, pack_model
+from hasten.compress.quantise.rotate import rotate
 from hasten.compress.torch_layer import tensor_values
 from hasten.core import Layout, Recipe
 from hasten.errors import DiskError, MachineError, ModelError, UsageError
@@ -127,6 +128,24 @@ def _kl(teacher: Decoder, student: Decoder) -> float:
     with torch.no_grad():
         p, q = (torch.log_softmax(m.logits(m.hidden(ids), m.head()), -1) for m in (teacher, student))
     return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("change", ["rotated", "folded", "another"])
+def test_hidden_states_of_another_basis_are_refused(
+    run: Run, teacher: Source, change: str, tmp_path: Path
+) -> None:
+    """Also where `distil` is called by itself: what the student's head reads tells the basis."""
+    if change == "rotated":
+        student = rotate(teacher)
+    elif change == "folded":
+        head = tensor_values(teacher.tensors["embed"]) * torch.linspace(0.2, 5, teacher.config.hidden_size)
+        student = changed(teacher, {"head": head}, config=replace(teacher.config, tied_head=False))
+    else:
+        other = tiny_models.TINY["llama"]
+        student = open_folder(tiny_models.save_folder(other, tmp_path / "other"))
+    assert student.config.hidden_size == teacher.config.hidden_size
+    with pytest.raises(UsageError, match="another basis"):
+        run(steps(1, hidden=1.0), student=student)
 
 
 def test_temperature_and_hidden_states_change_what_is_learned(run: Run, tmp_path: Path) -> None:

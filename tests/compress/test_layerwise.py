@@ -5,26 +5,33 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import tiny_models
+from hasten import _native
+from hasten.compress.artifact import load_artifact, save
 from hasten.compress.calibration import Calibration
 from hasten.compress.changed import changed
-from hasten.compress.pack import PackedModel, pack_model
+from hasten.compress.pack import PackedModel, pack_model, packed_bytes
 from hasten.compress.quantise.layerwise import quantise
 from hasten.compress.quantise.linears import CalibratedLinears
 from hasten.compress.quantise.staged import StagedLayer, settle
 from hasten.compress.quantise.statistics import HEAD, Statistics
 from hasten.compress.stream import Stream, stream_weights
+from hasten.compress.torch_file import write_state
 from hasten.compress.torch_layer import tensor_values
+from hasten.compress.work_store import work_key
 from hasten.core import Layout, Recipe
 from hasten.engine.model import LanguageModel, load_packed
 from hasten.errors import DiskError, ModelError, UsageError
 from hasten.models.open import open_folder
 from hasten.models.source import Source
+from hasten.recipe import Method
 
 METHODS = ("w4-hqq", "w4-gptq", "w4-awq", "w4-awq-gptq", "w4-best")
 
@@ -88,6 +95,64 @@ def test_every_architecture_keeps_its_output(name: str, method: str, tmp_path: P
     recipe = replace(Recipe.parse("w6-head8"), method=method)  # 4 bits make noise of some of these
     plain = divergence(source, pack_model(source, Recipe.parse("w6-head8")))
     assert divergence(source, quantise(source, recipe, text())) < 1.3 * plain  # a wrong fold: ten times
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("method", ["rtn", "hqq", "awq", "gptq", "awq-gptq", "best"])
+def test_layers_narrower_than_their_group(method: Method, symmetric: bool, tmp_path: Path) -> None:
+    """64 and 96 inputs under groups of 128: one group holds a row, filled up as plain rounding does."""
+    source = opened("qwen2", tmp_path)
+    assert max(cols for _, cols in source.config.linear_shapes().values()) < 128
+    recipe = replace(Recipe("r", Layout(4, 128, symmetric), Layout(8, 128, symmetric)), method=method)
+    plain = divergence(source, pack_model(source, replace(recipe, method="rtn")))
+    found = quantise(source, recipe, text())
+    for name, one in found.linears.items():
+        assert (one.rows, one.cols) == source.tensors[name].shape
+        assert one.bytes == packed_bytes(one.rows, one.cols, one.layout)
+    assert divergence(source, found) < 1.1 * plain
+    folder = save(tmp_path / "m.hasten", found, source, {})
+    assert same(load_artifact(folder).packed, found)
+
+
+def test_other_weights_are_other_work(tmp_path: Path) -> None:
+    """In an F32 file of what was bf16, half the bytes are 0: a sample of every 16th would see nothing."""
+    folder = tiny_models.save_folder(tiny_models.TINY["llama-wide"], tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    rounded = {name: tensor.bfloat16().float() for name, tensor in tensors.items()}
+    keys = set()
+    for turn in range(2):
+        rounded["model.layers.0.self_attn.q_proj.weight"] *= 1 - 2 * turn  # the signs
+        save_file(rounded, folder / "model.safetensors", metadata={"format": "pt"})
+        source = open_folder(folder)
+        assert source.tensors["layers.0.q"].dtype == "F32"
+        keys.add(Statistics(source, text()).folder.name)
+        assert work_key(source, text(), "x") == work_key(open_folder(folder), text(), "x")
+        assert work_key(source, text(), "x") not in {
+            work_key(source, None, "x"),
+            work_key(source, text(), "y"),
+        }
+    assert len(keys) == 2
+
+
+def test_a_model_is_read_once_for_its_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = opened("qwen2", tmp_path)
+    read: list[int] = []
+    real = _native.checksums
+    monkeypatch.setattr(
+        "hasten.models.source._native",
+        SimpleNamespace(checksums=lambda data, *more: read.append(data.size) or real(data, *more)),
+    )
+    quantise(source, Recipe.parse("w4-best"), text(), folder=tmp_path / "work")
+    CalibratedLinears(source, text())
+    assert sum(read) == sum(tensor.data.size for tensor in source.tensors.values())
+
+
+def test_kept_work_of_another_version_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, recipe, work = opened("qwen2", tmp_path), Recipe.parse("w4-best"), tmp_path / "work"
+    whole = quantise(source, recipe, text(), folder=work)
+    for path in [*work.rglob("*.pt"), *(tmp_path / "cache").rglob("layer-*.pt")]:
+        write_state(path, "another 7", {"x": torch.zeros(3)})
+    assert same(quantise(source, recipe, text(), folder=work), whole)
 
 
 def test_a_mixture_keeps_each_layers_layout_and_the_sources_values(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,13 @@ import pytest
 import hasten
 from hasten.cache import deferred
 from hasten.compress import packed_store
+from hasten.compress.compress import compress
 from hasten.compress.pack import PackedLinear
 from hasten.compress.packed_store import PackedStore, open_store
 from hasten.core import EngineOptions, Layout, Recipe
 from hasten.engine.fingerprint import fingerprint
 from hasten.engine.model import LanguageModel
-from hasten.errors import UsageError
+from hasten.errors import DiskError, UsageError
 
 OPTIONS = EngineOptions(threads=1, context=64, max_sequences=1)
 PROMPT = [5, 9, 40, 2]
@@ -321,6 +323,54 @@ def test_the_limit_drops_what_was_not_used_for_longest(
     monkeypatch.setenv("HASTEN_CACHE_GB", str((sum(one.bytes for one in store.held()) + 1000) / 1e9))
     start(folder, "w4")
     assert sorted(store.about(e)["recipe"] for e in store.entries()) == ["w4", "w5", "w8"]
+
+
+@pytest.mark.parametrize("name", ["entry.json", "plan.json", "used", "config.json", "tokenizer.json"])
+def test_pipes_in_place_of_small_files(
+    folder: Path, opened: list[str], cache: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    settle(folder)
+    wanted = fingerprint(start(folder))
+    for path in (entry(cache) / name, cache / "hits", cache / "misses"):
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+    for path in (cache / "sources").iterdir():
+        path.unlink()
+        os.mkfifo(path)
+    store = PackedStore(cache)
+    assert (store.verify(entry(cache)) is None) == (name == "used")
+    assert fingerprint(start(folder)) == wanted and fingerprint(start(folder)) == wanted
+    assert len(opened) == (1 if name == "used" else 2) and store.verify(entry(cache)) is None
+
+
+@pytest.mark.parametrize("is_read_only", [True, False])
+def test_a_folder_that_cannot_be_written_is_named_as_that(
+    folder: Path, tmp_path: Path, monkeypatch: Any, caplog: Any, is_read_only: bool
+) -> None:
+    """Not by its limit: a read-only file system has no room either, and more would not help."""
+    monkeypatch.setattr("hasten.cache.store.os.access", lambda path, mode: False)
+    flags = SimpleNamespace(f_flag=os.ST_RDONLY if is_read_only else 0)
+    monkeypatch.setattr("hasten.cache.store.os.statvfs", lambda path: flags)
+    monkeypatch.setattr("hasten.cache.size_limit.free_bytes", lambda path: 0)
+    start(folder)
+    (record,) = [r for r in caplog.records if r.levelno >= logging.WARNING]
+    said = record.getMessage()
+    assert ("read-only file system" if is_read_only else "may not be written") in said
+    assert "HASTEN_CACHE=DIR" in said and "may hold" not in said
+    with pytest.raises(DiskError, match="read-only" if is_read_only else "may not be written"):
+        compress(folder, "w4", out=tmp_path / "x.hasten")
+
+
+def test_an_entry_of_another_format_is_made_anew(
+    folder: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A field that the program learned since must be read from the model, not taken as by default."""
+    settle(folder)
+    start(folder)
+    monkeypatch.setattr(packed_store, "format_digest", lambda: "grown")
+    start(folder)
+    start(folder)
+    assert len(opened) == 2
 
 
 def test_too_large_for_the_limit(folder: Path, cache: Path, monkeypatch: Any, caplog: Any) -> None:

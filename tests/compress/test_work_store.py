@@ -50,7 +50,7 @@ def kept(part: str, key: str, size: int, age_s: float) -> Path:
     """A folder with a file of about `size` bytes, last used so long ago."""
     store = WorkStore()
     entry = store.place(part, key)  # type: ignore[arg-type]
-    write_state(entry / "layer-0.pt", {"x": torch.zeros(size, dtype=torch.uint8)})
+    write_state(entry / "layer-0.pt", "x 1", {"x": torch.zeros(size, dtype=torch.uint8)})
     store.mark(entry, "a/model")
     grow_old(entry, age_s)
     return entry
@@ -163,7 +163,7 @@ def test_every_kind_of_file_is_verified(source: Source) -> None:
     CalibratedLinears(source, text()).linear("layers.0.q", Layout(4, 32))
     work = kept("runs", "a", 1000, 0)
     write_checked(work / "distil" / "teacher" / "00000.states", np.arange(1000).astype(np.uint8))
-    write_state(work / "distil" / "distil.checkpoint", {"step": 1, "x": torch.ones(100)})
+    write_state(work / "distil" / "distil.checkpoint", "x 1", {"step": 1, "x": torch.ones(100)})
     files = [path for one in store.held() for path in one.path.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} >= {".pt", ".json", ".states", ".checkpoint"}
     for path in files:

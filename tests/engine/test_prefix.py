@@ -48,6 +48,8 @@ class Disk:
     def has(self, key: bytes) -> bool:
         return key in self.entries
 
+    knows = has
+
     def read(self, key: bytes, out: np.ndarray) -> bool:
         if key in self.broken:
             return False

@@ -118,7 +118,11 @@ def test_a_replay_hits_as_the_engine_did(
     assert result.ttft_saved_s > 0 and result.disk_hit_ratio == 0
 
 
-def test_the_disk_tier_is_replayed_too(tiny_folder: Callable[..., Path], tmp_path: Path, clock: Any) -> None:
+def test_the_disk_tier_is_replayed_too(
+    tiny_folder: Callable[..., Path], tmp_path: Path, clock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hasten.engine.keep._LEAST_WAIT_S", 20.0)  # the disk is always in time
+    monkeypatch.setattr("hasten.engine.keep._MOST_WAIT_S", 20.0)
     model = opened(tiny_folder("qwen3"), "bf16")
     limit = 400 * (model.executor.page_bytes + HEADER_BYTES)
     serving = ServingOptions(speculate=False, kv_disk=tmp_path / "kv", kv_disk_gb=limit / 1e9)

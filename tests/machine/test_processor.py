@@ -47,13 +47,16 @@ def test_caches_of_a_core(tmp_path: Path) -> None:
 def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info = tmp_path / "meminfo"
     info.write_text("MemTotal: 100 kB\nMemAvailable:   50 kB\n")
-    monkeypatch.setattr(memory, "memory_limit", lambda: None)
+    monkeypatch.setattr(memory, "memory_left", lambda: None)
     assert memory.available_bytes(info) == 50 * 1024
-    monkeypatch.setattr(memory, "memory_limit", lambda: 30_000)
-    monkeypatch.setattr(memory, "memory_used", lambda: 10_000)
+    monkeypatch.setattr(memory, "memory_left", lambda: 20_000)
     assert memory.available_bytes(info) == 20_000
-    monkeypatch.setattr(memory, "memory_limit", lambda: None)
+    monkeypatch.setattr(memory, "memory_left", lambda: None)
     assert memory.available_bytes(tmp_path / "none") is None
+    info.write_text("MemTotal: 100 kB\nMemFree: 20 kB\nActive(file): 40 kB\nInactive(file): 10 kB\n")
+    assert memory.available_bytes(info) == 30 * 1024, "a kernel before 3.14"
+    info.write_text("MemFree: what\n")
+    assert memory.available_bytes(info) is None
     assert (memory.installed_bytes() or 0) > 1 << 26
 
 

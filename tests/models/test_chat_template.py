@@ -206,7 +206,12 @@ def test_the_sandbox_holds(source: str) -> None:
         "{{ 'a' + 1 }}",
         "{{ messages | sum }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{% for i in [1] %}" * 25 + "x" + "{% endfor %}" * 25,  # Python nests 20 blocks
+        "{% for i in [1] %}" * 120 + "x" + "{% endfor %}" * 120,  # and indents 100 levels
+        "{% if true %}" * 3000 + "x" + "{% endif %}" * 3000,
+        "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
     ],
+    ids=lambda source: source[:40],
 )
 def test_faults_in_templates_are_reported(source: str) -> None:
     with pytest.raises(TokenizerError, match="chat template") as caught:
@@ -275,6 +280,8 @@ RUNAWAYS = [
     "{% set x %}{% for i in range(99999) %}{{ m() }}{% endfor %}{% endset %}",
     "{% set x %}{% for i in range(99999) %}" + "y" * 10_000 + "{% endfor %}{% endset %}",
     "x" * (2 << 20),
+    "{% set x = [" + "1," * 400_000 + "] %}",
+    "{{ " + "1+" * 400_000 + "1 }}",
 ]
 
 

@@ -116,6 +116,8 @@ LIES: dict[str, tuple[bytes, str]] = {
     "no counts": (Gguf().build()[:12], "number of tensors"),
     "tensor count": (Gguf(tensor_count=BIG).build(), f"{BIG} tensors"),
     "tensor count of the size of the file": (Gguf(tensor_count=2).build(), "2 tensors"),
+    "more tensors than any model": (Gguf(tensor_count=1 << 18).build() + bytes(64 << 18), "more than"),
+    "more metadata than any model": (Gguf(entry_count=1 << 18).build() + bytes(64 << 18), "more than"),
     "entry count": (Gguf(entry_count=1 << 40).build(), "metadata entries"),
     "key length": (
         Gguf(entry_count=1).build()[:24] + struct.pack("<Q", BIG) + b"\0" * 40,

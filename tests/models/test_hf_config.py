@@ -206,6 +206,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"num_hidden_layers": 10**9}, "num_hidden_layers must be an integer from 1 to 1024"),
     ({"num_attention_heads": 0}, "num_attention_heads must be an integer from 1"),
     ({"num_key_value_heads": 5}, "32 query heads are no multiple of 5"),
+    ({"head_dim": 1026}, "head_dim must be from 2 to 1024, got 1026"),
     ({"head_dim": 63}, "rotary dimensions must be even"),
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a number"),
     ({"rope_theta": float("inf")}, "rope_theta must be a number"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ import pytest
 from gguf_bytes import smallest_model
 from hasten.errors import FormatError, ModelError
 from hasten.models import open_model, sha256_of
+from hasten.models.checkpoint import INDEX
+from hasten.models.locate import file_name_of, ref_of
 
 
 def test_a_gguf_file_and_a_folder_that_holds_one(tmp_path: Path) -> None:
@@ -147,3 +150,51 @@ def test_one_file_of_a_hub_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a: asked.extend(a) or str(path))  # type: ignore[func-returns-value]
     source = open_model("owner/name/m.gguf")
     assert asked == ["owner/name", "m.gguf"] and source.name == "owner/name/m.gguf"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "generation_config.json", INDEX])
+def test_a_pipe_in_place_of_a_file(tiny_folder: Callable[..., Path], tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(tiny_folder("llama"), tmp_path / "model"))
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(ModelError, match="named pipe") as caught:
+        open_model(folder)
+    assert name in caught.value.message and caught.value.hint
+
+
+def test_a_pipe_in_place_of_a_gguf_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.gguf")
+    with pytest.raises(ModelError, match="named pipe"):
+        open_model(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize(
+    ("ref", "name"),
+    [
+        ("meta-llama/Llama-3.2-1B", "Llama-3.2-1B"),
+        ("meta-llama/Llama-3.1-8B", "Llama-3.1-8B"),
+        ("Qwen/Qwen3-0.6B-GGUF/Qwen3-0.6B-Q8_0.gguf", "Qwen3-0.6B-Q8_0"),
+        ("models/v1.5.GGUF", "v1.5"),
+        ("demo", "demo"),
+        ("a b\u00e9/c d", "c-d"),
+        ("...", "model"),
+    ],
+)
+def test_what_files_made_from_a_model_are_called(ref: str, name: str) -> None:
+    assert file_name_of(ref) == name
+
+
+def test_the_folder_here_has_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "Llama-3.2-3B").mkdir()
+    monkeypatch.chdir(tmp_path / "Llama-3.2-3B")
+    assert file_name_of(".") == "Llama-3.2-3B"
+
+
+def test_a_model_is_found_again_by_its_ref(
+    tiny_folder: Callable[..., Path], tiny_gguf: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, (gguf, _) = tiny_folder("llama"), tiny_gguf("llama", "BF16")
+    monkeypatch.chdir(folder.parent)
+    for given, ref in ((Path(folder.name), folder), (gguf, gguf), (gguf.parent / gguf.name, gguf)):
+        assert ref_of(open_model(given)) == str(ref)
+        assert open_model(ref_of(open_model(given))).content == open_model(ref).content

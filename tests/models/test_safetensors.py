@@ -55,6 +55,10 @@ LIES: dict[str, tuple[bytes, str]] = {
     "not UTF-8": (raw(b'{"\xff": 1}  '), "is no JSON"),
     "nested to death": (raw(b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}"), "is no JSON"),
     "huge number": (raw(b'{"a": ' + b"9" * 5000 + b"}"), "is no JSON"),
+    "more tensors than any model": (
+        raw(b"{" + b",".join(b'"%d":{"data_offsets":[0,0]}' % i for i in range(140_000)) + b"}"),
+        "140,000 tensors, more than",
+    ),
     "name twice": (raw(b'{"a": 1, "b": 2, "a": 3}'), "names 'a' twice"),
     "entry no object": (raw({"a": 3}), "is no object"),
     "no type": (raw({"a": {"shape": [1], "data_offsets": [0, 4]}}, b"\0" * 4), "type None"),

@@ -71,6 +71,12 @@ def _vocabulary_of_another(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(document))
 
 
+def _with_field(folder: Path, name: str, value: object) -> None:
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["hasten"][name] = value
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
@@ -84,6 +90,7 @@ def _vocabulary_of_another(folder: Path) -> None:
             lambda d: (d / "tokenizer_config.json").write_text('{"hasten": {"schema_version": 9}}'),
             "version 9",
         ),
+        (lambda d: _with_field(d, "add_bos", True), "does not know the field hasten.add_bos"),
         (_vocabulary_of_another, "were saved"),
     ],
 )

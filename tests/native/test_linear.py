@@ -96,6 +96,63 @@ def test_integers_agree_to_the_bit_between_instruction_sets(fmt: Format, m: int)
 
 
 @pytest.mark.parametrize("fmt", FORMATS[1:], ids=str)
+def test_every_way_gives_the_same_bits(isa: str, fmt: Format) -> None:
+    """Tiles, panels side by side, prefetch, unpacking: a choice of these may cost time, never a bit."""
+    rows, cols = 7 * PANEL - 5, 160
+    w, x = random_weights(fmt, rows, cols), activations(33, cols)
+    what = (fmt.bits, fmt.group, fmt.symmetric)
+    before = np.random.default_rng(1).standard_normal((33, len(w.u))).astype(np.float32)
+    wanted = np.concatenate([linear_native(w, x[t : t + 1]) for t in range(33)])
+    added = np.concatenate(
+        [linear_native(w, x[t : t + 1], out=before[t : t + 1].copy(), add=True) for t in range(33)]
+    )
+    try:
+        for way in _native.int_ways():
+            for row_class in range(len(_native.row_classes())):
+                _native.choose_way(*what, row_class, way)
+            for m in (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 24, 25, 33):
+                assert _native.way_for(*what, m) == way
+                np.testing.assert_array_equal(
+                    linear_native(w, x[:m]), wanted[:m], err_msg=f"{way}, {m} tokens"
+                )
+            out = linear_native(w, x[:7], out=before[:7].copy(), add=True)
+            np.testing.assert_array_equal(out, added[:7], err_msg=f"{way}, added")
+    finally:
+        _native.forget_ways()
+
+
+def test_a_choice_holds_for_its_format_and_its_rows() -> None:
+    ways, classes = _native.int_ways(), _native.row_classes()
+    usual = {m: _native.way_for(4, 32, True, m) for m in (1, 2, 3, 5, 9, 25, 1000)}
+    other = next((way for way in ways if way != usual[5]), None)
+    if other is None:
+        pytest.skip("this machine has one way only")
+    try:
+        _native.choose_way(4, 32, True, classes.index(8), other)
+        assert _native.way_for(4, 32, True, 5) == _native.way_for(4, 32, True, 8) == other
+        assert {m: _native.way_for(4, 32, True, m) for m in (1, 2, 3, 9, 25, 1000)} == {
+            m: way for m, way in usual.items() if m != 5
+        }
+        assert _native.way_for(4, 32, False, 5) == _native.way_for(5, 32, True, 5) == usual[5]
+    finally:
+        _native.forget_ways()
+    assert _native.way_for(4, 32, True, 5) == usual[5]
+
+
+@pytest.mark.parametrize(("row_class", "way"), [(0, "nonsense"), (-1, None), (99, None)])
+def test_no_such_choice(row_class: int, way: str | None) -> None:
+    with pytest.raises(ValueError, match=r"no way|no such class"):
+        _native.choose_way(4, 32, True, row_class, way or _native.int_ways()[0])
+
+
+def test_every_way_is_timed() -> None:
+    for tokens in (1, 30):
+        seconds = _native.time_ways(4, 32, True, 160, 96, tokens, 2, 2)
+        assert len(seconds) == len(_native.int_ways())
+        assert all(0 < s < 60 for s in seconds)
+
+
+@pytest.mark.parametrize("fmt", FORMATS[1:], ids=str)
 def test_prompts_equal_the_twin_whatever_the_company(isa: str, fmt: Format) -> None:
     """Where an instruction set has a kernel of its own for prompts; elsewhere it is the one for decoding."""
     for rows, cols in [(40, 96), (17, 1100)]:

@@ -84,3 +84,46 @@ def test_wrong_pages_and_sizes_are_refused(tiny_folder: Callable[..., Path]) -> 
     for strange in (np.zeros(size, np.int8), np.zeros(2 * size, np.uint8)[::2]):
         with pytest.raises(TypeError):
             executor.write_page(0, strange)
+
+
+@pytest.mark.parametrize("name, recipe", [("qwen3", "bf16"), ("llama-odd", "bf16-kv8")])
+def test_dropped_pages_are_gone_and_their_neighbours_stay(
+    tiny_folder: Callable[..., Path], name: str, recipe: str
+) -> None:
+    """Pages of odd sizes begin inside pages of the system, which neighbours share."""
+    executor = open_tiny(tiny_folder(name), recipe).executor
+    rng = np.random.default_rng(1)
+    pages = [rng.integers(1, 256, executor.page_bytes, dtype=np.uint8) for _ in range(9)]
+    for index, page in enumerate(pages):
+        executor.write_page(index, page)
+    executor._decoder.drop_pages(2, 4)
+    for index in (0, 1, 6, 7, 8):
+        np.testing.assert_array_equal(executor.read_page(index), pages[index])
+    inside = executor.read_page(3)
+    assert (inside[: inside.size // 2] == 0).any(), "gone"
+    assert ((inside == 0) | (inside == pages[3])).all(), "or where it shares a page of the system, as it was"
+    for index in (2, 3, 4, 5):
+        executor.write_page(index, pages[index])
+        np.testing.assert_array_equal(executor.read_page(index), pages[index])
+
+
+def test_dropped_pages_take_no_memory(tiny_folder: Callable[..., Path]) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    executor = open_tiny(tiny_folder("qwen3"), "bf16").executor
+    count = min(executor.pool.pages, (40 << 20) // executor.page_bytes)
+    page = np.ones(executor.page_bytes, np.uint8)
+    for index in range(count):
+        executor.write_page(index, page)
+    before = resident()
+    executor._decoder.drop_pages(0, count)
+    assert before - resident() > 0.9 * count * executor.page_bytes
+
+
+@pytest.mark.parametrize("first, count", [(-1, 1), (0, -1), (0, 1 << 30), (1 << 30, 1), (2**31 - 1, 2)])
+def test_only_pages_of_the_cache_are_dropped(
+    tiny_folder: Callable[..., Path], first: int, count: int
+) -> None:
+    with pytest.raises((ValueError, TypeError)):
+        open_tiny(tiny_folder("qwen3"), "bf16").executor._decoder.drop_pages(first, count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 
 import numpy as np
@@ -40,3 +41,34 @@ def test_callers_take_turns() -> None:
     for caller in callers:
         caller.join(timeout=30)
     assert not wrong and not any(caller.is_alive() for caller in callers)
+
+
+@pytest.mark.parametrize("fails", [0, 1, 500, 999])
+def test_what_a_piece_throws_reaches_the_caller(fails: int) -> None:
+    """On whatever thread it was thrown; the pool goes on working."""
+    for _ in range(20):
+        with pytest.raises(ValueError, match="a piece failed"):
+            split(4, 1000, 1, fails)
+        assert (split(4, 1000)[0] == 1).all()
+
+
+def test_more_threads_than_before_and_fewer() -> None:
+    """Workers that belong to no job of this size stay out of it."""
+    for threads in [2, 7, 3, 5, 2, 6]:
+        for _ in range(50):
+            seen, used = split(threads, 100)
+            assert (seen == 1).all()
+            assert used <= threads
+
+
+def test_a_child_of_fork_has_a_pool_of_its_own() -> None:
+    split(3, 100)
+    child = multiprocessing.get_context("fork").Process(target=_check_split)
+    child.start()
+    child.join(timeout=30)
+    assert child.exitcode == 0
+    assert (split(3, 100)[0] == 1).all()
+
+
+def _check_split() -> None:
+    assert (split(3, 1000)[0] == 1).all()

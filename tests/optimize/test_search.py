@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fakes import FakeWorkshop
+from fakes import FakeWorkshop, one
 from hasten.core import Budget, Goal
 from hasten.errors import BudgetError, UsageError
 from hasten.optimize.progress import Progress
@@ -54,6 +55,58 @@ def test_the_chosen_one_is_the_fastest_that_passes(run: Run) -> None:
     assert {c.recipe.name for c in result.candidates} == {
         "w8", "w6", "w5", "w5-head8", "w4-head8", "w4", "mix:2%"
     }  # fmt: skip
+
+
+class Disturbed(FakeWorkshop):
+    """Other work slows the first timing of one recipe to a third."""
+
+    def __init__(self, name: str, times: int = 1) -> None:
+        super().__init__()
+        self.name_hit, self.left = name, times
+
+    def measure(self, model: Any, workload: Any, runs: int) -> Any:
+        found = super().measure(model, workload, runs)
+        if model.recipe.name != self.name_hit or not self.left:
+            return found
+        self.left -= 1
+        slow = found.decode_tok_per_s.median / 3
+        return replace(found, decode_tok_per_s=one(slow, runs), tpot_ms=one(1000 / slow, runs))
+
+
+def test_a_disturbed_timing_is_taken_again(run: Run) -> None:
+    """The read rate of the others gives it away; the choice and the plan know of it."""
+    workshop = Disturbed("w6")
+    result = run(workshop)
+    w6 = next(c for c in result.candidates if c.recipe.name == "w6")
+    assert w6.measurement is not None
+    assert w6.measurement.decode_tok_per_s.median == pytest.approx(1e6 / (500 + w6.weight_bytes))
+    assert workshop.measured.count("w6") == 2
+    assert any("disturbed" in why and "w6" in why for why in result.plan.because)
+
+
+def test_what_is_really_slow_stays_slow(run: Run) -> None:
+    workshop = Disturbed("w6", times=9)
+    result = run(workshop)
+    w6 = next(c for c in result.candidates if c.recipe.name == "w6")
+    assert w6.measurement is not None
+    assert w6.measurement.decode_tok_per_s.median == pytest.approx(1e6 / (500 + w6.weight_bytes) / 3)
+    assert workshop.measured.count("w6") == 2
+    assert not any("disturbed" in why for why in result.plan.because)
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same result, found once: what is not on disk is remembered while the search goes on."""
+    monkeypatch.setattr("hasten.compress.packed_store._said", set())
+    expected, workshop, blocked = run(FakeWorkshop()), FakeWorkshop(), tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("HASTEN_CACHE", str(blocked))
+    found = run(workshop)
+    assert found.chosen.recipe.name == expected.chosen.recipe.name
+    assert [c.recipe.name for c in found.candidates] == [c.recipe.name for c in expected.candidates]
+    assert len(workshop.measured) == len(set(workshop.measured))
+    assert caplog.text.count("what the search finds is not kept") == 1
 
 
 def test_only_survivors_are_timed(run: Run) -> None:

@@ -11,6 +11,7 @@ from hasten import _native
 from hasten.compress.pack import pack_model
 from hasten.core import EngineOptions, Recipe
 from hasten.engine.model import load_packed
+from hasten.machine.cores import usable_cores
 from hasten.models import Source, dequantize, open_model
 from hasten.quality.text import default_text
 
@@ -64,7 +65,7 @@ def reference() -> tuple[Source, list[np.ndarray], list[np.ndarray]]:
     windows = list(ids.reshape(WINDOWS, LENGTH))
     model = in_transformers(source)
     threads = torch.get_num_threads()
-    torch.set_num_threads(_native.usable_cores())
+    torch.set_num_threads(usable_cores())
     with torch.inference_mode():
         states = [model.model(torch.from_numpy(w)[None].long()).last_hidden_state[0].numpy() for w in windows]
     torch.set_num_threads(threads)

@@ -33,6 +33,11 @@ class ByteTokenizer:
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         return list(text.encode())
 
+    def count(self, text: str, add_special: bool = True) -> int:
+        return len(text.encode())
+
+    longest_token = 4
+
     def token_bytes(self) -> SimpleNamespace:
         return SimpleNamespace(values=[bytes([i]) for i in range(256)])
 
@@ -64,6 +69,7 @@ class StandInModel:
     tokenizer: ByteTokenizer = field(default_factory=ByteTokenizer)
     config: Any = field(default_factory=lambda: SimpleNamespace(vocab_size=VOCAB, architecture="llama"))
     recipe: Any = field(default_factory=lambda: SimpleNamespace(name="w8"))
+    placement: dict[str, Any] = field(default_factory=dict)
     closed: bool = False
 
     def close(self) -> None:
@@ -84,6 +90,7 @@ class StandInEngine:
     running: int = 0
     steps: int = 0
     closed: bool = False
+    failed: bool = False
 
     async def stream(self, request: Request) -> AsyncGenerator[Output, None]:
         self.asked.append(request)

@@ -131,6 +131,20 @@ def test_an_engine_that_failed_is_loaded_anew() -> None:
         assert server.ask("/ready").status == 200
 
 
+def test_an_engine_that_failed_with_nobody_there_is_seen_and_loaded_anew() -> None:
+    """No request has to fail first."""
+    engines = [StandInEngine("old"), StandInEngine("new")]
+    spare = iter(engines)
+    with serving(
+        ServeOptions(port=0, log=False), {"a": engines[0]}, lambda ref: (StandInModel(ref), next(spare))
+    ) as server:
+        assert server.ask("/ready").status == 200
+        engines[0].failed = True
+        assert server.ask("/ready").status == 503
+        assert server.ask(PATH, chat()).json["choices"][0]["message"]["content"] == "new"
+        assert engines[0].closed and server.ask("/ready").status == 200
+
+
 def test_two_models_that_share_one_place_both_get_on() -> None:
     loads: list[str] = []
 

@@ -68,6 +68,15 @@ def test_it_answers_as_the_library_does(tiny: Running, tiny_folder: Callable[...
     assert "".join(e["choices"][0]["delta"].get("content", "") for e in events) == expected.text
 
 
+def test_the_log_says_what_was_decided_about_the_machine(start: Callable[..., tuple[Running, Any]]) -> None:
+    _, process = start("--context", "256", "--max-sequences", "2")
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    loaded = next(e for e in map(json.loads, said.splitlines()) if e["event"] == "model_loaded")
+    assert (loaded["model"], loaded["threads"], loaded["context"]) == ("tiny", 1, 256)
+    assert loaded["kv_cache"] == "512 tokens in at most 0.00 GB (2 sequences of 256 tokens)"
+
+
 def test_embeddings_are_the_models_hidden_states(tiny: Running, tiny_folder: Callable[..., Path]) -> None:
     import numpy as np
 
@@ -120,7 +129,12 @@ def test_sigterm_lets_answers_finish(start: Callable[..., tuple[Running, Any]]) 
     assert replies[0].body.endswith(b"data: [DONE]\n\n")
     assert process.wait(60) == 0
     lines = [json.loads(line) for line in process.stderr.read().splitlines()]
-    assert [line["event"] for line in lines if line["event"] != "request"] == ["ready", "draining", "stopped"]
+    assert [line["event"] for line in lines if line["event"] != "request"] == [
+        "model_loaded",
+        "ready",
+        "draining",
+        "stopped",
+    ]
     logged = next(line for line in lines if line.get("output_tokens"))
     assert logged["output_tokens"] == 300
     assert logged["model"] == "tiny"

@@ -46,7 +46,7 @@ def bout(request: Request, say: Callable[[str], None] = lambda _: None) -> tuple
     workloads.check(request.workload)
     contenders = _contenders(request)
     say("measuring the machine's ceilings")
-    machine = usable_ceilings(probe(measure=True))
+    machine = usable_ceilings(probe(measure=True, threads=contenders[0].spec.threads))
     return compare(contenders, request.workload, request.runs, machine=machine, say=say), machine
 
 

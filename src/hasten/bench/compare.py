@@ -10,11 +10,12 @@ from typing import Any
 
 from hasten.bench import workloads
 from hasten.bench.ceilings import Cost
-from hasten.bench.measure import measurement_of, with_ceilings
+from hasten.bench.measure import measurement_of, rates_of, with_ceilings
 from hasten.bench.peers import EngineSpec, Peer
 from hasten.bench.process import WorkerProcess
 from hasten.bench.sample import Sample
 from hasten.bench.stats import Ratio, paired_ratio
+from hasten.bench.steady import steady
 from hasten.core import Machine, Measurement, Workload
 from hasten.errors import HastenError, PeerError
 
@@ -93,14 +94,14 @@ def compare(
         subject = seats[0]
         text = subject.process.ask("encode", SHORT_LIMIT_S, text=workloads.default_text())
         ring = workloads.PromptRing(text)
-        for number in range(runs + 1):
-            turn = number % len(seats)
-            say("warm-up" if number == 0 else f"round {number} of {runs}")
-            for seat in seats[turn:] + seats[:turn]:
-                _take_turn(seat, ring.round(number, workload), workload, number > 0, failed)
-            seats = [seat for seat in seats if seat.contender.spec.name not in failed]
+        table = _Table(seats, ring, workload, failed, runs, say)
+        table.round(0)
+        found = steady(table.round, table.rates, runs, say)
+        seats = table.keep(found.rounds)
         cost = Cost(**subject.process.ask("cost", SHORT_LIMIT_S, workload=dataclasses.asdict(workload)))
-        outcomes = {seat.contender.spec.name: _outcome(seat, workload, subject) for seat in seats}
+        outcomes = {
+            seat.contender.spec.name: _outcome(seat, workload, subject, found.disturbed) for seat in seats
+        }
     name = subject.contender.spec.name
     ours = outcomes.pop(name)
     if machine is not None:
@@ -162,6 +163,37 @@ def _seat_all(
     return seats
 
 
+@dataclass
+class _Table:
+    """Everybody who still takes part, round after round."""
+
+    seats: list[_Seat]
+    ring: workloads.PromptRing
+    workload: Workload
+    failed: dict[str, HastenError]
+    runs: int
+    say: Say
+
+    def round(self, number: int) -> int:
+        """Everybody runs once, in an order that moves on; 0 is the warm-up and leaves no sample."""
+        self.say("warm-up" if number == 0 else f"round {number} of {self.runs}")
+        turn = number % len(self.seats)
+        for seat in self.seats[turn:] + self.seats[:turn]:
+            _take_turn(seat, self.ring.round(number, self.workload), self.workload, number > 0, self.failed)
+        self.seats = [seat for seat in self.seats if seat.contender.spec.name not in self.failed]
+        return number
+
+    def rates(self, number: int) -> list[float]:
+        """All rates of a round, of those who are still here."""
+        return [rate for seat in self.seats for rate in rates_of(seat.samples[number - 1])]
+
+    def keep(self, numbers: Sequence[int]) -> list[_Seat]:
+        """Everybody who is still here, with the samples of these rounds alone."""
+        for seat in self.seats:
+            seat.samples = [seat.samples[number - 1] for number in numbers]
+        return self.seats
+
+
 def _take_turn(
     seat: _Seat, prompts: list[list[int]], workload: Workload, counts: bool, failed: dict[str, HastenError]
 ) -> None:
@@ -186,7 +218,7 @@ def _noting(contender: Contender, failed: dict[str, HastenError]) -> Iterator[No
         failed[contender.spec.name] = error
 
 
-def _outcome(seat: _Seat, workload: Workload, subject: _Seat) -> Outcome:
+def _outcome(seat: _Seat, workload: Workload, subject: _Seat, disturbed: int) -> Outcome:
     spec, about = seat.contender.spec, seat.about
     measurement = measurement_of(
         seat.samples,
@@ -197,6 +229,7 @@ def _outcome(seat: _Seat, workload: Workload, subject: _Seat) -> Outcome:
         weight_bytes=about["weight_bytes"],
         threads=spec.threads,
         peak_rss_bytes=seat.peak_rss_bytes,
+        disturbed_rounds=disturbed,
     )
     ids = list(seat.samples[0].ids[0])
     text = subject.process.ask("decode", SHORT_LIMIT_S, ids=ids)

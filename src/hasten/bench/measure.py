@@ -12,13 +12,14 @@ How each figure is defined, for every engine alike:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from hasten.bench import workloads
 from hasten.bench.ceilings import Cost, cost_of
 from hasten.bench.sample import Sample, TokenClock
 from hasten.bench.stats import stat
+from hasten.bench.steady import steady
 from hasten.core import Machine, Measurement, Workload
 from hasten.machine.memory import peak_rss_bytes
 
@@ -27,15 +28,24 @@ if TYPE_CHECKING:
 
 
 def measure_model(
-    model: LanguageModel, workload: Workload, runs: int = 5, *, machine: Machine | None = None, first: int = 0
+    model: LanguageModel,
+    workload: Workload,
+    runs: int = 5,
+    *,
+    machine: Machine | None = None,
+    first: int = 0,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Measurement:
     """Time a loaded model alone: one warm-up and `runs` runs, each on a prompt of its own.
+
+    Runs that other work disturbed are taken again (`hasten.bench.steady`).
 
     Args:
         workload: lengths in tokens and the number of sequences run together. machine: with measured
         ceilings, to fill `fraction_of_read_ceiling` and `fraction_of_int8_ceiling`; without
             it they are None.
         first: number of the first prompt; give another one to measure a model twice.
+        say: told of rounds that are taken again.
     Raises:
         UsageError: a workload or a number of runs that cannot be measured.
     """
@@ -44,9 +54,15 @@ def measure_model(
     workloads.check(workload)
     ids = model.tokenizer.encode(workloads.default_text(), add_special=False)
     ring = workloads.PromptRing(ids)
-    samples = [run_once(model, ring.round(first + i, workload), workload.output) for i in range(runs + 1)]
+    run_once(model, ring.round(first, workload), workload.output)
+    found = steady(
+        lambda number: run_once(model, ring.round(first + number, workload), workload.output),
+        rates_of,
+        runs,
+        say,
+    )
     measurement = measurement_of(
-        samples[1:],
+        found.rounds,
         workload,
         engine="hasten",
         version=hasten.__version__,
@@ -54,6 +70,7 @@ def measure_model(
         weight_bytes=model.weight_bytes,
         threads=model.threads,
         peak_rss_bytes=peak_rss_bytes(),
+        disturbed_rounds=found.disturbed,
     )
     return (
         measurement if machine is None else with_ceilings(measurement, model_cost(model, workload), machine)
@@ -93,6 +110,7 @@ def measurement_of(
     weight_bytes: int | None,
     threads: int,
     peak_rss_bytes: int | None,
+    disturbed_rounds: int = 0,
 ) -> Measurement:
     """The medians of an engine's runs.
 
@@ -111,7 +129,13 @@ def measurement_of(
         peak_rss_bytes=peak_rss_bytes,
         workload=workload,
         threads=threads,
+        disturbed_rounds=disturbed_rounds,
     )
+
+
+def rates_of(sample: Sample) -> tuple[float, float]:
+    """What tells whether other work slowed a run down: its decode and its prefill rate."""
+    return sample.decode_tok_per_s, sample.prefill_tok_per_s
 
 
 def with_ceilings(measurement: Measurement, cost: Cost, machine: Machine) -> Measurement:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from hasten.bench.control_group import ControlGroup
 from hasten.bench.http_stream import Address, send_now
 from hasten.bench.worker import die_with_parent
 from hasten.errors import PeerError
@@ -44,18 +45,27 @@ class ServerProcess:
         *,
         ready: str = "/v1/models",
         environment: Mapping[str, str] | None = None,
+        group: ControlGroup | None = None,
     ) -> None:
         """Start it.
 
         Args:
             name: how messages call the server.
             ready: path that is answered with 200 once the server is ready.
+            environment: variables beside this process's own.
+            group: the control group that the server runs in.
         Raises:
             PeerError: the command cannot be started.
         """
         self.name = name
         self.address = address
         self._ready = ready
+
+        def prepare() -> None:
+            die_with_parent()  # a benchmark that is killed leaves no server behind
+            if group is not None:
+                group.join()
+
         self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed in end()
         self.started_s = time.perf_counter()
         try:
@@ -66,7 +76,7 @@ class ServerProcess:
                 stderr=self._output,
                 start_new_session=True,
                 env={**os.environ, **(environment or {})},
-                preexec_fn=die_with_parent,  # a benchmark that is killed leaves no server behind
+                preexec_fn=prepare,
             )
         except OSError as error:
             self._output.close()

@@ -21,6 +21,8 @@ from hasten.core import CachePolicy
 _QUEUE_BYTES = 128 << 20  # copies that may wait to be written
 _QUEUE_PAGES = 4  # at least, however large a page
 _RESCAN_S = 60.0  # what other processes did is looked up that often, while pages are written
+_RESCAN_PART = 32  # and whenever this process has written such a part of the limit
+_IDLE_S = 1.0  # and when it has nothing to write for so long
 _REST_S = 30.0  # after the system refused a write, none is tried for so long
 _SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN}
 _NICE = 10  # of the writing thread: answering comes first
@@ -46,9 +48,9 @@ class KvDiskStats:
 class KvDisk:
     """Pages under keys that name all that a page depends on; see `KvFolder` for the files.
 
-    `has`, `read` and `write` never wait for a write: a thread of its own, at low priority, writes, makes room
-    and looks after the folder. What goes wrong with the folder is logged once and the engine goes on without:
-    nothing here raises.
+    `has` and `read` wait for the disk, `knows` and `write` never do. A thread of its own, at low priority,
+    writes, makes room and looks after the folder. What goes wrong with the folder is logged once and the
+    engine goes on without: nothing here raises.
 
     Args:
         folder: made if it is missing.
@@ -78,6 +80,7 @@ class KvDisk:
         self._rest_until = 0.0
         self._warned: set[str] = set()
         self._scanned = 0.0
+        self._unscanned_bytes = 0  # written since
         self._hits = self._misses = self._dropped = self._writes = self._write_drops = 0
         self._thread = threading.Thread(target=self._run, name="hasten-kv-disk", daemon=True)
         self._thread.start()
@@ -90,6 +93,10 @@ class KvDisk:
         except OSError as error:
             self._warn(error)
             return False
+
+    def knows(self, key: bytes) -> bool:
+        """Whether this process has seen or written a page that is there; never looks at the disk."""
+        return key in self._queue or (key not in self._gone and key in self._folder.shelf)
 
     def read(self, key: bytes, out: Bytes) -> bool:
         """Read a page straight into `out`, uint8 [page_bytes].
@@ -188,27 +195,43 @@ class KvDisk:
                 self._scan()
             self._settle()
             written = self._store(key, data, cost, parent)
+            self._unscanned_bytes += data.nbytes if written else 0
+            if self._unscanned_bytes > self._folder.limit_bytes // _RESCAN_PART:
+                self._scan()
             with self._changed:
                 del self._queue[key]
                 self._writes += written
                 self._write_drops += not written
         self._settle()
+        if self._unscanned_bytes:
+            self._scan()
 
     def _wait(self) -> bool:
-        """Sleep until there is something to write; False when it is over."""
+        """Sleep until there is something to write; False when it is over.
+
+        What other processes wrote meanwhile is counted, and room made, before a long sleep.
+        """
         with self._changed:
             self._busy = False
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._queue or self._closed)
+        if self._unscanned_bytes and not self._has_work(_IDLE_S):
+            self._scan()
+        self._has_work(None)
+        with self._changed:
             self._busy = not self._closed
             return not self._closed
+
+    def _has_work(self, timeout_s: float | None) -> bool:
+        """Wait for something to write, or the end; False: nothing came in that time."""
+        with self._changed:
+            return bool(self._changed.wait_for(lambda: self._queue or self._closed, timeout_s))
 
     def _scan(self) -> None:
         try:
             self._folder.scan()
         except OSError as error:
             self._warn(error)
-        self._scanned = time.monotonic()
+        self._scanned, self._unscanned_bytes = time.monotonic(), 0
 
     def _settle(self) -> None:
         """Book what was read, and what was found missing, since the last time."""

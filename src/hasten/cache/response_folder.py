@@ -9,6 +9,7 @@ import struct
 import time
 from pathlib import Path
 
+from hasten.cache.reading import read_file
 from hasten.cache.size_limit import Held, make_room
 from hasten.cache.stage import clean
 from hasten.cache.store import beside
@@ -37,7 +38,7 @@ class ResponseFolder:
         """(age in seconds, answer); None where there is none, or one too old or damaged: it is dropped."""
         path = self.folder / key
         try:
-            data = path.read_bytes()
+            data = read_file(path)
         except OSError:
             return None
         wrong = damage(data)

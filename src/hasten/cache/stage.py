@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _YOUNG_S = 60.0  # one this young may belong to a process that has not locked it yet
+_SCRATCH = "hasten-scratch-"
 _OLD_S = 3600.0  # a single file is not locked, and written within this
 
 
@@ -38,6 +41,38 @@ def stage(store: Path) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def scratch() -> Path:
+    """A folder for files that are not kept, gone with this process.
+
+    A process that is killed leaves its own, so each call first removes what processes that are gone have
+    left: theirs are not locked.
+
+    Raises:
+        DiskError: the folder for temporary files is full or cannot be written.
+    """
+    store = Path(tempfile.gettempdir())
+    for left in store.glob(f"{_SCRATCH}????????"):
+        if left.is_dir() and not left.is_symlink() and _is_own(left) and _is_left(left):
+            shutil.rmtree(left, ignore_errors=True)
+    with explained(store / _SCRATCH):
+        folder = Path(tempfile.mkdtemp(prefix=_SCRATCH))
+    lock = _lock(folder)
+
+    def end() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+    atexit.register(end)
+    return folder
+
+
+def _is_own(path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return not hasattr(os, "getuid") or path.stat().st_uid == os.getuid()
+    return False
 
 
 def vanish(path: Path) -> None:

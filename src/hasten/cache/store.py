@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from hasten.cache.reading import open_raw, read_file
 from hasten.core import as_json
 from hasten.errors import DiskError
 
@@ -157,6 +158,24 @@ def _next(error: OSError) -> str:
     return "check the disk (dmesg), or choose another one with --out DIR or HASTEN_CACHE=DIR"
 
 
+def why_not_writable(folder: Path) -> str | None:
+    """Why nothing can be written below a folder, there or not yet; None where it seems that one can.
+
+    Asked for before sizes are compared: a file system that is read-only often has no free space either, and
+    more space would not help.
+    """
+    there = next((one for one in (folder, *folder.parents) if one.exists()), None)
+    if there is None or os.access(there, os.W_OK | os.X_OK):
+        return None
+    if not there.is_dir():
+        return f"{there} is not a folder"
+    try:
+        is_read_only = bool(os.statvfs(there).f_flag & os.ST_RDONLY)
+    except (OSError, AttributeError):  # no statvfs on Windows
+        is_read_only = False
+    return f"{there} {'is on a read-only file system' if is_read_only else 'may not be written by this user'}"
+
+
 def free_bytes(path: Path) -> int | None:
     """Bytes this user may still write on the disk `path` is or would be on; None if unknown."""
     for folder in (path, *path.parents):
@@ -173,7 +192,7 @@ def digest(path: str | Path) -> str:
     """
     state = hashlib.sha256()
     buffer = memoryview(bytearray(_CHUNK_BYTES))
-    with Path(path).open("rb", buffering=0) as file:
+    with open_raw(path) as file:
         while count := file.readinto(buffer):
             state.update(buffer[:count])
     return state.hexdigest()
@@ -193,6 +212,6 @@ def write_json(path: str | Path, value: Any) -> Path:
 def read_json(path: str | Path) -> Any | None:
     """The value in a JSON file, or None where it is missing, torn or no JSON: to a cache these are misses."""
     try:
-        return json.loads(Path(path).read_bytes())
+        return json.loads(read_file(path))
     except (OSError, ValueError, RecursionError):
         return None

@@ -42,10 +42,13 @@ VERBS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return its exit code. Never raises."""
-    from hasten.cli.failure import guarded
+    from hasten.cli.failure import guarded, listen_for_sigterm
 
     arguments = sys.argv[1:] if argv is None else argv
-    return guarded(lambda: _dispatch(arguments), verb=arguments[0] if arguments else "")
+    verb = arguments[0] if arguments else ""
+    if argv is None and verb == "serve":
+        listen_for_sigterm()
+    return guarded(lambda: _dispatch(arguments), verb=verb, last=argv is None)
 
 
 def overview() -> str:

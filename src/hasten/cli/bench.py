@@ -157,6 +157,11 @@ def _show(comparison: Comparison, machine: Machine) -> None:
     if not screen.is_terminal:
         screen.width = 110  # a file or a pipe has no width of its own
     screen.print(table)
+    if subject.disturbed_rounds:
+        note(
+            f"{subject.disturbed_rounds} rounds were disturbed by other work on this machine and taken "
+            "again: for firm figures, bench while nothing else runs"
+        )
     read, int8 = _percent(subject.fraction_of_read_ceiling), _percent(subject.fraction_of_int8_ceiling)
     note(
         f"decode reads at {read} of {shown(machine.read_gb_per_s, 'GB/s')}, prefill computes at {int8} of "

@@ -13,6 +13,7 @@ import numpy as np
 
 from hasten.cache import cache_dir, digest
 from hasten.cache.known_folders import known_folders
+from hasten.cache.reading import read_file
 from hasten.cache.record import is_whole_record
 from hasten.cache.response_folder import damage
 from hasten.cache.size_limit import last_change, tree_bytes
@@ -144,7 +145,7 @@ def _responses(folders: Sequence[Path]) -> Iterator[Entry]:
 
 
 def _verify_response(entry: Entry) -> str | None:
-    return damage(entry.path.read_bytes())
+    return damage(read_file(entry.path))
 
 
 def _kv(folders: Sequence[Path]) -> Iterator[Entry]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -80,6 +80,11 @@ SecondsOption = Annotated[
     ),
 ]
 
+ForceOption = Annotated[
+    bool,
+    typer.Option("--force", help="Replace an artifact of another model too.", show_default=False),
+]
+
 
 def command(
     model: ModelArgument,
@@ -90,16 +95,19 @@ def command(
     threads: ThreadsOption = None,
     device: DeviceOption = None,
     distil_seconds: SecondsOption = None,
+    force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:
     """Quantise, prune and distil a model by a recipe, and write an artifact.
 
     What cannot be done is said before any work. A run that was stopped goes on from its last finished layer
-    when the same command is given again. An artifact that is there already is replaced in one step.
+    when the same command is given again. An artifact of the same model that is there already is replaced in
+    one step; one of another model needs --force.
     """
     from hasten.compress.compress import compress
     from hasten.compress.job import Means
     from hasten.compress.recipe_file import recipe_from
+    from hasten.models.locate import file_name_of
 
     if recipe.strip().startswith("mix:"):
         raise UsageError(
@@ -107,23 +115,25 @@ def command(
             hint=f"hasten optimize {model} --max-ppl-increase {recipe.strip()[4:].strip() or '1%'}",
         )
     found = recipe_from(recipe)
-    place = out if out is not None else Path(f"{_plain(Path(model).stem)}-{_plain(found.name)}.hasten")
+    place = out if out is not None else Path(f"{file_name_of(model)}-{file_name_of(found.name)}.hasten")
     means = Means(threads, device, distil_seconds)
     with Ticker() as ticker:
         made = compress(
-            model, found, calibration, out=place, tokens=tokens, means=means, observer=_watcher(ticker)
+            model,
+            found,
+            calibration,
+            out=place,
+            force=force,
+            tokens=tokens,
+            means=means,
+            observer=_watcher(ticker),
         )
     _write_report(place)
     if json:
         emit(_document(model, made))
         return
     sys.stdout.write(_text(made))
-    note(f"hint: what it costs in quality: hasten eval {place}")
-
-
-def _plain(name: str) -> str:
-    """A name as part of a file's name."""
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
+    note(f"hint: what it costs in quality: hasten eval {shlex.quote(str(place))}")
 
 
 def _watcher(ticker: Ticker) -> Observer:

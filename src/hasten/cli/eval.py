@@ -101,10 +101,18 @@ def _verdict(
 ) -> Verdict:
     from hasten.quality.divergence import Reference
     from hasten.quality.evaluate import evaluate
+    from hasten.quality.other_vocabulary import OtherVocabulary, Pieces, same_words
     from hasten.quality.text import windows
 
-    cut = windows(judged.evaluation, reference.tokenizer, tokens=tokens)
-    held = Reference(reference, cut)
+    theirs, ours, rows = reference.tokenizer, candidate.tokenizer, reference.config.vocab_size
+    cut = windows(judged.evaluation, theirs, tokens=tokens)
+    if rows == candidate.config.vocab_size and same_words(theirs, ours):
+        held = Reference(reference, cut)
+    else:
+        ticker.say(
+            f"vocabularies of {rows:,} and {candidate.config.vocab_size:,}: judged by the source's tokens"
+        )
+        held = OtherVocabulary(reference, cut, Pieces.of(theirs, ours, rows))
     return evaluate(candidate, held, budget, lambda done, total: ticker.count("comparing", done, total))
 
 
@@ -125,16 +133,17 @@ def _source(model: str, against: str | None) -> str:
         return model
     if against is not None:
         return against
-    from hasten.cache import read_json
+    from hasten.compress.artifact import made_from
 
-    plan: Any = read_json(Path(model) / "plan.json") or {}
-    name = plan.get("source", {}).get("name")
-    if name != "demo" and "/" not in str(name):
-        raise UsageError(
-            f"{model} was made from {name or 'an unknown model'}, which only you know where to find",
-            hint=f"hasten eval {model} --against PATH_OF_THE_SOURCE",
-        )
-    return str(name)
+    origin = made_from(model)
+    ref = str(origin.get("ref") or origin.get("name") or "an unknown model")
+    place = Path(ref)
+    if ref == "demo" or (place.exists() if place.is_absolute() else "/" in ref):  # a hub id has a slash
+        return ref
+    raise UsageError(
+        f"{model} was made from {ref}, which is not to be found",
+        hint=f"hasten eval {model} --against PATH_OF_THE_SOURCE",
+    )
 
 
 def _document(candidate: LanguageModel, verdict: Verdict, judged: Text, budget: Budget) -> dict[str, Any]:

@@ -4,19 +4,49 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable
 from importlib import import_module
 
-from hasten.errors import HastenError, UsageError
+from hasten.errors import HastenError, Terminated, UsageError, stop_of
 
 REPORT_TO = "the issue tracker of Hasten"
 STOPPED = 130
 READER_GONE = 141
 
 
-def guarded(action: Callable[[], int], *, verb: str = "") -> int:
-    """Run `action`; whatever it raises becomes a few lines on stderr and an exit code."""
+def listen_for_sigterm() -> None:
+    """Until the verb has a handler of its own: SIGTERM while it starts is an ordered end, exit code 0."""
+
+    def stop(*_: object) -> None:
+        raise Terminated
+
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, stop)
+
+
+def _end_once() -> None:
+    """A second signal while the process ends would kill it in the middle, with another exit code."""
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, signal.SIG_IGN)
+
+
+def guarded(action: Callable[[], int], *, verb: str = "", last: bool = False) -> int:
+    """Run `action`; whatever it raises becomes a few lines on stderr and an exit code.
+
+    `last`: the process ends with it.
+    """
+    try:
+        code = _explained(action, verb, last)
+    except KeyboardInterrupt:  # while the error was being told
+        code = STOPPED
+    if last:
+        _end_once()
+    return code
+
+
+def _explained(action: Callable[[], int], verb: str, last: bool) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # stdout is UTF-8 whatever the locale says
             stream.reconfigure(encoding="utf-8", errors="replace")
@@ -27,14 +57,21 @@ def guarded(action: Callable[[], int], *, verb: str = "") -> int:
     except BrokenPipeError:
         _discard_stdout()
         return READER_GONE
-    except KeyboardInterrupt:
-        return _say(STOPPED, f"\nstopped. {_kept(verb)}")
+    except KeyboardInterrupt as stop:
+        return _stopped(stop, verb, last)
     except Exception as error:  # noqa: BLE001  the last line of defence: a user never meets a traceback
         if os.environ.get("HASTEN_DEBUG"):
             import traceback
 
             traceback.print_exc()
-        return _explain(error, verb)
+        wrapped = stop_of(error)
+        return _explain(error, verb) if wrapped is None else _stopped(wrapped, verb, last)
+
+
+def _stopped(stop: KeyboardInterrupt, verb: str, last: bool) -> int:
+    if last:
+        _end_once()
+    return _say(0 if isinstance(stop, Terminated) else STOPPED, f"\nstopped. {_kept(verb)}")
 
 
 def _explain(error: Exception, verb: str) -> int:

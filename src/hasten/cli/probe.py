@@ -47,7 +47,7 @@ def rows(machine: Machine) -> list[tuple[str, str]]:
     lines = [
         ("processor", machine.cpu),
         ("instruction sets", ", ".join(machine.isa)),
-        ("cores this process may use", str(machine.cores)),
+        ("cores this process may use", str(machine.cores) + _why(machine)),
         ("caches", ", ".join(map(_cache, machine.caches)) or "unknown"),
         ("memory", _size(machine.memory_bytes) + _limit(machine)),
         ("GPUs", ", ".join(machine.gpus) or "none found"),
@@ -84,6 +84,10 @@ def _size(count: int | None) -> str:
         if count >= factor:
             return f"{count / factor:.4g} {unit}"
     return f"{count / 1024:.4g} KiB"
+
+
+def _why(machine: Machine) -> str:
+    return f" ({machine.cores_because})" if machine.cores_because else ""
 
 
 def _limit(machine: Machine) -> str:

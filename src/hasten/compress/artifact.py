@@ -1,48 +1,60 @@
 """`NAME.hasten/`: a packed model on disk, ready to map and run.
 
     plan.json             everything that is known about it; `artifact` lists the files and checksums
-    config.json           the ModelConfig
+    config.json           the ModelConfig, but for what is as by default
     weights.safetensors   matrices as uint8 in the layout of native/layout.h, norms and biases as float32;
                           every tensor starts on 64 bytes
     tokenizer.json ...    what Tokenizer.save writes
     report.html           written by `hasten optimize` and `hasten compress`; nobody reads it back
 
-The folder appears whole or not at all. Reading verifies every checksum.
+The folder appears whole or not at all. Reading verifies every checksum. `artifact_plan` says how an
+artifact of another version is met.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
-from typing import Any, BinaryIO, TypeVar, get_type_hints
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from hasten import _native
-from hasten.cache import new_folder, write_atomic, write_json
+from hasten.cache import new_folder, read_json, write_atomic, write_json
+from hasten.cache.reading import is_there, map_array, open_file, open_raw, read_file
+from hasten.compress.artifact_plan import (
+    AGAIN,
+    CONFIG,
+    LAYOUT_VERSION,
+    PLAN_VERSION,
+    WEIGHTS,
+    Description,
+    config_from,
+    config_json,
+    described,
+    seal,
+)
 from hasten.compress.pack import PIECE_BYTES, PackedLinear, PackedModel, checksum_of, packed_bytes
-from hasten.core import SCHEMA_VERSION, Layout, ModelConfig, Recipe, as_json
-from hasten.errors import ArtifactError, HastenError, UsageError
+from hasten.core import ModelConfig, Recipe, as_json
+from hasten.errors import ArtifactError, DiskError, HastenError, UsageError
+from hasten.machine.cores import usable_cores
+from hasten.machine.room import memory_room
 from hasten.models.config_check import checked
+from hasten.models.locate import ref_of
 from hasten.models.parameters import parameter_shapes, present_biases
 from hasten.models.source import Source, sha256_of
 from hasten.models.tokenizer import Tokenizer
 
-LAYOUT_VERSION = 1
-"""Raised whenever native/layout.h changes what stored bytes mean."""
-
 _PLAN = "plan.json"
-_WEIGHTS = "weights.safetensors"
 _ALIGN = 64
 _READERS = 4  # threads that read weights
-_AGAIN = "make it again: hasten optimize MODEL --out DIR"
 
 Bytes = npt.NDArray[np.uint8]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,49 @@ def is_artifact(ref: str | Path) -> bool:
     return path.suffix == ".hasten" or (path / _PLAN).is_file()
 
 
+def made_from(folder: str | Path) -> Mapping[str, Any]:
+    """`source` of an artifact: `ref`, by which the model is found again, `name` and `files`.
+
+    Empty where it cannot be read; older artifacts have no `ref`.
+    """
+    plan = read_json(Path(folder) / _PLAN)
+    origin = plan.get("source") if isinstance(plan, dict) else None
+    return origin if isinstance(origin, dict) else {}
+
+
+def refuse_other_model(folder: str | Path, source: Source, replace_by: str) -> None:
+    """Say it where an artifact of another model stands: its name may be equal, or a part of it.
+
+    The same model has the same place, or files of the same content. Files are read only where their sizes are
+    equal and their place is not. What cannot be told, as of a damaged artifact, is not refused.
+
+    Args:
+        folder: where one may stand.
+        source: the model that shall be written there.
+        replace_by: what the hint says to replace it nevertheless.
+
+    Raises:
+        DiskError: it is another model's.
+    """
+    origin = made_from(folder)
+    if not origin or origin.get("ref") == ref_of(source):
+        return
+    try:
+        theirs = {str(one["path"]): (one["bytes"], one["sha256"]) for one in origin["files"]}
+    except (KeyError, TypeError):
+        return
+    ours = {file.path.name: file for file in source.files}
+    sizes = {name: file.bytes for name, file in ours.items()}
+    are_alike = sizes == {name: size for name, (size, _) in theirs.items()}
+    if are_alike and all(theirs[name][1] == sha256_of(file) for name, file in ours.items()):
+        return
+    place = origin.get("ref") or origin.get("name")
+    raise DiskError(
+        f"{folder} is an artifact of another model: {place}; this is {ref_of(source)}",
+        hint=f"choose another name with --out DIR, or replace it: {replace_by}",
+    )
+
+
 def save(
     folder: str | Path,
     packed: PackedModel,
@@ -75,7 +130,7 @@ def save(
     Args:
         folder: where; by convention NAME.hasten.
         packed: the model.
-        source: where it came from: its tokenizer and the digests of its files go along.
+        source: where it came from: its tokenizer, its place and the digests of its files go along.
         plan: what is known about the choice; written into plan.json beside what reading needs.
         extra: more files by name (report.html).
         threads: for the checksums; None uses the cores this process may use.
@@ -83,10 +138,10 @@ def save(
     Raises:
         DiskError: full, read-only or forbidden disk; or a folder that is no artifact stands there.
     """
-    count = _native.usable_cores() if threads is None else threads
+    count = usable_cores() if threads is None else threads
     with new_folder(folder, marker=_PLAN) as fresh:
-        write_json(fresh / "config.json", as_json(packed.config))
-        write_atomic(fresh / _WEIGHTS, _weights_writer(packed))
+        write_json(fresh / CONFIG, config_json(packed.config))
+        write_atomic(fresh / WEIGHTS, _weights_writer(packed))
         source.tokenizer().save(fresh)
         for name, data in (extra or {}).items():
             write_atomic(fresh / name, data)
@@ -94,10 +149,14 @@ def save(
             p.name: _fingerprint(p, count) for p in sorted(fresh.iterdir()) if p.name not in (extra or {})
         }
         sources = [{"path": f.path.name, "bytes": f.bytes, "sha256": sha256_of(f)} for f in source.files]
-        record = {
+        record: dict[str, Any] = {
             **plan,
-            "schema_version": SCHEMA_VERSION,
-            "source": {"name": source.name, "files": sources},
+            "schema_version": PLAN_VERSION,
+            "source": {
+                "name": source.name,
+                "ref": ref_of(source),
+                "files": sources,
+            },
             "recipe": _recipe_json(packed),
             "artifact": {
                 "layout_version": LAYOUT_VERSION,
@@ -106,6 +165,7 @@ def save(
                 "tensors": {name: checksum_of(linear, count) for name, linear in packed.linears.items()},
             },
         }
+        record["artifact"]["sha256"] = seal(record)
         write_json(fresh / _PLAN, record)
     return Path(folder)
 
@@ -120,7 +180,7 @@ def _recipe_json(packed: PackedModel) -> dict[str, Any]:
 
 
 def _fingerprint(path: Path, threads: int) -> dict[str, Any]:
-    data = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
+    data = map_array(path)
     sums = _native.checksums(np.asarray(data), PIECE_BYTES, threads)
     return {"bytes": int(data.size), "xxh64": [f"{value:016x}" for value in sums]}
 
@@ -160,9 +220,10 @@ def load_artifact(folder: str | Path) -> Artifact:
     """
     path = Path(folder)
     plan = read_plan(path)
-    weights = _verified(path, plan)
-    config = _config(path / "config.json")
-    packed = _packed(path, plan, config, weights)
+    description = described(plan, str(path / _PLAN), PIECE_BYTES)
+    data = _verified(path, description)
+    config = _config(data[CONFIG], path / CONFIG)
+    packed = _packed(path, description, config, data[WEIGHTS])
     source = plan.get("source")
     name = str(source["name"]) if isinstance(source, dict) and "name" in source else path.stem
     return Artifact(name, path, packed, Tokenizer.load(path), plan)
@@ -175,7 +236,7 @@ def verify_files(folder: str | Path) -> None:
         ArtifactError: as `load_artifact`.
     """
     path = Path(folder)
-    _verified(path, read_plan(path))
+    _verified(path, described(read_plan(path), str(path / _PLAN), PIECE_BYTES))
 
 
 def read_plan(path: Path) -> dict[str, Any]:
@@ -188,51 +249,44 @@ def read_plan(path: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"there is no artifact at {path}", hint=f"make one: hasten optimize MODEL --out {path}"
         )
-    if not (path / _PLAN).is_file():
-        raise ArtifactError(f"{path} is no artifact: it has no {_PLAN}", hint=_AGAIN)
+    if not is_there(path / _PLAN):
+        raise ArtifactError(f"{path} is no artifact: it has no {_PLAN}", hint=AGAIN)
     try:
-        plan = json.loads((path / _PLAN).read_bytes())
-    except (OSError, ValueError, RecursionError) as wrong:
-        raise ArtifactError(f"{path / _PLAN} cannot be read: {wrong}", hint=_AGAIN) from None
-    stored = plan.get("artifact") if isinstance(plan, dict) else None
-    if not isinstance(stored, dict) or not isinstance(stored.get("files"), dict):
-        raise ArtifactError(f"{path / _PLAN} does not describe an artifact", hint=_AGAIN)
-    for key, mine in (("schema_version", SCHEMA_VERSION), ("layout_version", LAYOUT_VERSION)):
-        found = plan.get(key) if key == "schema_version" else stored.get(key)
-        if found != mine:
-            raise ArtifactError(f"{path} has {key} {found}, this program reads {mine}", hint=_AGAIN)
+        plan = json.loads(read_file(path / _PLAN))
+    except OSError as wrong:
+        raise ArtifactError(f"{path / _PLAN} cannot be read: {wrong.strerror}", hint=AGAIN) from None
+    except (ValueError, RecursionError) as wrong:
+        raise ArtifactError(f"{path / _PLAN} cannot be read: {wrong}", hint=AGAIN) from None
+    described(plan, str(path / _PLAN), PIECE_BYTES)
     return dict(plan)
 
 
-def _verified(path: Path, plan: dict[str, Any]) -> Bytes:
-    """Check every file's size and checksum; gives the weights file's bytes."""
-    weights = None
-    for name, record in plan["artifact"]["files"].items():
+def _verified(path: Path, description: Description) -> dict[str, Bytes]:
+    """Check every file's size and checksum; gives the bytes of the files by name."""
+    found: dict[str, Bytes] = {}
+    for name, record in description.artifact.files.items():
         file = path / name
-        if (
-            Path(name).name != name
-            or not isinstance(record, dict)
-            or not isinstance(record.get("xxh64"), list)
-        ):
-            raise ArtifactError(f"{path / _PLAN} does not describe the file {name!r}", hint=_AGAIN)
-        if not file.is_file():
-            raise ArtifactError(f"{path} lacks {name}", hint=_AGAIN)
-        size = file.stat().st_size
-        if size != record.get("bytes"):
-            raise ArtifactError(f"{file} has {size} bytes, {record.get('bytes')} were written", hint=_AGAIN)
-        data = _native.allocate(size) if name == _WEIGHTS else np.zeros(size, np.uint8)
+        if not is_there(file):
+            raise ArtifactError(f"{path} lacks {name}", hint=AGAIN)
+        try:
+            with open_file(file) as opened:
+                size = os.fstat(opened.fileno()).st_size
+        except OSError as wrong:
+            raise ArtifactError(f"{file} cannot be read: {wrong.strerror}", hint=AGAIN) from None
+        if size != record.bytes:
+            raise ArtifactError(f"{file} has {size} bytes, {record.bytes} were written", hint=AGAIN)
+        if name == WEIGHTS:
+            memory_room().require(size, str(file))
+        data = _native.allocate(size) if name == WEIGHTS else np.zeros(size, np.uint8)
         sums = _read(file, data)
-        if sums != record["xxh64"]:
-            bad = next((i for i, (a, b) in enumerate(zip(sums, record["xxh64"], strict=False)) if a != b), 0)
+        bad = next((i for i, (a, b) in enumerate(zip(sums, record.xxh64, strict=True)) if a != b), None)
+        if bad is not None:
             raise ArtifactError(
                 f"{file} is damaged: its checksum differs in the 4 MB from byte {bad * PIECE_BYTES}",
-                hint=_AGAIN,
+                hint=AGAIN,
             )
-        if name == _WEIGHTS:
-            weights = data
-    if weights is None:
-        raise ArtifactError(f"{path} lists no {_WEIGHTS}", hint=_AGAIN)
-    return weights
+        found[name] = data
+    return found
 
 
 def _read(file: Path, data: Bytes) -> list[str]:
@@ -246,7 +300,7 @@ def _read(file: Path, data: Bytes) -> list[str]:
 
     def work() -> None:
         try:
-            with file.open("rb", buffering=0) as handle:
+            with open_raw(file) as handle:
                 for i in pieces:
                     part = data[i * PIECE_BYTES : (i + 1) * PIECE_BYTES]
                     handle.seek(i * PIECE_BYTES)
@@ -257,18 +311,18 @@ def _read(file: Path, data: Bytes) -> list[str]:
         except OSError as error:
             wrong.append(error)
 
-    others = [Thread(target=work) for _ in range(min(_native.usable_cores(), _READERS, len(sums)) - 1)]
+    others = [Thread(target=work) for _ in range(min(usable_cores(), _READERS, len(sums)) - 1)]
     for thread in others:
         thread.start()
     work()
     for thread in others:
         thread.join()
     if wrong:
-        raise ArtifactError(f"{file} cannot be read: {wrong[0].strerror}", hint=_AGAIN) from None
+        raise ArtifactError(f"{file} cannot be read: {wrong[0].strerror}", hint=AGAIN) from None
     return sums
 
 
-def _packed(path: Path, plan: dict[str, Any], config: ModelConfig, weights: Bytes) -> PackedModel:
+def _packed(path: Path, description: Description, config: ModelConfig, weights: Bytes) -> PackedModel:
     try:
         start = 8 + int.from_bytes(weights[:8].tobytes(), "little")
         header = json.loads(weights[8:start].tobytes())
@@ -279,28 +333,24 @@ def _packed(path: Path, plan: dict[str, Any], config: ModelConfig, weights: Byte
             if min(first, size) < 0:
                 raise ValueError(f"{name} starts at {first} and has {size} bytes")
             parts[name] = weights[start + first : start + first + size]
-        layouts = {name: Layout(**value) for name, value in plan["recipe"]["layers"].items()}
+        recipe, known = description.recipe, description.artifact.tensors
         shapes = parameter_shapes(config, present_biases(parts))
-        known = plan["artifact"].get("tensors", {})  # artifacts made before 0.2 have none
         linears = {
-            name: _linear(layout, shapes[name], parts.pop(name), known.get(name))
-            for name, layout in layouts.items()
+            name: PackedLinear(layout, *_two(shapes[name]), parts.pop(name), checksum=known.get(name))
+            for name, layout in recipe.layers.items()
         }
         vectors = {name: data.view(np.float32) for name, data in parts.items()}
-        recipe = Recipe(str(plan["recipe"]["name"]), None, None, layouts, plan["recipe"]["kv"])
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, UsageError) as wrong:
-        raise ArtifactError(f"{path} contradicts itself: {wrong!r}", hint=_AGAIN) from None
+        raise ArtifactError(f"{path} contradicts itself: {wrong!r}", hint=AGAIN) from None
     _check_sizes(path, linears, vectors, shapes)
-    if recipe.kv not in ("bf16", "int8"):
-        raise ArtifactError(f"{path} wants a KV cache of {recipe.kv!r}", hint=_AGAIN)
-    return PackedModel(config, recipe, linears, vectors)
+    asked = Recipe(recipe.name, None, None, recipe.layers, recipe.kv)
+    return PackedModel(config, asked, linears, vectors)
 
 
-def _linear(layout: Layout, shape: tuple[int, ...], data: Bytes, checksum: str | None) -> PackedLinear:
+def _two(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Of a matrix; a ValueError for a norm that is named as one."""
     rows, cols = shape
-    if checksum is not None and not isinstance(checksum, str):
-        raise TypeError(f"a checksum is {checksum!r}")
-    return PackedLinear(layout, rows, cols, data, checksum=checksum)
+    return rows, cols
 
 
 def _check_sizes(
@@ -312,30 +362,19 @@ def _check_sizes(
     for name, linear in linears.items():
         if linear.bytes != packed_bytes(linear.rows, linear.cols, linear.layout):
             raise ArtifactError(
-                f"{path}: {name} has {linear.bytes} bytes, not what its layout needs", hint=_AGAIN
+                f"{path}: {name} has {linear.bytes} bytes, not what its layout needs", hint=AGAIN
             )
     wrong = {name for name, shape in shapes.items() if len(shape) == 2} ^ set(linears)
     wrong |= {name for name, shape in shapes.items() if len(shape) == 1} ^ set(vectors)
     wrong |= {name for name in set(vectors) & set(shapes) if vectors[name].shape != shapes[name]}
     if wrong:
-        raise ArtifactError(f"{path}: {min(wrong)} is missing, extra or of a wrong size", hint=_AGAIN)
+        raise ArtifactError(f"{path}: {min(wrong)} is missing, extra or of a wrong size", hint=AGAIN)
 
 
-def _config(file: Path) -> ModelConfig:
+def _config(data: Bytes, file: Path) -> ModelConfig:
     try:
-        return checked(_from_json(json.loads(file.read_bytes()), ModelConfig), file.name)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, HastenError) as wrong:
-        raise ArtifactError(f"{file} cannot be read: {wrong}", hint=_AGAIN) from None
-
-
-def _from_json(value: dict[str, Any], kind: type[T]) -> T:
-    """A frozen dataclass back from as_json: lists become tuples, nested dataclasses are built."""
-    assert is_dataclass(kind)
-    hints = get_type_hints(kind)
-    made: dict[str, Any] = {}
-    for f in fields(kind):
-        given, hint = value[f.name], hints[f.name]
-        if isinstance(given, dict) and isinstance(hint, type) and is_dataclass(hint):
-            given = _from_json(given, hint)
-        made[f.name] = tuple(given) if isinstance(given, list) else given
-    return kind(**made)
+        return checked(config_from(data.tobytes(), str(file)), file.name)
+    except ArtifactError:
+        raise
+    except HastenError as wrong:
+        raise ArtifactError(f"{file} cannot be read: {wrong}", hint=AGAIN) from None

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from hasten.cache.reading import read_text_stream
 from hasten.compress.calibration import TOKENS, Calibration, cut
 from hasten.errors import HastenError, MachineError, UsageError
 from hasten.quality.text import Encoder, default_text
@@ -93,7 +94,7 @@ def _parts_of_file(path: Path, tokenizer: Chatter) -> list[str]:
                 f"calibration text {path} has {path.stat().st_size / 1e9:.1f} GB; a thousandth is enough",
                 hint=f"take a part of it: head -c 50000000 {path} > part{path.suffix}",
             )
-        text = path.read_text(encoding="utf-8")
+        text = read_text_stream(path, _LARGEST)
     except OSError as wrong:
         raise UsageError(
             f"calibration text {path}: {wrong.strerror or 'cannot be read'}", hint=hint

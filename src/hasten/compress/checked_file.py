@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from hasten import _native
 from hasten.cache import write_atomic
+from hasten.cache.reading import read_array
 
 _PIECE = 1 << 22
 _SUM = 8  # bytes of the checksum that ends a file
@@ -41,7 +42,7 @@ def is_whole(path: Path, size: int | None = None) -> bool:
     try:
         if size is not None and path.stat().st_size != size + _SUM:
             return False
-        data = np.fromfile(path, np.uint8)
+        data = read_array(path)
     except OSError:
         return False
     return data.size >= _SUM and data[-_SUM:].tobytes() == checksum(data[:-_SUM])

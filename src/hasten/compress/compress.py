@@ -36,6 +36,7 @@ def compress(
     calibration: str | Path | None = ...,
     *,
     out: str | Path | None = ...,
+    force: bool = ...,
     tokens: int = ...,
     means: Means = ...,
     observer: Observer = ...,
@@ -46,6 +47,7 @@ def compress(
     calibration: Any = None,
     *,
     out: str | Path | None = None,
+    force: bool = False,
     tokens: int = TOKENS,
     means: Means | None = None,
     observer: Observer = silent,
@@ -61,7 +63,8 @@ def compress(
         recipe: a name ("w4-best", "w4-gptq"), a YAML file or a Recipe; for a module a `ModuleRecipe`.
         calibration: text to measure activations on and to distil with: a UTF-8 file, a .jsonl file, a Hugging
             Face dataset; None is the default text. For a module the arguments of one call, tensors.
-        out: folder of the artifact; None writes none.
+        out: folder of the artifact; None writes none. An artifact of the same model there is replaced.
+        force: replace one of another model too.
         tokens: calibration tokens.
         means: threads, device and time.
         observer: told of every step.
@@ -78,9 +81,9 @@ def compress(
     if _is_module(model):
         from hasten.compress.module import compress_module
 
-        if out is not None or tokens != TOKENS or means is not None or observer is not silent:
+        if out is not None or force or tokens != TOKENS or means is not None or observer is not silent:
             raise UsageError(
-                "out, tokens, means and observer are for language models, and this is a module",
+                "out, force, tokens, means and observer are for language models, and this is a module",
                 hint="hasten.compress(module, ModuleRecipe(bits=8), inputs)",
             )
         return compress_module(model, recipe, calibration)
@@ -92,7 +95,7 @@ def compress(
     observer(Progress("open", str(model)))
     source = open_model(model)
     job = Job.of(source, wanted, calibration, tokens, means or Means(), observer)
-    job.check_disk(None if out is None else Path(out))
+    job.check_disk(None if out is None else Path(out), force)
     made = carried_out(job)
     if out is not None:
         observer(Progress("write", str(out)))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hasten.cache import write_json
+from hasten.cache.reading import read_file
 from hasten.compress.artifact import Artifact
 
 MARKER = "config.json"
@@ -40,6 +41,6 @@ def size_of(folder: Path) -> int:
 
 def _plain_tokenizer(path: Path) -> None:
     """Drop what only artifacts need from tokenizer_config.json."""
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = json.loads(read_file(path))
     config.pop("hasten", None)
     write_json(path, config)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from hasten.cache.reading import read_file
 from hasten.errors import TokenizerError
 from hasten.models.gguf_vocabulary import KEY
 from hasten.models.pre_tokenizer import GPT2, KINDS
@@ -50,7 +51,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> d
     Raises:
         TokenizerError: a kind that GGUF has no word for, or one whose copy cuts texts differently.
     """
-    spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    spec = json.loads(read_file(folder / "tokenizer.json"))
     model = spec["model"]
     if model["type"] != "BPE":
         raise _refuse(

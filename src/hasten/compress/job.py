@@ -11,6 +11,7 @@ from pathlib import Path
 import hasten
 from hasten.cache.folder import refuse_foreign
 from hasten.cache.size_limit import tree_bytes
+from hasten.compress.artifact import refuse_other_model
 from hasten.compress.calibration import Calibration
 from hasten.compress.calibration_text import calibration_from
 from hasten.compress.prune_check import pruned_shape
@@ -82,20 +83,21 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """What is kept until the model is done: by files, recipe, text and version."""
-        files = [(file.path.name, file.bytes) for file in self.source.files]
+        """What is kept until the model is done: by the model's content, recipe, text and version."""
         texts = [one.sha256 for one in (self.text, self.lesson) if one is not None]
         key = [
             hasten.__version__,
-            self.source.name,
-            files,
+            self.source.content,
             write_recipe(replace(self.recipe, name="")),
             texts,
         ]
         return WorkStore().place("runs", hashlib.sha256(repr(key).encode()).hexdigest()[:32])
 
-    def check_disk(self, out: Path | None) -> None:
+    def check_disk(self, out: Path | None, force: bool = False) -> None:
         """Refuse an artifact that has no place, and make room in the cache for the work.
+
+        Args:
+            out: where it will be. force: an artifact of another model may be replaced.
 
         Raises:
             DiskError: too little room for it or the work, or something else stands there.
@@ -103,6 +105,8 @@ class Job:
         """
         if out is not None:
             refuse_foreign(Path(os.path.realpath(out)), "plan.json")
+            if not force:
+                refuse_other_model(out, self.source, "--force")
         tokens, lesson = (0 if text is None else text.tokens for text in (self.text, self.lesson))
         there = tree_bytes(self.folder) if self.folder.is_dir() else 0
         work = work_bytes(self.source, self.recipe, tokens, lesson)

@@ -16,6 +16,8 @@ import numpy.typing as npt
 from hasten import _native
 from hasten.core import Layout, ModelConfig, Recipe
 from hasten.errors import ModelError, UsageError
+from hasten.machine.cores import usable_cores
+from hasten.machine.room import memory_room
 
 if TYPE_CHECKING:
     from hasten.models.source import Source, SourceTensor
@@ -83,7 +85,9 @@ def checksum_of(linear: PackedLinear, threads: int = 1) -> str:
 def values_of(linear: PackedLinear) -> npt.NDArray[np.float32]:
     """What a matrix holds: float32 [rows, cols], on all cores."""
     stored = (linear.layout.bits, linear.layout.group, linear.layout.symmetric)
-    values: npt.NDArray[np.float32] = _native.unpack(linear.data, linear.rows, linear.cols, *stored)
+    values: npt.NDArray[np.float32] = _native.unpack(
+        linear.data, linear.rows, linear.cols, *stored, usable_cores()
+    )
     return values
 
 
@@ -127,7 +131,7 @@ def pack_linear(
             hint="use groups of 32 (the default)",
         )
     data = out if out is not None else np.zeros(packed_bytes(rows, cols, layout), np.uint8)
-    count = _native.usable_cores() if threads is None else threads
+    count = usable_cores() if threads is None else threads
     try:
         if keep and tensor.dtype not in _FLOATS:
             error = _native.pack_ggml(tensor.data, tensor.dtype, rows, cols, data, tensor.row_order, count)[1]
@@ -183,6 +187,7 @@ def pack_model(source: Source, recipe: Recipe, threads: int | None = None) -> Pa
     Raises:
         ModelError: a value is not finite; the tensor is named.
         UsageError: the recipe names layers that are not there, or a group does not divide a layer's inputs.
+        MachineError: so much memory is not free.
     """
     matrices = {name: tensor for name, tensor in source.tensors.items() if len(tensor.shape) == 2}
     strange = sorted(set(recipe.layers) - set(matrices))
@@ -194,6 +199,7 @@ def pack_model(source: Source, recipe: Recipe, threads: int | None = None) -> Pa
     layouts = {name: recipe.layout_for(name) or source_layout(tensor) for name, tensor in matrices.items()}
     sizes = [packed_bytes(t.shape[0], t.shape[1], layouts[name]) for name, t in matrices.items()]
     starts = np.concatenate([[0], np.cumsum([-(-size // _ALIGN) * _ALIGN for size in sizes])])
+    memory_room().require(int(starts[-1]), f"{source.name} as {recipe.name}")
     memory = _native.allocate(int(starts[-1]))  # one block for all: huge pages
     linears = {}
     for (name, tensor), start, size in zip(matrices.items(), starts, sizes, strict=False):

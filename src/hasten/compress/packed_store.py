@@ -25,19 +25,24 @@ from typing import Any
 import hasten
 from hasten.cache import cache_dir, digest, read_json, read_record, write_record
 from hasten.cache.deferred import Deferred
+from hasten.cache.reading import add_byte
 from hasten.cache.size_limit import Held, chosen_limit, limit_bytes, make_room, tree_bytes
 from hasten.cache.stage import clean, stage, vanish
-from hasten.compress.artifact import LAYOUT_VERSION, Artifact, load_artifact, save, verify_files
+from hasten.cache.store import why_not_writable
+from hasten.compress.artifact import Artifact, load_artifact, save, verify_files
+from hasten.compress.artifact_plan import LAYOUT_VERSION, PLAN_VERSION, format_digest
 from hasten.compress.origin import Content, ContentIndex, Origin
 from hasten.compress.pack import PackedModel
 from hasten.compress.work_store import WorkStore
-from hasten.core import SCHEMA_VERSION, Recipe, as_json
+from hasten.core import Recipe, as_json
 from hasten.errors import ArtifactError, DiskError
 from hasten.models.locate import Place
 from hasten.models.source import Source, SourceFile
 
 SWITCH = "HASTEN_CACHE_PACKED"
 _ENTRY, _USED, _PLAN = "entry.json", "used", "plan.json"
+
+_ELSEWHERE = "HASTEN_CACHE=DIR names another folder, HASTEN_CACHE_PACKED=0 keeps none"
 
 _log = logging.getLogger("hasten.cache")
 _said: set[str] = set()
@@ -130,7 +135,7 @@ class PackedStore:
             folder = folder if folder.is_dir() and self._is_sound(folder, key) else None
         self._count(folder is not None)
         if folder is not None:
-            _append(folder / _USED)
+            add_byte(folder / _USED)
         return folder, origin
 
     def _looked_at(self, place: Place) -> tuple[Origin | None, str | None]:
@@ -146,7 +151,7 @@ class PackedStore:
 
     def _count(self, is_hit: bool) -> None:
         if self.folder.is_dir():
-            _append(self.folder / ("hits" if is_hit else "misses"))
+            add_byte(self.folder / ("hits" if is_hit else "misses"))
 
     def keep(
         self,
@@ -192,6 +197,9 @@ class PackedStore:
         return self._write(key, folder, packed, replace(source, files=tuple(hashed)), plan or {})
 
     def _make_room(self, need: int, name: str) -> bool:
+        if (why := why_not_writable(self.models)) is not None:
+            warn_once("disk", f"the packed weights of {name} are not kept: {why} ({_ELSEWHERE})")
+            return False
         held = self.held_together()
         limit = limit_bytes(self.folder, sum(one.bytes for one in held))
         if need > limit:
@@ -292,7 +300,7 @@ class PackedStore:
         except (ArtifactError, OSError) as wrong:
             _drop_damaged(entry, seen, wrong)
             return None
-        _append(entry / _USED)
+        add_byte(entry / _USED)
         return replace(artifact, packed=replace(artifact.packed, recipe=recipe))
 
     def _is_sound(self, entry: Path, key: Mapping[str, Any]) -> bool:
@@ -352,7 +360,8 @@ def _key(content: str, recipe: Recipe, made_with: Mapping[str, Any] | None = Non
         "content": content,
         "recipe": parts,
         "layout_version": LAYOUT_VERSION,
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": PLAN_VERSION,
+        "format": format_digest(),
         "hasten": hasten.__version__,
     }
 
@@ -366,9 +375,3 @@ def _last_used(entry: Path) -> float:
         with contextlib.suppress(OSError):
             return file.stat().st_mtime
     return 0.0
-
-
-def _append(file: Path) -> None:
-    """One byte more: a count that needs no lock, and a time. A disk that cannot be written keeps none."""
-    with contextlib.suppress(OSError), file.open("ab") as tally:
-        tally.write(b".")

@@ -137,6 +137,11 @@ def _refuse_lesson(recipe: Recipe, where: str) -> None:
             f"{where}: a model whose vocabulary was pruned has no words for what its teacher says",
             hint="distil without pruning the vocabulary, and prune that afterwards",
         )
+    if recipe.rotate and recipe.distil.hidden:
+        raise UsageError(
+            f"{where}: rotate turns hidden states into another basis, in which the teacher's say nothing",
+            hint="leave hidden out of distil, or leave rotate out",
+        )
     if "width" in kinds and recipe.distil.hidden:
         raise UsageError(
             f"{where}: hidden states of a pruned width cannot be compared with the teacher's",

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from hasten.cache.reading import is_there, read_text_stream
 from hasten.core import Layout, Recipe
 from hasten.errors import UsageError
 from hasten.recipe import Distillation, Pruning
@@ -44,7 +45,7 @@ def recipe_from(named: str | Path | Recipe) -> Recipe:
     try:
         return Recipe.parse(named)
     except UsageError as wrong:
-        if Path(named).is_file():
+        if is_there(named) and not Path(named).is_dir():
             return read_recipe(named)
         raise UsageError(
             wrong.message, hint=f"{wrong.hint}; or give a recipe file, such as {named}.yaml"
@@ -61,9 +62,7 @@ def read_recipe(path: str | Path) -> Recipe:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            data = file.read(_LARGEST + 1)
-        text = data.decode("utf-8")
+        text = read_text_stream(path, _LARGEST)
     except OSError as wrong:
         raise UsageError(
             f"recipe file {path}: {wrong.strerror or 'cannot be read'}",
@@ -73,8 +72,6 @@ def read_recipe(path: str | Path) -> Recipe:
         raise UsageError(
             f"recipe file {path} is not UTF-8: byte {wrong.start} cannot be decoded", hint=_HINT
         ) from None
-    if len(data) > _LARGEST:
-        raise UsageError(f"recipe file {path} has more than {_LARGEST >> 20} MB", hint=_HINT)
     return parse_recipe(text, path.stem, f"recipe file {path}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from hasten.cache.store import free_bytes
+from hasten.cache.store import free_bytes, why_not_writable
 from hasten.compress.pack import packed_bytes, source_layout
 from hasten.core import ModelConfig, Recipe
 from hasten.errors import DiskError
@@ -64,6 +64,12 @@ def refuse_small_disk(needs: dict[Path, int]) -> None:
     by_disk: dict[int | None, list[Path]] = {}
     for folder in needs:
         by_disk.setdefault(_disk(folder), []).append(folder)
+    for folder in needs:
+        if (why := why_not_writable(folder)) is not None:
+            raise DiskError(
+                f"{folder} cannot be written: {why}",
+                hint="choose another place with --out DIR or HASTEN_CACHE=DIR",
+            )
     for folders in by_disk.values():
         need, free = sum(needs[folder] for folder in folders), free_bytes(folders[0])
         if free is not None and free < need:

@@ -12,30 +12,42 @@ from pathlib import Path
 from typing import Any
 
 from hasten.cache import write_atomic
+from hasten.cache.reading import open_file
+
+_KIND = "kind"
 
 
-def write_state(path: Path, state: Mapping[str, Any]) -> Path:
+def write_state(path: Path, kind: str, state: Mapping[str, Any]) -> Path:
     """Keep tensors and plain values.
+
+    Args:
+        path: the file.
+        kind: what they are and by which version of it, such as "statistics 1".
+        state: by name.
 
     Raises:
         DiskError: full, read-only or forbidden disk; the file before is untouched.
     """
     import torch
 
-    return write_atomic(path, lambda file: torch.save(dict(state), file))
+    return write_atomic(path, lambda file: torch.save({**state, _KIND: kind}, file))
 
 
-def read_state(path: Path) -> dict[str, Any] | None:
-    """What a file holds, on the CPU; None where it is missing or damaged: then it is made again."""
+def read_state(path: Path, kind: str) -> dict[str, Any] | None:
+    """What a file holds, on the CPU; None where it is missing, damaged or of another kind.
+
+    What is not given is made again.
+    """
     import torch
 
-    if not path.is_file() or state_damage(path) is not None:
-        return None
     try:
-        found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+        if state_damage(path) is not None:
+            return None
+        with open_file(path) as file:
+            found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
     except Exception:  # noqa: BLE001  torch.load raises whatever a strange file makes it
         return None
-    return found
+    return found if isinstance(found, dict) and found.pop(_KIND, None) == kind else None
 
 
 def state_damage(path: Path) -> str | None:
@@ -45,7 +57,7 @@ def state_damage(path: Path) -> str | None:
         OSError: it cannot be read.
     """
     try:
-        with zipfile.ZipFile(path) as parts:
+        with open_file(path) as file, zipfile.ZipFile(file) as parts:
             wrong = parts.testzip()
     except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError) as error:
         return f"{path} is torn: {error}"

@@ -39,9 +39,10 @@ def tensor_values(
     import numpy as np
 
     from hasten import _native
+    from hasten.machine.cores import usable_cores
 
     count = int(np.prod(tensor.shape))
-    values = _native.dequantize_ggml(tensor.data, tensor.dtype, count, 0).reshape(tensor.shape)
+    values = _native.dequantize_ggml(tensor.data, tensor.dtype, count, usable_cores()).reshape(tensor.shape)
     if tensor.row_order is not None:
         values = values[tensor.row_order]
     if tensor.offset:

@@ -12,6 +12,7 @@ process touches what it uses, by reading or by writing: what was touched in the 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 import time
@@ -23,8 +24,10 @@ from hasten.cache import cache_dir, digest, read_json, write_record
 from hasten.cache.record import is_whole_record
 from hasten.cache.size_limit import Held, last_change, limit_bytes, make_room, tree_bytes
 from hasten.cache.stage import clean, vanish
+from hasten.compress.calibration import Calibration
 from hasten.compress.checked_file import is_whole
 from hasten.compress.torch_file import state_damage
+from hasten.models.source import Source
 
 Part = Literal["statistics", "linears", "runs"]
 PARTS: tuple[Part, ...] = ("statistics", "linears", "runs")
@@ -35,6 +38,12 @@ STALE_S = 7 * 86400.0
 _USED = "used.json"
 
 _log = logging.getLogger("hasten.cache")
+
+
+def work_key(source: Source, calibration: Calibration | None, *how: object) -> str:
+    """What kept work belongs to: 32 hexadecimal digits that differ where model, text or `how` do."""
+    text = None if calibration is None else calibration.sha256
+    return hashlib.sha256(repr((source.content, text, how)).encode()).hexdigest()[:32]
 
 
 class WorkStore:

@@ -16,6 +16,7 @@ from hasten.engine.stop import StopTexts
 from hasten.runtime.pages import Sequence as CachedSequence
 
 if TYPE_CHECKING:
+    from hasten.cache.kv_ahead import Reading
     from hasten.engine.grammar import GrammarState
     from hasten.engine.speculate import Draft
     from hasten.models.tokenizer import Tokenizer
@@ -67,6 +68,7 @@ class Answer:
         self.draft: Draft | None = None
         self.hit_tokens = self.drafted = self.accepted = self.preemptions = 0
         self.stop: str | int | None = None  # what ended it, if a stop text or token did
+        self.reading: Reading | None = None  # pages of its prompt on their way from disk
         self.siblings: list[Answer] = []  # wait for this one's prompt
         self.prompt_logprobs: list[TokenLogprob | None] = []
         self.pooled: npt.NDArray[np.float64] | None = None  # [E], summed over the prompt so far

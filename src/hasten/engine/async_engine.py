@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -17,17 +18,25 @@ from hasten.core import ServingOptions
 from hasten.engine.engine import Engine
 from hasten.engine.request import Output, Request
 from hasten.engine.stats import EngineStats
-from hasten.errors import HastenError
+from hasten.errors import HastenError, QueueFull
+from hasten.machine.room import LOOK_S, memory_room
 
 if TYPE_CHECKING:
+    from hasten.engine.grammar import Grammar
     from hasten.engine.model import LanguageModel
 
 _log = logging.getLogger(__name__)
+_MOST_UNREAD = 32  # grammars that wait: each may take some seconds
 _SETTLE_AFTER_S = 0.2  # of idleness: a client that asks again at once must not wait for work that could wait
 
 
 class EngineClosed(HastenError):
     """The engine was closed, or its thread failed, before the request was done."""
+
+
+def _told(wrong: BaseException) -> Exception:
+    """What an asyncio task may raise: a native library's panic is no `Exception` and would end its loop."""
+    return wrong if isinstance(wrong, Exception) else HastenError(f"a fault of the engine: {wrong!r}")
 
 
 class _Listener:
@@ -42,7 +51,7 @@ class _Listener:
         """From any thread: hand news over. False: its loop is closed, nobody listens any more."""
         try:
             self.loop.call_soon_threadsafe(self._arrive, news)
-        except RuntimeError:
+        except Exception:  # noqa: BLE001  a closed loop, or a broken one: nobody hears anything here
             return False
         return True
 
@@ -75,6 +84,9 @@ class AsyncEngine:
         self._state = "open"  # then "draining", then "closed"
         self._thread_ended = False
         self._stats = self._engine.stats()
+        memory_room().watch()
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="hasten-grammar")
+        self._unread = threading.Semaphore(_MOST_UNREAD)
         self._thread = threading.Thread(target=self._run, name="hasten-engine", daemon=True)
         self._thread.start()
 
@@ -86,6 +98,11 @@ class AsyncEngine:
     def stats(self) -> EngineStats:
         """As of the end of the last step."""
         return self._stats
+
+    @property
+    def failed(self) -> bool:
+        """Whether the engine's thread has ended: every request is refused from now on."""
+        return self._thread_ended or not self._thread.is_alive()
 
     async def stream(self, request: Request) -> AsyncIterator[Output]:
         """Run a request; its outputs as they come. Closing the iterator cancels it within one step.
@@ -108,8 +125,8 @@ class AsyncEngine:
         if self._state != "open":
             raise EngineClosed("the engine is shutting down", hint="ask another server, or again later")
         request = replace(request, id=request.id or uuid4().hex)
-        if request.grammar is not None:  # reading one may take long; others go on meanwhile
-            await asyncio.to_thread(self._engine.compiler().compile, request.grammar)
+        if request.grammar is not None:
+            await self._read(request.grammar)
         listener, left = _Listener(), request.n
         self._order(lambda: self._add(request, listener))
         try:
@@ -127,9 +144,28 @@ class AsyncEngine:
                 with contextlib.suppress(EngineClosed):
                     self._order(lambda: self._cancel(request.id, listener))
 
+    async def _read(self, grammar: Grammar) -> None:
+        """Have a grammar compiled, which may take seconds, in a thread of its own; others go on meanwhile."""
+        compiler = self._engine.compiler()
+        if compiler.knows(grammar):
+            compiler.compile(grammar)  # raises where it was refused
+            return
+        if not self._unread.acquire(blocking=False):
+            raise QueueFull(
+                f"{_MOST_UNREAD} grammars wait to be read", hint="ask again later", retry_after_s=1.0
+            )
+        try:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._reader, compiler.compile, grammar)
+        except RuntimeError as error:  # the reader was shut down
+            raise EngineClosed("the engine was closed", hint="start it again") from error
+        finally:
+            self._unread.release()
+
     async def close(self, drain: bool = True) -> None:
         """Take nothing new; end what runs (drain: when it is done) and the thread. The model stays open."""
         self._finish(drain)
+        self._reader.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self._thread.join)
 
     def _finish(self, drain: bool) -> None:
@@ -154,8 +190,8 @@ class AsyncEngine:
         try:
             self._engine.add(request)
             self._listeners[request.id] = listener
-        except Exception as refused:  # noqa: BLE001  whatever it was, it is this request's alone
-            listener.put([refused])
+        except BaseException as refused:  # noqa: BLE001  whatever it was, it is this request's alone
+            listener.put([_told(refused)])
 
     def _cancel(self, request_id: str, listener: _Listener) -> None:
         if self._listeners.get(request_id) is listener:  # else it ended, or the id is another one's
@@ -164,23 +200,37 @@ class AsyncEngine:
             self._tell(self._engine.news())  # its end must not reach the next one of that id
 
     def _run(self) -> None:
-        failure: BaseException = EngineClosed("the engine was closed", hint="start it again")
+        failure = EngineClosed("the engine was closed", hint="start it again")
         try:
             while self._next():
                 outputs = self._engine.step()
                 self._stats = self._engine.stats()  # whoever hears of an output finds it counted
                 self._tell(outputs)
         except BaseException as wrong:  # noqa: BLE001  whoever waits must hear of it, whatever it was
-            _log.exception("the engine stopped")
-            failure = wrong if isinstance(wrong, Exception) else EngineClosed(f"the engine failed: {wrong!r}")
+            failure = EngineClosed(
+                f"the engine failed ({type(wrong).__name__}) and has stopped; its log says more",
+                hint="ask again: a server loads the model anew",
+            )
+            failure.__cause__ = wrong
+        finally:
+            self._end(failure)
+
+    def _end(self, failure: EngineClosed) -> None:
+        """The thread ends: whoever waits hears why, whoever comes is refused, the pages come back."""
         with self._wake:
             self._state, self._thread_ended = "closed", True
         for listener in self._listeners.values():
             listener.put([failure])
         self._listeners.clear()
+        if failure.__cause__ is not None:
+            _log.error("the engine stopped", exc_info=failure.__cause__)
         for order in self._orders:  # what came in the meantime hears it too
-            order()
-        self._engine.close()
+            with contextlib.suppress(Exception):
+                order()
+        try:
+            self._engine.close()
+        except BaseException:  # noqa: BLE001
+            _log.exception("the engine could not give everything back")
 
     def _next(self) -> bool:
         """Follow orders and wait for work; False when it is time to stop."""
@@ -195,8 +245,8 @@ class AsyncEngine:
                     patience = _SETTLE_AFTER_S - (time.monotonic() - idle_since)
                     if patience > 0 and self._engine.untidy:
                         self._wake.wait(patience)
-                    elif not self._engine.untidy:
-                        self._wake.wait()
+                    elif not self._engine.untidy:  # others may need what the prefix cache holds
+                        self._wake.wait(LOOK_S if self._engine.holds_memory else None)
             for order in orders:
                 order()
             if orders:
@@ -205,6 +255,7 @@ class AsyncEngine:
                 return False
             if self._engine.busy:
                 return True
+            self._engine.spare_memory()
             if not orders and time.monotonic() - idle_since >= _SETTLE_AFTER_S:
                 self._engine.tidy()
 

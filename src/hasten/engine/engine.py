@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
 import weakref
 from collections import deque
@@ -31,6 +33,10 @@ if TYPE_CHECKING:
     from hasten.engine.grammar import GrammarCompiler
     from hasten.engine.model import LanguageModel
 
+log = logging.getLogger(__name__)
+
+_DISK_WAIT_S = 0.005  # at a time, with nothing else to do: what comes in meanwhile waits for it
+
 Masks = npt.NDArray[np.uint32]
 Draw = tuple[Work, Floats]  # a work that has a token to draw, and the results [1 + drafts, E] to draw from
 
@@ -57,10 +63,10 @@ class Engine:
         self._executor = model.executor
         self._scheduler = Scheduler(model.options.max_sequences)
         self._speculator = Speculator() if self.options.speculate else None
-        self._keeper = PrefixKeeper(model, self.options, self.counters)
+        self._keeper = PrefixKeeper(model, self.options, self.counters, self.forecast)
         self._admission = Admission(model, self.options, self._scheduler, self.forecast)
         self._planner = Planner(
-            self._executor, self._scheduler, self._keeper, self._speculator, self.counters
+            self._executor, self._scheduler, self._keeper, self._speculator, self.counters, self._alone
         )
         self._grammars: GrammarCompiler | None = None
         self._mask_maker = ThreadPoolExecutor(1, thread_name_prefix="hasten-masks")
@@ -101,6 +107,7 @@ class Engine:
         self._answers[request.id] = answers
         self._mail.pop(request.id, None)  # of one that ended: its outputs are all there
         self._scheduler.arrive(answers[0])
+        self._keeper.read_ahead(answers[0])
         return request.id
 
     def _answers_of(self, request: Request) -> list[Answer]:
@@ -153,6 +160,7 @@ class Engine:
 
     def _advance(self) -> list[Output]:
         started = time.perf_counter()
+        self.spare_memory()
         outputs = self._refuse_late(started)
         works = self._planner.plan()
         if not works:
@@ -162,17 +170,38 @@ class Engine:
         hidden = execute(self._executor, works)
         computed = time.perf_counter()
         rows = sum(1 + len(work.drafts) for work in works)  # before a grammar cuts drafts: all were computed
-        draws = self._after(works, hidden, outputs)
+        draws: list[Draw] = []
+        for work, rows_of in zip(works, hidden, strict=True):
+            with self._alone(work.answer):
+                draws += self._after(work, rows_of, outputs)
         drawing = time.perf_counter()
         choices = self._draw(draws, masks)
         drawn = time.perf_counter()
-        for (work, _), choice in zip(draws, choices, strict=True):
-            outputs.append(self._publish(work, choice, drawn))
+        for work, choice in choices:
+            with self._alone(work.answer):
+                outputs.append(self._publish(work, choice, drawn))
         busy_s = computed - before + drawn - drawing
         self._observe(works, rows, busy_s)
         self.counters.step_s += time.perf_counter() - started
         self.counters.schedule_s += time.perf_counter() - started - busy_s
         return outputs
+
+    @contextlib.contextmanager
+    def _alone(self, answer: Answer) -> Iterator[None]:
+        """What fails inside belongs to this answer: it ends with an error, all others go on.
+
+        Panics of native libraries are caught too: they are no `Exception`.
+        """
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as wrong:
+            error = wrong.message if isinstance(wrong, HastenError) else ""
+            if not error:
+                log.error("a request failed in the engine", exc_info=wrong)
+                error = f"a fault of the engine ended this answer ({type(wrong).__name__}); its log says more"
+            self._post(self._end_all(answer, time.perf_counter(), "error", error=error))
 
     def _refuse_late(self, now: float) -> list[Output]:
         """End what cannot keep its deadline any more."""
@@ -185,12 +214,15 @@ class Engine:
         ]
 
     def _end_stuck(self, now: float) -> list[Output]:
-        """Nothing runs and who is first still gets no pages: others than this engine hold them."""
+        """Nothing runs and the first in line still gets no pages: others than this engine hold the memory."""
         scheduler, pool = self._scheduler, self._executor.pool
         if scheduler.running or not scheduler.waiting:
             return []
+        if any(self._keeper.is_reading(one) for one in scheduler.waiting):
+            self._keeper.wait_for_disk(_DISK_WAIT_S)
+            return []
         first = min(scheduler.waiting, key=scheduler.order)
-        error = f"the {pool.free} free pages of {pool.page_tokens} tokens are too few; others hold the rest"
+        error = f"the {pool.usable} free pages of {pool.page_tokens} tokens are too few; others hold the rest"
         return self._end_all(first, now, "error", error=error)
 
     def _start_masks(self, works: list[Work]) -> dict[int, Future[Masks]]:
@@ -201,32 +233,24 @@ class Engine:
             if work.answer.grammar is not None and work.completes
         }
 
-    def _after(self, works: list[Work], hidden: list[Floats], outputs: list[Output]) -> list[Draw]:
-        """Share what was computed; end prompts that want no answer; fork the others' siblings."""
-        draws: list[Draw] = []
-        now = time.perf_counter()
-        for work, rows in zip(works, hidden, strict=True):
-            answer = work.answer
-            if work.is_prompt:
-                self._keeper.publish(answer)
-                self.counters.prompt_tokens += work.count
-                self._scheduler.share.serve(answer.request.client, work.count, 0)
-                if answer.every_row:
-                    try:
-                        read_prompt(self._executor, answer, rows, answer.cached.length - work.count)
-                    except HastenError as wrong:
-                        outputs += self._end_all(answer, now, "error", error=wrong.message)
-                        continue
-            if not work.completes:
-                continue
-            answer.share_prompt()
-            if answer.request.max_new_tokens == 0:
-                vector = embedding(answer, rows[-1])
-                outputs += self._end_all(answer, now, "length", embedding=vector)
-                continue
-            draws.append((work, rows[-1 - len(work.drafts) :]))
-            draws += [(Work.of(one, 0), rows[-1:]) for one in self._fork(answer)]
-        return draws
+    def _after(self, work: Work, rows: Floats, outputs: list[Output]) -> list[Draw]:
+        """Share what was computed; end a prompt that wants no answer; fork the siblings of another."""
+        answer = work.answer
+        if work.is_prompt:
+            self._keeper.publish(answer)
+            self.counters.prompt_tokens += work.count
+            self._scheduler.share.serve(answer.request.client, work.count, 0)
+            if answer.every_row:
+                read_prompt(self._executor, answer, rows, answer.cached.length - work.count)
+        if not work.completes:
+            return []
+        answer.share_prompt()
+        if answer.request.max_new_tokens == 0:
+            vector = embedding(answer, rows[-1])
+            outputs += self._end_all(answer, time.perf_counter(), "length", embedding=vector)
+            return []
+        forked = self._fork(answer)
+        return [(work, rows[-1 - len(work.drafts) :]), *((Work.of(one, 0), rows[-1:]) for one in forked)]
 
     def _fork(self, leader: Answer) -> list[Answer]:
         """The siblings that go on from a computed prompt at once; the others wait for a place."""
@@ -242,31 +266,33 @@ class Engine:
         leader.siblings = []
         return forked
 
-    def _draw(self, draws: list[Draw], masks: dict[int, Future[Masks]]) -> list[Choice]:
+    def _draw(self, draws: list[Draw], masks: dict[int, Future[Masks]]) -> list[tuple[Work, Choice]]:
         """The next tokens: of all rows of a step in one call."""
-        if not draws:
-            return []
+        works: list[Work] = []
+        hidden: list[Floats] = []
         allowed: list[Masks | None] = []
-        for at, (work, rows) in enumerate(draws):
-            grammar = work.answer.grammar
-            if grammar is None:
-                allowed.append(None)
-                continue
-            future = masks.get(id(work.answer))
-            mask = future.result() if future is not None else grammar.masks([])
-            allowed.append(mask)
-            work.drafts = work.drafts[: len(mask) - 1]  # the grammar forbids the rest
-            draws[at] = (work, rows[: len(mask)])
-        answers = [work.answer for work, _ in draws]
-        return choose(
-            self._executor.head(np.concatenate([rows for _, rows in draws])),
-            [answer.sampler for answer in answers],
-            [work.drafts for work, _ in draws],
-            [len(answer.tokens) for answer in answers],
+        for work, rows in draws:
+            mask, grammar = None, work.answer.grammar
+            with self._alone(work.answer):
+                if grammar is not None:
+                    future = masks.get(id(work.answer))
+                    mask = future.result() if future is not None else grammar.masks([])
+                    work.drafts = work.drafts[: len(mask) - 1]  # the grammar forbids the rest
+                works.append(work)
+                hidden.append(rows if mask is None else rows[: len(mask)])
+                allowed.append(mask)
+        if not works:
+            return []
+        choices = choose(
+            self._executor.head(np.concatenate(hidden)),
+            [work.answer.sampler for work in works],
+            [work.drafts for work in works],
+            [len(work.answer.tokens) for work in works],
             allowed,
-            [answer.request.logprobs for answer in answers],
+            [work.answer.request.logprobs for work in works],
             threads=self._executor.threads,
         )
+        return list(zip(works, choices, strict=True))
 
     def _publish(self, work: Work, choice: Choice, now: float) -> Output:
         """Give an answer its new tokens, and forget the drafts that were wrong."""
@@ -278,7 +304,9 @@ class Engine:
             finish, error = "error", refused.message if refused is not None else choice.error
         if tokens and answer.clock.first is None:
             answer.clock.first = now
-        self._executor.truncate(answer.cached, len(answer.tokens) - 1)
+        # The newest token is not computed yet. Without a new token all known ones are, and stay: a shared
+        # page must not be cut, its owner would keep it under a second key.
+        self._executor.truncate(answer.cached, len(answer.tokens) - bool(tokens))
         self._count(work, len(tokens))
         if answer.draft is not None and self._speculator is not None:
             self._speculator.accept(answer.draft, tokens, len(work.drafts))
@@ -312,20 +340,29 @@ class Engine:
 
     def _end_all(self, leader: Answer, now: float, finish: FinishReason, **news: Any) -> list[Output]:
         """An answer and those that wait for its prompt are over."""
-        answers = [leader, *leader.siblings]
+        there = self._answers.get(leader.request.id, ())
+        answers = [one for one in (leader, *leader.siblings) if one in there]
         return [self._end(one, one.output(now, finish=finish, **news)) for one in answers]
 
     def _end(self, answer: Answer, output: Output) -> Output:
-        """An answer is over: its pages, its place and its id are free again."""
-        self._keeper.end(answer)
-        if self._speculator is not None and answer.draft is not None:
-            self._speculator.close(answer.draft, keep=output.finish_reason in ("stop", "length"))
-            answer.draft = None
+        """An answer is over: its pages, its place and its id are free again.
+
+        What is kept of it for others may fail; that changes nothing for it.
+        """
         self._scheduler.leave(answer)
         others = self._answers[answer.request.id]
         others.remove(answer)
         if not others:
             del self._answers[answer.request.id]
+        draft, answer.draft = answer.draft, None
+        try:
+            self._keeper.end(answer, keep=output.finish_reason != "error")
+            if self._speculator is not None and draft is not None:
+                self._speculator.close(draft, keep=output.finish_reason in ("stop", "length"))
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException:
+            log.exception("what an answer computed could not be kept for others")
         return output
 
     # What goes out ------------------------------------------------------------------------------------------
@@ -367,6 +404,22 @@ class Engine:
         return request_id in self._answers
 
     @property
+    def holds_memory(self) -> bool:
+        """Whether `spare_memory` could give any back."""
+        return self._executor.pool.held_bytes() > 0
+
+    def spare_memory(self) -> None:
+        """Now and then, give cached pages back if the machine runs short of memory; in need, let fewer run.
+
+        A preempted answer goes on when there is room again. The last one that runs may use the reserve.
+        """
+        pool = self._executor.pool
+        missing = pool.look()
+        while missing and len(self._scheduler.running) > 1:
+            self._planner.preempt_last()
+            missing = pool.give_back()
+
+    @property
     def untidy(self) -> bool:
         """Whether `tidy` has anything to do."""
         return self._keeper.unsettled > 0
@@ -377,7 +430,13 @@ class Engine:
         On machines whose prompts and answers take different kernels (AMX), answers are computed once more as
         the prompt they will be in the next turn: see `PrefixKeeper.settle`.
         """
-        return self._keeper.settle()
+        if self._keeper.is_stale:
+            self._planner.begin_anew()
+        try:
+            return self._keeper.settle()
+        except Exception:  # it only saves time
+            log.exception("an ended answer could not be computed ahead")
+            return False
 
     def stats(self) -> EngineStats:
         """What the engine holds now and has done since it started."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import hasten
-from hasten.compress.artifact import LAYOUT_VERSION
+from hasten.compress.artifact_plan import LAYOUT_VERSION
 from hasten.compress.pack import checksum_of
 from hasten.core import as_json
 

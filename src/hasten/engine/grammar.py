@@ -7,6 +7,7 @@ releases the interpreter lock while it compiles and while it makes masks.
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import numpy.typing as npt
 
-from hasten.errors import MachineError, UsageError
+from hasten.errors import HastenError, MachineError, UsageError
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -59,29 +60,45 @@ class GrammarCompiler:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._vocabulary: LLTokenizer | None = None
-        self._kept: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
+        self._kept: OrderedDict[Grammar, CompiledGrammar | UsageError] = OrderedDict()
         self._lock = threading.Lock()
+        self._building = threading.Lock()  # the vocabulary, which takes longer than a look at what is kept
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
-        """A grammar ready to start answers with; the last 64 are kept.
+        """A grammar ready to start answers with; the last 64 are kept, refused ones too.
 
-        Time and memory are bounded by llguidance's own counters; a grammar whose masks each take longer than
-        20 ms of processor time all the same would hold up every answer of a step, and is refused too.
+        It is compiled on trial first, in another process: see `grammar_trial`. The work of masks is bounded
+        by llguidance's own counters; a grammar whose masks each take longer than 20 ms of processor time all
+        the same would hold up every answer of a step, and is refused too.
 
         Raises:
             UsageError: the grammar is not valid, uses what is not supported, matches nothing or is too big.
-            MachineError: llguidance is not installed.
+            MachineError: llguidance is not installed, or there is no room for the trial.
         """
+        kept: CompiledGrammar | UsageError
         with self._lock:
-            if grammar in self._kept:
+            found = self._kept.get(grammar)
+            if found is not None:
                 self._kept.move_to_end(grammar)
-                return self._kept[grammar]
-        compiled = self._compile(grammar)
+        if found is not None:
+            kept = found
+        else:
+            try:
+                kept = self._compile(grammar)
+            except UsageError as refused:
+                kept = refused
+            with self._lock:
+                self._kept[grammar] = kept
+                while len(self._kept) > _KEPT:
+                    self._kept.popitem(last=False)
+        if isinstance(kept, UsageError):
+            raise UsageError(kept.message, hint=kept.hint)
+        return kept
+
+    def knows(self, grammar: Grammar) -> bool:
+        """Whether `compile` has its answer ready."""
         with self._lock:
-            self._kept[grammar] = compiled
-            while len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
-        return compiled
+            return grammar in self._kept
 
     def _compile(self, grammar: Grammar) -> CompiledGrammar:
         try:
@@ -91,18 +108,31 @@ class GrammarCompiler:
                 f"structured output needs the package llguidance: {error}",
                 hint='pip install "hasten[serve]"',
             ) from error
-        from hasten.engine.grammar_source import limits, source_of
+        from hasten.engine.grammar_source import LIMITS, limits, source_of
+        from hasten.engine.grammar_trial import shared_trial, with_large_stack
 
-        source = source_of(grammar)
-        matcher = LLMatcher(self._get_vocabulary(), source, log_level=0, limits=limits())
-        if matcher.is_error():
-            raise _refusal(grammar, matcher.get_error())
-        compiled = CompiledGrammar(grammar, matcher, self._vocab_size, self._tokenizer.eos_ids)
-        compiled.probe()
-        return compiled
+        source, vocabulary = source_of(grammar), self._get_vocabulary()
+        reason = shared_trial(LIMITS).reason_against(source)
+        if reason:
+            raise _refusal(grammar, reason)
+
+        def compiled() -> CompiledGrammar:
+            matcher = LLMatcher(vocabulary, source, log_level=0, limits=limits())
+            if matcher.is_error():
+                raise _refusal(grammar, matcher.get_error())
+            made = CompiledGrammar(grammar, matcher, self._vocab_size, self._tokenizer.eos_ids)
+            made.probe()
+            return made
+
+        try:
+            return with_large_stack(compiled)
+        except (HastenError, KeyboardInterrupt):
+            raise
+        except BaseException as panic:  # noqa: BLE001  a panic of the library, which is no Exception
+            raise _refusal(grammar, f"the grammar library fails on it: {panic}") from None
 
     def _get_vocabulary(self) -> LLTokenizer:
-        with self._lock:
+        with self._building:
             if self._vocabulary is None:
                 from hasten.engine.grammar_vocabulary import vocabulary_of
 
@@ -264,7 +294,7 @@ def _refusal(grammar: Grammar, reason: str) -> UsageError:
         "choice": "the choice",
         "structural": "the tools' grammar",
     }[grammar.kind]
-    first = " ".join(reason.split("<state>")[0].replace("<non-verbose/>", "").split())
+    first = " ".join(re.split("<state>|<backtrace>", reason)[0].replace("<non-verbose/>", "").split())
     if len(first) > 300:
         first = first[:200] + " ... " + first[-80:]
     if "NoExtension" in first:

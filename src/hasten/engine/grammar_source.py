@@ -33,20 +33,24 @@ _NOTES |= {"contentEncoding", "contentMediaType", "discriminator", "externalDocs
 _KNOWN = _SCHEMAS | _SCHEMA_LISTS | _SCHEMA_MAPS | _RULES | _NOTES
 
 
+# Work that one grammar may cause: a few ms a mask, memory as the states. Its trial alone limits compiling.
+LIMITS = {
+    "initial_lexer_fuel": 200_000,
+    "step_lexer_fuel": 40_000,
+    "step_max_items": 50_000,
+    "max_items_in_row": 8_000,
+    "max_lexer_states": 20_000,  # 1 to 2 KB each
+    "max_grammar_size": 100_000,
+}
+
+
 @functools.cache
 def limits() -> LLParserLimits:
-    """Work that one grammar may cause: about 0.2 s to compile, a few ms a mask; memory follows the states."""
+    """`LIMITS` as llguidance takes them."""
     from llguidance import LLParserLimits
 
-    return LLParserLimits(
-        initial_lexer_fuel=200_000,
-        step_lexer_fuel=40_000,
-        step_max_items=50_000,
-        max_items_in_row=8_000,
-        max_lexer_states=20_000,  # 1 to 2 KB each
-        max_grammar_size=100_000,
-        verbose_errors=False,
-    )
+    known: dict[str, Any] = {**LIMITS, "verbose_errors": False}
+    return LLParserLimits(**known)
 
 
 def source_of(grammar: Grammar) -> str:
@@ -112,6 +116,7 @@ def check_schema(schema: Any) -> None:
     Raises:
         UsageError: a keyword is neither a rule nor a known annotation, or the nesting is too deep.
     """
+    _check_depth(schema)
     waiting = [(schema, 1)]
     while waiting:
         here, depth = waiting.pop()
@@ -129,6 +134,24 @@ def check_schema(schema: Any) -> None:
                     hint="leave it out, or begin it with x- if it is a remark",
                 )
             waiting.extend((inner, depth + 1) for inner in _nested(key, value))
+
+
+def _check_depth(value: Any) -> None:
+    """Of any JSON, constants and examples too: what reads and writes it calls itself level by level."""
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > MAX_NESTING:
+            raise UsageError(
+                f"the JSON schema nests deeper than {MAX_NESTING} levels",
+                hint="name parts with $defs and $ref",
+            )
+        lists = [one.values() if isinstance(one, Mapping) else one for one in level if _holds(one)]
+        level = [inner for held in lists for inner in held if _holds(inner)]
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(value, Mapping | list | tuple)
 
 
 def _nested(key: str, value: Any) -> Iterable[Any]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import deque
 from typing import TYPE_CHECKING
 
+from hasten.cache.kv_ahead import KvAhead
 from hasten.cache.policy import new_policy
 from hasten.core import ServingOptions
 from hasten.engine.answer import Answer
+from hasten.engine.forecast import Forecast
 from hasten.engine.prefix import Chain, Match, PrefixCache, root_key
 from hasten.engine.stats import Counters
 from hasten.errors import UsageError
@@ -18,6 +22,11 @@ if TYPE_CHECKING:
     from hasten.cache.kv_disk import KvDisk
     from hasten.engine.model import LanguageModel
 
+log = logging.getLogger(__name__)
+
+_LEAST_WAIT_S = 0.05  # for pages from disk, however fast they are computed
+_MOST_WAIT_S = 10.0
+_UNKNOWN_S = 0.01  # to compute a token, before the first was
 _SETTLE_PAGES = 2  # computed at a time while nothing else is to do: who comes then waits at most for these
 _COST_FLOPS = 1e12  # a second's; only the proportions between pages matter
 
@@ -30,11 +39,16 @@ class PrefixKeeper:
     next turn, when the engine has nothing else to do: see `settle`.
     """
 
-    def __init__(self, model: LanguageModel, options: ServingOptions, counters: Counters) -> None:
+    def __init__(
+        self, model: LanguageModel, options: ServingOptions, counters: Counters, forecast: Forecast
+    ) -> None:
         self._executor = model.executor
         self._pool = model.executor.pool
         self._counters = counters
+        self._weights_version = self._executor.weights_version
+        self._forecast = forecast
         self._disk = _disk(model, options)
+        self._ahead = KvAhead(self._disk) if self._disk is not None else None
         self._prefix: PrefixCache | None = None
         self._unsettled: deque[tuple[list[int], str]] = deque(maxlen=2 * model.options.max_sequences)
         if options.prefix_cache:
@@ -49,32 +63,101 @@ class PrefixKeeper:
                 self._executor,
                 new_policy(options.cache_policy, bytes_),
                 lambda start, count: prompt_flops(config, start, count) / _COST_FLOPS,
-                self._disk,
+                self._ahead,
             )
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether a layer was replaced since pages were computed: they no longer say what the model would."""
+        return self._weights_version != self._executor.weights_version
+
+    def start_anew(self) -> None:
+        """Drop everything that is kept; no answer may have pages. The disk tier, which names the weights that
+        were loaded, is left from now on."""
+        self._weights_version = self._executor.weights_version
+        self._unsettled.clear()
+        if self._prefix is not None:
+            self._prefix.clear()
+        if self._disk is not None:
+            log.warning("a layer was replaced; the KV cache on disk is no longer used by this engine")
+            self._close_disk()
+            if self._prefix is not None:
+                self._prefix.leave_disk()
 
     @property
     def cached_pages(self) -> int:
         """Pages in the prefix cache."""
         return len(self._prefix) if self._prefix is not None else 0
 
-    def begin(self, answer: Answer, spare: int = 0) -> bool:
+    def read_ahead(self, answer: Answer) -> None:
+        """Ask the disk for pages of a waiting answer that are not in memory, if reading them is worth it.
+
+        They are waited for as long as computing them would take, as far as that is known. Whether they come
+        in time changes nothing but when the answer comes.
+        """
+        if self._ahead is None or not answer.request.prefix_cache or answer.every_row:
+            return
+        try:
+            self._ask_disk(answer, self._ahead)
+        except Exception:  # it only saves time
+            log.exception("pages could not be asked for from disk")
+
+    def _ask_disk(self, answer: Answer, ahead: KvAhead) -> None:
+        assert self._prefix is not None, "pages are kept on disk only beside a prefix cache"
+        self._cover(answer, self._executor.is_long(len(answer.tokens)))
+        assert answer.chain is not None
+        size = self._pool.page_tokens
+        full = answer.chain.keys[: (min(len(answer.tokens), self._shareable(answer)) - 1) // size]
+        keys = [key for key in full if key not in self._prefix and not ahead.has(key)]
+        if answer.reading is not None:
+            ahead.ask_more(answer.reading, keys)
+            return
+        page_s = size * (self._forecast.prefill_s or _UNKNOWN_S)
+        worth = min(max(_LEAST_WAIT_S, len(keys) * page_s), _MOST_WAIT_S)
+        if keys and ahead.seconds(len(keys)) <= worth:
+            answer.reading = ahead.ask(keys, time.monotonic() + worth)
+        elif keys:
+            ahead.doubt()
+
+    def is_reading(self, answer: Answer) -> bool:
+        """Whether an answer had better wait for pages on their way from disk."""
+        reading = answer.reading
+        if reading is None or time.monotonic() >= reading.until:
+            return False
+        if reading.done:  # what left memory since it asked is read too
+            self.read_ahead(answer)
+        return not reading.done
+
+    def wait_for_disk(self, seconds: float) -> None:
+        """Until a page arrives, or that long: nothing else is to do."""
+        if self._ahead is not None:
+            self._ahead.wait(seconds)
+
+    def _stop_reading(self, answer: Answer) -> None:
+        reading, answer.reading = answer.reading, None
+        if reading is not None and self._ahead is not None:
+            self._ahead.drop(reading)
+
+    def begin(self, answer: Answer, spare: int = 0, *, alone: bool = False) -> bool:
         """Pages for all known tokens of an answer, computed ones among them.
 
         Args:
             spare: pages that must stay free beside, for the others to grow.
+            alone: no other answer runs.
 
         Returns:
             False: there are not enough.
         """
         known, size = len(answer.tokens), self._pool.page_tokens
         needed = -(-known // size) + spare
-        if needed > self._pool.free + self.cached_pages:
+        if not alone and needed > self._pool.usable + self.cached_pages:
             return False
         found = self._match(answer)
-        if not self._pool.ensure(needed - len(found.pages)):
+        if not self._pool.ensure(needed - len(found.pages), alone=alone):
             for page in found.pages:
                 self._pool.release(page)
             return False
+        self._stop_reading(answer)
         answer.cached = CachedSequence(found.pages, found.tokens, self._executor.is_long(known))
         answer.published = found.tokens // size
         self._pool.grow(answer.cached, known)
@@ -137,11 +220,11 @@ class PrefixKeeper:
         """How many of an answer's tokens may be shared once they are computed."""
         return len(answer.tokens) if self._executor.decodes_like_prefill else answer.prompt_tokens
 
-    def reserve(self, answer: Answer, tokens: int) -> bool:
-        """Pages for `tokens` more tokens; False: there are not enough."""
+    def reserve(self, answer: Answer, tokens: int, *, alone: bool = False) -> bool:
+        """Pages for `tokens` more tokens; False: there are not enough. `alone`: no other answer runs."""
         length = answer.cached.length + tokens
         missing = -(-length // self._pool.page_tokens) - len(answer.cached.pages)
-        if missing > 0 and not self._pool.ensure(missing):
+        if missing > 0 and not self._pool.ensure(missing, alone=alone):
             return False
         self._pool.grow(answer.cached, length)
         return True
@@ -179,20 +262,28 @@ class PrefixKeeper:
         """Take an answer's pages; those in the prefix cache stay there."""
         self._executor.truncate(answer.cached, 0)
 
-    def end(self, answer: Answer) -> None:
-        """An answer is done: share its last page too, and remember to settle it."""
-        if self._prefix is not None and answer.cached.length:
-            self.publish(answer)
-            computed = min(answer.cached.length, len(answer.tokens))
-            if computed <= self._shareable(answer):
-                self._keep_tail(answer.tokens[:computed], answer)
-            elif answer.request.prefix_cache:
-                self._unsettled.append((answer.tokens, answer.request.salt))
-        self.release(answer)
+    def end(self, answer: Answer, keep: bool = True) -> None:
+        """An answer is done: its pages come back.
+
+        Args:
+            keep: share its last page too, and remember to settle it. False for an answer that failed.
+        """
+        try:
+            if keep and self._prefix is not None and answer.cached.length:
+                self.publish(answer)
+                computed = min(answer.cached.length, len(answer.tokens))
+                if computed <= self._shareable(answer):
+                    self._keep_tail(answer.tokens[:computed], answer)
+                elif answer.request.prefix_cache:
+                    self._unsettled.append((answer.tokens, answer.request.salt))
+        finally:
+            self.release(answer)
+            self._stop_reading(answer)
 
     def _keep_tail(self, tokens: list[int], answer: Answer) -> None:
-        if self._prefix is not None and answer.chain is not None and len(tokens) % self._pool.page_tokens:
-            at = len(tokens) // self._pool.page_tokens
+        """Share the last page of an answer that ended, which is not full."""
+        at, rest = divmod(len(tokens), self._pool.page_tokens)
+        if self._prefix is not None and answer.chain is not None and rest and at >= answer.published:
             self._prefix.publish_tail(tokens, answer.chain, answer.cached.pages[at])
 
     @property
@@ -204,7 +295,7 @@ class PrefixKeeper:
         """Compute a little of an ended answer as prompt, for the next turn. False: nothing is left to do."""
         if not self._unsettled or self._prefix is None:
             return False
-        tokens, salt = self._unsettled[-1]
+        tokens, salt = self._unsettled.pop()
         size = self._pool.page_tokens
         is_long = self._executor.is_long(len(tokens))
         chain = Chain(self._root(salt, is_long), size)
@@ -215,25 +306,29 @@ class PrefixKeeper:
         try:
             missing = -(-end // size) - len(sequence.pages)
             if end - found.tokens <= 1 or not self._pool.ensure(missing):
-                self._unsettled.pop()
                 return bool(self._unsettled)
             self._executor.step([(sequence, tokens[found.tokens : end])], [], prefill=True)
             self._prefix.publish(tokens, chain, sequence.pages, found.tokens // size, end // size)
-            if end == len(tokens):
-                if end % size:
-                    self._prefix.publish_tail(tokens, chain, sequence.pages[-1])
-                self._unsettled.pop()
+            if end < len(tokens):
+                self._unsettled.append((tokens, salt))
+            elif end % size:
+                self._prefix.publish_tail(tokens, chain, sequence.pages[-1])
         finally:
             self._executor.truncate(sequence, 0)
         return bool(self._unsettled)
 
     def close(self) -> None:
         """Write what waits for the disk and give up the cached pages."""
-        if self._disk is not None:
-            self._disk.close()
+        self._close_disk()
         if self._prefix is not None:
             self._prefix.clear()
             self._pool.reclaim = None
+
+    def _close_disk(self) -> None:
+        if self._ahead is not None and self._disk is not None:
+            self._ahead.close()
+            self._disk.close()
+        self._ahead = self._disk = None
 
 
 def _disk(model: LanguageModel, options: ServingOptions) -> KvDisk | None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ from hasten.core import EngineOptions, ModelConfig, Recipe
 from hasten.engine.sampling import SamplingOptions, sample
 from hasten.engine.session import Session
 from hasten.errors import UsageError
+from hasten.machine.cores import cores
 from hasten.runtime.cpu import CpuExecutor
 from hasten.runtime.pages import Sequence as CachedSequence
 
@@ -82,6 +83,13 @@ class LanguageModel:
     def context(self) -> int:
         """Longest prompt plus output, tokens."""
         return self.executor.context
+
+    @property
+    def placement(self) -> dict[str, Any]:
+        """What was decided about this machine when the model was loaded, and why: for logs."""
+        because = cores().because if self.options.threads is None else ""
+        why = {"threads_because": because} if because else {}
+        return {"threads": self.threads, **why, "context": self.context, "kv_cache": self.executor.kv.summary}
 
     def generate(
         self,
@@ -184,7 +192,7 @@ class LanguageModel:
         """Continue several prompts together: (which prompt, new id) as they come.
 
         Each prompt's tokens are what `stream` alone would give: nothing in the engine depends on what else is
-        in the batch. More prompts than `max_sequences` run in groups.
+        in the batch. More prompts than `max_sequences`, or than there are pages for, run in groups.
 
         Raises:
             UsageError: as `Session.stream`.
@@ -192,10 +200,23 @@ class LanguageModel:
         options = sampling or SamplingOptions()
         for ids in prompts:
             self.session().check(ids, max_new_tokens)
-        for start in range(0, len(prompts), self.options.max_sequences):
-            group = prompts[start : start + self.options.max_sequences]
+        start = 0
+        while start < len(prompts):
+            group = prompts[start : start + self._fitting(prompts[start:], max_new_tokens)]
             for which, token in self._run_group(group, max_new_tokens, options):
                 yield start + which, token
+            start += len(group)
+
+    def _fitting(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
+        """How many of the first prompts there are pages for, at least one."""
+        pool, count, pages = self.executor.pool, 0, 0
+        for prompt in prompts[: self.options.max_sequences]:
+            length = min(len(prompt) + max_new_tokens, self.context)
+            pages += -(-length // pool.page_tokens)
+            if count and not pool.ensure(pages):
+                break
+            count += 1
+        return count
 
     def _run_group(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: SamplingOptions
@@ -210,7 +231,8 @@ class LanguageModel:
             hidden = np.concatenate([self.executor.prefill(running[i], list(prompts[i])) for i in running])
             while running:
                 positions = np.array([sequence.length for sequence in running.values()], np.int64)
-                new = dict(zip(running, sample(self.executor.head(hidden), sampling, positions), strict=True))
+                drawn = sample(self.executor.head(hidden), sampling, positions, threads=self.threads)
+                new = dict(zip(running, drawn, strict=True))
                 for which, token in new.items():
                     left[which] -= 1
                     texts[which].append(token)

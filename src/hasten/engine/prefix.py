@@ -37,9 +37,11 @@ class PageMemory(Protocol):
 
 
 class PageDisk(Protocol):
-    """The tier below: `hasten.cache.kv_disk.KvDisk`."""
+    """The tier below: `hasten.cache.kv_ahead.KvAhead`. Nothing here may wait for a disk."""
 
     def has(self, key: bytes) -> bool: ...
+
+    def knows(self, key: bytes) -> bool: ...
 
     def read(self, key: bytes, out: Bytes) -> bool: ...
 
@@ -145,11 +147,20 @@ class PrefixCache:
             tokens: the prompt; the tail of a match that ends inside a page is copied into a page of its own.
             chain: the prompt's keys.
         """
-        size = self._pool.page_tokens
-        most = (len(tokens) - 1) // size
         pages: list[int] = []
-        from_disk = 0
-        for key in chain.keys[:most]:
+        try:
+            from_disk = self._full_pages(tokens, chain, pages)
+            found = Match(pages, len(pages) * self._pool.page_tokens, from_disk)
+            return self._with_tail(tokens, chain, found)
+        except BaseException:
+            for page in pages:
+                self._pool.release(page)
+            raise
+
+    def _full_pages(self, tokens: Sequence[int], chain: Chain, pages: list[int]) -> int:
+        """Take the full pages that are there, into `pages`; how many tokens came from disk."""
+        size, from_disk = self._pool.page_tokens, 0
+        for key in chain.keys[: (len(tokens) - 1) // size]:
             entry = self._entries.get(key)
             if entry is None:
                 entry = self._read(key, tokens, len(pages), chain)
@@ -159,7 +170,7 @@ class PrefixCache:
             self._policy.touch(key)
             self._pool.share(entry.page)
             pages.append(entry.page)
-        return self._with_tail(tokens, chain, Match(pages, len(pages) * size, from_disk))
+        return from_disk
 
     def _with_tail(self, tokens: Sequence[int], chain: Chain, found: Match) -> Match:
         size, at = self._pool.page_tokens, len(found.pages)
@@ -174,7 +185,11 @@ class PrefixCache:
         differs = np.flatnonzero(there != rest[: there.size])
         same = int(differs[0]) if differs.size else there.size
         page = self._pool.take()
-        self._memory.copy_page(entry.page, page)
+        try:
+            self._memory.copy_page(entry.page, page)
+        except BaseException:
+            self._pool.release(page)
+            raise
         self._policy.touch(key)
         return Match([*found.pages, page], found.tokens + same, found.disk_tokens)
 
@@ -186,7 +201,11 @@ class PrefixCache:
         if not self._disk.read(key, data):
             return None
         page, size = self._pool.take(), self._pool.page_tokens
-        self._memory.write_page(page, data)
+        try:
+            self._memory.write_page(page, data)
+        except BaseException:
+            self._pool.release(page)
+            raise
         raw = np.asarray(tokens[at * size : (at + 1) * size], np.int32).tobytes()
         return self._insert(key, _Entry(page, chain.before(at), raw), at * size)
 
@@ -202,7 +221,7 @@ class PrefixCache:
             self._pool.share(pages[at])
             raw = np.asarray(tokens[at * size : (at + 1) * size], np.int32).tobytes()
             self._insert(key, _Entry(pages[at], chain.before(at), raw), at * size)
-            if self._disk is not None and not self._disk.has(key):
+            if self._disk is not None and not self._disk.knows(key):
                 cost, parent = self._cost(at * size, size), chain.before(at)
                 self._disk.write(key, self._memory.read_page(pages[at]), cost, parent)
 
@@ -246,6 +265,10 @@ class PrefixCache:
         if parent is not None:  # one that came back after its child may count none
             parent.children = max(0, parent.children - 1)
         self._pool.release(entry.page)
+
+    def leave_disk(self) -> None:
+        """Neither read nor write the tier below any more."""
+        self._disk = None
 
     def clear(self) -> None:
         """Give up every page that no sequence uses."""

@@ -34,7 +34,9 @@ def read_prompt(executor: CpuExecutor, answer: Answer, hidden: Floats, start: in
     for at in range(0, len(targets), _ROWS):
         some = targets[at : at + _ROWS]
         logits = executor.head(hidden[at : at + len(some)])
-        answer.prompt_logprobs += score(logits, some, answer.request.prompt_logprobs)
+        answer.prompt_logprobs += score(
+            logits, some, answer.request.prompt_logprobs, threads=executor.threads
+        )
 
 
 def embedding(answer: Answer, last: Floats) -> Floats | None:

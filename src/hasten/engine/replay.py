@@ -116,11 +116,13 @@ class NoDisk:
         self._file_bytes = page_bytes + HEADER_BYTES
 
     def has(self, key: bytes) -> bool:
-        """As `KvDisk.has`."""
+        """As `KvAhead.has`."""
         return key in self._shelf
 
+    knows = has
+
     def read(self, key: bytes, out: Bytes) -> bool:
-        """As `KvDisk.read`, but that nothing is read."""
+        """As `KvAhead.read`, but that nothing is read."""
         self._shelf.touch(key, 0.0)
         return key in self._shelf
 

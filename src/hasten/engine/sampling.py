@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from hasten import _native
 from hasten.errors import HastenError, UsageError
+from hasten.machine.cores import usable_cores
 
 MOST_BIAS = 100.0  # to either side, as in OpenAI's API
 _MOST_TOP_K = 2**31 - 1  # more than any vocabulary: the native engine counts in int32
@@ -168,7 +169,7 @@ def choose(
     masks: Sequence[npt.NDArray[np.uint32] | None],
     logprobs: Sequence[int | None],
     *,
-    threads: int = 0,
+    threads: int | None = None,
 ) -> list[Choice]:
     """The next tokens of all sequences of a step, and count them in their samplers.
 
@@ -183,7 +184,7 @@ def choose(
         masks: uint32 [rows, ceil(V / 32)] or None: bit t % 32 of word t / 32 allows token t. A mask may have
             fewer rows than the sequence: no further tokens are chosen then.
         logprobs: alternatives to report with each token, 0 = the chosen one alone, None = no logprobs.
-        threads: of the native pool; 0 = all cores.
+        threads: of the native pool; None: `usable_cores`.
 
     Returns:
         A choice a sequence. A row with NaN, or without a token that is allowed, fails its own sequence alone:
@@ -196,7 +197,7 @@ def choose(
         positions,
         list(masks),
         list(logprobs),
-        threads,
+        usable_cores() if threads is None else threads,
     )
     return [
         Choice(
@@ -215,7 +216,7 @@ def _explained(error: str, position: int) -> str:
 
 
 def score(
-    logits: npt.NDArray[np.float32], targets: Sequence[int], top: int, *, threads: int = 0
+    logits: npt.NDArray[np.float32], targets: Sequence[int], top: int, *, threads: int | None = None
 ) -> list[TokenLogprob]:
     """Logprobs of given tokens: of a prompt.
 
@@ -223,12 +224,13 @@ def score(
         logits: float32 [R, V].
         targets: R token ids, one a row.
         top: alternatives to report with each, 0 = none.
-        threads: of the native pool; 0 = all cores.
+        threads: of the native pool; None: `usable_cores`.
 
     Raises:
         HastenError: a logit is NaN, or a row is all minus infinity.
     """
-    scores = [TokenLogprob(*one) for one in _native.score(logits, targets, top, threads)]
+    count = usable_cores() if threads is None else threads
+    scores = [TokenLogprob(*one) for one in _native.score(logits, targets, top, count)]
     for row, one in enumerate(scores):
         if math.isnan(one.logprob):
             raise _no_numbers(f"row {row}")
@@ -243,7 +245,11 @@ def _no_numbers(where: str) -> HastenError:
 
 
 def sample(
-    logits: npt.NDArray[np.float32], options: SamplingOptions, positions: npt.NDArray[np.int64]
+    logits: npt.NDArray[np.float32],
+    options: SamplingOptions,
+    positions: npt.NDArray[np.int64],
+    *,
+    threads: int | None = None,
 ) -> list[int]:
     """Next tokens by temperature and cuts alone: penalties and bias need a SequenceSampler.
 
@@ -251,6 +257,7 @@ def sample(
         logits: float32 [R, V].
         options: the same for every row.
         positions: int64 [R], each row's place in its sequence: with the seed it fixes the draw.
+        threads: of the native pool; None: `usable_cores`.
 
     Returns:
         R token ids.
@@ -267,6 +274,7 @@ def sample(
             options.min_p,
             options.seed,
             positions,
+            usable_cores() if threads is None else threads,
         )
     except ValueError as wrong:
         raise _no_numbers(str(wrong)) from None

@@ -43,26 +43,38 @@ class Scheduler:
         deadline = float("inf") if request.deadline_ms is None else answer.deadline
         return (-request.priority, deadline, self.share.of(request.client), self._arrival[id(answer)])
 
-    def admit(self, begin: Callable[[Answer], bool], preempt: Callable[[Answer], None]) -> None:
+    def admit(
+        self,
+        begin: Callable[[Answer], bool],
+        preempt: Callable[[Answer], None],
+        is_reading: Callable[[Answer], bool],
+    ) -> None:
         """Move answers from waiting to running while there is room.
 
         Args:
-            begin: gets an answer its pages; False if there are not enough, and then nobody overtakes it.
+            begin: gets an answer its pages; False if there are not enough, and then nobody overtakes it. An
+                answer that fails in it has left the queue.
             preempt: takes an answer's pages; called for those of a lower priority while slots or pages lack.
+            is_reading: whether an answer waits for pages from disk; others may go first meanwhile.
         """
         while self.waiting:
             full = len(self.running) >= self.slots
             if full and max(map(_priority, self.waiting)) <= min(map(_priority, self.running)):
                 return  # the usual case, before hundreds that wait are put in order
-            first = min(self.waiting, key=self.order)
+            able = list(self.waiting)
+            while able and is_reading(first := min(able, key=self.order)):
+                able.remove(first)
+            if not able:
+                return
             while len(self.running) >= self.slots or not begin(first):
                 last = max(self.running, key=self.order, default=first)
                 if last.request.priority >= first.request.priority:
                     return
                 preempt(last)
                 self.stand_back(last)
-            self.waiting.remove(first)
-            self.running.append(first)
+            if first in self.waiting:
+                self.waiting.remove(first)
+                self.running.append(first)
 
     def join(self, answer: Answer) -> None:
         """An answer runs at once: it shares another's prompt and there is a free slot."""

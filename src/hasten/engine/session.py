@@ -112,7 +112,7 @@ class Session:
             if prefill:
                 self._prompt = len(self._tokens)
         position = np.array([self._sequence.length], np.int64)
-        return sample(self._executor.head(hidden), sampling, position)[0]
+        return sample(self._executor.head(hidden), sampling, position, threads=self._executor.threads)[0]
 
     def truncate(self, length: int) -> None:
         """Forget what is past `length` tokens, 0 or more."""

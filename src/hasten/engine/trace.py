@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from hasten.cache.reading import read_stream
 from hasten.errors import DiskError, FormatError, UsageError
 from hasten.speed.cost import prompt_flops
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from hasten.engine.request import Request, Usage
 
 TRACE_VERSION = 1
+_LARGEST = 1 << 32  # bytes of a trace: all of it is read
 Marks = npt.NDArray[np.int32]
 
 log = logging.getLogger(__name__)
@@ -251,7 +253,7 @@ def _chosen(
 
 def _records(path: Path) -> list[tuple[int, dict[str, Any]]]:
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = read_stream(path, _LARGEST).split(b"\n")
     except OSError as error:
         raise FormatError(f"cannot read the trace {path}: {error.strerror}", hint=_HINT) from error
     records = []

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 _PROC = Path("/proc")
+_NO_LIMIT = 1 << 60  # version 1 writes a number near 2^63 where there is none
 
 
 def cpu_quota(proc: Path = _PROC) -> float | None:
@@ -15,7 +17,7 @@ def cpu_quota(proc: Path = _PROC) -> float | None:
     `cpu.cfs_period_us` of version 1 (Documentation/scheduler/sched-bwc.rst).
     """
     quotas: list[float] = []
-    for folder in _folders("cpu", proc):
+    for folder in folders("cpu", proc):
         quota, _, period = _text(folder / "cpu.max").partition(" ")
         if not quota:
             quota, period = _text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us")
@@ -26,32 +28,73 @@ def cpu_quota(proc: Path = _PROC) -> float | None:
 
 def memory_limit(proc: Path = _PROC) -> int | None:
     """Bytes of memory this process may use, the smallest of all levels; None where nothing limits it."""
-    limits: list[int] = []
-    for folder in _folders("memory", proc):
-        text = _text(folder / "memory.max") or _text(folder / "memory.limit_in_bytes")
-        if text.isdecimal() and int(text) < 1 << 60:  # version 1 writes a number near 2^63 for no limit
-            limits.append(int(text))
-    return min(limits, default=None)
+    return min((limit for _, limit in _limited(proc)), default=None)
 
 
-def memory_used(proc: Path = _PROC) -> int | None:
-    """Bytes that count against the limit, those the kernel could drop at once left out; None if unknown."""
-    for folder in _folders("memory", proc):
-        text = _text(folder / "memory.current") or _text(folder / "memory.usage_in_bytes")
-        if text.isdecimal():
-            return max(0, int(text) - _droppable(folder))
-    return None
+def memory_left(proc: Path = _PROC) -> int | None:
+    """Bytes this process can still take before a control group's limit is met; None where nothing limits it.
+
+    Each level has its own limit and its own use, that of all groups below it: a group's neighbours take from
+    what the group above allows. The least of all levels counts. Never below 0.
+    """
+    left: list[int] = []
+    for folder, limit in _limited(proc):
+        used = _text(folder / "memory.current") or _text(folder / "memory.usage_in_bytes")
+        if used.isdecimal():
+            left.append(max(0, limit - max(0, int(used) - _droppable(folder))))
+    return min(left, default=None)
+
+
+def _limited(proc: Path) -> Iterator[tuple[Path, int]]:
+    """Groups around this process that have a memory limit, and the limit.
+
+    Source: version 2's `memory.max`, and `memory.high`, above which the kernel slows a group down
+    (Documentation/admin-guide/cgroup-v2.rst); version 1's `memory.limit_in_bytes`, and
+    `hierarchical_memory_limit`, which names limits of groups that a container cannot see
+    (Documentation/admin-guide/cgroup-v1/memory.rst).
+    """
+    for at, folder in enumerate(folders("memory", proc)):
+        texts = [_text(folder / name) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
+        if at == 0 and texts[2]:
+            texts.append(str(_memory_stat(folder).get("hierarchical_memory_limit", "")))
+        limits = [int(text) for text in texts if text.isdecimal() and int(text) < _NO_LIMIT]
+        if limits:
+            yield folder, min(limits)
 
 
 def _droppable(folder: Path) -> int:
+    """Bytes of a group's use that the kernel drops when the group needs memory.
+
+    Those are pages of files, on the inactive and on the active list alike (the kernel's own estimate,
+    MemAvailable, counts both: Documentation/filesystems/proc.rst), and half of the kernel's reclaimable
+    objects, as in that estimate. Mapped file pages are left out as far as they can be on the active list:
+    programs run from them, and would only read them again.
+    """
+    stat = _memory_stat(folder)
+
+    def of(name: str) -> int:
+        return stat.get(f"total_{name}", stat.get(name, 0))  # version 1 writes "total_" for the groups below
+
+    mapped = stat.get("file_mapped", of("mapped_file"))
+    return of("inactive_file") + max(0, of("active_file") - mapped) + of("slab_reclaimable") // 2
+
+
+def _memory_stat(folder: Path) -> dict[str, int]:
     lines = (line.split() for line in _text(folder / "memory.stat").splitlines())
-    values = {fields[0]: int(fields[1]) for fields in lines if len(fields) == 2 and fields[1].isdecimal()}
-    return values.get("total_inactive_file", values.get("inactive_file", 0))
+    return {fields[0]: int(fields[1]) for fields in lines if len(fields) == 2 and fields[1].isdecimal()}
 
 
-def _folders(controller: str, proc: Path) -> Iterator[Path]:
+def folders(controller: str, proc: Path = _PROC) -> tuple[Path, ...]:
     """Folders of this process's group and of the groups above it that are visible here, innermost first."""
-    groups = _groups(proc)
+    return _found(controller, proc, _text(proc / "self" / "cgroup"))
+
+
+@lru_cache(maxsize=8)  # asked every second while a server runs; a process that is moved has another text
+def _found(controller: str, proc: Path, text: str) -> tuple[Path, ...]:
+    return tuple(_search(controller, proc, _groups(text)))
+
+
+def _search(controller: str, proc: Path, groups: dict[str, PurePosixPath]) -> Iterator[Path]:
     for line in _text(proc / "self" / "mountinfo").splitlines():
         left, _, right = line.partition(" - ")
         fields, kind = left.split(), right.split()
@@ -63,10 +106,10 @@ def _folders(controller: str, proc: Path) -> Iterator[Path]:
         yield from _upwards(groups.get(name), root=fields[3], mount=Path(fields[4]))
 
 
-def _groups(proc: Path) -> dict[str, PurePosixPath]:
-    """The group of this process by controller; "" is version 2's."""
+def _groups(text: str) -> dict[str, PurePosixPath]:
+    """The group of this process by controller, from its `cgroup` file; "" is version 2's."""
     groups: dict[str, PurePosixPath] = {}
-    for line in _text(proc / "self" / "cgroup").splitlines():
+    for line in text.splitlines():
         fields = line.split(":", 2)
         if len(fields) == 3:
             groups.update(dict.fromkeys(fields[1].split(","), PurePosixPath(fields[2])))

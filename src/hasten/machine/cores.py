@@ -1,10 +1,64 @@
-"""How many cores this process may use."""
+"""How many threads this process should compute with: the one place that counts cores.
+
+Affinity (taskset, cpusets), the CPU quotas of control groups and hyperthreads are all looked at here. Whoever
+starts threads asks `usable_cores`.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 
 from hasten.machine.cgroup import cpu_quota
+from hasten.machine.processor import numbers_in
+
+_TOPOLOGY = Path("/sys/devices/system/cpu")
+
+
+@dataclass(frozen=True)
+class Cores:
+    """What limits the threads of this process."""
+
+    allowed: tuple[int, ...]  # logical processors of the affinity mask
+    physical: int  # cores they lie on: two hyperthreads of a core count once
+    quota: float | None  # processors' worth of time that control groups give; None: no limit
+
+    @property
+    def threads(self) -> int:
+        """Threads worth starting: one a physical core, and no more than the quota gives time to.
+
+        A decode step waits for memory, and a core's second hyperthread waits for the same memory. Under a
+        quota of 2.5 processors a third thread would be stopped for half of each period while the others wait
+        for it; below one processor there is still one thread.
+        """
+        return self.physical if self.quota is None else max(1, min(self.physical, int(self.quota)))
+
+    @property
+    def because(self) -> str:
+        """Why `threads` is not the number of allowed processors; empty where it is."""
+        reasons = []
+        if self.physical < len(self.allowed):
+            reasons.append(
+                f"{len(self.allowed)} hyperthreads on {self.physical} core" + "s" * (self.physical != 1)
+            )
+        if self.quota is not None and int(self.quota) < self.physical:
+            reasons.append(
+                f"a control group gives the time of {self.quota:g} processor" + "s" * (self.quota != 1)
+            )
+        return ", ".join(reasons)
+
+
+def cores(topology: Path = _TOPOLOGY) -> Cores:
+    """What this process may use now."""
+    allowed = core_ids()
+    return Cores(allowed, physical_cores(allowed, topology), cpu_quota())
+
+
+def usable_cores() -> int:
+    """Threads worth starting here: `Cores.threads`."""
+    return cores().threads
 
 
 def core_ids() -> tuple[int, ...]:
@@ -14,11 +68,17 @@ def core_ids() -> tuple[int, ...]:
     return tuple(range(os.cpu_count() or 1))
 
 
-def usable_cores() -> int:
-    """Threads worth starting: the cores of the affinity mask, or fewer where a control group gives less time.
+def physical_cores(allowed: Iterable[int], topology: Path = _TOPOLOGY) -> int:
+    """How many physical cores these logical processors lie on; one each where the system does not say.
 
-    A quota of 2.5 processors gives 2: the kernel would stop a third thread while the others wait for it.
+    Source: `thread_siblings_list` (Documentation/admin-guide/cputopology.rst), for older kernels too.
     """
-    quota = cpu_quota()
-    allowed = len(core_ids())
-    return allowed if quota is None else max(1, min(allowed, int(quota)))
+    return len({min(_siblings(core, topology), default=core) for core in allowed})
+
+
+def _siblings(core: int, topology: Path) -> list[int]:
+    try:
+        text = (topology / f"cpu{core}" / "topology" / "thread_siblings_list").read_text()
+    except (OSError, UnicodeDecodeError):
+        return []
+    return numbers_in(text)

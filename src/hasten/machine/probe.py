@@ -9,13 +9,13 @@ from hasten.core import Ceiling, Machine
 from hasten.machine.ceilings import Ceilings, Kind, load_or_measure
 from hasten.machine.ceilings import measure as measure_ceilings
 from hasten.machine.cgroup import memory_limit
-from hasten.machine.cores import core_ids, usable_cores
+from hasten.machine.cores import core_ids, cores
 from hasten.machine.gpus import gpus
 from hasten.machine.memory import installed_bytes
 from hasten.machine.processor import caches, processor_name, size_of
 
 
-def probe(measure: bool = True, max_age_s: float = 0.0) -> Machine:
+def probe(measure: bool = True, max_age_s: float = 0.0, threads: int | None = None) -> Machine:
     """Describe this machine.
 
     Args:
@@ -23,19 +23,20 @@ def probe(measure: bool = True, max_age_s: float = 0.0) -> Machine:
             Takes under 15 s and wants an otherwise idle machine. Without it they are None: unknown.
         max_age_s: take ceilings measured at most so many seconds ago on this processor, these cores and this
             boot instead of measuring; 0 always measures.
+        threads: to measure the ceilings with; None: `usable_cores`.
 
     Returns:
         The machine; what could not be found out is None.
     """
     if not measure:
         return _describe(None)
-    return _describe(load_or_measure(max_age_s) if max_age_s > 0 else measure_ceilings())
+    return _describe(load_or_measure(max_age_s, threads) if max_age_s > 0 else measure_ceilings(threads))
 
 
 def _describe(measured: Ceilings | None) -> Machine:
     from hasten import _native
 
-    found = caches(core_ids()[0])
+    here, found = cores(), caches(core_ids()[0])
     installed, limit = installed_bytes(), memory_limit()
     known = [value for value in (installed, limit) if value is not None]
     peaks: tuple[Ceiling, ...] = () if measured is None else measured.peaks
@@ -43,7 +44,8 @@ def _describe(measured: Ceilings | None) -> Machine:
     return Machine(
         cpu=processor_name(),
         isa=tuple(_native.probe_isas()),
-        cores=usable_cores(),
+        cores=here.threads,
+        cores_because=here.because,
         l1d_bytes=size_of(found, 1),
         l2_bytes=size_of(found, 2),
         l3_bytes=size_of(found, 3),

@@ -20,10 +20,7 @@ def processor_name(cpuinfo: Path = _CPUINFO) -> str:
     """The name the processor or the system gives, or its architecture where there is none."""
     if sys.platform == "darwin" and (brand := _sysctl("machdep.cpu.brand_string")):
         return brand
-    fields: dict[str, str] = {}
-    for line in _text(cpuinfo).splitlines():
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip(), value.strip())
+    fields = _cpuinfo(cpuinfo)
     for key in _KEYS:
         if fields.get(key):
             return " ".join(fields[key].split())
@@ -32,6 +29,25 @@ def processor_name(cpuinfo: Path = _CPUINFO) -> str:
             f"{platform.machine()} implementer {fields['CPU implementer']} part {fields.get('CPU part', '?')}"
         )
     return platform.processor() or platform.machine()
+
+
+def processor_id(cpuinfo: Path = _CPUINFO) -> str:
+    """Maker, family, model and stepping as /proc/cpuinfo has them, else the name.
+
+    Virtual machines hide the name ("AMD EPYC" for four generations), never these.
+    """
+    fields = _cpuinfo(cpuinfo)
+    known = [fields.get(key, "") for key in ("vendor_id", "cpu family", "model", "stepping")]
+    return " ".join(known) if all(known) else processor_name(cpuinfo)
+
+
+def _cpuinfo(path: Path) -> dict[str, str]:
+    """The first processor's fields."""
+    fields: dict[str, str] = {}
+    for line in _text(path).splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    return fields
 
 
 def caches(core: int, root: Path = _CACHES) -> tuple[CacheLevel, ...]:
@@ -56,18 +72,18 @@ def _cache(folder: Path) -> CacheLevel | None:
         level=int(level),
         kind=_text(folder / "type").lower() or "unified",
         bytes=int(size[1]) * _UNITS[size[2]],
-        shared_by=max(1, count_list(_text(folder / "shared_cpu_list"))),
+        shared_by=max(1, len(numbers_in(_text(folder / "shared_cpu_list")))),
     )
 
 
-def count_list(text: str) -> int:
-    """How many numbers a kernel list such as `0-3,8` holds."""
-    total = 0
-    for part in filter(None, text.split(",")):
+def numbers_in(text: str) -> list[int]:
+    """The numbers of a kernel list such as `0-3,8`."""
+    numbers: list[int] = []
+    for part in filter(None, text.strip().split(",")):
         first, _, last = part.partition("-")
         if first.isdecimal() and (last or first).isdecimal():
-            total += int(last or first) - int(first) + 1
-    return total
+            numbers += range(int(first), int(last or first) + 1)
+    return numbers
 
 
 def _mac_caches() -> tuple[CacheLevel, ...]:

@@ -102,9 +102,11 @@ def _compile(source: str) -> tuple[jinja2.Template, int]:
 
     try:
         return _environment().bounded(source)
-    except (jinja2.TemplateError, *_TEMPLATE_FAULTS) as error:
+    except (jinja2.TemplateError, SyntaxError, MemoryError, *_TEMPLATE_FAULTS) as error:
+        # SyntaxError: Python compiles what Jinja made, and allows 20 blocks inside each other
+        said = getattr(error, "msg", None) or str(error) or type(error).__name__
         raise TokenizerError(
-            f"the model's chat template is no valid Jinja: {error}",
+            f"the model's chat template is no valid Jinja: {said}",
             hint=f"repair the template, or {RAW_HINT}",
         ) from error
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hasten.cache.reading import NotAFile, is_there, open_file
 from hasten.errors import FormatError, ModelError
+from hasten.models.mapped import NOT_A_FILE_HINT
 from hasten.models.safetensors_file import open_safetensors
 from hasten.models.source import SourceTensor
 
@@ -32,9 +35,13 @@ def read_json_object(path: Path) -> dict[str, Any]:
         FormatError: it holds something else.
     """
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise FormatError(f"{path}: {path.stat().st_size} bytes are too many for a configuration")
-        value = json.loads(path.read_bytes())
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > _MAX_JSON_BYTES:
+                raise FormatError(f"{path}: {size} bytes are too many for a configuration")
+            value = json.loads(file.read())
+    except NotAFile as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}", hint=NOT_A_FILE_HINT) from error
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}", hint=f"check it: ls -l {path}") from error
     except (ValueError, RecursionError) as error:
@@ -56,10 +63,10 @@ def open_checkpoint(folder: Path, integers: bool = False) -> Checkpoint:
         FormatError: a file cannot be read as what it claims to be, or contradicts the index.
     """
     index = folder / INDEX
-    if index.is_file():
+    if is_there(index):
         return _sharded(folder, index, integers)
     single = folder / "model.safetensors"
-    found = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    found = [single] if is_there(single) else sorted(folder.glob("*.safetensors"))
     if len(found) == 1:
         return Checkpoint(open_safetensors(found[0], integers), (found[0],))
     if found:

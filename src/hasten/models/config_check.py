@@ -20,6 +20,7 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 _MAX_LAYERS = 1024
 _MAX_WIDTH = 1 << 20
+_MAX_HEAD_DIM = 1024  # of native/bind/engine.cpp: attention keeps a query's row on the stack
 _MAX_VOCAB = 1 << 22
 
 
@@ -73,7 +74,7 @@ def checked(config: ModelConfig, where: str) -> ModelConfig:
         ("intermediate_size", 1, _MAX_WIDTH),
         ("num_heads", 1, 4096),
         ("num_kv_heads", 1, 4096),
-        ("head_dim", 2, 4096),
+        ("head_dim", 2, _MAX_HEAD_DIM),
         ("vocab_size", 1, _MAX_VOCAB),
         ("context_length", 1, 1 << 31),
     ):

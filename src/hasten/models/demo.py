@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from hasten.cache import cache_dir, read_record, write_atomic, write_record
+from hasten.cache.reading import open_file
 from hasten.errors import DiskError, ModelError
 from hasten.models.source import SourceFile
 
@@ -108,7 +109,7 @@ def _join(parts: list[Path], target: Path, progress: Progress | None) -> None:
         state, done = hashlib.sha256(), 0
         with _shown(progress) as show:
             for part in parts:
-                with part.open("rb") as piece:
+                with open_file(part) as piece:
                     while chunk := piece.read(_CHUNK_BYTES):
                         state.update(chunk)
                         file.write(chunk)

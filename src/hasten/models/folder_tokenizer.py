@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from hasten.cache.reading import is_there, read_file, read_text
 from hasten.errors import TokenizerError
 from hasten.models import sentencepiece_tokenizer
 from hasten.models.gguf_tokenizer import frame
@@ -27,10 +28,10 @@ def from_folder(folder: Path) -> tuple[Tokenizer, TokenizerFields]:
     """
     config = {**_json(folder / "special_tokens_map.json"), **_json(folder / "tokenizer_config.json")}
     named: dict[str, str] = {}
-    complete = (folder / "tokenizer.json").is_file()  # else it says nothing of bos and eos around a text
+    complete = is_there(folder / "tokenizer.json")  # else it says nothing of bos and eos around a text
     if complete:
         backend = _from_json(folder / "tokenizer.json")
-    elif (folder / "tokenizer.model").is_file():
+    elif is_there(folder / "tokenizer.model"):
         backend, named = _from_sentencepiece(folder / "tokenizer.model")
     else:
         raise TokenizerError(
@@ -56,9 +57,9 @@ def from_folder(folder: Path) -> tuple[Tokenizer, TokenizerFields]:
 def _json(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is no file."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
+        if not is_there(path):
+            return {}
+        document = json.loads(read_text(path))
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error.strerror}", hint="check the file") from error
     except (ValueError, RecursionError) as error:
@@ -72,7 +73,7 @@ def _from_json(path: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
     try:
-        backend = Tokenizer.from_file(str(path))
+        backend = Tokenizer.from_buffer(read_file(path))
     except Exception as error:  # the library raises plain Exception
         raise TokenizerError(
             f"{path} cannot be used: {error}", hint="download tokenizer.json again"
@@ -87,11 +88,13 @@ def _from_sentencepiece(path: Path) -> tuple[Tokenizer, dict[str, str]]:
 
     vocabulary, ids = read_sentencepiece(path)
     backend = sentencepiece_tokenizer.build(vocabulary)
-    for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True):
-        if kind in (PieceType.CONTROL, PieceType.UNKNOWN):
-            backend.add_special_tokens([AddedToken(token, normalized=False, special=True)])
-        elif kind == PieceType.USER_DEFINED:
-            backend.add_tokens([AddedToken(token, normalized=False, special=False)])
+    special = (PieceType.CONTROL, PieceType.UNKNOWN)
+    added = [
+        AddedToken(token, normalized=False, special=kind in special)
+        for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
+        if kind in (*special, PieceType.USER_DEFINED)
+    ]
+    backend.add_tokens(added)  # all at once: each call builds the search for all of them anew
     return backend, {f"{name}_token": vocabulary.tokens[index] for name, index in ids.items()}
 
 
@@ -113,18 +116,20 @@ def _add_configured_tokens(backend: Tokenizer, config: Mapping[str, Any], named:
     known = {token.content: token.special for token in backend.get_added_tokens_decoder().values()}
     listed = config.get("added_tokens_decoder") or {}
     flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
+    added = []
     try:
         for _, entry in sorted(listed.items(), key=lambda item: int(item[0])):
             content = _content(entry)
             if content not in known:
                 options = {name: bool(entry[name]) for name in flags if name in entry}
-                backend.add_tokens([AddedToken(content, **options)])
+                added.append(AddedToken(content, **options))
                 known[content] = options.get("special", False)
     except (AttributeError, TypeError, ValueError) as error:
         raise TokenizerError(
             f"added_tokens_decoder of tokenizer_config.json cannot be read: {error}",
             hint="download the file again",
         ) from error
+    backend.add_tokens(added)  # all at once: each call builds the search for all of them anew
     more = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
     further = list(more.values()) if isinstance(more, Mapping) else more if isinstance(more, list) else [more]
     special = [*named.values(), *(_content(token) for token in further)]
@@ -160,11 +165,11 @@ def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
             if isinstance(entry, dict) and {"name", "template"} <= entry.keys()
         }
     sources = {path.stem: path for path in (folder / "additional_chat_templates").glob("*.jinja")}
-    if (folder / "chat_template.jinja").is_file():
+    if is_there(folder / "chat_template.jinja"):
         sources["default"] = folder / "chat_template.jinja"
     for name, path in sources.items():
         try:
-            templates[name] = path.read_text(encoding="utf-8")
+            templates[name] = read_text(path)
         except (OSError, UnicodeDecodeError) as error:
             raise TokenizerError(
                 f"{path} cannot be read: {error}", hint=f"download {path.name} again"

@@ -27,6 +27,8 @@ MAGIC = b"GGUF"
 _MAX_DIMS = 4  # ggml's GGML_MAX_DIMS
 _MIN_ENTRY_BYTES = 8 + 1 + 4 + 1  # key length, one letter, type, value
 _MIN_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8  # name length, one letter, dims, one dim, type, offset
+_MAX_ENTRIES = 1 << 17  # of metadata, an array counting one; usual are some fifty
+_MAX_TENSORS = 1 << 17  # seconds of work; files of the largest models have some thousand
 _MAX_ALIGNMENT = 1 << 20
 
 
@@ -94,8 +96,8 @@ class GgufFile:
         """
         cursor = GgufCursor(data, name)
         version = _version(cursor)
-        tensor_count = cursor.count("tensors", _MIN_TENSOR_BYTES)
-        entry_count = cursor.count("metadata entries", _MIN_ENTRY_BYTES)
+        tensor_count = cursor.count("tensors", _MIN_TENSOR_BYTES, _MAX_TENSORS)
+        entry_count = cursor.count("metadata entries", _MIN_ENTRY_BYTES, _MAX_ENTRIES)
         metadata = GgufMetadata(_metadata(cursor, entry_count))
         tensors = _tensors(cursor, tensor_count, _alignment(cursor, metadata))
         return cls(name, version, metadata, tensors)

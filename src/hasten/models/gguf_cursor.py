@@ -98,7 +98,7 @@ class GgufCursor:
         except UnicodeDecodeError as error:
             raise self.error(f"{what} is not UTF-8") from error
 
-    def count(self, what: str, least_bytes: int) -> int:
+    def count(self, what: str, least_bytes: int, most: int = _MAX_COUNT) -> int:
         """A 64-bit count of things that take at least `least_bytes` each, checked against what is left."""
         count = self.u64(f"the number of {what}")
         if count > _MAX_COUNT or count * least_bytes > self.left:
@@ -106,6 +106,8 @@ class GgufCursor:
                 f"the header says {count} {what}, which cannot fit the {self.left} bytes behind it",
                 hint="download it again: the file is truncated or damaged",
             )
+        if count > most:
+            raise self.error(f"the header says {count:,} {what}, more than {most:,}")
         return count
 
     def value(self, key: str) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hasten.cache.reading import is_there
 from hasten.errors import ModelError
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[\w.-]{1,96})?")
@@ -38,7 +39,7 @@ def download(ref: str) -> Path:
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(ref, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
-    if not (folder / "config.json").is_file():
+    if not is_there(folder / "config.json"):
         raise ModelError(
             f"{ref} on the hub holds no config.json with safetensors",
             hint=f"if it holds GGUF files, name one: {ref}/FILE.gguf",

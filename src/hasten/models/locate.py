@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from hasten.models.source import SourceFile
+from hasten.cache.reading import is_there
+from hasten.models.source import Source, SourceFile
 
 DEMO = "demo"
 _READ = (".safetensors", ".json", ".jinja", ".model", ".gguf")
@@ -51,11 +53,36 @@ def locate(ref: str | Path) -> Place:
     return Place(str(ref), _place(download(str(ref))).path)
 
 
+def ref_of(source: Source) -> str:
+    """What `locate` finds an opened model by again, from any folder: "demo", a hub id or an absolute path."""
+    first = source.files[0] if source.files else None
+    if first is None or "/" in source.name:
+        return source.name
+    if source.name == DEMO:
+        from hasten.models.demo import SHA256
+
+        if first.sha256 == SHA256:
+            return DEMO
+    path = first.path.absolute()
+    return str(path if path.suffix == ".gguf" else path.parent)
+
+
+def file_name_of(ref: str | Path) -> str:
+    """What files that are made from a model are called: the last part of its name, with all its dots.
+
+    Llama-3.2-1B stays so: only `.gguf` is the ending of a file.
+    """
+    path = Path(ref).expanduser()
+    name = path.resolve().name if path.exists() else path.name
+    name = name[: -len(".gguf")] if name.lower().endswith(".gguf") else name
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
+
+
 def _place(path: Path) -> Place:
     """The model at a path that is no hub id; a folder may hold nothing but one GGUF file."""
     if not path.is_dir():
         return Place(path.stem, path)
-    if not (path / "config.json").is_file():
+    if not is_there(path / "config.json"):
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) == 1:
             return Place(ggufs[0].stem, ggufs[0])

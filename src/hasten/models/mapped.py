@@ -6,7 +6,10 @@ import mmap
 import os
 from pathlib import Path
 
+from hasten.cache.reading import NotAFile, open_file
 from hasten.errors import FormatError, ModelError
+
+NOT_A_FILE_HINT = "put the file itself there: it is read at many places, and again by the next run"
 
 
 def map_file(path: Path) -> memoryview:
@@ -15,11 +18,11 @@ def map_file(path: Path) -> memoryview:
     The file must not be cut short while it is mapped: the system ends a process that reads past its new end.
 
     Raises:
-        ModelError: there is no such file, it is a folder, or it may not be read.
+        ModelError: there is no such file, it is a folder or a pipe, or it may not be read.
         FormatError: the file is empty.
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             if os.fstat(file.fileno()).st_size == 0:
                 raise FormatError(
                     f"{path} is empty (0 bytes)", hint="download it again: the transfer was cut off"
@@ -29,5 +32,7 @@ def map_file(path: Path) -> memoryview:
         raise ModelError(f"there is no file {path}", hint="check the path: ls " + str(path.parent)) from error
     except IsADirectoryError as error:
         raise ModelError(f"{path} is a folder, not a model file", hint="give the file's own path") from error
+    except NotAFile as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}", hint=NOT_A_FILE_HINT) from error
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot read {path}: {error}", hint="check that you may read it: ls -l") from error

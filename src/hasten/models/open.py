@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from hasten.cache.reading import is_there
 from hasten.core import ModelConfig
 from hasten.errors import ModelError
 from hasten.models.checkpoint import Checkpoint, open_checkpoint, read_json_object
@@ -120,12 +121,12 @@ def open_folder(folder: Path) -> Source:
     Raises:
         ModelError, FormatError: as `open_model`.
     """
-    if (folder / "plan.json").is_file():
+    if is_there(folder / "plan.json"):
         raise ModelError(
             f"{folder} is an artifact of this program, not a source model",
             hint=f"run it: hasten generate {folder} -p TEXT; to optimize, give the model it was made from",
         )
-    if not (folder / "config.json").is_file():
+    if not is_there(folder / "config.json"):
         ggufs = sorted(folder.glob("*.gguf"))
         if len(ggufs) == 1:
             return open_gguf(ggufs[0])
@@ -177,7 +178,7 @@ def _is_one_of(name: str, table: NameTable, shapes: Shapes) -> bool:
 
 def _with_generation_ids(config: ModelConfig, path: Path) -> ModelConfig:
     """Add the end-of-text ids of generation_config.json, where chat models keep their end of turn."""
-    if not path.is_file():
+    if not is_there(path):
         return config
     more = token_ids(Fields(read_json_object(path), str(path)), "eos_token_id")
     return replace(config, eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + more)))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from hasten.cache.reading import is_there
 from hasten.errors import FormatError
 from hasten.models.checkpoint import read_json_object
 from hasten.models.fields import Fields
@@ -67,7 +68,7 @@ def with_side_file(values: Mapping[str, Any], folder: Path) -> Mapping[str, Any]
         ModelError, FormatError: that file is there and cannot be read.
     """
     side = folder / _SIDE_FILE
-    if any(values.get(key) not in (None, {}) for key in KEYS) or not side.is_file():
+    if any(values.get(key) not in (None, {}) for key in KEYS) or not is_there(side):
         return values
     return {**values, KEYS[0]: {"quant_method": "gptq", **read_json_object(side)}}
 

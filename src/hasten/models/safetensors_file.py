@@ -20,6 +20,7 @@ from hasten.models.source import SourceTensor
 from hasten.models.tensor_type import TYPES
 
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_MAX_TENSORS = 1 << 17  # of one file: seconds of work; those of the largest models hold some ten thousand
 _MAX_DIMS = 8
 _FLOATS = ("F32", "F16", "BF16")
 _INTEGERS = ("I8", "I32", "I64")
@@ -80,6 +81,12 @@ def _header(data: memoryview, name: str) -> tuple[int, dict[str, Any]]:
             f"{name}: not a safetensors file: its header would be {length} bytes of the {len(data) - 8} that "
             f"follow and start with {bytes(data[8:9])!r}",
             hint=_AGAIN,
+        )
+    count = bytes(data[8 : 8 + length]).count(b'"data_offsets"')
+    if count > _MAX_TENSORS:
+        raise FormatError(
+            f"{name}: the header names {count:,} tensors, more than {_MAX_TENSORS:,}",
+            hint="save it in several files: model.save_pretrained(folder, max_shard_size='5GB')",
         )
     try:
         header = json.loads(str(data[8 : 8 + length], "utf-8"), object_pairs_hook=_unique)

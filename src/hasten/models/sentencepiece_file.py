@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+from hasten.cache.reading import read_file
 from hasten.errors import TokenizerError
 from hasten.models.sentencepiece_tokenizer import PieceType, SentencePieceVocabulary
 
@@ -26,7 +27,7 @@ def read_sentencepiece(path: Path) -> tuple[SentencePieceVocabulary, dict[str, i
     """
     hint = "download tokenizer.model again"
     try:
-        data = path.read_bytes()
+        data = read_file(path)
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error.strerror}", hint=hint) from error
     try:

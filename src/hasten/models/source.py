@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from hasten import _native
 from hasten.cache import digest
 from hasten.core import ModelConfig
 from hasten.models.tensor_type import TYPES
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 
 Bytes = npt.NDArray[np.uint8]
+_PIECE_BYTES = 1 << 22  # threads share the work by pieces
 
 
 class _Data:
@@ -63,6 +66,19 @@ class SourceTensor:
         data = (lambda: self.data[cut]) if self.is_made else self.data[cut]
         return SourceTensor(name, (count, *self.shape[1:]), self.dtype, data, offset=self.offset)
 
+    @cached_property
+    def content(self) -> bytes:
+        """Digest of type, shape and every byte, 32 bytes: XXH64 of each 4 MiB at memory speed, computed once.
+
+        Of a sample of the bytes it would not do: half the bytes of an F32 tensor that was bf16 are 0.
+        """
+        data = np.ascontiguousarray(self.data)
+        order = b"" if self.row_order is None else self.row_order.tobytes()
+        state = hashlib.sha256(f"{self.shape} {self.dtype} {self.offset} {len(order)}".encode() + order)
+        sums = _native.checksums(data, _PIECE_BYTES, 0) if data.size else []
+        state.update(np.array(sums, np.uint64).tobytes())
+        return state.digest()
+
     @property
     def is_made(self) -> bool:
         """Whether `data` is made when it is read."""
@@ -96,6 +112,18 @@ class Source:
     unused: tuple[str, ...]
     load_tokenizer: Callable[[], Tokenizer] = field(repr=False, compare=False)  # `tokenizer` calls it once
     metadata: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # general.* of GGUF
+
+    @cached_property
+    def content(self) -> str:
+        """Digest of the configuration and all tensors, 64 hexadecimal digits: what kept work belongs to.
+
+        Reads each tensor once in its life (two cores: 0.15 s a GB that is in memory). The files' own digests
+        would not do: a source may hold other values than the files it came from. The name does not count.
+        """
+        state = hashlib.sha256(repr(self.config).encode())
+        for name, tensor in sorted(self.tensors.items()):
+            state.update(f"{name}\0".encode() + tensor.content)
+        return state.hexdigest()
 
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer, built at the first call.

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, NoReturn
 
 import jinja2
@@ -29,6 +30,7 @@ STEPS = 500_000  # loop rounds, calls and filters
 SIZE = 16 << 20  # characters and entries in one value
 WRITTEN = 64 << 20  # characters in all, those of macros included
 SOURCE = 1 << 20  # characters of the template itself
+PARTS = 40_000  # words and signs of its code, a second to compile; a usual template has 500
 _BITS = 100_000  # of an integer
 _JOINED = 8  # operands of ~ in one piece
 
@@ -146,6 +148,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         """A template that counts what it does, and the characters of plain text in it."""
         if len(source) > SOURCE:
             raise TooMuch(f"it has {len(source):,} characters, more than {SOURCE:,}")
+        if next(islice(self.lexer.tokeniter(source, None), PARTS, None), None) is not None:
+            raise TooMuch(f"its code has more than {PARTS:,} words and signs")
         tree = self.parse(source)
         literal = _literal(tree)
         with limited(literal):

@@ -9,6 +9,7 @@ from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
+from hasten.cache.reading import is_there, read_file
 from hasten.core import as_json
 from hasten.errors import ArtifactError
 from hasten.models.tokenizer_fields import TokenizerFields
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 VOCABULARY, CONFIG = "tokenizer.json", "tokenizer_config.json"
 SCHEMA_VERSION = 1
+_KNOWN = ("schema_version", "bos_id", "eos_ids", "vocab_size", "special_tokens")
 _AGAIN = "make the artifact again with: hasten optimize MODEL"
 
 
@@ -82,7 +84,7 @@ def load(folder: Path) -> tuple[Callable[[], Backend], TokenizerFields, Callable
     Raises:
         ArtifactError: a file is missing or tokenizer_config.json was not written by `save`.
     """
-    if not (folder / VOCABULARY).is_file():
+    if not is_there(folder / VOCABULARY):
         raise ArtifactError(f"{folder} has no {VOCABULARY}", hint=_AGAIN)
     fields = _fields(folder / CONFIG)
     parsing = _Parsing(folder / VOCABULARY, fields.vocab_size)
@@ -128,19 +130,25 @@ class _Parsing:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_file(path)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror}", hint=_AGAIN) from error
 
 
 def _fields(path: Path) -> TokenizerFields:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_file(path))
         own = config["hasten"]
         if own["schema_version"] != SCHEMA_VERSION:
             raise ArtifactError(
                 f"{path} has schema version {own['schema_version']!r}, this Hasten reads {SCHEMA_VERSION}",
                 hint=_AGAIN,
+            )
+        strange = next((name for name in own if name not in _KNOWN and own[name] is not None), None)
+        if strange is not None:
+            raise ArtifactError(
+                f"{path}: this program does not know the field hasten.{strange}",
+                hint=f"update Hasten to the version that wrote it, or {_AGAIN}",
             )
         template = config.get("chat_template", [])
         named = [{"name": "default", "template": template}] if isinstance(template, str) else template

@@ -74,7 +74,7 @@ class EngineWorkshop:
     def _machine(self) -> Machine:
         from hasten.machine.probe import probe
 
-        return probe(max_age_s=_CEILING_AGE_S)
+        return probe(max_age_s=_CEILING_AGE_S, threads=self.options.threads)
 
     def machine(self) -> Machine:
         """This machine, with ceilings measured within the last day."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,10 +139,11 @@ def told(observer: Observer) -> Callable[[Done], None]:
 
 def _temporary(made: Made) -> Path:
     """An artifact that goes when the process does."""
+    from hasten.cache.stage import scratch
     from hasten.compress.artifact import save
+    from hasten.models.locate import file_name_of
 
-    folder = Path(tempfile.mkdtemp(prefix="hasten-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    path = folder / f"{made.source.name.rpartition('/')[2]}.hasten"
+    folder = scratch()
+    path = folder / f"{file_name_of(made.source.name)}.hasten"
     _log.info("not kept: %s is written to %s until this process ends", made.packed.recipe.name, folder)
     return save(path, made.packed, made.source, made.plan)

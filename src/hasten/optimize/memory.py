@@ -10,12 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import hasten
 from hasten.cache import cache_dir, read_record, write_record
+from hasten.compress.packed_store import warn_once
 from hasten.core import as_json
+from hasten.errors import DiskError
 
 
 class SearchMemory:
@@ -26,6 +29,7 @@ class SearchMemory:
         self._fresh = fresh
         self._written: set[Path] = set()
         self._speeds: list[Path] = []
+        self._unkept: dict[Path, Any] = {}  # what the disk did not take
 
     def read(self, kind: str, **key: Any) -> Any | None:
         """What was kept, or None."""
@@ -34,12 +38,17 @@ class SearchMemory:
             return None
         if kind == "speed":
             self._speeds.append(path)
-        return read_record(path, whole)
+        return self._unkept[path] if path in self._unkept else read_record(path, whole)
 
     def write(self, kind: str, value: Any, **key: Any) -> None:
-        """Keeps a finding."""
+        """Keeps a finding: for later searches too, where the cache can be written."""
         path, whole = self._place(kind, key)
-        write_record(path, whole, value)
+        try:
+            write_record(path, whole, value)
+            self._unkept.pop(path, None)
+        except (DiskError, OSError) as error:
+            warn_once("search", f"what the search finds is not kept: {error}")
+            self._unkept[path] = as_json(value)
         self._written.add(path)
         if kind == "speed":
             self._speeds.append(path)
@@ -47,7 +56,8 @@ class SearchMemory:
     def finish(self) -> None:
         """The search is done: its speeds are of the past."""
         for path in self._speeds:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
 
     def _place(self, kind: str, key: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
         whole = {**self._key, "kind": kind, **as_json(key)}

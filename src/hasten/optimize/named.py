@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hasten.cache.reading import is_there
 from hasten.core import Budget, EngineOptions, Recipe
 from hasten.errors import ArtifactError, UsageError
 from hasten.optimize.progress import Observer, silent
@@ -121,7 +122,7 @@ def _wanted(recipe: str | Recipe) -> Recipe | Budget | None:
         try:
             recipe = Recipe.parse(name)
         except UsageError:
-            if Path(name).is_file():
+            if is_there(name) and not Path(name).is_dir():
                 return _read(name)
             raise
     return None if recipe.is_plain else recipe

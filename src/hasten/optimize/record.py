@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import hasten
 from hasten.core import Budget, Goal, Recipe, as_json
+from hasten.optimize.candidate import Candidate
 from hasten.optimize.result import OptimizeResult
 from hasten.optimize.sensitivity import Sensitivity, SensitivityMap
 from hasten.quality.text import Text
@@ -44,6 +46,18 @@ def remarks(drawn: SensitivityMap, recipe: Recipe) -> tuple[str, ...]:
     how = {"rtn": "", "best": " Its integers were found by GPTQ, layer after layer."}
     by = how.get(recipe.method, f" Its integers were found by {recipe.method.upper()}.")
     return (said, f"The mixture gives each of {len(sensitivities)} groups a width: {made}.{by}")
+
+
+def disturbances(candidates: Sequence[Candidate]) -> tuple[str, ...]:
+    """Which timings other work on this machine disturbed, in one sentence; nothing where none was."""
+    found = [
+        f"{c.recipe.name} ({c.measurement.disturbed_rounds})"
+        for c in candidates
+        if c.measurement is not None and c.measurement.disturbed_rounds
+    ]
+    if not found:
+        return ()
+    return (f"Other work on this machine disturbed rounds, which were taken again: {', '.join(found)}.",)
 
 
 def layout_name(recipe: Recipe, sensitivity: Sensitivity) -> str:

@@ -18,10 +18,10 @@ from hasten.optimize.memory import SearchMemory
 from hasten.optimize.mixing import Mixing
 from hasten.optimize.mixture import mixture_name
 from hasten.optimize.progress import Observer, Progress, silent
-from hasten.optimize.record import Circumstances, record, remarks
+from hasten.optimize.record import Circumstances, disturbances, record, remarks
 from hasten.optimize.result import Baseline, OptimizeResult
 from hasten.optimize.space import uniform
-from hasten.optimize.trials import Trials
+from hasten.optimize.trials import Trials, slow_readers
 from hasten.optimize.workshop import Built, Workshop
 from hasten.quality.divergence import Reference
 from hasten.quality.text import Text, default_text, text_from_file, windows
@@ -80,18 +80,23 @@ def optimize(
     Raises:
         BudgetError: no recipe is within the budget.
         UsageError: a budget, goal or text that cannot be used.
-        ModelError, DiskError: the source cannot be opened, the artifact cannot be written.
+        ModelError, DiskError: the source cannot be opened, the artifact cannot be written, or one of another
+            model stands there.
     """
+    from hasten.compress.artifact import refuse_other_model
+    from hasten.models.locate import file_name_of
     from hasten.optimize.engine_workshop import EngineWorkshop
 
     check(max_ppl_increase, goal)
     judged = text_from_file(text) if text is not None else default_text()
     observer(Progress("reference", "opening the model"))
     workshop = EngineWorkshop(ref, EngineOptions(threads=threads))
+    place = Path(out) if out is not None else Path(f"{file_name_of(workshop.name)}.hasten")
+    refuse_other_model(place, workshop.source, f"rm -r {place}")
     search = Search(
         workshop, Budget(max_ppl_increase), goal, judged, effort or Effort(), fresh, observer, calibrate
     )
-    return search.run(Path(out) if out is not None else Path(f"{workshop.name}.hasten"))
+    return search.run(place)
 
 
 def check(max_ppl_increase: float, goal: str) -> None:
@@ -130,6 +135,8 @@ class Search:
             candidates = self._uniform()
             mixture = self._mixture(candidates)
             candidates += [mixture] if mixture is not None else []
+            for place in slow_readers(candidates):
+                candidates[place] = self.trials.again(candidates[place])
             chosen = choose(candidates, self.goal, self.budget)
             candidates = explain(candidates, chosen, self.goal, self.budget, start)
             baseline = Baseline(start, max(candidates, key=lambda c: c.verdict.tokens).verdict.ppl_source)
@@ -271,7 +278,12 @@ class Search:
             measurement=chosen.measurement,
             verdict=chosen.verdict,
             estimate=self._estimate(chosen),
-            because=(chosen.because, *remarks(drawn, recipe), *self.uncalibrated()),
+            because=(
+                chosen.because,
+                *remarks(drawn, recipe),
+                *disturbances(candidates),
+                *self.uncalibrated(),
+            ),
         )
         machine = self.workshop.machine()
         result = OptimizeResult(machine, baseline, tuple(candidates), chosen, plan, out.absolute())

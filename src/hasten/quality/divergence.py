@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten.errors import ModelError
+from hasten.machine.cores import usable_cores
 from hasten.quality.text import Window
 
 Floats = npt.NDArray[np.float32]
@@ -24,6 +25,11 @@ ROWS = 128
 
 class Runnable(Protocol):
     """What judging needs of a model; hasten.engine.model.LanguageModel is one."""
+
+    @property
+    def threads(self) -> int:
+        """Threads it runs on; comparing takes no more."""
+        ...
 
     def hidden(self, tokens: npt.NDArray[np.int32]) -> Floats:
         """[T] ids -> [T, E] states after the final norm, from an empty cache."""
@@ -75,15 +81,17 @@ def divergence_plain(source: Floats, candidate: Floats, targets: npt.NDArray[np.
     )
 
 
-def divergence(source: Floats, candidate: Floats, targets: npt.NDArray[np.int32]) -> Divergence:
-    """Same as `divergence_plain`, by the native code on all threads.
+def divergence(
+    source: Floats, candidate: Floats, targets: npt.NDArray[np.int32], threads: int | None = None
+) -> Divergence:
+    """Same as `divergence_plain`, by the native code on `threads` threads; None: `usable_cores`.
 
     Raises:
         ModelError: logits that are not finite.
     """
     from hasten import _native
 
-    kl, nll_source, nll, agree = _native.divergence(source, candidate, targets)
+    kl, nll_source, nll, agree = _native.divergence(source, candidate, targets, threads or usable_cores())
     found = Divergence(
         np.asarray(kl), np.asarray(nll_source), np.asarray(nll), np.asarray(agree, dtype=np.bool_)
     )
@@ -133,7 +141,9 @@ class Reference:
         for at in range(0, window.targets.size, ROWS):
             rows = slice(at, at + ROWS)
             logits = candidate.logits_of(np.ascontiguousarray(hidden[rows]))  # [R, V]
-            parts.append(divergence(self.logits(index, rows), logits, window.targets[rows]))
+            parts.append(
+                divergence(self.logits(index, rows), logits, window.targets[rows], candidate.threads)
+            )
         return Divergence.join(parts)
 
 

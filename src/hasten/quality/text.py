@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from hasten.cache.reading import read_text_stream
 from hasten.errors import UsageError
 
 WINDOW = 512
@@ -22,6 +23,7 @@ WINDOW = 512
 
 _CALIBRATION_EVERY = 5  # every fifth topic calibrates: a fifth of the text is far more than sensitivity needs
 _SMALLEST_WINDOW = 16
+_LARGEST = 1 << 30  # bytes of a file: all of it is read
 
 
 class Encoder(Protocol):
@@ -91,7 +93,7 @@ def text_from_file(path: str | Path) -> Text:
     """
     path = Path(path)
     try:
-        content = path.read_text(encoding="utf-8")
+        content = read_text_stream(path, _LARGEST)
     except UnicodeDecodeError as error:
         raise UsageError(
             f"{path} is not UTF-8 text: byte {error.start} cannot be decoded",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,14 +16,111 @@ from hasten import _native
 from hasten.compress.pack import PackedLinear, PackedModel
 from hasten.core import EngineOptions, ModelConfig
 from hasten.errors import MachineError, UsageError
+from hasten.machine.cores import core_ids, usable_cores
+from hasten.machine.kernels import Format, choose_kernels
+from hasten.machine.memory import address_space_left
+from hasten.machine.room import MemoryRoom, memory_room
 from hasten.models.rope import tables
 from hasten.runtime.key_scale import key_scales
 from hasten.runtime.key_shift import key_shifts
-from hasten.runtime.pages import PagePool, Sequence
+from hasten.runtime.pages import PageMemory, PagePool, Sequence
 
 Ids = npt.NDArray[np.int32]  # token ids
 Floats = npt.NDArray[np.float32]
 _DEFAULT_CONTEXT = 8192
+_LEAST_CONTEXT = 512
+"""A default context is not cut below this many tokens where memory is short: the model is refused instead."""
+
+_log = logging.getLogger("hasten.runtime")
+
+
+@dataclass(frozen=True)
+class KvPlan:
+    """How much memory keys and values may take, decided when a model is loaded."""
+
+    context: int  # tokens
+    pages: int
+    page_bytes: int  # of all layers
+    because: str  # what set the number of pages
+
+    @property
+    def bytes(self) -> int:
+        """Most that the pages may take."""
+        return self.pages * self.page_bytes
+
+    @property
+    def summary(self) -> str:
+        """In one line."""
+        tokens = self.pages * _native.PAGE_TOKENS
+        return f"{tokens} tokens in at most {self.bytes / 1e9:.2f} GB ({self.because})"
+
+
+def kv_plan(
+    config: ModelConfig, int8: bool, options: EngineOptions, room: MemoryRoom | None = None
+) -> KvPlan:
+    """Size the pages from what is free now: the weights are in memory already.
+
+    No more than `max_sequences` full contexts, no less than one. Free is what the system and the control
+    groups leave beside `MemoryRoom.reserve`, what a step computes with, and address space. What other models
+    of this process hold in their prefix caches counts as free: they give it back when it is needed.
+
+    Raises:
+        UsageError: what the options ask for does not fit; the hint says what does.
+    """
+    room = room or memory_room()
+    tokens, size = _native.PAGE_TOKENS, _page_bytes(config, int8, _native.PAGE_TOKENS)
+    context = _context(options.context, config)
+    longest = -(-context // tokens)
+    free = _free_bytes(room, config, options, longest * size)
+    fitting = max(0, free // size * tokens)
+    if options.kv_gb is not None:
+        return _wanted_plan(options.kv_gb, KvPlan(context, longest, size, "--kv-gb"), free)
+    if fitting < context:
+        least = min(_LEAST_CONTEXT, config.context_length)
+        if options.context is not None or fitting < least:
+            raise UsageError(
+                f"keys and values of {context} tokens take {longest * size / 1e9:.2f} GB, "
+                f"{max(0, free) / 1e9:.2f} GB are free here",
+                hint=f"use --context {fitting}"
+                if fitting >= least
+                else "end other programs, or use a smaller model",
+            )
+        _log.warning(
+            "the context is %d tokens and not %d: keys and values take %.1f KB a token, %.2f GB are free",
+            fitting, context, size / tokens / 1e3, free / 1e9,
+        )  # fmt: skip
+        context, longest = fitting, fitting // tokens
+    most = longest * options.max_sequences
+    if free // size < most:
+        return KvPlan(context, free // size, size, f"{free / 1e9:.2f} GB are free")
+    return KvPlan(context, most, size, f"{options.max_sequences} sequences of {context} tokens")
+
+
+def _free_bytes(room: MemoryRoom, config: ModelConfig, options: EngineOptions, one: int) -> int:
+    """Bytes that pages may take; below 0 where not even a step fits. `one`: bytes of a full context."""
+    chunk, widths = options.prefill_chunk, config.hidden_size + config.intermediate_size
+    step = 4 * (4 * chunk * widths + options.max_sequences * config.vocab_size)  # float32 rows and logits
+    free = room.ask(one + step + room.reserve) + room.held() - room.reserve
+    mappable = address_space_left()
+    return (free if mappable is None else min(free, mappable - room.reserve)) - step
+
+
+def _wanted_plan(kv_gb: float, one: KvPlan, free: int) -> KvPlan:
+    """The pages that a user asks for; `one` is a single context's plan."""
+    pages, least = int(kv_gb * 1e9) // one.page_bytes, math.ceil(one.bytes / 1e7) / 100
+    if pages < one.pages:
+        raise UsageError(
+            f"{kv_gb} GB for keys and values hold {pages * _native.PAGE_TOKENS} tokens, "
+            f"less than one context of {one.context}",
+            hint=f"use --kv-gb {least} or more, or a smaller --context",
+        )
+    if pages * one.page_bytes > free:
+        fits = math.floor(free / 1e7) / 100
+        raise UsageError(
+            f"{kv_gb} GB are asked for keys and values, {max(0, free) / 1e9:.2f} GB are free here",
+            hint=f"use --kv-gb {fits}" if fits >= least else "use a smaller --context, and no --kv-gb",
+        )
+    return KvPlan(one.context, pages, one.page_bytes, one.because)
 
 
 def decoder_config(config: ModelConfig) -> dict[str, Any]:
@@ -68,7 +168,6 @@ class CpuExecutor:
         config = packed.config
         self.config = config
         self.threads = _threads(options.threads)
-        self.context = _context(options.context, config)
         self.chunk = max(1, options.prefill_chunk)
         if options.max_sequences < 1:
             raise UsageError(
@@ -84,34 +183,21 @@ class CpuExecutor:
                 str(wrong), hint=f"unset HASTEN_ISA or use one of: {', '.join(_native.isas())}"
             ) from None
         self._bits: dict[str, int] = {}  # of each linear layer
-        pages = self._pages(packed, options)
-        self._decoder = _native.Decoder(
-            decoder_config(config), self.threads, pages, packed.recipe.kv == "int8"
-        )
-        self.pool = PagePool(pages, self.page_tokens)
+        self.weights_version = 0  # counts replaced layers: keys and values of another version are stale
+        int8 = packed.recipe.kv == "int8"
+        self.kv = kv_plan(config, int8, options)
+        self.context = self.kv.context
+        self._decoder = _native.Decoder(decoder_config(config), self.threads, self.kv.pages, int8)
+        behind = PageMemory(memory_room(), self.page_bytes, self._decoder.drop_pages)
+        self.pool = PagePool(self.kv.pages, self.page_tokens, behind)
         for name, linear in packed.linears.items():
             self.replace(name, linear)
         shifts = key_shifts(config, packed.vectors)
-        int8 = packed.recipe.kv == "int8"
         scales = key_scales(config, packed.linears, packed.vectors, shifts) if int8 else {}
         for name, values in (*packed.vectors.items(), *shifts.items(), *scales.items()):
             self._decoder.set_vector(name, values)
         self._decoder.check()
-
-    def _pages(self, packed: PackedModel, options: EngineOptions) -> int:
-        """How many pages the cache has; its memory is only used once a page is written."""
-        longest = -(-self.context // self.page_tokens)
-        if options.kv_gb is None:
-            return longest * options.max_sequences
-        size = _page_bytes(self.config, packed.recipe.kv == "int8", self.page_tokens)
-        pages = int(options.kv_gb * 1e9) // size
-        if pages < longest:
-            raise UsageError(
-                f"{options.kv_gb} GB for keys and values hold {pages * self.page_tokens} tokens, "
-                f"less than one context of {self.context}",
-                hint=f"use --kv-gb {math.ceil(longest * size / 1e7) / 100} or more, or a smaller --context",
-            )
-        return pages
+        self.kernels = choose_kernels(_integer_matrices(packed), self.threads)
 
     @property
     def page_bytes(self) -> int:
@@ -126,6 +212,7 @@ class CpuExecutor:
     def replace(self, name: str, linear: PackedLinear) -> None:
         """Put another matrix in a linear layer's place."""
         layout = linear.layout
+        self.weights_version += 1
         self._bits[name] = layout.bits
         self._decoder.set_linear(
             name, linear.data, linear.rows, linear.cols, layout.bits, layout.group, layout.symmetric
@@ -157,12 +244,15 @@ class CpuExecutor:
         for row, (sequence, ids) in zip(table, batch, strict=True):
             self.expect(sequence, len(ids))
             row[: len(sequence.pages)] = sequence.pages
+            first, last = sequence.length, sequence.length + len(ids) - 1
+            self.pool.wrote(sequence.pages[first // self.page_tokens : last // self.page_tokens + 1])
         counts = np.array([len(ids) for _, ids in batch], np.int32)
         pasts = np.array([sequence.length for sequence, _ in batch], np.int32)
         longs = np.array([sequence.is_long for sequence, _ in batch], np.uint8)
-        hidden: Floats = self._decoder.step(
-            tokens, counts, pasts, table, longs, np.asarray(rows, np.int32), prefill
-        )
+        with self.pool.computing():
+            hidden: Floats = self._decoder.step(
+                tokens, counts, pasts, table, longs, np.asarray(rows, np.int32), prefill
+            )
         for sequence, ids in batch:
             sequence.length += len(ids)
         return hidden
@@ -217,6 +307,7 @@ class CpuExecutor:
     def copy_page(self, source: int, target: int) -> None:
         """Copy a page of keys and values, all layers."""
         self._decoder.copy_page(source, target)
+        self.pool.wrote([target])
 
     def read_page(self, page: int) -> npt.NDArray[np.uint8]:
         """A copy of one page's keys and values, all layers: uint8 [page_bytes]."""
@@ -226,6 +317,7 @@ class CpuExecutor:
     def write_page(self, page: int, data: npt.NDArray[np.uint8]) -> None:
         """Put what `read_page` gave, uint8 [page_bytes], into a page of this executor or one just like it."""
         self._decoder.write_page(page, data)
+        self.pool.wrote([page])
 
     def profile(self, reset: bool = True) -> dict[str, float]:
         """Seconds spent in each operation since the last reset."""
@@ -238,14 +330,22 @@ def _page_bytes(config: ModelConfig, int8: bool, tokens: int) -> int:
     return 2 * config.num_layers * config.num_kv_heads * tokens * (dim + 4 if int8 else 2 * dim)
 
 
+def _integer_matrices(packed: PackedModel) -> Iterator[tuple[Format, int, int]]:
+    """(format, columns, bytes) of each matrix that integer kernels read."""
+    for linear in packed.linears.values():
+        layout = linear.layout
+        if layout.bits < 16:
+            yield (layout.bits, layout.group, layout.symmetric), linear.cols, linear.data.nbytes
+
+
 def _threads(wanted: int | None) -> int:
-    cores: int = _native.usable_cores()
     if wanted is None:
-        return cores
-    if wanted < 1 or wanted > 4 * cores:
+        return usable_cores()
+    allowed = len(core_ids())
+    if wanted < 1 or wanted > 4 * allowed:
         raise UsageError(
-            f"{wanted} threads asked for, this process may use {cores} cores",
-            hint=f"use --threads 1 to {cores}",
+            f"{wanted} threads asked for, this process may use {allowed} processors",
+            hint=f"use --threads {usable_cores()}, the default here",
         )
     return wanted
 

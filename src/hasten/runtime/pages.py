@@ -1,11 +1,21 @@
-"""Which pages of the KV cache belong to whom. A page may have several owners; the last to let go frees it."""
+"""Which pages of the KV cache belong to whom, and which of them take memory.
+
+A page may have several owners; the last to let go frees it. A page takes memory once something is written to
+it, and goes on taking it when it is free: it is reused first. `PageMemory` limits how many pages are written
+by what is free on the machine, and gives free pages back to the system when memory runs short.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
+from threading import Lock
 
 from hasten.errors import UsageError
+from hasten.machine.room import LOOK_S, MemoryRoom
 
 
 @dataclass
@@ -17,38 +27,94 @@ class Sequence:
     is_long: bool = False  # LongRoPE: its keys are rotated by the long factors
 
 
+@dataclass(frozen=True)
+class PageMemory:
+    """What stands behind a pool's pages."""
+
+    room: MemoryRoom  # the process's account of what is free
+    page_bytes: int
+    drop: Callable[[int, int], object]  # (first page, pages): gives memory of consecutive pages back
+
+
 class PagePool:
     """Free pages, the last freed first: its memory is in use already and still in the processor's cache.
 
     A page that has several owners is read-only: a sequence writes behind its last token, so whoever shares
     pages shares full ones only, or copies.
+
+    Args:
+        pages: how many there are at most.
+        page_tokens: tokens a page holds.
+        memory: what limits them further; None: they cost nothing (tests, replays).
     """
 
-    def __init__(self, pages: int, page_tokens: int) -> None:
+    def __init__(self, pages: int, page_tokens: int, memory: PageMemory | None = None) -> None:
         self.pages = pages
         self.page_tokens = page_tokens
         self.reclaim: Callable[[int], None] | None = None  # asked for pages when none are free
-        self._free = list(range(pages - 1, -1, -1))
+        self._memory = memory
+        self._filled: list[int] = []  # free, and take memory
+        self._bare = list(range(pages - 1, -1, -1))  # free, and take none
+        self._takes_memory = bytearray(pages)
         self._owners = [0] * pages
+        self._unwritten = 0  # owned, and take no memory yet
+        self._looked = 0.0
+        self._turn = Lock()  # held by who manages pages; free while the model computes
+        self._turn.acquire()
+        if memory is not None:
+            memory.room.look()
+            memory.room.join(self)
 
     @property
     def free(self) -> int:
         """Pages that nobody owns."""
-        return len(self._free)
+        return len(self._filled) + len(self._bare)
+
+    @property
+    def usable(self) -> int:
+        """Free pages that memory allows to use: those that take some already, those that may be filled."""
+        return self._usable(0)
+
+    def _usable(self, beyond: int) -> int:
+        """The same where so many bytes of the reserve may be filled too."""
+        memory, bare = self._memory, len(self._bare)
+        if memory is not None:
+            bare = min(bare, max((memory.room.left + beyond) // memory.page_bytes, 0))
+        return len(self._filled) + bare
+
+    def held_bytes(self) -> int:
+        """Bytes that its pages take."""
+        return 0 if self._memory is None else sum(self._takes_memory) * self._memory.page_bytes
+
+    def promised_bytes(self) -> int:
+        """Bytes that owned pages will take."""
+        return 0 if self._memory is None else self._unwritten * self._memory.page_bytes
 
     def owners(self, page: int) -> int:
         """How many hold a page."""
         return self._owners[page]
 
-    def ensure(self, pages: int) -> bool:
-        """Whether so many pages are free, or could be made free by giving up what is cached."""
-        if pages > len(self._free) and self.reclaim is not None:
-            self.reclaim(pages - len(self._free))
-        return pages <= len(self._free)
+    def ensure(self, pages: int, *, alone: bool = False) -> bool:
+        """Whether so many pages are free, or could be made free by giving up what is cached.
+
+        Args:
+            alone: they are for the only sequence that runs. It could wait for nobody, so most of the reserve
+                is its to fill.
+        """
+        if pages > self.usable and self._memory is not None:
+            self._memory.room.look(LOOK_S / 10)
+        if pages > self.usable and self.reclaim is not None:
+            self.reclaim(pages - self.usable)
+        beyond = self._memory.room.last if alone and self._memory is not None else 0
+        return pages <= self._usable(beyond)
 
     def take(self) -> int:
-        """A free page, owned once."""
-        page = self._free.pop()
+        """A free page, owned once; only where `ensure` found one."""
+        if self._filled:
+            page = self._filled.pop()
+        else:
+            page = self._bare.pop()
+            self._count_unwritten(1)
         self._owners[page] = 1
         return page
 
@@ -61,8 +127,83 @@ class PagePool:
         """One owner less."""
         assert self._owners[page] > 0, "a free page was released"
         self._owners[page] -= 1
-        if self._owners[page] == 0:
-            self._free.append(page)
+        if self._owners[page]:
+            return
+        if self._takes_memory[page]:
+            self._filled.append(page)
+            return
+        self._bare.append(page)
+        self._count_unwritten(-1)
+
+    def _count_unwritten(self, pages: int) -> None:
+        self._unwritten += pages
+        if self._memory is not None:
+            self._memory.room.take(pages * self._memory.page_bytes)
+
+    def wrote(self, pages: Iterable[int]) -> None:
+        """Something is written to these owned pages: they take memory from now on."""
+        for page in pages:
+            if not self._takes_memory[page]:
+                self._takes_memory[page] = 1
+                self._unwritten -= 1
+
+    def look(self) -> int:
+        """Now and then, give memory back if the machine is short of it: free pages first, then cached ones.
+
+        Returns:
+            Bytes that the reserve lacks still: what is left is in use by sequences.
+        """
+        if self._memory is None:
+            return 0
+        room = self._memory.room
+        now = room.clock()
+        if now - self._looked < room.look_s:
+            return 0
+        self._looked = now
+        room.look(LOOK_S / 8)  # another pool of this process may have looked just now
+        return self.give_back()
+
+    def give_back(self) -> int:
+        """Give back as much memory as is short now; see `look`."""
+        if self._memory is None or (short := self._memory.room.short) == 0:
+            return 0
+        wanted = -(-short // self._memory.page_bytes)
+        if wanted > len(self._filled) and self.reclaim is not None:
+            self.reclaim(wanted - len(self._filled))
+        given = self._filled[:wanted]  # the longest unused
+        del self._filled[:wanted]
+        for page in given:
+            self._takes_memory[page] = 0
+        self._bare += given
+        for first, last in _runs(sorted(given)):
+            self._drop(first, last)
+        self._memory.room.gave(len(given) * self._memory.page_bytes)
+        return self._memory.room.low
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Around a step of the model: nobody manages pages, so `give_back_meanwhile` may."""
+        self._turn.release()
+        try:
+            yield
+        finally:
+            self._turn.acquire()
+
+    def give_back_meanwhile(self) -> None:
+        """From any thread, during a step: `give_back`. A step may take longer than the reserve lasts."""
+        if self._turn.acquire(blocking=False):
+            try:
+                self.give_back()
+            finally:
+                self._turn.release()
+
+    def _drop(self, first: int, last: int) -> None:
+        """Give pages `first` to `last` back, with neighbours that hold nothing: a page need not begin where a
+        page of the system does, and what two of them share goes only with both."""
+        assert self._memory is not None
+        first -= first > 0 and not self._takes_memory[first - 1]
+        last += last + 1 < self.pages and not self._takes_memory[last + 1]
+        self._memory.drop(first, last - first + 1)
 
     def grow(self, sequence: Sequence, length: int) -> None:
         """Give a sequence pages for `length` tokens.
@@ -74,11 +215,11 @@ class PagePool:
             last = sequence.pages[sequence.length // self.page_tokens]
             assert self._owners[last] == 1, "a shared page would be written"
         missing = -(-length // self.page_tokens) - len(sequence.pages)
-        if missing > len(self._free) and not self.ensure(missing):
+        if missing > len(self._filled) and not self.ensure(missing, alone=True):
             raise UsageError(
-                f"the KV cache has {len(self._free)} free pages of {self.page_tokens} tokens, "
+                f"the KV cache has {self.usable} free pages of {self.page_tokens} tokens, "
                 f"{missing} are needed",
-                hint="run fewer sequences at once, or load the model with a larger context",
+                hint="run fewer sequences at once, or give the KV cache more memory: --kv-gb",
             )
         for _ in range(missing):
             sequence.pages.append(self.take())
@@ -90,3 +231,10 @@ class PagePool:
             self.release(sequence.pages.pop())
         sequence.length = min(sequence.length, length)
         sequence.is_long = sequence.is_long and sequence.length > 0
+
+
+def _runs(pages: Seq[int]) -> list[tuple[int, int]]:
+    """(first, last) of the runs of consecutive numbers in a sorted list."""
+    ends = [one for one, next_ in pairwise(pages) if next_ != one + 1]
+    starts = [next_ for one, next_ in pairwise(pages) if next_ != one + 1]
+    return list(zip([*pages[:1], *starts], [*ends, *pages[-1:]], strict=True))

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from hasten.serve.service import Service
 
 Item = TypeVar("Item", bound=Strict)
+T = TypeVar("T")
+
+_SMALL = 8192  # bytes: a body that is checked within a millisecond, whatever it holds
 
 DONE = b"data: [DONE]\n\n"
 _EVENT_HEADERS = [
@@ -33,6 +36,7 @@ class Exchange:
         self.scope = scope
         self.call: Call = call_of(scope)
         self.sent = 0.0  # when events were sent last, seconds of the monotonic clock
+        self._size = 0  # bytes of the body
         self._receive = receive
         self._send = send
 
@@ -42,7 +46,15 @@ class Exchange:
         Raises:
             Problem: too long, too slow, or not what the model says.
         """
-        return parse(model, await read_body(self._receive, self.scope, self.service.options))
+        data = await read_body(self._receive, self.scope, self.service.options)
+        self._size = len(data)
+        if self._size <= _SMALL:
+            return parse(model, data)
+        return await self.work(lambda: parse(model, data))
+
+    async def work(self, task: Callable[[], T]) -> T:
+        """Run something for this request in a thread; large bodies wait in a line of their own."""
+        return await self.service.work(task, self._size)
 
     async def json(self, document: Any, status: int = 200) -> None:
         """Answer with a JSON document."""

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hasten.engine.request import Output, Request
-from hasten.serve.problem import Problem
+from hasten.serve.problem import NO_FAULT, Problem
 
 if TYPE_CHECKING:
     from hasten.serve.pool import ServedEngine
@@ -80,7 +80,9 @@ class Feed:
         try:
             async with self._turns:
                 await self._run(which, request if which < AT_ONCE else self._in_time(request))
-        except Exception as error:  # noqa: BLE001  the reader raises it, in the task that serves the client
+        except NO_FAULT:
+            raise
+        except BaseException as error:  # noqa: BLE001  the reader raises it, in the task that serves the client
             self._error = self._error or error
         finally:
             self._open -= 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -54,8 +54,11 @@ def asker_of(exchange: Exchange) -> Asker:
     return Asker(call.client, f"{call.request_id}-{secrets.token_hex(4)}")
 
 
-async def respond(exchange: Exchange, question: Question, response: Response) -> None:
-    """Run requests and answer.
+async def respond(
+    exchange: Exchange, question: Question, response: Response, keep: Callable[[], None] = lambda: None
+) -> None:
+    """Run requests and answer. `keep` is called when the answer is whole, before its end is sent: what it
+    stores is there when the client asks for it.
 
     The headers of a stream go out with its first token or heartbeat, so that until then an error can have its
     own status. A stream that breaks off, the server's end included, says so in an event.
@@ -68,6 +71,7 @@ async def respond(exchange: Exchange, question: Question, response: Response) ->
         if not question.stream:
             async for news in batches:
                 response.take(news)
+            keep()
             await exchange.json(response.document())
             return
         try:
@@ -81,11 +85,14 @@ async def respond(exchange: Exchange, question: Question, response: Response) ->
             if call.started and not (call.left or call.stalled):  # silence would pass for the end
                 await _break_off(exchange, response, Problem(503, "the server is stopping", code="stopping"))
             raise
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:
             if not exchange.call.started:
                 raise
             await _break_off(exchange, response, problem_of(error))
             return
+        keep()
         await exchange.end(response.last())
 
 
@@ -102,7 +109,7 @@ async def _batches(
     key = None
     if service.memory is not None:
         memory = service.memory
-        key = await service.work(lambda: memory.key(served, question.spec, question.requests))
+        key = await exchange.work(lambda: memory.key(served, question.spec, question.requests))
         known = memory.recall(key) if key is not None else None
         if known is not None:
             response.tally.remembered()

@@ -13,8 +13,9 @@ import secrets
 import time
 from typing import TYPE_CHECKING, Any
 
-from hasten.serve.call import App, Call, Message, Receive, Scope, Send
+from hasten.serve.call import App, Call, Deadline, Message, Receive, Scope, Send
 from hasten.serve.problem import Problem, problem_of
+from hasten.serve.strangers import Hosts
 from hasten.serve.traces import new_tracer
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ _ALLOWED = (
 )
 
 
+_DRAINED = 1_000_000  # bytes of a refused body that are taken at least
+_SILENT_S = 2.0  # a client that sends no more of it for so long waits for the answer
 _STOPPING = Problem(503, "the server is stopping", code="stopping", headers={"retry-after": "1"})
 
 
@@ -47,6 +50,7 @@ class Guard:
         self._app = app
         self._options = options
         self._keys = [key.encode() for key in options.api_keys]
+        self._hosts = Hosts(options)
         self._origins = {origin.rstrip("/").encode() for origin in options.cors_origins}
         self._log = log
         self._tracer = new_tracer()
@@ -62,7 +66,8 @@ class Guard:
         name = given.decode() if _REQUEST_ID.fullmatch(given) else secrets.token_hex(12)
         call = scope["hasten.call"] = Call(name, _address(scope))
         origin = headers.get(b"origin", b"")
-        watch = _Watch(call, receive, send, self._options.send_timeout_s, self._extra_headers(call, origin))
+        watch = _Watch(call, receive, send, self._options, self._extra_headers(call, origin))
+        watch.expect_body(headers)
         try:
             with self._tracer.span(scope, call) if self._tracer is not None else contextlib.nullcontext():
                 await self._serve(scope, headers, watch)
@@ -71,7 +76,9 @@ class Guard:
                 if not call.started:
                     await _answer(_STOPPING, watch.send)
                 raise
-        except Exception as error:  # noqa: BLE001  a client gets an answer whatever happens
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # noqa: BLE001  a client gets an answer whatever happens
             await self._failed(error, call, watch)
         finally:
             watch.stop()
@@ -81,6 +88,7 @@ class Guard:
 
     async def _serve(self, scope: Scope, headers: dict[bytes, bytes], watch: _Watch) -> None:
         call = watch.call
+        self._hosts.check(scope["path"], scope["headers"])
         if scope["method"] == "OPTIONS" and b"access-control-request-method" in headers:
             allowed = self._may_call(headers.get(b"origin", b""))
             status = 204 if allowed else 403
@@ -122,7 +130,7 @@ class Guard:
             ]
         return extra
 
-    async def _failed(self, error: Exception, call: Call, watch: _Watch) -> None:
+    async def _failed(self, error: BaseException, call: Call, watch: _Watch) -> None:
         problem = problem_of(error)
         call.fields.setdefault("error", problem.message)
         if problem.status == 500:
@@ -130,9 +138,10 @@ class Guard:
         if call.left or call.stalled:
             return
         if not call.started:
-            await _answer(problem, watch.send)
+            with contextlib.suppress(asyncio.CancelledError):  # the client left meanwhile
+                await _answer(problem, watch.send)
 
-    def _fault(self, error: Exception, call: Call) -> None:
+    def _fault(self, error: BaseException, call: Call) -> None:
         import traceback
 
         text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
@@ -159,13 +168,23 @@ class _Watch:
     """The client's end of a call: cancels the task that serves it when the client leaves or stops reading."""
 
     def __init__(
-        self, call: Call, receive: Receive, send: Send, patience_s: float, extra: list[tuple[bytes, bytes]]
+        self,
+        call: Call,
+        receive: Receive,
+        send: Send,
+        options: ServeOptions,
+        extra: list[tuple[bytes, bytes]],
     ) -> None:
         self.call = call
         self._receive = receive
         self._send = send
-        self._patience_s = patience_s
+        self._options = options
+        self._patience_s = options.send_timeout_s
         self._extra = extra
+        self._unread = False  # the client sends a body that nobody has read to its end
+        self._waits = False  # with sending it, until it is asked for (Expect: 100-continue)
+        self._announced = 0  # bytes of it
+        self._taken = 0
         self._serving = asyncio.current_task()
         self._listener: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -176,14 +195,26 @@ class _Watch:
         if self._listener is not None:
             return await _never()
         message = await self._receive()
-        if message["type"] == "http.request" and not message.get("more_body", False):
-            self._listener = self._loop.create_task(self._listen())
+        if message["type"] == "http.request":
+            self._taken += len(message.get("body", b""))
+            if not message.get("more_body", False):
+                self._unread = False
+                self._listener = self._loop.create_task(self._listen())
         return message
+
+    def expect_body(self, headers: dict[bytes, bytes]) -> None:
+        """Note whether the client sends a body, and whether it waits to be told to."""
+        length = headers.get(b"content-length", b"0")
+        self._announced = int(length) if length.isdigit() else 0
+        self._unread = self._announced > 0 or b"transfer-encoding" in headers
+        self._waits = b"expect" in headers
 
     async def send(self, message: Message) -> None:
         """The application's `send`, timed."""
         call = self.call
         if message["type"] == "http.response.start":
+            if self._unread and (self._taken or not self._waits) and message["status"] != 408:
+                await self._drain()
             call.started, call.status = True, message["status"]
             message["headers"] = [*message.get("headers", ()), *self._extra]
         call.sending_since = self._loop.time()
@@ -193,6 +224,27 @@ class _Watch:
         call.sending_since = None
         if message["type"] == "http.response.body" and not message.get("more_body", False):
             call.complete = True
+
+    async def _drain(self) -> None:
+        """Take the rest of a body that is refused, within bounds.
+
+        A client that still sends when the connection is closed sees a reset in place of the answer.
+        """
+        most = max(_DRAINED, 4 * self._options.max_body_bytes)
+        self._unread = False
+        ends = self.call.began + self._options.body_timeout_s
+        while self._announced <= most and self._taken < most and time.monotonic() < ends:
+            message: Message | None = None
+            with Deadline(_SILENT_S):
+                message = await self._receive()
+            if message is None:  # it waits for the answer
+                return
+            if message["type"] == "http.disconnect":
+                self.call.left = True
+                raise asyncio.CancelledError
+            self._taken += len(message.get("body", b""))
+            if not message.get("more_body", False):
+                return
 
     def stop(self) -> None:
         """The call is over."""

@@ -75,8 +75,8 @@ def _operation(route: Route) -> dict[str, Any]:
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     for status in sorted(refuses):
         answers[str(status)] = {"description": _SAID[status], "content": error}
-    if route.path == "/ready":
-        answers["503"] = {"description": "Loading or draining", "content": {"application/json": {}}}
+    if route.path in ("/health", "/ready"):
+        answers["503"] = {"description": "Loading (/ready: or draining)", "content": {"application/json": {}}}
     operation: dict[str, Any] = {"summary": route.summary, "responses": answers}
     if route.body is not None:
         schema = {"$ref": f"#/components/schemas/{route.body.__name__}"}

@@ -30,6 +30,13 @@ class ServeOptions:
         default=(),
         metadata={"help": "web origin whose pages may call the API, or * for all, repeatable; default: none"},
     )
+    allowed_hosts: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "name by which the server may be asked (*.example.com: any below it; *: all), "
+            "repeatable; default: localhost and addresses on --host 127.0.0.1 without a key, else all"
+        },
+    )
     max_loaded: int | None = field(
         default=None,
         metadata={"help": "models in memory at once, the longest unused leaves; default: all that are named"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
 
 class ServedEngine(Protocol):
     """What the server needs of `AsyncEngine`."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended by itself: it refuses every request from now on."""
+        ...
 
     def batches(self, request: Request) -> AsyncGenerator[list[Output], None]:
         """Outputs as they come, all that wait at once; closing the iterator cancels the request."""
@@ -76,6 +82,11 @@ class Served:
         """Longest prompt plus output, tokens."""
         return self.model.context
 
+    @property
+    def takes_requests(self) -> bool:
+        """Whether it stays, and its engine lives."""
+        return not self.leaving and not self.engine.failed
+
 
 @dataclass(eq=False)
 class _Load:
@@ -111,6 +122,8 @@ class ModelPool:
         self._loaded: dict[str, Served] = {}
         self._loading: dict[str, _Load] = {}
         self._placing = asyncio.Lock()
+        self._coming: Future[tuple[LanguageModel, ServedEngine]] | None = None
+        self.started = False  # a model was loaded, whatever became of it
 
     @property
     def default(self) -> str:
@@ -120,7 +133,7 @@ class ModelPool:
     @property
     def ready(self) -> bool:
         """Whether a request would find a model in memory."""
-        return any(not served.leaving for served in self._loaded.values())
+        return any(served.takes_requests for served in self._loaded.values())
 
     def loaded(self) -> list[tuple[str, EngineStats]]:
         """(name, its engine's numbers) of the models in memory."""
@@ -137,9 +150,10 @@ class ModelPool:
             return {}
         return {"max_model_len": served.context, "recipe": served.model.recipe.name}
 
-    def adopt(self, name: str, model: LanguageModel, engine: ServedEngine) -> None:
-        """Take a model that was loaded while the server was being built."""
-        self._loaded[name] = Served(name, model, engine)
+    def expect(self, coming: Future[tuple[LanguageModel, ServedEngine]]) -> asyncio.Task[Served]:
+        """Take the default model, whose loading began before there was a loop; requests for it wait."""
+        self._coming = coming
+        return self._start_loading(self.default)
 
     @asynccontextmanager
     async def use(self, name: str | None) -> AsyncIterator[Served]:
@@ -166,29 +180,33 @@ class ModelPool:
                 code="model_not_found",
             )
         served = self._loaded.get(name)
-        if served is not None and not served.leaving:
+        if served is not None and served.takes_requests:
             served.users += 1
             served.idle.clear()
             return served
-        load = self._loading.get(name)
-        if load is None:
-            load = self._loading[name] = _Load()
-            load.task = asyncio.get_running_loop().create_task(self._load(name, load))
-        assert load.task is not None
+        task = self._loading[name].task if name in self._loading else self._start_loading(name)
+        load = self._loading[name]
+        assert task is not None
         load.waiting += 1
         try:
-            return await asyncio.shield(load.task)  # a client that leaves does not stop what others wait for
+            return await asyncio.shield(task)  # a client that leaves does not stop what others wait for
         except asyncio.CancelledError:
             load.waiting -= 1
             if load.served is not None:
                 _release(load.served)
             raise
 
+    def _start_loading(self, name: str) -> asyncio.Task[Served]:
+        load = self._loading[name] = _Load()
+        load.task = asyncio.get_running_loop().create_task(self._load(name, load))
+        return load.task
+
     async def _load(self, name: str, load: _Load) -> Served:
         try:
             async with self._placing:
                 load.served = self._loaded[name] = await self._placed(name)
                 load.served.users = load.waiting
+                self.started = True
                 return load.served
         except Exception as error:
             self._say("load_failed", "error", model=name, error=str(error))
@@ -203,15 +221,19 @@ class ModelPool:
             await self._evict(before)
         while len(self._loaded) >= self._most:
             await self._evict(min(self._loaded.values(), key=lambda one: (one.users > 0, one.used)))
-        began = time.monotonic()
+        began, coming, self._coming = time.monotonic(), self._coming, None
         try:
-            model, engine = await asyncio.get_running_loop().run_in_executor(
-                None, self._loader, self.refs[name]
-            )
+            if coming is not None:
+                model, engine = await asyncio.wrap_future(coming)
+            else:
+                model, engine = await asyncio.get_running_loop().run_in_executor(
+                    None, self._loader, self.refs[name]
+                )
         except HastenError as error:
             said = f"the model {name!r} cannot be loaded: {error.message}"
             raise Problem(503, said, code="load_failed") from error
-        self._say("model_loaded", model=name, duration_ms=round(1000 * (time.monotonic() - began)))
+        timing = {} if coming is not None else {"duration_ms": round(1000 * (time.monotonic() - began))}
+        self._say("model_loaded", model=name, **timing, **model.placement)
         return Served(name, model, engine)
 
     async def _evict(self, victim: Served) -> None:

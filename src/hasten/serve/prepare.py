@@ -30,6 +30,13 @@ _GRAMMAR_HINT = (
     "guided_grammar"
 )
 
+_MOST_CHARS = 256
+"""Characters for which one token stands at most. Few vocabularies have longer tokens (they count then), but
+some tokenizers drop blanks, and have one token for any unknown word."""
+_USUAL_CHARS = 16  # a text of more characters a token is rare: until then it is encoded without a look
+_PART = 1 << 16  # characters
+_REMEMBERED = 1_000_000
+
 _TEMPLATE_NAMES = {"messages", "tools", "documents", "add_generation_prompt"}
 
 
@@ -54,9 +61,10 @@ def prepare_chat(
                 400, "an answer that must call a tool can follow no other format", param="tool_choice"
             )
         grammar = plan.grammar
-    prompt = chat_tokens(
-        served, spec.messages, tools, spec.add_generation_prompt is not False, spec.chat_template_kwargs
-    )
+    generation = spec.add_generation_prompt is not False
+    text = chat_text(served, spec.messages, tools, generation, spec.chat_template_kwargs)
+    check_length(served, text, options)
+    prompt = chat_tokens(served, text)
     asked = spec.max_tokens if spec.max_completion_tokens is None else spec.max_completion_tokens
     request = request_of(
         served,
@@ -71,13 +79,13 @@ def prepare_chat(
     return request, plan
 
 
-def chat_tokens(
+def chat_text(
     served: Served,
     messages: Sequence[Mapping[str, Any]],
     tools: Tools | None,
     add_generation_prompt: bool,
     variables: Mapping[str, Any] | None,
-) -> tuple[int, ...]:
+) -> str:
     """A conversation through the model's template. In a worker thread.
 
     Raises:
@@ -93,33 +101,76 @@ def chat_tokens(
         said = f"chat_template_kwargs may not name {min(taken)}: the request has it already"
         raise Problem(400, said, param="chat_template_kwargs", code="invalid_value")
     try:
-        text = tokenizer.apply_chat(
+        return tokenizer.apply_chat(
             chat, add_generation_prompt, tools=tools, variables={**named, **(variables or {})}
         )
     except TokenizerError as error:  # its hint is for the command line
         raise Problem(400, error.message, param="messages", code="invalid_prompt") from error
+
+
+def chat_tokens(served: Served, text: str) -> tuple[int, ...]:
+    """Token ids of what `chat_text` gave; turns that were said before are remembered. In a worker thread."""
+    if len(text) > _REMEMBERED:  # to cut it at its marks would keep other threads waiting
+        return tuple(served.model.tokenizer.encode(text, add_special=False))
     return tuple(served.prompts.get_or_encode(text))
 
 
 def encode(
-    served: Served, prompt: str | Sequence[int], add_special: bool = True, param: str = "prompt"
+    served: Served, prompt: str | Sequence[int], options: ServeOptions, add_special: bool = True
 ) -> tuple[int, ...]:
     """Token ids of a prompt that is text or token ids already.
 
     Raises:
-        Problem: an id outside the vocabulary.
+        Problem: an id outside the vocabulary, or a text that cannot fit.
     """
     if isinstance(prompt, str):
+        check_length(served, prompt, options)
         return tuple(served.model.tokenizer.encode(prompt, add_special))
-    vocabulary = served.model.config.vocab_size
-    if any(token >= vocabulary for token in prompt):
-        raise Problem(
-            400,
-            f"a token id is {max(prompt)}; the vocabulary has {vocabulary}",
-            param=param,
-            code="invalid_value",
-        )
+    check_ids(served, prompt, "prompt")
     return tuple(prompt)
+
+
+def check_ids(served: Served, ids: Sequence[int], param: str) -> None:
+    """Refuse ids outside the vocabulary.
+
+    Raises:
+        Problem: 400.
+    """
+    vocabulary = served.model.config.vocab_size
+    if any(token >= vocabulary for token in ids):
+        said = f"a token id is {max(ids)}; the vocabulary has {vocabulary}"
+        raise Problem(400, said, param=param, code="invalid_value")
+
+
+def check_length(served: Served, text: str, options: ServeOptions) -> None:
+    """Refuse a text that cannot fit before all of it is encoded: a million characters take 1.3 s.
+
+    First by its characters: a token stands for so many at most. Then by counting the tokens of one part after
+    another. Cutting changes the tokens beside a cut alone, so that twice the limit is surely too much.
+
+    Raises:
+        Problem: 400, as `limit_of`.
+    """
+    limit = served.context
+    if options.max_prompt_tokens is not None:
+        limit = min(limit, options.max_prompt_tokens)
+    part = max(_PART, _USUAL_CHARS * limit)
+    if len(text) <= part:
+        return
+    tokenizer = served.model.tokenizer
+    most = _MOST_CHARS * limit
+    if len(text) > most and len(text) > (most := max(most, tokenizer.longest_token * limit)):
+        said = f"the prompt has {len(text):,} characters; {limit} tokens hold {most:,} at most"
+        raise Problem(400, said, code=_too_long_code(served, limit))
+    tokens = 0
+    for start in range(0, len(text), part):
+        tokens += tokenizer.count(text[start : start + part], add_special=False)
+        if tokens >= 2 * limit:
+            raise Problem(400, f"the prompt has more than {limit} tokens", code=_too_long_code(served, limit))
+
+
+def _too_long_code(served: Served, limit: int) -> str:
+    return "context_length_exceeded" if limit == served.context else "prompt_too_long"
 
 
 def limit_of(asked: int | None, prompt: int, served: Served, options: ServeOptions) -> int:

@@ -7,6 +7,7 @@ Source: https://platform.openai.com/docs/guides/error-codes and the API's own an
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from collections.abc import Mapping
@@ -65,6 +66,15 @@ class Problem(Exception):
         return json.dumps(self.document()).encode()
 
 
+class LibraryPanic(Exception):
+    """A library gave up by an exception that no handler expects: those of Rust derive theirs (pyo3's
+    PanicException) from BaseException, as if the process had to end."""
+
+
+NO_FAULT = (asyncio.CancelledError, KeyboardInterrupt, SystemExit, GeneratorExit)
+"""What derives from BaseException because it is meant to pass every handler."""
+
+
 def problem_of(error: BaseException) -> Problem:
     """How an exception is told to the client. What nobody foresaw is told without its text, which may hold
     another client's words; the log has it."""
@@ -86,9 +96,16 @@ def problem_of(error: BaseException) -> Problem:
         return Problem(500, _said(error), code="engine_error")
     if isinstance(error, MemoryError):
         return Problem(503, "the server is out of memory", code="out_of_memory", headers={"retry-after": "5"})
+    if not isinstance(error, Exception) or isinstance(error, LibraryPanic):
+        said = f"a library of the server gave up ({_name(error)}); its log says more"
+        return Problem(500, said, code="library_fault")
     return Problem(
         500, f"a fault of the server ({type(error).__name__}); its log says more", code="internal_error"
     )
+
+
+def _name(error: BaseException) -> str:
+    return type(error.__cause__ or error).__name__
 
 
 def _said(error: HastenError) -> str:

@@ -1,11 +1,14 @@
-"""What uvicorn does not limit: connections, headers and the time they may take."""
+"""What uvicorn does not do: limit connections, headers and the time they may take; pass over offers to
+upgrade; notice that a client left whose requests wait in line."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from hasten.serve.problem import Problem
@@ -14,7 +17,44 @@ if TYPE_CHECKING:
     from hasten.serve.options import ServeOptions
 
 MAX_HEADERS = 100
+_PIPELINED = 16  # requests of a connection that are read while the first is answered
 _CROWDED = Problem(503, "too many connections", code="too_many_connections", headers={"retry-after": "1"})
+
+
+class _Parser:
+    """The parser of httptools, for which offers to upgrade are no end of the request.
+
+    A server may pass over an offer (RFC 9110, 7.8) and must then read the request as it is; Java's HTTP
+    client offers h2c with each. httptools skips the body instead and stops. So the request's head is given
+    once more, without the offer, to a parser that then reads what follows.
+
+    Args:
+        protocol: whose callbacks are called; `head_without_offer` gives the head.
+    """
+
+    def __init__(self, protocol: LimitedProtocol) -> None:
+        self._protocol = protocol
+        self._inner = self._new()
+
+    def _new(self) -> Any:
+        parser = httptools.HttpRequestParser(self._protocol)
+        with contextlib.suppress(AttributeError):  # of old versions, which are lenient by themselves
+            parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        return parser
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def feed_data(self, data: bytes) -> None:
+        while True:
+            try:
+                self._inner.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as offer:
+                head = self._protocol.head_without_offer()
+                data = data[offer.args[0] :]
+                self._inner = self._new()
+                self._inner.feed_data(head)
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -28,6 +68,12 @@ class LimitedProtocol(HttpToolsProtocol):
     _refused = False
     _unsent = -1  # bytes of a complete answer that the client had not read when it was last looked at
     _head_timer: asyncio.TimerHandle | None = None
+    _offered = False  # the head that is read offers to upgrade: it comes again without
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.parser: Any = _Parser(self)
+        self._unanswered: list[Any] = []  # cycles, the one that is answered first
 
     @property
     def _most_bytes(self) -> int:
@@ -42,7 +88,12 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
-        super().connection_lost(exc)
+        super().connection_lost(exc)  # which tells the last request only
+        for cycle in self._unanswered:
+            if not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
+        self._unanswered.clear()
 
     def data_received(self, data: bytes) -> None:
         if self._refused:
@@ -71,13 +122,38 @@ class LimitedProtocol(HttpToolsProtocol):
             raise ValueError("too many headers")  # the parser stops and uvicorn asks for a 400
 
     def on_headers_complete(self) -> None:
+        self._offered = self.parser.should_upgrade()
+        if self._offered:
+            if self.parser.get_method() == b"CONNECT":
+                raise ValueError("CONNECT asks for a proxy")  # answered with 400
+            return
         self._in_head = False
         self._stop_timer()
         super().on_headers_complete()
+        self._unanswered = [one for one in self._unanswered if not one.response_complete]
+        self._unanswered.append(self.cycle)
+        if len(self._unanswered) <= _PIPELINED:
+            self.flow.resume_reading()  # else nobody would notice that the client leaves
 
     def on_message_complete(self) -> None:
+        if self._offered:
+            return
         super().on_message_complete()
         self._in_head, self._head_bytes = True, 0
+
+    def head_without_offer(self) -> bytes:
+        """The head that was read, without its offer to upgrade."""
+        method, version = self.parser.get_method(), self.parser.get_http_version()
+        lines = [b"%s %s HTTP/%s" % (method, self.url, version.encode())]
+        for name, value in self.headers:
+            if name == b"connection":
+                options = [option.strip() for option in value.split(b",")]
+                value = b", ".join(
+                    one for one in options if one.lower() not in (b"upgrade", b"http2-settings")
+                )
+            if name != b"upgrade" and (value or name != b"connection"):
+                lines.append(name + b": " + value)
+        return b"\r\n".join([*lines, b"", b""])
 
     def timeout_keep_alive_handler(self) -> None:
         unsent = self.transport.get_write_buffer_size()

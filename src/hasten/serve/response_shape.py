@@ -47,6 +47,7 @@ class ResponseShape:
         self._error: dict[str, Any] | None = None
         self._sequence = 0
         self._pieces: list[str] = []  # of the open item: text or arguments
+        self._logprobs: list[TokenLogprob] = []  # of tokens whose text is held back or comes with the next
 
     def take(self, news: Sequence[News]) -> None:
         """Note outputs; the events they would be are made and dropped, which costs little."""
@@ -60,9 +61,12 @@ class ResponseShape:
             events.append(self._event("response.in_progress", response=self.document()))
         for which, output in news:
             self.tally.take(which, output)
+            self._logprobs += output.logprobs
             for one in self._read(output):
-                events += self._follow(one, output.logprobs)
+                events += self._follow(one)
             if output.finish_reason is not None:
+                if not self.output or (self._logprobs and self._is_open("message")):
+                    events += self._add_text("")
                 self._status = "completed" if output.finish_reason == "stop" else "incomplete"
                 events += self._close(self._status)
         return "".join(events).encode("utf-8", "replace")
@@ -79,7 +83,6 @@ class ResponseShape:
 
     def document(self) -> dict[str, Any]:
         """The response in one piece."""
-        done = self._status != "in_progress"
         usage = {
             "input_tokens": self.tally.prompt_tokens,
             "input_tokens_details": {"cached_tokens": self.tally.cached_tokens},
@@ -96,7 +99,7 @@ class ResponseShape:
             "incomplete_details": cut,
             **self._fields,
             "output": [dict(item) for item in self.output],
-            "usage": usage if done else None,
+            "usage": None if self._status == "in_progress" else usage,
         }
 
     def _read(self, output: Output) -> list[ToolEvent]:
@@ -105,14 +108,15 @@ class ResponseShape:
         news = self._reader.push(output.text)
         return [*news, *self._reader.flush()] if output.finish_reason is not None else news
 
-    def _follow(self, one: ToolEvent, logprobs: Sequence[TokenLogprob]) -> list[str]:
+    def _follow(self, one: ToolEvent) -> list[str]:
         if isinstance(one, TextDelta):
-            return self._add_text(one.text, logprobs)
+            return self._add_text(one.text)
+        self._logprobs = []  # a call has none
         if isinstance(one, CallStarted):
             return [*self._close("completed"), self._open_call(one)]
         return [self._add_arguments(one)]
 
-    def _add_text(self, text: str, logprobs: Sequence[TokenLogprob]) -> list[str]:
+    def _add_text(self, text: str) -> list[str]:
         events = []
         if not self._is_open("message"):
             events = self._close("completed")
@@ -124,8 +128,8 @@ class ResponseShape:
             self.output[-1]["content"] = [part]
         self._pieces.append(text)
         entries = "[]"
-        if logprobs:
-            found = self._texts.chat(logprobs)
+        if self._logprobs:
+            found, self._logprobs = self._texts.chat(self._logprobs), []
             self.output[-1]["content"][0]["logprobs"] += found
             entries = dumps(found)
         kind = "response.output_text.delta"

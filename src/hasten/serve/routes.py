@@ -43,7 +43,7 @@ ROUTES = (
     Route("GET", "/v1/models/{name}", status.model, "One model", refuses=(404,)),
     Route("POST", "/tokenize", tokens.tokenize, "Token ids of a text or chat", TokenizeRequest),
     Route("POST", "/detokenize", tokens.detokenize, "The text of token ids", DetokenizeRequest),
-    Route("GET", "/health", status.health, "Liveness"),
+    Route("GET", "/health", status.health, "Liveness", refuses=(503,)),
     Route("GET", "/ready", status.ready, "Readiness", refuses=(503,)),
     Route("GET", "/metrics", status.metrics, "Prometheus's page", kind="text/plain"),
     Route("GET", "/stats", status.stats, "The engines' numbers"),

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import logging
 import math
-import resource
+import os
 import signal
 import socket
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hasten.core import EngineOptions, ServingOptions
-from hasten.errors import MachineError, UsageError
+from hasten.errors import MachineError, Terminated, stop_of
+from hasten.serve.listening import allow_files, listen, url_of
 from hasten.serve.options import ServeOptions
 
 if TYPE_CHECKING:
     from hasten.engine.model import LanguageModel
-    from hasten.serve.pool import Loader, ServedEngine
+    from hasten.serve.pool import Loader, Served, ServedEngine
 
-_SEND_BUFFER = 256 << 10  # bytes the kernel may hold for a client that does not read; Linux doubles it
-_OWN_FILES = 256  # beside connections: weights, caches, sockets that are being refused
+STOPPED_EARLY = 130
 _EXTRA = "pip install 'hasten[serve]'"
 
 
@@ -52,7 +50,7 @@ def serve(setup: ServeSetup, say: Callable[[str], None], loader: Loader | None =
     """Run until SIGTERM or Ctrl-C; what runs then gets `drain_s` to finish.
 
     The first model loads in a thread of its own while the web framework is imported and the application
-    is built.
+    is built. From then on HTTP is answered: /health and /ready with 503, the rest when the model is there.
 
     Args:
         setup: what to serve and how.
@@ -64,15 +62,33 @@ def serve(setup: ServeSetup, say: Callable[[str], None], loader: Loader | None =
         UsageError: the address cannot be listened on.
         HastenError: the first model cannot be loaded.
     """
-    server, listener = made(setup, say, loader)
-    server.run(sockets=[listener])
+    try:
+        server, listener = made(setup, say, loader)
+        server.run(sockets=[listener])
+    except (KeyboardInterrupt, RuntimeError) as error:
+        stop = stop_of(error)
+        if stop is None:
+            raise
+        _leave_loading(0 if isinstance(stop, Terminated) else STOPPED_EARLY)
+    if server.failure is not None:
+        raise server.failure
+    if not server.loaded:
+        _leave_loading(STOPPED_EARLY if server.stopped_by == signal.SIGINT else 0)
+
+
+def _leave_loading(code: int) -> NoReturn:
+    """End the process while a thread loads a model. It cannot be stopped, and the interpreter cannot end
+    beside it: native code that comes back then aborts the process."""
+    sys.stderr.write("\nstopped before the model was loaded.\n")
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def made(
     setup: ServeSetup, say: Callable[[str], None], loader: Loader | None = None
 ) -> tuple[Any, socket.socket]:
-    """uvicorn's server, its first model loaded, and the socket to run it on; see `serve`."""
-    _allow_files(setup.options.max_connections)
+    """uvicorn's server, its first model on its way, and the socket to run it on; see `serve`."""
+    allow_files(setup.options.max_connections)
     listener = listen(setup.options)
     load = loader or setup.load
     first = _in_thread(lambda: load(next(iter(setup.refs.values()))))
@@ -83,60 +99,10 @@ def made(
         raise
 
 
-def listen(options: ServeOptions) -> socket.socket:
-    """The bound socket.
-
-    Raises:
-        UsageError: the address is taken, forbidden or none of this machine's.
-    """
-    try:
-        found = socket.getaddrinfo(
-            options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        family, kind, protocol, _, address = found[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise UsageError(
-            f"cannot listen on {options.host}: {error.strerror}",
-            hint="use --host 127.0.0.1, or 0.0.0.0 for all",
-        ) from None
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)  # connections inherit it
-        listener.bind(address)
-    except OSError as error:
-        listener.close()
-        raise _cannot_listen(options.host, options.port, error) from None
-    return listener
-
-
-def _cannot_listen(host: str, port: int, error: OSError) -> UsageError:
-    return UsageError(
-        f"cannot listen on {host} port {port}: {error.strerror}",
-        hint="choose another: --port 8001, or --port 0 for any free one",
-    )
-
-
-def _allow_files(connections: int) -> None:
-    """Let the process open so many connections, as far as the system allows it.
-
-    Raises:
-        UsageError: it does not.
-    """
-    wanted = connections + _OWN_FILES
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return
-    if hard != resource.RLIM_INFINITY and hard < wanted:
-        raise UsageError(
-            f"--max-connections {connections} needs {wanted} files, {hard} are allowed",
-            hint=f"use --max-connections {max(1, hard - _OWN_FILES)}, or raise it: ulimit -Hn {wanted}",
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
 def _in_thread(task: Callable[[], Any]) -> Future[Any]:
     future: Future[Any] = Future()
+
+    future.set_running_or_notify_cancel()  # from here on it cannot be cancelled: the thread goes on
 
     def run() -> None:
         try:
@@ -155,6 +121,7 @@ def _server(
         import uvicorn
 
         from hasten.serve.app import build
+        from hasten.serve.lifecycle import Server
         from hasten.serve.protocol_limits import limited
     except ImportError as error:
         raise MachineError(f"hasten serve needs {error.name}, which is not installed", hint=_EXTRA) from None
@@ -184,73 +151,13 @@ def _server(
         timeout_keep_alive=math.ceil(options.keep_alive_s),
         timeout_graceful_shutdown=math.ceil(options.drain_s),
     )
-    model, engine = first.result()
-    pool.adopt(pool.default, model, engine)
 
-    def announce() -> None:
+    def announce(served: Served) -> None:
         say(url_of(listener))
         # a tokenizer takes 0.25 s and holds the interpreter meanwhile: not before the address is known
-        _in_thread(lambda: model.tokenizer.encode("ready"))
+        _in_thread(lambda: served.model.tokenizer.encode("ready"))
         if threading.current_thread() is threading.main_thread():  # the process is the server's alone
             gc.collect()
             gc.freeze()  # what was built stays: the collector need not walk it while tokens are on their way
 
-    return _drained(config, service, announce)
-
-
-def _drained(config: Any, service: Any, ready: Callable[[], None]) -> Any:
-    """uvicorn's server, which announces itself, tells the service that it drains and leaves with code 0."""
-    import uvicorn
-
-    from hasten.serve.log import Forward
-
-    class Server(uvicorn.Server):
-        forward = Forward(service.log)
-
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            try:
-                for one in sockets or ():
-                    one.listen(config.backlog)
-            except OSError as error:  # two servers that start at once can both bind, one can listen
-                await service.pool.close()
-                host, port = one.getsockname()[:2]
-                raise _cannot_listen(host, port, error) from None
-            logging.getLogger("hasten").addHandler(self.forward)
-            await super().startup(sockets)
-            ready()
-            service.log.event("ready", models=list(service.pool.refs))
-
-        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            service.draining = True
-            service.log.event("draining", seconds=config.timeout_graceful_shutdown)
-            await super().shutdown(sockets)
-            await service.pool.close()  # a second signal skips the lifespan's end; threads must end first
-            logging.getLogger("hasten").removeHandler(self.forward)
-            service.log.event("stopped")
-            service.log.close()
-
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            if threading.current_thread() is not threading.main_thread():
-                yield
-                return
-            signals = (signal.SIGINT, signal.SIGTERM)
-            before = {one: signal.signal(one, self.handle_exit) for one in signals}
-            try:
-                yield
-            finally:
-                for one, handler in before.items():
-                    signal.signal(one, handler)
-
-        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            self.force_exit = self.should_exit  # the second time is meant
-            self.should_exit = True
-
-    return Server(config)
-
-
-def url_of(listener: socket.socket) -> str:
-    """Where the server is, as a link."""
-    host, port = listener.getsockname()[:2]
-    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{shown}:{port}"
+    return Server(config, service, first, announce)

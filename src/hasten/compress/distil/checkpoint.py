@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
+from hasten.cache.reading import is_there, open_file
 from hasten.compress.distil.result import Point
 from hasten.compress.torch_file import state_damage, write_state
 from hasten.errors import ModelError, UsageError
 
 FILE = "distil.checkpoint"
+_KIND = "distillation 1"
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Checkpoint:
             DiskError: full, read-only or forbidden disk; the one before is untouched.
         """
         curve = [vars(point) for point in self.curve]
-        return write_state(folder / FILE, {**vars(self), "curve": curve})
+        return write_state(folder / FILE, _KIND, {**vars(self), "curve": curve})
 
     @classmethod
     def read(cls, folder: Path, run: str) -> Checkpoint | None:
@@ -44,12 +46,15 @@ class Checkpoint:
             ModelError: it cannot be read.
         """
         path = folder / FILE
-        if not path.is_file():
+        if not is_there(path):
             return None
         try:
             if (wrong := state_damage(path)) is not None:
                 raise ValueError(wrong)
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with open_file(path) as file:
+                state = torch.load(file, map_location="cpu", weights_only=True)
+            if (kind := state.pop("kind", None)) != _KIND:
+                raise ValueError(f"it is {kind!r}, this program reads {_KIND!r}")
             curve = tuple(Point(**point) for point in state.pop("curve"))
             found = cls(curve=curve, **state)
         except Exception as error:  # noqa: BLE001  torch.load raises whatever a damaged file makes it

@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hasten.cache.reading import map_array
 from hasten.compress.calibration import Calibration
-from hasten.compress.checked_file import checksum, is_whole, write_checked
+from hasten.compress.checked_file import is_whole, write_checked
 from hasten.compress.distil.decoder import Decoder, head_logits
 from hasten.compress.torch_layer import tensor_values
 from hasten.core import ModelConfig
@@ -89,7 +90,7 @@ class CachedTeacher(_Head):
     @staticmethod
     def _mapped(shard: Path) -> npt.NDArray[np.uint8]:
         try:
-            return np.memmap(shard, np.uint8, mode="r")
+            return map_array(shard)
         except OSError as error:
             raise DiskError(
                 f"distil: the teacher's states are gone: {error}", hint="run it again: they are made again"
@@ -167,17 +168,4 @@ def _states(model: Decoder, ids: npt.NDArray[np.int32], rows: int) -> npt.NDArra
 
 
 def _key(source: Source, text: Calibration, dtype: torch.dtype) -> str:
-    return hashlib.sha256(f"{content(source)} {text.sha256} {dtype}".encode()).hexdigest()[:32]
-
-
-def content(source: Source) -> str:
-    """Digest of a model's shape and all its tensors as they are stored: XXH64 at memory speed, no arithmetic.
-
-    The files' own digests would not do: a source may hold other values than the files it came from.
-    """
-    state = hashlib.sha256(repr(source.config).encode())
-    for name, tensor in sorted(source.tensors.items()):
-        order = b"" if tensor.row_order is None else tensor.row_order.tobytes()
-        state.update(f"{name} {tensor.shape} {tensor.dtype} {tensor.offset}".encode() + order)
-        state.update(checksum(np.ascontiguousarray(tensor.data)))
-    return state.hexdigest()
+    return hashlib.sha256(f"{source.content} {text.sha256} {dtype}".encode()).hexdigest()[:32]

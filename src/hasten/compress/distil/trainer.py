@@ -23,8 +23,8 @@ from hasten.compress.distil.checkpoint import Checkpoint
 from hasten.compress.distil.decoder import Decoder
 from hasten.compress.distil.result import Distilled, Observer, Point, Progress, silent
 from hasten.compress.distil.student import Layouts, Student
-from hasten.compress.distil.teacher import Teacher, cached_teacher, content, live_teacher
-from hasten.compress.torch_layer import layer_forward
+from hasten.compress.distil.teacher import Teacher, cached_teacher, live_teacher
+from hasten.compress.torch_layer import layer_forward, tensor_values
 from hasten.errors import MachineError, ModelError, UsageError
 from hasten.models.source import Source
 from hasten.recipe import Distillation
@@ -35,6 +35,9 @@ CLIP = 1.0
 """Largest norm of all gradients together."""
 SCALES_RATE = 10.0
 """How much faster scales learn than weights: a step is of the order of the rate, weights are of 0.02."""
+
+_HEAD_ROWS = 64  # of the LM heads that are compared
+_SAME_BASIS = 0.5  # heads of a pruned copy are equal; those of a rotated one differ by 1.4
 
 
 @dataclass(frozen=True)
@@ -315,6 +318,16 @@ def _device(name: str | torch.device | None) -> torch.device:
     return place
 
 
+def _heads_apart(teacher: Source, student: Source) -> float:
+    """Relative difference of some rows of the LM heads, which say what a hidden state means."""
+    rows = []
+    for source in (teacher, student):
+        head = source.tensors["embed" if source.config.tied_head else "head"]
+        count = min(_HEAD_ROWS, head.rows)
+        rows.append(tensor_values(head.part("head", (head.rows - count) // 2, count)))
+    return float((rows[0] - rows[1]).norm() / rows[0].norm().clamp(min=1e-30))
+
+
 def _check(teacher: Source, student: Source, text: Calibration, options: Distillation) -> None:
     theirs, ours = teacher.config, student.config
     if theirs.vocab_size != ours.vocab_size:
@@ -326,6 +339,11 @@ def _check(teacher: Source, student: Source, text: Calibration, options: Distill
         raise UsageError(
             f"distil: hidden states of {theirs.hidden_size} and {ours.hidden_size} cannot be compared",
             hint="leave hidden: out where the width was pruned",
+        )
+    if options.hidden and (apart := _heads_apart(teacher, student)) > _SAME_BASIS:
+        raise UsageError(
+            f"distil: the student reads hidden states in another basis: the heads differ by {apart:.0%}",
+            hint="leave hidden: out where the student was rotated, folded or is no copy of its teacher",
         )
     if len(text.ids) < 2:
         raise UsageError(
@@ -343,5 +361,5 @@ def _run_digest(
     how: Training,
 ) -> str:
     stored = [f"{name} {layouts(name)}" for name in sorted(student.tensors)] if layouts else []
-    parts = [content(teacher), content(student), text.sha256, options, stored, how.dtype, how.keep_zeros]
+    parts = [teacher.content, student.content, text.sha256, options, stored, how.dtype, how.keep_zeros]
     return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -10,7 +10,6 @@ import torch
 
 from hasten.compress.calibration import Calibration
 from hasten.compress.pack import PackedLinear, PackedModel, pack_linear, vector
-from hasten.compress.quantise.identity import identity_of
 from hasten.compress.quantise.layer_methods import (
     QuantisedLayer,
     layer_alone,
@@ -21,11 +20,13 @@ from hasten.compress.quantise.sequential import Streams, sequential_head, sequen
 from hasten.compress.quantise.statistics import Observer, Statistics
 from hasten.compress.stream import Stream
 from hasten.compress.torch_file import read_state, write_state
+from hasten.compress.work_store import work_key
 from hasten.core import Layout, Recipe
 from hasten.errors import UsageError
 from hasten.models.source import Source
 
 _VERSION = 1
+_KIND = f"layers {_VERSION}"
 
 
 def quantise(
@@ -145,11 +146,11 @@ class _Work:
         if folder is None:
             return cls(None)
         how = (recipe.default, recipe.head, sorted(recipe.layers.items()), recipe.method, recipe.smooth)
-        return cls(folder / identity_of(source, text, "layers", _VERSION, str(how)))
+        return cls(folder / work_key(source, text, "layers", _VERSION, str(how)))
 
     def read(self, index: int) -> QuantisedLayer | None:
         """A finished layer; None where it is not there or damaged."""
-        state = None if self.folder is None else read_state(self.folder / f"layer-{index}.pt")
+        state = None if self.folder is None else read_state(self.folder / f"layer-{index}.pt", _KIND)
         if state is None:
             return None
         linears = {
@@ -164,7 +165,7 @@ class _Work:
             return
         if streams is not None:
             states = {"next": index + 1, "full": streams.full.x, "ours": streams.ours.x}
-            write_state(self.folder / "streams.pt", states)
+            write_state(self.folder / "streams.pt", _KIND, states)
         linears = {
             name: (
                 (one.layout.bits, one.layout.group, one.layout.symmetric),
@@ -176,11 +177,11 @@ class _Work:
             for name, one in done.linears.items()
         }
         state = {"linears": linears, "vectors": dict(done.vectors)}
-        write_state(self.folder / f"layer-{index}.pt", state)
+        write_state(self.folder / f"layer-{index}.pt", _KIND, state)
 
     def restore(self, index: int, streams: Streams) -> bool:
         """Put streams where a stopped run left them before a layer; False where that was not kept."""
-        state = None if self.folder is None else read_state(self.folder / "streams.pt")
+        state = None if self.folder is None else read_state(self.folder / "streams.pt", _KIND)
         if state is None or state["next"] != index or state["full"].shape != streams.full.x.shape:
             return False
         streams.full.x, streams.ours.x = state["full"], state["ours"]

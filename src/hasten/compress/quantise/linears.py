@@ -10,15 +10,15 @@ import numpy as np
 import torch
 
 from hasten.cache import read_record, write_atomic, write_record
+from hasten.cache.reading import read_array
 from hasten.compress.calibration import Calibration
 from hasten.compress.pack import PackedLinear, pack_linear, packed_bytes
 from hasten.compress.pack_integers import pack_integers
 from hasten.compress.quantise.gptq import Factor, gptq
-from hasten.compress.quantise.identity import identity_of
 from hasten.compress.quantise.layer_methods import factor_of
 from hasten.compress.quantise.statistics import HEAD, Observer, Statistics, readers_of
 from hasten.compress.torch_layer import tensor_values
-from hasten.compress.work_store import WorkStore, touch
+from hasten.compress.work_store import WorkStore, touch, work_key
 from hasten.core import Layout, Recipe
 from hasten.models.source import Source
 from hasten.recipe import Method
@@ -57,7 +57,7 @@ class CalibratedLinears:
         self._source, self._method, self._observer = source, method, observer
         self._store = WorkStore()
         self._folder = self._store.place(
-            "linears", identity_of(source, calibration, "linears", method, _VERSION)
+            "linears", work_key(source, calibration, "linears", method, _VERSION)
         )
         self._has_room = False
         self._statistics = Statistics(source, calibration)
@@ -104,7 +104,7 @@ class CalibratedLinears:
         path = self._path(name, layout)
         record: Any = read_record(path.with_name(path.name + ".json"), {"name": name})
         try:
-            data = np.fromfile(path, np.uint8)
+            data = read_array(path)
         except OSError:
             return None
         if (

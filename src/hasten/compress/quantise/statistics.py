@@ -18,19 +18,19 @@ import torch.nn.functional as F
 from hasten.compress.calibration import Calibration
 from hasten.compress.moments import symmetric_add
 from hasten.compress.quantise.fold import GROUPS, Group
-from hasten.compress.quantise.identity import identity_of
 from hasten.compress.quantise.staged import StagedLayer
 from hasten.compress.room import statistics_bytes
 from hasten.compress.stream import Stream, stream_weights
 from hasten.compress.torch_file import read_state, write_state
 from hasten.compress.torch_layer import tensor_values
-from hasten.compress.work_store import WorkStore, touch
+from hasten.compress.work_store import WorkStore, touch, work_key
 from hasten.models.source import Source
 
 Observer = Callable[[int, int, str], object]
 """(layers done, layers in all, what is done now)."""
 HEAD = "head"
 _VERSION = 1
+_KIND = f"statistics {_VERSION}"
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,7 @@ class Statistics:
     def __init__(self, source: Source, calibration: Calibration) -> None:
         self._source, self._text = source, calibration
         self._store = WorkStore()
-        self.folder = self._store.place(
-            "statistics", identity_of(source, calibration, "statistics", _VERSION)
-        )
+        self.folder = self._store.place("statistics", work_key(source, calibration, "statistics", _VERSION))
         self._last: tuple[int, LayerStatistics] | None = None
 
     def layer(self, index: int) -> LayerStatistics:
@@ -93,8 +91,8 @@ class Statistics:
             for index in range(have, total):
                 observer(index, total, f"statistics of layer {index}" if index < total - 1 else "of the head")
                 found = self._layer(stream, index) if index < total - 1 else self._head(stream)
-                write_state(self._state, {"x": stream.x, "next": torch.tensor(index + 1)})
-                write_state(self._path(index), _packed(found))
+                write_state(self._state, _KIND, {"x": stream.x, "next": torch.tensor(index + 1)})
+                write_state(self._path(index), _KIND, _packed(found))
         self._state.unlink(missing_ok=True)
 
     @property
@@ -106,7 +104,7 @@ class Statistics:
 
     def _resumed(self, have: int, stream: Stream) -> torch.Tensor:
         """The stream before layer `have`: as kept, or computed again where that is another's or gone."""
-        kept = read_state(self._state)
+        kept = read_state(self._state, _KIND)
         if kept is not None and int(kept["next"]) == have and kept["x"].shape == stream.x.shape:
             x: torch.Tensor = kept["x"]
             return x
@@ -176,5 +174,5 @@ def _unpacked(state: Mapping[str, Any]) -> LayerStatistics:
 
 
 def _read(path: Path) -> LayerStatistics | None:
-    state = read_state(path)
+    state = read_state(path, _KIND)
     return None if state is None else _unpacked(state)

@@ -8,14 +8,17 @@ from collections.abc import Iterator
 import torch
 
 from hasten.errors import MachineError, UsageError
+from hasten.machine.cores import usable_cores
 
 
 @contextlib.contextmanager
 def torch_threads(count: int | None) -> Iterator[None]:
-    """`count` threads inside the block, as many as before afterwards; None changes nothing."""
+    """`count` threads inside the block, as many as before afterwards; None: no more than `usable_cores`.
+
+    torch itself counts the processors of the affinity mask, whatever time a control group gives.
+    """
     before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
+    torch.set_num_threads(min(before, usable_cores()) if count is None else count)
     try:
         yield
     finally:

@@ -23,7 +23,7 @@ async def chat(exchange: Exchange) -> None:
     service = exchange.service
     async with service.pool.use(spec.model) as served:
         asker = asker_of(exchange)
-        request, tools = await service.work(lambda: prepare_chat(spec, served, asker, service.options))
+        request, tools = await exchange.work(lambda: prepare_chat(spec, served, asker, service.options))
         reports = spec.stream_options or {}
         usage = bool(reports.get("include_usage"))
         shape = ChatShape(

@@ -32,7 +32,7 @@ async def completions(exchange: Exchange) -> None:
     service = exchange.service
     async with service.pool.use(spec.model) as served:
         asker = asker_of(exchange)
-        requests = await service.work(lambda: prepare(spec, served, asker, service.options))
+        requests = await exchange.work(lambda: prepare(spec, served, asker, service.options))
         reports = spec.stream_options or {}
         usage = bool(reports.get("include_usage"))
         tally = Tally(service.metrics, served.name, exchange.call)
@@ -60,7 +60,7 @@ def prepare(spec: CompletionRequest, served: Served, asker: Asker, options: Serv
     asked = DEFAULT_TOKENS if spec.max_tokens is None else spec.max_tokens
     requests = []
     for number, text in enumerate(prompts_of(spec.prompt)):
-        prompt = encode(served, text, spec.add_special_tokens is not False)
+        prompt = encode(served, text, options, spec.add_special_tokens is not False)
         limit = limit_of(asked, len(prompt), served, options)
         one = replace(asker, request_id=f"{asker.request_id}-{number}")
         requests.append(

@@ -33,7 +33,7 @@ async def embeddings(exchange: Exchange) -> None:
     service = exchange.service
     async with service.pool.use(spec.model) as served:
         asker = asker_of(exchange)
-        requests = await service.work(lambda: prepare(spec, served, asker, service.options))
+        requests = await exchange.work(lambda: prepare(spec, served, asker, service.options))
         tally = Tally(service.metrics, served.name, exchange.call)
         vectors: list[npt.NDArray[np.float32] | None] = [None] * len(requests)
         async with Feed(served.engine, requests) as feed:
@@ -43,7 +43,7 @@ async def embeddings(exchange: Exchange) -> None:
                     if output.embedding is not None:
                         vectors[which] = output.embedding
         plain = spec.encoding_format != "base64"
-        data = await service.work(lambda: _listed(vectors, plain))
+        data = await exchange.work(lambda: _listed(vectors, plain))
         usage = f'{{"prompt_tokens":{tally.prompt_tokens},"total_tokens":{tally.prompt_tokens}}}'
         text = f'{{"object":"list","data":[{data}],"model":{dumps(served.name)},"usage":{usage}}}'
         await exchange.raw(text.encode(), "application/json")
@@ -69,7 +69,7 @@ def prepare(spec: EmbeddingRequest, served: Served, asker: Asker, options: Serve
     """One request an input. In a worker thread."""
     requests = []
     for number, text in enumerate(prompts_of(spec.input)):
-        prompt = encode(served, text, spec.add_special_tokens is not False)
+        prompt = encode(served, text, options, spec.add_special_tokens is not False)
         limit_of(0, len(prompt), served, options)
         one = replace(asker, request_id=f"{asker.request_id}-{number}")
         requests.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hasten.serve.generate import Question, asker_of, respond
@@ -18,7 +19,9 @@ from hasten.serve.stored import StoredResponse
 from hasten.serve.tally import Tally
 
 if TYPE_CHECKING:
+    from hasten.engine.request import Request
     from hasten.serve.exchange import Exchange
+    from hasten.serve.tools import ToolPlan
 
 Messages = list[dict[str, Any]]
 
@@ -27,26 +30,48 @@ async def create(exchange: Exchange) -> None:
     """Answer; what is stored can be continued by `previous_response_id`."""
     spec = await exchange.body(ResponseRequest)
     service, owner = exchange.service, exchange.call.client
-    told = messages_of(spec.input)
+    earlier: Sequence[Mapping[str, Any]] = ()
     if spec.previous_response_id is not None:
-        earlier = service.stored.get(spec.previous_response_id, owner, "previous_response_id")
-        told = [*map(dict, earlier.messages), *told]
-    chat = as_chat(spec, told)
+        earlier = service.stored.get(spec.previous_response_id, owner, "previous_response_id").messages
     async with service.pool.use(spec.model) as served:
         asker = asker_of(exchange)
-        request, tools = await service.work(lambda: prepare_chat(chat, served, asker, service.options))
+
+        def prepare() -> tuple[_Turn, Request, ToolPlan | None]:
+            told = [*map(dict, earlier), *messages_of(spec.input)]
+            request, tools = prepare_chat(as_chat(spec, told), served, asker, service.options)
+            fields = fields_of(spec, served.name)
+            return _Turn(owner, told, fields, len(dumps(told)) + len(dumps(fields))), request, tools
+
+        turn, request, tools = await exchange.work(prepare)
         shape = ResponseShape(
-            fields_of(spec, served.name),
+            turn.fields,
             TokenTexts(lambda: served.token_bytes),
             Tally(service.metrics, served.name, exchange.call),
             tools.reader() if tools else None,
         )
-        await respond(exchange, Question(served, spec, [request], bool(spec.stream)), shape)
-    if spec.store is not False and shape.output:
-        document = shape.document()
-        messages = [*told, *messages_of(shape.output)]
-        size = len(dumps(document)) + len(dumps(messages))
-        service.stored.add(shape.id, StoredResponse(owner, document, messages, size))
+
+        def keep() -> None:
+            if spec.store is not False:
+                service.stored.add(shape.id, turn.stored(shape))
+
+        await respond(exchange, Question(served, spec, [request], bool(spec.stream)), shape, keep)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """What is known of a response before it is answered."""
+
+    owner: str
+    told: Messages  # the conversation up to the answer
+    fields: Mapping[str, Any]
+    size: int  # of both as JSON, bytes roughly
+
+    def stored(self, shape: ResponseShape) -> StoredResponse:
+        """The response with its answer."""
+        messages = [*self.told, *messages_of(shape.output)]
+        return StoredResponse(
+            self.owner, shape.document(), messages, self.size + 2 * len(dumps(shape.output))
+        )
 
 
 async def retrieve(exchange: Exchange) -> None:

@@ -16,16 +16,27 @@ if TYPE_CHECKING:
 
 async def models(exchange: Exchange) -> None:
     """All models by name, loaded or not."""
-    pool = exchange.service.pool
+    pool = _started(exchange.service.pool)
     await exchange.json({"object": "list", "data": [_model(pool, name) for name in pool.refs]})
 
 
 async def model(exchange: Exchange) -> None:
     """One of them."""
-    pool, name = exchange.service.pool, exchange.scope["path_params"]["name"]
+    pool, name = _started(exchange.service.pool), exchange.scope["path_params"]["name"]
     if name not in pool.refs:
         raise Problem(404, f"the model {name[:200]!r} does not exist", param="model", code="model_not_found")
     await exchange.json(_model(pool, name))
+
+
+def _started(pool: ModelPool) -> ModelPool:
+    """The pool, once there is something in it: many ask for the models to see whether a server is ready.
+
+    Raises:
+        Problem: 503, the first model loads.
+    """
+    if not pool.started:
+        raise Problem(503, "the first model loads", code="loading", headers={"retry-after": "1"})
+    return pool
 
 
 def _model(pool: ModelPool, name: str) -> dict[str, Any]:
@@ -34,8 +45,9 @@ def _model(pool: ModelPool, name: str) -> dict[str, Any]:
 
 
 async def health(exchange: Exchange) -> None:
-    """Liveness: the process answers."""
-    await exchange.json({"status": "ok"})
+    """Liveness: the process answers, and has loaded its first model."""
+    started = exchange.service.pool.started
+    await exchange.json({"status": "ok" if started else "loading"}, 200 if started else 503)
 
 
 async def ready(exchange: Exchange) -> None:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from json.encoder import encode_basestring
 from typing import TYPE_CHECKING, Any
 
-from hasten.serve.prepare import chat_tokens, encode
+from hasten.serve.prepare import chat_text, chat_tokens, check_ids
 from hasten.serve.problem import Problem
 from hasten.serve.protocol.tokens import DetokenizeRequest, TokenizeRequest
+from hasten.serve.shape import dumps
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hasten.serve.exchange import Exchange
     from hasten.serve.pool import Served
+
+MAX_BYTES = 1_000_000
+"""Of a text to encode, in UTF-8: more than any context holds, and its ids are made in less than 0.1 s."""
+_SLICE = 1 << 16  # ids or characters: writing JSON keeps other threads waiting for one slice only
 
 
 async def tokenize(exchange: Exchange) -> None:
@@ -21,30 +28,53 @@ async def tokenize(exchange: Exchange) -> None:
     if (spec.prompt is None) == (spec.messages is None):
         raise Problem(400, "give either prompt or messages", param="prompt", code="invalid_value")
     async with exchange.service.pool.use(spec.model) as served:
-        document = await exchange.service.work(lambda: _tokens(spec, served))
-    await exchange.json(document)
+        body = await exchange.work(lambda: _tokens(spec, served))
+    await exchange.raw(body, "application/json")
 
 
-def _tokens(spec: TokenizeRequest, served: Served) -> dict[str, Any]:
+def _tokens(spec: TokenizeRequest, served: Served) -> bytes:
     tokenizer = served.model.tokenizer
+    ids: Sequence[int]
     if spec.prompt is not None:
+        _check_size(spec.prompt, "prompt")
         ids = tokenizer.encode(spec.prompt, spec.add_special_tokens is not False)
     else:
         generation = spec.add_generation_prompt is not False
         messages = spec.messages or ()
-        ids = list(chat_tokens(served, messages, spec.tools or None, generation, spec.chat_template_kwargs))
-    texts = [tokenizer.decode([i], skip_special=False) for i in ids] if spec.return_token_strs else None
-    return {"count": len(ids), "max_model_len": served.context, "tokens": ids, "token_strs": texts}
+        text = chat_text(served, messages, spec.tools or None, generation, spec.chat_template_kwargs)
+        _check_size(text, "messages")
+        ids = chat_tokens(served, text)
+    texts = "null"
+    if spec.return_token_strs:
+        texts = _listed([tokenizer.decode([i], skip_special=False) for i in ids])
+    head = f'"count":{len(ids)},"max_model_len":{served.context}'
+    return f'{{{head},"tokens":{_listed(ids)},"token_strs":{texts}}}'.encode("utf-8", "replace")
+
+
+def _check_size(text: str, param: str) -> None:
+    size = len(text.encode("utf-8", "replace"))
+    if size > MAX_BYTES:
+        said = f"the text has {size:,} bytes; /tokenize takes {MAX_BYTES:,} at most, split it"
+        raise Problem(400, said, param=param, code="text_too_long")
+
+
+def _listed(items: Sequence[Any]) -> str:
+    slices = (dumps(items[at : at + _SLICE])[1:-1] for at in range(0, len(items), _SLICE))
+    return f"[{','.join(slices)}]"
 
 
 async def detokenize(exchange: Exchange) -> None:
     """The text of token ids."""
     spec = await exchange.body(DetokenizeRequest)
     async with exchange.service.pool.use(spec.model) as served:
-        text = await exchange.service.work(lambda: _text(spec.tokens, served))
-    await exchange.json({"prompt": text})
+        body = await exchange.work(lambda: b"".join(_text(spec.tokens, served)))
+    await exchange.raw(body, "application/json")
 
 
-def _text(tokens: Sequence[int], served: Served) -> str:
-    known = encode(served, tokens, param="tokens")
-    return served.model.tokenizer.decode(known, skip_special=False)
+def _text(tokens: Sequence[int], served: Served) -> Iterator[bytes]:
+    check_ids(served, tokens, "tokens")
+    text = served.model.tokenizer.decode(tokens, skip_special=False)
+    yield b'{"prompt":"'
+    for at in range(0, len(text), _SLICE):
+        yield encode_basestring(text[at : at + _SLICE])[1:-1].encode("utf-8", "replace")
+    yield b'"}'

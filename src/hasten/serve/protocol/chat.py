@@ -21,7 +21,7 @@ class TextPart(TypedDict):
     text: Text
 
 
-Content = Text | Annotated[list[TextPart], Field(min_length=1, max_length=10_000)]
+Content = Text | Annotated[list[TextPart], Field(min_length=1, max_length=10_000, fail_fast=True)]
 
 
 class CalledFunction(TypedDict):
@@ -65,9 +65,9 @@ class AssistantMessage(TypedDict):
     __pydantic_config__ = STRICT  # type: ignore[misc]
     role: Literal["assistant"]
     content: NotRequired[Content | None]
-    tool_calls: NotRequired[Annotated[list[ToolCall], Field(max_length=1000)] | None]
+    tool_calls: NotRequired[Annotated[list[ToolCall], Field(max_length=1000, fail_fast=True)] | None]
     refusal: NotRequired[None]
-    annotations: NotRequired[Annotated[list[Any], Field(max_length=0)] | None]
+    annotations: NotRequired[Annotated[list[Any], Field(max_length=0, fail_fast=True)] | None]
     audio: NotRequired[None]
     function_call: NotRequired[None]
     name: NotRequired[Text | None]
@@ -157,19 +157,19 @@ ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Fie
 class ChatRequest(SamplingFields):
     """The body of `/v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000, fail_fast=True)]
     max_tokens: int | None = Field(None, ge=0, lt=2**31)
     max_completion_tokens: int | None = Field(None, ge=0, lt=2**31)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(max_length=256)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=256, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: JsonObject | None = Field(None, description="names the model's template reads")
     add_generation_prompt: bool | None = None
     store: Literal[False] | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=16, fail_fast=True)] | None = None
     service_tier: Literal["auto", "default"] | None = None
     prompt_cache_key: str | None = Field(
         None, max_length=512, description="one process has one cache: always hit"

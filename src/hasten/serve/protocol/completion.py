@@ -9,7 +9,7 @@ from pydantic import Field
 from hasten.serve.protocol.chat import ResponseFormat
 from hasten.serve.protocol.sampling import SamplingFields, Text, TokenId
 
-TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=4_000_000)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=500_000, fail_fast=True)]
 
 
 class CompletionRequest(SamplingFields):
@@ -17,9 +17,9 @@ class CompletionRequest(SamplingFields):
 
     prompt: (
         Text
-        | Annotated[list[Text], Field(min_length=1, max_length=128)]
+        | Annotated[list[Text], Field(min_length=1, max_length=128, fail_fast=True)]
         | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=128)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=128, fail_fast=True)]
     )
     max_tokens: int | None = Field(None, ge=0, lt=2**31)
     logprobs: int | None = Field(None, ge=0, le=20)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 from typing_extensions import NotRequired, TypedDict
 
 from hasten.serve.protocol.chat import FunctionName, JsonObjectFormat, TextFormat
@@ -20,7 +20,7 @@ class InputText(TypedDict):
     __pydantic_config__ = STRICT  # type: ignore[misc]
     type: Literal["input_text", "output_text"]
     text: Text
-    annotations: NotRequired[Annotated[list[Any], Field(max_length=0)] | None]
+    annotations: NotRequired[Annotated[list[Any], Field(max_length=0, fail_fast=True)] | None]
     logprobs: NotRequired[list[Any] | None]
 
 
@@ -30,7 +30,7 @@ class InputMessage(TypedDict):
     __pydantic_config__ = STRICT  # type: ignore[misc]
     type: NotRequired[Literal["message"]]
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[InputText], Field(min_length=1, max_length=10_000)]
+    content: Text | Annotated[list[InputText], Field(min_length=1, max_length=10_000, fail_fast=True)]
     id: NotRequired[Text | None]
     status: NotRequired[Literal["in_progress", "completed", "incomplete"] | None]
 
@@ -53,12 +53,25 @@ class FunctionCallOutput(TypedDict):
     __pydantic_config__ = STRICT  # type: ignore[misc]
     type: Literal["function_call_output"]
     call_id: Text
-    output: Text | Annotated[list[InputText], Field(min_length=1, max_length=10_000)]
+    output: Text | Annotated[list[InputText], Field(min_length=1, max_length=10_000, fail_fast=True)]
     id: NotRequired[Text | None]
     status: NotRequired[Literal["in_progress", "completed", "incomplete"] | None]
 
 
-InputItem = InputMessage | FunctionCall | FunctionCallOutput
+def _kind(item: Any) -> str:
+    return str(item.get("type", "message")) if isinstance(item, dict) else ""
+
+
+InputItem = Annotated[
+    Annotated[InputMessage, Tag("message")]
+    | Annotated[FunctionCall, Tag("function_call")]
+    | Annotated[FunctionCallOutput, Tag("function_call_output")],
+    Discriminator(
+        _kind,
+        custom_error_type="unknown_item",
+        custom_error_message="should be an object of type message, function_call or function_call_output",
+    ),
+]
 
 
 class FunctionTool(TypedDict):
@@ -101,7 +114,7 @@ class TextOptions(TypedDict, total=False):
 class ResponseRequest(Strict):
     """The body of `/v1/responses`."""
 
-    input: Text | Annotated[list[InputItem], Field(min_length=1, max_length=10_000)]
+    input: Text | Annotated[list[InputItem], Field(min_length=1, max_length=10_000, fail_fast=True)]
     model: str | None = Field(None, max_length=1000)
     instructions: Text | None = None
     previous_response_id: str | None = Field(None, max_length=100)
@@ -111,9 +124,11 @@ class ResponseRequest(Strict):
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, gt=0, le=1)
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    include: list[Literal["message.output_text.logprobs"]] | None = None
+    include: (
+        Annotated[list[Literal["message.output_text.logprobs"]], Field(max_length=16, fail_fast=True)] | None
+    ) = None
     text: TextOptions | None = None
-    tools: Annotated[list[FunctionTool], Field(max_length=256)] | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=256, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
     parallel_tool_calls: bool | None = None
     stream: bool | None = None

@@ -29,7 +29,7 @@ class StructuredOutputs(Strict):
 
     json_: JsonObject | Text | None = Field(None, alias="json", description="JSON schema")
     regex: Text | None = None
-    choice: Annotated[list[StopText], Field(min_length=1, max_length=1000)] | None = None
+    choice: Annotated[list[StopText], Field(min_length=1, max_length=1000, fail_fast=True)] | None = None
     grammar: Text | None = Field(None, description="Lark grammar")
     json_object: bool | None = None
 
@@ -48,8 +48,8 @@ class SamplingFields(Strict):
     logit_bias: dict[TokenName, Bias] | None = Field(None, max_length=10_000)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: int | None = Field(None, ge=1, le=128)
-    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=16, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] | None = None
     ignore_eos: bool | None = Field(None, description="go on past the end token: for benchmarks")
     skip_special_tokens: bool | None = None
     stream: bool | None = None
@@ -63,6 +63,8 @@ class SamplingFields(Strict):
     prompt_logprobs: int | None = Field(None, ge=0, le=20)
     guided_json: JsonObject | Text | None = Field(None, description="JSON schema")
     guided_regex: Text | None = None
-    guided_choice: Annotated[list[StopText], Field(min_length=1, max_length=1000)] | None = None
+    guided_choice: Annotated[list[StopText], Field(min_length=1, max_length=1000, fail_fast=True)] | None = (
+        None
+    )
     guided_grammar: Text | None = Field(None, description="Lark grammar")
     structured_outputs: StructuredOutputs | None = None

@@ -16,8 +16,8 @@ class TokenizeRequest(Strict):
 
     model: str | None = Field(None, max_length=1000)
     prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=256)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000, fail_fast=True)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=256, fail_fast=True)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: JsonObject | None = None
@@ -28,4 +28,4 @@ class DetokenizeRequest(Strict):
     """Token ids."""
 
     model: str | None = Field(None, max_length=1000)
-    tokens: Annotated[list[TokenId], Field(max_length=4_000_000)]
+    tokens: Annotated[list[TokenId], Field(max_length=500_000, fail_fast=True)]

@@ -1,0 +1,233 @@
+"""How every file is opened for reading: a file and nothing else, so that no named pipe makes a program wait.
+
+Opening a named pipe waits for somebody who writes into it, and a device may have no end. Whoever puts one in
+place of a model's file must get an error and not a program that hangs. Texts that a user hands over once
+(calibration text, a recipe, a trace) may come through a pipe: `read_stream` is for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import select
+import stat
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+_OPTIONS = ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY")
+_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in _OPTIONS)
+_CHUNK_BYTES = 1 << 20
+PATIENCE_S = 10.0
+"""How long a named pipe may have nobody who writes into it."""
+
+
+class NotAFile(OSError):
+    """Something else stands where a file belongs; `strerror` says what. Handlers of OSError cover it."""
+
+
+def open_file(path: str | Path) -> io.BufferedReader:
+    """Open a regular file for reading bytes; links are followed. Never waits.
+
+    Raises:
+        NotAFile: a named pipe, a socket or a device is there.
+        IsADirectoryError: a folder is there.
+        OSError: it is missing or may not be read.
+    """
+    return io.BufferedReader(open_raw(path))
+
+
+def open_raw(path: str | Path) -> io.FileIO:
+    """As `open_file`, without a buffer: reads straight into the caller's memory.
+
+    Raises:
+        OSError: as `open_file`.
+    """
+    _refuse(os.stat(path).st_mode, path)  # before opening: opening alone moves some devices  # noqa: PTH116
+    descriptor = os.open(path, _FLAGS)
+    try:
+        _refuse(os.fstat(descriptor).st_mode, path)  # it may have been put in the file's place just now
+        return io.FileIO(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_file(path: str | Path, most: int | None = None) -> bytes:
+    """All bytes of a regular file.
+
+    Args:
+        path: the file.
+        most: bytes it may have; None is any number.
+
+    Raises:
+        OSError: as `open_file`; EFBIG where it has more than `most` bytes.
+    """
+    with open_raw(path) as file:
+        if most is not None and os.fstat(file.fileno()).st_size > most:
+            raise _too_large(path, most)
+        return file.read()
+
+
+def read_text(path: str | Path) -> str:
+    """The UTF-8 text of a regular file, line ends as \\n.
+
+    Raises:
+        OSError: as `open_file`.
+        UnicodeDecodeError: it is no UTF-8.
+    """
+    return _decoded(read_file(path))
+
+
+def read_array(path: str | Path) -> npt.NDArray[np.uint8]:
+    """The bytes of a regular file in memory: uint8 [bytes].
+
+    Raises:
+        OSError: as `open_file`.
+    """
+    import numpy as np
+
+    with open_raw(path) as file:
+        return np.fromfile(file, np.uint8)
+
+
+def map_array(path: str | Path) -> npt.NDArray[np.uint8]:
+    """The bytes of a regular file, mapped and read-only: uint8 [bytes]. An empty file is an empty array.
+
+    Raises:
+        OSError: as `open_file`.
+    """
+    import numpy as np
+
+    with open_raw(path) as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            return np.zeros(0, np.uint8)
+        mapped: np.memmap[Any, np.dtype[np.uint8]] = np.memmap(file, np.uint8, "r")
+        return mapped
+
+
+def read_stream(path: str | Path, most: int) -> bytes:
+    """All bytes of what a user hands over: a file, or a pipe such as /dev/stdin or bash's `<(command)`.
+
+    A named pipe into which nobody writes is waited for `PATIENCE_S` seconds.
+
+    Args:
+        path: what was named.
+        most: bytes it may have.
+
+    Raises:
+        NotAFile: a socket or a device that is no terminal, or a named pipe that nobody writes into.
+        OSError: it is missing, may not be read, or is a folder; EFBIG where it has more than `most` bytes.
+    """
+    mode = os.stat(path).st_mode  # noqa: PTH116
+    is_terminal = stat.S_ISCHR(mode) and _is_terminal(path)
+    if not (stat.S_ISFIFO(mode) or is_terminal or os.path.realpath(path) == os.devnull):
+        return read_file(path, most)
+    descriptor = os.open(path, _FLAGS)
+    try:
+        begin = _first_bytes(descriptor, path) if stat.S_ISFIFO(mode) else b""
+        os.set_blocking(descriptor, True)
+        parts, count = [begin], len(begin)
+        while count <= most and (part := os.read(descriptor, _CHUNK_BYTES)):
+            parts.append(part)
+            count += len(part)
+    finally:
+        os.close(descriptor)
+    if count > most:
+        raise _too_large(path, most)
+    return b"".join(parts)
+
+
+def read_text_stream(path: str | Path, most: int) -> str:
+    """As `read_stream`, decoded: UTF-8, line ends as \\n.
+
+    Raises:
+        OSError: as `read_stream`.
+        UnicodeDecodeError: it is no UTF-8.
+    """
+    return _decoded(read_stream(path, most))
+
+
+def add_byte(path: Path) -> None:
+    """One byte more in a file that counts: no lock is needed. A disk that cannot be written keeps no count.
+
+    Nothing is written into what is no file, and nothing waits for a pipe's reader.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, flags, 0o666)
+        try:
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                os.write(descriptor, b".")
+        finally:
+            os.close(descriptor)
+
+
+def is_there(path: str | Path) -> bool:
+    """Whether anything has this name: a file, a pipe, or a link that leads nowhere.
+
+    Optional files are asked for with it: what is there and cannot be read is an error when it is read, and is
+    not passed over as if it were missing.
+    """
+    return os.path.lexists(path)
+
+
+def _first_bytes(descriptor: int, path: str | Path) -> bytes:
+    """Wait until a pipe has a writer; the first bytes, or none where it closed without a word."""
+    end = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            part = os.read(descriptor, _CHUNK_BYTES)
+        except BlockingIOError:  # it has a writer, who is free to take long
+            return b""
+        if part or not _is_named(path):
+            return part
+        if time.monotonic() > end:
+            raise NotAFile(errno.EINVAL, "a named pipe that nobody writes into", str(path))
+        select.select([descriptor], [], [], 0.05)
+        time.sleep(0.02)  # a pipe whose writers are gone counts as readable
+
+
+def _is_named(path: str | Path) -> bool:
+    """Whether a pipe has a name in a file system; others, such as `<(command)`, have writers already."""
+    return Path(os.path.realpath(path)).exists()
+
+
+def _is_terminal(path: str | Path) -> bool:
+    try:
+        descriptor = os.open(path, _FLAGS)
+    except OSError:
+        return False
+    try:
+        return os.isatty(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _refuse(mode: int, path: str | Path) -> None:
+    if stat.S_ISREG(mode):
+        return
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    _refuse_kind(mode, path)
+
+
+def _refuse_kind(mode: int, path: str | Path) -> NoReturn:
+    kinds = ((stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
+    kind = next((name for is_kind, name in kinds if is_kind(mode)), "a device")
+    raise NotAFile(errno.EINVAL, f"{kind} stands where a file belongs", str(path))
+
+
+def _too_large(path: str | Path, most: int) -> OSError:
+    size = f"{most:,} bytes" if most % (1 << 20) else f"{most >> 20:,} MB"
+    return OSError(errno.EFBIG, f"more than {size}", str(path))
+
+
+def _decoded(data: bytes) -> str:
+    return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8").read()

@@ -1,0 +1,269 @@
+"""What plan.json says that running an artifact depends on, read strictly: versions, files, layouts.
+
+Everything else in plan.json (machine, measurements, reasons) is told to people and never refused.
+
+Two programs of different age meet in an artifact, so these rules hold for both directions:
+
+- `schema_version` says by which rules the folder was written. One that this program does not know is refused.
+- A field that is missing has the default of its dataclass. Defaults are part of the format and never change;
+  a field that was added later must have a default that means what programs did before it.
+- A field that this program does not know is refused by its name, unless its value is null. What is as by
+  default is not written, so an older program meets only the new fields that change an answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from hasten.core import Layout, ModelConfig, as_json
+from hasten.errors import ArtifactError, HastenError
+
+PLAN_VERSION = 2
+"""2: defaults are left out, all of `FILES` are listed, and `sha256` covers the description. 1: before 0.2."""
+LAYOUT_VERSION = 1
+"""Raised whenever native/layout.h changes what stored bytes mean."""
+CONFIG, WEIGHTS = "config.json", "weights.safetensors"
+FILES = (CONFIG, WEIGHTS, "tokenizer.json", "tokenizer_config.json")
+"""What an answer depends on, beside plan.json. No other file of the folder is read."""
+AGAIN = "make it again: hasten optimize MODEL --out DIR"
+_NEWER = "update Hasten to the version that wrote it, or make it again: hasten optimize MODEL --out DIR"
+
+_SUM = re.compile(r"[0-9a-f]{16}")
+T = TypeVar("T")
+
+
+class Mismatch(ValueError):
+    """A value is not what its field must hold; the text names the field."""
+
+
+class UnknownField(Mismatch):
+    """A field that only another version of this program knows."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file as it was written."""
+
+    bytes: int
+    xxh64: tuple[str, ...]  # of every piece
+
+
+@dataclass(frozen=True)
+class Stored:
+    """`artifact` in plan.json."""
+
+    layout_version: int
+    piece_bytes: int
+    files: Mapping[str, FileRecord]
+    tensors: Mapping[str, str]  # a checksum a matrix
+    sha256: str | None = None  # of the description; None in version 1
+
+
+@dataclass(frozen=True)
+class StoredRecipe:
+    """`recipe` in plan.json."""
+
+    name: str
+    kv: Literal["bf16", "int8"]
+    layers: Mapping[str, Layout]
+    bits_per_weight: float | None = None  # told to people; computed anew from the layouts
+
+
+@dataclass(frozen=True)
+class Description:
+    """What plan.json says of the files beside it."""
+
+    version: int
+    recipe: StoredRecipe
+    artifact: Stored
+
+
+def described(plan: Any, where: str, piece_bytes: int) -> Description:
+    """The part of a parsed plan.json that running depends on.
+
+    Args:
+        plan: the document. where: what errors call it. piece_bytes: what one checksum covers.
+
+    Raises:
+        ArtifactError: it describes no artifact, is of another version, has a field that is unknown or of a
+            wrong type, lists not all of `FILES`, or differs from its own checksum.
+    """
+    if not isinstance(plan, Mapping) or not isinstance(plan.get("artifact"), Mapping):
+        raise ArtifactError(f"{where} does not describe an artifact", hint=AGAIN)
+    version = _known_version(where, "schema_version", plan, (1, PLAN_VERSION))
+    _known_version(where, "layout_version", plan["artifact"], (LAYOUT_VERSION,))
+    try:
+        stored = dict(plan["artifact"])
+        if version == 1:
+            stored.setdefault("tensors", {})  # the first ones had none
+        found = Description(
+            version,
+            noun_from(StoredRecipe, plan.get("recipe"), "recipe"),
+            noun_from(Stored, stored, "artifact"),
+        )
+        _refuse_files(found.artifact, piece_bytes)
+    except UnknownField as wrong:
+        raise ArtifactError(f"{where}: {wrong}", hint=_NEWER) from None
+    except (Mismatch, HastenError) as wrong:
+        raise ArtifactError(f"{where}: {wrong}", hint=AGAIN) from None
+    if version != 1 and found.artifact.sha256 != seal(plan):
+        raise ArtifactError(f"{where} is damaged or was edited: its checksum differs", hint=AGAIN)
+    return found
+
+
+def seal(plan: Mapping[str, Any]) -> str:
+    """SHA-256 of all in plan.json that running depends on, without this checksum itself."""
+    stored = {key: value for key, value in plan["artifact"].items() if key != "sha256"}
+    covered = [plan.get("schema_version"), plan.get("recipe"), stored]
+    return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
+
+
+def config_json(config: ModelConfig) -> dict[str, Any]:
+    """config.json of an artifact: the fields without a default, and those that differ from theirs."""
+    return _without_defaults(config)
+
+
+def config_from(data: bytes, where: str) -> ModelConfig:
+    """The ModelConfig in a config.json. Its types are right; its numbers were not compared with each other.
+
+    Raises:
+        ArtifactError: it is no JSON, or a field is missing, unknown or of a wrong type.
+    """
+    try:
+        return noun_from(ModelConfig, json.loads(data), "")
+    except UnknownField as wrong:
+        raise ArtifactError(f"{where}: {wrong}", hint=_NEWER) from None
+    except (ValueError, RecursionError) as wrong:
+        raise ArtifactError(f"{where} cannot be read: {wrong!s:.300}", hint=AGAIN) from None
+
+
+def format_digest() -> str:
+    """Differs where the fields of what an artifact stores, or their defaults, do: part of the keys of caches.
+
+    A cache must not take a default for a field that it could have read from the model's own files.
+    """
+    known = [
+        [kind.__name__, [(one.name, str(one.type), repr(one.default)) for one in fields(kind)]]
+        for kind in _nouns(ModelConfig, Stored, StoredRecipe, Layout)
+    ]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+
+
+def _nouns(*kinds: Any) -> list[Any]:
+    """Dataclasses and those that their fields hold."""
+    found: list[Any] = []
+    for kind in kinds:
+        if is_dataclass(kind) and kind not in found:
+            inner = [part for hint in get_type_hints(kind).values() for part in (hint, *get_args(hint))]
+            found += [kind, *(one for one in _nouns(*inner) if one not in found)]
+    return found
+
+
+def _known_version(where: str, name: str, holder: Mapping[str, Any], known: tuple[int, ...]) -> int:
+    found = holder.get(name)
+    if type(found) is int and found in known:
+        return found
+    reads = " and ".join(map(str, known))
+    is_newer = type(found) is int and found > max(known)
+    raise ArtifactError(
+        f"{where} has {name} {found!s:.40}, this program reads {reads}", hint=_NEWER if is_newer else AGAIN
+    )
+
+
+def _refuse_files(stored: Stored, piece_bytes: int) -> None:
+    if stored.piece_bytes != piece_bytes:
+        raise Mismatch(f"artifact.piece_bytes is {stored.piece_bytes}, this program has {piece_bytes}")
+    for name in FILES:
+        if name not in stored.files:
+            raise Mismatch(f"artifact.files does not list {name}, on which answers depend")
+    for name, record in stored.files.items():
+        if name in ("", ".", "..", "plan.json") or "/" in name or "\\" in name or "\0" in name:
+            raise Mismatch(f"artifact.files lists {name!r}, which is no file beside it")
+        count = -(-record.bytes // piece_bytes)
+        if record.bytes < 0 or len(record.xxh64) != count or not all(map(_SUM.fullmatch, record.xxh64)):
+            raise Mismatch(
+                f"artifact.files: {name} has {record.bytes} bytes and {len(record.xxh64)} checksums, "
+                f"{max(count, 0)} of 16 digits belong there"
+            )
+    for name, total in stored.tensors.items():
+        if not re.fullmatch(rf"({_SUM.pattern})*", total):
+            raise Mismatch(f"artifact.tensors: {name} has the checksum {total!r:.60}")
+
+
+def noun_from(kind: type[T], given: Any, where: str) -> T:
+    """A frozen dataclass from plain values: the inverse of `as_json`, and strict.
+
+    Args:
+        kind: a dataclass of bool, int, float, str, Literal, tuples, mappings by text and other dataclasses.
+        given: a mapping. Lists become tuples.
+        where: what errors put before the field's name; empty for the document itself.
+
+    Raises:
+        UnknownField: a field that `kind` lacks, and it is not null.
+        Mismatch: a field without a default is missing, or a value is of a wrong type.
+    """
+    if not isinstance(given, Mapping):
+        raise Mismatch(f"{where or 'the document'} must be an object, got {given!r:.60}")
+    assert is_dataclass(kind)
+    hints = get_type_hints(kind)
+    inside = f"{where}." if where else ""
+    for name, value in given.items():
+        if name not in hints and value is not None:
+            raise UnknownField(f"this program does not know the field {inside}{name} = {value!r:.60}")
+    made: dict[str, Any] = {}
+    for one in fields(kind):
+        if one.name in given:
+            made[one.name] = _typed(given[one.name], hints[one.name], f"{inside}{one.name}")
+        elif one.default is MISSING and one.default_factory is MISSING:
+            raise Mismatch(f"{inside}{one.name} is missing")
+    return kind(**made)
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    """`value` as a field's annotation says."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        if value is None and type(None) in inner:
+            return None
+        return _typed(value, next(one for one in inner if one is not type(None)), where)
+    if origin is Literal:
+        if not any(type(value) is type(one) and value == one for one in inner):
+            raise Mismatch(f"{where} must be one of {', '.join(map(str, inner))}, got {value!r:.60}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise Mismatch(f"{where} must be a list, got {value!r:.60}")
+        return tuple(_typed(one, inner[0], f"{where}[{i}]") for i, one in enumerate(value))
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise Mismatch(f"{where} must be an object, got {value!r:.60}")
+        return {str(key): _typed(one, inner[1], f"{where}.{key}") for key, one in value.items()}
+    if is_dataclass(hint) and isinstance(hint, type):
+        return noun_from(hint, value, where)
+    return _plain(value, hint, where)
+
+
+def _plain(value: Any, kind: Any, where: str) -> Any:
+    if kind is float and type(value) is int and abs(value) < 1 << 1000:
+        value = float(value)
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        names = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}
+        raise Mismatch(f"{where} must be {names[kind]}, got {value!r:.60}")
+    return value
+
+
+def _without_defaults(noun: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for one in fields(noun):
+        value = getattr(noun, one.name)
+        default = one.default_factory() if one.default_factory is not MISSING else one.default
+        if default is MISSING or value != default:
+            found[one.name] = _without_defaults(value) if is_dataclass(value) else as_json(value)
+    return found

@@ -1,0 +1,133 @@
+"""The account of memory: measured now and then, charged for promises, asked by who loads a model."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from hasten.errors import MachineError
+from hasten.machine.room import LOOK_S, MemoryRoom
+
+RESERVE = 100
+
+
+class Cache:
+    """A giver with some bytes filled, and some promised."""
+
+    def __init__(self, held: int = 0, promised: int = 0) -> None:
+        self.held, self.promised = held, promised
+
+    def held_bytes(self) -> int:
+        return self.held
+
+    def promised_bytes(self) -> int:
+        return self.promised
+
+    def give_back_meanwhile(self) -> None:
+        """Its thread does."""
+
+
+def test_it_measures_once_a_second() -> None:
+    now, free, looks = [0.0], [1000], []
+
+    def available() -> int:
+        looks.append(now[0])
+        return free[0]
+
+    room = MemoryRoom(available, RESERVE, lambda: now[0])
+    room.look()
+    assert room.left == 900
+    free[0] = 500
+    room.look()
+    assert room.left == 900 and len(looks) == 1
+    now[0] += LOOK_S
+    room.look()
+    assert room.left == 400 and len(looks) == 2
+    room.take(150)
+    assert room.left == 250
+    room.look(0.0)
+    assert room.left == 400, "the promise was nobody's"
+
+
+def test_promises_are_charged_until_their_pool_is_gone() -> None:
+    room = MemoryRoom(lambda: 1000, RESERVE)
+    giver = Cache(promised=300)
+    room.join(giver)
+    room.look(0.0)
+    assert room.left == 600
+    del giver
+    room.look(0.0)
+    assert room.left == 900
+
+
+def test_low_needs_a_quarter_of_the_reserve() -> None:
+    free = [RESERVE]
+    room = MemoryRoom(lambda: free[0], RESERVE)
+    for value, low in ((100, 0), (75, 0), (74, 26), (0, 100)):
+        free[0] = value
+        room.look(0.0)
+        assert room.low == room.short == low
+    room.gave(60)
+    assert room.low == 40
+
+
+def test_unknown_memory_is_half_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hasten.machine.room.installed_bytes", lambda: 2000)
+    room = MemoryRoom(lambda: None, RESERVE)
+    room.look()
+    assert room.left == 900
+
+
+def test_who_loads_a_model_gets_what_others_give_back() -> None:
+    free = [200]
+    room, giver, stop = MemoryRoom(lambda: free[0], RESERVE), Cache(held=1000), threading.Event()
+    room.join(giver)
+
+    def give() -> None:  # an engine between its steps
+        while not stop.wait(0.005):
+            if short := min(room.short, giver.held):
+                free[0], giver.held = free[0] + short, giver.held - short
+                room.gave(short)
+
+    thread = threading.Thread(target=give)
+    thread.start()
+    try:
+        assert room.ask(700) == 700
+        room.require(900, "the model")
+        assert giver.held == 300
+        with pytest.raises(MachineError, match=r"big takes 0\.00 GB of memory"):
+            room.require(1201, "big")
+    finally:
+        stop.set()
+        thread.join()
+    assert room.short == 0, "nobody asks any more"
+
+
+def test_nobody_is_waited_for_who_holds_nothing() -> None:
+    room = MemoryRoom(lambda: 200, RESERVE)
+    room.join(Cache())
+    began = time.monotonic()
+    assert room.ask(10_000) == 200
+    with pytest.raises(MachineError, match="are free"):
+        room.require(10_000, "the model")
+    assert time.monotonic() - began < LOOK_S
+
+
+def test_a_watched_room_asks_its_givers() -> None:
+    room, asked = MemoryRoom(lambda: 0, RESERVE), threading.Event()
+
+    class Watched(Cache):
+        def give_back_meanwhile(self) -> None:
+            asked.set()
+
+    def watching() -> int:
+        return sum(thread.name == "hasten-memory" for thread in threading.enumerate())
+
+    giver, before = Watched(held=500), watching()
+    room.join(giver)
+    room.watch()
+    room.watch()
+    assert asked.wait(60 * LOOK_S)
+    assert watching() == before + 1

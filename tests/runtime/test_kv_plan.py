@@ -1,0 +1,120 @@
+"""How many pages a model gets: by what is free when it is loaded."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hasten.core import EngineOptions, ModelConfig
+from hasten.errors import UsageError
+from hasten.machine.room import MemoryRoom
+from hasten.models.open import open_model
+from hasten.runtime.cpu import KvPlan, kv_plan
+
+GB = 1_000_000_000
+PAGE = 16 << 20  # 32 tokens of 512 KB: Llama 2 7B
+
+
+@pytest.fixture
+def llama(tiny_folder) -> ModelConfig:
+    """A model of 512 KB a token and next to no weights."""
+    tiny: Path = tiny_folder("llama")
+    return replace(
+        open_model(tiny).config,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=32,
+        head_dim=128,
+        context_length=32_768,
+    )
+
+
+def plan(config: ModelConfig, free: float, reserve: float = 0.25, **options: object) -> KvPlan:
+    room = MemoryRoom(lambda: int(free * GB), int(reserve * GB))
+    return kv_plan(config, False, EngineOptions(**options), room)  # type: ignore[arg-type]
+
+
+def test_a_large_machine_has_room_for_all_sequences(llama: ModelConfig) -> None:
+    found = plan(llama, 100)
+    assert (found.context, found.pages, found.page_bytes) == (8192, 16 * 256, PAGE)
+    assert found.because == "16 sequences of 8192 tokens"
+
+
+def test_a_small_machine_has_as_many_pages_as_fit_beside_the_reserve(llama: ModelConfig) -> None:
+    found = plan(llama, 10)
+    assert found.context == 8192 and 256 < found.pages < 16 * 256
+    assert found.bytes <= 9.75 * GB < found.bytes + 2 * PAGE
+    assert "GB are free" in found.because and "tokens in at most 9.7" in found.summary
+
+
+def test_a_default_context_is_cut_to_what_fits_and_says_so(
+    llama: ModelConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "hasten"):
+        found = plan(llama, 3)
+    assert found.context % 32 == 0 and found.context == found.pages * 32
+    assert found.bytes <= 2.75 * GB < found.bytes + 2 * PAGE
+    assert f"the context is {found.context} tokens and not 8192" in caplog.text
+
+
+def test_a_context_that_was_asked_for_is_refused_with_one_that_fits(llama: ModelConfig) -> None:
+    with pytest.raises(UsageError, match=r"4096 tokens take 2\.15 GB, 1\.7\d GB are free") as refused:
+        plan(llama, 2, context=4096)
+    fits = int(refused.value.hint.removeprefix("use --context "))
+    assert plan(llama, 2, context=fits).pages * 32 == fits
+    with pytest.raises(UsageError):
+        plan(llama, 2, context=fits + 1)
+
+
+def test_nothing_fits(llama: ModelConfig) -> None:
+    for free in (0, 0.2, 0.4):
+        with pytest.raises(UsageError, match="keys and values of 8192 tokens") as refused:
+            plan(llama, free)
+        assert refused.value.hint == "end other programs, or use a smaller model"
+
+
+def test_kv_gb_is_the_users_word_as_far_as_it_is_free(llama: ModelConfig) -> None:
+    assert plan(llama, 10, kv_gb=5).pages == 5 * GB // PAGE
+    with pytest.raises(UsageError, match=r"20 GB are asked for .* 9\.7\d GB are free") as refused:
+        plan(llama, 10, kv_gb=20)
+    fits = float(refused.value.hint.removeprefix("use --kv-gb "))
+    assert plan(llama, 10, kv_gb=fits).pages > 256
+    with pytest.raises(UsageError, match="less than one context") as small:
+        plan(llama, 10, kv_gb=1)
+    least = float(small.value.hint.split()[2])
+    assert plan(llama, 10, kv_gb=least).pages >= 256
+    with pytest.raises(UsageError) as both:
+        plan(llama, 3, kv_gb=5)
+    assert both.value.hint == "use a smaller --context, and no --kv-gb"
+
+
+def test_what_other_models_cache_counts_as_free(llama: ModelConfig) -> None:
+    """They give it back when this one needs it; what they promised does not count."""
+
+    class Other:
+        def held_bytes(self) -> int:
+            return 20 * GB
+
+        def promised_bytes(self) -> int:
+            return GB
+
+        def give_back_meanwhile(self) -> None:
+            """Nobody asks."""
+
+    room, other = MemoryRoom(lambda: 20 * GB, 0), Other()
+    room.join(other)
+    assert 38.9 * GB < kv_plan(llama, False, EngineOptions(), room).bytes <= 39 * GB
+
+
+def test_a_limit_of_address_space_counts(llama: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hasten.runtime.cpu.address_space_left", lambda: 6 * GB)
+    found = plan(llama, 100)
+    assert found.context == 8192 and found.bytes <= 5.75 * GB
+
+
+def test_int8_pages_are_smaller(llama: ModelConfig) -> None:
+    room = MemoryRoom(lambda: 10 * GB, GB // 4)
+    assert kv_plan(llama, True, EngineOptions(), room).pages > 1.9 * plan(llama, 10).pages

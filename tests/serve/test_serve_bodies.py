@@ -1,0 +1,117 @@
+"""Bodies that are large, or hold very many wrong values: refused in a time that grows with their length."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from typing import Any
+
+import pytest
+from running_server import Running, chat
+
+from hasten.serve.problem import Problem
+from hasten.serve.protocol import strict
+from hasten.serve.protocol.chat import ChatRequest
+from hasten.serve.protocol.completion import CompletionRequest
+from hasten.serve.protocol.response import ResponseRequest
+from hasten.serve.protocol.tokens import DetokenizeRequest
+
+MANY = 60_000
+WRONG: list[tuple[type[strict.Strict], Any, str, str]] = [
+    (DetokenizeRequest, {"tokens": [-1] * MANY}, "tokens.0", "greater than or equal to 0"),
+    (ChatRequest, {"messages": [{"role": 5}] * (MANY // 4)}, "messages.0", "tag '5'"),
+    (ChatRequest, chat(**{f"x{i}": 1 for i in range(MANY)}), "x0", "unknown field x0"),
+    (ChatRequest, chat(logit_bias={str(i): "x" for i in range(MANY)}), "logit_bias.0", "a valid number"),
+    (ChatRequest, chat(stop=[1] * MANY), "stop.0", "a valid string"),
+    (CompletionRequest, {"prompt": ["a", 1] * MANY}, "prompt.1", "a valid string"),
+    (
+        ResponseRequest,
+        {"input": [{"type": "message", "role": 5}] * 9000},
+        "input.0.role",
+        "should be 'system'",
+    ),
+    (
+        ChatRequest,
+        {"messages": [{**{f"x{i}": 1 for i in range(MANY)}, "role": "user", "content": "a"}]},
+        "messages.0.x0",
+        "unknown field messages.0.x0",
+    ),
+]
+
+
+@pytest.mark.parametrize(("model", "body", "param", "said"), WRONG)
+def test_many_wrong_values_cost_no_more_than_their_length(
+    model: type[strict.Strict], body: Any, param: str, said: str
+) -> None:
+    data = json.dumps(body).encode()
+    began = time.monotonic()
+    with pytest.raises(Problem) as caught:
+        strict.parse(model, data)
+    assert time.monotonic() - began < 5  # 0.2 s; minutes if every error had the body parsed again
+    assert caught.value.status == 400
+    assert caught.value.param == param
+    assert said in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"tokens":[' + b"1," * strict.MAX_VALUES + b"1]}",
+        b'{"tokens":[' + b"[]," * strict.MAX_PARTS + b"[]]}",
+        b'{"x":{' + b",".join(b'"%d":1' % i for i in range(strict.MAX_PARTS)) + b"}}",
+        b'{"x":"\\\\\\"","y":[' + b'"a\\",",' * strict.MAX_VALUES + b'""]}',
+    ],
+)
+def test_a_body_of_too_many_parts_is_refused_before_it_is_parsed(
+    body: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DetokenizeRequest, "model_validate_json", lambda *_: pytest.fail("parsed"))
+    with pytest.raises(Problem) as caught:
+        strict.parse(DetokenizeRequest, body)
+    assert (caught.value.status, caught.value.code) == (400, "too_many_values")
+
+
+@pytest.mark.parametrize("text", [',:[{"' * 400_000, '\\",\\' * 1_100_000, '","' * 700_000])
+def test_what_a_text_holds_counts_as_one_value(text: str) -> None:
+    assert strict.parse(CompletionRequest, json.dumps({"prompt": text}).encode()).prompt == text
+
+
+def test_fields_that_are_null_do_not_hide_among_many_wrong_ones() -> None:
+    body = chat(**{f"x{i}": None for i in range(500)}, store=None)
+    with pytest.raises(Problem, match="unknown field x0"):
+        strict.parse(ChatRequest, json.dumps(body).encode())
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "said"),
+    [
+        ("/v1/chat/completions", chat(stop=["a"] * 17), "stop", "list should have at most 16 items, not 17"),
+        ("/v1/chat/completions", chat(stop=5), "stop", "should be a valid string or a valid array"),
+        ("/v1/completions", {"prompt": ["a"] * 129}, "prompt", "list should have at most 128 items"),
+        ("/v1/completions", {"prompt": [-1]}, "prompt.0", "greater than or equal to 0"),
+        ("/v1/embeddings", {"input": ["a"] * 3000}, "input", "list should have at most 2048 items"),
+        ("/v1/chat/completions", chat(guided_choice=[]), "guided_choice", "at least 1 item"),
+        ("/v1/chat/completions", chat(stop="x" * 1001), "stop", "at most 1000 characters"),
+        ("/v1/responses", {"input": [{"type": "function_call", "call_id": "a"}]}, "input.0.name", "missing"),
+        ("/v1/responses", {"input": [{"type": "reasoning"}]}, "input.0", "function_call_output"),
+    ],
+)
+def test_the_refusal_names_what_is_wrong(
+    server: Running, path: str, body: Any, param: str, said: str
+) -> None:
+    reply = server.ask(path, body)
+    assert (reply.status, reply.error["param"]) == (400, param)
+    assert said in reply.error["message"]
+
+
+def test_others_are_answered_while_a_large_body_is_refused(server: Running) -> None:
+    body = b'{"input":[' + b'{"type":"message","role":5},' * 30_000 + b"{}]}"
+    replies: list[Any] = []
+    asker = threading.Thread(target=lambda: replies.append(server.ask("/v1/responses", body)))
+    asker.start()
+    while asker.is_alive():
+        began = time.monotonic()
+        assert server.ask("/health").status == 200
+        assert time.monotonic() - began < 2  # benchmarks/hostile.py measures it
+    assert replies[0].error["param"] == "input.0.role"
