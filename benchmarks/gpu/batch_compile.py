@@ -62,9 +62,14 @@ def resources(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run([tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True).stdout
+        usage = subprocess.run(
+            [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True
+        ).stdout
         code = subprocess.run([tools / "nvdisasm", file.name], capture_output=True, text=True).stdout
-    counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in ("HGMMA", "QGMMA", "HMMA", "LDGSTS", "CCTL", "LDL", "STL")}
+    counts = {
+        name: len(re.findall(rf"\b{name}\b", code))
+        for name in ("HGMMA", "QGMMA", "HMMA", "LDGSTS", "CCTL", "LDL", "STL")
+    }
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     return f"registers {found[1]} stack {found[2]} " + " ".join(f"{k} {v}" for k, v in counts.items() if v)
 

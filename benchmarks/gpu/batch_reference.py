@@ -57,7 +57,10 @@ def _attend(
     """One row's attention over its pages and its new token: [H D]."""
     past = int(step.positions[row])
     pages = step.table[row, : -(-past // PAGE) or 1].long()
-    old = [cache[layer][pages].transpose(0, 1).flatten(1, 2)[:, :past].float() for cache in (step.keys, step.values)]
+    old = [
+        cache[layer][pages].transpose(0, 1).flatten(1, 2)[:, :past].float()
+        for cache in (step.keys, step.values)
+    ]
     new = [t[row].to(torch.bfloat16).float()[:, None] for t in (k, v)]
     keys, values = (torch.cat(pair, 1) for pair in zip(old, new, strict=True))  # [K, S, D]
     queries = q[row].unflatten(0, (keys.shape[0], -1))  # [K, H / K, D]
@@ -75,7 +78,9 @@ class Company:
     def __init__(self, step: BatchStep, position: int, steps: int = 4) -> None:
         self.step, self.position, self.steps = step, position, steps
         count = step.table.shape[1]
-        self.pages = torch.arange(count, device=step.table.device, dtype=torch.int32)  # the first ones are its own
+        self.pages = torch.arange(
+            count, device=step.table.device, dtype=torch.int32
+        )  # the first ones are its own
         self.token = 1234
 
     def decode(self, size: int, row: int, seed: int, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,7 +92,9 @@ class Company:
             pages = torch.randperm(total - count, generator=generator)[:count] + count
             step.table[other] = pages.to(step.table)
             step.positions[other] = int(torch.randint(0, longest - self.steps, (1,), generator=generator))
-            step.tokens[other] = int(torch.randint(0, step.weights.config.vocab_size, (1,), generator=generator))
+            step.tokens[other] = int(
+                torch.randint(0, step.weights.config.vocab_size, (1,), generator=generator)
+            )
         step.positions[size:] = -1
         step.table[row], step.positions[row], step.tokens[row] = self.pages, self.position, self.token
         assert step.buffers.logits is not None

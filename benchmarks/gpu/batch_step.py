@@ -88,7 +88,9 @@ def compile_job(job: Job) -> str:
 def _overrides(choice: Choice | None) -> tuple[Any, Any]:
     if choice is None:
         return None, None
-    return (lambda product, m: choice[m][product]), (lambda rows: choice[16 if rows <= 16 else 64]["attention"])
+    return (lambda product, m: choice[m][product]), (
+        lambda rows: choice[16 if rows <= 16 else 64]["attention"]
+    )
 
 
 def compile_all(pool: ProcessPoolExecutor, jobs: list[Job]) -> None:
@@ -115,7 +117,9 @@ def reset(step: BatchStep) -> None:
     rows, pages = step.options.rows, step.options.pages
     generator = torch.Generator().manual_seed(3)
     step.table[:rows] = torch.randperm(pages, generator=generator).reshape(rows, -1).to(step.table)
-    step.tokens[:rows] = torch.randint(0, step.weights.config.vocab_size, (rows,), generator=generator).to(step.tokens)
+    step.tokens[:rows] = torch.randint(0, step.weights.config.vocab_size, (rows,), generator=generator).to(
+        step.tokens
+    )
     step.positions[:rows] = FIRST
 
 
@@ -128,17 +132,32 @@ def tuned(model: str, precision: str, step: BatchStep, record: dict[str, Any]) -
         step.run(shape)
         choice[rows] = {}
         for product in batch_tuning.PRODUCTS:
-            found = batch_tuning.tune(step, shape, product, batch_tuning.candidates(model, precision, product))
+            found = batch_tuning.tune(
+                step, shape, product, batch_tuning.candidates(model, precision, product)
+            )
             cublas = batch_tuning.library(step, rows, product)
             choice[rows][product] = found[0][1]
             key = f"{model} {precision} {rows} {product}"
-            record[key] = {"library_us": round(cublas, 2), "tiles": [[round(t, 2), *dataclasses.astuple(x)] for t, x in found]}
-            print(f"{key:28} library {cublas:7.2f}  " + "  ".join(f"{t:.2f} {dataclasses.astuple(x)}" for t, x in found[:4]), flush=True)
+            record[key] = {
+                "library_us": round(cublas, 2),
+                "tiles": [[round(t, 2), *dataclasses.astuple(x)] for t, x in found],
+            }
+            print(
+                f"{key:28} library {cublas:7.2f}  "
+                + "  ".join(f"{t:.2f} {dataclasses.astuple(x)}" for t, x in found[:4]),
+                flush=True,
+            )
         reset(step)
         attention = batch_tuning.tune_attention(step, shape)
         choice[rows]["attention"] = attention[0][1]
-        record[f"{model} {precision} {rows} attention"] = [[round(t, 2), *dataclasses.astuple(x)] for t, x in attention]
-        print(f"{model} {precision} {rows} attention  " + "  ".join(f"{t:.2f} {dataclasses.astuple(x)}" for t, x in attention[:10]), flush=True)
+        record[f"{model} {precision} {rows} attention"] = [
+            [round(t, 2), *dataclasses.astuple(x)] for t, x in attention
+        ]
+        print(
+            f"{model} {precision} {rows} attention  "
+            + "  ".join(f"{t:.2f} {dataclasses.astuple(x)}" for t, x in attention[:10]),
+            flush=True,
+        )
     choice[32] = choice[64]
     return choice
 
@@ -148,7 +167,7 @@ def check(weights: Any, choice: Choice | None) -> dict[str, Any]:
     step, found = new_step(weights, choice, keep_logits=True), {}
     for rows in (16, 64):
         reset(step)
-        step.positions[: rows : 3] -= 300  # rows of different lengths
+        step.positions[:rows:3] -= 300  # rows of different lengths
         for buffer in (step.buffers.logits, step.buffers.residual, step.buffers.plain):
             buffer.fill_(float("nan"))
         expected, exact = (batch_reference.logits(step, rows, exact=exact) for exact in (False, True))
@@ -162,7 +181,12 @@ def check(weights: Any, choice: Choice | None) -> dict[str, Any]:
         found[f"picked_{rows}"] = bool((step.tokens[:rows] == logits.argmax(-1)).all())
     alone = batch_reference.Company(step, 400)
     expected_logits, expected_tokens = alone.decode(64, 5, 1, 1000)
-    same_size = [(64, 0, 2, 1000), (64, 63, 3, 1000), (64, 40, 4, 1024), (64, 17, 5, 500)]  # the last: another graph
+    same_size = [
+        (64, 0, 2, 1000),
+        (64, 63, 3, 1000),
+        (64, 40, 4, 1024),
+        (64, 17, 5, 500),
+    ]  # the last: another graph
     other_sizes = [(32, 9, 6, 1000), (48, 40, 7, 1000), (16, 3, 8, 1000), (2, 1, 9, 1000)]
     for name, cases in (("law_same_size", same_size), ("law_other_sizes", other_sizes)):
         equal = []
@@ -202,7 +226,9 @@ def parts_of(step: BatchStep, rows: int) -> dict[str, float]:
     found = {}
     for name in ("qkv", "attention", "o", "gate_up", "down"):
         kernel = getattr(step, name)
-        found[name] = batch_tuning.microseconds(lambda kernel=kernel: [kernel(shape, i) for i in layers] and None, len(layers))  # type: ignore[misc]
+        found[name] = batch_tuning.microseconds(
+            lambda kernel=kernel: [kernel(shape, i) for i in layers] and None, len(layers)
+        )  # type: ignore[misc]
     found["head"] = batch_tuning.microseconds(lambda: step.head(shape), 1)
     found["begin_pick"] = batch_tuning.microseconds(lambda: (step.begin(shape), step.pick(shape)) and None, 1)
     return {name: round(value, 2) for name, value in found.items()}
@@ -214,7 +240,12 @@ def measure(model: str, precision: str, weights: Any, choice: Choice | None) -> 
     with_logits = new_step(weights, choice, keep_logits=True)
     for rows in SIZES:
         kv = rows * (FIRST + STEPS // 2) * c.kv_bytes_per_token()
-        row: dict[str, Any] = {"model": model, "precision": precision, "rows": rows, "bytes": weights.bytes + kv}
+        row: dict[str, Any] = {
+            "model": model,
+            "precision": precision,
+            "rows": rows,
+            "bytes": weights.bytes + kv,
+        }
         times = {level: timed(step, rows) for level, step in steps.items()}
         best = min(times, key=times.__getitem__)
         row["us"], row["tok_s"] = round(times[best], 1), round(rows / times[best] * 1e6)
@@ -271,18 +302,32 @@ def main() -> None:
         jobs = []
         for m, p in wanted:
             if f"{m}-{p}" in arguments.tune:
-                jobs += [Job(m, p, rows, product, tile, pdl=EARLY[m]) for rows in (16, 64)
-                         for product in batch_tuning.PRODUCTS for tile in batch_tuning.candidates(m, p, product)]
-                jobs += [Job(m, p, rows, None, tile, pdl=EARLY[m]) for rows in (16, 64) for tile in batch_tuning.ATTENTION]
+                jobs += [
+                    Job(m, p, rows, product, tile, pdl=EARLY[m])
+                    for rows in (16, 64)
+                    for product in batch_tuning.PRODUCTS
+                    for tile in batch_tuning.candidates(m, p, product)
+                ]
+                jobs += [
+                    Job(m, p, rows, None, tile, pdl=EARLY[m])
+                    for rows in (16, 64)
+                    for tile in batch_tuning.ATTENTION
+                ]
                 jobs += [Job(m, p, rows, pdl=EARLY[m]) for rows in (16, 64)]
             else:
-                jobs += [Job(m, p, rows, None, None, None, pdl, logits) for rows in (16, 32, 64) for pdl, logits in VARIANTS]
+                jobs += [
+                    Job(m, p, rows, None, None, None, pdl, logits)
+                    for rows in (16, 32, 64)
+                    for pdl, logits in VARIANTS
+                ]
         compile_all(pool, jobs)
         record["copy_tb_per_s"] = round(copy_bandwidth(), 3)
         for model, precision in wanted:
             weights, choice = random_weights(model, precision), None
             if f"{model}-{precision}" in arguments.tune:
-                choice = tuned(model, precision, new_step(weights, None, early=EARLY[model]), record["tuning"])
+                choice = tuned(
+                    model, precision, new_step(weights, None, early=EARLY[model]), record["tuning"]
+                )
                 compile_all(pool, [Job(model, precision, rows, None, None, choice, pdl, logits)
                                    for rows in (16, 32, 64) for pdl, logits in VARIANTS])  # fmt: skip
             record["checks"][f"{model} {precision}"] = found = check(weights, choice)
@@ -294,7 +339,9 @@ def main() -> None:
             torch.cuda.empty_cache()
     for row in record["rows"]:
         if "bar" in row:
-            print(f"{row['model']} {row['precision']} {row['rows']:3} rows: {row['tok_s']:6} tok/s, bar {row['bar']:6} {'PASS' if row['pass'] else 'MISSED'}")
+            print(
+                f"{row['model']} {row['precision']} {row['rows']:3} rows: {row['tok_s']:6} tok/s, bar {row['bar']:6} {'PASS' if row['pass'] else 'MISSED'}"
+            )
     print(f"copy {record['copy_tb_per_s']} TB/s; {record['seconds']} s")
 
 

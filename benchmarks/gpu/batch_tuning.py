@@ -89,7 +89,9 @@ def library(step: BatchStep, rows: int, product: Product) -> float:
 
     def scaled() -> None:
         for m in matrices:
-            torch._scaled_mm(x8, m.values.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
+            torch._scaled_mm(
+                x8, m.values.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+            )
 
     return microseconds(scaled, len(matrices))
 
@@ -113,7 +115,9 @@ def tune_attention(step: BatchStep, shape: Shape) -> list[tuple[float, Attention
     for tile in ATTENTION:
         tried = replace(shape, attention=tile)
         try:
-            time = microseconds(lambda tried=tried: [step.attention(tried, i) for i in layers] and None, len(layers))  # type: ignore[misc]
+            time = microseconds(
+                lambda tried=tried: [step.attention(tried, i) for i in layers] and None, len(layers)
+            )  # type: ignore[misc]
             found.append((time, tile))
         except Exception as error:  # noqa: BLE001
             print("left out", tile, str(error)[:100], flush=True)

@@ -19,16 +19,24 @@ if DEVICE == "cpu":
     mended_interpreter.mend()
 
 from hasten.core import ModelConfig  # noqa: E402
-from hasten.errors import ModelError, UsageError  # noqa: E402
 from hasten.models.parameters import parameter_shapes  # noqa: E402
 from hasten.models.reference import ReferenceDecoder  # noqa: E402
 from hasten.rope_scaling import RopeScaling  # noqa: E402
 from hasten.runtime.gpu import batch_weights  # noqa: E402
 from hasten.runtime.gpu.batch_step import PAGE, BatchStep, StepOptions  # noqa: E402
-from hasten.runtime.gpu.batch_tiles import AttentionTile, Tile  # noqa: E402
+from hasten.runtime.gpu.batch_tiles import AttentionTile  # noqa: E402
 
 LLAMA = ModelConfig(
-    "llama", 67, 64, 96, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, context_length=1024, norm_eps=1e-5
+    "llama",
+    67,
+    64,
+    96,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    context_length=1024,
+    norm_eps=1e-5,
 )
 MODELS = {
     "llama": LLAMA,
@@ -70,7 +78,11 @@ def tensors_of(name: str, seed: int = 0) -> dict[str, np.ndarray]:
     generator, made = np.random.default_rng(seed), {}
     for key, shape in parameter_shapes(MODELS[name], BIASES.get(name, ())).items():
         noise = generator.standard_normal(shape)
-        value = 1 + 0.2 * noise if key.endswith("norm") else noise * (1.5 if len(shape) == 1 else 1.5 * shape[1] ** -0.5)
+        value = (
+            1 + 0.2 * noise
+            if key.endswith("norm")
+            else noise * (1.5 if len(shape) == 1 else 1.5 * shape[1] ** -0.5)
+        )
         made[key] = torch.from_numpy(value).to(torch.bfloat16).float().numpy()
     return made
 
@@ -121,7 +133,14 @@ def remember(step: BatchStep, row: int, tokens: list[int], seen: dict[str, torch
 def poison(step: BatchStep) -> None:
     """What a step must write before it reads it."""
     buffers = step.buffers
-    others = [buffers.residual, buffers.hidden, buffers.queries, buffers.attended, buffers.mixed, buffers.plain]
+    others = [
+        buffers.residual,
+        buffers.hidden,
+        buffers.queries,
+        buffers.attended,
+        buffers.mixed,
+        buffers.plain,
+    ]
     others += [*buffers.squares, buffers.best, buffers.logits]
     angles = [t for pair in buffers.angles.values() for t in pair]
     for tensor in [*others, *angles, *buffers.parts.values()]:

@@ -79,7 +79,10 @@ def prefetch_pages(keys, values, table, start, length, g, KV: tl.constexpr, D: t
                    PAGE: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
     """The first pages of a split into the L2, while the kernel before still writes the newest token."""
     pages: tl.constexpr = 128 // PAGE if SPLIT > 128 else SPLIT // PAGE
-    p, line = tl.arange(0, pages), tl.arange(0, DIMS // 2)  # a page of one head is PAGE * D * 2 = 128 * D/2 bytes
+    p, line = (
+        tl.arange(0, pages),
+        tl.arange(0, DIMS // 2),
+    )  # a page of one head is PAGE * D * 2 = 128 * D/2 bytes
     index = tl.minimum(start // PAGE + p, (length - 1) // PAGE)
     page = tl.load(table + index).to(tl.int64)
     at = ((page * KV + g) * (PAGE * D))[:, None] + (tl.minimum(line, D // 2 - 1) * 64)[None, :]

@@ -48,7 +48,12 @@ def let_next_start(PDL: tl.constexpr):
 def prefetch(pointers):
     """Bring the 128-byte lines that hold these addresses into the L2."""
     tl.inline_asm_elementwise(
-        "{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+        "{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
     )
 
 
@@ -110,7 +115,9 @@ def two_products(w, x, peaks, first, second, split, K: tl.constexpr, SPLITS: tl.
     Sets of less than 64 rows are multiplied as one, or they would not fill an instruction.
     """
     if ROWS < 64:
-        both = one_product(w, x, peaks, tl.interleave(first, second), split, K, SPLITS, 2 * ROWS, BLOCK, M, ROUND)
+        both = one_product(
+            w, x, peaks, tl.interleave(first, second), split, K, SPLITS, 2 * ROWS, BLOCK, M, ROUND
+        )
         a, b = tl.split(tl.permute(tl.reshape(both, [ROWS, 2, M]), [0, 2, 1]))
     else:
         k = tl.arange(0, BLOCK)
@@ -151,7 +158,9 @@ def is_last(arrivals, count):
 
 
 @triton.jit
-def inverse_rms(squares, m, K: tl.constexpr, eps, SQUARES: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr):
+def inverse_rms(
+    squares, m, K: tl.constexpr, eps, SQUARES: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr
+):
     """1 / rms of each row, [M], from SQUARES tiles' sums of squares."""
     t = tl.arange(0, BLOCK)[:, None]
     tiles = tl.load(squares + t * M + m[None, :], mask=t < SQUARES, other=0.0)
@@ -475,7 +484,9 @@ def pick(best, best_id, tokens, positions, emitted, V: tl.constexpr, TILES: tl.c
     value = tl.load(best + row * TILES + t, mask=inside, other=float("-inf"))
     which = tl.load(best_id + row * TILES + t, mask=inside, other=V - 1)
     top = tl.max(value, 0)
-    token = tl.min(tl.where(value == top, which, V - 1), 0)  # NaN equals nothing: a token that exists all the same
+    token = tl.min(
+        tl.where(value == top, which, V - 1), 0
+    )  # NaN equals nothing: a token that exists all the same
     position = tl.load(positions + row)
     if position >= 0:
         tl.store(tokens + row, token)

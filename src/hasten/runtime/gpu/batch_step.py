@@ -130,14 +130,18 @@ class BatchStep:
         most_tiles = max(c.vocab_size, 2 * c.intermediate_size, c.num_heads + 2 * c.num_kv_heads, e) // 16 + 1
         return _Buffers(
             places=make(m, dtype=torch.int32),
-            angles={name: (make(m, c.head_dim // 2), make(m, c.head_dim // 2)) for name in self.weights.rotations},
+            angles={
+                name: (make(m, c.head_dim // 2), make(m, c.head_dim // 2)) for name in self.weights.rotations
+            },
             residual=make(m, e),
             hidden=make(m, e, dtype=torch.bfloat16),
             queries=make(m, heads, dtype=torch.bfloat16),
             attended=make(m, heads, dtype=torch.bfloat16),
             mixed=make(m, c.intermediate_size, dtype=torch.bfloat16),
             peaks=make(_PEAKS * c.num_layers + 1, m, dtype=torch.int32) if self._is_fp8 else None,
-            e4m3=make(m, max(e, heads, c.intermediate_size), dtype=torch.float8_e4m3fn) if self._is_fp8 else None,
+            e4m3=make(m, max(e, heads, c.intermediate_size), dtype=torch.float8_e4m3fn)
+            if self._is_fp8
+            else None,
             plain=make(m, e),
             squares=(make(e // 16 + 1, m), make(e // 16 + 1, m)),
             best=make(most_tiles, m),
@@ -377,7 +381,13 @@ class BatchStep:
     def _product(self, shape: Shape, name: Product) -> dict[str, Any]:
         """What every product's kernel is given."""
         t = shape.tiles[name]
-        sizes = {"BLOCK": t.block, "SPLITS": t.splits, "M": shape.padded, "num_warps": t.warps, "num_stages": t.stages}
+        sizes = {
+            "BLOCK": t.block,
+            "SPLITS": t.splits,
+            "M": shape.padded,
+            "num_warps": t.warps,
+            "num_stages": t.stages,
+        }
         return {**sizes, "ROUND": self._is_fp8 and shape.padded <= _ROUNDS_ITSELF, **_early(shape)}
 
     def _parts(self, name: str, floats: int) -> torch.Tensor:

@@ -77,7 +77,10 @@ def _measured() -> dict[tuple[Product, int, int, bool, int], Tile]:
     found = {}
     for is_fp8, shapes in _FASTEST.items():
         for (product, n, k), (small, large) in shapes.items():
-            found |= {(product, n, k, is_fp8, rows): Tile(*(small if rows == 16 else large)) for rows in (16, 32, 64)}
+            found |= {
+                (product, n, k, is_fp8, rows): Tile(*(small if rows == 16 else large))
+                for rows in (16, 32, 64)
+            }
     return found
 
 
@@ -96,9 +99,9 @@ _FASTEST: dict[bool, dict[tuple[Product, int, int], tuple[tuple[int, ...], tuple
     },
     True: {  # Llama-3.1-8B
         ("qkv", 3072, 4096): ((64, 128, 4, 4, 4), (64, 128, 2, 4, 4)),
-        ("o", 4096, 4096): ((64, 256, 4, 4, 3), (64, 128, 4, 4, 4)),
-        ("gate_up", 14336, 4096): ((64, 128, 1, 4, 4), (64, 128, 1, 4, 4)),
-        ("down", 4096, 14336): ((64, 256, 4, 4, 3), (64, 128, 4, 4, 4)),
+        ("o", 4096, 4096): ((64, 256, 4, 4, 3), (64, 128, 2, 4, 6)),
+        ("gate_up", 14336, 4096): ((64, 128, 1, 4, 4), (64, 128, 1, 4, 3)),
+        ("down", 4096, 14336): ((64, 256, 4, 4, 3), (64, 128, 2, 4, 6)),
         ("head", 128256, 4096): ((128, 128, 1, 4, 4), (128, 128, 1, 4, 4)),
     },
 }

@@ -88,7 +88,11 @@ def slides(config: ModelConfig, layer: int) -> bool:
 
 
 def load(
-    config: ModelConfig, tensor_of: TensorOf, context: int, precision: Precision = "bf16", device: str = "cuda"
+    config: ModelConfig,
+    tensor_of: TensorOf,
+    context: int,
+    precision: Precision = "bf16",
+    device: str = "cuda",
 ) -> BatchWeights:
     """Fuse, round and place a model's tensors.
 
@@ -123,7 +127,10 @@ def _check(config: ModelConfig, context: int) -> None:
             f"{config.head_dim}",
             hint="use --device cpu",
         )
-    scaling, original = config.rope_scaling, config.rope_scaling.original_context_length or config.context_length
+    scaling, original = (
+        config.rope_scaling,
+        config.rope_scaling.original_context_length or config.context_length,
+    )
     if scaling.kind in ("dynamic", "longrope") and context > original:
         raise ModelError(
             f"rope scaling {scaling.kind!r} past {original} tokens depends on a sequence's length",
