@@ -124,14 +124,14 @@ def test_the_test_catches_what_it_is_for() -> None:
 
 
 def test_the_serving_path_imports_no_torch() -> None:
-    """torch and transformers: the reference decoder, compression, peers to compare with, no more."""
+    """torch and transformers: the reference decoder, compression, the GPU, peers to compare with, no more."""
     allowed = {"models/reference.py", "models/rope.py"}
     allowed |= {f"compress/{name}.py" for name in MODULE_COMPRESSION | LANGUAGE_MODELS}
     heavy = {"torch", "transformers", "triton"}
     found = [
         str(path.relative_to(PACKAGE))
         for path, package in files()
-        if not package.startswith("hasten.bench.peers")
+        if not package.startswith(("hasten.bench.peers", "hasten.runtime.gpu"))
         and path.parent.name not in LANGUAGE_MODELS
         and heavy & {name.split(".")[0] for name in imported(ast.parse(path.read_text()), package)}
     ]

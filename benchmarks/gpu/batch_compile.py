@@ -1,9 +1,9 @@
 """Compiles the batched step's kernels without launching them, on a machine without a GPU too.
 
-    python benchmarks/gpu/batch_compile.py 0.6B 16    # for sm_90: registers, shared memory, spills of each kernel
+    python benchmarks/gpu/batch_compile.py 0.6B 16    # for sm_90: registers, shared memory, spills
 
-With tensors on torch's `meta` device the kernels see the shapes and types of a real model and no memory. Several
-processes that compile beforehand fill Triton's cache, so that a GPU does not wait for a compiler.
+With tensors on torch's `meta` device the kernels see the shapes and types of a real model and no memory.
+Several processes that compile beforehand fill Triton's cache, so that a GPU does not wait for a compiler.
 """
 
 from __future__ import annotations

@@ -12,12 +12,12 @@ from hasten.runtime.gpu.batch_weights import BatchWeights, Precision, load
 CONTEXT = 1024  # tokens a sequence may have in these measurements
 MODELS = {
     "0.6B": ModelConfig(
-        "qwen3", 151936, 1024, 3072, num_layers=28, num_heads=16, num_kv_heads=8, head_dim=128, context_length=40960,
-        norm_eps=1e-6, qk_norm="head", rope_theta=1e6, tied_head=True,
+        "qwen3", 151936, 1024, 3072, num_layers=28, num_heads=16, num_kv_heads=8, head_dim=128,
+        context_length=40960, norm_eps=1e-6, qk_norm="head", rope_theta=1e6, tied_head=True,
     ),
     "8B": ModelConfig(
-        "llama", 128256, 4096, 14336, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, context_length=131072,
-        norm_eps=1e-5, rope_theta=5e5,
+        "llama", 128256, 4096, 14336, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
+        context_length=131072, norm_eps=1e-5, rope_theta=5e5,
         rope_scaling=RopeScaling(
             "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context_length=8192
         ),

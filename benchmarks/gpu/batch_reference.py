@@ -10,7 +10,7 @@ from hasten.runtime.gpu.batch_weights import Matrix
 
 
 def linear(matrix: Matrix, inputs: torch.Tensor, exact: bool = False) -> torch.Tensor:
-    """Inputs as the kernels round them (or not, if `exact`), float32 [R, cols], times a matrix, in float32."""
+    """Inputs [R, cols] as the kernels round them (or not, if `exact`) times a matrix, in float32."""
     x = inputs if exact else inputs.to(torch.bfloat16).float()
     weights = matrix.values.float()
     if matrix.scales is not None:
@@ -29,12 +29,34 @@ def rms(x: torch.Tensor, eps: float) -> torch.Tensor:
 def logits(step: BatchStep, rows: int, exact: bool = False) -> torch.Tensor:
     """Logits [rows, V] of the step that comes next; nothing is changed. Pre-norm models without windows.
 
-    `exact` keeps activations in float32: what the difference to that is worth is the noise of rounding.
+    `exact` keeps activations in float32: the difference to that is the noise of rounding.
     """
+    weights, c = step.weights, step.weights.config
+    x = hidden(step, rows, c.num_layers, exact)
+    return linear(weights.head, x * weights.final_norm, exact) * rms(x, c.norm_eps)
+
+
+@torch.inference_mode()
+def first_layer(step: BatchStep, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the first layer adds to the residual stream [rows, E]: the kernels', and plain torch's.
+
+    Few values round the other way within one layer, so this error is small where all is right, in fp8 too.
+    """
+    embedded, expected = hidden(step, rows, 0), hidden(step, rows, 1)
+    shape = step.shape(rows, int(step.positions.max()) + 1)
+    step.begin(shape)
+    step.look_up(shape)
+    for kernel in (step.qkv, step.attention, step.o, step.gate_up, step.down):
+        kernel(shape, 0)
+    return step.buffers.residual[:rows] - embedded, expected - embedded
+
+
+def hidden(step: BatchStep, rows: int, layers: int, exact: bool = False) -> torch.Tensor:
+    """The residual stream [rows, E] after so many layers."""
     weights, c = step.weights, step.weights.config
     position = step.positions[:rows].long()
     x = weights.embed[step.tokens[:rows].long()].float() * c.embed_scale
-    for i, w in enumerate(weights.layers):
+    for i, w in enumerate(weights.layers[:layers]):
         y = linear(w.qkv, x * w.attn_norm, exact) * rms(x, c.norm_eps)
         heads = y.unflatten(-1, (-1, c.head_dim)).split([c.num_heads, c.num_kv_heads, c.num_kv_heads], 1)
         turned = []
@@ -48,7 +70,7 @@ def logits(step: BatchStep, rows: int, exact: bool = False) -> torch.Tensor:
         x = x + linear(w.o, mixed, exact)
         gate, up = (linear(w.gate_up, x * w.mlp_norm, exact) * rms(x, c.norm_eps)).chunk(2, -1)
         x = x + linear(w.down, F.silu(gate) * up, exact)
-    return linear(weights.head, x * weights.final_norm, exact) * rms(x, c.norm_eps)
+    return x
 
 
 def _attend(

@@ -4,8 +4,8 @@
 
 Random weights at real shapes, context 512 to 544, greedy token chosen and fed on the device, one CUDA graph a
 batch size; medians of rounds of 32 steps. Every model is first compared with plain float32 torch, and one
-sequence is decoded in changing company, whose logits must stay equal to the bit. `--tune` times every candidate
-tile of every product first and uses the best; otherwise the step uses its own choice.
+sequence is decoded in changing company, whose logits must stay equal to the bit. `--tune` times every
+candidate tile of every product first and uses the best; otherwise the step uses its own choice.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SIZES = (2, 4, 8, 16, 32, 64)
 Choice = dict[int, dict[Any, Any]]  # padded rows -> product or "attention" -> tile
 
 
-# ---- compiling beforehand --------------------------------------------------------------------------------------
+# ---- compiling beforehand ----------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Job:
     product: Product | None = None
     tile: Tile | AttentionTile | None = None
     choice: Any = None
-    pdl: int = 0
+    early: int = 0
     logits: bool = False
 
 
@@ -68,7 +68,7 @@ def compile_job(job: Job) -> str:
     key = job.model, job.precision
     weights = _META.setdefault(key, None) or random_weights(*key, "meta")
     _META[key] = weights
-    options = StepOptions(64, 32, CONTEXT, keep_logits=job.logits, early=job.pdl)
+    options = StepOptions(64, 32, CONTEXT, keep_logits=job.logits, early=job.early)
     step = BatchStep(weights, options, *_overrides(job.choice))
     shape = step.shape(job.rows, FIRST + STEPS)
     try:
@@ -99,7 +99,7 @@ def compile_all(pool: ProcessPoolExecutor, jobs: list[Job]) -> None:
     print(f"compiled {len(jobs)} jobs in {time.time() - start:.0f} s", *failed, sep="\n", flush=True)
 
 
-# ---- one model -------------------------------------------------------------------------------------------------
+# ---- one model ---------------------------------------------------------------------------------------
 
 
 def new_step(weights: Any, choice: Choice | None, rows: int = 64, **options: Any) -> BatchStep:
@@ -170,6 +170,8 @@ def check(weights: Any, choice: Choice | None) -> dict[str, Any]:
         step.positions[:rows:3] -= 300  # rows of different lengths
         for buffer in (step.buffers.logits, step.buffers.residual, step.buffers.plain):
             buffer.fill_(float("nan"))
+        layer = batch_reference.relative_error(*batch_reference.first_layer(step, rows))
+        found[f"layer_error_{rows}"] = round(layer, 6)
         expected, exact = (batch_reference.logits(step, rows, exact=exact) for exact in (False, True))
         step.step(rows, FIRST + 1)
         logits = step.buffers.logits[:rows]
@@ -230,7 +232,7 @@ def parts_of(step: BatchStep, rows: int) -> dict[str, float]:
             lambda kernel=kernel: [kernel(shape, i) for i in layers] and None, len(layers)
         )  # type: ignore[misc]
     found["head"] = batch_tuning.microseconds(lambda: step.head(shape), 1)
-    found["begin_pick"] = batch_tuning.microseconds(lambda: (step.begin(shape), step.pick(shape)) and None, 1)
+    found["begin_pick"] = batch_tuning.microseconds(lambda: [step.begin(shape), step.pick(shape)] and None, 1)
     return {name: round(value, 2) for name, value in found.items()}
 
 
@@ -275,73 +277,81 @@ def copy_bandwidth() -> float:
     return 2 * a.numel() * 4 / statistics.median(times[1:]) / 1e9
 
 
+def whole_steps(model: str, precision: str, choice: Choice | None) -> list[Job]:
+    """Every whole step that is checked or timed."""
+    variants = [(rows, *variant) for rows in (16, 32, 64) for variant in VARIANTS]
+    return [
+        Job(model, precision, rows, None, None, choice, early, logits) for rows, early, logits in variants
+    ]
+
+
+def tuning_jobs(model: str, precision: str) -> list[Job]:
+    """Every tile that is tried, and the steps they are tried in."""
+    jobs = []
+    for rows in (16, 64):
+        jobs.append(Job(model, precision, rows, early=EARLY[model]))
+        for product in batch_tuning.PRODUCTS:
+            tiles = batch_tuning.candidates(model, precision, product)
+            jobs += [Job(model, precision, rows, product, tile, early=EARLY[model]) for tile in tiles]
+        jobs += [
+            Job(model, precision, rows, None, tile, early=EARLY[model]) for tile in batch_tuning.ATTENTION
+        ]
+    return jobs
+
+
+def run(pool: ProcessPoolExecutor, key: tuple[str, str], is_tuned: bool, record: dict[str, Any]) -> None:
+    """Everything about one model."""
+    weights, choice = random_weights(*key), None
+    if is_tuned:
+        choice = tuned(*key, new_step(weights, None, early=EARLY[key[0]]), record["tuning"])
+        compile_all(pool, whole_steps(*key, choice))
+    record["checks"][" ".join(key)] = found = check(weights, choice)
+    print(*key, found, flush=True)
+    record["rows"] += measure(*key, weights, choice)
+    del weights
+    torch.cuda.empty_cache()
+
+
+def arguments_of() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = ["-".join(key) for key in BARS]
+    parser.add_argument("--out", type=Path, required=True, help="where the record goes")
+    parser.add_argument("--only", nargs="*", default=names, help=f"of {', '.join(names)}")
+    parser.add_argument("--tune", nargs="*", default=[], help="models whose tiles are tried first")
+    parser.add_argument("--workers", type=int, default=15, help="processes that compile")
+    parser.add_argument("--commit", default="", help="where there is no git: what is measured")
+    return parser.parse_args()
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tune", nargs="*", default=[])
-    parser.add_argument("--only", nargs="*", default=[f"{m}-{p}" for m, p in BARS])
-    parser.add_argument("--workers", type=int, default=15)
-    parser.add_argument("--commit", default="")
-    arguments = parser.parse_args()
+    arguments, start = arguments_of(), time.time()
     wanted = [key for key in BARS if "-".join(key) in arguments.only]
+    is_tuned = {key: "-".join(key) in arguments.tune for key in wanted}
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     record: dict[str, Any] = {
         "machine": f"{torch.cuda.get_device_name()}, torch {torch.__version__}",
         "date": date.today().isoformat(),
-        "commit": arguments.commit or subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "commit": arguments.commit or head,
         "command": " ".join(["python", *sys.argv]),
-        "rows": [], "checks": {}, "tuning": {},
-    }  # fmt: skip
-    start = time.time()
-
-    def save() -> None:
-        record["seconds"] = round(time.time() - start)
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
-
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.workers, mp_context=context) as pool:
-        jobs = []
-        for m, p in wanted:
-            if f"{m}-{p}" in arguments.tune:
-                jobs += [
-                    Job(m, p, rows, product, tile, pdl=EARLY[m])
-                    for rows in (16, 64)
-                    for product in batch_tuning.PRODUCTS
-                    for tile in batch_tuning.candidates(m, p, product)
-                ]
-                jobs += [
-                    Job(m, p, rows, None, tile, pdl=EARLY[m])
-                    for rows in (16, 64)
-                    for tile in batch_tuning.ATTENTION
-                ]
-                jobs += [Job(m, p, rows, pdl=EARLY[m]) for rows in (16, 64)]
-            else:
-                jobs += [
-                    Job(m, p, rows, None, None, None, pdl, logits)
-                    for rows in (16, 32, 64)
-                    for pdl, logits in VARIANTS
-                ]
-        compile_all(pool, jobs)
+        "rows": [],
+        "checks": {},
+        "tuning": {},
+    }
+    with ProcessPoolExecutor(arguments.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        first = [tuning_jobs(*key) if is_tuned[key] else whole_steps(*key, None) for key in wanted]
+        compile_all(pool, [job for jobs in first for job in jobs])
         record["copy_tb_per_s"] = round(copy_bandwidth(), 3)
-        for model, precision in wanted:
-            weights, choice = random_weights(model, precision), None
-            if f"{model}-{precision}" in arguments.tune:
-                choice = tuned(
-                    model, precision, new_step(weights, None, early=EARLY[model]), record["tuning"]
-                )
-                compile_all(pool, [Job(model, precision, rows, None, None, choice, pdl, logits)
-                                   for rows in (16, 32, 64) for pdl, logits in VARIANTS])  # fmt: skip
-            record["checks"][f"{model} {precision}"] = found = check(weights, choice)
-            print(model, precision, found, f"{time.time() - start:.0f} s", flush=True)
-            save()
-            record["rows"] += measure(model, precision, weights, choice)
-            save()
-            del weights
-            torch.cuda.empty_cache()
+        for key in wanted:
+            run(pool, key, is_tuned[key], record)
+            record["seconds"] = round(time.time() - start)
+            arguments.out.write_text(json.dumps(record, indent=1) + "\n")
     for row in record["rows"]:
         if "bar" in row:
-            print(
-                f"{row['model']} {row['precision']} {row['rows']:3} rows: {row['tok_s']:6} tok/s, bar {row['bar']:6} {'PASS' if row['pass'] else 'MISSED'}"
-            )
+            verdict = "PASS" if row["pass"] else "MISSED"
+            name = f"{row['model']} {row['precision']} {row['rows']:3} rows"
+            print(f"{name}: {row['tok_s']:6} tok/s, bar {row['bar']:6} {verdict}")
     print(f"copy {record['copy_tb_per_s']} TB/s; {record['seconds']} s")
 
 

@@ -9,7 +9,7 @@ program of a row to finish merges them in order: a row's result is the same in a
 Keys and values: bf16 [pages, K heads, PAGE tokens, D] each, one pair of arrays a layer.
 """
 
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def attend_block(q, top, total, mixed, keys, values, table, start, low, high, g, scale, softcap, KV: tl.constexpr,
-                 D: tl.constexpr, DIMS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
-                 SOFTCAP: tl.constexpr):  # fmt: skip
+def attend_block(q, top, total, mixed, keys, values, table, start, low, high, g, scale, softcap,
+                 KV: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr, PAGE: tl.constexpr,
+                 BLOCK: tl.constexpr, SOFTCAP: tl.constexpr):  # fmt: skip
     """One block of keys into the running softmax: top [G] (in log2), total [G], mixed [G, DIMS]."""
     token, d = start + tl.arange(0, BLOCK), tl.arange(0, DIMS)
     seen = (token >= low) & (token < high)
@@ -75,8 +75,8 @@ def merge(parts, tops, totals, base, count, SHARE: tl.constexpr, HEADS: tl.const
 
 
 @triton.jit
-def prefetch_pages(keys, values, table, start, length, g, KV: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr,
-                   PAGE: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
+def prefetch_pages(keys, values, table, start, length, g, KV: tl.constexpr, D: tl.constexpr,
+                   DIMS: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
     """The first pages of a split into the L2, while the kernel before still writes the newest token."""
     pages: tl.constexpr = 128 // PAGE if SPLIT > 128 else SPLIT // PAGE
     p, line = (
@@ -93,7 +93,7 @@ def prefetch_pages(keys, values, table, start, length, g, KV: tl.constexpr, D: t
 @triton.jit
 def put_heads(out, peaks, mixed, row, g, HEADS: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr,
               GROUP: tl.constexpr, DIMS: tl.constexpr):  # fmt: skip
-    """Results of one KV head's query heads, bf16 into [M, H, D]. fp8: peaks[row] = max(peaks[row], all of them)."""
+    """Results of one KV head's query heads, bf16 into [M, H, D]. fp8: peaks[row] is raised to the largest."""
     r, d = tl.arange(0, GROUP), tl.arange(0, DIMS)
     inside = (r < SHARE)[:, None] & (d < D)[None, :]
     rounded = mixed.to(tl.bfloat16)
@@ -106,9 +106,9 @@ def put_heads(out, peaks, mixed, row, g, HEADS: tl.constexpr, SHARE: tl.constexp
 @triton.jit
 def attend(queries, keys, values, table, positions, out, peaks, parts, tops, totals, arrivals, scale, softcap,
            TABLE: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr,
-           GROUP: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-           WINDOW: tl.constexpr, MERGED: tl.constexpr, M: tl.constexpr, SOFTCAP: tl.constexpr,
-           PDL: tl.constexpr):  # fmt: skip
+           GROUP: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr,
+           BLOCK: tl.constexpr, WINDOW: tl.constexpr, MERGED: tl.constexpr, M: tl.constexpr,
+           SOFTCAP: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """softmax(q k) v over a row's pages. Grid: (K heads, rows, SPLITS).
 
     WINDOW > 0: the last so many tokens alone, and SPLITS need cover no more than those. A program whose split
@@ -123,7 +123,8 @@ def attend(queries, keys, values, table, positions, out, peaks, parts, tops, tot
     first = low // SPLIT
     count = (length + SPLIT - 1) // SPLIT - first
     start = (first + slot) * SPLIT
-    if PDL > 1 and M <= 16:  # more rows' pages would push one another out of the L2
+    if PDL > 1 and M <= 16:  # noqa: SIM102 - the outer one is decided when this is compiled
+        # More rows' pages would push one another out of the L2.
         if slot < count:
             prefetch_pages(keys, values, table + row * TABLE, start, length, g, KV, D, DIMS, PAGE, SPLIT)
     wait_for_previous(PDL)  # the newest token is in its page now
@@ -136,8 +137,9 @@ def attend(queries, keys, values, table, positions, out, peaks, parts, tops, tot
         total, mixed = tl.zeros([GROUP], tl.float32), tl.zeros([GROUP, DIMS], tl.float32)
         begin = tl.maximum(start, low // BLOCK * BLOCK)
         for block in range(begin, high, BLOCK):
-            top, total, mixed = attend_block(q, top, total, mixed, keys, values, table + row * TABLE, block, low, high,
-                                             g, scale, softcap, KV, D, DIMS, PAGE, BLOCK, SOFTCAP)  # fmt: skip
+            top, total, mixed = attend_block(q, top, total, mixed, keys, values, table + row * TABLE, block,
+                                             low, high, g, scale, softcap, KV, D, DIMS, PAGE, BLOCK,
+                                             SOFTCAP)  # fmt: skip
         let_next_start(PDL)
         if count == 1:
             put_heads(out, peaks, mixed / total[:, None], row, g, HEADS, share, D, GROUP, DIMS)

@@ -3,20 +3,22 @@
 One program multiplies `ROWS` rows of a weight matrix [N, K] with all `M` rows of the batch: every weight is
 read once. `tl.dot(weights, inputs)` has the weights on its first side, since that side must have 64 rows for
 Hopper's `wgmma`, and a batch of 16 has not. Small matrices need more programs than they have tiles: `SPLITS`
-programs share a tile, each takes a part of K, and the last to finish adds their sums in the order of K. No sum
-depends on timing, on other rows or on a row's place, so a row's result is the same in any company.
+programs share a tile, each takes a part of K, and the last to finish adds their sums in the order of K. No
+sum depends on timing, on other rows or on a row's place: a row's result is the same in any company.
 
 What follows a product is done in the same program, so a layer is five kernels, not twelve: a launch costs
-about 1.3 us, a 0.6B layer at 16 rows has 45.
-- The norm before a product needs the whole row; what writes a row writes it times the norm's weight, in bf16,
-  with the sum of its squares a tile. The product runs on that, and its result is multiplied with 1 / rms.
-- fp8: inputs are rounded to e4m3 with one scale a row. What writes a row takes its largest magnitude (an atomic
-  maximum does not depend on order). To 16 rows the product rounds its inputs itself; above, that would keep the
-  tensor cores waiting (28 us a layer at 64 rows of an 8B model), so `quantise` rounds them once. A scale for each
-  128 inputs needs no maximum of a row, but a sum to wait for every 128 columns: slower at 16 rows and at 64.
+about 1.3 us, and a layer of Qwen3-0.6B at 16 rows has 45 us.
+
+- The norm before a product needs the whole row. What writes a row therefore writes it times the norm's
+  weight, in bf16, with the sum of its squares in each tile; the product's result is multiplied with 1 / rms.
+- fp8: inputs are rounded to e4m3 with one scale a row. What writes a row takes its largest magnitude (an
+  atomic maximum does not depend on order). Up to 16 rows the product rounds its inputs itself; above, the
+  tensor cores would wait for that (16 us a layer at 64 rows of an 8B model), so `quantise` rounds them once.
+  A scale for each 128 inputs would need no maximum of a row, but a sum to wait for every 128 columns: it was
+  slower at 16 rows and at 64.
 """
 
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
 from __future__ import annotations
 
@@ -30,8 +32,9 @@ E4M3_MAX = tl.constexpr(448.0)
 def wait_for_previous(PDL: tl.constexpr):
     """Programmatic dependent launch: this kernel may have started while the one before it was ending.
 
-    PDL: 0 is off; 1 starts programs as soon as those before have ended; 2 lets them start before, to prefetch.
-    Small matrices gain by 2 (0.6B at 16 rows: 6 %), large ones lose: programs that wait crowd some multiprocessors.
+    PDL: 0 is off; 1 starts programs as soon as those before have ended (1 to 3 % of a step); 2 lets them
+    start before that, to prefetch. Small matrices gain by 2 (0.6B at 16 rows: 8 % of a step), large ones
+    lose 3 %.
     """
     if PDL > 0:
         tl.extra.cuda.gdc_wait()
@@ -138,7 +141,7 @@ def write_part(parts, acc, index, ROWS: tl.constexpr, M: tl.constexpr):
 
 @triton.jit
 def add_parts(parts, index, STRIDE: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr):
-    """The sum of a tile's splits, in their order; `.cg`: other multiprocessors wrote them, this L1 knows not."""
+    """The sum of a tile's splits, in order; read past the L1: other multiprocessors wrote them."""
     n, m = tl.arange(0, ROWS), tl.arange(0, M)
     place = parts + index * (ROWS * M) + n[:, None] * M + m[None, :]
     acc = tl.load(place, cache_modifier=".cg")
@@ -149,7 +152,7 @@ def add_parts(parts, index, STRIDE: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl
 
 @triton.jit
 def is_last(arrivals, count):
-    """Whether count - 1 programs have written before this one; the last sets the counter back for the next."""
+    """Whether count - 1 programs have written before this one. The last sets the counter back to 0."""
     tl.debug_barrier()  # every thread's part is written before one of them counts
     last = tl.atomic_add(arrivals, 1, sem="acq_rel") == count - 1
     if last:
@@ -177,7 +180,7 @@ def unscaled(acc, scales, peaks, rows, m):
 
 @triton.jit
 def put_inputs(to, peaks, values, at, inside, m):
-    """A tile [ROWS, M] of the next product's inputs in bf16. fp8: peaks[m] = max(peaks[m], |values[:, m]|)."""
+    """A tile [ROWS, M] of the next product's inputs, bf16. fp8: peaks[m] is raised to its largest."""
     rounded = values.to(tl.bfloat16)
     tl.store(to + at, rounded, mask=inside)
     if peaks is not None:  # floats of one sign order like integers
@@ -195,7 +198,7 @@ def quantise(x, peaks, out, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.conste
     tl.store(out + row * K + k, (value * to_e4m3_factor(peaks, row)).to(tl.float8e4nv), mask=inside)
 
 
-# ---- queries, keys, values -------------------------------------------------------------------------------------
+# ---- queries, keys, values -------------------------------------------------------------------------
 
 
 @triton.jit
@@ -221,7 +224,7 @@ def look_up(positions, table, cos, sin, cos_now, sin_now, places, TABLE: tl.cons
 def place_head(a, b, h, places, cos, sin, q_norm, k_norm, queries, keys, values, eps, live,
                HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
                PAGE: tl.constexpr, M: tl.constexpr, QK_NORM: tl.constexpr):  # fmt: skip
-    """Norm and rotate one head (a: dimensions 0 to D/2, b: the others; [HALF, M]), then store it where it belongs."""
+    """Norm, rotate and store one head. a: its dimensions 0 to D/2, b: the others, [HALF, M] each."""
     i, m = tl.arange(0, HALF), tl.arange(0, M)
     inside = (i < D // 2)[:, None]
     place = tl.load(places + m, mask=m < live, other=-1)
@@ -254,8 +257,8 @@ def place_head(a, b, h, places, cos, sin, q_norm, k_norm, queries, keys, values,
 
 @triton.jit
 def project_qkv(w, x, peaks, scales, bias, squares, parts, arrivals, places, cos, sin, q_norm, k_norm,
-                queries, keys, values, eps, live, E: tl.constexpr, HEADS: tl.constexpr,
-                KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+                queries, keys, values, eps, live, E: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr,
+                D: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
                 SPLITS: tl.constexpr, M: tl.constexpr, SQUARES: tl.constexpr, SQUARES_BLOCK: tl.constexpr,
                 QK_NORM: tl.constexpr, ROUND: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Norm, product, bias, q/k norm, rotation; queries to [M, H, D], keys and values into their pages.
@@ -294,7 +297,7 @@ def project_qkv(w, x, peaks, scales, bias, squares, parts, arrivals, places, cos
                    queries, keys, values, eps, live, HEADS, KV, D, HALF, PAGE, M, QK_NORM)  # fmt: skip
 
 
-# ---- what is added to the residual: o and down -----------------------------------------------------------------
+# ---- what is added to the residual: o and down -----------------------------------------------------
 
 
 @triton.jit
@@ -313,7 +316,8 @@ def add_to_residual(y, n, m, tile, residual, gamma, hidden, squares, next_peaks,
 @triton.jit
 def project_residual(w, x, peaks, scales, bias, parts, arrivals, residual, gamma, hidden, squares, next_peaks,
                      plain, K: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-                     SPLITS: tl.constexpr, M: tl.constexpr, ROUND: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                     SPLITS: tl.constexpr, M: tl.constexpr, ROUND: tl.constexpr,
+                     PDL: tl.constexpr):  # fmt: skip
     """Product, bias, residual, and what the next norm needs; or, where `plain` is given, the product alone.
 
     `plain` (float32 [M, E]) is for models that norm this product before they add it: `norm_and_add` follows.
@@ -358,7 +362,7 @@ def norm_and_add(y, post_gamma, residual, gamma, hidden, squares, next_peaks, ep
 
 @triton.jit
 def put_row(x, row, residual, gamma, hidden, squares, peaks, E: tl.constexpr, BLOCK: tl.constexpr):
-    """One whole row of the residual stream, and what the next norm needs (its sum of squares in one piece)."""
+    """One whole row of the residual stream, and what the next norm needs: one sum of squares."""
     k = tl.arange(0, BLOCK)
     inside = k < E
     tl.store(residual + row * E + k, x, mask=inside)
@@ -369,7 +373,7 @@ def put_row(x, row, residual, gamma, hidden, squares, peaks, E: tl.constexpr, BL
         tl.store(peaks + row, tl.max(tl.abs(scaled.to(tl.float32)), 0).to(tl.int32, bitcast=True))
 
 
-# ---- gate and up ------------------------------------------------------------------------------------------------
+# ---- gate and up -----------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -382,10 +386,10 @@ def activate(gate, up, GELU: tl.constexpr):
 
 
 @triton.jit
-def project_gate_up(w, x, peaks, scales, bias, squares, parts, arrivals, out, next_peaks, eps, E: tl.constexpr,
-                    F: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, M: tl.constexpr,
-                    SQUARES: tl.constexpr, SQUARES_BLOCK: tl.constexpr, GELU: tl.constexpr, ROUND: tl.constexpr,
-                    PDL: tl.constexpr):  # fmt: skip
+def project_gate_up(w, x, peaks, scales, bias, squares, parts, arrivals, out, next_peaks, eps,
+                    E: tl.constexpr, F: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+                    SPLITS: tl.constexpr, M: tl.constexpr, SQUARES: tl.constexpr, SQUARES_BLOCK: tl.constexpr,
+                    GELU: tl.constexpr, ROUND: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Norm, both products, activation: bf16 [M, F]. Grid: (tiles of F, SPLITS)."""
     tile, split = tl.program_id(0), tl.program_id(1)
     n, m = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, M)
@@ -416,17 +420,17 @@ def project_gate_up(w, x, peaks, scales, bias, squares, parts, arrivals, out, ne
         put_inputs(out, next_peaks, activate(gate, up, GELU), at, inside, m)
 
 
-# ---- the head ---------------------------------------------------------------------------------------------------
+# ---- the head --------------------------------------------------------------------------------------
 
 
 @triton.jit
-def project_head(w, x, peaks, scales, squares, logits, best, best_id, eps, softcap, E: tl.constexpr, V: tl.constexpr,
-                 ROWS: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr, SQUARES: tl.constexpr,
-                 SQUARES_BLOCK: tl.constexpr, SOFTCAP: tl.constexpr, ROUND: tl.constexpr,
-                 PDL: tl.constexpr):  # fmt: skip
+def project_head(w, x, peaks, scales, squares, logits, best, best_id, eps, softcap, E: tl.constexpr,
+                 V: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr,
+                 SQUARES: tl.constexpr, SQUARES_BLOCK: tl.constexpr, SOFTCAP: tl.constexpr,
+                 ROUND: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Norm, product, soft-cap; each tile's best logit and its id (the lowest of equals), logits where wanted.
 
-    Greedy decoding reads the tiles' best: 64 rows of logits would be 39 MB written and read. Grid: (tiles of V,).
+    Greedy decoding reads the tiles' best: 64 rows of logits would be 39 MB. Grid: (tiles of V,).
     """
     tile = tl.program_id(0)
     n, m = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, M)
@@ -448,13 +452,13 @@ def project_head(w, x, peaks, scales, squares, logits, best, best_id, eps, softc
     tl.store(best_id + m * tiles + tile, tl.min(tl.where(acc == top[None, :], n[:, None], V - 1), 0))
 
 
-# ---- both ends of a step ---------------------------------------------------------------------------------------
+# ---- both ends of a step ---------------------------------------------------------------------------
 
 
 @triton.jit
-def begin(embed, tokens, gamma, residual, hidden, squares, peaks, embed_scale, E: tl.constexpr, BLOCK: tl.constexpr,
-          TILES: tl.constexpr, TILES_BLOCK: tl.constexpr, PEAKS: tl.constexpr, PEAKS_BLOCK: tl.constexpr,
-          M: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def begin(embed, tokens, gamma, residual, hidden, squares, peaks, embed_scale, E: tl.constexpr,
+          BLOCK: tl.constexpr, TILES: tl.constexpr, TILES_BLOCK: tl.constexpr, PEAKS: tl.constexpr,
+          PEAKS_BLOCK: tl.constexpr, M: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Embed each row's token; clear the largest magnitudes of all layers. Grid: (rows,).
 
     Layer 0 adds `TILES` sums of squares like every other layer (one kernel serves all), so the others are 0.
@@ -476,7 +480,7 @@ def pick(best, best_id, tokens, positions, emitted, V: tl.constexpr, TILES: tl.c
          RING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Each row's greedy token becomes its next input; its position moves on. Grid: (rows,).
 
-    `emitted` [rows, RING] keeps the token of position p at p % RING, so that the host may read some steps late.
+    `emitted` [rows, RING] keeps the token of position p at p % RING: the host may read some steps late.
     """
     row, t = tl.program_id(0), tl.arange(0, BLOCK)
     wait_for_previous(PDL)

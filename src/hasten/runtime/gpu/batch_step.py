@@ -1,8 +1,9 @@
-"""The decode step of 2 to 64 rows: five kernels a layer, one CUDA graph a batch size, tokens fed on the device.
+"""The decode step of 2 to 64 rows: five kernels a layer, a CUDA graph a batch size, tokens fed on the device.
 
 Every row is one sequence's newest token. The host writes a row's token, position and pages when a sequence
 joins, gives it more pages when it needs them, and reads tokens as late as it likes: `step` neither waits nor
-reads. A row's tokens and logits are equal to the bit whatever the other rows hold and wherever it stands.
+reads. A row's tokens and logits are equal to the bit whatever the other rows hold and wherever it stands, in
+every graph of the same padded size (16, 32 or 64 rows); sizes differ by rounding.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class StepOptions:
 
 @dataclass(frozen=True)
 class Shape:
-    """What one graph is made for: rows, rows with padding (a power of two for the kernels), context, tiles."""
+    """What one graph is made for: rows, rows padded to 16, 32 or 64 for the kernels, context, tiles."""
 
     rows: int
     padded: int
@@ -88,7 +89,7 @@ class BatchStep:
 
     Attributes:
         tokens: int32 [M], each row's newest token: the step's input, then its output.
-        positions: int32 [M], where that token stands; -1 for a row without a sequence. Moves on with each step.
+        positions: int32 [M], where that token stands; -1 for a row without a sequence. Each step adds 1.
         table: int32 [M, pages a sequence], page numbers of each row in order.
         emitted: int32 [M, ring], the token of position p at p % ring.
         keys, values: bf16 [pages, K, PAGE, D], one a layer.
@@ -108,11 +109,11 @@ class BatchStep:
         self._tiles, self._attention = tiles, attention
         c, device = weights.config, weights.embed.device
         m = _padded(options.rows)
-        ints = {"dtype": torch.int32, "device": device}
-        self.tokens = torch.zeros(m, **ints)
-        self.positions = torch.full((m,), -1, **ints)
-        self.table = torch.zeros(m, math.ceil(options.context / PAGE), **ints)
-        self.emitted = torch.full((m, options.ring), -1, **ints)
+        ints = torch.int32
+        self.tokens = torch.zeros(m, dtype=ints, device=device)
+        self.positions = torch.full((m,), -1, dtype=ints, device=device)
+        self.table = torch.zeros(m, math.ceil(options.context / PAGE), dtype=ints, device=device)
+        self.emitted = torch.full((m, options.ring), -1, dtype=ints, device=device)
         cache = (options.pages, c.num_kv_heads, PAGE, c.head_dim)
         self.keys = [torch.zeros(cache, dtype=torch.bfloat16, device=device) for _ in range(c.num_layers)]
         self.values = [torch.zeros(cache, dtype=torch.bfloat16, device=device) for _ in range(c.num_layers)]
@@ -243,9 +244,10 @@ class BatchStep:
         c, b = self.weights.config, self.buffers
         tiles, peaks = self._squares(shape.tiles["down"]), _PEAKS * c.num_layers + 1
         batch_products.begin[(shape.rows,)](
-            self.weights.embed, self.tokens, self.weights.layers[0].attn_norm, b.residual, b.hidden, b.squares[0],
-            b.peaks, c.embed_scale, E=c.hidden_size, BLOCK=_power(c.hidden_size), TILES=tiles, TILES_BLOCK=_power(tiles),
-            PEAKS=peaks, PEAKS_BLOCK=_power(peaks), M=shape.padded, num_warps=8, **_early(shape),
+            self.weights.embed, self.tokens, self.weights.layers[0].attn_norm, b.residual, b.hidden,
+            b.squares[0], b.peaks, c.embed_scale, E=c.hidden_size, BLOCK=_power(c.hidden_size), TILES=tiles,
+            TILES_BLOCK=_power(tiles), PEAKS=peaks, PEAKS_BLOCK=_power(peaks), M=shape.padded, num_warps=8,
+            **_early(shape),
         )  # fmt: skip
 
     def look_up(self, shape: Shape) -> None:
@@ -254,7 +256,8 @@ class BatchStep:
         for name, rotation in self.weights.rotations.items():
             batch_products.look_up[(shape.rows,)](
                 self.positions, self.table, rotation.cos, rotation.sin, *b.angles[name], b.places,
-                TABLE=self.table.shape[1], HALF_D=half, BLOCK=_power(half), PAGE=PAGE, num_warps=1, **_early(shape),
+                TABLE=self.table.shape[1], HALF_D=half, BLOCK=_power(half), PAGE=PAGE, num_warps=1,
+                **_early(shape),
             )  # fmt: skip
 
     def qkv(self, shape: Shape, layer: int) -> None:
@@ -284,9 +287,9 @@ class BatchStep:
             self._peaks(shape, layer, 1), self._parts("attended", slots * dims), self._parts("tops", slots),
             self._parts("totals", slots), b.row_arrivals, c.score_scale, c.attention_softcap or 0.0,
             TABLE=self.table.shape[1], HEADS=c.num_heads, KV=c.num_kv_heads, D=c.head_dim, DIMS=dims,
-            GROUP=max(16, _power(share)), MERGED=_power(share), PAGE=PAGE, SPLIT=t.split, SPLITS=splits, BLOCK=t.block,
-            WINDOW=window, M=shape.padded, SOFTCAP=c.attention_softcap is not None, num_warps=t.warps,
-            num_stages=t.stages, **_early(shape),
+            GROUP=max(16, _power(share)), MERGED=_power(share), PAGE=PAGE, SPLIT=t.split, SPLITS=splits,
+            BLOCK=t.block, WINDOW=window, M=shape.padded, SOFTCAP=c.attention_softcap is not None,
+            num_warps=t.warps, num_stages=t.stages, **_early(shape),
         )  # fmt: skip
 
     def o(self, shape: Shape, layer: int) -> None:
@@ -300,10 +303,10 @@ class BatchStep:
         c, b, w, t = self.weights.config, self.buffers, self.weights.layers[layer], shape.tiles["gate_up"]
         tiles, squares = math.ceil(c.intermediate_size / t.rows), self._squares(shape.tiles["o"])
         batch_products.project_gate_up[(tiles, t.splits)](
-            w.gate_up.values, *self._inputs(shape, b.hidden, layer, 2), w.gate_up.scales, w.gate_up.bias, b.squares[1],
-            self._parts("products", 2 * tiles * t.splits * t.rows * shape.padded), b.arrivals, b.mixed,
-            self._peaks(shape, layer, 3), c.norm_eps, E=c.hidden_size, F=c.intermediate_size, ROWS=t.rows,
-            SQUARES=squares, SQUARES_BLOCK=_power(squares), GELU=c.activation == "gelu_tanh",
+            w.gate_up.values, *self._inputs(shape, b.hidden, layer, 2), w.gate_up.scales, w.gate_up.bias,
+            b.squares[1], self._parts("products", 2 * tiles * t.splits * t.rows * shape.padded), b.arrivals,
+            b.mixed, self._peaks(shape, layer, 3), c.norm_eps, E=c.hidden_size, F=c.intermediate_size,
+            ROWS=t.rows, SQUARES=squares, SQUARES_BLOCK=_power(squares), GELU=c.activation == "gelu_tanh",
             **self._product(shape, "gate_up"),
         )  # fmt: skip
 
@@ -314,22 +317,22 @@ class BatchStep:
         inputs, peaks = self._inputs(shape, b.mixed, layer, 3), self._peaks(shape, layer + 1, 0)
         self._add(shape, "down", w.down, inputs, (b.squares[0], peaks), gamma, w.post_mlp_norm)
 
-    def _add(self, shape: Shape, name: Product, matrix: Matrix, inputs: tuple[torch.Tensor, torch.Tensor | None],
-             sums: tuple[torch.Tensor, torch.Tensor | None], gamma: torch.Tensor,
-             post_norm: torch.Tensor | None) -> None:  # fmt: skip
+    def _add(self, shape: Shape, name: Product, matrix: Matrix,
+             inputs: tuple[torch.Tensor, torch.Tensor | None], sums: tuple[torch.Tensor, torch.Tensor | None],
+             gamma: torch.Tensor, post_norm: torch.Tensor | None) -> None:  # fmt: skip
         """A product into the residual stream, through a norm of its own where the model has one."""
         c, b, t = self.weights.config, self.buffers, shape.tiles[name]
         e, tiles = c.hidden_size, math.ceil(c.hidden_size / t.rows)
         plain = None if post_norm is None else b.plain
         batch_products.project_residual[(tiles, t.splits)](
             matrix.values, *inputs, matrix.scales, matrix.bias,
-            self._parts("products", tiles * t.splits * t.rows * shape.padded), b.arrivals, b.residual, gamma, b.hidden,
-            *sums, plain, K=matrix.values.shape[1], E=e, ROWS=t.rows, **self._product(shape, name),
+            self._parts("products", tiles * t.splits * t.rows * shape.padded), b.arrivals, b.residual, gamma,
+            b.hidden, *sums, plain, K=matrix.values.shape[1], E=e, ROWS=t.rows, **self._product(shape, name),
         )  # fmt: skip
         if post_norm is not None:
             batch_products.norm_and_add[(shape.rows,)](
-                b.plain, post_norm, b.residual, gamma, b.hidden, *sums, c.norm_eps, E=e, BLOCK=_power(e), num_warps=8,
-                **_early(shape),
+                b.plain, post_norm, b.residual, gamma, b.hidden, *sums, c.norm_eps, E=e, BLOCK=_power(e),
+                num_warps=8, **_early(shape),
             )  # fmt: skip
 
     def head(self, shape: Shape) -> None:
@@ -338,9 +341,10 @@ class BatchStep:
         squares, arguments = self._squares(shape.tiles["down"]), self._product(shape, "head")
         del arguments["SPLITS"]  # a head has tiles enough
         batch_products.project_head[(math.ceil(c.vocab_size / t.rows),)](
-            head.values, *self._inputs(shape, b.hidden, c.num_layers, 0), head.scales, b.squares[0], b.logits, b.best,
-            b.best_id, c.norm_eps, c.logit_softcap or 0.0, E=c.hidden_size, V=c.vocab_size, ROWS=t.rows, SQUARES=squares,
-            SQUARES_BLOCK=_power(squares), SOFTCAP=c.logit_softcap is not None, **arguments,
+            head.values, *self._inputs(shape, b.hidden, c.num_layers, 0), head.scales, b.squares[0], b.logits,
+            b.best, b.best_id, c.norm_eps, c.logit_softcap or 0.0, E=c.hidden_size, V=c.vocab_size,
+            ROWS=t.rows, SQUARES=squares, SQUARES_BLOCK=_power(squares), SOFTCAP=c.logit_softcap is not None,
+            **arguments,
         )  # fmt: skip
 
     def pick(self, shape: Shape) -> None:
@@ -362,7 +366,7 @@ class BatchStep:
     def _inputs(
         self, shape: Shape, x: torch.Tensor, layer: int, which: int
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """A product's inputs and their largest magnitudes; those of larger fp8 batches are rounded here, once."""
+        """A product's inputs and their largest magnitudes; those of larger fp8 batches are rounded here."""
         peaks, width = self._peaks(shape, layer, which), x.shape[1]
         if peaks is None or shape.padded <= _ROUNDS_ITSELF:
             return x, peaks

@@ -58,7 +58,7 @@ def tile(product: Product, n: int, k: int, *, rows: int, is_fp8: bool) -> Tile:
 
 
 def attention_tile(rows: int) -> AttentionTile:
-    """What to use for attention of so many rows: few rows are split to fill the device, many keep their keys whole."""
+    """What to use for attention: few rows are split to fill the device, many need no merging."""
     if rows <= 8:
         return AttentionTile(256, 64, 2, 5)
     return AttentionTile(1024, 64, 4, 5) if rows <= 16 else AttentionTile(1024, 32, 2, 5)
@@ -74,7 +74,7 @@ def _next_power(n: int) -> int:
 
 def _measured() -> dict[tuple[Product, int, int, bool, int], Tile]:
     """(product, n, k, fp8, rows) -> tile, from the table below."""
-    found = {}
+    found: dict[tuple[Product, int, int, bool, int], Tile] = {}
     for is_fp8, shapes in _FASTEST.items():
         for (product, n, k), (small, large) in shapes.items():
             found |= {

@@ -1,4 +1,4 @@
-"""A model's weights as the kernels of a batched decode step read them: fused, in bf16 or e4m3, on the device."""
+"""A model's weights as the kernels of a batched decode step read them: fused, bf16 or e4m3, on the device."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ def load(
     """Fuse, round and place a model's tensors.
 
     Args:
-        tensor_of: canonical name -> tensor of any float dtype on any device, matrices [outputs, inputs]; None for
-            a bias that does not exist.
+        tensor_of: canonical name -> tensor of any float dtype on any device, matrices [outputs, inputs]; None
+            for a bias that does not exist.
         context: the longest sequence there may be, tokens.
         precision: of all linear layers and the head; embeddings stay bf16.
 
@@ -123,8 +123,8 @@ def _check(config: ModelConfig, context: int) -> None:
     widths = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
     if any(width % _STEP for width in widths) or config.head_dim % 2:
         raise ModelError(
-            f"the batched GPU step needs widths that are multiples of {_STEP} and even heads, got {widths} and "
-            f"{config.head_dim}",
+            f"the batched GPU step needs widths that are multiples of {_STEP} and even heads, "
+            f"got {widths} and {config.head_dim}",
             hint="use --device cpu",
         )
     scaling, original = (
@@ -190,7 +190,7 @@ class _Maker:
     def _ordered(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name.rsplit(".", 1)[-1] not in ("q", "k"):
             return tensor
-        heads = tensor.unflatten(0, (-1, self.config.head_dim))
+        heads = tensor.reshape(-1, self.config.head_dim, *tensor.shape[1:])
         return heads[:, self._order].flatten(0, 1)
 
 
