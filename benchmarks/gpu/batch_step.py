@@ -232,7 +232,13 @@ def parts_of(step: BatchStep, rows: int) -> dict[str, float]:
             lambda kernel=kernel: [kernel(shape, i) for i in layers] and None, len(layers)
         )  # type: ignore[misc]
     found["head"] = batch_tuning.microseconds(lambda: step.head(shape), 1)
-    found["begin_pick"] = batch_tuning.microseconds(lambda: [step.begin(shape), step.pick(shape)] and None, 1)
+
+    def ends() -> None:
+        step.begin(shape)
+        step.look_up(shape)
+        step.pick(shape)
+
+    found["ends"] = batch_tuning.microseconds(ends, 1)
     return {name: round(value, 2) for name, value in found.items()}
 
 

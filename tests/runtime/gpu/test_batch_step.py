@@ -41,6 +41,7 @@ LLAMA = ModelConfig(
 )
 MODELS = {
     "llama": LLAMA,
+    "one layer": replace(LLAMA, num_layers=1),
     "llama3 rope": replace(
         LLAMA,
         rope_scaling=RopeScaling(
@@ -206,13 +207,15 @@ def filled(
 def test_fp8_rounds_weights_and_inputs_by_row(monkeypatch, rounds_itself: int) -> None:
     """Both ways of rounding inputs, in the product and before it, give the plain decoder's logits."""
     monkeypatch.setattr(batch_step, "_ROUNDS_ITSELF", rounds_itself)
-    step = step_of("llama", 2, "fp8")
-    logits, seen = reference("llama", sequence(40, 4), lambda k, v: in_e4m3(v) if is_matrix(k) else v)
+    step = step_of("one layer", 2, "fp8")
+    logits, seen = reference("one layer", sequence(40, 4), lambda k, v: in_e4m3(v) if is_matrix(k) else v)
     remember(step, 1, sequence(40, 4), seen)
     poison(step)
     step.step(2, 40)
-    assert error(step.buffers.logits[1], logits[-1]) < 8e-2  # one value that rounds the other way is 6 %
-    in_bf16, _ = reference("llama", sequence(40, 4))
+    assert (
+        error(step.buffers.logits[1], logits[-1]) < 4e-2
+    )  # bf16 differs; a value that then rounds the other way is 6 %
+    in_bf16, _ = reference("one layer", sequence(40, 4))
     assert error(step.buffers.logits[1], logits[-1]) < 0.7 * error(in_bf16[-1], logits[-1])
 
 
