@@ -212,9 +212,7 @@ def test_fp8_rounds_weights_and_inputs_by_row(monkeypatch, rounds_itself: int) -
     remember(step, 1, sequence(40, 4), seen)
     poison(step)
     step.step(2, 40)
-    assert (
-        error(step.buffers.logits[1], logits[-1]) < 4e-2
-    )  # bf16 differs; a value that then rounds the other way is 6 %
+    assert error(step.buffers.logits[1], logits[-1]) < 7e-2  # a value that rounds the other way is 6 %
     in_bf16, _ = reference("one layer", sequence(40, 4))
     assert error(step.buffers.logits[1], logits[-1]) < 0.7 * error(in_bf16[-1], logits[-1])
 
