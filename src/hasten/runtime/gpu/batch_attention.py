@@ -53,7 +53,8 @@ def merge(parts, tops, totals, base, count, SHARE: tl.constexpr, HEADS: tl.const
           AT_ONCE: tl.constexpr):  # fmt: skip
     """All splits of one row and KV head, in order, `AT_ONCE` loads in flight: float32 [HEADS, DIMS].
 
-    HEADS is SHARE, or the next power of two: with the tensor cores' 16 rows this took 10 us.
+    HEADS is SHARE, or the next power of two. With the tensor cores' 16 rows attention took 25 us, not 17
+    (16 rows of 512 tokens in splits of 256).
     """
     s, r, d = tl.arange(0, AT_ONCE), tl.arange(0, HEADS), tl.arange(0, DIMS)
     top = tl.full([HEADS], -1e30, tl.float32)

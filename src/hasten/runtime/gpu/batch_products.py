@@ -13,7 +13,7 @@ about 1.3 us, and a layer of Qwen3-0.6B at 16 rows has 45 us.
   weight, in bf16, with the sum of its squares in each tile; the product's result is multiplied with 1 / rms.
 - fp8: inputs are rounded to e4m3 with one scale a row. What writes a row takes its largest magnitude (an
   atomic maximum does not depend on order). Up to 16 rows the product rounds its inputs itself; above, the
-  tensor cores would wait for that (16 us a layer at 64 rows of an 8B model), so `quantise` rounds them once.
+  tensor cores would wait for that (97 us a layer of an 8B model, not 88), so `quantise` rounds them once.
   A scale for each 128 inputs would need no maximum of a row, but a sum to wait for every 128 columns: it was
   slower at 16 rows and at 64.
 """
@@ -32,7 +32,7 @@ E4M3_MAX = tl.constexpr(448.0)
 def wait_for_previous(PDL: tl.constexpr):
     """Programmatic dependent launch: this kernel may have started while the one before it was ending.
 
-    PDL: 0 is off; 1 starts programs as soon as those before have ended (1 to 3 % of a step); 2 lets them
+    PDL: 0 is off; 1 starts programs as soon as those before have ended (0.5 to 3 % of a step); 2 lets them
     start before that, to prefetch. Small matrices gain by 2 (0.6B at 16 rows: 8 % of a step), large ones
     lose 3 %.
     """
