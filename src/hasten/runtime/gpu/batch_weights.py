@@ -1,0 +1,226 @@
+"""A model's weights as the kernels of a batched decode step read them: fused, bf16 or e4m3, on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from hasten.core import ModelConfig
+from hasten.errors import ModelError
+from hasten.models import rope
+
+Precision = Literal["bf16", "fp8"]
+TensorOf = Callable[[str], "torch.Tensor | None"]
+_E4M3_MAX = 448.0
+_STEP = 32  # widths are multiples of what one tensor-core instruction takes in e4m3
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One weight matrix [rows, columns], bf16, or e4m3 with a scale a row (float32 [rows])."""
+
+    values: torch.Tensor
+    scales: torch.Tensor | None = None
+    bias: torch.Tensor | None = None  # float32 [rows]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes read to multiply with it."""
+        return self.values.numel() * self.values.element_size()
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer. Norm weights float32; None where the model has none."""
+
+    qkv: Matrix  # [(H + 2 K) D, E]
+    o: Matrix  # [E, H D]
+    gate_up: Matrix  # [2 F, E], gate first
+    down: Matrix  # [E, F]
+    attn_norm: torch.Tensor
+    mlp_norm: torch.Tensor
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    post_attn_norm: torch.Tensor | None
+    post_mlp_norm: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Cosines and sines, float32 [positions, D / 2]."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+@dataclass(frozen=True)
+class BatchWeights:
+    """All of a model."""
+
+    config: ModelConfig
+    embed: torch.Tensor  # bf16 [V, E]
+    layers: tuple[LayerWeights, ...]
+    final_norm: torch.Tensor
+    head: Matrix
+    rotations: dict[str, Rotation]  # "global", "local" (Gemma's sliding layers), "none"
+
+    def rotation_of(self, layer: int) -> str:
+        """Which rotation a layer's queries and keys have."""
+        c = self.config
+        if c.rope_layers and not c.rope_layers[layer]:
+            return "none"
+        return "local" if slides(c, layer) and "local" in self.rotations else "global"
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of weights one step reads."""
+        matrices = [m for w in self.layers for m in (w.qkv, w.o, w.gate_up, w.down)]
+        return sum(m.bytes for m in [*matrices, self.head])
+
+
+def slides(config: ModelConfig, layer: int) -> bool:
+    """Whether a layer looks back on `sliding_window` tokens alone."""
+    return config.sliding_window is not None and bool(config.sliding_layers) and config.sliding_layers[layer]
+
+
+def load(
+    config: ModelConfig,
+    tensor_of: TensorOf,
+    context: int,
+    precision: Precision = "bf16",
+    device: str = "cuda",
+) -> BatchWeights:
+    """Fuse, round and place a model's tensors.
+
+    Args:
+        tensor_of: canonical name -> tensor of any float dtype on any device, matrices [outputs, inputs]; None
+            for a bias that does not exist.
+        context: the longest sequence there may be, tokens.
+        precision: of all linear layers and the head; embeddings stay bf16.
+
+    Raises:
+        ModelError: the model has parts that these kernels do not compute.
+    """
+    _check(config, context)
+    maker = _Maker(config, tensor_of, precision, device)
+    embed = maker.plain("embed").to(torch.bfloat16)
+    head = maker.matrix(["embed"] if config.tied_head else ["head"])
+    layers = tuple(maker.layer(i) for i in range(config.num_layers))
+    rotations = _rotations(config, context, device)
+    return BatchWeights(config, embed, layers, maker.norm("final_norm"), head, rotations)
+
+
+def _check(config: ModelConfig, context: int) -> None:
+    if config.qk_norm == "full" or config.norm_placement == "post":
+        raise ModelError(
+            f"the batched GPU step does not compute {config.architecture}: norms over all heads together",
+            hint="use --device cpu",
+        )
+    widths = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
+    if any(width % _STEP for width in widths) or config.head_dim % 2:
+        raise ModelError(
+            f"the batched GPU step needs widths that are multiples of {_STEP} and even heads, "
+            f"got {widths} and {config.head_dim}",
+            hint="use --device cpu",
+        )
+    scaling, original = (
+        config.rope_scaling,
+        config.rope_scaling.original_context_length or config.context_length,
+    )
+    if scaling.kind in ("dynamic", "longrope") and context > original:
+        raise ModelError(
+            f"rope scaling {scaling.kind!r} past {original} tokens depends on a sequence's length",
+            hint=f"ask for a context of at most {original}",
+        )
+
+
+class _Maker:
+    """Reads tensors by name and makes what the kernels read."""
+
+    def __init__(self, config: ModelConfig, tensor_of: TensorOf, precision: Precision, device: str) -> None:
+        self.config, self.tensor_of, self.precision, self.device = config, tensor_of, precision, device
+        self._order = torch.from_numpy(rotary_order(config)).to(device)
+
+    def plain(self, name: str) -> torch.Tensor:
+        tensor = self.tensor_of(name)
+        if tensor is None:
+            raise ModelError(f"tensor {name!r} is missing")
+        return tensor.to(self.device)
+
+    def norm(self, name: str) -> torch.Tensor:
+        return self.plain(name).float().contiguous()
+
+    def matrix(self, names: list[str]) -> Matrix:
+        """Several matrices below one another; rows of q and k in rotary order."""
+        rows = torch.cat([self._ordered(name, self.plain(name)) for name in names])
+        biases = [self.tensor_of(name + ".bias") for name in names]
+        bias = None
+        if any(b is not None for b in biases):
+            parts = [
+                torch.zeros(self.plain(name).shape[0], device=self.device) if b is None else b.to(self.device)
+                for name, b in zip(names, biases, strict=True)
+            ]
+            ordered = [self._ordered(n, p.float()) for n, p in zip(names, parts, strict=True)]
+            bias = torch.cat(ordered).contiguous()
+        if self.precision == "bf16":
+            return Matrix(rows.to(torch.bfloat16).contiguous(), None, bias)
+        scales = (rows.float().abs().amax(-1) / _E4M3_MAX).clamp_min(torch.finfo(torch.float32).tiny)
+        return Matrix((rows.float() / scales[:, None]).to(torch.float8_e4m3fn).contiguous(), scales, bias)
+
+    def layer(self, i: int) -> LayerWeights:
+        p, c = f"layers.{i}.", self.config
+        per_head, sandwich = c.qk_norm == "head", c.norm_placement == "sandwich"
+        return LayerWeights(
+            qkv=self.matrix([p + "q", p + "k", p + "v"]),
+            o=self.matrix([p + "o"]),
+            gate_up=self.matrix([p + "gate", p + "up"]),
+            down=self.matrix([p + "down"]),
+            attn_norm=self.norm(p + "attn_norm"),
+            mlp_norm=self.norm(p + "mlp_norm"),
+            q_norm=self.norm(p + "q_norm")[self._order].contiguous() if per_head else None,
+            k_norm=self.norm(p + "k_norm")[self._order].contiguous() if per_head else None,
+            post_attn_norm=self.norm(p + "post_attn_norm") if sandwich else None,
+            post_mlp_norm=self.norm(p + "post_mlp_norm") if sandwich else None,
+        )
+
+    def _ordered(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name.rsplit(".", 1)[-1] not in ("q", "k"):
+            return tensor
+        heads = tensor.reshape(-1, self.config.head_dim, *tensor.shape[1:])
+        return heads[:, self._order].flatten(0, 1)
+
+
+def rotary_order(config: ModelConfig) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """The order of a head's dimensions in which a rotation always pairs i with i + D/2, int64 [D].
+
+    With partial rotary embedding it pairs i with i + rotary_dim / 2 and leaves the rest. Queries and keys may
+    be reordered alike, since only their products count; then one kernel serves every model.
+    """
+    d = config.head_dim
+    half = (config.rotary_dim or d) // 2
+    rest = np.arange(2 * half, d, dtype=np.int64)
+    first, second = np.arange(half, dtype=np.int64), np.arange(half, 2 * half, dtype=np.int64)
+    return np.concatenate([first, rest[: len(rest) // 2], second, rest[len(rest) // 2 :]])
+
+
+def _rotations(config: ModelConfig, context: int, device: str) -> dict[str, Rotation]:
+    tables, half = rope.tables(config), config.head_dim // 2
+
+    def rotation(frequencies: rope.Frequencies, scale: float) -> Rotation:
+        padded = np.zeros(half)
+        padded[: len(frequencies)] = frequencies
+        angles = np.outer(np.arange(context), padded)
+        factor = np.where(np.arange(half) < len(frequencies), scale, 1.0)  # what is not rotated is not scaled
+        cos, sin = np.cos(angles) * factor, np.sin(angles) * factor
+        return Rotation(*(torch.from_numpy(t.astype(np.float32)).to(device) for t in (cos, sin)))
+
+    made = {"global": rotation(tables.global_inv_freq, tables.global_scale)}
+    if tables.local_inv_freq is not None:
+        made["local"] = rotation(tables.local_inv_freq, 1.0)
+    if config.rope_layers and not all(config.rope_layers):
+        made["none"] = rotation(np.zeros(0), 1.0)
+    return made

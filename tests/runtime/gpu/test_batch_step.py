@@ -1,0 +1,281 @@
+"""The batched decode step against the plain decoder: on a GPU where there is one, else interpreted."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+pytest.importorskip("triton")
+if DEVICE == "cpu":
+    import mended_interpreter
+
+    mended_interpreter.mend()
+
+from hasten.core import ModelConfig  # noqa: E402
+from hasten.errors import ModelError, UsageError  # noqa: E402
+from hasten.models.parameters import parameter_shapes  # noqa: E402
+from hasten.models.reference import ReferenceDecoder  # noqa: E402
+from hasten.rope_scaling import RopeScaling  # noqa: E402
+from hasten.runtime.gpu import batch_step, batch_weights  # noqa: E402
+from hasten.runtime.gpu.batch_step import PAGE, BatchStep, StepOptions  # noqa: E402
+from hasten.runtime.gpu.batch_tiles import AttentionTile, Tile  # noqa: E402
+
+LLAMA = ModelConfig(
+    "llama",
+    67,
+    64,
+    96,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    context_length=1024,
+    norm_eps=1e-5,
+)
+MODELS = {
+    "llama": LLAMA,
+    "one layer": replace(LLAMA, num_layers=1),
+    "llama3 rope": replace(
+        LLAMA,
+        rope_scaling=RopeScaling(
+            "llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context_length=64
+        ),
+    ),
+    "qwen3": replace(LLAMA, architecture="qwen3", qk_norm="head", head_dim=16, tied_head=True),
+    "qwen2": replace(LLAMA, architecture="qwen2", num_kv_heads=1),
+    "partial rotary": replace(LLAMA, architecture="phi3", rotary_dim=16),
+    "odd head": replace(LLAMA, architecture="phi3", head_dim=24),
+    "no rotary in layer 1": replace(LLAMA, architecture="smollm3", rope_layers=(True, False)),
+    "window": replace(LLAMA, architecture="mistral", sliding_window=21, sliding_layers=(True, False)),
+    "gemma3": replace(
+        LLAMA,
+        architecture="gemma3",
+        activation="gelu_tanh",
+        norm_placement="sandwich",
+        qk_norm="head",
+        rope_local_theta=100.0,
+        sliding_window=40,
+        sliding_layers=(True, False),
+        query_scale=0.2,
+        attention_softcap=3.0,
+        logit_softcap=2.0,
+        embed_scale=8.0,
+        tied_head=True,
+    ),
+}
+BIASES = {"qwen2": ("q", "k", "v", "o", "gate", "up", "down")}
+SMALL = AttentionTile(split=32, block=16)
+CONTEXT = 96  # tokens: three pages, three splits
+
+
+def tensors_of(name: str, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random tensors, bf16 values, of a size that makes logits differ by units."""
+    generator, made = np.random.default_rng(seed), {}
+    for key, shape in parameter_shapes(MODELS[name], BIASES.get(name, ())).items():
+        noise = generator.standard_normal(shape)
+        value = (
+            1 + 0.2 * noise
+            if key.endswith("norm")
+            else noise * (1.5 if len(shape) == 1 else 1.5 * shape[1] ** -0.5)
+        )
+        made[key] = torch.from_numpy(value).to(torch.bfloat16).float().numpy()
+    return made
+
+
+def step_of(name: str, rows: int, precision: str = "bf16", tiles=None, **options) -> BatchStep:
+    tensors = tensors_of(name)
+
+    def tensor_of(key):
+        return torch.from_numpy(tensors[key]) if key in tensors else None
+
+    weights = batch_weights.load(MODELS[name], tensor_of, CONTEXT, precision, DEVICE)
+    wanted = StepOptions(rows=rows, pages=3 * rows, context=CONTEXT, keep_logits=True, **options)
+    step = BatchStep(weights, wanted, tiles, lambda rows: SMALL)
+    order = np.random.default_rng(5).permutation(3 * rows).reshape(rows, 3)
+    step.table[:rows] = torch.from_numpy(order).to(DEVICE, torch.int32)
+    return step
+
+
+def sequence(length: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(0, LLAMA.vocab_size, length).tolist()
+
+
+def reference(name: str, tokens: list[int], hook=None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The plain decoder's logits [T, V], rounding where the step does; keys, values [T, K, D] by name."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def rounded(key: str, value: torch.Tensor) -> torch.Tensor:
+        value = value.to(torch.bfloat16).float()
+        seen[key] = value if hook is None else hook(key, value)
+        return seen[key]
+
+    tensors = tensors_of(name)
+    if hook is not None:
+        tensors = {key: in_e4m3(t).numpy() if is_matrix(key) else t for key, t in tensors.items()}
+    return ReferenceDecoder(MODELS[name], tensors, rounded).logits(tokens), seen
+
+
+def is_matrix(key: str) -> bool:
+    return key == "head" or (
+        key.startswith("layers.") and key.rsplit(".", 1)[-1] in ("q", "k", "v", "o", "gate", "up", "down")
+    )
+
+
+def in_e4m3(rows) -> torch.Tensor:
+    """Each row rounded to e4m3 with a scale of its own."""
+    rows = torch.as_tensor(rows)
+    scale = rows.abs().amax(-1, keepdim=True) / 448
+    return (rows / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+def remember(step: BatchStep, row: int, tokens: list[int], seen: dict[str, torch.Tensor]) -> None:
+    """Put keys and values of all tokens but the last into the row's pages, and that token into the row."""
+    config = step.weights.config
+    order = torch.from_numpy(batch_weights.rotary_order(config))
+    for layer in range(config.num_layers):
+        keys, values = seen[f"layers.{layer}.keys"][..., order], seen[f"layers.{layer}.values"]
+        for t in range(len(tokens) - 1):
+            page = int(step.table[row, t // PAGE])
+            step.keys[layer][page, :, t % PAGE] = keys[t].to(step.keys[layer])
+            step.values[layer][page, :, t % PAGE] = values[t].to(step.values[layer])
+    step.tokens[row], step.positions[row] = tokens[-1], len(tokens) - 1
+
+
+def poison(step: BatchStep) -> None:
+    """What a step must write before it reads it."""
+    buffers = step.buffers
+    others = [
+        buffers.residual,
+        buffers.hidden,
+        buffers.queries,
+        buffers.attended,
+        buffers.mixed,
+        buffers.plain,
+    ]
+    others += [*buffers.squares, buffers.best, buffers.logits]
+    angles = [t for pair in buffers.angles.values() for t in pair]
+    for tensor in [*others, *angles, *buffers.parts.values()]:
+        tensor.fill_(float("nan"))
+    if buffers.peaks is not None:
+        buffers.peaks.fill_(0x7F000000)
+    buffers.places.fill_(2**30)
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.cpu() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_the_plain_decoders(name: str) -> None:
+    """Rows of one token, of a page and one token, and of several splits; one row without a sequence."""
+    step, rows = step_of(name, 4), {0: sequence(75, 1), 1: sequence(1, 3), 3: sequence(33, 2)}
+    expected = {}
+    for row, tokens in rows.items():
+        logits, seen = reference(name, tokens)
+        expected[row] = logits[-1]
+        remember(step, row, tokens, seen)
+    poison(step)
+    step.step(4, 80)
+    for row, tokens in rows.items():
+        assert error(step.buffers.logits[row], expected[row]) < 2e-2
+        assert int(step.tokens[row]) == int(step.buffers.logits[row].argmax())
+        assert int(step.emitted[row, len(tokens)]) == int(step.tokens[row])
+        assert int(step.positions[row]) == len(tokens)
+    assert int(step.positions[2]) == -1
+
+
+def filled(
+    name: str, lengths: dict[int, int], rows: int, **options
+) -> tuple[BatchStep, dict[int, torch.Tensor]]:
+    """A step whose rows hold sequences of these lengths, and the logits that each is to give."""
+    step, expected = step_of(name, rows, **options), {}
+    for row, length in lengths.items():
+        logits, seen = reference(name, sequence(length, length))
+        expected[row] = logits[-1]
+        remember(step, row, sequence(length, length), seen)
+    return step, expected
+
+
+@pytest.mark.parametrize("rounds_itself", [16, 0])
+def test_fp8_rounds_weights_and_inputs_by_row(monkeypatch, rounds_itself: int) -> None:
+    """Both ways of rounding inputs, in the product and before it, give the plain decoder's logits."""
+    monkeypatch.setattr(batch_step, "_ROUNDS_ITSELF", rounds_itself)
+    step = step_of("one layer", 2, "fp8")
+    logits, seen = reference("one layer", sequence(40, 4), lambda k, v: in_e4m3(v) if is_matrix(k) else v)
+    remember(step, 1, sequence(40, 4), seen)
+    poison(step)
+    step.step(2, 40)
+    assert error(step.buffers.logits[1], logits[-1]) < 7e-2  # a value that rounds the other way is 6 %
+    in_bf16, _ = reference("one layer", sequence(40, 4))
+    assert error(step.buffers.logits[1], logits[-1]) < 0.7 * error(in_bf16[-1], logits[-1])
+
+
+def test_splits_of_a_product_are_summed() -> None:
+    step, expected = filled(
+        "llama", {0: 5}, 1, tiles=lambda product, m: Tile(32, 16, 1 if product == "head" else 3)
+    )
+    poison(step)
+    step.step(1, 6)
+    assert error(step.buffers.logits[0], expected[0]) < 2e-2
+    assert not step.buffers.arrivals.any() and not step.buffers.row_arrivals.any()
+
+
+def test_company_and_place_change_no_bit() -> None:
+    """One sequence alone, then in another row beside others of other lengths: the same logits and token."""
+    found = []
+    for row, lengths in ((0, {0: 70}), (2, {0: 3, 1: 90, 2: 70})):
+        step, _ = filled("qwen3", lengths, 3)
+        step.step(3, 91)
+        found.append((step.buffers.logits[row].clone(), int(step.tokens[row])))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+
+
+def test_each_variation_matters() -> None:
+    """What the plain decoder gives without a window, a soft-cap or rotary embedding is far away."""
+    for name in ("window", "gemma3", "no rotary in layer 1", "partial rotary"):
+        logits, _ = reference(name, sequence(75, 1))
+        config = replace(
+            MODELS[name], sliding_window=None, attention_softcap=None, rope_layers=(), rotary_dim=None
+        )
+        changed = ReferenceDecoder(config, tensors_of(name)).logits(sequence(75, 1))
+        assert error(changed[-1], logits[-1]) > 5e-2
+
+
+def test_rows_past_the_batch_are_not_touched() -> None:
+    step, _ = filled("llama", {0: 3, 1: 9}, 2)
+    keys = [cache.clone() for cache in step.keys]
+    step.step(1, 10)
+    assert int(step.positions[1]) == 8
+    page = int(step.table[1, 0])
+    assert all(torch.equal(now[page], before[page]) for now, before in zip(step.keys, keys, strict=True))
+
+
+def test_a_row_of_nan_still_picks_a_token_that_exists() -> None:
+    step, _ = filled("llama", {0: 3, 1: 9}, 2)
+    step.values[0][int(step.table[0, 0])] = float("nan")
+    step.step(2, 10)
+    assert 0 <= int(step.tokens[0]) < LLAMA.vocab_size
+    assert step.buffers.logits[1].isfinite().all()
+
+
+def test_what_is_not_computed_is_refused() -> None:
+    with pytest.raises(ModelError, match="olmo2"):
+        batch_weights.load(
+            replace(LLAMA, architecture="olmo2", qk_norm="full"), lambda name: None, 64, "bf16", DEVICE
+        )
+    with pytest.raises(ModelError, match="multiples of 32"):
+        batch_weights.load(replace(LLAMA, hidden_size=66), lambda name: None, 64, "bf16", DEVICE)
+    with pytest.raises(ModelError, match="'embed' is missing"):
+        batch_weights.load(LLAMA, lambda name: None, 64, "bf16", DEVICE)
+    with pytest.raises(UsageError, match="97 tokens"):
+        step_of("llama", 1).shape(1, 97)
+    with pytest.raises(UsageError, match="1 to 64 rows"):
+        step_of("llama", 65)
