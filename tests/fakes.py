@@ -51,6 +51,9 @@ class LetterTokenizer:
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         return [ALPHABET.index(letter) for letter in text if letter in ALPHABET]
 
+    def vocabulary(self) -> dict[str, int]:
+        return {letter: number for number, letter in enumerate(ALPHABET)}
+
 
 def rounded(weights: Floats, layout: Layout) -> Floats:
     """Round to nearest in groups, as the engine's packer does."""
@@ -85,6 +88,7 @@ class FakeModel:
     closed: bool = False
     calls: int = 0
     threads: int = 1
+    config: ModelConfig = CONFIG
 
     def hidden(self, tokens: npt.NDArray[np.int32]) -> Floats:
         assert not self.closed
@@ -193,6 +197,9 @@ class FakeWorkshop:
             peak_rss_bytes=None,
             workload=workload,
         )
+
+    def claim(self, folder: Path) -> None:
+        self.claimed = folder
 
     def save(self, model: FakeModel, folder: Path, plan: Mapping[str, Any], report: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)

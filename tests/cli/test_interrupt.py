@@ -146,8 +146,12 @@ import hasten.cli as cli, hasten.cli.failure as failure
 def work(arguments):
     press()
     while True: pass
+def kept(verb):
+    press()
+    for _ in range(100000): pass
+    return ""
 cli._dispatch = work
-failure._kept = work
+failure._kept = kept
 """
     )
     stopped(done)

@@ -7,6 +7,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -552,8 +554,16 @@ def test_ctrl_c_while_weights_are_read_leaves_no_reader(
         return [0]
 
     monkeypatch.setattr(artifact, "PIECE_BYTES", piece)
-    monkeypatch.setattr(artifact._native, "usable_cores", lambda: 3)
+    monkeypatch.setattr(artifact, "usable_cores", lambda: 3)
     monkeypatch.setattr(artifact._native, "checksums", checksums)
     with pytest.raises(KeyboardInterrupt):
         artifact._read(tmp_path / "weights", np.zeros(1000 * piece, np.uint8))
     assert inside == [0] and begun[0] < 10
+
+
+def test_the_format_has_the_same_digest_in_every_process() -> None:
+    """It is part of the keys of caches: one that changed would make every start the first."""
+    script = "from hasten.compress.artifact_plan import format_digest; print(format_digest())"
+    command = [sys.executable, "-c", script]
+    found = {subprocess.check_output(command, text=True).strip() for _ in range(2)}
+    assert found == {format_digest()}

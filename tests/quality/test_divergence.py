@@ -86,11 +86,12 @@ def test_the_source_runs_once_however_many_compare(source: FakeModel, narrow: Fa
 
 
 def test_kept_logits_give_the_same(source: FakeModel, narrow: FakeModel) -> None:
+    """But for a rounding: NumPy's products of many rows and of few may take different ways."""
     cut = windows(TEXT, LetterTokenizer(), tokens=700, length=300)
     kept, again = Reference(source, cut, keep_logits=True), Reference(source, cut)
     for index in range(len(cut)):
-        np.testing.assert_array_equal(
-            kept.compare(narrow, index).kl, again.compare(narrow, index).kl, strict=True
+        np.testing.assert_allclose(
+            kept.compare(narrow, index).kl, again.compare(narrow, index).kl, rtol=1e-4, atol=1e-6
         )
 
 

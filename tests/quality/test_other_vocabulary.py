@@ -34,6 +34,8 @@ class Letters:
 class Table:
     """A model whose states depend on the last two tokens, through `names`: equal texts, equal states."""
 
+    threads = 1
+
     def __init__(self, rows: int, seed: int) -> None:
         rng = np.random.default_rng(seed)
         self.states = rng.standard_normal((rows + 1, rows, WIDTH)).astype(np.float32)

@@ -60,13 +60,18 @@ def model(tiny_folder: Callable[..., Path]) -> LanguageModel:
     return hasten.load(tiny_folder("qwen3"), "bf16", threads=1, context=64)
 
 
+def through_an_engine(model: LanguageModel, ids: Any) -> None:
+    with model.engine() as engine:
+        list(engine.stream(Request(ids, max_new_tokens=1)))
+
+
 WAYS: dict[str, Callable[[LanguageModel, Any], Any]] = {
     "stream": lambda model, ids: list(model.stream(ids, 1)),
     "stream_batch": lambda model, ids: list(model.stream_batch([ids], 1)),
     "session": lambda model, ids: model.session().stream(ids, 1, hasten.SamplingOptions()),
     "hidden": lambda model, ids: model.hidden(ids),
     "logits": lambda model, ids: model.logits(ids),
-    "engine": lambda model, ids: list(model.engine().stream(Request(ids, max_new_tokens=1))),
+    "engine": lambda model, ids: through_an_engine(model, ids),
 }
 
 

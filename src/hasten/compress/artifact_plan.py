@@ -18,7 +18,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -150,10 +150,15 @@ def format_digest() -> str:
     A cache must not take a default for a field that it could have read from the model's own files.
     """
     known = [
-        [kind.__name__, [(one.name, str(one.type), repr(one.default)) for one in fields(kind)]]
+        [kind.__name__, [(one.name, str(one.type), _default(one)) for one in fields(kind)]]
         for kind in _nouns(ModelConfig, Stored, StoredRecipe, Layout)
     ]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+
+
+def _default(one: Field[Any]) -> str:
+    """A field's default as text that is the same in every process (the marker for none shows an address)."""
+    return "" if one.default is MISSING else repr(one.default)
 
 
 def _nouns(*kinds: Any) -> list[Any]:

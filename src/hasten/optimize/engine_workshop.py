@@ -160,6 +160,12 @@ class EngineWorkshop:
 
         return measure_model(cast("LanguageModel", model), workload, runs, machine=self.machine())
 
+    def claim(self, folder: Path) -> None:
+        """Refuses a folder with another model's artifact."""
+        from hasten.compress.artifact import refuse_other_model
+
+        refuse_other_model(folder, self.source, f"rm -r {folder}")
+
     def save(self, model: Built, folder: Path, plan: Mapping[str, Any], report: str) -> Path:
         """The artifact: weights, tokenizer, plan, report."""
         from hasten.compress.artifact import save

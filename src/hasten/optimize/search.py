@@ -83,7 +83,6 @@ def optimize(
         ModelError, DiskError: the source cannot be opened, the artifact cannot be written, or one of another
             model stands there.
     """
-    from hasten.compress.artifact import refuse_other_model
     from hasten.models.locate import file_name_of
     from hasten.optimize.engine_workshop import EngineWorkshop
 
@@ -92,7 +91,7 @@ def optimize(
     observer(Progress("reference", "opening the model"))
     workshop = EngineWorkshop(ref, EngineOptions(threads=threads))
     place = Path(out) if out is not None else Path(f"{file_name_of(workshop.name)}.hasten")
-    refuse_other_model(place, workshop.source, f"rm -r {place}")
+    workshop.claim(place)
     search = Search(
         workshop, Budget(max_ppl_increase), goal, judged, effort or Effort(), fresh, observer, calibrate
     )

@@ -95,6 +95,14 @@ class Workshop(Protocol):
         """Speed of a built model."""
         ...
 
+    def claim(self, folder: Path) -> None:
+        """Says that an artifact of this source will be written there.
+
+        Raises:
+            DiskError: one of another model stands there.
+        """
+        ...
+
     def save(self, model: Built, folder: Path, plan: Mapping[str, Any], report: str) -> Path:
         """Writes an artifact with its report.html; what is there before stays until it is whole."""
         ...

@@ -257,6 +257,7 @@ class CpuExecutor:
                 token id is unknown, the cache is full, or another thread is computing.
         """
         tokens = np.concatenate([token_ids(ids, self.config.vocab_size) for _, ids in batch])
+        self.pool.refuse_others()
         self._check(batch)
         for sequence, ids in batch:
             self.pool.grow(sequence, sequence.length + len(ids))

@@ -12,7 +12,7 @@ from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from threading import Lock
+from threading import Lock, get_ident
 
 from hasten.errors import UsageError
 from hasten.machine.room import LOOK_S, MemoryRoom
@@ -62,6 +62,7 @@ class PagePool:
         self._looked = 0.0
         self._turn = Lock()  # held by who manages pages; free while the model computes
         self._turn.acquire()
+        self._computes: int | None = None  # the thread that is inside a step
         if memory is not None:
             memory.room.look()
             memory.room.join(self)
@@ -181,14 +182,35 @@ class PagePool:
         self._memory.room.gave(len(given) * self._memory.page_bytes)
         return self._memory.room.low
 
+    def refuse_others(self) -> None:
+        """Before pages are taken for a step.
+
+        Raises:
+            UsageError: another thread is inside a step.
+        """
+        if self._computes not in (None, get_ident()):
+            raise UsageError(
+                "another thread is using this model: it is not for several threads at once",
+                hint="load one model for each thread, or share one through "
+                "hasten.engine.async_engine.AsyncEngine or `hasten serve`",
+            )
+
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Around a step of the model: nobody manages pages, so `give_back_meanwhile` may."""
-        self._turn.release()
+        """Around a step of the model: nobody manages pages, so `give_back_meanwhile` may.
+
+        Raises:
+            UsageError: another thread is inside a step.
+        """
+        self.refuse_others()
+        self._computes = get_ident()
+        if self._turn.locked():  # not where Ctrl-C fell into the last lines below
+            self._turn.release()
         try:
             yield
         finally:
             self._turn.acquire()
+            self._computes = None
 
     def give_back_meanwhile(self) -> None:
         """From any thread, during a step: `give_back`. A step may take longer than the reserve lasts."""

@@ -16,6 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from hasten.cache.reading import read_file
 from hasten.cache.store import cache_dir, write_atomic
 from hasten.errors import DiskError, MachineError
 
@@ -178,7 +179,7 @@ def built(text: str, architecture: str) -> bytes:
     """
     path = cache_dir() / "cubins" / f"{cubin_key(text, architecture, compiler_version())}.cubin"
     with contextlib.suppress(OSError):
-        kept = path.read_bytes()
+        kept = read_file(path)
         if kept[:4] == b"\x7fELF":
             return kept
     cubin = _compile(text, architecture)

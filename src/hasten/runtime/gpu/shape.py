@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+from hasten.cache.reading import read_text
 from hasten.core import ModelConfig
 from hasten.errors import UsageError
 from hasten.runtime.gpu.driver import Device
@@ -323,4 +324,4 @@ def problems(config: ModelConfig, tuning: Tuning) -> Iterable[str]:
 def kernel_source() -> str:
     """The CUDA C++ of the kernel, without its defines."""
     folder = Path(__file__).parent / "kernels"
-    return "".join((folder / name).read_text() for name in _SOURCES)
+    return "".join(read_text(folder / name) for name in _SOURCES)
