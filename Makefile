@@ -13,6 +13,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 
+# Tests run side by side, one process a core; JOBS=0 runs them one after another.
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+
 BUILD_INPUTS := Makefile pyproject.toml CMakeLists.txt $(shell find native src/hasten -type f -not -name '*.so' -not -path '*__pycache__*')
 CPP := $(shell find native tests/native -name '*.cpp' -o -name '*.h' -o -name '*.inl' 2>/dev/null)
 
@@ -32,7 +35,7 @@ lint: $(VENV)/.dev
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 pytest: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS)
 
 # What needs the real demo model: quality figures, the README's commands, the examples.
 test-demo: $(VENV)/.dev $(VENV)/.demo
@@ -47,7 +50,7 @@ sanitize: $(VENV)/.dev
 	  -C install.strip=false .
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  PYTHONPATH=$(SANITIZED) $(BIN)/python -m pytest tests/native
+	  PYTHONPATH=$(SANITIZED) $(BIN)/python -m pytest -n $(JOBS) tests/native
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m hasten.cli.reference > docs/reference.md
