@@ -27,7 +27,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 budget not met, 130 stopped by Ctrl-C. 
 | `HASTEN_CACHE=DIR` | keep everything that can be made again in DIR |
 | `HASTEN_CACHE_PACKED=0` | neither keep packed weights nor use kept ones |
 | `HASTEN_CACHE_GB=N` | most that packed weights may take, GB; default 20, or half of the disk |
-| `HASTEN_ISA=avx2` | force an instruction set: `scalar`, `avx2`, `avx512` or `amx` |
+| `HASTEN_ISA=avx2` | force an instruction set: `scalar`, `avx2`, `avx512vnni`, `avx512` or `amx` |
 | `HF_HUB_OFFLINE=1` | use downloaded models only |
 """
 
