@@ -12,8 +12,8 @@ template <typename T, size_t N>
 using Array = nb::ndarray<nb::numpy, T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
 
 void bind_engine(nb::module_& m);            // decoder, kernels, threads
-void bind_kernels(nb::module_& m);
-void bind_int_ways(nb::module_& m);           // single kernels, for tests
+void bind_kernels(nb::module_& m);           // single kernels, for tests
+void bind_int_ways(nb::module_& m);          // ways of integer kernels, timed and chosen
 void bind_pack(nb::module_& m);              // pack, unpack, ggml conversion
 void bind_sampler(nb::module_& m);           // sampling
 void bind_sequence_sampler(nb::module_& m);  // sampling of many sequences, with masks and penalties
