@@ -98,25 +98,24 @@ def test_integers_agree_to_the_bit_between_instruction_sets(fmt: Format, m: int)
 @pytest.mark.parametrize("fmt", FORMATS[1:], ids=str)
 def test_every_way_gives_the_same_bits(isa: str, fmt: Format) -> None:
     """Tiles, panels side by side, prefetch, unpacking: a choice of these may cost time, never a bit."""
-    rows, cols = 7 * PANEL - 5, 160
-    w, x = random_weights(fmt, rows, cols), activations(33, cols)
+    if len(_native.int_ways()) == 1:
+        pytest.skip(f"{isa} has one way only")
+    w, x = random_weights(fmt, 5 * PANEL - 5, 160), activations(25, 160)
     what = (fmt.bits, fmt.group, fmt.symmetric)
-    before = np.random.default_rng(1).standard_normal((33, len(w.u))).astype(np.float32)
-    wanted = np.concatenate([linear_native(w, x[t : t + 1]) for t in range(33)])
-    added = np.concatenate(
-        [linear_native(w, x[t : t + 1], out=before[t : t + 1].copy(), add=True) for t in range(33)]
-    )
+    before = np.random.default_rng(1).standard_normal((7, len(w.u))).astype(np.float32)
+    wanted = linear_native(w, x)
+    added = linear_native(w, x[:7], out=before.copy(), add=True)
     try:
         for way in _native.int_ways():
             for row_class in range(len(_native.row_classes())):
                 _native.choose_way(*what, row_class, way)
-            for m in (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 24, 25, 33):
+            for m in (1, 2, 3, 4, 5, 6, 7, 9, 13, 25):
                 assert _native.way_for(*what, m) == way
                 np.testing.assert_array_equal(
                     linear_native(w, x[:m]), wanted[:m], err_msg=f"{way}, {m} tokens"
                 )
-            out = linear_native(w, x[:7], out=before[:7].copy(), add=True)
-            np.testing.assert_array_equal(out, added[:7], err_msg=f"{way}, added")
+            out = linear_native(w, x[:7], out=before.copy(), add=True)
+            np.testing.assert_array_equal(out, added, err_msg=f"{way}, added")
     finally:
         _native.forget_ways()
 
