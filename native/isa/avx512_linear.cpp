@@ -115,9 +115,14 @@ void stream_tile(const Packed& w, int p, const QuantRows& x, float* out, size_t 
 // Tokens of a tile: what the pair of panels has registers for. Formats with longer groups or minimums have fewer
 // variants, which keeps the program small.
 template <typename S, int R>
+#ifdef HASTEN_SANITIZED
+constexpr int kMostTokens =
+    R == 4 ? 1 : 2;  // fewer variants of the same code: under the sanitizers they compile slowly
+#else
 constexpr int kMostTokens = R == 4                   ? 1
                             : S::ONE && S::SYMMETRIC ? 6
                                                      : 4;
+#endif
 
 // stream_tile of `m` tokens, a run-time number from 1 to kMostTokens.
 template <typename S, int R, int M = kMostTokens<S, R>>
