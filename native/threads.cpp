@@ -13,9 +13,9 @@ namespace {
 
 // About 50 us: longer than the gaps inside a step. A worker that finds nothing for so long sleeps.
 constexpr int kIdleSpins = 2000;
-// A few microseconds: what the last piece of a worker that has its core takes. A later one has lost its core, and
-// spinning would take time away from whoever could run there.
-constexpr int kJoinSpins = 200;
+// Ten to forty microseconds: what the last piece of a worker that has its core takes. A later one has lost its core,
+// and spinning would take time away from whoever could run there.
+constexpr int kJoinSpins = 800;
 
 enum : uint8_t { kOpen, kCommitting, kDone };  // a piece of a retake()
 

@@ -111,7 +111,7 @@ void stream(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* o
       float* to = out + t * ldo;
       switch (m * (i + 1) / tiles - t) {
         case 1: stream_panel<BITS, STEP, SYMMETRIC, AHEAD, 1>(w, p, rows, to, ldo, add); break;
-        case 2: stream_panel<BITS, STEP, SYMMETRIC, false, 2>(w, p, rows, to, ldo, add); break;
+        case 2: stream_panel<BITS, STEP, SYMMETRIC, AHEAD, 2>(w, p, rows, to, ldo, add); break;
         case 3: stream_panel<BITS, STEP, SYMMETRIC, false, 3>(w, p, rows, to, ldo, add); break;
         default: stream_panel<BITS, STEP, SYMMETRIC, false, 4>(w, p, rows, to, ldo, add);
       }
