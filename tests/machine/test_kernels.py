@@ -11,6 +11,7 @@ from hasten import _native
 from hasten.machine import kernels
 from hasten.machine.kernels import LEAST_BYTES, choose_kernels, measure_ways
 
+TABLE = dict(kernels.KNOWN)  # as it is shipped: tests see an empty one
 W4 = (4, 32, True)
 W6 = (6, 32, True)
 
@@ -92,6 +93,19 @@ def test_a_small_model_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert choose_kernels([(W4, 64, 1000), (W6, 64, LEAST_BYTES - 1)], 2) == {}
     assert choose_kernels([], 2) == {}
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("known", TABLE, ids=str)
+def test_the_table_of_processors_names_ways_that_exist(known: tuple[str, str]) -> None:
+    assert len(TABLE[known]) == len(_native.row_classes())
+    if known[1] not in _native.isas():
+        pytest.skip(f"no {known[1]} here")
+    before = _native.isa()
+    try:
+        _native.use_isa(known[1])
+        assert set(TABLE[known]) <= set(_native.int_ways())
+    finally:
+        _native.use_isa(before)
 
 
 def test_a_known_processor_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

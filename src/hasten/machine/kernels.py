@@ -25,7 +25,16 @@ LEAST_BYTES = 32 << 20
 _ROUNDS = 5
 _log = logging.getLogger(__name__)
 
-KNOWN: dict[tuple[str, str], tuple[str, ...]] = {}
+KNOWN: dict[tuple[str, str], tuple[str, ...]] = {
+    ("AuthenticAMD 25 1 1", "avx2"): (  # Zen 3 servers
+        "avx2 stream, prefetch",
+        "avx2 stream, prefetch",
+        "avx2 stream, prefetch",
+        "avx2 unpack",
+        "avx2 unpack",
+        "avx2 unpack",
+    ),
+}
 """(processor, instruction set) -> the way of each class of rows, for every format. Measured by
 benchmarks/kernels.py on machines of 2 cores; saves the first start there a second."""
 
