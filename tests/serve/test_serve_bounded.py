@@ -20,12 +20,13 @@ DECODE = """
 import json, sys, time, hasten
 model = hasten.load(sys.argv[1], "w8", context=1024, store=False)
 list(model.stream([1, 2, 3], 8))
-def throttled():
-    return int(next(line.split()[1] for line in open(sys.argv[2]) if line.startswith("nr_throttled")))
-before, end, tokens = throttled(), time.monotonic() + 1.5, 0
+def count(name):
+    return int(next(line.split()[1] for line in open(sys.argv[2]) if line.startswith(name)))
+before, end, tokens = [count("nr_throttled"), count("nr_periods")], time.monotonic() + 1.5, 0
 while time.monotonic() < end:
     tokens += len(list(model.stream([1, 2, 3], 200)))
-print(json.dumps({"threads": model.threads, "tokens": tokens, "throttled": throttled() - before}))
+throttled, periods = count("nr_throttled") - before[0], count("nr_periods") - before[1]
+print(json.dumps({"threads": model.threads, "tokens": tokens, "throttled": throttled, "periods": periods}))
 """
 
 
@@ -60,7 +61,9 @@ def test_a_quota_of_one_processor_runs_one_thread(tiny_folder: Callable[..., Pat
     found = json.loads(done.stdout)
     assert found["threads"] == 1 and found["tokens"] > 0
     if cpus == 1.0:
-        assert found["throttled"] <= 1, found  # the kernel may count a period in which it moved the thread
+        # one busy thread uses the quota up to the last tick, so that some periods count where the machine is
+        # loaded; two threads would be stopped in every one
+        assert found["throttled"] <= found["periods"] // 2, found
 
 
 def test_a_server_keeps_within_a_small_memory(bounded: ModuleType, tmp_path: Path) -> None:
