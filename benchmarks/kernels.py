@@ -196,6 +196,7 @@ def main() -> int:
 def compare(given: argparse.Namespace) -> int:
     """Every contender in turn, round after round; bars from paired ratios."""
     from bar import Bar, Settings, record, say
+    from hasten.bench.stats import paired_ratio
 
     new = Path(__file__).parents[1] / "src" / "hasten"
     if not list(new.glob("_native*.so")):
@@ -223,6 +224,9 @@ def compare(given: argparse.Namespace) -> int:
             say(
                 f"{fmt:8} {what:14} " + "  ".join(f"{n} {statistics.median(r):.1f}" for n, r in rates.items())
             )
+            details[f"{fmt}, {what}"]["over"] = {
+                child.name: paired_ratio(rates["chosen"], rates[child.name]) for child in others
+            }
             best = max(forced, key=lambda isa: statistics.median(rates[isa]))
             bars.append(Bar(f"{fmt}, {what}: chosen over {best}", ratio(rates, best), 0.98, "x"))
             if given.old:

@@ -131,6 +131,8 @@ void ThreadPool::open(Slot& slot, int threads, Task task, void* context) {
   slot.task = task;
   slot.context = context;
   slot.threads = threads;
+  slot.failed = false;  // a late worker of the job before may have failed
+  slot.error = nullptr;
   slot.inside.fetch_and(~kClosed, std::memory_order_release);
   current_.store(&slot, std::memory_order_release);
   for (int i = 0; i < std::min<int>(threads - 1, static_cast<int>(workers_.size())); i++) {
@@ -151,10 +153,7 @@ void ThreadPool::run_erased(int threads, Task task, void* context) {
   slot.take_part(0);
   slot.inside.fetch_or(kClosed, std::memory_order_acq_rel);
   wait_for_nobody(slot.inside, kClosed);
-  if (slot.failed) {
-    slot.failed = false;
-    std::rethrow_exception(std::exchange(slot.error, nullptr));
-  }
+  if (slot.failed) std::rethrow_exception(std::exchange(slot.error, nullptr));
 }
 
 // Computes a piece that is open and commits it, unless somebody else did in the meantime.
@@ -175,6 +174,7 @@ void ThreadPool::Slot::take_pieces() {
 
 void ThreadPool::retake_erased(int threads, int pieces, const void* job, size_t bytes, Compute compute, Commit commit) {
   using Clock = std::chrono::steady_clock;
+  if (pieces <= 0) return;
   std::lock_guard lock(mutex_);
   if (threads > 1) grow(threads - 1);
   Slot& slot = free_slot();
@@ -192,10 +192,10 @@ void ThreadPool::retake_erased(int threads, int pieces, const void* job, size_t 
   const auto patience = std::chrono::microseconds(5) + 2 * threads * (taken - start) / pieces;
   while (slot.done.load(std::memory_order_acquire) != pieces && !slot.failed && Clock::now() - taken < patience)
     relax();
+  slot.inside.fetch_or(kClosed, std::memory_order_acq_rel);  // before what may throw: the slot is used again
   for (int piece = 0; piece < pieces && slot.done.load(std::memory_order_acquire) != pieces; piece++)
     if (slot.state[piece].load(std::memory_order_acquire) == kOpen) slot.finish(piece);
   for (int seen = slot.done; seen != pieces; seen = slot.done) slot.done.wait(seen, std::memory_order_acquire);
-  slot.inside.fetch_or(kClosed, std::memory_order_acq_rel);
 }
 
 void ThreadPool::quiesce() {

@@ -4,6 +4,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
+#include <new>
+#include <thread>
 #include <vector>
 
 #include "attention.h"
@@ -107,6 +110,30 @@ auto split(int threads, int count, int grain, int fails) {
   return std::make_tuple(owned(std::vector<int32_t>(seen.begin(), seen.end()), {static_cast<size_t>(count)}), busy);
 }
 
+// Squares of 0 .. pieces-1 through retake(). Piece `fails` throws on every thread but the caller's, piece `slow` sleeps
+// there, as if the worker had lost its core.
+struct Squares {
+  std::thread::id caller;
+  int* out;
+  int fails, slow;
+  void compute(int piece, ThreadPool::Scratch& scratch) const {
+    if (std::this_thread::get_id() != caller) {
+      if (piece == fails) throw std::bad_alloc();
+      if (piece >= slow) std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    }
+    scratch.assign(1, static_cast<float>(piece) * static_cast<float>(piece));
+  }
+  void commit(int piece, const ThreadPool::Scratch& scratch) const { out[piece] += static_cast<int>(scratch[0]); }
+};
+
+auto squares(int threads, int pieces, int fails, int slow) {
+  require(pieces >= 0 && pieces <= ThreadPool::kMostPieces, "too many pieces");
+  std::vector<int> out(pieces, 0);
+  pool().retake(threads, pieces, Squares{std::this_thread::get_id(), out.data(), fails, slow});
+  pool().quiesce();
+  return owned(std::vector<int32_t>(out.begin(), out.end()), {static_cast<size_t>(pieces)});
+}
+
 // One layer of KV cache with attention over it.
 class KernelCache {
  public:
@@ -194,6 +221,8 @@ void bind_kernels(nb::module_& parent) {
   m.def("argmax", &argmax, nb::arg("x").noconvert());
   m.def("split", &split, nb::arg("threads"), nb::arg("count"), nb::arg("grain") = 1, nb::arg("fails") = -1,
         "How often each of `count` indices was handed out, and how many threads got any.");
+  m.def("squares", &squares, nb::arg("threads"), nb::arg("pieces"), nb::arg("fails") = -1, nb::arg("slow") = 1 << 30,
+        "The square of each piece's number, computed by work that may be taken over from late workers.");
   nb::class_<KernelCache>(m, "KernelCache")
       .def(nb::init<int, int, int, bool>(), nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("pages"), nb::arg("int8"))
       .def("write", &KernelCache::write, nb::arg("keys").noconvert(), nb::arg("values").noconvert(), nb::arg("past"),

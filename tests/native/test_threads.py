@@ -11,6 +11,7 @@ import pytest
 from hasten import _native
 
 split = _native.kernels.split
+squares = _native.kernels.squares
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5, 8])
@@ -50,6 +51,28 @@ def test_what_a_piece_throws_reaches_the_caller(fails: int) -> None:
         with pytest.raises(ValueError, match="a piece failed"):
             split(4, 1000, 1, fails)
         assert (split(4, 1000)[0] == 1).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_every_piece_is_committed_once(threads: int) -> None:
+    for pieces in [0, 1, 2, 16, 97, 256]:
+        for _ in range(30):
+            np.testing.assert_array_equal(squares(threads, pieces), np.arange(pieces) ** 2)
+
+
+def test_a_late_workers_piece_is_taken_over() -> None:
+    """Workers sleep in every piece; the caller computes what they hold and throws away what they bring."""
+    for _ in range(10):
+        np.testing.assert_array_equal(squares(4, 16, slow=0), np.arange(16) ** 2)
+        assert (split(4, 100)[0] == 1).all()
+
+
+def test_a_worker_that_fails_harms_no_later_work() -> None:
+    """Its piece is computed by the caller; the failure is not the next job's."""
+    for fails in range(16):
+        for _ in range(20):
+            np.testing.assert_array_equal(squares(4, 16, fails=fails), np.arange(16) ** 2)
+            assert (split(4, 100)[0] == 1).all()
 
 
 def test_more_threads_than_before_and_fewer() -> None:
