@@ -11,7 +11,7 @@ import hasten
 PACKAGE = Path(hasten.__file__).parent
 
 LAYERS = [
-    {"errors", "core", "recipe", "rope_scaling"},
+    {"errors", "core", "recipe", "rope_scaling", "stopping"},
     {"cache"},  # below machine, which keeps the ceilings it measured
     {"machine", "speed"},
     {"models"},

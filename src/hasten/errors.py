@@ -87,15 +87,3 @@ class BudgetError(HastenError):
     """Nothing met the quality or latency budget."""
 
     exit_code = 3
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM where it ends the process as Ctrl-C does, but with exit code 0: somebody stopped a service."""
-
-
-def stop_of(error: BaseException | None) -> KeyboardInterrupt | None:
-    """The signal behind an error, None if there is none. One that comes while a class is made is wrapped by
-    Python in a RuntimeError."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from hasten.cli.failure import guarded
-from hasten.errors import Terminated
+from hasten.stopping import Terminated
 
 
 @pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (Terminated, 0)])
@@ -24,3 +27,48 @@ def test_a_signal_that_python_wrapped_is_still_a_stop(
 
     assert guarded(make) == code
     assert "stopped" in capsys.readouterr().err
+
+
+LATE = """
+import os, signal, sys, time
+from hasten import stopping
+stopping.{listen}()
+exec(compile('''
+def send():
+    os.kill(os.getpid(), signal.{one})
+    time.sleep(0.001)  # the signal is handled here, in a file that is named like the import machinery
+    os.kill(os.getpid(), signal.{two})
+''', "<frozen importlib._bootstrap>", "exec"))
+from hasten.cli.failure import guarded
+def verb():
+    send()
+    time.sleep(5)
+    return 1
+with stopping.listening():
+    code = guarded(verb, last=True)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "code"), [("SIGINT", "SIGTERM", 130), ("SIGTERM", "SIGINT", 0), ("SIGTERM", "SIGTERM", 0)]
+)
+def test_the_first_signal_decides_though_it_is_raised_later(one: str, two: str, code: int) -> None:
+    """While a module is imported no signal is raised. It comes again a moment later, after the second one."""
+    script = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    script += LATE.format(listen="listen_for_sigterm", one=one, two=two)
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == code, ended.stderr
+    assert "stopped" in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_a_second_signal_while_the_first_is_said_keeps_its_code() -> None:
+    def verb() -> int:
+        raise Terminated
+
+    def say_and_be_stopped(*_: object) -> int:
+        raise Terminated
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hasten.cli.failure._say", say_and_be_stopped)
+        assert guarded(verb) == 0

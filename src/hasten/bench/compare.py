@@ -176,7 +176,7 @@ class _Table:
 
     def round(self, number: int) -> int:
         """Everybody runs once, in an order that moves on; 0 is the warm-up and leaves no sample."""
-        self.say("warm-up" if number == 0 else f"round {number} of {self.runs}")
+        self.say("warm-up" if number == 0 else f"round {number}, {self.runs} wanted")
         turn = number % len(self.seats)
         for seat in self.seats[turn:] + self.seats[:turn]:
             _take_turn(seat, self.ring.round(number, self.workload), self.workload, number > 0, self.failed)

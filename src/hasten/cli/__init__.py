@@ -48,11 +48,11 @@ def main(argv: list[str] | None = None) -> int:
             this returns.
     """
     try:
-        from hasten.cli.failure import guarded, listen_for_sigterm
+        from hasten.cli.failure import guarded
 
         if argv is not None:
             return guarded(lambda: _dispatch(argv), verb=argv[0] if argv else "")
-        from hasten.cli.interrupt import listening
+        from hasten.stopping import listen_for_sigterm, listening
 
         arguments = sys.argv[1:]
         verb = arguments[0] if arguments else ""
@@ -60,14 +60,16 @@ def main(argv: list[str] | None = None) -> int:
             listen_for_sigterm()
         with listening():
             return guarded(lambda: _to_the_end(arguments), verb=verb, last=True)
-    except KeyboardInterrupt:  # while the lines above are imported, or again while the first one is said
+    except KeyboardInterrupt as stop:  # while the lines above are imported, or while the first one is said
+        from hasten.stopping import exit_code
+
         sys.stderr.write("\nstopped.\n")
-        return 130
+        return exit_code(stop)
 
 
 def _to_the_end(arguments: list[str]) -> int:
     """Run the verb, then what it put off (`hasten.cache.deferred`), which Ctrl-C gives up."""
-    from hasten.cli.interrupt import insist
+    from hasten.stopping import insist
 
     try:
         code = _dispatch(arguments)

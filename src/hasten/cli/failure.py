@@ -8,21 +8,11 @@ import signal
 import sys
 from collections.abc import Callable
 
-from hasten.errors import HastenError, Terminated, UsageError, stop_of
+from hasten.errors import HastenError, UsageError
+from hasten.stopping import exit_code, stop_of
 
 REPORT_TO = "the issue tracker of Hasten"
-STOPPED = 130
 READER_GONE = 141
-
-
-def listen_for_sigterm() -> None:
-    """Until the verb has a handler of its own: SIGTERM while it starts is an ordered end, exit code 0."""
-
-    def stop(*_: object) -> None:
-        raise Terminated
-
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, stop)
 
 
 def _end_once() -> None:
@@ -38,8 +28,8 @@ def guarded(action: Callable[[], int], *, verb: str = "", last: bool = False) ->
     """
     try:
         code = _explained(action, verb, last)
-    except KeyboardInterrupt:  # while the error was being told
-        code = STOPPED
+    except KeyboardInterrupt as stop:  # while the error was being told
+        code = exit_code(stop)
     if last:
         _end_once()
     return code
@@ -70,7 +60,7 @@ def _explained(action: Callable[[], int], verb: str, last: bool) -> int:
 def _stopped(stop: KeyboardInterrupt, verb: str, last: bool) -> int:
     if last:
         _end_once()
-    return _say(0 if isinstance(stop, Terminated) else STOPPED, f"\nstopped. {_kept(verb)}")
+    return _say(exit_code(stop), f"\nstopped. {_kept(verb)}")
 
 
 def _explain(error: Exception, verb: str) -> int:

@@ -17,6 +17,7 @@ import uvicorn
 
 from hasten.serve.listening import cannot_listen
 from hasten.serve.log import Forward
+from hasten.stopping import first
 
 if TYPE_CHECKING:
     from hasten.engine.model import LanguageModel
@@ -109,6 +110,6 @@ class Server(uvicorn.Server):
                 signal.signal(one, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.stopped_by = self.stopped_by or sig
+        self.stopped_by = self.stopped_by or first(sig)
         self.force_exit = self.should_exit  # the second time is meant
         self.should_exit = True

@@ -15,15 +15,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hasten.core import EngineOptions, ServingOptions
-from hasten.errors import MachineError, Terminated, stop_of
+from hasten.errors import MachineError
 from hasten.serve.listening import allow_files, listen, url_of
 from hasten.serve.options import ServeOptions
+from hasten.stopping import INTERRUPTED, exit_code, stop_of
 
 if TYPE_CHECKING:
     from hasten.engine.model import LanguageModel
     from hasten.serve.pool import Loader, Served, ServedEngine
 
-STOPPED_EARLY = 130
 _EXTRA = "pip install 'hasten[serve]'"
 
 
@@ -69,11 +69,11 @@ def serve(setup: ServeSetup, say: Callable[[str], None], loader: Loader | None =
         stop = stop_of(error)
         if stop is None:
             raise
-        _leave_loading(0 if isinstance(stop, Terminated) else STOPPED_EARLY)
+        _leave_loading(exit_code(stop))
     if server.failure is not None:
         raise server.failure
     if not server.loaded:
-        _leave_loading(STOPPED_EARLY if server.stopped_by == signal.SIGINT else 0)
+        _leave_loading(INTERRUPTED if server.stopped_by == signal.SIGINT else 0)
 
 
 def _leave_loading(code: int) -> NoReturn:
