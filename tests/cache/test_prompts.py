@@ -98,7 +98,7 @@ def test_pieces_of_a_real_tokenizer(tiny_folder: Callable[..., Path], text: str)
 def test_kinds_that_treat_the_first_piece_otherwise_are_not_cut(tiny_folder: Callable[..., Path]) -> None:
     from tokenizers import AddedToken, pre_tokenizers
 
-    from hasten.models.prompt_pieces import cutter
+    from hasten.models.text_stream import cutter
 
     backend = Tokenizer.from_folder(tiny_folder("qwen3"))._backend
     assert cutter(backend) is not None

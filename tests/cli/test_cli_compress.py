@@ -20,8 +20,8 @@ from tokenizers import Tokenizer as Backend
 from hasten.cli import main
 from hasten.cli.progress import Ticker
 from hasten.compress.artifact import load_artifact
+from hasten.models.text_stream import TokenizerFields
 from hasten.models.tokenizer import Tokenizer
-from hasten.models.tokenizer_fields import TokenizerFields
 from hasten.quality.text import default_text
 
 RECIPE = """

@@ -81,7 +81,7 @@ setattr(home, name, pressed)
 """
 CALLS = [
     "hasten.compress.artifact:_read",
-    "hasten.models.tokenizer_store:_fields",
+    "hasten.models.folder_tokenizer:_fields",
     "hasten.runtime.cpu:CpuExecutor._check",
     "hasten.runtime.cpu:CpuExecutor.head",
     "hasten.engine.session:sample",

@@ -24,8 +24,8 @@ from hasten.compress.torch_layer import tensor_values
 from hasten.errors import UsageError
 from hasten.models.open import open_folder
 from hasten.models.source import Source, once
+from hasten.models.text_stream import TokenizerFields
 from hasten.models.tokenizer import Tokenizer
-from hasten.models.tokenizer_fields import TokenizerFields
 from hasten.quality.text import default_text
 
 SENTENCE = "the engine reads the weights and the weights are read again"

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 
 from hasten.engine.grammar import Grammar
 from hasten.errors import MachineError, UsageError
-from hasten.models import pre_tokenizer
+from hasten.models import gguf_tokenizer
 from hasten.models.tokenizer import Tokenizer
 from masked_vocabulary import Vocabulary, bits
 from tiny_tokenizers import byte_level, byte_level_metadata, sentencepiece_metadata, sentencepiece_model
 
 
 def _byte_level() -> Tokenizer:
-    metadata = byte_level_metadata(byte_level(pre_tokenizer.QWEN2), "qwen2")
+    metadata = byte_level_metadata(byte_level(gguf_tokenizer.QWEN2), "qwen2")
     return Tokenizer.from_gguf({f"tokenizer.ggml.{k}": v for k, v in metadata.items()})
 
 
@@ -312,8 +312,8 @@ def test_a_vocabulary_that_cannot_spell_it_says_so() -> None:
 
 @pytest.mark.demo
 def test_a_grammar_that_holds_everybody_up_is_refused() -> None:
-    from hasten.models.demo import demo_file
     from hasten.models.gguf import GgufFile
+    from hasten.models.locate import demo_file
 
     vocabulary = Vocabulary(Tokenizer.from_gguf(GgufFile.open(demo_file().path).metadata), padding=0)
     with pytest.raises(UsageError, match="each token takes"):
@@ -322,8 +322,8 @@ def test_a_grammar_that_holds_everybody_up_is_refused() -> None:
 
 @pytest.mark.demo
 def test_demo_vocabulary() -> None:
-    from hasten.models.demo import demo_file
     from hasten.models.gguf import GgufFile
+    from hasten.models.locate import demo_file
 
     tokenizer = Tokenizer.from_gguf(GgufFile.open(demo_file().path).metadata)
     vocabulary = Vocabulary(tokenizer, padding=0)

@@ -10,7 +10,7 @@ import pytest
 
 from hasten.engine.tool_grammar import tool_grammar
 from hasten.errors import UsageError
-from hasten.models import pre_tokenizer
+from hasten.models import gguf_tokenizer
 from hasten.models.tokenizer import Tokenizer
 from hasten.models.tools.stream import parse_tool_calls
 from hasten.models.tools.style import ToolStyle, tool_style
@@ -41,7 +41,7 @@ TEMPLATES = {
 
 @pytest.fixture(scope="module")
 def trained() -> dict[str, Any]:
-    metadata = byte_level_metadata(byte_level(pre_tokenizer.QWEN2), "qwen2")
+    metadata = byte_level_metadata(byte_level(gguf_tokenizer.QWEN2), "qwen2")
     metadata["tokens"] = [*metadata["tokens"], *MARKS]
     metadata["token_type"] = [*metadata["token_type"], *[3] * len(MARKS)]  # control tokens, skipped in decode
     return {f"tokenizer.ggml.{k}": v for k, v in metadata.items()}
@@ -120,8 +120,8 @@ def test_what_is_wrong_is_named(tools: Any, choice: Any, says: str) -> None:
 
 @pytest.mark.demo
 def test_demo_style() -> None:
-    from hasten.models.demo import demo_file
     from hasten.models.gguf import GgufFile
+    from hasten.models.locate import demo_file
 
     tokenizer = Tokenizer.from_gguf(GgufFile.open(demo_file().path).metadata)
     style = tool_style(tokenizer, "qwen2")

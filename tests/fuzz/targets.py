@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 
 from hasten.errors import FormatError, HastenError
-from hasten.models.blocks import dequantize
-from hasten.models.finite import check_finite
+from hasten.models.blocks import check_finite, dequantize
 from hasten.models.gguf import GgufFile
 from hasten.models.hf_config import hf_config
 from hasten.models.names import hf_names

@@ -8,8 +8,7 @@ import pytest
 
 from hasten.errors import ModelError
 from hasten.models import blocks
-from hasten.models.blocks import dequantize
-from hasten.models.finite import check_finite
+from hasten.models.blocks import check_finite, dequantize
 from hasten.models.source import SourceTensor
 from hasten.models.tensor_type import TYPES
 

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from hasten.errors import FormatError, ModelError
-from hasten.models.checkpoint import INDEX, open_checkpoint
+from hasten.models.open import INDEX, open_checkpoint
 from hasten.models.safetensors_file import open_safetensors, parse_safetensors
 
 

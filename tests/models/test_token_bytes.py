@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hasten.models import pre_tokenizer
+from hasten.models import gguf_tokenizer
 from hasten.models.tokenizer import Tokenizer
 from text_samples import samples
 from tiny_tokenizers import (
@@ -27,7 +27,7 @@ def from_gguf(metadata: dict[str, Any]) -> Tokenizer:
 
 def of_bytes(pre: str) -> Tokenizer:
     """Byte-level BPE with one padding row named as llama.cpp's converter names it."""
-    metadata = byte_level_metadata(byte_level(pre_tokenizer.GPT2), pre)
+    metadata = byte_level_metadata(byte_level(gguf_tokenizer.GPT2), pre)
     metadata["tokens"][-1] = f"[PAD{len(metadata['tokens']) - 1}]"
     return from_gguf(metadata)
 

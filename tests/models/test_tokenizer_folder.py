@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from hasten.errors import TokenizerError
-from hasten.models import pre_tokenizer
+from hasten.models import gguf_tokenizer
 from hasten.models.tokenizer import Tokenizer
 from text_samples import samples
 from tiny_tokenizers import CHATML, CONTROL, byte_level, sentencepiece_model
@@ -26,7 +26,7 @@ def write(path: Path, document: Any) -> None:
 def folder(tmp_path: Path) -> Path:
     from transformers import PreTrainedTokenizerFast
 
-    backend = byte_level(pre_tokenizer.LLAMA3)
+    backend = byte_level(gguf_tokenizer.LLAMA3)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=CONTROL[0],
@@ -80,7 +80,7 @@ def test_end_ids_come_from_all_files(folder: Path) -> None:
 
 
 def test_tokens_that_only_the_configuration_knows_are_added(folder: Path) -> None:
-    backend = byte_level(pre_tokenizer.LLAMA3)
+    backend = byte_level(gguf_tokenizer.LLAMA3)
     backend.save(str(folder / "tokenizer.json"))
     first = backend.get_vocab_size()
     listed = {

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hasten.errors import TokenizerError
-from hasten.models import pre_tokenizer
+from hasten.models import gguf_tokenizer
 from hasten.models.gguf import GgufFile
 from hasten.models.tokenizer import Tokenizer
 from text_samples import samples
@@ -51,7 +51,7 @@ def assert_equal(mine: Tokenizer, reference: Any, texts: list[str]) -> None:
 
 @pytest.mark.parametrize(("architecture", "pre"), BYTE_LEVEL)
 def test_byte_level_equals_transformers(architecture: str, pre: str, tmp_path: Path) -> None:
-    metadata = byte_level_metadata(byte_level(pre_tokenizer.kind_of(pre).splits[0]), pre)
+    metadata = byte_level_metadata(byte_level(gguf_tokenizer.kind_of(pre).splits[0]), pre)
     path = write_gguf(tmp_path / "model.gguf", architecture, metadata, CHATML)
     mine = ours(path)
     assert_equal(mine, theirs(path), samples((*CONTROL, "<tool_call>")))
@@ -76,8 +76,8 @@ def test_sentencepiece_equals_transformers(architecture: str, tmp_path: Path) ->
 
 
 def test_every_pre_tokenizer_name_builds_and_keeps_text() -> None:
-    trained = byte_level(pre_tokenizer.GPT2)
-    for name in pre_tokenizer.KINDS:
+    trained = byte_level(gguf_tokenizer.GPT2)
+    for name in gguf_tokenizer.KINDS:
         metadata = {f"tokenizer.ggml.{k}": v for k, v in byte_level_metadata(trained, name).items()}
         tokenizer = Tokenizer.from_gguf(metadata)
         for text in samples(count=60):
@@ -88,19 +88,19 @@ def test_splits_are_those_of_transformers() -> None:
     from transformers.integrations.gguf import gguf_tokenizer_mapping as mapping
 
     for name, split in mapping.GGUF_PRE_TOKENIZER_SPLITS.items():
-        if name in pre_tokenizer.KINDS:
-            assert pre_tokenizer.KINDS[name].splits == (split,), name
+        if name in gguf_tokenizer.KINDS:
+            assert gguf_tokenizer.KINDS[name].splits == (split,), name
 
 
 def test_digits_stay_single_where_the_model_learned_so() -> None:
-    metadata = byte_level_metadata(byte_level(pre_tokenizer.GPT2), "smollm")
+    metadata = byte_level_metadata(byte_level(gguf_tokenizer.GPT2), "smollm")
     smollm = Tokenizer.from_gguf({f"tokenizer.ggml.{k}": v for k, v in metadata.items()})
     assert len(smollm.encode("1234567")) == 7
 
 
 @pytest.fixture(scope="module")
 def metadata() -> dict[str, Any]:
-    trained = byte_level_metadata(byte_level(pre_tokenizer.QWEN2), "qwen2")
+    trained = byte_level_metadata(byte_level(gguf_tokenizer.QWEN2), "qwen2")
     return {f"tokenizer.ggml.{k}": v for k, v in trained.items()} | {"general.architecture": "qwen2"}
 
 
@@ -176,7 +176,7 @@ def test_demo_model_equals_transformers() -> None:
     from tokenizers import decoders, models
     from transformers import PreTrainedTokenizerFast
 
-    from hasten.models.demo import demo_file
+    from hasten.models.locate import demo_file
 
     path = demo_file().path
     file = GgufFile.open(path)
@@ -189,7 +189,7 @@ def test_demo_model_equals_transformers() -> None:
     tokens = file.metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in file.metadata["tokenizer.ggml.merges"]]
     backend = Backend(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    backend.pre_tokenizer = pre_tokenizer.byte_level(pre_tokenizer.kind_of("qwen2"))
+    backend.pre_tokenizer = gguf_tokenizer.split_words(gguf_tokenizer.kind_of("qwen2"))
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(
         [t for i, t in enumerate(tokens) if file.metadata["tokenizer.ggml.token_type"][i] == 3]

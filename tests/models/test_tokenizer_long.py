@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from hasten.errors import TokenizerError
+from hasten.models.text_stream import TokenizerFields
 from hasten.models.tokenizer import _LONG, Tokenizer
-from hasten.models.tokenizer_fields import TokenizerFields
 
 TEXT = "The quick brown fox, it's 12 years old; \u4e2d\u6587 caf\u00e9\n" * 4000
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hasten.errors import ArtifactError, TokenizerError, UsageError
-from hasten.models import pre_tokenizer
+from hasten.models import gguf_tokenizer
 from hasten.models.tokenizer import Tokenizer
 from text_samples import samples
 from tiny_tokenizers import (
@@ -26,7 +26,7 @@ from tiny_tokenizers import (
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    metadata = byte_level_metadata(byte_level(pre_tokenizer.QWEN2), "qwen2") | {"add_bos_token": True}
+    metadata = byte_level_metadata(byte_level(gguf_tokenizer.QWEN2), "qwen2") | {"add_bos_token": True}
     keys = {f"tokenizer.ggml.{k}": v for k, v in metadata.items()}
     return Tokenizer.from_gguf(keys | {"tokenizer.chat_template": CHATML})
 
@@ -131,7 +131,7 @@ def test_empty_text(tokenizer: Tokenizer) -> None:
 
 
 def test_a_model_without_template_says_raw() -> None:
-    metadata = byte_level_metadata(byte_level(pre_tokenizer.QWEN2), "qwen2")
+    metadata = byte_level_metadata(byte_level(gguf_tokenizer.QWEN2), "qwen2")
     tokenizer = Tokenizer.from_gguf({f"tokenizer.ggml.{k}": v for k, v in metadata.items()})
     assert not tokenizer.has_chat_template
     with pytest.raises(TokenizerError, match="no chat template") as caught:

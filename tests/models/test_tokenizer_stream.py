@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hasten.errors import TokenizerError
-from hasten.models import pre_tokenizer
+from hasten.models import gguf_tokenizer
 from hasten.models.text_stream import TextStream
 from hasten.models.tokenizer import Tokenizer
 from text_samples import samples
@@ -23,7 +23,7 @@ from tiny_tokenizers import (
 
 
 def _byte_level() -> Tokenizer:
-    metadata = byte_level_metadata(byte_level(pre_tokenizer.QWEN2), "qwen2")
+    metadata = byte_level_metadata(byte_level(gguf_tokenizer.QWEN2), "qwen2")
     return Tokenizer.from_gguf({f"tokenizer.ggml.{k}": v for k, v in metadata.items()})
 
 
@@ -41,7 +41,7 @@ def _metaspace() -> Tokenizer:
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers
 
-    from hasten.models.tokenizer_fields import TokenizerFields
+    from hasten.models.text_stream import TokenizerFields
 
     letters = ["<unk>", "\u2581", "a", "b", "\u2581a", "\u2581\u2581", "<0xE4>", "<0xBD>", "<0xA0>"]
     backend = Backend(models.BPE({token: i for i, token in enumerate(letters)}, [], unk_token="<unk>"))

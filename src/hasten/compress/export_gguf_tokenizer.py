@@ -17,9 +17,8 @@ import numpy as np
 
 from hasten.cache.reading import read_file
 from hasten.errors import TokenizerError
-from hasten.models.gguf_vocabulary import KEY
-from hasten.models.pre_tokenizer import GPT2, KINDS
-from hasten.models.sentencepiece_tokenizer import SPACE, PieceType
+from hasten.models.gguf_tokenizer import GPT2, KEY, KINDS
+from hasten.models.sentencepiece import SPACE, PieceType
 from hasten.models.tokenizer import Tokenizer
 
 _HINT = "--to compressed-tensors carries tokenizer.json as it is"
@@ -147,7 +146,7 @@ def _byte_level(spec: dict[str, Any], types: list[int]) -> dict[str, Any]:
 
 
 def _splits(spec: Any) -> tuple[str, ...]:
-    """The expressions that cut text, as hasten.models.pre_tokenizer lists them."""
+    """The expressions that cut text, as hasten.models.gguf_tokenizer lists them."""
     found: list[str] = []
     for part in _parts(spec):
         if part["type"] == "Split" and "Regex" in part["pattern"] and not part.get("invert"):

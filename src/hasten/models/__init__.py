@@ -9,8 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hasten.models.blocks import dequantize
-    from hasten.models.finite import check_finite
+    from hasten.models.blocks import check_finite, dequantize
     from hasten.models.open import open_model
     from hasten.models.source import Source, SourceFile, SourceTensor, sha256_of
 
@@ -27,7 +26,7 @@ _HOMES = {
     "Source": "source",
     "SourceFile": "source",
     "SourceTensor": "source",
-    "check_finite": "finite",
+    "check_finite": "blocks",
     "dequantize": "blocks",
     "open_model": "open",
     "sha256_of": "source",

@@ -1,23 +1,285 @@
+# ruff: noqa: RUF001 - the patterns hold characters that look like others
 """Tokenizers out of GGUF metadata: byte-level BPE ("gpt2"), SentencePiece BPE ("llama") and unigram ("t5").
 
-Where the metadata is silent, the model's original tokenizer decides, which is also what llama.cpp does.
+Where the metadata is silent, the model's original tokenizer decides, which is also what llama.cpp does. Keys
+and token types: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+
+A byte-level vocabulary needs to know how text is cut into words before merging: one list of expressions a
+`tokenizer.ggml.pre` name. The expressions are those of the models' own tokenizer.json files (Oniguruma
+syntax). Each splits what the ones before it left, and keeps matches and the text between them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 from hasten.errors import TokenizerError
-from hasten.models import pre_tokenizer, sentencepiece_tokenizer
-from hasten.models.gguf_vocabulary import AGAIN, KEY, GgufVocabulary
-from hasten.models.sentencepiece_tokenizer import SPACE, PieceType, SentencePieceVocabulary
-from hasten.models.text_stream import byte_alphabet
-from hasten.models.tokenizer_fields import TokenizerFields
+from hasten.models import sentencepiece
+from hasten.models.sentencepiece import SPACE, PieceType, SentencePieceVocabulary
+from hasten.models.text_stream import TokenizerFields, byte_alphabet
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from tokenizers.pre_tokenizers import PreTokenizer
+
+KEY = "tokenizer.ggml."
+AGAIN = "download the GGUF file again, or open the model's Hugging Face folder"
+_IDS = ("bos", "eos", "eot", "eom", "unknown", "padding", "seperator", "separator", "cls", "mask")
+_FLAGS = ("add_bos_token", "add_eos_token", "add_space_prefix", "remove_extra_whitespaces")
+_NO_TOKEN = 0xFFFFFFFF  # -1 written as unsigned
+
+
+@dataclass(frozen=True)
+class GgufVocabulary:
+    """A file's vocabulary; `scores` and `types` have one entry a token, ids are below `len(tokens)`."""
+
+    model: str  # gpt2, llama, t5 ...
+    pre: str
+    architecture: str
+    tokens: list[str]
+    scores: list[float]
+    types: list[int]  # PieceType
+    merges: list[str] | None
+    ids: Mapping[str, int]  # bos, eos, unknown ... where the file names one
+    flags: Mapping[str, bool]  # add_bos_token ... where the file says
+    charsmap: bytes
+    chat_templates: Mapping[str, str]
+
+    @classmethod
+    def read(cls, metadata: Mapping[str, object]) -> GgufVocabulary:
+        """Take the vocabulary out of a file's key-value pairs.
+
+        Args:
+            metadata: arrays are sequences, their strings (and all others) str or bytes.
+
+        Raises:
+            TokenizerError: a key is missing, of the wrong kind, or contradicts another.
+        """
+        tokens = _strings(metadata, "tokens")
+        if not tokens:
+            raise TokenizerError(f"the file has no {KEY}tokens", hint=AGAIN)
+        ids = {name: _id(metadata, f"{name}_token_id", len(tokens)) for name in _IDS}
+        return cls(
+            model=text_of(metadata, KEY + "model") or "",
+            pre=text_of(metadata, KEY + "pre") or "default",
+            architecture=text_of(metadata, "general.architecture") or "",
+            tokens=tokens,
+            scores=_numbers(metadata, "scores", len(tokens), 0.0),
+            types=_types(metadata, len(tokens)),
+            merges=_strings(metadata, "merges"),
+            ids={name: found for name, found in ids.items() if found is not None},
+            flags={name: bool(metadata[KEY + name]) for name in _FLAGS if KEY + name in metadata},
+            charsmap=_bytes(metadata, "precompiled_charsmap"),
+            chat_templates=_templates(metadata),
+        )
+
+    @cached_property
+    def marked(self) -> list[int]:
+        """Ids of the tokens that are not plain text, ascending."""
+        named = frozenset(self.ids.values())
+        return [i for i, kind in enumerate(self.types) if kind != PieceType.NORMAL or i in named]
+
+
+def text_of(metadata: Mapping[str, object], key: str) -> str | None:
+    """A text value, None where the key is missing.
+
+    Raises:
+        TokenizerError: the value is no text.
+    """
+    value = metadata.get(key)
+    if isinstance(value, bytes):
+        return _decoded(value, key)
+    if value is not None and not isinstance(value, str):
+        raise TokenizerError(f"{key} must be text, got {type(value).__name__}", hint=AGAIN)
+    return value
+
+
+def _decoded(value: bytes, key: str) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{key} holds bytes that are no UTF-8: {value[:40]!r}", hint=AGAIN) from error
+
+
+def _kinds(values: Iterable[object]) -> set[type]:
+    return set(map(type, values))  # one pass in C: these lists have 150,000 entries
+
+
+def _strings(metadata: Mapping[str, object], name: str) -> list[str] | None:
+    key = KEY + name
+    value = metadata.get(key)
+    if value is None:
+        return None
+    if (
+        not isinstance(value, Sequence)
+        or not _kinds(value) <= {str, bytes}
+        or isinstance(value, (str, bytes))
+    ):
+        raise TokenizerError(f"{key} must be a list of strings", hint=AGAIN)
+    if _kinds(value) <= {str}:
+        return list(value)
+    return [_decoded(item, key) if isinstance(item, bytes) else item for item in value]
+
+
+def _numbers(metadata: Mapping[str, object], name: str, count: int, default: float) -> list[float]:
+    value = metadata.get(KEY + name)
+    if value is None:
+        return [default] * count
+    numbers = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(numbers, Sequence) or len(numbers) != count or not _kinds(numbers) <= {int, float}:
+        raise TokenizerError(f"{KEY}{name} must hold {count} numbers, one a token", hint=AGAIN)
+    return list(numbers)
+
+
+def _types(metadata: Mapping[str, object], count: int) -> list[int]:
+    numbers = _numbers(metadata, "token_type", count, PieceType.NORMAL)
+    types = [number for number in numbers if isinstance(number, int)]
+    if len(types) != count:
+        raise TokenizerError(f"{KEY}token_type must hold integers", hint=AGAIN)
+    return types
+
+
+def _id(metadata: Mapping[str, object], name: str, count: int) -> int | None:
+    value = metadata.get(KEY + name)
+    if value is None or value == _NO_TOKEN:
+        return None
+    if not hasattr(value, "__index__") or not 0 <= (number := int(value)) < count:
+        raise TokenizerError(f"{KEY}{name} is {value!r}, which is no id of the {count} tokens", hint=AGAIN)
+    return number
+
+
+def _bytes(metadata: Mapping[str, object], name: str) -> bytes:
+    value = metadata.get(KEY + name, b"")
+    values = value.tolist() if hasattr(value, "tolist") else value
+    try:
+        if isinstance(values, (bytes, list, tuple)):
+            return bytes(number & 0xFF for number in values)  # GGUF has signed bytes too
+    except TypeError:
+        pass
+    raise TokenizerError(f"{KEY}{name} must be a list of bytes", hint=AGAIN)
+
+
+def _templates(metadata: Mapping[str, object]) -> dict[str, str]:
+    """`tokenizer.chat_template` is the default one, `tokenizer.chat_template.NAME` are others."""
+    prefix = "tokenizer.chat_template"
+    return {
+        key[len(prefix) + 1 :] or "default": text_of(metadata, key) or ""
+        for key in metadata
+        if key == prefix or key.startswith(prefix + ".")
+    }
+
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+LLAMA3 = _WORD + r"|\p{N}{1,3}" + _TAIL
+QWEN2 = _WORD + r"|\p{N}" + _TAIL
+QWEN35 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LOWER_ENDING = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+_UPPER_START = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+_SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_SLASH_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+TEKKEN = rf"{_LOWER_ENDING}|{_UPPER_START}|\p{{N}}{_SLASH_TAIL}"
+GPT4O = rf"{_LOWER_ENDING}{_SUFFIX}|{_UPPER_START}{_SUFFIX}|\p{{N}}{{1,3}}{_SLASH_TAIL}"
+_CJK_RUN = "[一-龥ࠀ-一가-퟿]+"
+# DeepSeek LLM lists the cased letters of its day, by code point.
+_CASED = """
+41-5a 61-7a b5 c0-d6 d8-f6 f8-1ba 1bc-1bf 1c4-293 295-2af 370-373 376-377 37b-37d 37f 386 388-38a
+38c 38e-3a1 3a3-3f5 3f7-481 48a-52f 531-556 10a0-10c5 13a0-13f5 13f8-13fd 1c90-1cba 1cbd-1cbf
+1d00-1d2b 1d6b-1d77 1d79-1d9a 1e00-1f15 1f18-1f1d 1f20-1f45 1f48-1f4d 1f50-1f57 1f59 1f5b 1f5d
+1f5f-1f7d 1f80-1fb4 1fb6-1fbc 1fbe 1fc2-1fc4 1fc6-1fcc 1fd0-1fd3 1fd6-1fdb 1fe0-1fec 1ff2-1ff4
+1ff6-1ffc 2102 2107 210a-2113 2115 2119-211d 2124 2126 2128 212a-212d 212f-2134 2139 213c-213f
+2145-2149 214e 2183-2184 2c00-2c7b 2c7e-2ce4 2ceb-2cee 2cf2-2cf3 a640-a66d a680-a69b a722-a76f
+a771-a787 a78b-a78e ab70-abbf fb00-fb06 fb13-fb17 ff21-ff3a ff41-ff5a 10400-1044f 104b0-104d3
+104d8-104fb 10c80-10cb2 10cc0-10cf2 118a0-118df 1e900-1e943
+"""
+_DEEPSEEK_WORD = (
+    rf"\s?[{''.join('-'.join(chr(int(c, 16)) for c in part.split('-')) for part in _CASED.split())}]+"
+)
+_DEEPSEEK3 = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
+
+
+@dataclass(frozen=True)
+class PreTokenizerKind:
+    """One way to cut, and what its models do where the metadata is silent."""
+
+    splits: tuple[str, ...]
+    whole_words: bool = False  # a word that is a token as it stands is not merged together (`ignore_merges`)
+    add_bos: bool = False
+
+
+_KINDS: dict[tuple[str, ...], PreTokenizerKind] = {
+    ("default", "gpt-2", "mpt", "olmo", "jais", "phi-2"): PreTokenizerKind((GPT2,)),
+    (
+        "smollm",
+        "starcoder",
+        "refact",
+        "command-r",
+        "codeshell",
+        "exaone",
+        "minerva-7b",
+    ): PreTokenizerKind((r"\p{N}", GPT2)),
+    ("qwen2", "stablelm2", "deepseek-r1-qwen", "megrez", "kormo", "f2llmv2"): PreTokenizerKind((QWEN2,)),
+    ("qwen35",): PreTokenizerKind((QWEN35,)),
+    (
+        "llama-bpe",
+        "llama3",
+        "llama-v3",
+        "falcon3",
+        "falcon-h1",
+        "pixtral",
+        "midm-2.0",
+        "lfm2",
+    ): PreTokenizerKind((LLAMA3,), whole_words=True, add_bos=True),
+    ("dbrx", "smaug-bpe", "chatglm-bpe", "glm4"): PreTokenizerKind((LLAMA3,)),
+    ("tekken",): PreTokenizerKind((TEKKEN,), whole_words=True, add_bos=True),
+    ("gpt-4o", "llama4", "kanana2", "minimax-m2"): PreTokenizerKind((GPT4O,)),
+    ("deepseek-llm",): PreTokenizerKind(
+        (r"[\r\n]", _DEEPSEEK_WORD, r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", _CJK_RUN, r"\p{N}+")
+    ),
+    ("deepseek-coder",): PreTokenizerKind((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK_RUN, r"\p{N}")),
+    ("deepseek-v3",): PreTokenizerKind((r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK3)),
+    ("falcon",): PreTokenizerKind((r"[\p{P}\$\+<=>\^~\|`]+", GPT2, "[0-9][0-9][0-9]")),
+    ("bloom", "poro-chat", "gpt3-finnish"): PreTokenizerKind((_BLOOM,)),
+    ("viking",): PreTokenizerKind((_BLOOM, r"\p{N}")),
+}
+KINDS: dict[str, PreTokenizerKind] = {name: kind for names, kind in _KINDS.items() for name in names}
+
+
+def kind_of(name: str) -> PreTokenizerKind:
+    """The kind behind a `tokenizer.ggml.pre` name.
+
+    Raises:
+        TokenizerError: the name is not known; guessing would give other tokens than the model was trained on.
+    """
+    try:
+        return KINDS[name]
+    except KeyError:
+        raise TokenizerError(
+            f"this model's pre-tokenizer {name!r} is not known; known are {', '.join(sorted(KINDS))}",
+            hint="open the model's Hugging Face folder instead: its tokenizer.json says how to split",
+        ) from None
+
+
+def split_words(kind: PreTokenizerKind) -> PreTokenizer:
+    """Split as `kind` says, then spell the words in the byte alphabet."""
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+
+    splits: list[PreTokenizer] = [Split(Regex(pattern), behavior="isolated") for pattern in kind.splits]
+    return Sequence([*splits, ByteLevel(add_prefix_space=False, use_regex=False)])
+
 
 # What ends a turn in the chat formats in use; files often name only one of the tokens their model ends with.
 _ENDS = frozenset(
@@ -40,7 +302,7 @@ def from_gguf(metadata: Mapping[str, object]) -> tuple[Tokenizer, TokenizerField
     """
     vocabulary = GgufVocabulary.read(metadata)
     if vocabulary.model == "gpt2":
-        backend, add_bos = _byte_level(vocabulary), pre_tokenizer.kind_of(vocabulary.pre).add_bos
+        backend, add_bos = _byte_level(vocabulary), kind_of(vocabulary.pre).add_bos
     elif vocabulary.model in ("llama", "t5"):
         backend, add_bos = _sentencepiece(vocabulary), vocabulary.model == "llama"
     else:
@@ -75,14 +337,14 @@ def _byte_level(vocabulary: GgufVocabulary) -> Tokenizer:
 
     if vocabulary.merges is None:
         raise TokenizerError(f"the file has no {KEY}merges, which a gpt2 tokenizer needs", hint=AGAIN)
-    kind = pre_tokenizer.kind_of(vocabulary.pre)
+    kind = kind_of(vocabulary.pre)
     merges = [tuple(merge.split(" ", 1)) for merge in vocabulary.merges]
     try:
         model = BPE(_spelled(vocabulary), merges, ignore_merges=kind.whole_words)  # type: ignore[arg-type]
     except Exception as error:  # the library raises plain Exception
         raise TokenizerError(f"{KEY}merges do not fit the tokens: {error}", hint=AGAIN) from error
     backend = Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizer.byte_level(kind)
+    backend.pre_tokenizer = split_words(kind)
     backend.decoder = decoders.ByteLevel()
     return backend
 
@@ -117,7 +379,7 @@ def _sentencepiece(vocabulary: GgufVocabulary) -> Tokenizer:
     unk_id = vocabulary.ids.get("unknown")
     if unk_id is None and PieceType.UNKNOWN in vocabulary.types:
         unk_id = vocabulary.types.index(PieceType.UNKNOWN)
-    return sentencepiece_tokenizer.build(
+    return sentencepiece.build(
         SentencePieceVocabulary(
             kind="unigram" if vocabulary.model == "t5" else "bpe",
             tokens=tokens,

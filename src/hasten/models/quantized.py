@@ -1,8 +1,8 @@
 """Matrices of quantised Hugging Face checkpoints: from packed integers to tensors that keep them.
 
 GPTQ, AWQ and compressed-tensors all mean value = scale * (q - zero), with one scale and one zero point for
-each group of inputs of a row; they differ in names and in how q and zero are packed. Each has its own file;
-here is what they share. The layouts of the native engine hold q and the scale as they are (native/layout.h):
+each group of inputs of a row; they differ in names and in how q and zero are packed (quantized_formats.py).
+Here is what they share. The layouts of the native engine hold q and the scale as they are (native/layout.h):
 
 - Every zero point 2^(bits-1): the symmetric layout, exact while the scale is an fp16 number, as it always is
   in GPTQ and AWQ. A bf16 scale is one from 2^-17 up. Other scales are rounded to fp16, which moves a value by
@@ -21,8 +21,10 @@ orders alone; q and scales are read when a tensor's data are.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -225,3 +227,75 @@ def scales(tensor: SourceTensor) -> npt.NDArray[np.float32]:
 def modules_with(tensors: Tensors, part: str) -> list[str]:
     """Names of the modules that have such a tensor, in the file's order."""
     return [name.removesuffix(f".{part}") for name in tensors if name.endswith(f".{part}")]
+
+
+UNUSED = ("input_scale", "input_zero_point", "output_scale", "output_zero_point", "k_scale", "v_scale")
+"""Scales of activations and of keys and values: read by engines that round those by them."""
+_log = logging.getLogger("hasten.models")
+
+
+class Quantization(Protocol):
+    """How a checkpoint's matrices are packed."""
+
+    def matrices(self, tensors: Tensors, where: str) -> list[QuantizedMatrix]:
+        """Every quantised module; FormatError where a tensor is missing, misshapen or contradicts another."""
+
+
+def merged(
+    quantization: Quantization, tensors: Tensors, is_needed: Callable[[str], bool], where: str
+) -> tuple[dict[str, SourceTensor], tuple[str, ...]]:
+    """The tensors of a checkpoint with every quantised matrix in place of its parts.
+
+    Args:
+        quantization: how they are packed.
+        tensors: by the file's names.
+        is_needed: whether the architecture has the parameter that a file's name stands for.
+        where: what errors call the checkpoint.
+
+    Returns:
+        (tensors by the file's names, `module.weight` for a matrix; names of tensors without use: scales of
+        activations, and biases of nothing but zeros that early GPTQ tools wrote for models without biases)
+
+    Raises:
+        FormatError: a part is missing, misshapen or contradicts another, or integers belong to no matrix.
+    """
+    matrices = quantization.matrices(tensors, where)
+    used = {name for matrix in matrices for name in matrix.used}
+    biases = {f"{matrix.module}.bias" for matrix in matrices}
+    result: dict[str, SourceTensor] = {}
+    unused: list[str] = []
+    for name, tensor in tensors.items():
+        if name in used:
+            continue
+        if name.rpartition(".")[2] in UNUSED or (
+            name in biases and not is_needed(name) and not array(tensor).any()
+        ):
+            unused.append(name)
+        elif tensor.dtype in ("I8", "I32", "I64"):
+            raise FormatError(
+                f"{where}: tensor {name!r} holds integers ({tensor.dtype}) and is of no quantised module",
+                hint="the checkpoint is incomplete or packed in another way: download it again",
+            )
+        else:
+            result[name] = tensor
+    for matrix in matrices:
+        tensor = matrix.tensor()
+        if tensor.name in result:
+            raise FormatError(f"{where}: {matrix.module} is there twice, quantised and as {tensor.name!r}")
+        result[tensor.name] = tensor
+    _warn_of_bf16(matrices, where)
+    return result, tuple(unused)
+
+
+def _warn_of_bf16(matrices: list[QuantizedMatrix], where: str) -> None:
+    wide = [matrix for matrix in matrices if matrix.tensor().dtype == "F32"]
+    if not wide:
+        return
+    megabytes = sum(matrix.rows * matrix.cols for matrix in wide) * 2e-6
+    ordered = any(matrix.groups_of is not None for matrix in wide)
+    reason = "inputs out of order (act-order)" if ordered else "groups of no multiple of 32"
+    _log.warning(
+        "%s: %d of %d quantised matrices (%s ...) fit no integer layout: %s. Recipe source keeps them in "
+        "bf16, %.0f MB; w8 or w6 is smaller and faster.",
+        where, len(wide), len(matrices), wide[0].module, reason, megabytes,
+    )  # fmt: skip

@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import codecs
 import functools
+import json
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hasten.errors import TokenizerError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -206,3 +212,135 @@ class TextStream:
         for stage in self._stages[first:]:
             pieces = [out for piece in pieces for out in stage.push(piece)]
         return pieces
+
+
+# Rows that fill an embedding up: llama.cpp's converter names them [PAD<id>]; Gemma's have no meaning either.
+_FILLER = re.compile(r"\[PAD(\d+)\]|<unused\d+>")
+
+
+@dataclass(frozen=True)
+class TokenBytes:
+    """One entry an id. Special tokens have their own name as bytes; ids that mean nothing have none."""
+
+    values: list[bytes]
+    special: tuple[int, ...]  # ids that decode leaves out, ascending
+
+
+def token_bytes(backend: Backend, decoder: Mapping[str, Any], eos_ids: tuple[int, ...]) -> TokenBytes:
+    """Bytes of every token, taken from the vocabulary and the decoder's own rules.
+
+    A SentencePiece decoder drops one space before the first token of a text; the bytes here keep it.
+
+    Args:
+        backend: the vocabulary.
+        decoder: its decoder as tokenizer.json spells it.
+        eos_ids: taken as special even where the tokenizer does not mark them.
+    """
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    spell = _speller(decoder)
+    values = [b""] * (max(vocabulary.values(), default=-1) + 1)
+    added = backend.get_added_tokens_decoder()
+    for text, index in vocabulary.items():
+        if index not in added:
+            values[index] = spell(text)
+    special = {index for index in eos_ids if index < len(values)}
+    for index, token in added.items():
+        # The byte-level decoder reads these as bytes too where they are of its alphabet.
+        values[index] = token.content.encode() if token.special else spell(token.content)
+        if token.special:
+            special.add(index)
+    for text, index in vocabulary.items():
+        filler = _FILLER.fullmatch(text) if text[:1] in "[<" else None
+        if filler and index not in special and filler.group(1) in (None, str(index)):
+            values[index] = b""
+    return TokenBytes(values, tuple(sorted(special)))
+
+
+def _speller(decoder: Mapping[str, Any]) -> Callable[[str], bytes]:
+    specs = decoder["decoders"] if decoder.get("type") == "Sequence" else [decoder]
+    kinds = {spec.get("type") for spec in specs}
+    replaced = [
+        (spec["pattern"]["String"], spec["content"])
+        for spec in specs
+        if spec.get("type") == "Replace" and "String" in spec.get("pattern", {})
+    ]
+    replaced += [(spec["replacement"], " ") for spec in specs if spec.get("type") == "Metaspace"]
+
+    def from_pieces(text: str) -> bytes:
+        match = BYTE_TOKEN.fullmatch(text) if "ByteFallback" in kinds else None
+        if match:
+            return bytes([int(match.group(1), 16)])
+        for old, new in replaced:
+            text = text.replace(old, new)
+        return text.encode()
+
+    return _from_alphabet if "ByteLevel" in kinds else from_pieces
+
+
+_TABLE = {ord(character): byte for byte, character in byte_alphabet().items()}
+_BEYOND = re.compile("[^" + re.escape("".join(byte_alphabet().values())) + "]")
+
+
+def _from_alphabet(text: str) -> bytes:
+    if _BEYOND.search(text):
+        return text.encode()
+    return text.translate(_TABLE).encode("latin-1")
+
+
+def cutter(backend: Backend) -> Callable[[str], list[str]] | None:
+    """A function that cuts a text behind special tokens so that each piece encodes on its own.
+
+    The `tokenizers` library takes added tokens out first (those that no normalizer changes) and then treats
+    what is between them piece by piece (AddedVocabulary.extract_and_normalize), so a cut behind one changes
+    nothing; unless the token takes blanks beside it with it, or the parts that follow treat the first piece
+    in another way (Metaspace, prefix spaces, normalizers that prepend).
+
+    Returns:
+        None where that may not hold.
+    """
+    tokens = [token for token in backend.get_added_tokens_decoder().values() if not token.normalized]
+    if not tokens or any(t.lstrip or t.rstrip or t.single_word for t in tokens):
+        return None
+    if not (_is_local(backend.pre_tokenizer) and _is_local(backend.normalizer)):
+        return None
+    texts = sorted(
+        {t.content for t in tokens if t.content}, key=len, reverse=True
+    )  # the longest that matches wins
+    behind = re.compile("|".join(map(re.escape, texts)))
+
+    def cut(text: str) -> list[str]:
+        ends = [match.end() for match in behind.finditer(text)]
+        starts = [0, *(end for end in ends if end < len(text))]
+        return [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
+
+    return cut
+
+
+_LOCAL = {"ByteLevel", "Split", "Digits", "Punctuation", "Sequence", "NFC", "NFKC", "NFD", "NFKD"}
+
+
+def _is_local(part: Any) -> bool:
+    """Whether a pre-tokenizer or normalizer treats a piece the same wherever it stands."""
+    if part is None:
+        return True
+    found = json.loads(part.__getstate__())
+    inner = found.get("pretokenizers", found.get("normalizers", []))
+    return all(p.get("type") in _LOCAL and not p.get("add_prefix_space") for p in [found, *inner])
+
+
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True)
+class TokenizerFields:
+    """The small part of a tokenizer, known before its vocabulary is parsed.
+
+    `special_tokens` maps the names that chat templates use (`bos_token`, `eos_token` ...) to token text;
+    `chat_templates` maps `default` and further names (`tool_use`) to Jinja source.
+    """
+
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()  # generation stops at any of these; the tokenizer's own eos first
+    vocab_size: int = 0  # tokens that have an id, added ones included
+    special_tokens: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    chat_templates: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from hasten.errors import TokenizerError, UsageError
 from hasten.models import chat_template
-from hasten.models.text_stream import TextStream
-from hasten.models.tokenizer_fields import TokenizerFields
+from hasten.models.text_stream import TextStream, TokenizerFields
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
     from tokenizers import Tokenizer as Backend
 
-    from hasten.models.token_bytes import TokenBytes
+    from hasten.models.text_stream import TokenBytes
 
 _LONG = 1000
 """Characters, or ids: from here on the library's calls for batches are used, which let other threads run.
@@ -72,7 +71,7 @@ class Tokenizer:
             ArtifactError: a file is missing, damaged or was not written by `save`; what is wrong inside
                 tokenizer.json shows (as ArtifactError too) at the first use.
         """
-        from hasten.models.tokenizer_store import load
+        from hasten.models.folder_tokenizer import load
 
         return cls(*load(Path(folder)))
 
@@ -86,7 +85,7 @@ class Tokenizer:
         Raises:
             ArtifactError: the files cannot be written.
         """
-        from hasten.models.tokenizer_store import save
+        from hasten.models.folder_tokenizer import save
 
         save(self._backend, self.fields, Path(folder))
 
@@ -245,7 +244,7 @@ class Tokenizer:
         Raises:
             TokenizerError: the tokenizer has no decoder.
         """
-        from hasten.models.token_bytes import token_bytes
+        from hasten.models.text_stream import token_bytes
 
         return token_bytes(self._backend, self._decoder, self.eos_ids)
 
@@ -276,7 +275,7 @@ class Tokenizer:
         """
         if self._get_digest is not None:
             return self._get_digest()
-        from hasten.models.tokenizer_store import computed_digest
+        from hasten.models.folder_tokenizer import computed_digest
 
         return computed_digest(self._backend, self.fields)
 
@@ -295,7 +294,7 @@ class Tokenizer:
 
     @cached_property
     def _cut(self) -> Callable[[str], list[str]] | None:
-        from hasten.models.prompt_pieces import cutter
+        from hasten.models.text_stream import cutter
 
         return cutter(self._backend)
 
