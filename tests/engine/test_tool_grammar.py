@@ -12,8 +12,7 @@ from hasten.engine.tool_grammar import tool_grammar
 from hasten.errors import UsageError
 from hasten.models import gguf_tokenizer
 from hasten.models.tokenizer import Tokenizer
-from hasten.models.tools.stream import parse_tool_calls
-from hasten.models.tools.style import ToolStyle, tool_style
+from hasten.models.tool_calls import ToolStyle, parse_tool_calls
 from masked_vocabulary import Vocabulary
 from tiny_tokenizers import byte_level, byte_level_metadata
 
@@ -59,7 +58,7 @@ def answer(vocabulary: Vocabulary, style: ToolStyle, rng: random.Random, **optio
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_forced_calls_are_calls(name: str, trained: dict[str, Any]) -> None:
     tokenizer = Tokenizer.from_gguf(trained | {"tokenizer.chat_template": TEMPLATES[name]})
-    vocabulary, style = Vocabulary(tokenizer), tool_style(tokenizer, "llama")
+    vocabulary, style = Vocabulary(tokenizer), tokenizer.tool_style("llama")
     assert style.name == ("hermes" if name == "described" else name) and style.described == (
         name == "described"
     )
@@ -124,7 +123,7 @@ def test_demo_style() -> None:
     from hasten.models.locate import demo_file
 
     tokenizer = Tokenizer.from_gguf(GgufFile.open(demo_file().path).metadata)
-    style = tool_style(tokenizer, "qwen2")
+    style = tokenizer.tool_style("qwen2")
     assert style == ToolStyle() and "<tools>" in tokenizer.apply_chat(
         [{"role": "user", "content": "x"}], tools=TOOLS
     )

@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hasten.models.tools.call import new_call_id
-from hasten.models.tools.stream import (
+from hasten.models.tool_calls import (
     ArgumentsDelta,
     CallStarted,
     TextDelta,
     ToolCallStream,
+    ToolStyle,
+    new_call_id,
     parse_tool_calls,
 )
-from hasten.models.tools.style import ToolStyle
 
 HERMES, LIST, LLAMA = ToolStyle("hermes"), ToolStyle("hermes_list"), ToolStyle("llama")
 MISTRAL, ARGS, PHI = ToolStyle("mistral"), ToolStyle("mistral_args"), ToolStyle("phi")

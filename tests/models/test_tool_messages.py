@@ -8,9 +8,8 @@ import pytest
 from test_chat_template import GEMMA
 
 from hasten.errors import UsageError
-from hasten.models.chat_template import render
-from hasten.models.tools.messages import prepared
-from hasten.models.tools.style import is_described
+from hasten.models.chat_template import prepared, render
+from hasten.models.tool_calls import is_described
 
 # The parts of the published templates that tools touch.
 QWEN = """{%- if tools %}{{- '<|im_start|>system\\n' }}{%- if messages[0]['role'] == 'system' %}

@@ -11,7 +11,7 @@ from running_server import Running
 from stand_in_engine import logprob
 
 from hasten.engine.request import Output
-from hasten.models.tools.stream import ArgumentsDelta, CallStarted, TextDelta
+from hasten.models.tool_calls import ArgumentsDelta, CallStarted, TextDelta
 from hasten.serve.logprobs import TokenTexts
 from hasten.serve.response_shape import ResponseShape
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from hasten.engine.grammar import Grammar
 from hasten.engine.grammar_source import check_schema, quoted, with_options
 from hasten.errors import UsageError
-from hasten.models.tools.style import ToolStyle
+from hasten.models.tool_calls import ToolStyle
 
 ToolChoice = Literal["none", "auto", "required"] | Mapping[str, Any]
 MAX_TOOLS = 128
@@ -31,7 +31,7 @@ def tool_grammar(
         tool_choice: "none" and "auto" force nothing; "required" forces a call of any function, and
             `{"type": "function", "function": {"name": ...}}` one of that function.
         parallel: whether several calls may come; Llama's models make one at most.
-        style: the model's way, `tool_style(tokenizer, architecture)`.
+        style: the model's way, `tokenizer.tool_style(architecture)`.
 
     Returns:
         None where nothing is forced.

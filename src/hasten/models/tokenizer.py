@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from hasten.errors import TokenizerError, UsageError
 from hasten.models import chat_template
-from hasten.models.text_stream import TextStream, TokenizerFields
+from hasten.models.text_stream import TextStream, TokenBytes, TokenizerFields, cutter, token_bytes
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
     from tokenizers import Tokenizer as Backend
 
-    from hasten.models.text_stream import TokenBytes
+    from hasten.models.tool_calls import ToolStyle
 
 _LONG = 1000
 """Characters, or ids: from here on the library's calls for batches are used, which let other threads run.
@@ -189,10 +189,8 @@ class Tokenizer:
             TokenizerError: the model has no template, or it refuses the messages.
             UsageError: the messages are not a list of mappings, or have content that is no text.
         """
-        from hasten.models.tools.messages import prepared
-
         chat_template.check(messages)
-        chat, more = prepared(messages, tools, self.fields.chat_templates)
+        chat, more = chat_template.prepared(messages, tools, self.fields.chat_templates)
         return chat_template.render(
             self.fields.chat_templates,
             chat,
@@ -244,9 +242,15 @@ class Tokenizer:
         Raises:
             TokenizerError: the tokenizer has no decoder.
         """
-        from hasten.models.text_stream import token_bytes
-
         return token_bytes(self._backend, self._decoder, self.eos_ids)
+
+    def tool_style(self, architecture: str = "") -> ToolStyle:
+        """How the model writes tool calls: as its chat template shows, or its architecture decides."""
+        from hasten.models.tool_calls import tool_style
+
+        added = self._backend.get_added_tokens_decoder().items()
+        special = {token.content: index for index, token in added if token.special}
+        return tool_style(self.fields.chat_templates, architecture, special)
 
     def id_of(self, token: str) -> int | None:
         """The id of a token by its own spelling, None where the vocabulary lacks it."""
@@ -294,8 +298,6 @@ class Tokenizer:
 
     @cached_property
     def _cut(self) -> Callable[[str], list[str]] | None:
-        from hasten.models.text_stream import cutter
-
         return cutter(self._backend)
 
     @cached_property

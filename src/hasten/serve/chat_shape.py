@@ -7,7 +7,7 @@ from json.encoder import encode_basestring
 from typing import Any
 
 from hasten.engine.request import Output
-from hasten.models.tools.stream import ArgumentsDelta, CallStarted, TextDelta, ToolCallStream, ToolEvent
+from hasten.models.tool_calls import ArgumentsDelta, CallStarted, TextDelta, ToolCallStream, ToolEvent
 from hasten.serve.logprobs import TokenTexts
 from hasten.serve.shape import Part, Shape, dumps
 from hasten.serve.tally import Tally

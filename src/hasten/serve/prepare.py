@@ -91,7 +91,7 @@ def chat_text(
     Raises:
         Problem, UsageError: the template does not take it.
     """
-    from hasten.models.tools.messages import prepared
+    from hasten.models.chat_template import prepared
 
     tokenizer = served.model.tokenizer
     plain = [{key: value for key, value in message.items() if value is not None} for message in messages]

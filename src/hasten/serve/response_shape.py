@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from json.encoder import encode_basestring
 from typing import TYPE_CHECKING, Any
 
-from hasten.models.tools.stream import ArgumentsDelta, CallStarted, TextDelta, ToolEvent
+from hasten.models.tool_calls import ArgumentsDelta, CallStarted, TextDelta, ToolEvent
 from hasten.serve.shape import dumps
 
 if TYPE_CHECKING:
     from hasten.engine.request import Output
     from hasten.engine.sampling import TokenLogprob
-    from hasten.models.tools.stream import ToolCallStream
+    from hasten.models.tool_calls import ToolCallStream
     from hasten.serve.feed import News
     from hasten.serve.logprobs import TokenTexts
     from hasten.serve.problem import Problem

@@ -10,8 +10,7 @@ from hasten.serve.problem import Problem
 
 if TYPE_CHECKING:
     from hasten.engine.grammar import Grammar
-    from hasten.models.tools.stream import ToolCallStream
-    from hasten.models.tools.style import ToolStyle
+    from hasten.models.tool_calls import ToolCallStream, ToolStyle
     from hasten.serve.pool import Served
 
 Tools = Sequence[Mapping[str, Any]]
@@ -27,7 +26,7 @@ class ToolPlan:
 
     def reader(self) -> ToolCallStream:
         """Reads one answer."""
-        from hasten.models.tools.stream import ToolCallStream
+        from hasten.models.tool_calls import ToolCallStream
 
         return ToolCallStream(self.style, self.names)
 
@@ -54,9 +53,8 @@ def offered(tools: Tools | None, choice: str | Mapping[str, Any] | None) -> Tool
 def plan_of(served: Served, tools: Tools, choice: str | Mapping[str, Any] | None, parallel: bool) -> ToolPlan:
     """The plan for tools that are offered. In a worker thread."""
     from hasten.engine.tool_grammar import tool_grammar
-    from hasten.models.tools.style import tool_style
 
     model = served.model
-    style = tool_style(model.tokenizer, model.config.architecture)
+    style = model.tokenizer.tool_style(model.config.architecture)
     grammar = tool_grammar(tools, choice or "auto", parallel, style)  # type: ignore[arg-type]
     return ToolPlan(style, grammar, tuple(tool["function"]["name"] for tool in tools))
