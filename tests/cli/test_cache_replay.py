@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from hasten.cli.cache_replay import replay_command
+from hasten.cli.cache import replay
 from hasten.engine.request import Request, Usage
 from hasten.engine.trace import TraceModel, TraceWriter
 from hasten.errors import FormatError, UsageError
@@ -27,7 +27,7 @@ def trace(tmp_path: Path) -> Path:
 
 
 def test_the_table(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    replay_command(trace)
+    replay(trace)
     out, err = capsys.readouterr()
     assert out == "" and "<tiny>: 20 requests, 2,020 prompt tokens" in err
     assert [line.split()[0] for line in err.splitlines() if "%" in line][:4] == [
@@ -41,7 +41,7 @@ def test_the_table(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_document_and_the_plot(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plot = tmp_path / "p.svg"
-    replay_command(trace, policy="lru,cost", ram_gb="0.000006,0.00002", disk_gb="0,1", plot=plot, json=True)
+    replay(trace, policy="lru,cost", ram_gb="0.000006,0.00002", disk_gb="0,1", plot=plot, json=True)
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert found["schema_version"] and found["model"]["model"] == "<tiny>"
     assert len(found["results"]) == 8
@@ -54,7 +54,7 @@ def test_the_document_and_the_plot(trace: Path, tmp_path: Path, capsys: pytest.C
 
 
 def test_one_size_is_drawn_too(trace: Path, tmp_path: Path) -> None:
-    replay_command(trace, plot=tmp_path / "p.svg")
+    replay(trace, plot=tmp_path / "p.svg")
     assert ElementTree.fromstring((tmp_path / "p.svg").read_text()) is not None
 
 
@@ -71,11 +71,11 @@ def test_one_size_is_drawn_too(trace: Path, tmp_path: Path) -> None:
 )
 def test_wrong_flags(trace: Path, flags: dict[str, str], what: str) -> None:
     with pytest.raises(UsageError, match=what) as caught:
-        replay_command(trace, **flags)
+        replay(trace, **flags)
     assert caught.value.hint
 
 
 def test_a_file_that_is_no_trace(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("hello\n")
     with pytest.raises(FormatError):
-        replay_command(tmp_path / "x")
+        replay(tmp_path / "x")

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from hasten.cli import main
-from hasten.cli.progress import Ticker
+from hasten.cli.console import Ticker
 from hasten.compress.artifact import load_artifact
 from hasten.models.text_stream import TokenizerFields
 from hasten.models.tokenizer import Tokenizer
@@ -121,7 +121,7 @@ def test_ctrl_c_says_how_to_go_on(
 
 def test_time_left_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     now = [0.0]
-    monkeypatch.setattr("hasten.cli.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("hasten.cli.console.time.monotonic", lambda: now[0])
     with Ticker() as ticker:
         for second, layer, left in (
             (0, 0, None),

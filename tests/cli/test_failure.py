@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from hasten.cli.failure import guarded
+from hasten.cli.frame import guarded
 from hasten.stopping import Terminated
 
 
@@ -39,7 +39,7 @@ def send():
     time.sleep(0.001)  # the signal is handled here, in a file that is named like the import machinery
     os.kill(os.getpid(), signal.{two})
 ''', "<frozen importlib._bootstrap>", "exec"))
-from hasten.cli.failure import guarded
+from hasten.cli.frame import guarded
 def verb():
     send()
     time.sleep(5)
@@ -70,5 +70,5 @@ def test_a_second_signal_while_the_first_is_said_keeps_its_code() -> None:
         raise Terminated
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hasten.cli.failure._say", say_and_be_stopped)
+        patch.setattr("hasten.cli.frame._say", say_and_be_stopped)
         assert guarded(verb) == 0

@@ -58,7 +58,7 @@ class Presser:
             press()
 sys.meta_path.insert(0, Presser())
 """
-MODULES = ["hasten.cli.failure", "hasten.cli.frame", "typer", "hasten.cli.generate", "numpy", "hasten.models"]
+MODULES = ["hasten.cli.frame", "hasten.cli.console", "typer", "hasten.cli.generate", "numpy", "hasten.models"]
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -85,7 +85,7 @@ CALLS = [
     "hasten.runtime.cpu:CpuExecutor._check",
     "hasten.runtime.cpu:CpuExecutor.head",
     "hasten.engine.session:sample",
-    "hasten.cli.speak:_write",
+    "hasten.cli.console:_write",
 ]
 
 
@@ -142,7 +142,7 @@ cli._dispatch = work
 def test_a_second_one_while_the_first_is_said() -> None:
     done = run(
         """
-import hasten.cli as cli, hasten.cli.failure as failure
+import hasten.cli as cli, hasten.cli.frame as frame
 def work(arguments):
     press()
     while True: pass
@@ -151,7 +151,7 @@ def kept(verb):
     for _ in range(100000): pass
     return ""
 cli._dispatch = work
-failure._kept = kept
+frame._kept = kept
 """
     )
     stopped(done)

@@ -10,7 +10,7 @@ import pytest
 
 from fakes import FakeWorkshop
 from hasten.cli import main
-from hasten.cli.budget import fraction
+from hasten.cli.flags import fraction
 from hasten.core import Recipe
 from hasten.errors import UsageError
 from hasten.optimize import engine_workshop, search

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
             this returns.
     """
     try:
-        from hasten.cli.failure import guarded
+        from hasten.cli.frame import guarded
 
         if argv is not None:
             return guarded(lambda: _dispatch(argv), verb=argv[0] if argv else "")
@@ -106,7 +106,7 @@ def overview() -> str:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    from hasten.cli.failure import check_text, unknown_verb
+    from hasten.cli.frame import check_text, unknown_verb
 
     check_text(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):

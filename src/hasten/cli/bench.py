@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hasten.cli.console import console, emit, note, shown
-from hasten.cli.flags import JsonOption, ModelArgument, RecipeOption, ThreadsOption
-from hasten.cli.preparing import watched
+from hasten.cli.console import emit, note, print_table, shown, watched
+from hasten.cli.flags import JsonOption, ModelArgument, RecipeOption, ThreadsOption, optional
 from hasten.core import SCHEMA_VERSION, Machine, Measurement, Workload, as_json
 
 if TYPE_CHECKING:
@@ -20,34 +19,16 @@ KEPT = "No figure is kept; what the engines had prepared in the cache is."
 ENVIRONMENT = ("HASTEN_ISA", "ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 """Variables that change what engines do; the record says how they were set."""
 
-AgainstOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--against",
-        metavar="ENGINE",
-        help="Another engine to run in turn, repeatable: llama.cpp:q4_0 (:q8_0, :q4_k_m, :q6_k, :source), "
-        "transformers (:fp32), openvino:int4 (:int8).",
-        show_default=False,
-    ),
-]
-SourceOption = Annotated[
-    str | None,
-    typer.Option(
-        "--source",
-        metavar="MODEL",
-        help="The model the other engines get. Default: MODEL; needed where that is an artifact.",
-        show_default=False,
-    ),
-]
+AGAINST = (
+    "Another engine to run in turn, repeatable: llama.cpp:q4_0 (:q8_0, :q4_k_m, :q6_k, :source), "
+    "transformers (:fp32), openvino:int4 (:int8)."
+)
+AgainstOption = Annotated[list[str] | None, optional("--against", "ENGINE", AGAINST)]
+SOURCE = "The model the other engines get. Default: MODEL; needed where that is an artifact."
+SourceOption = Annotated[str | None, optional("--source", "MODEL", SOURCE)]
+PEER_PYTHON = "The Python the other engines are installed in. Default: this one."
 PeerPythonOption = Annotated[
-    str | None,
-    typer.Option(
-        "--peer-python",
-        metavar="PATH",
-        envvar="HASTEN_PEER_PYTHON",
-        help="The Python the other engines are installed in. Default: this one.",
-        show_default=False,
-    ),
+    str | None, optional("--peer-python", "PATH", PEER_PYTHON, envvar="HASTEN_PEER_PYTHON")
 ]
 
 
@@ -134,29 +115,20 @@ def _entry(outcome: Outcome) -> dict[str, Any]:
 
 
 def _show(comparison: Comparison, machine: Machine) -> None:
-    from rich.box import SIMPLE
-    from rich.table import Table
-
     subject = comparison.subject.measurement
     load = subject.workload
-    table = Table(
-        box=SIMPLE,
-        title=f"{comparison.model}: prompt {load.prompt}, output {load.output}, batch {load.batch}, "
-        f"{subject.threads} threads, medians of {subject.decode_tok_per_s.n} interleaved runs",
-    )
-    table.add_column("engine", no_wrap=True)
-    for heading in ("decode\ntok/s", "p10 to p90", "prefill\ntok/s", "first\ntoken ms", "peak\nMB"):
-        table.add_column(heading, justify="right")
-    table.add_column("ours / theirs\ndecode, prefill", justify="right")
-    table.add_row(f"hasten {subject.format}", *_cells(subject), "")
+    rows = [[f"hasten {subject.format}", *_cells(subject), ""]]
     for name, outcome in comparison.peers.items():
         pair = comparison.ratios[name]
         faster = f"{pair['decode'].median:.2f}x, {pair['prefill'].median:.2f}x"
-        table.add_row(name, *_cells(outcome.measurement), faster)
-    screen = console()
-    if not screen.is_terminal:
-        screen.width = 110  # a file or a pipe has no width of its own
-    screen.print(table)
+        rows.append([name, *_cells(outcome.measurement), faster])
+    headings = "engine", "decode\ntok/s", "p10 to p90", "prefill\ntok/s", "first\ntoken ms", "peak\nMB"
+    print_table(
+        f"{comparison.model}: prompt {load.prompt}, output {load.output}, batch {load.batch}, "
+        f"{subject.threads} threads, medians of {subject.decode_tok_per_s.n} interleaved runs",
+        [*headings, "ours / theirs\ndecode, prefill"],
+        rows,
+    )
     if subject.disturbed_rounds:
         note(
             f"{subject.disturbed_rounds} rounds were disturbed by other work on this machine and taken "

@@ -7,9 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from hasten.cli.console import note
+from hasten.cli.console import note, speak, watched
 from hasten.cli.flags import (
     ContextOption,
     MinPOption,
@@ -21,9 +19,8 @@ from hasten.cli.flags import (
     ThreadsOption,
     TopKOption,
     TopPOption,
+    optional,
 )
-from hasten.cli.preparing import watched
-from hasten.cli.speak import speak
 from hasten.errors import HastenError, UsageError
 
 if TYPE_CHECKING:
@@ -33,12 +30,7 @@ if TYPE_CHECKING:
 KEPT = "The conversation is not stored."
 HELP = "/reset starts over, /help shows this, /exit or Ctrl-D leaves; Ctrl-C stops an answer."
 
-SystemOption = Annotated[
-    str,
-    typer.Option(
-        "--system", metavar="TEXT", help="Instructions the conversation opens with.", show_default=False
-    ),
-]
+SystemOption = Annotated[str, optional("--system", "TEXT", "Instructions the conversation opens with.")]
 
 
 def command(

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hasten.cli.console import emit, note
-from hasten.cli.flags import JsonOption, ThreadsOption
-from hasten.cli.progress import Ticker
+from hasten.cli.console import Ticker, emit, note
+from hasten.cli.flags import JsonOption, ThreadsOption, optional
 from hasten.core import SCHEMA_VERSION
 from hasten.errors import UsageError
 
@@ -38,52 +37,22 @@ RecipeOption = Annotated[
     ),
 ]
 OutOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--out",
-        metavar="DIR",
-        help="The artifact. Default: MODEL-RECIPE.hasten here.",
-        show_default=False,
-    ),
+    Path | None, optional("--out", "DIR", "The artifact. Default: MODEL-RECIPE.hasten here.")
 ]
-CalibrationOption = Annotated[
-    str | None,
-    typer.Option(
-        "--calibration",
-        metavar="FILE|DATASET",
-        help="UTF-8 text, a .jsonl file, or a Hugging Face dataset: owner/name[:split[:column]]. "
-        "Default: every fifth topic of pydoc_data.topics, which is not judged on.",
-        show_default=False,
-    ),
-]
+CALIBRATION = (
+    "UTF-8 text, a .jsonl file, or a Hugging Face dataset: owner/name[:split[:column]]. "
+    "Default: every fifth topic of pydoc_data.topics, which is not judged on."
+)
+CalibrationOption = Annotated[str | None, optional("--calibration", "FILE|DATASET", CALIBRATION)]
 TokensOption = Annotated[
     int,
     typer.Option("--tokens", metavar="N", min=1, help="Calibration tokens; distilling has its own count."),
 ]
-DeviceOption = Annotated[
-    str | None,
-    typer.Option(
-        "--device",
-        metavar="D",
-        help="Where distilling computes: cpu or cuda. Default: a GPU if there is one.",
-        show_default=False,
-    ),
-]
-SecondsOption = Annotated[
-    float | None,
-    typer.Option(
-        "--distil-seconds",
-        metavar="S",
-        min=1,
-        help="Stop distilling after so long. Default: when its tokens are read.",
-        show_default=False,
-    ),
-]
-
-ForceOption = Annotated[
-    bool,
-    typer.Option("--force", help="Replace an artifact of another model too.", show_default=False),
-]
+DEVICE = "Where distilling computes: cpu or cuda. Default: a GPU if there is one."
+DeviceOption = Annotated[str | None, optional("--device", "D", DEVICE)]
+SECONDS = "Stop distilling after so long. Default: when its tokens are read."
+SecondsOption = Annotated[float | None, optional("--distil-seconds", "S", SECONDS, min=1)]
+ForceOption = Annotated[bool, optional("--force", None, "Replace an artifact of another model too.")]
 
 
 def command(

@@ -7,11 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hasten.cli.console import emit, note
-from hasten.cli.flags import JsonOption, ModelArgument, RecipeOption, ThreadsOption
-from hasten.cli.preparing import KEPT as CALIBRATED
-from hasten.cli.preparing import show
-from hasten.cli.progress import Ticker
+from hasten.cli.console import CALIBRATED, Ticker, emit, note, show
+from hasten.cli.flags import (
+    JsonOption,
+    ModelArgument,
+    RecipeOption,
+    TextOption,
+    ThreadsOption,
+    TokensOption,
+    fraction,
+    optional,
+)
 from hasten.core import SCHEMA_VERSION, Budget, Verdict, as_json
 from hasten.errors import UsageError
 
@@ -21,37 +27,10 @@ if TYPE_CHECKING:
 
 KEPT = f"Nothing was changed. {CALIBRATED}"
 
-TextOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--text",
-        metavar="FILE",
-        help="UTF-8 text to judge on. Default: the prose and code of pydoc_data.topics.",
-        show_default=False,
-    ),
-]
-TokensOption = Annotated[
-    int,
-    typer.Option("--tokens", metavar="N", min=1, help="Tokens to judge on; more narrow the interval."),
-]
-BudgetOption = Annotated[
-    str | None,
-    typer.Option(
-        "--max-ppl-increase",
-        metavar="P",
-        help="Budget such as 1% or 0.01; if given and not met, the exit code is 3. Without it, 1% is judged.",
-        show_default=False,
-    ),
-]
-AgainstOption = Annotated[
-    str | None,
-    typer.Option(
-        "--against",
-        metavar="MODEL",
-        help="The source to compare an artifact with. Default: the one it was made from.",
-        show_default=False,
-    ),
-]
+BUDGET = "Budget such as 1% or 0.01; if given and not met, the exit code is 3. Without it, 1% is judged."
+BudgetOption = Annotated[str | None, optional("--max-ppl-increase", "P", BUDGET)]
+AGAINST = "The source to compare an artifact with. Default: the one it was made from."
+AgainstOption = Annotated[str | None, optional("--against", "MODEL", AGAINST)]
 
 
 def command(
@@ -69,7 +48,6 @@ def command(
     Perplexity, KL divergence and top-1 agreement against the source in bf16 on the same engine, paired,
     with a 95 % interval. The verdict is pass, fail, or insufficient where the text is too short to tell.
     """
-    from hasten.cli.budget import fraction
     from hasten.optimize.named import load
     from hasten.quality.text import default_text, text_from_file
 

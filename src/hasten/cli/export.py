@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hasten.cli.console import emit
-from hasten.cli.flags import JsonOption
-from hasten.cli.progress import Ticker
+from hasten.cli.console import Ticker, emit
+from hasten.cli.flags import JsonOption, optional
 from hasten.core import SCHEMA_VERSION
 
 if TYPE_CHECKING:
@@ -21,27 +20,10 @@ KEPT = "Nothing was written."
 ArtifactArgument = Annotated[
     str, typer.Argument(metavar="ARTIFACT", help="A .hasten artifact.", show_default=False)
 ]
-FormatOption = Annotated[
-    str,
-    typer.Option(
-        "--to",
-        metavar="F",
-        help="gguf, compressed-tensors, gptq, openvino or onnx.",
-        show_default=False,
-    ),
-]
-OutOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--out",
-        metavar="PATH",
-        help="The file (gguf) or folder to write. Default: the artifact's name, here.",
-        show_default=False,
-    ),
-]
-ForceOption = Annotated[
-    bool, typer.Option("--force", help="Replace what is there, in one step.", show_default=False)
-]
+FormatOption = Annotated[str, optional("--to", "F", "gguf, compressed-tensors, gptq, openvino or onnx.")]
+OUT = "The file (gguf) or folder to write. Default: the artifact's name, here."
+OutOption = Annotated[Path | None, optional("--out", "PATH", OUT)]
+ForceOption = Annotated[bool, optional("--force", None, "Replace what is there, in one step.")]
 
 
 def command(

@@ -1,13 +1,19 @@
-"""The flags that several verbs share, each declared once; their help comes from the dataclass they fill."""
+"""Flags: those that several verbs share, and those that are made from the fields of a frozen dataclass."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+import inspect
+import re
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Optional, get_args, get_origin, get_type_hints
 
 import typer
 
 from hasten.core import EngineOptions
+from hasten.errors import UsageError
 
 
 def help_of(noun: type, name: str) -> str:
@@ -16,36 +22,32 @@ def help_of(noun: type, name: str) -> str:
     return text[0].upper() + text[1:] + "."
 
 
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="A .hasten artifact, a GGUF file, a Hugging Face folder, a hub id (Qwen/Qwen3-0.6B), or demo.",
-        show_default=False,
-    ),
+def optional(flag: str, metavar: str | None, help: str, **more: Any) -> Any:
+    """A flag whose default needs a sentence of the help, and not a value in brackets."""
+    return typer.Option(flag, metavar=metavar, help=help, show_default=False, **more)
+
+
+MODEL = "A .hasten artifact, a GGUF file, a Hugging Face folder, a hub id (Qwen/Qwen3-0.6B), or demo."
+RECIPE = (
+    "How weights are stored: source, bf16, w8, w6, w5, w4, with -g64, -g128, -head8, -kv8, -gptq "
+    "appended; w4-best; mix:1% (the best mixture within +1 %); or a recipe file. "
+    "Default: the artifact's recipe, or the file's own values."
+)
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL, show_default=False)]
+RecipeOption = Annotated[str | None, optional("--recipe", "R", RECIPE)]
+ThreadsOption = Annotated[int | None, optional("--threads", "N", help_of(EngineOptions, "threads"), min=1)]
+ContextOption = Annotated[int | None, optional("--context", "N", help_of(EngineOptions, "context"), min=1)]
+JsonOption = Annotated[bool, optional("--json", None, "Print one JSON document on stdout.")]
+TextOption = Annotated[
+    Path | None,
+    optional("--text", "FILE", "UTF-8 text to judge on. Default: the prose and code of pydoc_data.topics."),
 ]
-RecipeOption = Annotated[
-    str | None,
-    typer.Option(
-        "--recipe",
-        metavar="R",
-        help="How weights are stored: source, bf16, w8, w6, w5, w4, with -g64, -g128, -head8, -kv8, -gptq "
-        "appended; w4-best; mix:1% (the best mixture within +1 %); or a recipe file. "
-        "Default: the artifact's recipe, or the file's own values.",
-        show_default=False,
-    ),
+TokensOption = Annotated[
+    int,
+    typer.Option("--tokens", metavar="N", min=1, help="Tokens to judge on; more narrow the interval."),
 ]
-ThreadsOption = Annotated[
-    int | None,
-    typer.Option("--threads", metavar="N", min=1, help=help_of(EngineOptions, "threads"), show_default=False),
-]
-ContextOption = Annotated[
-    int | None,
-    typer.Option("--context", metavar="N", min=1, help=help_of(EngineOptions, "context"), show_default=False),
-]
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print one JSON document on stdout.", show_default=False)
-]
+
+# Sampling, for generate and chat.
 NewTokensOption = Annotated[
     int, typer.Option("-n", "--max-new-tokens", metavar="N", min=0, help="Tokens to generate at most.")
 ]
@@ -71,3 +73,72 @@ MinPOption = Annotated[
 SeedOption = Annotated[
     int, typer.Option("--seed", metavar="N", help="Seed of the sampling: same seed, same text.")
 ]
+
+
+def parameters(noun: type, env: Mapping[str, str] | None = None) -> list[inspect.Parameter]:
+    """One keyword parameter a field of a dataclass, annotated as typer reads it.
+
+    A tuple becomes a flag that may be given again and again, under the singular of its name.
+
+    Args:
+        noun: the dataclass; every field has a default and `help` metadata.
+        env: field -> environment variable that stands in for the flag.
+    """
+    hints = get_type_hints(noun)
+    return [
+        _parameter(noun, item, hints[item.name], (env or {}).get(item.name))
+        for item in dataclasses.fields(noun)
+    ]
+
+
+def _parameter(noun: type, item: Any, hint: Any, env: str | None) -> inspect.Parameter:
+    repeated = get_origin(hint) is tuple
+    name = (item.name.removesuffix("s") if repeated else item.name).replace("_", "-")
+    flag = f"--{name}/--no-{name}" if hint is bool else f"--{name}"
+    default = None if repeated and not item.default else item.default
+    plain: Any = Optional[types.GenericAlias(list, get_args(hint)[:1])] if repeated else hint  # noqa: UP045
+    settings: dict[str, Any] = {"help": help_of(noun, item.name), "envvar": env}
+    if hint is not bool:
+        settings |= {"metavar": _metavar(hint), "show_default": default is not None}
+    annotation = Annotated[plain, typer.Option(flag, **settings)]
+    return inspect.Parameter(
+        item.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )
+
+
+def _metavar(hint: Any) -> str | None:
+    words = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+    return next((words[part] for part in (hint, *get_args(hint)) if part in words), None)
+
+
+def fill(noun: type, values: Mapping[str, Any]) -> Any:
+    """The dataclass of flag values; flags that belong to others are passed over."""
+    taken = {}
+    for item in dataclasses.fields(noun):
+        if item.name in values:
+            value = values[item.name]
+            taken[item.name] = tuple(value or ()) if isinstance(item.default, tuple) else value
+    return noun(**taken)
+
+
+def fraction(text: str) -> float:
+    """A quality budget: `1%` or `0.01` -> 0.01.
+
+    Raises:
+        UsageError: neither, negative, or 1 and more without a percent sign, which is surely a slip.
+    """
+    match = re.fullmatch(r"\s*\+?(\d+(?:\.\d*)?|\.\d+)\s*(%?)\s*", text)
+    if match is None:
+        raise UsageError(
+            f"--max-ppl-increase must be a share such as 1% or 0.01, got {text!r}",
+            hint="use --max-ppl-increase 1%",
+        )
+    value = float(match.group(1))
+    if match.group(2):
+        return value / 100
+    if value >= 1:
+        raise UsageError(
+            f"--max-ppl-increase {text} would allow {value:.0%}; it is a share, or has a percent sign",
+            hint=f"use --max-ppl-increase {text.strip()}%",
+        )
+    return value

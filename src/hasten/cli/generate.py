@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hasten.cli.console import emit, note, read_stdin
+from hasten.cli.console import CALIBRATED, Answer, emit, note, read_stdin, speak, watched
 from hasten.cli.flags import (
     ContextOption,
     JsonOption,
@@ -21,10 +21,8 @@ from hasten.cli.flags import (
     ThreadsOption,
     TopKOption,
     TopPOption,
+    optional,
 )
-from hasten.cli.preparing import KEPT as CALIBRATED
-from hasten.cli.preparing import watched
-from hasten.cli.speak import Answer, speak
 from hasten.core import SCHEMA_VERSION
 from hasten.errors import UsageError
 
@@ -37,10 +35,7 @@ PromptOption = Annotated[
     ),
 ]
 RawOption = Annotated[
-    bool,
-    typer.Option(
-        "--raw", help="Continue the text as it stands, without the chat template.", show_default=False
-    ),
+    bool, optional("--raw", None, "Continue the text as it stands, without the chat template.")
 ]
 
 

@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hasten.cli.budget import fraction
-from hasten.cli.console import console, emit
-from hasten.cli.eval import TextOption, TokensOption
-from hasten.cli.flags import JsonOption, ModelArgument, ThreadsOption
-from hasten.cli.preparing import show
-from hasten.cli.progress import Ticker
+from hasten.cli.console import Ticker, console, emit, show
+from hasten.cli.flags import (
+    JsonOption,
+    ModelArgument,
+    TextOption,
+    ThreadsOption,
+    TokensOption,
+    fraction,
+    optional,
+)
 from hasten.core import Goal
 
 if TYPE_CHECKING:
@@ -34,16 +38,11 @@ GoalOption = Annotated[
         help="latency: time of one answer; throughput: 8 answers together; memory: bytes.",
     ),
 ]
-OutOption = Annotated[
-    Path | None,
-    typer.Option("--out", metavar="DIR", help="The artifact. Default: NAME.hasten here.", show_default=False),
-]
+OutOption = Annotated[Path | None, optional("--out", "DIR", "The artifact. Default: NAME.hasten here.")]
 RunsOption = Annotated[
     int, typer.Option("--runs", metavar="N", min=1, help="Timed runs a recipe, after a warm-up.")
 ]
-FreshOption = Annotated[
-    bool, typer.Option("--fresh", help="Ignore what earlier searches found.", show_default=False)
-]
+FreshOption = Annotated[bool, optional("--fresh", None, "Ignore what earlier searches found.")]
 
 CalibrateOption = Annotated[
     bool,

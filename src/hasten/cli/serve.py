@@ -8,9 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from hasten.cli.dataclass_flags import fill, parameters
-from hasten.cli.flags import RecipeOption
-from hasten.cli.preparing import watched
+from hasten.cli.console import watched
+from hasten.cli.flags import RecipeOption, fill, optional, parameters
 from hasten.core import EngineOptions, ServingOptions
 from hasten.serve.options import ServeOptions
 
@@ -26,8 +25,7 @@ ModelsArgument = Annotated[
     ),
 ]
 ModelOption = Annotated[
-    list[str] | None,
-    typer.Option("--model", metavar="MODEL", help="The same as an argument, repeatable.", show_default=False),
+    list[str] | None, optional("--model", "MODEL", "The same as an argument, repeatable.")
 ]
 
 
@@ -76,7 +74,7 @@ def _with_flags() -> None:
     """Give `command` the flags of the three dataclasses."""
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "flags"]
     more = [
-        *parameters(ServeOptions, env={"api_keys": "HASTEN_API_KEY"}),
+        *parameters(ServeOptions, {"api_keys": "HASTEN_API_KEY"}),
         *parameters(EngineOptions),
         *parameters(ServingOptions),
     ]
