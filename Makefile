@@ -1,5 +1,6 @@
 # make demo    install, optimise the demo model, answer a question with it
-# make test    every check: lint, format, types, tests
+# make test    every check: lint, format, types, tests that take seconds
+# make test-slow    crowds, kills, browsers, generated requests: slow by nature
 # Both do their own set-up in .venv; they need Python 3.10-3.13, a C++20 compiler and a package index.
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 BUILD_INPUTS := Makefile pyproject.toml CMakeLists.txt $(shell find native src/hasten -type f -not -name '*.so' -not -path '*__pycache__*')
 CPP := $(shell find native tests/native -name '*.cpp' -o -name '*.h' -o -name '*.inl' 2>/dev/null)
 
-.PHONY: demo test lint pytest test-demo sanitize docs clean
+.PHONY: demo test test-slow lint pytest test-demo sanitize docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/hasten optimize demo --out demo.hasten
@@ -36,6 +37,10 @@ lint: $(VENV)/.dev
 
 pytest: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(JOBS)
+
+# Crowds, kills at random moments, browsers and thousands of generated requests. A peer that is not there skips its test.
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m 'slow and not demo' -n $(JOBS)
 
 # What needs the real demo model: quality figures, the README's commands, the examples.
 test-demo: $(VENV)/.dev $(VENV)/.demo

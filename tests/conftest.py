@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("HASTEN_CACHE_PACKED", "0")  # nothing of the tests' models goes into the user's cache
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads: the tests themselves run side by side
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -60,6 +60,7 @@ def run(folder: Path, recipe: str) -> PackedModel:
     return compress(folder, recipe, tokens=TOKENS, means=Means(1, "cpu")).packed
 
 
+@pytest.mark.slow
 def test_killed_while_distilling(tiny_folder: Callable[..., Path], tmp_path: Path, cache: Path) -> None:
     """The teacher's states are kept; a run that goes on ends with the weights it would have had."""
     folder, recipe = tiny_folder("llama"), tmp_path / "r.yaml"
@@ -74,6 +75,7 @@ def test_killed_while_distilling(tiny_folder: Callable[..., Path], tmp_path: Pat
     assert again == sums(run(folder, str(recipe)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "method"), [("w4-gptq", "layer_alone"), ("w4-best", "sequential_layer")])
 def test_killed_at_a_layer(
     recipe: str,

@@ -31,6 +31,7 @@ def scene(tiny_folder: Callable[..., Path], tmp_path: Path) -> Callable[[str], s
     return run
 
 
+@pytest.mark.slow
 def test_kill_at_random_moments(scene: Callable[[str], str]) -> None:
     """200 kills while an entry is written; most hit before the end, and nothing of them stays."""
     died, left = map(int, scene("kills").split())

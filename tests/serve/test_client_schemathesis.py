@@ -36,6 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
+@pytest.mark.slow
 def test_answers_are_as_the_document_says(server: Server, tmp_path: Path) -> None:
     program = "from schemathesis.cli import schemathesis; schemathesis()"
     config = tmp_path / "schemathesis.toml"

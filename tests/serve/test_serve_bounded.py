@@ -68,6 +68,7 @@ def test_a_quota_of_one_processor_runs_one_thread(tiny_folder: Callable[..., Pat
         assert found["stopped"][-1] <= 1, found  # two threads would be stopped in each of 15 periods
 
 
+@pytest.mark.slow
 def test_a_server_keeps_within_a_small_memory(bounded: ModuleType, tmp_path: Path) -> None:
     """What it computes would fill it; then a neighbour takes a quarter."""
     plan = bounded.Plan(seconds=8.0, group_bytes=700_000_000, clients=2, threads=1)

@@ -69,6 +69,7 @@ async def crowd(address: tuple[str, int]) -> tuple[int, int]:
     return held, told
 
 
+@pytest.mark.slow
 def test_ten_thousand_connections(crowded: tuple[Running, int]) -> None:
     if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < MANY + 500:
         pytest.skip("this system allows fewer open files")

@@ -9,7 +9,7 @@ import re
 import pytest
 from browser_chromium import Page
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.slow, pytest.mark.browser]
 
 MADE = {
     "p",

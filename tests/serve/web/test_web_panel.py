@@ -6,7 +6,7 @@ import pytest
 from browser_chromium import Page
 from browser_server import StandIn
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.slow, pytest.mark.browser]
 
 TALK = "document.querySelector('#conversation')"
 
