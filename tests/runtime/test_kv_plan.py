@@ -10,7 +10,7 @@ import pytest
 
 from hasten.core import EngineOptions, ModelConfig
 from hasten.errors import UsageError
-from hasten.machine.room import MemoryRoom
+from hasten.machine.memory import MemoryRoom
 from hasten.models.open import open_model
 from hasten.runtime.cpu import KvPlan, kv_plan
 

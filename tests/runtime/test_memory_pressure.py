@@ -13,7 +13,7 @@ from hasten.core import EngineOptions, ServingOptions
 from hasten.engine.model import LanguageModel
 from hasten.engine.request import Output, Request
 from hasten.engine.sampling import SamplingOptions
-from hasten.machine.room import LOOK_S, MemoryRoom
+from hasten.machine.memory import LOOK_S, MemoryRoom
 from hasten.runtime.cpu import CpuExecutor
 
 RESERVE_PAGES = 4

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hasten.errors import UsageError
-from hasten.machine.room import LOOK_S, MemoryRoom
+from hasten.machine.memory import LOOK_S, MemoryRoom
 from hasten.runtime.pages import PageMemory, PagePool, Sequence
 
 PAGES, TOKENS = 12, 4

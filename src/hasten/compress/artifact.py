@@ -44,7 +44,7 @@ from hasten.compress.pack import PIECE_BYTES, PackedLinear, PackedModel, checksu
 from hasten.core import ModelConfig, Recipe, as_json
 from hasten.errors import ArtifactError, DiskError, HastenError, UsageError
 from hasten.machine.cores import usable_cores
-from hasten.machine.room import memory_room
+from hasten.machine.memory import memory_room
 from hasten.models.config_check import checked
 from hasten.models.locate import ref_of
 from hasten.models.parameters import parameter_shapes, present_biases

@@ -17,7 +17,7 @@ from hasten import _native
 from hasten.core import Layout, ModelConfig, Recipe
 from hasten.errors import ModelError, UsageError
 from hasten.machine.cores import usable_cores
-from hasten.machine.room import memory_room
+from hasten.machine.memory import memory_room
 
 if TYPE_CHECKING:
     from hasten.models.source import Source, SourceTensor

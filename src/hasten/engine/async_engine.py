@@ -19,7 +19,7 @@ from hasten.engine.engine import Engine
 from hasten.engine.request import Output, Request
 from hasten.engine.stats import EngineStats
 from hasten.errors import HastenError, QueueFull
-from hasten.machine.room import LOOK_S, memory_room
+from hasten.machine.memory import LOOK_S, memory_room
 
 if TYPE_CHECKING:
     from hasten.engine.grammar import Grammar

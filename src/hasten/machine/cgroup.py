@@ -18,9 +18,12 @@ def cpu_quota(proc: Path = _PROC) -> float | None:
     """
     quotas: list[float] = []
     for folder in folders("cpu", proc):
-        quota, _, period = _text(folder / "cpu.max").partition(" ")
+        quota, _, period = kernel_text(folder / "cpu.max").partition(" ")
         if not quota:
-            quota, period = _text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us")
+            quota, period = (
+                kernel_text(folder / "cpu.cfs_quota_us"),
+                kernel_text(folder / "cpu.cfs_period_us"),
+            )
         if quota.isdecimal() and period.isdecimal() and int(period) > 0:
             quotas.append(int(quota) / int(period))
     return min(quotas, default=None)
@@ -39,7 +42,7 @@ def memory_left(proc: Path = _PROC) -> int | None:
     """
     left: list[int] = []
     for folder, limit in _limited(proc):
-        used = _text(folder / "memory.current") or _text(folder / "memory.usage_in_bytes")
+        used = kernel_text(folder / "memory.current") or kernel_text(folder / "memory.usage_in_bytes")
         if used.isdecimal():
             left.append(max(0, limit - max(0, int(used) - _droppable(folder))))
     return min(left, default=None)
@@ -54,7 +57,9 @@ def _limited(proc: Path) -> Iterator[tuple[Path, int]]:
     (Documentation/admin-guide/cgroup-v1/memory.rst).
     """
     for at, folder in enumerate(folders("memory", proc)):
-        texts = [_text(folder / name) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
+        texts = [
+            kernel_text(folder / name) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")
+        ]
         if at == 0 and texts[2]:
             texts.append(str(_memory_stat(folder).get("hierarchical_memory_limit", "")))
         limits = [int(text) for text in texts if text.isdecimal() and int(text) < _NO_LIMIT]
@@ -80,52 +85,39 @@ def _droppable(folder: Path) -> int:
 
 
 def _memory_stat(folder: Path) -> dict[str, int]:
-    lines = (line.split() for line in _text(folder / "memory.stat").splitlines())
+    lines = (line.split() for line in kernel_text(folder / "memory.stat").splitlines())
     return {fields[0]: int(fields[1]) for fields in lines if len(fields) == 2 and fields[1].isdecimal()}
 
 
 def folders(controller: str, proc: Path = _PROC) -> tuple[Path, ...]:
     """Folders of this process's group and of the groups above it that are visible here, innermost first."""
-    return _found(controller, proc, _text(proc / "self" / "cgroup"))
+    return _found(controller, proc, kernel_text(proc / "self" / "cgroup"))
 
 
 @lru_cache(maxsize=8)  # asked every second while a server runs; a process that is moved has another text
 def _found(controller: str, proc: Path, text: str) -> tuple[Path, ...]:
-    return tuple(_search(controller, proc, _groups(text)))
-
-
-def _search(controller: str, proc: Path, groups: dict[str, PurePosixPath]) -> Iterator[Path]:
-    for line in _text(proc / "self" / "mountinfo").splitlines():
+    groups: dict[str, PurePosixPath] = {}  # by controller; "" is version 2's
+    for line in text.splitlines():
+        fields = line.split(":", 2)
+        if len(fields) == 3:
+            groups.update(dict.fromkeys(fields[1].split(","), PurePosixPath(fields[2])))
+    found: list[Path] = []
+    for line in kernel_text(proc / "self" / "mountinfo").splitlines():
         left, _, right = line.partition(" - ")
         fields, kind = left.split(), right.split()
         if len(fields) < 5 or len(kind) < 3 or kind[0] not in ("cgroup", "cgroup2"):
             continue
         name = "" if kind[0] == "cgroup2" else controller
-        if name and controller not in kind[2].split(","):
-            continue
-        yield from _upwards(groups.get(name), root=fields[3], mount=Path(fields[4]))
+        group, root, mount = groups.get(name), fields[3], Path(fields[4])
+        if group is not None and (not name or controller in kind[2].split(",")):
+            inside = group.relative_to(root) if group.is_relative_to(root) else PurePosixPath(".")
+            found += [mount / part for part in (inside, *inside.parents)]
+    return tuple(found)
 
 
-def _groups(text: str) -> dict[str, PurePosixPath]:
-    """The group of this process by controller, from its `cgroup` file; "" is version 2's."""
-    groups: dict[str, PurePosixPath] = {}
-    for line in text.splitlines():
-        fields = line.split(":", 2)
-        if len(fields) == 3:
-            groups.update(dict.fromkeys(fields[1].split(","), PurePosixPath(fields[2])))
-    return groups
-
-
-def _upwards(group: PurePosixPath | None, root: str, mount: Path) -> Iterator[Path]:
-    if group is None:
-        return
-    inside = group.relative_to(root) if group.is_relative_to(root) else PurePosixPath(".")
-    for part in (inside, *inside.parents):
-        yield mount / part
-
-
-def _text(path: Path) -> str:
+def kernel_text(path: Path) -> str:
+    """What a file of the kernel says, without blanks around it; empty where it is missing or unreadable."""
     try:
-        return path.read_text().strip()
-    except (OSError, UnicodeDecodeError):
+        return path.read_text(errors="replace").strip()
+    except OSError:
         return ""

@@ -11,8 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hasten.machine.cgroup import cpu_quota
-from hasten.machine.processor import numbers_in
+from hasten.machine.cgroup import cpu_quota, kernel_text
 
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 
@@ -77,8 +76,14 @@ def physical_cores(allowed: Iterable[int], topology: Path = _TOPOLOGY) -> int:
 
 
 def _siblings(core: int, topology: Path) -> list[int]:
-    try:
-        text = (topology / f"cpu{core}" / "topology" / "thread_siblings_list").read_text()
-    except (OSError, UnicodeDecodeError):
-        return []
-    return numbers_in(text)
+    return numbers_in(kernel_text(topology / f"cpu{core}" / "topology" / "thread_siblings_list"))
+
+
+def numbers_in(text: str) -> list[int]:
+    """The numbers of a kernel list such as `0-3,8`."""
+    numbers: list[int] = []
+    for part in filter(None, text.strip().split(",")):
+        first, _, last = part.partition("-")
+        if first.isdecimal() and (last or first).isdecimal():
+            numbers += range(int(first), int(last or first) + 1)
+    return numbers

@@ -15,7 +15,7 @@ from typing import Any
 
 from hasten.cache import cache_dir, read_record, write_record
 from hasten.errors import DiskError
-from hasten.machine.processor import processor_id
+from hasten.machine.probe import processor_id
 
 Format = tuple[int, int, bool]  # bits, group, symmetric
 
@@ -26,14 +26,7 @@ _ROUNDS = 5
 _log = logging.getLogger(__name__)
 
 KNOWN: dict[tuple[str, str], tuple[str, ...]] = {
-    ("AuthenticAMD 25 1 1", "avx2"): (  # Zen 3 servers
-        "avx2 stream, prefetch",
-        "avx2 stream, prefetch",
-        "avx2 stream, prefetch",
-        "avx2 unpack",
-        "avx2 unpack",
-        "avx2 unpack",
-    ),
+    ("AuthenticAMD 25 1 1", "avx2"): (*["avx2 stream, prefetch"] * 3, *["avx2 unpack"] * 3),  # Zen 3 servers
 }
 """(processor, instruction set) -> the way of each class of rows, for every format. Measured by
 benchmarks/kernels.py on machines of 2 cores; saves the first start there a second."""
@@ -58,14 +51,10 @@ def choose_kernels(
         return {}
     known = KNOWN.get((processor_id(), _native.isa()))
     chosen = dict.fromkeys(columns, known) if known is not None else _measured(columns, threads)
-    return {fmt: take(_native, fmt, ways) for fmt, ways in chosen.items() if ways is not None}
-
-
-def take(native: Any, fmt: Format, ways: tuple[str, ...]) -> tuple[str, ...]:
-    """Put ways in use, one a class of rows."""
-    for row_class, way in enumerate(ways):
-        native.choose_way(*fmt, row_class, way)
-    return ways
+    for fmt, ways in chosen.items():
+        for row_class, way in enumerate(ways):
+            _native.choose_way(*fmt, row_class, way)
+    return chosen
 
 
 def measure_ways(native: Any, fmt: Format, columns: int, threads: int) -> tuple[str, ...]:
@@ -75,15 +64,14 @@ def measure_ways(native: Any, fmt: Format, columns: int, threads: int) -> tuple[
     bound by arithmetic and need a small matrix only.
     """
     names = native.int_ways()
+    bits, group, symmetric = fmt
+    row_bytes = columns * bits / 8 + columns / group * (2 if symmetric else 4)
     found = []
-    for row_class, rows in enumerate(native.row_classes()):
+    for rows in native.row_classes():
         tokens = min(rows, 64)
-        size = (16 << 20) if tokens <= 8 else 2 << 20
-        bits, group, symmetric = fmt
-        row_bytes = columns * bits / 8 + columns / group * (2 if symmetric else 4)
-        height = max(16, int(size / row_bytes) // 16 * 16)
+        height = max(16, int(((16 << 20) if tokens <= 8 else 2 << 20) / row_bytes) // 16 * 16)
         seconds = native.time_ways(*fmt, height, columns, tokens, threads, _ROUNDS)
-        before = names.index(native.way_for(*fmt, native.row_classes()[row_class]))
+        before = names.index(native.way_for(*fmt, rows))
         best = min(range(len(names)), key=seconds.__getitem__)
         # what is there stays, unless another is faster by more than noise
         found.append(names[best if seconds[best] < 0.97 * seconds[before] else before])
@@ -102,10 +90,17 @@ def _large(matrices: Iterable[tuple[Format, int, int]]) -> dict[Format, int]:
 
 def _measured(columns: Mapping[Format, int], threads: int) -> dict[Format, tuple[str, ...]]:
     """Kept choices; what is missing is measured and kept too."""
-    from hasten import _native
+    from hasten import __version__, _native
 
     path = cache_dir() / "machine" / f"kernels-{_native.isa()}-{threads}.json"
-    key = _key(threads)
+    key = {
+        "cpu": processor_id(),
+        "isa": _native.isa(),
+        "ways": _native.int_ways(),
+        "classes": _native.row_classes(),
+        "threads": threads,
+        "version": __version__,
+    }
     kept = read_record(path, key) or {}
     chosen = {fmt: tuple(kept[_name(fmt)]) for fmt in columns if _name(fmt) in kept}
     missing = [fmt for fmt in columns if fmt not in chosen]
@@ -124,16 +119,3 @@ def _measured(columns: Mapping[Format, int], threads: int) -> dict[Format, tuple
 def _name(fmt: Format) -> str:
     bits, group, symmetric = fmt
     return f"w{bits}-g{group}{'' if symmetric else '-asym'}"
-
-
-def _key(threads: int) -> dict[str, Any]:
-    from hasten import __version__, _native
-
-    return {
-        "cpu": processor_id(),
-        "isa": _native.isa(),
-        "ways": _native.int_ways(),
-        "classes": _native.row_classes(),
-        "threads": threads,
-        "version": __version__,
-    }

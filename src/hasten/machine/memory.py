@@ -1,15 +1,33 @@
-"""How much memory there is, how much of it may still be used, and how much this process used."""
+"""Memory: how much there is, how much this process may still fill, and one account for all that grows in it.
+
+The KV caches of all models of a process take memory page by page, as pages are written. `MemoryRoom` measures
+what is free once a second, keeps a reserve (`reserve_bytes`), and is charged for what was promised
+and is not yet written, so that two models never count the same free gigabyte twice.
+"""
 
 from __future__ import annotations
 
 import os
 import resource
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Protocol
 
-from hasten.machine.cgroup import memory_left, memory_limit
+from hasten.errors import MachineError
+from hasten.machine.cgroup import kernel_text, memory_left, memory_limit
 
 _MEMINFO = Path("/proc/meminfo")
 _LEAST_RESERVE, _MOST_RESERVE = 50_000_000, 1_500_000_000
+
+LOOK_S = 1.0
+"""Seconds between two looks at the system, each half a millisecond; a quarter where memory is nearly full."""
+
+_LOW = 0.75  # of the reserve: memory is given back below it, until all of the reserve is free again
+_POLL_S = 0.05
 
 
 def installed_bytes() -> int | None:
@@ -45,12 +63,7 @@ def peak_rss_bytes() -> int | None:
     Source: VmHWM, proc(5). Not getrusage: its ru_maxrss starts at the size of the process that forked this
     one.
     """
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return None
-    lines = [line for line in status.splitlines() if line.startswith("VmHWM:")]
-    return int(lines[0].split()[1]) * 1024 if lines else None
+    return _kilobytes(Path("/proc/self/status")).get("VmHWM")
 
 
 def _kernel_estimate(meminfo: Path) -> int | None:
@@ -58,26 +71,170 @@ def _kernel_estimate(meminfo: Path) -> int | None:
 
     Kernels before 3.14 do not say it: free memory and inactive file pages are a lower bound.
     """
-    found: dict[str, int] = {}
-    try:
-        for line in meminfo.read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name in ("MemAvailable", "MemFree", "Inactive(file)"):
-                found[name] = int(value.split()[0]) * 1024
-    except (OSError, ValueError, IndexError):
-        return None
-    if "MemFree" not in found:
-        return found.get("MemAvailable")
-    return found.get("MemAvailable", found["MemFree"] + found.get("Inactive(file)", 0))
+    found = _kilobytes(meminfo)
+    old = found["MemFree"] + found.get("Inactive(file)", 0) if "MemFree" in found else None
+    return found.get("MemAvailable", old)
+
+
+def _kilobytes(path: Path) -> dict[str, int]:
+    """The sizes in a file of the kernel with lines such as `MemFree: 20 kB`: name -> bytes."""
+    lines = (line.partition(":") for line in kernel_text(path).splitlines())
+    sizes = ((name, value.split()) for name, _, value in lines)
+    return {name: int(size[0]) * 1024 for name, size in sizes if size[1:] == ["kB"] and size[0].isdecimal()}
 
 
 def address_space_left() -> int | None:
     """Bytes this process may still map, used or not (`ulimit -v`); None where nothing limits it."""
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit == resource.RLIM_INFINITY:
+    pages = kernel_text(Path("/proc/self/statm")).partition(" ")[0]
+    if limit == resource.RLIM_INFINITY or not pages.isdecimal():
         return None
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-    except (OSError, ValueError, IndexError):
-        return None
-    return max(0, limit - pages * os.sysconf("SC_PAGE_SIZE"))
+    return max(0, limit - int(pages) * os.sysconf("SC_PAGE_SIZE"))
+
+
+class Giver(Protocol):
+    """Who holds memory that it can give back when asked: a page pool."""
+
+    def held_bytes(self) -> int:
+        """Bytes it has filled, most of them a cache. From any thread."""
+
+    def promised_bytes(self) -> int:
+        """Bytes it is going to fill. From any thread."""
+
+    def give_back_meanwhile(self) -> None:
+        """Give back what `MemoryRoom.short` asks for, if that is possible now. From any thread."""
+
+
+class MemoryRoom:
+    """Bytes that may still be filled. For any number of threads.
+
+    Args:
+        available: bytes that are free now; None where that is unknown. Half of the machine is assumed then.
+        reserve: bytes that stay free.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        available: Callable[[], int | None] = available_bytes,
+        reserve: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.reserve = reserve_bytes() if reserve is None else reserve
+        self._available = available
+        self.clock = clock
+        self._lock = threading.Lock()
+        self._givers: weakref.WeakSet[Giver] = weakref.WeakSet()
+        self._wanted = 0  # asked of the givers
+        self._left = 0  # above the reserve
+        self._measured: float | None = None
+        self._watch: threading.Thread | None = None
+
+    def join(self, giver: Giver) -> None:
+        """Count on a giver, which calls `short` every second, when others need memory."""
+        with self._lock:
+            self._givers.add(giver)
+
+    def look(self, max_age_s: float = LOOK_S) -> None:
+        """Measure anew what was measured longer ago."""
+        now = self.clock()
+        with self._lock:
+            if self._measured is None or now - self._measured >= max_age_s:
+                self._measured = now
+                self._left = self._free() - self.reserve
+
+    def _free(self) -> int:
+        """Bytes that are free and promised to nobody."""
+        found = self._available()
+        free = (installed_bytes() or 0) // 2 if found is None else found
+        return free - sum(giver.promised_bytes() for giver in list(self._givers))
+
+    def watch(self) -> None:
+        """From now on look during steps too, in a thread of its own; started once."""
+        with self._lock:
+            if self._watch is None:
+                self._watch = threading.Thread(target=self._watching, name="hasten-memory", daemon=True)
+                self._watch.start()
+
+    def _watching(self) -> None:
+        while True:
+            time.sleep(self.look_s)
+            self.look(self.look_s / 2)
+            if self.short:
+                for giver in list(self._givers):
+                    giver.give_back_meanwhile()
+
+    @property
+    def left(self) -> int:
+        """Bytes that may be taken, as of the last look; below 0: the reserve is touched."""
+        return self._left
+
+    @property
+    def look_s(self) -> float:
+        """Seconds until the next look: what others take until then has to fit in the reserve."""
+        return LOOK_S if self._left > 4 * self.reserve else LOOK_S / 4
+
+    @property
+    def last(self) -> int:
+        """Bytes of the reserve that may be filled where nothing else helps: before an answer fails."""
+        return int(_LOW * self.reserve)
+
+    @property
+    def low(self) -> int:
+        """Bytes that the reserve lacks, once it lacks enough to give something up for it."""
+        return -self._left if self._left < (_LOW - 1.0) * self.reserve else 0
+
+    @property
+    def short(self) -> int:
+        """Bytes to give back now: to fill the reserve again, or because somebody asked for them."""
+        return max(self.low, self._wanted)
+
+    def take(self, size: int) -> None:
+        """Memory was promised to a sequence, which will fill it; below 0: it will not after all."""
+        with self._lock:
+            self._left -= size
+
+    def gave(self, size: int) -> None:
+        """Memory went back to the system."""
+        with self._lock:
+            self._left += size
+            self._wanted = max(0, self._wanted - size)
+
+    def held(self) -> int:
+        """Bytes that the givers have filled, and can give back as far as no sequence uses them."""
+        return sum(giver.held_bytes() for giver in list(self._givers))
+
+    def ask(self, size: int, patience_s: float = 3 * LOOK_S) -> int:
+        """Bytes that are free, after the givers had time to free `size` bytes where fewer are free.
+
+        Not from a giver's own thread, which has to answer.
+        """
+        free = self._free()
+        until = self.clock() + patience_s
+        while free < size and self.held() > 0 and self.clock() < until:
+            with self._lock:
+                self._wanted = size - free
+            time.sleep(_POLL_S)
+            free = self._free()
+        with self._lock:
+            self._wanted = 0
+        return free
+
+    def require(self, size: int, name: str) -> None:
+        """Say so before `size` bytes are filled that cannot be had: the kernel would end the process instead.
+
+        Raises:
+            MachineError: so much memory is not free, though the givers were asked.
+        """
+        free = self.ask(size)
+        if size > free:
+            raise MachineError(
+                f"{name} takes {size / 1e9:.2f} GB of memory, {free / 1e9:.2f} GB are free",
+                hint="end other programs, raise the memory limit, or use a smaller model or recipe (w4)",
+            )
+
+
+@cache
+def memory_room() -> MemoryRoom:
+    """This process's account."""
+    return MemoryRoom()

@@ -1,18 +1,49 @@
-"""What is here: one call gives the whole Machine."""
+"""What this machine is and what it gives at most: names, caches, GPUs, and ceilings that are measured here.
+
+Read bandwidth: all threads read one buffer that no cache can hold, in huge pages, and the fastest of a few
+ways of reading (1, 2 or 4 streams a thread, with and without prefetch). Arithmetic: loops of nothing but
+multiply-adds on registers, for every instruction set here. The best round counts: others' work on a shared
+machine can only slow a round down. Median, p10 and p90 of the rounds are kept beside it and tell how noisy
+the machine is.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import platform
-from typing import get_args
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
 
-from hasten.core import Ceiling, Machine
-from hasten.machine.ceilings import Ceilings, Kind, load_or_measure
-from hasten.machine.ceilings import measure as measure_ceilings
-from hasten.machine.cgroup import memory_limit
-from hasten.machine.cores import core_ids, cores
-from hasten.machine.gpus import gpus
-from hasten.machine.memory import installed_bytes
-from hasten.machine.processor import caches, processor_name, size_of
+from hasten.cache import cache_dir, read_record, write_record
+from hasten.core import CacheLevel, Ceiling, Machine, Stat
+from hasten.errors import DiskError, UsageError
+from hasten.machine.cgroup import kernel_text, memory_limit
+from hasten.machine.cores import core_ids, cores, numbers_in, usable_cores
+from hasten.machine.memory import available_bytes, installed_bytes
+
+READ_SECONDS = 2.0  # of reading; getting the buffer costs up to twice as much again
+PEAK_SECONDS = 0.25  # a ceiling
+_LEAST_BUFFER, _MOST_BUFFER = 1 << 30, 4 << 30
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_CPUINFO = Path("/proc/cpuinfo")
+_CPUS = Path("/sys/devices/system/cpu")
+_NAME_KEYS = ("model name", "Processor", "Hardware", "cpu model", "uarch")  # x86, older ARM, MIPS, RISC-V
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_MAC_CACHES = (
+    ("hw.l1dcachesize", 1, "data"),
+    ("hw.l2cachesize", 2, "unified"),
+    ("hw.l3cachesize", 3, "unified"),
+)
+_PROGRAM_S = 5.0  # a driver's own program that takes longer does not answer
 
 
 def probe(measure: bool = True, max_age_s: float = 0.0, threads: int | None = None) -> Machine:
@@ -27,20 +58,22 @@ def probe(measure: bool = True, max_age_s: float = 0.0, threads: int | None = No
 
     Returns:
         The machine; what could not be found out is None.
+
+    Raises:
+        UsageError: `threads` is below one.
     """
     if not measure:
-        return _describe(None)
-    return _describe(load_or_measure(max_age_s, threads) if max_age_s > 0 else measure_ceilings(threads))
+        return _described()
+    found = load_or_measure(max_age_s, threads) if max_age_s > 0 else measure_ceilings(threads)
+    return replace(_described(), **found)
 
 
-def _describe(measured: Ceilings | None) -> Machine:
+def _described() -> Machine:
     from hasten import _native
 
     here, found = cores(), caches(core_ids()[0])
-    installed, limit = installed_bytes(), memory_limit()
-    known = [value for value in (installed, limit) if value is not None]
-    peaks: tuple[Ceiling, ...] = () if measured is None else measured.peaks
-    int8, bf16, fp32 = (None if measured is None else measured.best(kind) for kind in get_args(Kind))
+    limit = memory_limit()
+    known = [value for value in (installed_bytes(), limit) if value is not None]
     return Machine(
         cpu=processor_name(),
         isa=tuple(_native.probe_isas()),
@@ -50,16 +83,197 @@ def _describe(measured: Ceilings | None) -> Machine:
         l2_bytes=size_of(found, 2),
         l3_bytes=size_of(found, 3),
         memory_bytes=min(known, default=None),
-        read_gb_per_s=None if measured is None else measured.read_gb_per_s,
-        int8_tops=int8,
-        bf16_tflops=bf16,
-        fp32_tflops=fp32,
         gpus=gpus(),
         os=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=f"{platform.python_implementation()} {platform.python_version()}",
         caches=found,
         memory_limit_bytes=limit,
-        read_rounds=None if measured is None else measured.read_rounds,
-        read_buffer_bytes=None if measured is None else measured.read_buffer_bytes,
-        ceilings=peaks,
     )
+
+
+# Ceilings ---------------------------------------------------------------------------------------------------
+
+
+def measure_ceilings(
+    threads: int | None = None, read_seconds: float = READ_SECONDS, peak_seconds: float = PEAK_SECONDS
+) -> dict[str, Any]:
+    """Measure every ceiling: under 15 s with the default times, with all usable cores.
+
+    Returns:
+        The fields of `Machine` that are measured: name -> value.
+
+    Raises:
+        UsageError: `threads` is below one.
+    """
+    from hasten import _native
+
+    count = usable_cores() if threads is None else threads
+    if count < 1:
+        raise UsageError(
+            f"threads must be at least 1, not {count}", hint="leave threads out to use every core"
+        )
+    try:
+        size, rates = _native.probe_read_gb_per_s(count, buffer_bytes(), read_seconds)
+    except MemoryError:  # not even the quarter that is said to be free: the bandwidth stays unknown
+        size, rates = 0, []
+    rounds = {
+        (isa, kind): _native.probe_peak_tera_per_s(isa, kind, count, peak_seconds)
+        for isa, kind in _native.probe_peaks()
+    }
+
+    def best(kind: str) -> float | None:
+        return max((max(of) for (_, other), of in rounds.items() if other == kind), default=None)
+
+    return {
+        "read_gb_per_s": max(rates, default=None),
+        "read_rounds": stat_of(rates) if rates else None,
+        "read_buffer_bytes": size or None,
+        "int8_tops": best("int8"),
+        "bf16_tflops": best("bf16"),
+        "fp32_tflops": best("fp32"),
+        "ceilings": tuple(
+            Ceiling(isa, cast(Any, kind), max(of), stat_of(of)) for (isa, kind), of in rounds.items()
+        ),
+    }
+
+
+def load_or_measure(max_age_s: float = 3600.0, threads: int | None = None) -> dict[str, Any]:
+    """Ceilings measured here at most `max_age_s` seconds ago, else new ones, as `measure_ceilings`.
+
+    Here is: this processor, these cores, this boot, this version. Kept in `cache_dir() / "machine"`; a disk
+    that cannot be written only costs the next caller the measurement.
+    """
+    path = cache_dir() / "machine" / "ceilings.json"
+    key = _key(usable_cores() if threads is None else threads)
+    kept = read_record(path, key)
+    if kept is not None and 0 <= time.time() - kept["measured_at"] <= max_age_s:
+        rounds = kept["ceilings"]["read_rounds"]
+        peaks = tuple(Ceiling(**{**c, "rounds": Stat(**c["rounds"])}) for c in kept["ceilings"]["ceilings"])
+        return {**kept["ceilings"], "read_rounds": rounds and Stat(**rounds), "ceilings": peaks}
+    measured = measure_ceilings(threads)
+    with contextlib.suppress(DiskError):
+        write_record(path, key, {"measured_at": time.time(), "ceilings": measured})
+    return measured
+
+
+def stat_of(values: Sequence[float]) -> Stat:
+    """Median, p10 and p90 of at least one value, between neighbours by straight lines."""
+    deciles = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else [values[0]] * 9
+    return Stat(median=statistics.median(values), p10=deciles[0], p90=deciles[8], n=len(values))
+
+
+def buffer_bytes() -> int:
+    """Bytes to read: four times the last cache, 1 to 4 GiB, and never more than a quarter of what is free."""
+    found = caches(core_ids()[0])
+    last = size_of(found, 3) or size_of(found, 2) or 0
+    wanted = min(max(4 * last, _LEAST_BUFFER), _MOST_BUFFER)
+    free = available_bytes()
+    return wanted if free is None else min(wanted, free // 4)
+
+
+def _key(threads: int) -> dict[str, Any]:
+    from hasten import __version__, _native
+
+    return {
+        "cpu": processor_name(),
+        "cores": core_ids(),
+        "threads": threads,
+        "boot": kernel_text(_BOOT_ID),
+        "isa": _native.probe_isas(),
+        "version": __version__,
+        "form": 2,
+    }
+
+
+# Processor, caches, GPUs ------------------------------------------------------------------------------------
+
+
+def processor_name(cpuinfo: Path = _CPUINFO) -> str:
+    """The name the processor or the system gives, or its architecture where there is none."""
+    if sys.platform == "darwin" and (brand := _said("sysctl", "-n", "machdep.cpu.brand_string")):
+        return brand[0]
+    fields = _cpuinfo(cpuinfo)
+    for key in _NAME_KEYS:
+        if fields.get(key):
+            return " ".join(fields[key].split())
+    if maker := fields.get("CPU implementer"):
+        return f"{platform.machine()} implementer {maker} part {fields.get('CPU part', '?')}"
+    return platform.processor() or platform.machine()
+
+
+def processor_id(cpuinfo: Path = _CPUINFO) -> str:
+    """Maker, family, model and stepping as /proc/cpuinfo has them, else the name.
+
+    Virtual machines hide the name ("AMD EPYC" for four generations), never these.
+    """
+    fields = _cpuinfo(cpuinfo)
+    known = [fields.get(key, "") for key in ("vendor_id", "cpu family", "model", "stepping")]
+    return " ".join(known) if all(known) else processor_name(cpuinfo)
+
+
+def _cpuinfo(path: Path) -> dict[str, str]:
+    """The first processor's fields."""
+    fields: dict[str, str] = {}
+    for line in kernel_text(path).splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    return fields
+
+
+def caches(core: int, root: Path = _CPUS) -> tuple[CacheLevel, ...]:
+    """Caches that serve logical processor `core`, nearest first; empty if the system does not say."""
+    if sys.platform == "darwin":
+        sizes = [(_said("sysctl", "-n", name), level, kind) for name, level, kind in _MAC_CACHES]
+        return tuple(CacheLevel(level, kind, int(of[0]), 1) for of, level, kind in sizes if of and int(of[0]))
+    found = [_cache(folder) for folder in (root / f"cpu{core}" / "cache").glob("index[0-9]*")]
+    return tuple(sorted((c for c in found if c is not None), key=lambda c: (c.level, c.kind)))
+
+
+def _cache(folder: Path) -> CacheLevel | None:
+    size = re.fullmatch(r"(\d+)([KMG]?)", kernel_text(folder / "size"))
+    level = kernel_text(folder / "level")
+    if size is None or not level.isdecimal():
+        return None
+    return CacheLevel(
+        level=int(level),
+        kind=kernel_text(folder / "type").lower() or "unified",
+        bytes=int(size[1]) * _UNITS[size[2]],
+        shared_by=max(1, len(numbers_in(kernel_text(folder / "shared_cpu_list")))),
+    )
+
+
+def size_of(found: tuple[CacheLevel, ...], level: int) -> int | None:
+    """Bytes of the data or unified cache of a level; None if unknown."""
+    return next((c.bytes for c in found if c.level == level and c.kind != "instruction"), None)
+
+
+def gpus() -> tuple[str, ...]:
+    """One line a GPU, its name and memory, from the drivers' own programs; empty where none answers."""
+    nvidia = _said("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
+    return tuple(nvidia_names(nvidia) + amd_names(_said("rocm-smi", "--showproductname", "--csv")))
+
+
+def nvidia_names(lines: list[str]) -> list[str]:
+    """From `NVIDIA H200, 143771 MiB` to `NVIDIA H200 (143771 MiB)`."""
+    rows = [[field.strip() for field in row] for row in csv.reader(lines)]
+    return [f"{row[0]} ({row[1]})" for row in rows if len(row) == 2]
+
+
+def amd_names(lines: list[str]) -> list[str]:
+    """The column `Card Series` (or `Card series`) of rocm-smi's table."""
+    rows = csv.DictReader(line.replace("Card Series", "Card series") for line in lines if "," in line)
+    return [row["Card series"].strip() for row in rows if row.get("Card series")]
+
+
+def _said(program: str, *arguments: str) -> list[str]:
+    """Lines that a program prints; none where it is missing, fails or hangs."""
+    found = shutil.which(program)
+    if found is None:
+        return []
+    try:
+        done = subprocess.run(
+            [found, *arguments], capture_output=True, text=True, timeout=_PROGRAM_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return done.stdout.splitlines() if done.returncode == 0 else []

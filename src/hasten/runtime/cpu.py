@@ -18,8 +18,7 @@ from hasten.core import EngineOptions, ModelConfig
 from hasten.errors import MachineError, ModelError, UsageError
 from hasten.machine.cores import core_ids, usable_cores
 from hasten.machine.kernels import Format, choose_kernels
-from hasten.machine.memory import address_space_left
-from hasten.machine.room import MemoryRoom, memory_room
+from hasten.machine.memory import MemoryRoom, address_space_left, memory_room
 from hasten.models.rope import tables
 from hasten.runtime.key_scale import key_scales
 from hasten.runtime.key_shift import key_shifts

@@ -15,7 +15,7 @@ from itertools import pairwise
 from threading import Lock, get_ident
 
 from hasten.errors import UsageError
-from hasten.machine.room import LOOK_S, MemoryRoom
+from hasten.machine.memory import LOOK_S, MemoryRoom
 
 
 @dataclass

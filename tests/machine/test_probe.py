@@ -1,19 +1,21 @@
-"""The measured ceilings: sane orders of magnitude, kept and dropped as told. No speed is judged here."""
+"""Names, caches and GPUs as systems describe them, and measured ceilings. No speed is judged here."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hasten import _native
-from hasten.core import Ceiling, Machine, Stat, as_json
+from hasten.core import CacheLevel, Ceiling, Machine, Stat, as_json
 from hasten.errors import UsageError
-from hasten.machine import ceilings
+from hasten.machine import probe as machine_probe
 from hasten.machine.probe import probe
 
 FLAGS = {
@@ -41,7 +43,7 @@ OPS_A_CYCLE = {  # one core
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("HASTEN_CACHE", str(tmp_path))
-    monkeypatch.setattr(ceilings, "buffer_bytes", lambda: 8 << 20)
+    monkeypatch.setattr(machine_probe, "buffer_bytes", lambda: 8 << 20)
     yield tmp_path
 
 
@@ -88,15 +90,15 @@ def test_read_takes_any_size(size: int) -> None:
 
 
 def test_buffer_is_larger_than_the_cache_and_leaves_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ceilings, "available_bytes", lambda: None)
-    assert 1 << 30 <= ceilings.buffer_bytes() <= 4 << 30
-    monkeypatch.setattr(ceilings, "available_bytes", lambda: 400 << 20)
-    assert ceilings.buffer_bytes() == 100 << 20
+    monkeypatch.setattr(machine_probe, "available_bytes", lambda: None)
+    assert 1 << 30 <= machine_probe.buffer_bytes() <= 4 << 30
+    monkeypatch.setattr(machine_probe, "available_bytes", lambda: 400 << 20)
+    assert machine_probe.buffer_bytes() == 100 << 20
 
 
 def test_stat_of() -> None:
-    assert ceilings.stat_of([3.0]) == Stat(3.0, 3.0, 3.0, 1)
-    stat = ceilings.stat_of([float(i) for i in range(11)])
+    assert machine_probe.stat_of([3.0]) == Stat(3.0, 3.0, 3.0, 1)
+    stat = machine_probe.stat_of([float(i) for i in range(11)])
     assert stat == Stat(5.0, 1.0, 9.0, 11)
 
 
@@ -104,38 +106,39 @@ def test_kept_until_too_old_or_another_machine(cache: Path, monkeypatch: pytest.
     stat = Stat(1.0, 1.0, 1.0, 1)
     runs: list[float] = []
 
-    def fake(threads: int | None = None) -> ceilings.Ceilings:
+    def fake(threads: int | None = None) -> dict[str, Any]:
         runs.append(1.0)
         peak = Ceiling("scalar", "int8", len(runs), stat)
-        return ceilings.Ceilings(2, 10.0 + len(runs), stat, 1 << 30, (peak,))
+        return {"read_gb_per_s": 10.0 + len(runs), "read_rounds": stat, "ceilings": (peak,)}
 
-    monkeypatch.setattr(ceilings, "measure", fake)
-    first = ceilings.load_or_measure(60)
-    assert ceilings.load_or_measure(60) == first and len(runs) == 1
+    monkeypatch.setattr(machine_probe, "measure_ceilings", fake)
+    first = machine_probe.load_or_measure(60)
+    assert machine_probe.load_or_measure(60) == first and len(runs) == 1
     with monkeypatch.context() as later:
-        later.setattr(ceilings.time, "time", lambda: 4e9)
-        assert ceilings.load_or_measure(60) != first
-    monkeypatch.setattr(ceilings, "processor_name", lambda: "another")
-    assert ceilings.load_or_measure(1e10).read_gb_per_s == 13.0
-    kept = cache / "machine" / "ceilings.json"
+        later.setattr(machine_probe.time, "time", lambda: 4e9)
+        assert machine_probe.load_or_measure(60) != first
+    monkeypatch.setattr(machine_probe, "processor_name", lambda: "another")
+    assert machine_probe.load_or_measure(1e10)["read_gb_per_s"] == 13.0
+    kept = cache / "machine" / "machine_probe.json"
     kept.write_text(kept.read_text().replace("13.0", "99.0"))
-    assert ceilings.load_or_measure(1e10).read_gb_per_s == 14.0
+    assert machine_probe.load_or_measure(1e10)["read_gb_per_s"] == 14.0
 
 
 def test_measure_and_probe(cache: Path) -> None:
-    measured = ceilings.measure(threads=1, read_seconds=0.02, peak_seconds=0.01)
-    assert measured.threads == 1 and measured.read_buffer_bytes == 8 << 20
+    found = machine_probe.measure_ceilings(threads=1, read_seconds=0.02, peak_seconds=0.01)
+    measured = replace(probe(measure=False), **found)
+    assert measured.read_buffer_bytes == 8 << 20
     assert measured.read_rounds and measured.read_gb_per_s
     assert measured.read_rounds.p10 <= measured.read_rounds.median <= measured.read_gb_per_s
-    assert measured.best("int8") == max(c.tera_ops_per_s for c in measured.peaks if c.kind == "int8")
+    assert measured.int8_tops == max(c.tera_ops_per_s for c in measured.ceilings if c.kind == "int8")
     with pytest.raises(UsageError):
-        ceilings.measure(threads=0)
+        machine_probe.measure_ceilings(threads=0)
 
 
 def test_no_memory_is_unknown_not_an_error(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ceilings, "buffer_bytes", lambda: 1 << 60)
-    measured = ceilings.measure(threads=1, read_seconds=0.01, peak_seconds=0.001)
-    assert measured.read_gb_per_s is None and measured.read_buffer_bytes is None
+    monkeypatch.setattr(machine_probe, "buffer_bytes", lambda: 1 << 60)
+    measured = machine_probe.measure_ceilings(threads=1, read_seconds=0.01, peak_seconds=0.001)
+    assert measured["read_gb_per_s"] is None and measured["read_buffer_bytes"] is None
 
 
 def test_probe_without_measuring_says_unknown() -> None:
@@ -171,3 +174,53 @@ def test_command_prints_every_field() -> None:
     assert written["schema_version"] == 1 and written["read_gb_per_s"] == 45.6
     assert set(written) == {"schema_version", *(f for f in as_json(machine))}
     assert isinstance(machine, Machine) and math.isfinite(written["int8_tops"])
+
+
+def test_processor_names(tmp_path: Path) -> None:
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor\t: 0\nmodel name\t: AMD  EPYC 9R45\n\nprocessor\t: 1\nmodel name\t: other\n")
+    assert machine_probe.processor_name(info) == "AMD EPYC 9R45"
+    info.write_text("processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n")
+    assert "implementer 0x41 part 0xd40" in machine_probe.processor_name(info)
+    assert machine_probe.processor_name(tmp_path / "none")
+
+
+def test_caches_of_a_core(tmp_path: Path) -> None:
+    def level(index: int, **files: str) -> None:
+        folder = tmp_path / "cpu3" / "cache" / f"index{index}"
+        folder.mkdir(parents=True)
+        for name, text in files.items():
+            (folder / name).write_text(text + "\n")
+
+    level(0, level="1", type="Data", size="48K", shared_cpu_list="3")
+    level(1, level="1", type="Instruction", size="32K", shared_cpu_list="3")
+    level(2, level="3", type="Unified", size="1M", shared_cpu_list="0-3,8-11,16")
+    level(3, level="4", type="Unified", size="")
+    found = machine_probe.caches(3, tmp_path)
+    assert found == (
+        CacheLevel(1, "data", 48 << 10, 1),
+        CacheLevel(1, "instruction", 32 << 10, 1),
+        CacheLevel(3, "unified", 1 << 20, 9),
+    )
+    assert machine_probe.size_of(found, 1) == 48 << 10
+    assert machine_probe.size_of(found, 2) is None
+    assert machine_probe.caches(0, tmp_path) == ()
+
+
+def test_gpu_names() -> None:
+    assert machine_probe.nvidia_names(["NVIDIA H200, 143771 MiB", "", "odd"]) == ["NVIDIA H200 (143771 MiB)"]
+    lines = ["WARNING: something", "device,Card Series,Card Model", "card0,AMD Instinct MI300X,0x74a1"]
+    assert machine_probe.amd_names(lines) == ["AMD Instinct MI300X"]
+    assert machine_probe.amd_names([]) == []
+
+
+def test_gpu_programs_that_fail_or_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine_probe.gpus() == ()
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
+    program.chmod(0o755)
+    assert machine_probe.gpus() == ()
+    program.write_text("#!/bin/sh\necho 'Some GPU, 8 MiB'\n")
+    assert machine_probe.gpus() == ("Some GPU (8 MiB)",)
+    assert os.environ["PATH"] == str(tmp_path)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from hasten.errors import MachineError
-from hasten.machine.room import LOOK_S, MemoryRoom
+from hasten.machine import memory
+from hasten.machine.memory import LOOK_S, MemoryRoom
 
 RESERVE = 100
 
@@ -74,7 +77,7 @@ def test_low_needs_a_quarter_of_the_reserve() -> None:
 
 
 def test_unknown_memory_is_half_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hasten.machine.room.installed_bytes", lambda: 2000)
+    monkeypatch.setattr("hasten.machine.memory.installed_bytes", lambda: 2000)
     room = MemoryRoom(lambda: None, RESERVE)
     room.look()
     assert room.left == 900
@@ -131,3 +134,20 @@ def test_a_watched_room_asks_its_givers() -> None:
     room.watch()
     assert asked.wait(60 * LOOK_S)
     assert watching() == before + 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="MemAvailable is Linux's")
+def test_what_the_kernel_says_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = tmp_path / "meminfo"
+    info.write_text("MemTotal: 100 kB\nMemAvailable:   50 kB\n")
+    monkeypatch.setattr(memory, "memory_left", lambda: None)
+    assert memory.available_bytes(info) == 50 * 1024
+    monkeypatch.setattr(memory, "memory_left", lambda: 20_000)
+    assert memory.available_bytes(info) == 20_000
+    monkeypatch.setattr(memory, "memory_left", lambda: None)
+    assert memory.available_bytes(tmp_path / "none") is None
+    info.write_text("MemTotal: 100 kB\nMemFree: 20 kB\nActive(file): 40 kB\nInactive(file): 10 kB\n")
+    assert memory.available_bytes(info) == 30 * 1024, "a kernel before 3.14"
+    info.write_text("MemFree: what\n")
+    assert memory.available_bytes(info) is None
+    assert (memory.installed_bytes() or 0) > 1 << 26
