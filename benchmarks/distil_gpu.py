@@ -31,24 +31,24 @@ import distil_sample
 import distil_text
 from bar import say
 from hasten.cache import write_atomic, write_json
-from hasten.compress.artifact import save
 from hasten.compress.calibration import Calibration, cut
 from hasten.compress.changed import changed
 from hasten.compress.distil.decoder import Decoder
 from hasten.compress.distil.losses import divergence
 from hasten.compress.distil.result import Distilled, Progress
 from hasten.compress.distil.trainer import Training, distil
-from hasten.compress.pack import pack_model
 from hasten.compress.torch_layer import tensor_values
 from hasten.core import SCHEMA_VERSION, Budget, Recipe, as_json
 from hasten.errors import HastenError
 from hasten.machine.cores import usable_cores
+from hasten.models.artifact import save
 from hasten.models.open import open_model
 from hasten.models.source import Source
 from hasten.quality.divergence import Divergence
 from hasten.quality.judge import judge
 from hasten.quality.text import default_text, windows
 from hasten.recipe import Distillation, Pruning
+from hasten.weights.packed import pack_model
 
 LENGTH = 512
 AMOUNT = 0.25

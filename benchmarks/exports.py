@@ -25,9 +25,9 @@ import numpy as np
 
 from bar import RESULTS, say
 from hasten import _native
-from hasten.compress.artifact import load_artifact
 from hasten.compress.export import FORMATS, export
 from hasten.core import SCHEMA_VERSION
+from hasten.models.artifact import load_artifact
 from hasten.quality.divergence import divergence
 from hasten.quality.text import default_text
 

@@ -22,7 +22,6 @@ import numpy as np
 from bar import Bar, Settings, record, say
 from hasten.bench.measure import measure_model
 from hasten.compress.calibration import Calibration, cut
-from hasten.compress.pack import pack_model
 from hasten.compress.prune.prune import prune
 from hasten.core import Budget, EngineOptions, Recipe, Workload
 from hasten.engine.model import LanguageModel, load_packed
@@ -34,6 +33,7 @@ from hasten.quality.divergence import Reference
 from hasten.quality.evaluate import evaluate
 from hasten.quality.text import default_text, windows
 from hasten.recipe import Pruning
+from hasten.weights.packed import pack_model
 
 CASES = (
     Pruning("ffn", 0.25),

@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from bar import say
-from hasten.compress import artifact
 from hasten.compress.calibration import Calibration, cut
 from hasten.compress.export import export
-from hasten.compress.pack import pack_model
 from hasten.core import Recipe
+from hasten.models.artifact import save
 from hasten.models.open import open_model
 from hasten.models.source import sha256_of
 from hasten.quality.text import Text
+from hasten.weights.packed import pack_model
 
 RECORD = "material.json"
 
@@ -63,7 +63,7 @@ def prepare(model: str, text: Text, work: Path, threads: int) -> tuple[Material,
     say(f"{source.name} in bf16: writing")
     work.mkdir(parents=True, exist_ok=True)
     packed = work / "source.hasten"
-    artifact.save(packed, pack_model(source, Recipe.parse("bf16"), threads), source, {}, threads=threads)
+    save(packed, pack_model(source, Recipe.parse("bf16"), threads), source, {}, threads=threads)
     export(packed, "compressed-tensors", material.folder, force=True)
     export(packed, "gguf", material.gguf, force=True)
     np.save(material.ids, calibration.ids)

@@ -55,10 +55,10 @@ def make_artifact(settings: Settings) -> None:
     """Pack the source model as w4 and keep it at the artifact's path, once."""
     if Path(settings.artifact).exists():
         return
-    from hasten.compress.artifact import save
-    from hasten.compress.pack import pack_model
     from hasten.core import Recipe
+    from hasten.models.artifact import save
     from hasten.models.open import open_model
+    from hasten.weights.packed import pack_model
 
     say(f"packing {settings.model} as {RECIPE} to {settings.artifact}")
     source = open_model(settings.model)

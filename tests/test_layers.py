@@ -14,6 +14,7 @@ LAYERS = [
     {"errors", "core", "recipe", "rope_scaling", "stopping"},
     {"cache"},  # below machine, which keeps the ceilings it measured
     {"machine", "speed"},
+    {"weights"},  # how numbers are stored, of no matter what model
     {"models"},
     {"quality"},  # judges whatever has hidden states and logits
     {"compress"},  # below runtime, which runs what was packed

@@ -23,8 +23,8 @@ from hasten.cli.cache import SUBCOMMANDS
 from hasten.cli.frame import subparser_of
 from hasten.cli.reference import reference
 from hasten.compress.torch_file import write_state
-from hasten.compress.work_store import WorkStore
 from hasten.core import EngineOptions
+from hasten.weights.work_store import WorkStore
 
 MODULE = "hasten.cli.cache"
 

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as Backend
 
 from hasten.cli import main
 from hasten.cli.console import Ticker
-from hasten.compress.artifact import load_artifact
+from hasten.models.artifact import load_artifact
 from hasten.models.text_stream import TokenizerFields
 from hasten.models.tokenizer import Tokenizer
 from hasten.quality.text import default_text

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from hasten.cli import main
-from hasten.compress.artifact import save
-from hasten.compress.pack import pack_model
 from hasten.core import Layout, Recipe
 from hasten.models import open_model
+from hasten.models.artifact import save
+from hasten.weights.packed import pack_model
 from tiny_models import TINY, save_folder
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from hasten.compress.artifact import save
-from hasten.compress.pack import pack_model
 from hasten.core import Recipe
+from hasten.models.artifact import save
 from hasten.models.locate import locate
 from hasten.models.open import open_place
+from hasten.weights.packed import pack_model
 
 START = """
 import os, signal, sys
@@ -80,7 +80,7 @@ def pressed(*given, **named):
 setattr(home, name, pressed)
 """
 CALLS = [
-    "hasten.compress.artifact:_read",
+    "hasten.weights.artifact:_read",
     "hasten.models.folder_tokenizer:_fields",
     "hasten.runtime.cpu:CpuExecutor._check",
     "hasten.runtime.cpu:CpuExecutor.head",

@@ -6,10 +6,10 @@ import numpy as np
 
 import tiny_models
 from hasten.compress.calibration import Calibration
-from hasten.compress.pack import pack_model
 from hasten.core import EngineOptions, Recipe
 from hasten.engine.model import load_packed
 from hasten.models.source import Source
+from hasten.weights.packed import pack_model
 
 NAMES = sorted(tiny_models.TINY)
 

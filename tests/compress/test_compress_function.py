@@ -15,17 +15,17 @@ import numpy as np
 import pytest
 
 import hasten
-from hasten.compress.artifact import load_artifact
 from hasten.compress.calibration import Calibration
 from hasten.compress.compress import compress
 from hasten.compress.job import Job, Means
-from hasten.compress.pack import PackedModel, checksum_of, pack_model
 from hasten.compress.recipe_file import parse_recipe
 from hasten.compress.result import Clock, Progress, silent
 from hasten.core import Layout, Recipe
 from hasten.errors import DiskError, HastenError, MachineError, ModelError, TokenizerError, UsageError
 from hasten.models import open_model
+from hasten.models.artifact import load_artifact
 from hasten.recipe import Distillation, Pruning
+from hasten.weights.packed import PackedModel, checksum_of, pack_model
 
 TOKENS = 1024
 
@@ -115,7 +115,7 @@ def test_all_steps_together(tiny_folder: Callable[..., Path], tmp_path: Path, ca
 def test_distilling_trains_what_is_stored(tiny_folder: Callable[..., Path]) -> None:
     """Through the layouts' rounding: the packed values are those that were trained, not rounded again."""
     from hasten.compress.torch_layer import tensor_values
-    from hasten.compress.unpack import integers
+    from hasten.weights.packed import integers
 
     recipe = Recipe("r", Layout(4), Layout(16), distil=Distillation(tokens=1024, batch_tokens=512))
     made = compress(tiny_folder("llama"), recipe, tokens=TOKENS, means=Means(device="cpu", threads=1))
@@ -131,7 +131,7 @@ def test_a_calibration_may_be_given_as_tokens(tiny_folder: Callable[..., Path]) 
     made = compress(tiny_folder("llama"), recipe, Calibration("chance", ids), means=Means(threads=1))
     assert made.calibration == {"name": "chance", "tokens": 512, "sha256": Calibration("x", ids).sha256}
     values = made.packed.linears["layers.0.q"]
-    from hasten.compress.unpack import integers
+    from hasten.weights.packed import integers
 
     zeros = (integers(values).values().reshape(64, -1, 4) == 0).sum(-1)
     assert (zeros >= 2).all()
@@ -334,7 +334,7 @@ def test_it_is_a_function_and_a_package() -> None:
     code = (
         "import sys, hasten; assert callable(hasten.compress); import hasten.compress.export; "
         "assert callable(hasten.compress); from hasten.compress.compress import compress; "
-        "import hasten.compress.pack; assert callable(hasten.compress); assert 'torch' not in sys.modules"
+        "import hasten.weights.packed; assert callable(hasten.compress); assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

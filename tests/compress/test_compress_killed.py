@@ -13,7 +13,7 @@ import pytest
 
 from hasten.compress.compress import compress
 from hasten.compress.job import Means
-from hasten.compress.pack import PackedModel, checksum_of
+from hasten.weights.packed import PackedModel, checksum_of
 
 TOKENS = 1024
 

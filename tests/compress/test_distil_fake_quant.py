@@ -11,11 +11,11 @@ import torch
 from hasten import _native
 from hasten.compress.changed import made_tensor
 from hasten.compress.distil.fake_quant import Grid, integer_tensor
-from hasten.compress.pack import PackedLinear, pack_linear
 from hasten.compress.torch_layer import tensor_values
 from hasten.core import Layout
 from hasten.errors import UsageError
-from hasten.models.source import SourceTensor
+from hasten.weights.packed import PackedLinear, pack_linear
+from hasten.weights.tensors import SourceTensor
 
 CPU = torch.device("cpu")
 LAYOUTS = [

@@ -20,7 +20,8 @@ from hasten.compress.torch_layer import tensor_values
 from hasten.errors import DiskError, ModelError
 from hasten.models.open import open_folder
 from hasten.models.reference import ReferenceDecoder
-from hasten.models.source import Source, SourceTensor
+from hasten.models.source import Source
+from hasten.weights.tensors import SourceTensor
 
 CPU = torch.device("cpu")
 TEXT = Calibration("noise", np.random.default_rng(0).integers(0, 262, (7, 16)).astype(np.int32))

@@ -23,7 +23,6 @@ from hasten.compress.distil.decoder import Decoder
 from hasten.compress.distil.result import Distilled, Progress
 from hasten.compress.distil.student import Student
 from hasten.compress.distil.trainer import Training, distil, held_out
-from hasten.compress.pack import pack_linear, pack_model
 from hasten.compress.quantise.rotate import rotate
 from hasten.compress.torch_layer import tensor_values
 from hasten.core import Layout, Recipe
@@ -31,6 +30,7 @@ from hasten.errors import DiskError, MachineError, ModelError, UsageError
 from hasten.models.open import open_folder
 from hasten.models.source import Source
 from hasten.recipe import Distillation, DistilLoss
+from hasten.weights.packed import pack_linear, pack_model
 
 CPU = torch.device("cpu")
 TEXT = Calibration("noise", np.random.default_rng(0).integers(0, 262, (136, 32)).astype(np.int32))

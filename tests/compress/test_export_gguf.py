@@ -11,20 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_unpack import packed
-from tiny_artifacts import make, mixed, values_of
 
 import hasten
 from hasten import _native
-from hasten.compress.artifact import load_artifact, save
 from hasten.compress.export import export
 from hasten.compress.export_gguf_blocks import carrier, encoded
-from hasten.compress.pack import pack_model
-from hasten.compress.unpack import integers
 from hasten.core import Layout, Recipe
 from hasten.errors import DiskError, TokenizerError, UsageError
 from hasten.models import open_model
+from hasten.models.artifact import load_artifact, save
 from hasten.models.tokenizer import Tokenizer
+from hasten.weights.packed import integers, pack_model
+from tiny_artifacts import make, mixed, packed, values_of
 from tiny_gguf import write_gguf
 from tiny_models import CHAT_TEMPLATE, TINY, prompts, save_folder
 from tiny_tokenizers import byte_level, sentencepiece_model

@@ -15,16 +15,15 @@ import onnx
 import onnxruntime
 import openvino
 import pytest
-from tiny_artifacts import make, mixed, values_of
 
-from hasten.compress.artifact import load_artifact
 from hasten.compress.export import export
-from hasten.compress.pack import PackedLinear
-from hasten.compress.unpack import integers
 from hasten.core import Layout, Recipe
 from hasten.errors import DiskError, MachineError, UsageError
+from hasten.models.artifact import load_artifact
 from hasten.models.reference import ReferenceDecoder
 from hasten.models.tokenizer import Tokenizer
+from hasten.weights.packed import PackedLinear, integers
+from tiny_artifacts import make, mixed, values_of
 from tiny_models import prompts
 
 FORMATS = ["openvino", "onnx"]

@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.torch import load_file
-from tiny_artifacts import make, mixed, values_of
 
 import hasten
-from hasten.compress.artifact import load_artifact
 from hasten.compress.export import export
 from hasten.core import Layout, Recipe
 from hasten.errors import DiskError, UsageError
+from hasten.models.artifact import load_artifact
 from hasten.models.hf_config import hf_config
 from hasten.models.names import hf_names
 from hasten.models.reference import ReferenceDecoder
 from hasten.models.tokenizer import Tokenizer
+from tiny_artifacts import make, mixed, values_of
 from tiny_models import TINY, prompts
 
 # llama-odd is left out: its 66 columns make every layer floats

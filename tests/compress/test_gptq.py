@@ -7,14 +7,12 @@ import pytest
 import torch
 
 from hasten.compress.changed import made_tensor
-from hasten.compress.pack import pack_linear
-from hasten.compress.pack_integers import pack_integers
 from hasten.compress.quantise.awq import awq_scales, input_scales
 from hasten.compress.quantise.gptq import DAMP, Factor, gptq, lost, nearest
 from hasten.compress.quantise.statistics import mean_gram
-from hasten.compress.unpack import integers
 from hasten.core import Layout, ModelConfig
 from hasten.errors import ModelError
+from hasten.weights.packed import integers, pack_integers, pack_linear
 
 LAYOUTS = [Layout(b, g, s) for b in (8, 6, 5, 4) for g in (32, 64) for s in (True, False)]
 

@@ -7,13 +7,12 @@ import pytest
 import torch
 
 from hasten.compress.changed import made_tensor
-from hasten.compress.pack import pack_linear
 from hasten.compress.quantise.hqq import POWER, TURNS, hqq
 from hasten.compress.torch_layer import tensor_values
-from hasten.compress.unpack import Integers, integers
 from hasten.core import Layout
 from hasten.errors import ModelError, UsageError
 from hasten.models.open import open_model
+from hasten.weights.packed import Integers, integers, pack_linear
 
 LAYOUTS = [Layout(b, g, s) for b in (8, 6, 5, 4) for g in (32, 64, 128) for s in (True, False)]
 

@@ -14,10 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import tiny_models
 from hasten import _native
-from hasten.compress.artifact import load_artifact, save
-from hasten.compress.calibration import Calibration
+from hasten.compress.calibration import Calibration, work_key
 from hasten.compress.changed import changed
-from hasten.compress.pack import PackedModel, pack_model, packed_bytes
 from hasten.compress.quantise.layerwise import quantise
 from hasten.compress.quantise.linears import CalibratedLinears
 from hasten.compress.quantise.staged import StagedLayer, settle
@@ -25,13 +23,14 @@ from hasten.compress.quantise.statistics import HEAD, Statistics
 from hasten.compress.stream import Stream, stream_weights
 from hasten.compress.torch_file import write_state
 from hasten.compress.torch_layer import tensor_values
-from hasten.compress.work_store import work_key
 from hasten.core import Layout, Recipe
 from hasten.engine.model import LanguageModel, load_packed
 from hasten.errors import DiskError, ModelError, UsageError
+from hasten.models.artifact import load_artifact, save
 from hasten.models.open import open_folder
 from hasten.models.source import Source
 from hasten.recipe import Method
+from hasten.weights.packed import PackedModel, pack_model, packed_bytes
 
 METHODS = ("w4-hqq", "w4-gptq", "w4-awq", "w4-awq-gptq", "w4-best")
 
@@ -139,7 +138,7 @@ def test_a_model_is_read_once_for_its_digest(tmp_path: Path, monkeypatch: pytest
     read: list[int] = []
     real = _native.checksums
     monkeypatch.setattr(
-        "hasten.models.source._native",
+        "hasten.weights.tensors._native",
         SimpleNamespace(checksums=lambda data, *more: read.append(data.size) or real(data, *more)),
     )
     quantise(source, Recipe.parse("w4-best"), text(), folder=tmp_path / "work")

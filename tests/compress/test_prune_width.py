@@ -11,7 +11,6 @@ import torch
 from prune_models import NAMES, text
 
 from hasten.compress.changed import changed
-from hasten.compress.pack import pack_model
 from hasten.compress.prune.width import dimension_importance, kept_width, prune_width
 from hasten.compress.torch_layer import tensor_values
 from hasten.core import EngineOptions, Recipe
@@ -19,6 +18,7 @@ from hasten.engine.model import load_packed
 from hasten.errors import UsageError
 from hasten.models.open import open_folder
 from hasten.models.source import Source
+from hasten.weights.packed import pack_model
 
 
 def logits(source: Source, ids: np.ndarray) -> np.ndarray:

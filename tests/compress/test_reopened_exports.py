@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_artifacts import make, mixed, values_of
 
-from hasten.compress.artifact import load_artifact
 from hasten.compress.export import export
-from hasten.compress.pack import pack_model
 from hasten.core import Recipe
 from hasten.models import open_model
+from hasten.models.artifact import load_artifact
+from hasten.weights.packed import pack_model
+from tiny_artifacts import make, mixed, values_of
 
 
 @pytest.mark.parametrize("to", ["compressed-tensors", "gptq"])

@@ -11,7 +11,6 @@ import torch
 
 import tiny_models
 from hasten.compress.changed import changed
-from hasten.compress.pack import pack_model
 from hasten.compress.quantise.hadamard import orthogonal
 from hasten.compress.quantise.rotate import head_rotation, residual_rotation, rotate
 from hasten.compress.torch_layer import tensor_values
@@ -20,6 +19,7 @@ from hasten.errors import UsageError
 from hasten.models.open import open_folder, open_model
 from hasten.models.reference import ReferenceDecoder
 from hasten.models.source import Source
+from hasten.weights.packed import pack_model
 
 REFUSED = ("gemma3", "gemma3-capped", "olmo2")
 NAMES = sorted(set(tiny_models.TINY) - set(REFUSED))

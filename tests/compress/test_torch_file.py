@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hasten.compress.torch_file import read_state, state_damage, write_state
+from hasten.compress.torch_file import read_state, write_state
 from hasten.errors import DiskError
+from hasten.weights.work_store import state_damage
 
 STATE = {"x": torch.arange(5000.0), "n": 3, "layout": (4, 32, True), "inner": {"y": torch.ones(3).bool()}}
 

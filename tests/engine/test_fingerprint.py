@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 import hasten
-from hasten.compress.artifact import save
-from hasten.compress.pack import PackedLinear, pack_model
 from hasten.core import EngineOptions, Recipe
 from hasten.engine.fingerprint import fingerprint
 from hasten.engine.model import LanguageModel, load_packed
+from hasten.models.artifact import save
 from hasten.models.open import open_model
+from hasten.weights.packed import PackedLinear, pack_model
 
 OPTIONS = EngineOptions(threads=1, context=64, max_sequences=1)
 

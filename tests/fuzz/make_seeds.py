@@ -31,7 +31,7 @@ from gguf_bytes import (
     scalar,
     smallest_model,
 )
-from hasten.models.tensor_type import TYPES
+from hasten.weights.tensors import TYPES
 
 CORPUS = Path(__file__).parent / "corpus"
 

@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 
 from hasten.errors import FormatError, HastenError
-from hasten.models.blocks import check_finite, dequantize
 from hasten.models.gguf import GgufFile
 from hasten.models.hf_config import hf_config
 from hasten.models.names import hf_names
 from hasten.models.open import gguf_source
 from hasten.models.parameters import fill, parameter_shapes
-from hasten.models.safetensors_file import parse_safetensors
-from hasten.models.source import SourceTensor
+from hasten.weights.blocks import check_finite, dequantize
+from hasten.weights.safetensors_file import parse_safetensors
+from hasten.weights.tensors import SourceTensor
 
 CORPUS = Path(__file__).parent / "corpus"
 _MAX_VALUES = 1 << 16  # to unpack; a fuzzer is to look for new paths, not to multiply

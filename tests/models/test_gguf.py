@@ -32,7 +32,7 @@ from gguf_bytes import (
 )
 from hasten.errors import FormatError, ModelError
 from hasten.models.gguf import GgufFile
-from hasten.models.tensor_type import TYPES_BY_ID
+from hasten.weights.tensors import TYPES_BY_ID
 
 
 def parse(data: bytes) -> GgufFile:

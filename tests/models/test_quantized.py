@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hasten import _native
-from hasten.compress.pack import PackedLinear, pack_linear, pack_model
 from hasten.core import Layout, Recipe
 from hasten.errors import FormatError, ModelError
-from hasten.models import Source, check_finite, dequantize, open_model
+from hasten.models import Source, open_model
 from hasten.models.names import hf_names
 from hasten.models.quantized import bit_fields
-from hasten.models.source import SourceTensor
+from hasten.weights.blocks import check_finite, dequantize
+from hasten.weights.packed import PackedLinear, pack_linear, pack_model
+from hasten.weights.tensors import SourceTensor
 from quantized_folders import Make, Packing, Rounded, change_config, change_model, packed_words, rewrite
 
 V2 = {"checkpoint_format": "gptq_v2"}

@@ -7,8 +7,9 @@ import pytest
 
 import tiny_gguf as gguf_files
 from hasten.errors import ModelError, UsageError
-from hasten.models import Source, dequantize, open_model
+from hasten.models import Source, open_model
 from hasten.models.reference import ReferenceDecoder, int8_groups
+from hasten.weights.blocks import dequantize
 from tiny_models import TINY, Tiny, greedy, logits, prompts
 
 IN_GGUF = [name for name, tiny in TINY.items() if tiny.gguf]

@@ -12,10 +12,11 @@ from safetensors.numpy import load_file, save_file
 
 from gguf_bytes import Gguf, Tensor, floats, smallest_model
 from hasten.errors import ModelError
-from hasten.models import Source, check_finite, dequantize, open_model
+from hasten.models import Source, open_model
 from hasten.models.gguf import GgufFile
 from hasten.models.names import hf_names
 from hasten.models.open import gguf_source, interleaved_rows
+from hasten.weights.blocks import check_finite, dequantize
 
 
 def opened(model: Gguf) -> Source:

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from hasten import _native
-from hasten.models.blocks import dequantize
-from hasten.models.source import SourceTensor
-from hasten.models.tensor_type import TYPES
+from hasten.weights.blocks import dequantize
+from hasten.weights.tensors import TYPES, SourceTensor
 
 OWN = [f"{kind}{bits}_{group}" for kind in "SA" for bits in (4, 5, 6, 8) for group in (32, 64, 128)]
 ROWS, COLS = 37, 256

@@ -15,9 +15,6 @@ import pytest
 
 import hasten
 from hasten.cli import main
-from hasten.compress import packed_store
-from hasten.compress.pack import pack_model
-from hasten.compress.packed_store import open_store
 from hasten.core import Layout, Recipe, Verdict
 from hasten.errors import ArtifactError, BudgetError, UsageError
 from hasten.models.open import open_model
@@ -27,6 +24,9 @@ from hasten.optimize.made import Asked, Made
 from hasten.optimize.named import load, prepared
 from hasten.optimize.progress import Progress
 from hasten.optimize.search import Search
+from hasten.weights import packed_store
+from hasten.weights.packed import pack_model
+from hasten.weights.packed_store import open_store
 
 
 @pytest.fixture(autouse=True)

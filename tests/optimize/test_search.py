@@ -98,7 +98,7 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The same result, found once: what is not on disk is remembered while the search goes on."""
-    monkeypatch.setattr("hasten.compress.packed_store._said", set())
+    monkeypatch.setattr("hasten.weights.packed_store._said", set())
     expected, workshop, blocked = run(FakeWorkshop()), FakeWorkshop(), tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("HASTEN_CACHE", str(blocked))

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import tiny_models
-from hasten.compress.pack import PackedModel, pack_model
 from hasten.core import EngineOptions, Recipe
 from hasten.engine.model import load_packed
 from hasten.models.open import open_folder
@@ -16,6 +15,7 @@ from hasten.models.source import Source
 from hasten.runtime import cpu
 from hasten.runtime.key_scale import key_scales
 from hasten.runtime.key_shift import key_shifts
+from hasten.weights.packed import PackedModel, pack_model
 
 
 def packed_as(recipe: str, name: str, folder: Path) -> tuple[Source, PackedModel]:

@@ -15,13 +15,13 @@ import torch
 
 import tiny_gguf as gguf_files
 from hasten import _native
-from hasten.compress.pack import PackedModel, pack_model
 from hasten.core import EngineOptions, Recipe
 from hasten.engine.model import LanguageModel, load_packed
 from hasten.engine.sampling import SamplingOptions
 from hasten.models import Source, open_model
 from hasten.models.reference import ReferenceDecoder, int8_groups
 from hasten.runtime.key_shift import key_shifts
+from hasten.weights.packed import PackedModel, pack_model
 from tiny_models import TINY, greedy, logits, prompts
 
 BF16_FROM_FLOAT32 = 0.03  # seen: 0.005 to 0.022

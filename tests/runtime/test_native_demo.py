@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from hasten import _native
-from hasten.compress.pack import pack_model
 from hasten.core import EngineOptions, Recipe
 from hasten.engine.model import load_packed
 from hasten.machine.cores import usable_cores
-from hasten.models import Source, dequantize, open_model
+from hasten.models import Source, open_model
 from hasten.quality.text import default_text
+from hasten.weights.blocks import dequantize
+from hasten.weights.packed import pack_model
 
 pytestmark = pytest.mark.demo
 WINDOWS, LENGTH, ROWS = 4, 1024, 256  # ROWS: logits compared at a time, 156 MB each side

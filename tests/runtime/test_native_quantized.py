@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from hasten.compress.pack import pack_model
 from hasten.core import EngineOptions, Recipe
 from hasten.engine.model import load_packed
 from hasten.models import open_model
+from hasten.weights.packed import pack_model
 from quantized_folders import Make, Packing, with_values
 from tiny_models import TINY, logits, prompts
 

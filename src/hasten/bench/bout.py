@@ -95,8 +95,8 @@ def peer_source(ref: str) -> Path:
         UsageError: it is an artifact, which only our engine reads.
         ModelError: there is no such model.
     """
-    from hasten.compress.artifact import is_artifact
     from hasten.models.open import open_model
+    from hasten.weights.artifact import is_artifact
 
     if is_artifact(ref):
         raise UsageError(

@@ -155,7 +155,7 @@ def clear(
 
 def stats(kv_disk: FolderOption = None, json: JsonOption = False) -> None:
     """Sizes by kind, limits, and how often packed weights were found."""
-    from hasten.compress.packed_store import PackedStore, open_store
+    from hasten.weights.packed_store import PackedStore, open_store
 
     store = PackedStore(cache_dir() / "packed")
     kinds: dict[str, dict[str, Any]] = {}
@@ -282,7 +282,7 @@ def _remove(entry: Entry) -> None:
 
 
 def _packed(folders: Sequence[Path]) -> Iterator[Entry]:
-    from hasten.compress.packed_store import PackedStore
+    from hasten.weights.packed_store import PackedStore
 
     store = PackedStore(cache_dir() / "packed")
     for held in store.held():
@@ -293,13 +293,13 @@ def _packed(folders: Sequence[Path]) -> Iterator[Entry]:
 
 
 def _verify_packed(entry: Entry) -> str | None:
-    from hasten.compress.packed_store import PackedStore
+    from hasten.weights.packed_store import PackedStore
 
     return PackedStore(cache_dir() / "packed").verify(entry.path)
 
 
 def _compress(folders: Sequence[Path]) -> Iterator[Entry]:
-    from hasten.compress.work_store import WorkStore
+    from hasten.weights.work_store import WorkStore
 
     store = WorkStore()
     for held in store.held():
@@ -309,7 +309,7 @@ def _compress(folders: Sequence[Path]) -> Iterator[Entry]:
 
 
 def _verify_compress(entry: Entry) -> str | None:
-    from hasten.compress.work_store import WorkStore
+    from hasten.weights.work_store import WorkStore
 
     return WorkStore().verify(entry.path)
 

@@ -141,8 +141,8 @@ def _document(model: str, made: Compressed) -> dict[str, Any]:
 def _write_report(place: Path) -> None:
     """report.html from the artifact's own record."""
     from hasten.cache import write_atomic
-    from hasten.compress.artifact import read_plan
     from hasten.report.compressed import compressed_page
+    from hasten.weights.artifact import read_plan
 
     write_atomic(place / "report.html", compressed_page(read_plan(place)).encode())
 

@@ -100,7 +100,7 @@ def _source(model: str, against: str | None) -> str:
     Raises:
         UsageError: an artifact whose source is not known, or --against without an artifact.
     """
-    from hasten.compress.artifact import is_artifact
+    from hasten.weights.artifact import is_artifact
 
     if not is_artifact(model):
         if against is not None:
@@ -111,7 +111,7 @@ def _source(model: str, against: str | None) -> str:
         return model
     if against is not None:
         return against
-    from hasten.compress.artifact import made_from
+    from hasten.weights.artifact import made_from
 
     origin = made_from(model)
     ref = str(origin.get("ref") or origin.get("name") or "an unknown model")

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten.errors import UsageError
+from hasten.models.source import Source
 from hasten.quality.text import Encoder, windows
 
 TOKENS = 16_384
@@ -55,3 +56,9 @@ def cut(
         text, tokenizer, tokens=min(tokens, count // length * length), length=min(length, count - 1)
     )
     return Calibration(name, np.stack([window.inputs for window in found]))
+
+
+def work_key(source: Source, calibration: Calibration | None, *how: object) -> str:
+    """What kept work belongs to: 32 hexadecimal digits that differ where model, text or `how` do."""
+    text = None if calibration is None else calibration.sha256
+    return hashlib.sha256(repr((source.content, text, how)).encode()).hexdigest()[:32]

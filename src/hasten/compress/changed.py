@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from hasten.core import ModelConfig
-from hasten.models.source import Source, SourceTensor
+from hasten.models.source import Source
+from hasten.weights.tensors import SourceTensor
 
 Values = torch.Tensor | Callable[[], torch.Tensor]
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from hasten.compress.artifact import is_artifact, save
 from hasten.compress.calibration import TOKENS
 from hasten.compress.job import Job, Means
 from hasten.compress.recipe_file import recipe_from, write_recipe
@@ -15,7 +14,9 @@ from hasten.compress.result import Compressed, Observer, Progress, silent
 from hasten.compress.steps import carried_out
 from hasten.core import Recipe, as_json
 from hasten.errors import UsageError
+from hasten.models.artifact import save
 from hasten.models.open import open_model
+from hasten.weights.artifact import is_artifact
 
 if TYPE_CHECKING:
     from hasten.compress.compressed_module import CompressedModule

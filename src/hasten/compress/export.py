@@ -12,9 +12,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from hasten.compress.artifact import is_artifact, load_artifact
 from hasten.compress.export_result import Exported, Progress, Rounding
 from hasten.errors import DiskError, UsageError
+from hasten.models.artifact import load_artifact
+from hasten.weights.artifact import is_artifact
 
 __all__ = ["FORMATS", "Exported", "Format", "Progress", "Rounding", "default_path", "export", "format_of"]
 

@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten.compress import export_hf as hf
-from hasten.compress.artifact import Artifact
 from hasten.compress.export_hf import HfPlan, Module, Scheme
 from hasten.compress.export_result import Exported, Progress
-from hasten.compress.safetensors_writer import Entry
+from hasten.models.artifact import Artifact
+from hasten.weights.safetensors_file import Entry
 
 NAME = "compressed-tensors"
 

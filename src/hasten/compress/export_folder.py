@@ -9,7 +9,7 @@ from typing import Any
 
 from hasten.cache import write_json
 from hasten.cache.reading import read_file
-from hasten.compress.artifact import Artifact
+from hasten.models.artifact import Artifact
 
 MARKER = "config.json"
 """A folder without it is no model, and is not replaced."""

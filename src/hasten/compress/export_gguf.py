@@ -18,17 +18,16 @@ import numpy.typing as npt
 from hasten.cache import write_atomic
 from hasten.compress import export_gguf_blocks as blocks
 from hasten.compress import export_gguf_tokenizer as words
-from hasten.compress.artifact import Artifact
 from hasten.compress.export_gguf_config import Factors, config_metadata, refuse
 from hasten.compress.export_result import Exported, Progress, Rounding
-from hasten.compress.pack import PackedLinear, PackedModel
-from hasten.compress.unpack import row_pieces
+from hasten.models.artifact import Artifact
 from hasten.models.gguf import MAGIC
 from hasten.models.gguf_config import FAMILIES
 from hasten.models.names import gguf_names
 from hasten.models.open import interleaved_rows
 from hasten.models.parameters import present_biases
-from hasten.models.tensor_type import TYPES
+from hasten.weights.packed import PackedLinear, PackedModel, row_pieces
+from hasten.weights.tensors import TYPES
 
 _ALIGN = 32  # general.alignment's default
 _VERSION = 3

@@ -18,10 +18,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from hasten.compress.pack import PackedLinear
-from hasten.compress.unpack import Integers, bf16_bits, integers
 from hasten.core import Layout
-from hasten.models.tensor_type import TYPES
+from hasten.weights.packed import Integers, PackedLinear, bf16_bits, integers
+from hasten.weights.tensors import TYPES
 
 BLOCK = 32
 Bytes = npt.NDArray[np.uint8]

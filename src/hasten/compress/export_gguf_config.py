@@ -22,8 +22,8 @@ from hasten.errors import HastenError, UsageError
 from hasten.models import rope
 from hasten.models.gguf import GgufMetadata
 from hasten.models.gguf_config import FAMILIES, gguf_config
-from hasten.models.source import SourceTensor
 from hasten.rope_scaling import RopeScaling
+from hasten.weights.tensors import SourceTensor
 
 ARCHITECTURES = {name: name for name in FAMILIES} | {"mistral": "llama"}
 """What GGUF calls each architecture; a Mistral without a window is a llama."""

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from hasten.compress import export_decoder
-from hasten.compress.artifact import Artifact
 from hasten.compress.export_folder import size_of
 from hasten.compress.export_hf_config import config_values
 from hasten.compress.export_integers import widened
 from hasten.compress.export_result import Exported
 from hasten.errors import MachineError
+from hasten.models.artifact import Artifact
 from hasten.models.parameters import present_biases
 
 

@@ -16,17 +16,15 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten.cache import new_folder
-from hasten.compress import safetensors_writer
-from hasten.compress.artifact import Artifact
 from hasten.compress.export_folder import MARKER, size_of, write_companions
 from hasten.compress.export_hf_config import config_values, refuse
 from hasten.compress.export_result import Exported, Progress, Rounding
-from hasten.compress.pack import PackedLinear, PackedModel
-from hasten.compress.safetensors_writer import Entry
-from hasten.compress.unpack import bf16_bits, integers, row_pieces
 from hasten.core import ModelConfig
+from hasten.models.artifact import Artifact
 from hasten.models.names import hf_names
 from hasten.models.parameters import present_biases
+from hasten.weights.packed import PackedLinear, PackedModel, bf16_bits, integers, row_pieces
+from hasten.weights.safetensors_file import Entry, write_safetensors
 
 WEIGHTS = "model.safetensors"
 _FUSED = (("q", "k", "v"), ("gate", "up"))
@@ -129,7 +127,7 @@ def write(
     values = {**made.values, **({"quantization_config": dict(quantisation)} if made.quantised else {})}
     with new_folder(path, marker=MARKER) as fresh:
         write_companions(fresh, made.artifact, values)
-        safetensors_writer.write(fresh / WEIGHTS, entries, progress)
+        write_safetensors(fresh / WEIGHTS, entries, progress)
     return Exported(name, path, size_of(path), _carried(made), tuple(_roundings(made)), made.notes)
 
 

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from hasten.compress.pack import PackedLinear
-from hasten.compress.unpack import bf16_bits, integers, row_pieces
 from hasten.core import Layout
+from hasten.weights.packed import PackedLinear, bf16_bits, integers, row_pieces
 
 Halves = npt.NDArray[np.float16]
 

@@ -16,11 +16,11 @@ import numpy as np
 
 from hasten.cache import new_folder, write_atomic
 from hasten.compress import export_decoder, export_graph
-from hasten.compress.artifact import Artifact
 from hasten.compress.export_folder import MARKER, write_companions
 from hasten.compress.export_graph import GraphPlan
 from hasten.compress.export_integers import carrier
 from hasten.compress.export_result import Exported, Progress
+from hasten.models.artifact import Artifact
 
 NAME = "onnx"
 MODEL = "model.onnx"

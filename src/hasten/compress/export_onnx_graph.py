@@ -16,8 +16,8 @@ from onnx import TensorProto, helper
 
 from hasten.compress.export_decoder import Array, Node, plain_attention
 from hasten.compress.export_integers import group_of, pairs, parameters, quants
-from hasten.compress.pack import PackedLinear, PackedModel
 from hasten.core import ModelConfig
+from hasten.weights.packed import PackedLinear, PackedModel
 
 OPSET, IR = 21, 10
 _TYPES = {

@@ -16,12 +16,12 @@ from pathlib import Path
 
 from hasten.cache import new_folder
 from hasten.compress import export_decoder, export_graph
-from hasten.compress.artifact import Artifact
 from hasten.compress.export_folder import MARKER, write_companions
 from hasten.compress.export_graph import GraphPlan
 from hasten.compress.export_integers import carrier
 from hasten.compress.export_result import Exported, Progress
 from hasten.errors import DiskError
+from hasten.models.artifact import Artifact
 
 NAME = "openvino"
 MODEL = "openvino_model"

@@ -16,8 +16,8 @@ from openvino import opset13 as ops
 
 from hasten.compress.export_decoder import Array, Node, plain_attention, slides
 from hasten.compress.export_integers import carrier, group_of, pairs, parameters, quants
-from hasten.compress.pack import PackedLinear, PackedModel
 from hasten.core import ModelConfig
+from hasten.weights.packed import PackedLinear, PackedModel
 
 _CALLS: dict[str, Callable[..., Any]] = {
     "Add": ops.add,

@@ -11,7 +11,6 @@ from pathlib import Path
 import hasten
 from hasten.cache.folder import refuse_foreign
 from hasten.cache.size_limit import tree_bytes
-from hasten.compress.artifact import refuse_other_model
 from hasten.compress.calibration import Calibration
 from hasten.compress.calibration_text import calibration_from
 from hasten.compress.prune_check import pruned_shape
@@ -19,10 +18,11 @@ from hasten.compress.recipe_check import checked, fitted, needs_text
 from hasten.compress.recipe_file import write_recipe
 from hasten.compress.result import Observer
 from hasten.compress.room import artifact_bytes, refuse_small_disk, work_bytes
-from hasten.compress.work_store import WorkStore
 from hasten.core import Recipe
 from hasten.errors import UsageError
+from hasten.models.artifact import refuse_other_model
 from hasten.models.source import Source
+from hasten.weights.work_store import WorkStore
 
 
 @dataclass(frozen=True)

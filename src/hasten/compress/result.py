@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hasten.compress.pack import PackedModel
 from hasten.core import Recipe
 from hasten.models.source import Source
+from hasten.weights.packed import PackedModel
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 from hasten.cache.store import free_bytes, why_not_writable
-from hasten.compress.pack import packed_bytes, source_layout
 from hasten.core import ModelConfig, Recipe
 from hasten.errors import DiskError
 from hasten.models.source import Source
+from hasten.weights.packed import packed_bytes, source_layout
 
 _STATE_BYTES = 2 * 12
 """Of a checkpoint, for each number that learns: the number and two moments; the last one stays meanwhile."""

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from hasten.compress.calibration import Calibration
 from hasten.compress.job import Job
-from hasten.compress.pack import PackedModel, pack_model
 from hasten.compress.recipe_check import fitted, notes
 from hasten.compress.result import Clock, Compressed, Step
 from hasten.core import Recipe
 from hasten.machine.memory import peak_rss_bytes
 from hasten.recipe import Pruning
+from hasten.weights.packed import PackedModel, pack_model
 
 if TYPE_CHECKING:
     from hasten.compress.distil.result import Distilled

@@ -6,8 +6,7 @@ import numpy as np
 import torch
 
 from hasten.compress.torch_layer import tensor_values
-from hasten.models.source import Bytes, SourceTensor
-from hasten.models.tensor_type import TYPES
+from hasten.weights.tensors import TYPES, Bytes, SourceTensor
 
 
 def taken_rows(tensor: SourceTensor, rows: torch.Tensor, name: str | None = None) -> SourceTensor:

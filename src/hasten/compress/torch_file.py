@@ -6,13 +6,13 @@ the weights. They are compared here, at some 1 GB/s.
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hasten.cache import write_atomic
 from hasten.cache.reading import open_file
+from hasten.weights.work_store import state_damage
 
 _KIND = "kind"
 
@@ -48,17 +48,3 @@ def read_state(path: Path, kind: str) -> dict[str, Any] | None:
     except Exception:  # noqa: BLE001  torch.load raises whatever a strange file makes it
         return None
     return found if isinstance(found, dict) and found.pop(_KIND, None) == kind else None
-
-
-def state_damage(path: Path) -> str | None:
-    """What is wrong with a file by its checksums; None: nothing. Needs no torch.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    try:
-        with open_file(path) as file, zipfile.ZipFile(file) as parts:
-            wrong = parts.testzip()
-    except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError) as error:
-        return f"{path} is torn: {error}"
-    return None if wrong is None else f"{path}: the checksum of {wrong} differs"

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 
 from hasten.core import ModelConfig
 from hasten.models import rope
-from hasten.models.source import Source, SourceTensor
+from hasten.models.source import Source
+from hasten.weights.tensors import SourceTensor
 
 Weights = Mapping[str, torch.Tensor]
 """Parameters of one layer by short name: `q`, `q.bias`, `down`, `attn_norm` ...; matrices [rows, cols]."""

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import hasten
-from hasten.compress.artifact_plan import LAYOUT_VERSION
-from hasten.compress.pack import checksum_of
 from hasten.core import as_json
+from hasten.weights.packed import checksum_of
+from hasten.weights.plan import LAYOUT_VERSION
 
 if TYPE_CHECKING:
     from hasten.engine.model import LanguageModel

@@ -21,11 +21,11 @@ from hasten.runtime.pages import Sequence as CachedSequence
 from hasten.runtime.tokens import token_ids
 
 if TYPE_CHECKING:
-    from hasten.compress.pack import PackedLinear, PackedModel
     from hasten.core import ServingOptions
     from hasten.engine.engine import Engine
     from hasten.models.source import Source
     from hasten.models.tokenizer import Tokenizer
+    from hasten.weights.packed import PackedLinear, PackedModel
 
 Floats = npt.NDArray[np.float32]
 
@@ -346,7 +346,8 @@ def load(
         threads=threads if threads is not None else base.threads,
         context=context if context is not None else base.context,
     )
-    from hasten.compress.artifact import is_artifact, load_artifact
+    from hasten.models.artifact import load_artifact
+    from hasten.weights.artifact import is_artifact
 
     if is_artifact(ref):
         artifact = load_artifact(ref)
@@ -363,16 +364,17 @@ def load(
 
 def _load_source(ref: str | Path, recipe: Recipe, options: EngineOptions, store: bool) -> LanguageModel:
     """A model from the store, or packed now and stored later."""
-    from hasten.compress.packed_store import keep_later, open_store
+    from hasten.models.artifact import find_packed, keep_later
     from hasten.models.locate import locate
+    from hasten.weights.packed_store import open_store
 
     place = locate(ref)
     kept = open_store() if store else None
-    found, origin = kept.find(place, recipe) if kept is not None else (None, None)
+    found, origin = find_packed(kept, place, recipe) if kept is not None else (None, None)
     if found is not None:
         return LanguageModel(found.packed, found.tokenizer, place.name, options)
-    from hasten.compress.pack import pack_model
     from hasten.models.open import open_place
+    from hasten.weights.packed import pack_model
 
     source = open_place(place)
     model = load_packed(pack_model(source, recipe, options.threads), source, options)

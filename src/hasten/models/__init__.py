@@ -9,25 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hasten.models.blocks import check_finite, dequantize
     from hasten.models.open import open_model
-    from hasten.models.source import Source, SourceFile, SourceTensor, sha256_of
+    from hasten.models.source import Source, SourceFile, sha256_of
 
 __all__ = [
     "Source",
     "SourceFile",
-    "SourceTensor",
-    "check_finite",
-    "dequantize",
     "open_model",
     "sha256_of",
 ]
 _HOMES = {
     "Source": "source",
     "SourceFile": "source",
-    "SourceTensor": "source",
-    "check_finite": "blocks",
-    "dequantize": "blocks",
     "open_model": "open",
     "sha256_of": "source",
 }

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 
 from hasten.errors import FormatError
-from hasten.models.mapped import map_file
-from hasten.models.source import SourceTensor
-from hasten.models.tensor_type import FOREIGN_NAMES, TYPES_BY_ID, TensorType
+from hasten.weights.safetensors_file import map_file
+from hasten.weights.tensors import FOREIGN_NAMES, TYPES_BY_ID, SourceTensor, TensorType
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")

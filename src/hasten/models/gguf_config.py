@@ -18,8 +18,8 @@ from hasten.models.config_check import checked, refuse, unsupported_architecture
 from hasten.models.fields import Fields, bf16_rounded
 from hasten.models.gguf import GgufMetadata
 from hasten.models.gguf_rope import gguf_rope
-from hasten.models.source import SourceTensor
 from hasten.rope_scaling import RopeScaling
+from hasten.weights.tensors import SourceTensor
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import numpy as np
 
 from hasten.errors import ModelError
 from hasten.models.fields import Fields
-from hasten.models.source import SourceTensor
 from hasten.rope_scaling import RopeScaling
+from hasten.weights.tensors import SourceTensor
 
 _KINDS = ("none", "linear", "yarn", "longrope")
 

@@ -20,13 +20,13 @@ from hasten.models.gguf import GgufFile
 from hasten.models.gguf_config import FAMILIES, gguf_config
 from hasten.models.hf_config import hf_config, token_ids
 from hasten.models.locate import Place, locate
-from hasten.models.mapped import NOT_A_FILE_HINT
 from hasten.models.names import NameTable, gguf_names, hf_names
 from hasten.models.parameters import Shapes, fill, parameter_shapes, present_biases
 from hasten.models.quantized import Quantization, merged
 from hasten.models.quantized_formats import KEYS, quantization_of, without_quantization
-from hasten.models.safetensors_file import open_safetensors
-from hasten.models.source import Source, SourceFile, SourceTensor, once
+from hasten.models.source import Source, SourceFile, once
+from hasten.weights.safetensors_file import NOT_A_FILE_HINT, open_safetensors
+from hasten.weights.tensors import SourceTensor
 
 if TYPE_CHECKING:
     from hasten.models.tokenizer import Tokenizer

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from hasten.core import ModelConfig
 from hasten.errors import ModelError
 from hasten.models.names import NameTable
-from hasten.models.source import SourceTensor
+from hasten.weights.tensors import SourceTensor
 
 Shapes = dict[str, tuple[int, ...]]
 _LINEARS = ("q", "k", "v", "o", "gate", "up", "down")

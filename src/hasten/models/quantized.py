@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten.errors import FormatError
-from hasten.models.source import SourceTensor
+from hasten.weights.tensors import SourceTensor
 
 Tensors = Mapping[str, SourceTensor]
 _NATIVE_GROUPS = (128, 64, 32)

@@ -59,7 +59,7 @@ from hasten.models.quantized import (
     scales,
     words,
 )
-from hasten.models.source import SourceTensor
+from hasten.weights.tensors import SourceTensor
 
 _GPTQ_BITS = (2, 3, 4, 8)
 _GPTQ_PACKINGS = {"gptq": 1, "gptq_v2": 0}  # checkpoint_format -> what is added to a stored zero point

@@ -19,9 +19,9 @@ from hasten.quality.text import Text
 
 if TYPE_CHECKING:
     from hasten.compress.calibration import Calibration
-    from hasten.compress.pack import PackedLinear, PackedModel
     from hasten.compress.quantise.linears import CalibratedLinears
     from hasten.models.source import Source
+    from hasten.weights.packed import PackedLinear, PackedModel
 
 INSTALL = "pip install 'hasten[compress]'"
 
@@ -83,7 +83,7 @@ class CalibratedWeights:
 
         It comes from the store where it was made before.
         """
-        from hasten.compress.artifact import load_artifact
+        from hasten.models.artifact import load_artifact
 
         asked = Asked(recipe, self.text)
         folder = artifact_of(ref, asked, lambda: compressed(ref, asked, self.observer, threads))
@@ -91,7 +91,7 @@ class CalibratedWeights:
 
     def mixture(self, recipe: Recipe, threads: int | None) -> PackedModel:
         """A model whose matrices below 8 bits are calibrated one by one, all others rounded or kept."""
-        from hasten.compress.pack import pack_model
+        from hasten.weights.packed import pack_model
 
         packed = pack_model(self.source, replace(recipe, method="rtn"), threads)
         packed.recipe = recipe

@@ -19,10 +19,10 @@ from hasten.quality.text import Encoder, Text
 from hasten.recipe import Method
 
 if TYPE_CHECKING:
-    from hasten.compress.pack import PackedLinear, PackedModel
     from hasten.engine.model import LanguageModel
-    from hasten.models.source import SourceTensor
     from hasten.optimize.calibrated import CalibratedWeights
+    from hasten.weights.packed import PackedLinear, PackedModel
+    from hasten.weights.tensors import SourceTensor
 
 _SAMPLED_ROWS = 64
 """Rows a tensor's rounding error is computed from: with 896 columns that is 57 thousand weights."""
@@ -37,8 +37,8 @@ class EngineWorkshop:
     """
 
     def __init__(self, ref: str | Path, options: EngineOptions) -> None:
-        from hasten.compress.artifact import is_artifact
         from hasten.models.open import open_model
+        from hasten.weights.artifact import is_artifact
 
         if is_artifact(ref):
             raise UsageError(
@@ -86,7 +86,7 @@ class EngineWorkshop:
 
     @cached_property
     def _kept(self) -> dict[str, Layout]:
-        from hasten.compress.pack import source_layout
+        from hasten.weights.packed import source_layout
 
         return {name: source_layout(self.source.tensors[name]) for name in self.config.linear_shapes()}
 
@@ -115,7 +115,7 @@ class EngineWorkshop:
 
     def packed(self, recipe: Recipe) -> PackedModel:
         """The source's weights by a recipe."""
-        from hasten.compress.pack import pack_model
+        from hasten.weights.packed import pack_model
 
         if recipe.is_plain:
             return pack_model(self.source, recipe, self.options.threads)
@@ -133,7 +133,7 @@ class EngineWorkshop:
         self, model: Built, tensors: Sequence[str], layout: Layout | None, method: Method = "rtn"
     ) -> None:
         """Packs single tensors anew and puts them in place."""
-        from hasten.compress.pack import pack_linear
+        from hasten.weights.packed import pack_linear
 
         for name in tensors:
             if layout is not None and is_calibrated(layout, method):
@@ -148,7 +148,7 @@ class EngineWorkshop:
 
     def error(self, tensor: str, layout: Layout) -> float:
         """Squared error over squared values, on 64 rows spread over the tensor."""
-        from hasten.compress.pack import pack_linear
+        from hasten.weights.packed import pack_linear
 
         packed = pack_linear(_some_rows(self.source.tensors[tensor]), layout, threads=1)
         assert packed.relative_error is not None  # pack_linear measures it
@@ -162,13 +162,13 @@ class EngineWorkshop:
 
     def claim(self, folder: Path) -> None:
         """Refuses a folder with another model's artifact."""
-        from hasten.compress.artifact import refuse_other_model
+        from hasten.models.artifact import refuse_other_model
 
         refuse_other_model(folder, self.source, f"rm -r {folder}")
 
     def save(self, model: Built, folder: Path, plan: Mapping[str, Any], report: str) -> Path:
         """The artifact: weights, tokenizer, plan, report."""
-        from hasten.compress.artifact import save
+        from hasten.models.artifact import save
 
         packed = cast("LanguageModel", model).packed
         return save(folder, packed, self.source, plan, extra={"report.html": report.encode()})

@@ -13,9 +13,9 @@ from hasten.optimize.progress import Observer, Progress
 from hasten.quality.text import Text, default_text
 
 if TYPE_CHECKING:
-    from hasten.compress.pack import PackedModel
     from hasten.compress.result import Progress as Done
     from hasten.models.source import Source
+    from hasten.weights.packed import PackedModel
 
 METHOD_VERSION = 1
 """Raised whenever a method finds other integers than before: what was kept then counts no more."""
@@ -55,13 +55,13 @@ def made_with(text: Text) -> dict[str, Any]:
 
 def kept_artifact(ref: str | Path, asked: Asked) -> Path | None:
     """The folder of what was made before; None where there is none, or nothing is kept."""
-    from hasten.compress.packed_store import open_store
     from hasten.models.locate import locate
+    from hasten.weights.packed_store import open_store
 
     store = open_store()
     if store is None:
         return None
-    return store.find_folder(locate(ref), asked.recipe, asked.key)[0]
+    return store.find(locate(ref).files, asked.recipe, Path, asked.key)[0]
 
 
 def artifact_of(ref: str | Path, asked: Asked, make: Callable[[], Made], *, keep: bool = True) -> Path:
@@ -79,19 +79,20 @@ def artifact_of(ref: str | Path, asked: Asked, make: Callable[[], Made], *, keep
     Raises:
         ModelError: there is no such model. DiskError: a full disk. And what `make` raises.
     """
-    from hasten.compress.packed_store import open_store
+    from hasten.models.artifact import keep_packed
     from hasten.models.locate import locate
+    from hasten.weights.packed_store import open_store
 
     store = open_store() if keep else None
     if store is None:
         return _temporary(make())
-    folder, origin = store.find_folder(locate(ref), asked.recipe, asked.key)
+    folder, origin = store.find(locate(ref).files, asked.recipe, Path, asked.key)
     if folder is not None:
         return folder
     made = make()
     if origin is not None:
-        folder = store.keep(
-            origin, asked.recipe, made.packed, made.source, made_with=asked.key, plan=made.plan
+        folder = keep_packed(
+            store, origin, asked.recipe, made.packed, made.source, made_with=asked.key, plan=made.plan
         )
     return folder if folder is not None else _temporary(made)
 
@@ -140,7 +141,7 @@ def told(observer: Observer) -> Callable[[Done], None]:
 def _temporary(made: Made) -> Path:
     """An artifact that goes when the process does."""
     from hasten.cache.stage import scratch
-    from hasten.compress.artifact import save
+    from hasten.models.artifact import save
     from hasten.models.locate import file_name_of
 
     folder = scratch()

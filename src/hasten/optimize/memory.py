@@ -16,9 +16,9 @@ from typing import Any
 
 import hasten
 from hasten.cache import cache_dir, read_record, write_record
-from hasten.compress.packed_store import warn_once
 from hasten.core import as_json
 from hasten.errors import DiskError
+from hasten.weights.packed_store import warn_once
 
 
 class SearchMemory:

@@ -89,7 +89,7 @@ def prepared(
     Raises:
         UsageError, ModelError, MachineError, BudgetError, DiskError: as `load`.
     """
-    from hasten.compress.artifact import is_artifact
+    from hasten.weights.artifact import is_artifact
 
     if recipe is None or is_artifact(ref):  # the loader compares an artifact's recipe with this one
         return ref, recipe
@@ -153,7 +153,7 @@ def _budget(name: str) -> Budget:
 
 def _dropped(folder: Path) -> bool:
     """Drop a damaged entry of the store; False where the folder is none."""
-    from hasten.compress.packed_store import open_store
+    from hasten.weights.packed_store import open_store
 
     kept = open_store()
     if kept is None or folder.parent != kept.models:

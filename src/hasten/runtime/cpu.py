@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten import _native
-from hasten.compress.pack import PackedLinear, PackedModel
 from hasten.core import EngineOptions, ModelConfig
 from hasten.errors import MachineError, ModelError, UsageError
 from hasten.machine.cores import core_ids, usable_cores
@@ -24,6 +23,7 @@ from hasten.runtime.key_scale import key_scales
 from hasten.runtime.key_shift import key_shifts
 from hasten.runtime.pages import PageMemory, PagePool, Sequence
 from hasten.runtime.tokens import Ids, token_ids
+from hasten.weights.packed import PackedLinear, PackedModel
 
 Floats = npt.NDArray[np.float32]
 _DEFAULT_CONTEXT = 8192

@@ -17,9 +17,9 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from hasten.compress.pack import PackedLinear, values_of
 from hasten.core import ModelConfig
 from hasten.models.rope import tables
+from hasten.weights.packed import PackedLinear, values_of
 
 Floats = npt.NDArray[np.float32]
 _FARTHEST = 8

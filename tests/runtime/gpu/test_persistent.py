@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from hasten.compress.unpack import Integers
 from hasten.core import ModelConfig
 from hasten.errors import MachineError, ModelError
 from hasten.models.parameters import parameter_shapes
@@ -17,6 +16,7 @@ from hasten.runtime.gpu.driver import Device
 from hasten.runtime.gpu.persistent import _refuse_device, load_weights, rotation_tables, same_format
 from hasten.runtime.gpu.shape import Shape, WeightFormat
 from hasten.runtime.gpu.tiles import Weights, kept, rounded, tiled
+from hasten.weights.packed import Integers
 
 CONFIG = ModelConfig("qwen2", 263, 64, 96, 2, 4, 2, 16, 256, qk_norm="head")
 INT4 = WeightFormat("int4", 32)

@@ -10,8 +10,9 @@ import torch
 
 from hasten.cache.reading import is_there, open_file
 from hasten.compress.distil.result import Point
-from hasten.compress.torch_file import state_damage, write_state
+from hasten.compress.torch_file import write_state
 from hasten.errors import ModelError, UsageError
+from hasten.weights.work_store import state_damage
 
 FILE = "distil.checkpoint"
 _KIND = "distillation 1"

@@ -19,11 +19,9 @@ import torch
 import torch.nn.functional as F
 
 from hasten.compress.changed import made_tensor
-from hasten.compress.pack import pack_linear, source_layout
-from hasten.compress.unpack import Integers, integers
 from hasten.core import Layout
-from hasten.models.source import SourceTensor
-from hasten.models.tensor_type import TYPES
+from hasten.weights.packed import Integers, integers, pack_linear, source_layout
+from hasten.weights.tensors import TYPES, SourceTensor
 
 _HALF_MAX = 65504.0
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hasten.compress.unpack import Integers
 from hasten.core import as_json
 from hasten.models.source import Source
+from hasten.weights.packed import Integers
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from hasten.compress.distil.decoder import Change, Decoder
 from hasten.compress.distil.fake_quant import Grid, integer_tensor
 from hasten.compress.distil.lora import Adapter
 from hasten.compress.torch_layer import LINEARS
-from hasten.compress.unpack import Integers
 from hasten.core import Layout
 from hasten.models.source import Source
+from hasten.weights.packed import Integers
 
 Layouts = Callable[[str], Layout | None]
 """The layout a matrix is trained through, by canonical name; None or 16 bits: as it is."""

@@ -19,12 +19,12 @@ import torch
 
 from hasten.cache.reading import map_array
 from hasten.compress.calibration import Calibration
-from hasten.compress.checked_file import is_whole, write_checked
 from hasten.compress.distil.decoder import Decoder, head_logits
 from hasten.compress.torch_layer import tensor_values
 from hasten.core import ModelConfig
 from hasten.errors import DiskError, ModelError
 from hasten.models.source import Source
+from hasten.weights.work_store import is_whole, write_checked
 
 SHARD_TOKENS = 1 << 16
 """Tokens a file holds: 117 MB at E = 896 in bf16."""

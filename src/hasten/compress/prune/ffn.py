@@ -21,7 +21,8 @@ from hasten.compress.prune.pruned import PartPruned
 from hasten.compress.stream import Stream, stream_weights
 from hasten.compress.taken import taken_rows
 from hasten.core import ModelConfig
-from hasten.models.source import Source, SourceTensor
+from hasten.models.source import Source
+from hasten.weights.tensors import SourceTensor
 
 _ROWS = ("gate", "up", "gate.bias", "up.bias")
 

@@ -20,7 +20,8 @@ from hasten.compress.stream import Stream, stream_weights
 from hasten.compress.taken import renamed
 from hasten.core import ModelConfig
 from hasten.errors import UsageError
-from hasten.models.source import Source, SourceTensor
+from hasten.models.source import Source
+from hasten.weights.tensors import SourceTensor
 
 Step = Callable[[int, int], None]
 

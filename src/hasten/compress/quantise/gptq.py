@@ -14,9 +14,8 @@ import numpy as np
 import torch
 
 from hasten.compress.changed import made_tensor
-from hasten.compress.pack import pack_linear
-from hasten.compress.unpack import Integers, integers
 from hasten.core import Layout
+from hasten.weights.packed import Integers, integers, pack_linear
 
 DAMP = 0.05
 """Part of the mean second moment added to each: directions that the text hardly has are not fitted."""

@@ -23,9 +23,8 @@ import numpy as np
 import torch
 
 from hasten.compress.changed import made_tensor
-from hasten.compress.pack import pack_linear
-from hasten.compress.unpack import Integers, integers
 from hasten.core import Layout
+from hasten.weights.packed import Integers, integers, pack_linear
 
 POWER = 0.7
 """p of the paper's code."""

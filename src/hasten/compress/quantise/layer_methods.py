@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from hasten.compress.changed import made_tensor
-from hasten.compress.pack import PackedLinear, pack_linear, source_layout
-from hasten.compress.pack_integers import pack_integers
 from hasten.compress.quantise.awq import awq_layer
 from hasten.compress.quantise.fold import GROUPS, READERS, Group
 from hasten.compress.quantise.gptq import Factor, gptq, nearest
@@ -17,10 +15,10 @@ from hasten.compress.quantise.hqq import hqq
 from hasten.compress.quantise.smooth import smooth_layer
 from hasten.compress.quantise.statistics import LayerStatistics
 from hasten.compress.torch_layer import LINEARS, layer_weights
-from hasten.compress.unpack import Integers
 from hasten.core import Layout, Recipe
 from hasten.errors import ModelError
 from hasten.models.source import Source
+from hasten.weights.packed import Integers, PackedLinear, pack_integers, pack_linear, source_layout
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hasten.compress.calibration import Calibration
-from hasten.compress.pack import PackedLinear, PackedModel, pack_linear, vector
+from hasten.compress.calibration import Calibration, work_key
 from hasten.compress.quantise.layer_methods import (
     QuantisedLayer,
     layer_alone,
@@ -20,10 +19,10 @@ from hasten.compress.quantise.sequential import Streams, sequential_head, sequen
 from hasten.compress.quantise.statistics import Observer, Statistics
 from hasten.compress.stream import Stream
 from hasten.compress.torch_file import read_state, write_state
-from hasten.compress.work_store import work_key
 from hasten.core import Layout, Recipe
 from hasten.errors import UsageError
 from hasten.models.source import Source
+from hasten.weights.packed import PackedLinear, PackedModel, pack_linear, vector
 
 _VERSION = 1
 _KIND = f"layers {_VERSION}"

@@ -11,17 +11,16 @@ import torch
 
 from hasten.cache import read_record, write_atomic, write_record
 from hasten.cache.reading import read_array
-from hasten.compress.calibration import Calibration
-from hasten.compress.pack import PackedLinear, pack_linear, packed_bytes
-from hasten.compress.pack_integers import pack_integers
+from hasten.compress.calibration import Calibration, work_key
 from hasten.compress.quantise.gptq import Factor, gptq
 from hasten.compress.quantise.layer_methods import factor_of
 from hasten.compress.quantise.statistics import HEAD, Observer, Statistics, readers_of
 from hasten.compress.torch_layer import tensor_values
-from hasten.compress.work_store import WorkStore, touch, work_key
 from hasten.core import Layout, Recipe
 from hasten.models.source import Source
 from hasten.recipe import Method
+from hasten.weights.packed import PackedLinear, pack_integers, pack_linear, packed_bytes
+from hasten.weights.work_store import WorkStore, touch
 
 _VERSION = 1
 

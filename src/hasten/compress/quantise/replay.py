@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from hasten.compress.pack import values_of
 from hasten.compress.quantise.layer_methods import QuantisedLayer
 from hasten.compress.quantise.sequential import Streams
 from hasten.compress.quantise.staged import StagedLayer, settle
 from hasten.compress.stream import in_fast_type
 from hasten.compress.torch_layer import LINEARS, layer_weights
 from hasten.models.source import Source
+from hasten.weights.packed import values_of
 
 
 def advance_through(source: Source, index: int, done: QuantisedLayer, streams: Streams) -> None:

@@ -26,7 +26,8 @@ from hasten.compress.quantise.hadamard import Orthogonal, orthogonal
 from hasten.compress.torch_layer import tensor_values
 from hasten.core import ModelConfig
 from hasten.errors import UsageError
-from hasten.models.source import Source, SourceTensor
+from hasten.models.source import Source
+from hasten.weights.tensors import SourceTensor
 
 _READERS = {"q": "attn_norm", "k": "attn_norm", "v": "attn_norm", "gate": "mlp_norm", "up": "mlp_norm"}
 _WRITERS = ("o", "down")

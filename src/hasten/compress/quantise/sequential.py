@@ -14,8 +14,6 @@ from dataclasses import dataclass
 
 import torch
 
-from hasten.compress.pack import PackedLinear, pack_linear
-from hasten.compress.pack_integers import pack_integers
 from hasten.compress.quantise.fold import GROUPS, READERS
 from hasten.compress.quantise.gptq import DAMP, Factor, gptq
 from hasten.compress.quantise.layer_methods import (
@@ -31,6 +29,7 @@ from hasten.compress.stream import Stream, fast_type, in_fast_type
 from hasten.compress.torch_layer import tensor_values
 from hasten.core import Recipe
 from hasten.models.source import Source
+from hasten.weights.packed import PackedLinear, pack_integers, pack_linear
 
 AIM = 0.5
 """How far a matrix moves towards the least-squares fit before it is rounded."""

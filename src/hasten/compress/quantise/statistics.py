@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from hasten.compress.calibration import Calibration
+from hasten.compress.calibration import Calibration, work_key
 from hasten.compress.moments import symmetric_add
 from hasten.compress.quantise.fold import GROUPS, Group
 from hasten.compress.quantise.staged import StagedLayer
@@ -23,8 +23,8 @@ from hasten.compress.room import statistics_bytes
 from hasten.compress.stream import Stream, stream_weights
 from hasten.compress.torch_file import read_state, write_state
 from hasten.compress.torch_layer import tensor_values
-from hasten.compress.work_store import WorkStore, touch, work_key
 from hasten.models.source import Source
+from hasten.weights.work_store import WorkStore, touch
 
 Observer = Callable[[int, int, str], object]
 """(layers done, layers in all, what is done now)."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hasten.compress.unpack import Integers
 from hasten.errors import ModelError
 from hasten.runtime.gpu.shape import TILE_ROWS, TileLayout, WeightFormat
+from hasten.weights.packed import Integers
 
 _E4M3_MAX = 448.0
 _NIBBLE_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of a word, for 8 neighbouring columns: pairs lie 16 bits apart

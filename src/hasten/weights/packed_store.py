@@ -17,28 +17,26 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import hasten
 from hasten.cache import cache_dir, digest, read_json, read_record, write_record
-from hasten.cache.deferred import Deferred
+from hasten.cache.file_state import FileStates, look
 from hasten.cache.reading import add_byte
 from hasten.cache.size_limit import Held, chosen_limit, limit_bytes, make_room, tree_bytes
 from hasten.cache.stage import clean, stage, vanish
 from hasten.cache.store import why_not_writable
-from hasten.compress.artifact import Artifact, load_artifact, save, verify_files
-from hasten.compress.artifact_plan import LAYOUT_VERSION, PLAN_VERSION, format_digest
-from hasten.compress.origin import Content, ContentIndex, Origin
-from hasten.compress.pack import PackedModel
-from hasten.compress.work_store import WorkStore
 from hasten.core import Recipe, as_json
 from hasten.errors import ArtifactError, DiskError
-from hasten.models.locate import Place
-from hasten.models.source import Source, SourceFile
+from hasten.weights.artifact import verify_files
+from hasten.weights.plan import LAYOUT_VERSION, PLAN_VERSION, format_digest
+from hasten.weights.work_store import WorkStore
 
+T = TypeVar("T")
+Files = Callable[[], Iterable[Path]]
 SWITCH = "HASTEN_CACHE_PACKED"
 _ENTRY, _USED, _PLAN = "entry.json", "used", "plan.json"
 
@@ -63,30 +61,90 @@ def open_store() -> PackedStore | None:
         return None
 
 
-def keep_later(
-    store: PackedStore, origin: Origin, packed: PackedModel, source: Source, owner: object
-) -> Deferred:
-    """Keep a model when `owner`, which runs it, is gone; see `Deferred`.
-
-    A disk that refuses costs one warning. What is kept is the model as it is now: matrices replaced later do
-    not count.
-    """
-    now = replace(packed, linears=dict(packed.linears), vectors=dict(packed.vectors))
-
-    def work() -> None:
-        try:
-            store.keep(origin, now.recipe, now, source)
-        except (DiskError, OSError) as error:
-            warn_once("disk", f"packed weights are not kept: {error}")
-
-    return Deferred(work, owner)
-
-
 def warn_once(what: str, text: str) -> None:
     """Log a warning about `what`, the first time in this process."""
     if what not in _said:
         _said.add(what)
         _log.warning(text)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A model's files as they were before anything was read from them."""
+
+    states: FileStates
+    content: str | None = None  # their digest, where they had to be read already
+
+    @classmethod
+    def of(cls, files: Files) -> Origin | None:
+        """None where a file cannot be looked at: opening the model will say why."""
+        try:
+            states = look(files())
+        except OSError:
+            return None
+        return cls(states) if states is not None and states.files else None
+
+
+@dataclass(frozen=True)
+class Content:
+    """What files hold and, in a folder, how they are called there."""
+
+    digest: str  # "BYTES-SHA256"
+    files: Mapping[str, str]  # absolute path -> SHA-256
+
+    @classmethod
+    def read(cls, states: FileStates) -> Content | None:
+        """Reads every file, 1 to 2 GB a second; None if one is not as it was looked at, before or after."""
+        try:
+            files = {file.path: digest(file.path) for file in states.files}
+        except OSError:
+            return None
+        if not states.is_unchanged():
+            return None
+        top = os.path.commonpath(list(files))
+        named = sorted([os.path.relpath(path, top), sha256] for path, sha256 in files.items())
+        whole = hashlib.sha256(json.dumps(named).encode()).hexdigest()
+        return cls(f"{states.bytes}-{whole}", files)
+
+
+class ContentIndex:
+    """The content digest of files for the sizes, times and inodes they had when they were read.
+
+    Args:
+        folder: one record a set of paths is kept there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def remembered(self, states: FileStates) -> str | None:
+        """The digest of files that look as they did when they were read, else None."""
+        value = read_record(self._record(states), _states_key(states))
+        return value if isinstance(value, str) else None
+
+    def read(self, states: FileStates) -> str | None:
+        """The digest, read from the files and remembered; None if they change meanwhile."""
+        content = Content.read(states)
+        if content is not None:
+            self.remember(states, content.digest)
+        return None if content is None else content.digest
+
+    def remember(self, states: FileStates, content: str) -> None:
+        """Keep a digest, unless the files are so young that they could change and look the same.
+
+        A disk that cannot be written is no harm: the files are read again then.
+        """
+        if states.is_settled:
+            with contextlib.suppress(DiskError, OSError):
+                write_record(self._record(states), _states_key(states), content)
+
+    def _record(self, states: FileStates) -> Path:
+        paths = "\0".join(file.path for file in states.files)
+        return self.folder / f"{hashlib.sha256(os.fsencode(paths)).hexdigest()[:32]}.json"
+
+
+def _states_key(states: FileStates) -> dict[str, Any]:
+    return {"files": [as_json(file) for file in states.files]}
 
 
 class PackedStore:
@@ -101,46 +159,36 @@ class PackedStore:
         self.models = folder / "models"
         self.index = ContentIndex(folder / "sources")
 
-    def find(self, place: Place, recipe: Recipe) -> tuple[Artifact | None, Origin | None]:
+    def find(
+        self,
+        files: Files,
+        recipe: Recipe,
+        read: Callable[[Path], T],
+        made_with: Mapping[str, Any] | None = None,
+    ) -> tuple[T | None, Origin | None]:
         """What is kept of a model by a recipe, and the origin to keep it under where that is nothing.
 
         Looks at the files' sizes and times. Reads them only where those are new and something of the same
         size is kept (the file was copied, moved or touched), or where a file is so young that its times
         prove nothing.
-        """
-        origin, content = self._looked_at(place)
-        if origin is None:
-            return None, None
-        artifact = None if content is None else self._read(_key(content, recipe), recipe)
-        self._count(artifact is not None)
-        return artifact, origin
-
-    def find_folder(
-        self, place: Place, recipe: Recipe, made_with: Mapping[str, Any]
-    ) -> tuple[Path | None, Origin | None]:
-        """As `find`, for what was compressed: the entry's folder, its weights not read yet.
 
         Args:
-            place: where the model lies.
+            files: lists the model's files.
             recipe: what was asked for.
+            read: makes what is wanted of the entry's folder. An ArtifactError or OSError of it is a miss, and
+                the entry is dropped.
             made_with: what else the weights depend on: text, versions.
         """
-        origin, content = self._looked_at(place)
+        origin, content = self._looked_at(files)
         if origin is None:
             return None, None
-        folder = None
-        if content is not None:
-            key = _key(content, recipe, made_with)
-            folder = self.models / _name(key)
-            folder = folder if folder.is_dir() and self._is_sound(folder, key) else None
-        self._count(folder is not None)
-        if folder is not None:
-            add_byte(folder / _USED)
-        return folder, origin
+        found = None if content is None else self._read(_key(content, recipe, made_with), read)
+        self._count(found is not None)
+        return found, origin
 
-    def _looked_at(self, place: Place) -> tuple[Origin | None, str | None]:
+    def _looked_at(self, files: Files) -> tuple[Origin | None, str | None]:
         """A model's origin, and its content where that is remembered or had to be read."""
-        origin = Origin.of(place)
+        origin = Origin.of(files)
         if origin is None:
             return None, None
         content = self.index.remembered(origin.states)
@@ -157,21 +205,21 @@ class PackedStore:
         self,
         origin: Origin,
         recipe: Recipe,
-        packed: PackedModel,
-        source: Source,
-        *,
+        name: str,
+        need: int,
+        write: Callable[[Path, Mapping[str, str]], Mapping[str, Any]],
         made_with: Mapping[str, Any] | None = None,
-        plan: Mapping[str, Any] | None = None,
     ) -> Path | None:
         """Write an entry, crash-safe; one that is there already stays.
 
         Args:
             origin: of the model's files, before they were read.
-            recipe: what was asked for; `packed.recipe` may say more.
-            packed: the model.
-            source: its tokenizer goes along.
+            recipe: what was asked for.
+            name: of the model, for messages.
+            need: bytes it will take.
+            write: writes the artifact to a folder, given the SHA-256 of the model's files by path; gives what
+                `about` shall say of it.
             made_with: what else the weights depend on.
-            plan: goes into plan.json.
 
         Returns:
             Its folder; None where the files changed since `origin`, or it is larger than the store may be.
@@ -184,17 +232,27 @@ class PackedStore:
         content = Content.read(origin.states)
         is_sure = origin.content is not None or origin.states.is_settled
         if content is None or not is_sure or origin.content not in (None, content.digest):
-            _log.warning("%s changed while it was read: its packed weights are not kept", source.name)
+            _log.warning("%s changed while it was read: its packed weights are not kept", name)
             return None
         self.index.remember(origin.states, content.digest)
         key = _key(content.digest, recipe, made_with)
         folder = self.models / _name(key)
-        if folder.exists() and self._is_sound(folder, key):
+        if folder.exists() and self._read(key, Path.exists) is not None:
             return folder
-        if not self._make_room(sum(linear.bytes for linear in packed.linears.values()), source.name):
+        if not self._make_room(need, name):
             return None
-        hashed = [_with_digest(file, content) for file in source.files]
-        return self._write(key, folder, packed, replace(source, files=tuple(hashed)), plan or {})
+        with stage(self.models) as fresh:
+            made = fresh / folder.name
+            about = {**write(made, content.files), "made": time.time(), "plan_sha256": digest(made / _PLAN)}
+            write_record(made / _ENTRY, key, about)
+            (made / _USED).touch()
+            try:
+                made.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else another process was quicker, and its entry is as good
+                    raise
+        _log.info("kept the packed weights of %s in %s", name, folder)
+        return folder
 
     def _make_room(self, need: int, name: str) -> bool:
         if (why := why_not_writable(self.models)) is not None:
@@ -212,33 +270,6 @@ class PackedStore:
         for gone in make_room(held, need, limit, vanish):
             _log.info("dropped %s, last used %s", gone.path, time.ctime(gone.last_used))
         return True
-
-    def _write(
-        self,
-        key: Mapping[str, Any],
-        folder: Path,
-        packed: PackedModel,
-        source: Source,
-        plan: Mapping[str, Any],
-    ) -> Path:
-        with stage(self.models) as fresh:
-            made = save(fresh / folder.name, packed, source, plan, threads=1)
-            about = {
-                "name": source.name,
-                "recipe": packed.recipe.name,
-                "files": [str(file.path.absolute()) for file in source.files],
-                "made": time.time(),
-                "plan_sha256": digest(made / _PLAN),
-            }
-            write_record(made / _ENTRY, key, about)
-            (made / _USED).touch()
-            try:
-                made.rename(folder)
-            except OSError:
-                if not folder.is_dir():  # else another process was quicker, and its entry is as good
-                    raise
-        _log.info("kept the packed weights of %s in %s", source.name, folder)
-        return folder
 
     def entries(self) -> list[Path]:
         """The folders of all entries, damaged ones included."""
@@ -289,29 +320,20 @@ class PackedStore:
         except OSError:
             return 0
 
-    def _read(self, key: Mapping[str, Any], recipe: Recipe) -> Artifact | None:
+    def _read(self, key: Mapping[str, Any], read: Callable[[Path], T]) -> T | None:
+        """What `read` makes of an entry; one that is damaged is dropped."""
         entry = self.models / _name(key)
         if not entry.is_dir():
             return None
         seen = _identity(entry)
         try:
             _check(entry, key)
-            artifact = load_artifact(entry)
+            found = read(entry)
         except (ArtifactError, OSError) as wrong:
             _drop_damaged(entry, seen, wrong)
             return None
         add_byte(entry / _USED)
-        return replace(artifact, packed=replace(artifact.packed, recipe=recipe))
-
-    def _is_sound(self, entry: Path, key: Mapping[str, Any]) -> bool:
-        """Whether an entry looks whole; one that does not is dropped."""
-        seen = _identity(entry)
-        try:
-            _check(entry, key)
-        except (ArtifactError, OSError) as wrong:
-            _drop_damaged(entry, seen, wrong)
-            return False
-        return True
+        return found
 
     def _knows_size(self, size: int) -> bool:
         """Whether an entry was made from files of so many bytes together."""
@@ -321,10 +343,6 @@ class PackedStore:
             if isinstance(key, dict) and str(key.get("content", "")).startswith(f"{size}-"):
                 return True
         return False
-
-
-def _with_digest(file: SourceFile, content: Content) -> SourceFile:
-    return replace(file, sha256=content.files.get(str(file.path.absolute()), file.sha256))
 
 
 def _identity(entry: Path) -> tuple[int, int] | None:

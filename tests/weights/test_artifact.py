@@ -21,23 +21,17 @@ import pytest
 
 import hasten
 from hasten import _native
-from hasten.compress import artifact, artifact_plan
-from hasten.compress.artifact import is_artifact, load_artifact, save
-from hasten.compress.artifact_plan import (
-    FILES,
-    PLAN_VERSION,
-    config_from,
-    config_json,
-    format_digest,
-    noun_from,
-    seal,
-)
-from hasten.compress.pack import PackedModel, pack_model
 from hasten.core import ModelConfig, Recipe
 from hasten.engine.sampling import SamplingOptions
 from hasten.errors import ArtifactError, DiskError, HastenError, UsageError
+from hasten.models.artifact import load_artifact, save
 from hasten.models.open import open_model
 from hasten.models.source import Source
+from hasten.weights import artifact
+from hasten.weights import plan as artifact_plan
+from hasten.weights.artifact import is_artifact
+from hasten.weights.packed import PackedModel, pack_model
+from hasten.weights.plan import FILES, PLAN_VERSION, config_from, config_json, format_digest, noun_from, seal
 
 PLAIN = ModelConfig("llama", 32, 64, 96, 2, 4, 2, 16, 128)
 TEXT = [int(t) for t in np.random.default_rng(2).integers(0, 262, 30)]
@@ -485,7 +479,7 @@ def test_refused_writes_keep_the_old_one(
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "full"), MemoryError()])
-@pytest.mark.parametrize("step", ["_weights_writer", "_fingerprint", "_recipe_json", "sha256_of", "write"])
+@pytest.mark.parametrize("step", ["_weights_writer", "_fingerprint", "_recipe_json", "seal", "write"])
 def test_interrupted_anywhere_keeps_the_old_one(
     monkeypatch: pytest.MonkeyPatch,
     copy: Path,
@@ -563,7 +557,7 @@ def test_ctrl_c_while_weights_are_read_leaves_no_reader(
 
 def test_the_format_has_the_same_digest_in_every_process() -> None:
     """It is part of the keys of caches: one that changed would make every start the first."""
-    script = "from hasten.compress.artifact_plan import format_digest; print(format_digest())"
+    script = "from hasten.weights.plan import format_digest; print(format_digest())"
     command = [sys.executable, "-c", script]
     found = {subprocess.check_output(command, text=True).strip() for _ in range(2)}
     assert found == {format_digest()}

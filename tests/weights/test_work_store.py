@@ -12,19 +12,19 @@ import torch
 
 import tiny_models
 from hasten.compress.calibration import Calibration
-from hasten.compress.checked_file import write_checked
 from hasten.compress.compress import compress
-from hasten.compress.pack import pack_model
-from hasten.compress.packed_store import PackedStore
 from hasten.compress.quantise.linears import CalibratedLinears
 from hasten.compress.quantise.statistics import Statistics
 from hasten.compress.torch_file import write_state
-from hasten.compress.work_store import IN_USE_S, STALE_S, WorkStore, touch
 from hasten.core import Layout, Recipe
 from hasten.errors import UsageError
+from hasten.models.artifact import find_packed, keep_packed
 from hasten.models.locate import locate
 from hasten.models.open import open_folder
 from hasten.models.source import Source
+from hasten.weights.packed import pack_model
+from hasten.weights.packed_store import PackedStore
+from hasten.weights.work_store import IN_USE_S, STALE_S, WorkStore, touch, write_checked
 
 DAY = 86400.0
 
@@ -95,11 +95,11 @@ def test_one_limit_for_packed_weights_and_work(source: Source, monkeypatch: pyte
     recipe = Recipe.parse("w8")
     packed = pack_model(source, recipe)
     size = sum(one.bytes for one in packed.linears.values())
-    _, origin = store.find(locate(source.files[0].path.parent), recipe)
+    _, origin = find_packed(store, locate(source.files[0].path.parent), recipe)
     assert origin is not None
     work, busy = kept("statistics", "a", size, DAY), kept("statistics", "b", size, 0)
     monkeypatch.setenv("HASTEN_CACHE_GB", str(2.5 * size / 1e9))
-    entry = store.keep(origin, recipe, packed, source)
+    entry = keep_packed(store, origin, recipe, packed, source)
     assert entry is not None and entry.is_dir() and not work.exists() and busy.is_dir()
     grow_old(entry, 2 * DAY)
     WorkStore().make_room(busy, size)

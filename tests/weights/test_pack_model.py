@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from hasten import _native
-from hasten.compress.pack import PackedModel, pack_linear, pack_model
 from hasten.core import Layout, Recipe
 from hasten.errors import ModelError, UsageError
-from hasten.models.blocks import dequantize
 from hasten.models.open import open_model
-from hasten.models.source import Source, SourceTensor
+from hasten.models.source import Source
+from hasten.weights.blocks import dequantize
+from hasten.weights.packed import PackedModel, pack_linear, pack_model
+from hasten.weights.tensors import SourceTensor
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from hasten.errors import ModelError
-from hasten.models import blocks
-from hasten.models.blocks import check_finite, dequantize
-from hasten.models.source import SourceTensor
-from hasten.models.tensor_type import TYPES
+from hasten.weights import blocks
+from hasten.weights.blocks import check_finite, dequantize
+from hasten.weights.tensors import TYPES, SourceTensor
 
 
 def random_tensor(name: str, rows: int = 5, columns: int = 512) -> SourceTensor:

@@ -7,8 +7,8 @@
     tokenizer.json ...    what Tokenizer.save writes
     report.html           written by `hasten optimize` and `hasten compress`; nobody reads it back
 
-The folder appears whole or not at all. Reading verifies every checksum. `artifact_plan` says how an
-artifact of another version is met.
+The folder appears whole or not at all. Reading verifies every checksum. `plan` says how an artifact of
+another version is met. `hasten.models.artifact` makes a model of it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,12 @@ import numpy.typing as npt
 from hasten import _native
 from hasten.cache import new_folder, read_json, write_atomic, write_json
 from hasten.cache.reading import is_there, map_array, open_file, open_raw, read_file
-from hasten.compress.artifact_plan import (
+from hasten.core import ModelConfig, Recipe, as_json
+from hasten.errors import ArtifactError
+from hasten.machine.cores import usable_cores
+from hasten.machine.memory import memory_room
+from hasten.weights.packed import PIECE_BYTES, PackedLinear, PackedModel, checksum_of, packed_bytes
+from hasten.weights.plan import (
     AGAIN,
     CONFIG,
     LAYOUT_VERSION,
@@ -40,33 +45,51 @@ from hasten.compress.artifact_plan import (
     described,
     seal,
 )
-from hasten.compress.pack import PIECE_BYTES, PackedLinear, PackedModel, checksum_of, packed_bytes
-from hasten.core import ModelConfig, Recipe, as_json
-from hasten.errors import ArtifactError, DiskError, HastenError, UsageError
-from hasten.machine.cores import usable_cores
-from hasten.machine.memory import memory_room
-from hasten.models.config_check import checked
-from hasten.models.locate import ref_of
-from hasten.models.parameters import parameter_shapes, present_biases
-from hasten.models.source import Source, sha256_of
-from hasten.models.tokenizer import Tokenizer
+from hasten.weights.tensors import Bytes
 
 _PLAN = "plan.json"
 _ALIGN = 64
 _READERS = 4  # threads that read weights
 
-Bytes = npt.NDArray[np.uint8]
-
 
 @dataclass(frozen=True)
-class Artifact:
-    """An artifact that was read and verified."""
+class Stored:
+    """An artifact whose files were read and verified; what they mean is not looked at yet."""
 
-    name: str
     folder: Path
-    packed: PackedModel
-    tokenizer: Tokenizer
-    plan: dict[str, Any]
+    plan: Mapping[str, Any]
+    description: Description
+    config: ModelConfig  # its types are right; its numbers were not compared with each other
+    parts: Mapping[str, Bytes]  # tensors by canonical name
+
+    def packed(self, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> PackedModel:
+        """The model.
+
+        Args:
+            config: its configuration, checked.
+            shapes: of every parameter it must have.
+
+        Raises:
+            ArtifactError: the tensors are not those.
+        """
+        recipe, known = self.description.recipe, self.description.artifact.tensors
+        parts = dict(self.parts)
+        try:
+            linears = {
+                name: PackedLinear(layout, *_two(shapes[name]), parts.pop(name), checksum=known.get(name))
+                for name, layout in recipe.layers.items()
+            }
+            vectors = {name: data.view(np.float32) for name, data in parts.items()}
+        except (KeyError, ValueError) as wrong:
+            raise contradiction(self.folder, wrong) from None
+        _check_sizes(self.folder, linears, vectors, shapes)
+        asked = Recipe(recipe.name, None, None, recipe.layers, recipe.kv)
+        return PackedModel(config, asked, linears, vectors)
+
+
+def contradiction(folder: Path, wrong: Exception) -> ArtifactError:
+    """The error of an artifact whose verified files do not fit each other."""
+    return ArtifactError(f"{folder} contradicts itself: {wrong!r}", hint=AGAIN)
 
 
 def is_artifact(ref: str | Path) -> bool:
@@ -85,45 +108,13 @@ def made_from(folder: str | Path) -> Mapping[str, Any]:
     return origin if isinstance(origin, dict) else {}
 
 
-def refuse_other_model(folder: str | Path, source: Source, replace_by: str) -> None:
-    """Say it where an artifact of another model stands: its name may be equal, or a part of it.
-
-    The same model has the same place, or files of the same content. Files are read only where their sizes are
-    equal and their place is not. What cannot be told, as of a damaged artifact, is not refused.
-
-    Args:
-        folder: where one may stand.
-        source: the model that shall be written there.
-        replace_by: what the hint says to replace it nevertheless.
-
-    Raises:
-        DiskError: it is another model's.
-    """
-    origin = made_from(folder)
-    if not origin or origin.get("ref") == ref_of(source):
-        return
-    try:
-        theirs = {str(one["path"]): (one["bytes"], one["sha256"]) for one in origin["files"]}
-    except (KeyError, TypeError):
-        return
-    ours = {file.path.name: file for file in source.files}
-    sizes = {name: file.bytes for name, file in ours.items()}
-    are_alike = sizes == {name: size for name, (size, _) in theirs.items()}
-    if are_alike and all(theirs[name][1] == sha256_of(file) for name, file in ours.items()):
-        return
-    place = origin.get("ref") or origin.get("name")
-    raise DiskError(
-        f"{folder} is an artifact of another model: {place}; this is {ref_of(source)}",
-        hint=f"choose another name with --out DIR, or replace it: {replace_by}",
-    )
-
-
-def save(
+def write_artifact(
     folder: str | Path,
     packed: PackedModel,
-    source: Source,
+    origin: Mapping[str, Any],
     plan: Mapping[str, Any],
-    extra: Mapping[str, bytes] | None = None,
+    put_tokenizer: Callable[[Path], object],
+    extra: Mapping[str, bytes],
     threads: int | None = None,
 ) -> Path:
     """Write an artifact; one that is there already is replaced in one step, and survives any failure.
@@ -131,8 +122,9 @@ def save(
     Args:
         folder: where; by convention NAME.hasten.
         packed: the model.
-        source: where it came from: its tokenizer, its place and the digests of its files go along.
+        origin: `source` in plan.json: what it was made from.
         plan: what is known about the choice; written into plan.json beside what reading needs.
+        put_tokenizer: writes the tokenizer's files into the folder it is given.
         extra: more files by name (report.html).
         threads: for the checksums; None uses the cores this process may use.
 
@@ -143,21 +135,14 @@ def save(
     with new_folder(folder, marker=_PLAN) as fresh:
         write_json(fresh / CONFIG, config_json(packed.config))
         write_atomic(fresh / WEIGHTS, _weights_writer(packed))
-        source.tokenizer().save(fresh)
-        for name, data in (extra or {}).items():
+        put_tokenizer(fresh)
+        files = {p.name: _fingerprint(p, count) for p in sorted(fresh.iterdir())}
+        for name, data in extra.items():
             write_atomic(fresh / name, data)
-        files = {
-            p.name: _fingerprint(p, count) for p in sorted(fresh.iterdir()) if p.name not in (extra or {})
-        }
-        sources = [{"path": f.path.name, "bytes": f.bytes, "sha256": sha256_of(f)} for f in source.files]
         record: dict[str, Any] = {
             **plan,
             "schema_version": PLAN_VERSION,
-            "source": {
-                "name": source.name,
-                "ref": ref_of(source),
-                "files": sources,
-            },
+            "source": origin,
             "recipe": _recipe_json(packed),
             "artifact": {
                 "layout_version": LAYOUT_VERSION,
@@ -213,8 +198,8 @@ def _weights_writer(packed: PackedModel) -> Callable[[BinaryIO], None]:
     return write
 
 
-def load_artifact(folder: str | Path) -> Artifact:
-    """Read and verify an artifact. Weights go to huge pages; nothing of them is converted.
+def read_artifact(folder: str | Path) -> Stored:
+    """Read and verify an artifact's files. Weights go to huge pages; nothing of them is converted.
 
     Raises:
         ArtifactError: no artifact there, another version, a file missing, cut short or with a wrong checksum.
@@ -223,11 +208,8 @@ def load_artifact(folder: str | Path) -> Artifact:
     plan = read_plan(path)
     description = described(plan, str(path / _PLAN), PIECE_BYTES)
     data = _verified(path, description)
-    config = _config(data[CONFIG], path / CONFIG)
-    packed = _packed(path, description, config, data[WEIGHTS])
-    source = plan.get("source")
-    name = str(source["name"]) if isinstance(source, dict) and "name" in source else path.stem
-    return Artifact(name, path, packed, Tokenizer.load(path), plan)
+    config = config_from(data[CONFIG].tobytes(), str(path / CONFIG))
+    return Stored(path, plan, description, config, _parts(path, data[WEIGHTS]))
 
 
 def verify_files(folder: str | Path) -> None:
@@ -345,7 +327,8 @@ def _wait(events: list[Event]) -> None:
                 event.wait()
 
 
-def _packed(path: Path, description: Description, config: ModelConfig, weights: Bytes) -> PackedModel:
+def _parts(path: Path, weights: Bytes) -> dict[str, Bytes]:
+    """The tensors in the bytes of a weights file, without their padding."""
     try:
         start = 8 + int.from_bytes(weights[:8].tobytes(), "little")
         header = json.loads(weights[8:start].tobytes())
@@ -356,18 +339,9 @@ def _packed(path: Path, description: Description, config: ModelConfig, weights: 
             if min(first, size) < 0:
                 raise ValueError(f"{name} starts at {first} and has {size} bytes")
             parts[name] = weights[start + first : start + first + size]
-        recipe, known = description.recipe, description.artifact.tensors
-        shapes = parameter_shapes(config, present_biases(parts))
-        linears = {
-            name: PackedLinear(layout, *_two(shapes[name]), parts.pop(name), checksum=known.get(name))
-            for name, layout in recipe.layers.items()
-        }
-        vectors = {name: data.view(np.float32) for name, data in parts.items()}
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, UsageError) as wrong:
-        raise ArtifactError(f"{path} contradicts itself: {wrong!r}", hint=AGAIN) from None
-    _check_sizes(path, linears, vectors, shapes)
-    asked = Recipe(recipe.name, None, None, recipe.layers, recipe.kv)
-    return PackedModel(config, asked, linears, vectors)
+        return parts
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as wrong:
+        raise contradiction(path, wrong) from None
 
 
 def _two(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -392,12 +366,3 @@ def _check_sizes(
     wrong |= {name for name in set(vectors) & set(shapes) if vectors[name].shape != shapes[name]}
     if wrong:
         raise ArtifactError(f"{path}: {min(wrong)} is missing, extra or of a wrong size", hint=AGAIN)
-
-
-def _config(data: Bytes, file: Path) -> ModelConfig:
-    try:
-        return checked(config_from(data.tobytes(), str(file)), file.name)
-    except ArtifactError:
-        raise
-    except HastenError as wrong:
-        raise ArtifactError(f"{file} cannot be read: {wrong}", hint=AGAIN) from None

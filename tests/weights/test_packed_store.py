@@ -18,14 +18,14 @@ import pytest
 
 import hasten
 from hasten.cache import deferred
-from hasten.compress import packed_store
 from hasten.compress.compress import compress
-from hasten.compress.pack import PackedLinear
-from hasten.compress.packed_store import PackedStore, open_store
 from hasten.core import EngineOptions, Layout, Recipe
 from hasten.engine.fingerprint import fingerprint
 from hasten.engine.model import LanguageModel
 from hasten.errors import DiskError, UsageError
+from hasten.weights import packed_store
+from hasten.weights.packed import PackedLinear
+from hasten.weights.packed_store import PackedStore, open_store
 
 OPTIONS = EngineOptions(threads=1, context=64, max_sequences=1)
 PROMPT = [5, 9, 40, 2]
@@ -115,9 +115,11 @@ def test_nothing_is_read_of_a_known_source(
 ) -> None:
     settle(folder)
     start(folder)
-    monkeypatch.setattr("hasten.compress.origin.digest", lambda path: pytest.fail(f"read {path}"))
+    real = packed_store.digest
+    read: list[str] = []
+    monkeypatch.setattr(packed_store, "digest", lambda path: read.append(path.name) or real(path))
     start(folder)
-    assert opened == ["model"]
+    assert opened == ["model"] and read == ["plan.json"]
 
 
 def test_a_young_source_is_read_but_not_packed_again(folder: Path, opened: list[str]) -> None:

@@ -13,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten.errors import ModelError
-from hasten.models.source import SourceTensor
-from hasten.models.tensor_type import TYPES
+from hasten.weights.tensors import TYPES, SourceTensor
 
 Blocks = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]

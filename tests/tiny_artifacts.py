@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from hasten import _native
-from hasten.compress.artifact import save
-from hasten.compress.pack import PackedLinear, pack_model
 from hasten.core import Layout, Recipe
 from hasten.models import open_model
+from hasten.models.artifact import save
+from hasten.weights.packed import PackedLinear, pack_model, packed_bytes
 from tiny_models import TINY, save_folder
 
 MIXTURE: Mapping[str, Layout] = {
@@ -36,6 +36,14 @@ def make(folder: Path, name: str, recipe: Recipe) -> Path:
 def mixed(name: str = "w8", layers: Mapping[str, Layout] = MIXTURE) -> Recipe:
     base = Recipe.parse(name)
     return Recipe("mixture", base.default, base.head, layers)
+
+
+def packed(layout: Layout, rows: int, cols: int, seed: int = 1) -> PackedLinear:
+    values = np.random.default_rng(seed).normal(size=(rows, cols)).astype(np.float32)
+    data = np.zeros(packed_bytes(rows, cols, layout), np.uint8)
+    stored = (layout.bits, layout.group, layout.symmetric)
+    _native.pack(values.view(np.uint8).reshape(-1), "F32", rows, cols, *stored, data)
+    return PackedLinear(layout, rows, cols, data)
 
 
 def values_of(linear: PackedLinear) -> np.ndarray:

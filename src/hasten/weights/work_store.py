@@ -16,18 +16,20 @@ import hashlib
 import logging
 import os
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, BinaryIO, Literal
 
-from hasten.cache import cache_dir, digest, read_json, write_record
+import numpy as np
+import numpy.typing as npt
+
+from hasten import _native
+from hasten.cache import cache_dir, digest, read_json, write_atomic, write_record
+from hasten.cache.reading import open_file, read_array
 from hasten.cache.record import is_whole_record
 from hasten.cache.size_limit import Held, last_change, limit_bytes, make_room, tree_bytes
 from hasten.cache.stage import clean, vanish
-from hasten.compress.calibration import Calibration
-from hasten.compress.checked_file import is_whole
-from hasten.compress.torch_file import state_damage
-from hasten.models.source import Source
 
 Part = Literal["statistics", "linears", "runs"]
 PARTS: tuple[Part, ...] = ("statistics", "linears", "runs")
@@ -36,14 +38,10 @@ IN_USE_S = 6 * 3600.0
 STALE_S = 7 * 86400.0
 """After so long nobody comes back to a run that was stopped."""
 _USED = "used.json"
+_PIECE = 1 << 22  # bytes that one checksum covers
+_SUM = 8  # bytes of the checksum that ends a file
 
 _log = logging.getLogger("hasten.cache")
-
-
-def work_key(source: Source, calibration: Calibration | None, *how: object) -> str:
-    """What kept work belongs to: 32 hexadecimal digits that differ where model, text or `how` do."""
-    text = None if calibration is None else calibration.sha256
-    return hashlib.sha256(repr((source.content, text, how)).encode()).hexdigest()[:32]
 
 
 class WorkStore:
@@ -69,7 +67,7 @@ class WorkStore:
         Raises:
             UsageError: HASTEN_CACHE_GB is no number.
         """
-        from hasten.compress.packed_store import PackedStore
+        from hasten.weights.packed_store import PackedStore
 
         touch(entry)
         for part in PARTS:
@@ -150,3 +148,48 @@ def _damage(path: Path) -> str | None:
     value = record.get("value") if isinstance(record, dict) else None
     vouched = value.get("sha256") if isinstance(value, dict) else None
     return None if digest(path) == vouched else f"{path}: its checksum differs, or is missing"
+
+
+def checksum(data: npt.NDArray[Any]) -> bytes:
+    """Of contiguous data: 8 bytes."""
+    found = np.array(_native.checksums(data, _PIECE, 0), np.uint64)
+    return hashlib.sha256(found.tobytes()).digest()[:_SUM]
+
+
+def write_checked(path: Path, data: npt.NDArray[np.uint8]) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        DiskError: full, read-only or forbidden disk; the file before is untouched.
+    """
+
+    def put(file: BinaryIO) -> None:
+        file.write(data.data)
+        file.write(checksum(data))
+
+    write_atomic(path, put)
+
+
+def is_whole(path: Path, size: int | None = None) -> bool:
+    """Whether a file is as it was written, of `size` bytes before the checksum where that is known."""
+    try:
+        if size is not None and path.stat().st_size != size + _SUM:
+            return False
+        data = read_array(path)
+    except OSError:
+        return False
+    return data.size >= _SUM and data[-_SUM:].tobytes() == checksum(data[:-_SUM])
+
+
+def state_damage(path: Path) -> str | None:
+    """What is wrong with a file by its checksums; None: nothing. Needs no torch.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    try:
+        with open_file(path) as file, zipfile.ZipFile(file) as parts:
+            wrong = parts.testzip()
+    except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError) as error:
+        return f"{path} is torn: {error}"
+    return None if wrong is None else f"{path}: the checksum of {wrong} differs"

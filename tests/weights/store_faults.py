@@ -16,12 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hasten.cache import stage
-from hasten.compress.origin import Origin
-from hasten.compress.pack import PackedModel, checksum_of, pack_model
-from hasten.compress.packed_store import PackedStore
 from hasten.core import Recipe
+from hasten.models.artifact import find_packed, keep_packed
 from hasten.models.locate import locate
 from hasten.models.open import open_place
+from hasten.weights.packed import PackedModel, checksum_of, pack_model
+from hasten.weights.packed_store import Origin, PackedStore
 
 KILLS = 200
 RECIPE = Recipe.parse("w4")
@@ -43,13 +43,13 @@ class Scene:
         self.store = PackedStore(store)
 
     def keep(self) -> None:
-        origin = Origin.of(self.place)
+        origin = Origin.of(self.place.files)
         assert origin is not None
-        assert self.store.keep(origin, RECIPE, self.packed, self.source) is not None
+        assert keep_packed(self.store, origin, RECIPE, self.packed, self.source) is not None
 
     def found(self) -> bool:
         """Whether the store has it; what it gives must be right to the bit."""
-        artifact, _ = self.store.find(self.place, RECIPE)
+        artifact, _ = find_packed(self.store, self.place, RECIPE)
         if artifact is None:
             return False
         assert sums(artifact.packed) == self.wanted

@@ -1,4 +1,4 @@
-"""Safetensors files: a JSON header and raw tensors, strictly checked, nothing copied.
+"""Safetensors files: read without copying anything and strictly checked; written tensor by tensor.
 
 Source: the format's description, https://github.com/huggingface/safetensors#format
 """
@@ -6,25 +6,58 @@ Source: the format's description, https://github.com/huggingface/safetensors#for
 from __future__ import annotations
 
 import json
+import math
+import mmap
+import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 
-from hasten.errors import FormatError
-from hasten.models.mapped import map_file
-from hasten.models.source import SourceTensor
-from hasten.models.tensor_type import TYPES
+from hasten.cache import write_atomic
+from hasten.cache.reading import NotAFile, open_file
+from hasten.errors import FormatError, ModelError
+from hasten.weights.tensors import TYPES, SourceTensor
 
+NOT_A_FILE_HINT = "put the file itself there: it is read at many places, and again by the next run"
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _MAX_TENSORS = 1 << 17  # of one file: seconds of work; those of the largest models hold some ten thousand
 _MAX_DIMS = 8
 _FLOATS = ("F32", "F16", "BF16")
 _INTEGERS = ("I8", "I32", "I64")
 _AGAIN = "download it again: the file is truncated or damaged"
+_ALIGN = 8
+
+
+def map_file(path: Path) -> memoryview:
+    """The bytes of a file, read-only and mapped: pages are read from the disk when they are touched.
+
+    The file must not be cut short while it is mapped: the system ends a process that reads past its new end.
+
+    Raises:
+        ModelError: there is no such file, it is a folder or a pipe, or it may not be read.
+        FormatError: the file is empty.
+    """
+    try:
+        with open_file(path) as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise FormatError(
+                    f"{path} is empty (0 bytes)", hint="download it again: the transfer was cut off"
+                )
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except FileNotFoundError as error:
+        raise ModelError(f"there is no file {path}", hint="check the path: ls " + str(path.parent)) from error
+    except IsADirectoryError as error:
+        raise ModelError(f"{path} is a folder, not a model file", hint="give the file's own path") from error
+    except NotAFile as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}", hint=NOT_A_FILE_HINT) from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read {path}: {error}", hint="check that you may read it: ls -l") from error
 
 
 def open_safetensors(path: Path, integers: bool = False) -> dict[str, SourceTensor]:
@@ -149,3 +182,50 @@ def _check_extents(extents: list[tuple[int, int, str]], available: int, name: st
         if start != end:
             what = "overlap" if start < end else f"leave {start - end} bytes between them"
             raise FormatError(f"{name}: {before!r} and {after!r} {what}", hint=_AGAIN)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor: `pieces` gives its bytes in order, as arrays, when they are needed."""
+
+    name: str
+    dtype: str  # the format's name: F16, BF16, I32 ...
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterable[npt.NDArray[Any]]]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * TYPES[self.dtype].block_bytes
+
+
+def write_safetensors(path: Path, entries: Sequence[Entry], progress: Callable[[int, int], None]) -> None:
+    """Write a file; `progress` is called with (done, total) tensors.
+
+    Raises:
+        DiskError: full, read-only or forbidden disk.
+    """
+    ordered = sorted(entries, key=lambda entry: -TYPES[entry.dtype].block_bytes)  # so that all are aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for entry in ordered:
+        header[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [at, at + entry.bytes],
+        }
+        at += entry.bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGN)
+
+    def put(file: BinaryIO) -> None:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for done, entry in enumerate(ordered):
+            progress(done, len(ordered))
+            size = 0
+            for piece in entry.pieces():
+                data = np.ascontiguousarray(piece)
+                size += data.nbytes
+                file.write(data.reshape(-1).view(np.uint8).data)
+            assert size == entry.bytes, entry.name
+
+    write_atomic(path, put)

@@ -1,0 +1,1 @@
+"""How numbers are stored: formats, tensors, artifacts, the store of packed weights. No device, no method."""
