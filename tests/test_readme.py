@@ -83,7 +83,7 @@ def wrong_flags(words: list[str]) -> str:
         return "" if set(words) <= {"--help", "--version", "-h"} else f"no option {words}"
     if words[0] not in VERBS:
         return "" if words[0] == "VERB" else f"no verb {words[0]}"
-    parser = parser_of(words[0], VERBS[words[0]].module)
+    parser = parser_of(words[0])
     below = getattr(parser, "commands", {}).get(words[1] if len(words) > 1 else "")
     known = {o for one in (parser, below) if one is not None for p in one.params for o in p.opts}
     flags = {w.split("=")[0] for w in words[1:] if re.match(r"--?[a-z]", w)}

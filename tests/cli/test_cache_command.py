@@ -26,8 +26,6 @@ from hasten.compress.torch_file import write_state
 from hasten.core import EngineOptions
 from hasten.weights.work_store import WorkStore
 
-MODULE = "hasten.cli.cache"
-
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_folder: Callable[..., Path]) -> Path:
@@ -222,7 +220,7 @@ def test_mistakes(cache: Path, capsys: Any, arguments: list[str], word: str) -> 
 def test_help(name: str, capsys: Any) -> None:
     assert main(["cache", name, "--help"]) == 0
     assert capsys.readouterr().out.startswith(f"Usage: hasten cache {name} ")
-    for parameter in subparser_of(MODULE, name).params:
+    for parameter in subparser_of("cache", name).params:
         assert parameter.help.endswith("."), parameter.name
     for arguments in (["cache"], ["cache", "--help"]):
         assert main(arguments) == 0

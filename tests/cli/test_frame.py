@@ -29,8 +29,8 @@ def verb(monkeypatch: pytest.MonkeyPatch) -> Any:
         module.command = command  # type: ignore[attr-defined]
         if kept:
             module.KEPT = kept  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "boom", module)
-        monkeypatch.setitem(cli.VERBS, "boom", cli.Verb("boom", "Boom."))
+        monkeypatch.setitem(sys.modules, "hasten.cli.boom", module)
+        monkeypatch.setitem(cli.VERBS, "boom", "Boom.")
 
     return make
 

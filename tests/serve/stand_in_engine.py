@@ -15,6 +15,7 @@ from hasten.engine.request import Output, Request, Usage
 from hasten.engine.sampling import TokenLogprob
 from hasten.engine.stats import EngineStats
 from hasten.errors import DeadlineError, HastenError, QueueFull, TokenizerError
+from hasten.models.tool_calls import ToolStyle, tool_style
 
 VOCAB = 300
 
@@ -37,6 +38,9 @@ class ByteTokenizer:
         return len(text.encode())
 
     longest_token = 4
+
+    def tool_style(self, architecture: str) -> ToolStyle:
+        return tool_style(self.fields.chat_templates, architecture, {})
 
     def token_bytes(self) -> SimpleNamespace:
         return SimpleNamespace(values=[bytes([i]) for i in range(256)])

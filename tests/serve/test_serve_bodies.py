@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 from running_server import Running, chat
 
+from hasten.serve.body import MAX_PARTS, MAX_VALUES, Strict, parse
+from hasten.serve.endpoints.chat import ChatRequest
+from hasten.serve.endpoints.completions import CompletionRequest
+from hasten.serve.endpoints.responses import ResponseRequest
+from hasten.serve.endpoints.tokens import DetokenizeRequest
 from hasten.serve.problem import Problem
-from hasten.serve.protocol import strict
-from hasten.serve.protocol.chat import ChatRequest
-from hasten.serve.protocol.completion import CompletionRequest
-from hasten.serve.protocol.response import ResponseRequest
-from hasten.serve.protocol.tokens import DetokenizeRequest
 
 MANY = 60_000
-WRONG: list[tuple[type[strict.Strict], Any, str, str]] = [
+WRONG: list[tuple[type[Strict], Any, str, str]] = [
     (DetokenizeRequest, {"tokens": [-1] * MANY}, "tokens.0", "greater than or equal to 0"),
     (ChatRequest, {"messages": [{"role": 5}] * (MANY // 4)}, "messages.0", "tag '5'"),
     (ChatRequest, chat(**{f"x{i}": 1 for i in range(MANY)}), "x0", "unknown field x0"),
@@ -42,12 +42,12 @@ WRONG: list[tuple[type[strict.Strict], Any, str, str]] = [
 
 @pytest.mark.parametrize(("model", "body", "param", "said"), WRONG)
 def test_many_wrong_values_cost_no_more_than_their_length(
-    model: type[strict.Strict], body: Any, param: str, said: str
+    model: type[Strict], body: Any, param: str, said: str
 ) -> None:
     data = json.dumps(body).encode()
     began = time.monotonic()
     with pytest.raises(Problem) as caught:
-        strict.parse(model, data)
+        parse(model, data)
     assert time.monotonic() - began < 5  # 0.2 s; minutes if every error had the body parsed again
     assert caught.value.status == 400
     assert caught.value.param == param
@@ -57,10 +57,10 @@ def test_many_wrong_values_cost_no_more_than_their_length(
 @pytest.mark.parametrize(
     "body",
     [
-        b'{"tokens":[' + b"1," * strict.MAX_VALUES + b"1]}",
-        b'{"tokens":[' + b"[]," * strict.MAX_PARTS + b"[]]}",
-        b'{"x":{' + b",".join(b'"%d":1' % i for i in range(strict.MAX_PARTS)) + b"}}",
-        b'{"x":"\\\\\\"","y":[' + b'"a\\",",' * strict.MAX_VALUES + b'""]}',
+        b'{"tokens":[' + b"1," * MAX_VALUES + b"1]}",
+        b'{"tokens":[' + b"[]," * MAX_PARTS + b"[]]}",
+        b'{"x":{' + b",".join(b'"%d":1' % i for i in range(MAX_PARTS)) + b"}}",
+        b'{"x":"\\\\\\"","y":[' + b'"a\\",",' * MAX_VALUES + b'""]}',
     ],
 )
 def test_a_body_of_too_many_parts_is_refused_before_it_is_parsed(
@@ -68,19 +68,19 @@ def test_a_body_of_too_many_parts_is_refused_before_it_is_parsed(
 ) -> None:
     monkeypatch.setattr(DetokenizeRequest, "model_validate_json", lambda *_: pytest.fail("parsed"))
     with pytest.raises(Problem) as caught:
-        strict.parse(DetokenizeRequest, body)
+        parse(DetokenizeRequest, body)
     assert (caught.value.status, caught.value.code) == (400, "too_many_values")
 
 
 @pytest.mark.parametrize("text", [',:[{"' * 400_000, '\\",\\' * 1_100_000, '","' * 700_000])
 def test_what_a_text_holds_counts_as_one_value(text: str) -> None:
-    assert strict.parse(CompletionRequest, json.dumps({"prompt": text}).encode()).prompt == text
+    assert parse(CompletionRequest, json.dumps({"prompt": text}).encode()).prompt == text
 
 
 def test_fields_that_are_null_do_not_hide_among_many_wrong_ones() -> None:
     body = chat(**{f"x{i}": None for i in range(500)}, store=None)
     with pytest.raises(Problem, match="unknown field x0"):
-        strict.parse(ChatRequest, json.dumps(body).encode())
+        parse(ChatRequest, json.dumps(body).encode())
 
 
 @pytest.mark.parametrize(

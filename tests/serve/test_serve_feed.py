@@ -9,7 +9,7 @@ from stand_in_engine import FULL, StandInEngine
 
 from hasten.engine.request import Request
 from hasten.errors import QueueFull
-from hasten.serve.feed import Feed
+from hasten.serve.generate import Feed
 
 
 def request(text: str = "x") -> Request:

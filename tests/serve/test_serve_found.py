@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 from running_server import Running, chat, serving, wait_for
-from stand_in_engine import StandInEngine, StandInModel
+from stand_in_engine import StandInEngine
 
 from hasten.errors import UsageError
-from hasten.serve import heartbeat
+from hasten.serve import generate
 from hasten.serve.options import ServeOptions
-from hasten.serve.server import ServeSetup, made
+from hasten.serve.server import listen
 
 
 @pytest.mark.parametrize("number", [b"NaN", b"1e999", b"-Infinity"])
@@ -88,7 +88,7 @@ def test_a_call_with_many_inputs_comes_in_turns() -> None:
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
 def test_a_silent_stream_shows_that_it_lives(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
-    monkeypatch.setattr(heartbeat, "EVERY_S", 0.05)
+    monkeypatch.setattr(generate, "EVERY_S", 0.05)
     body = chat("ab", stream=True) if "chat" in path else {"input": "ab", "stream": True}
     with serving(engines={"echo": StandInEngine(reply="ab", delay_s=0.3)}) as running:
         reply = running.ask(path, body)
@@ -141,16 +141,12 @@ def test_a_second_signal_still_ends_the_engine() -> None:
 
 
 def test_two_servers_that_start_at_once_do_not_share_a_port() -> None:
-    def load(ref: str) -> Any:
-        return StandInModel(ref), engine
-
-    engine, taken = StandInEngine(), socket.socket()
-    setup = ServeSetup({"echo": "echo"}, ServeOptions(port=0, log=False))
-    server, listener = made(setup, lambda url: None, load)
-    with taken, listener:
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        taken.bind(listener.getsockname())
-        taken.listen()
-        with pytest.raises(UsageError, match="cannot listen on"):
-            server.run(sockets=[listener])
-    assert engine.closed
+    with socket.socket() as both:
+        both.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        both.bind(("127.0.0.1", 0))
+        options = ServeOptions(port=both.getsockname()[1], log=False)
+        with listen(options):  # bound twice: the one that listens first has the port
+            with pytest.raises(OSError):
+                both.listen()
+            with pytest.raises(UsageError, match="cannot listen on"):
+                listen(options)

@@ -12,8 +12,8 @@ from stand_in_engine import logprob
 
 from hasten.engine.request import Output
 from hasten.models.tool_calls import ArgumentsDelta, CallStarted, TextDelta
-from hasten.serve.logprobs import TokenTexts
-from hasten.serve.response_shape import ResponseShape
+from hasten.serve.endpoints.responses import ResponseShape
+from hasten.serve.shape import TokenTexts
 
 
 class Reader:

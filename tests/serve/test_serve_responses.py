@@ -97,7 +97,7 @@ def test_store_false_keeps_nothing(server: Running) -> None:
 
 
 def test_the_store_is_bounded() -> None:
-    from hasten.serve.stored import ResponseStore, StoredResponse
+    from hasten.serve.kept import ResponseStore, StoredResponse
 
     store = ResponseStore(most=2, most_bytes=100)
     for name, size in (("a", 10), ("b", 10), ("c", 10), ("big", 1000)):

@@ -17,9 +17,8 @@ from running_server import Running, chat, wait_for
 from stand_in_engine import StandInEngine, StandInModel
 
 from hasten.errors import ModelError
-from hasten.serve.listening import url_of
 from hasten.serve.options import ServeOptions
-from hasten.serve.server import ServeSetup, made
+from hasten.serve.server import ServeSetup, made, url_of
 
 WAITS = """
 import signal, sys, time

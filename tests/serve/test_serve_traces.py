@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from running_server import chat, serving
 
+from hasten.serve.log import new_tracer
 from hasten.serve.options import ServeOptions
-from hasten.serve.traces import new_tracer
 
 
 def test_a_span_says_what_a_request_cost(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,6 +31,6 @@ def test_a_span_says_what_a_request_cost(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_nothing_is_traced_where_nobody_collects(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hasten.serve.traces._loaded", dict)
+    monkeypatch.setattr("hasten.serve.log._loaded", dict)
     monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
     assert new_tracer() is None

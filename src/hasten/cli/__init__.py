@@ -11,32 +11,17 @@ from __future__ import annotations
 
 import sys  # and nothing else: until `main` runs, Ctrl-C ends in a traceback
 
-
-class Verb:
-    """Where a verb lives, and its line in `hasten --help`: the first line of the docstring of `command`."""
-
-    def __init__(self, module: str, help: str) -> None:
-        self.module = module
-        self.help = help
-
-
-VERBS = {
-    "probe": Verb(
-        "hasten.cli.probe", "Measure this machine: cores, caches, memory bandwidth, compute ceilings."
-    ),
-    "optimize": Verb(
-        "hasten.cli.optimize", "Find the fastest recipe within a quality budget and write an artifact."
-    ),
-    "compress": Verb(
-        "hasten.cli.compress", "Quantise, prune and distil a model by a recipe, and write an artifact."
-    ),
-    "generate": Verb("hasten.cli.generate", "Continue one prompt and print the continuation."),
-    "chat": Verb("hasten.cli.chat", "Talk with a model in the terminal."),
-    "serve": Verb("hasten.cli.serve", "Serve models with the OpenAI API, chat page included."),
-    "eval": Verb("hasten.cli.eval", "Measure what a recipe costs in quality against the source model."),
-    "bench": Verb("hasten.cli.bench", "Measure speed, alone or side by side with other engines."),
-    "export": Verb("hasten.cli.export", "Write an artifact in another engine's format."),
-    "cache": Verb("hasten.cli.cache", "See, check and empty what is kept on disk."),
+VERBS = {  # verb -> its line in `hasten --help`: the first line of the docstring of its `command`
+    "probe": "Measure this machine: cores, caches, memory bandwidth, compute ceilings.",
+    "optimize": "Find the fastest recipe within a quality budget and write an artifact.",
+    "compress": "Quantise, prune and distil a model by a recipe, and write an artifact.",
+    "generate": "Continue one prompt and print the continuation.",
+    "chat": "Talk with a model in the terminal.",
+    "serve": "Serve models with the OpenAI API, chat page included.",
+    "eval": "Measure what a recipe costs in quality against the source model.",
+    "bench": "Measure speed, alone or side by side with other engines.",
+    "export": "Write an artifact in another engine's format.",
+    "cache": "See, check and empty what is kept on disk.",
 }
 
 
@@ -91,7 +76,7 @@ def overview() -> str:
             "Make a language model fast on your hardware, within the quality you can accept, and prove both.",
             "",
             "Verbs:",
-            *(f"  {name:<{width}}  {verb.help}" for name, verb in VERBS.items()),
+            *(f"  {name:<{width}}  {line}" for name, line in VERBS.items()),
             "",
             "Options:",
             "  -h, --help  Show this text; `hasten VERB --help` describes a verb.",
@@ -117,9 +102,8 @@ def _dispatch(arguments: list[str]) -> int:
 
         sys.stdout.write(f"hasten {__version__}\n")
         return 0
-    verb = VERBS.get(arguments[0])
-    if verb is None:
+    if arguments[0] not in VERBS:
         raise unknown_verb(arguments[0], list(VERBS))
     from hasten.cli.frame import run
 
-    return run(arguments[0], verb.module, arguments[1:])
+    return run(arguments[0], arguments[1:])

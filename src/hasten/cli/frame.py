@@ -110,9 +110,7 @@ def _system_hint(error: OSError) -> str | None:
 
 def _kept(verb: str) -> str:
     """What a stopped verb leaves behind: the `KEPT` of its module, if that was imported by then."""
-    from hasten.cli import VERBS
-
-    module = sys.modules.get(VERBS[verb].module) if verb in VERBS else None
+    module = sys.modules.get(home_of(verb))
     return str(getattr(module, "KEPT", "Nothing was changed."))
 
 
@@ -158,17 +156,22 @@ def unknown_verb(name: str, verbs: list[str]) -> UsageError:
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-def run(verb: str, module: str, arguments: list[str]) -> int:
+def home_of(verb: str) -> str:
+    """The module of a verb."""
+    return f"hasten.cli.{verb}"
+
+
+def run(verb: str, arguments: list[str]) -> int:
     """Parse the arguments and run the verb. Returns its exit code; every error is raised."""
     import typer
 
-    own, name = subcommands_of(module), f"hasten {verb}"
+    own, name = subcommands_of(verb), f"hasten {verb}"
     if own and not arguments:
         arguments = ["--help"]
     if own and arguments[0] in own:
-        parser, name, arguments = subparser_of(module, arguments[0]), f"{name} {arguments[0]}", arguments[1:]
+        parser, name, arguments = subparser_of(verb, arguments[0]), f"{name} {arguments[0]}", arguments[1:]
     else:
-        parser = parser_of(verb, module)
+        parser = parser_of(verb)
     try:
         with parser.make_context(name, list(arguments)) as context:
             parser.invoke(context)
@@ -177,21 +180,21 @@ def run(verb: str, module: str, arguments: list[str]) -> int:
     return 0
 
 
-def parser_of(verb: str, module: str) -> Any:
+def parser_of(verb: str) -> Any:
     """The typer command of a verb: the function `command` of its module, or a group of its subcommands."""
-    command, own = import_module(module).command, subcommands_of(module)
+    command, own = import_module(home_of(verb)).command, subcommands_of(verb)
     return _parser(own, command) if own else _parser({verb: command})
 
 
-def subcommands_of(module: str) -> Mapping[str, Callable[..., object]]:
+def subcommands_of(verb: str) -> Mapping[str, Callable[..., object]]:
     """A verb's own verbs by name; none for most."""
-    found: Mapping[str, Callable[..., object]] = getattr(import_module(module), "SUBCOMMANDS", {})
+    found: Mapping[str, Callable[..., object]] = getattr(import_module(home_of(verb)), "SUBCOMMANDS", {})
     return found
 
 
-def subparser_of(module: str, name: str) -> Any:
+def subparser_of(verb: str, name: str) -> Any:
     """The typer command of one of a verb's own verbs."""
-    return _parser({name: subcommands_of(module)[name]})
+    return _parser({name: subcommands_of(verb)[name]})
 
 
 def _parser(

@@ -45,9 +45,8 @@ def reference() -> str:
 
 
 def _verb(name: str) -> str:
-    home = VERBS[name].module
-    parts = [_command(f"hasten {name}", parser_of(name, home))]
-    parts += [_command(f"hasten {name} {sub}", subparser_of(home, sub)) for sub in subcommands_of(home)]
+    parts = [_command(f"hasten {name}", parser_of(name))]
+    parts += [_command(f"hasten {name} {sub}", subparser_of(name, sub)) for sub in subcommands_of(name)]
     return "\n".join(parts)
 
 

@@ -13,12 +13,10 @@ from starlette.exceptions import HTTPException
 
 from hasten.errors import HastenError
 from hasten.serve.call import App, call_of
-from hasten.serve.exchange import Endpoint, Handled
 from hasten.serve.guard import Guard
-from hasten.serve.openapi import document
 from hasten.serve.problem import Problem, problem_of
-from hasten.serve.routes import ROUTES
-from hasten.serve.service import Service
+from hasten.serve.routes import ROUTES, document
+from hasten.serve.service import Endpoint, Handled, Service
 from hasten.serve.web import HEADERS, Asset, assets
 
 

@@ -1,4 +1,4 @@
-"""One HTTP request on its way through the server: who asks, what it cost, and how its body is read."""
+"""One HTTP request on its way through the server: who asks, and what it cost."""
 
 from __future__ import annotations
 
@@ -6,13 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
-from hasten.serve.problem import Problem
-from hasten.serve.strangers import check_kind
-
-if TYPE_CHECKING:
-    from hasten.serve.options import ServeOptions
+from typing import Any
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -43,27 +37,6 @@ def call_of(scope: Scope) -> Call:
     return call
 
 
-async def read_body(receive: Receive, scope: Scope, options: ServeOptions) -> bytearray:
-    """The request's body, whatever its content-length claims: counted as it comes, and within its time.
-
-    Raises:
-        Problem: 408 too slow, 413 too long, 415 no JSON.
-    """
-    check_kind(scope["headers"])
-    limit = options.max_body_bytes
-    announced = dict(scope["headers"]).get(b"content-length", b"")
-    if announced.isdigit() and int(announced) > limit:
-        raise _too_long(limit)
-    with Deadline(options.body_timeout_s):
-        return await _collect(receive, call_of(scope), limit)
-    raise Problem(
-        408,
-        f"the body did not arrive within {options.body_timeout_s:g} s",
-        code="body_timeout",
-        headers={"connection": "close"},
-    )
-
-
 class Deadline:
     """Cancels what is inside when the time is over, and ends that quietly: what follows then runs.
 
@@ -88,26 +61,3 @@ class Deadline:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
         self._timer.cancel()
         return self._passed and kind is asyncio.CancelledError
-
-
-async def _collect(receive: Receive, call: Call, limit: int) -> bytearray:
-    body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            call.left = True
-            raise asyncio.CancelledError
-        body += message.get("body", b"")
-        if len(body) > limit:
-            raise _too_long(limit)
-        if not message.get("more_body", False):
-            return body
-
-
-def _too_long(limit: int) -> Problem:
-    return Problem(
-        413,
-        f"the body is longer than {limit:,} bytes",
-        code="body_too_large",
-        headers={"connection": "close"},
-    )

@@ -8,20 +8,87 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import ipaddress
 import re
 import secrets
+import socket
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hasten.serve.call import App, Call, Deadline, Message, Receive, Scope, Send
+from hasten.serve.log import new_tracer
 from hasten.serve.problem import Problem, problem_of
-from hasten.serve.strangers import Hosts
-from hasten.serve.traces import new_tracer
 
 if TYPE_CHECKING:
     from hasten.serve.log import Log
     from hasten.serve.metrics import Metrics
     from hasten.serve.options import ServeOptions
+
+
+_EVERYBODY = ("/health", "/ready")  # load balancers ask by names of their own; the answers tell nothing
+
+
+class Hosts:
+    """The names by which this server may be asked.
+
+    A web page whose own name is made to point at this machine (DNS rebinding) may send any request that a
+    browser can make: without the user's will, and with the page's name as the Host.
+
+    They are checked where nothing else keeps pages out: on an address of this machine alone without keys; and
+    wherever names are given. A server that others reach has a key, or lets everybody in anyway, and proxies
+    ask it by names that only they know.
+
+    Addresses pass, and names without a dot: no page of a stranger has such a name.
+    """
+
+    def __init__(self, options: ServeOptions) -> None:
+        given = {name.lower().rstrip(".") for name in options.allowed_hosts}
+        own = socket.gethostname().lower()
+        self._names = {*given, options.host.lower(), own, f"{own}.local"}
+        self._suffixes = (".localhost", *(name[1:] for name in given if name.startswith("*.")))
+        alone = _is_loopback(options.host) and not options.api_keys
+        self._checked = "*" not in given and (alone or bool(given))
+
+    def check(self, path: str, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        """Refuse what is asked by a strange name.
+
+        Raises:
+            Problem: 400, more than one Host; 403, a name that is not this server's.
+        """
+        hosts = [value for name, value in headers if name == b"host"]
+        if len(hosts) > 1:
+            raise Problem(400, "there is more than one Host header", code="invalid_http")
+        if not self._checked or not hosts or path in _EVERYBODY:
+            return
+        name = _without_port(hosts[0].decode("latin-1").lower())
+        if "." not in name or _is_address(name) or name in self._names or name.endswith(self._suffixes):
+            return
+        shown = name[:100]
+        said = f"this server is not known as {shown!r}; if it is: hasten serve --allowed-host {shown}"
+        raise Problem(403, said, code="host_not_allowed")
+
+
+def _without_port(host: str) -> str:
+    host = host.strip()
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0].rstrip(".")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_loopback(host: str) -> bool:
+    if not _is_address(host):
+        return host.lower() == "localhost"
+    return ipaddress.ip_address(host).is_loopback
+
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:/+=-]{1,128}")
 CLOSED = ("/v1/", "/tokenize", "/detokenize", "/metrics", "/stats", "/openapi.json")

@@ -1,7 +1,7 @@
-"""From what a client asks to what the engine is asked.
+"""From what a client asks to what the engine is asked: prompts, limits, sampling, grammars, tools.
 
 Runs in a worker thread: templates and tokenizers are slow.
-."""
+"""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from hasten.engine.request import Request
 from hasten.engine.sampling import SamplingOptions
 from hasten.errors import TokenizerError
 from hasten.serve.problem import Problem
-from hasten.serve.tools import Tools, offered, plan_of
 
 if TYPE_CHECKING:
     from hasten.engine.grammar import Grammar
+    from hasten.models.tool_calls import ToolCallStream, ToolStyle
+    from hasten.serve.body import SamplingFields
     from hasten.serve.options import ServeOptions
     from hasten.serve.pool import Served
-    from hasten.serve.protocol.chat import ChatRequest
-    from hasten.serve.protocol.sampling import SamplingFields
-    from hasten.serve.tools import ToolPlan
+
 
 _GRAMMAR_HINT = (
     "give one of response_format, structured_outputs, guided_json, guided_regex, guided_choice, "
@@ -46,37 +45,6 @@ class Asker:
 
     client: str
     request_id: str
-
-
-def prepare_chat(
-    spec: ChatRequest, served: Served, asker: Asker, options: ServeOptions
-) -> tuple[Request, ToolPlan | None]:
-    """The engine's request for a conversation, and what reads calls from its answer. In a worker thread."""
-    tools = offered(spec.tools, spec.tool_choice)
-    plan = plan_of(served, tools, spec.tool_choice, spec.parallel_tool_calls is not False) if tools else None
-    grammar = grammar_of(spec, spec.response_format)
-    if plan is not None and plan.grammar is not None:
-        if grammar is not None:
-            raise Problem(
-                400, "an answer that must call a tool can follow no other format", param="tool_choice"
-            )
-        grammar = plan.grammar
-    generation = spec.add_generation_prompt is not False
-    text = chat_text(served, spec.messages, tools, generation, spec.chat_template_kwargs)
-    check_length(served, text, options)
-    prompt = chat_tokens(served, text)
-    asked = spec.max_tokens if spec.max_completion_tokens is None else spec.max_completion_tokens
-    request = request_of(
-        served,
-        spec,
-        prompt,
-        asker,
-        max_new_tokens=limit_of(asked, len(prompt), served, options),
-        logprobs=(spec.top_logprobs or 0) if spec.logprobs else None,
-        grammar=grammar,
-        keep_special=plan.style.keep_ids if plan is not None else (),
-    )
-    return request, plan
 
 
 def chat_text(
@@ -313,3 +281,50 @@ def _guided(
     if lark is not None:
         found.append(("lark", lark))
     return found
+
+
+Tools = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class ToolPlan:
+    """How a request's tools are served."""
+
+    style: ToolStyle
+    grammar: Grammar | None  # None: the model decides freely
+    names: tuple[str, ...] = ()  # of the functions offered: a call without its marks counts if it names one
+
+    def reader(self) -> ToolCallStream:
+        """Reads one answer."""
+        from hasten.models.tool_calls import ToolCallStream
+
+        return ToolCallStream(self.style, self.names)
+
+
+def offered(tools: Tools | None, choice: str | Mapping[str, Any] | None) -> Tools | None:
+    """The tools the model is told of: none where it must not call any.
+
+    Raises:
+        Problem: a choice without tools, or of a tool that is not there.
+    """
+    if not tools:
+        if choice not in (None, "none", "auto"):
+            raise Problem(400, "tool_choice needs tools", param="tool_choice", code="invalid_value")
+        return None
+    if isinstance(choice, Mapping):
+        names = [tool["function"]["name"] for tool in tools]
+        wanted = choice["function"]["name"]
+        if wanted not in names:
+            said = f"tool_choice names {wanted!r}; the tools are {', '.join(names)}"
+            raise Problem(400, said[:500], param="tool_choice", code="invalid_value")
+    return None if choice == "none" else tools
+
+
+def plan_of(served: Served, tools: Tools, choice: str | Mapping[str, Any] | None, parallel: bool) -> ToolPlan:
+    """The plan for tools that are offered. In a worker thread."""
+    from hasten.engine.tool_grammar import tool_grammar
+
+    model = served.model
+    style = model.tokenizer.tool_style(model.config.architecture)
+    grammar = tool_grammar(tools, choice or "auto", parallel, style)  # type: ignore[arg-type]
+    return ToolPlan(style, grammar, tuple(tool["function"]["name"] for tool in tools))

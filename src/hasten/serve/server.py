@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import os
+import resource
 import signal
 import socket
 import sys
@@ -15,8 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hasten.core import EngineOptions, ServingOptions
-from hasten.errors import MachineError
-from hasten.serve.listening import allow_files, listen, url_of
+from hasten.errors import MachineError, UsageError
 from hasten.serve.options import ServeOptions
 from hasten.stopping import INTERRUPTED, exit_code, stop_of
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from hasten.engine.model import LanguageModel
     from hasten.serve.pool import Loader, Served, ServedEngine
 
+
+BACKLOG = 4096
 _EXTRA = "pip install 'hasten[serve]'"
 
 
@@ -121,8 +123,7 @@ def _server(
         import uvicorn
 
         from hasten.serve.app import build
-        from hasten.serve.lifecycle import Server
-        from hasten.serve.protocol_limits import limited
+        from hasten.serve.http_server import Server, limited
     except ImportError as error:
         raise MachineError(f"hasten serve needs {error.name}, which is not installed", hint=_EXTRA) from None
     from hasten.serve.log import Log
@@ -147,7 +148,7 @@ def _server(
         log_config=None,
         log_level="critical",
         server_header=False,
-        backlog=4096,
+        backlog=BACKLOG,
         timeout_keep_alive=math.ceil(options.keep_alive_s),
         timeout_graceful_shutdown=math.ceil(options.drain_s),
     )
@@ -161,3 +162,63 @@ def _server(
             gc.freeze()  # what was built stays: the collector need not walk it while tokens are on their way
 
     return Server(config, service, first, announce)
+
+
+_SEND_BUFFER = 256 << 10  # bytes the kernel may hold for a client that does not read; Linux doubles it
+_OWN_FILES = 256  # beside connections: weights, caches, sockets that are being refused
+
+
+def listen(options: ServeOptions) -> socket.socket:
+    """The socket, which takes connections from now on; they are answered when the server runs.
+
+    Raises:
+        UsageError: the address is taken, forbidden or none of this machine's.
+    """
+    try:
+        found = socket.getaddrinfo(
+            options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        family, kind, protocol, _, address = found[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise UsageError(
+            f"cannot listen on {options.host}: {error.strerror}",
+            hint="use --host 127.0.0.1, or 0.0.0.0 for all",
+        ) from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)  # connections inherit it
+        listener.bind(address)
+        listener.listen(BACKLOG)  # two servers that start at once can both bind, one can listen
+    except OSError as error:
+        listener.close()
+        raise UsageError(
+            f"cannot listen on {options.host} port {options.port}: {error.strerror}",
+            hint="choose another: --port 8001, or --port 0 for any free one",
+        ) from None
+    return listener
+
+
+def allow_files(connections: int) -> None:
+    """Let the process open so many connections, as far as the system allows it.
+
+    Raises:
+        UsageError: it does not.
+    """
+    wanted = connections + _OWN_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise UsageError(
+            f"--max-connections {connections} needs {wanted} files, {hard} are allowed",
+            hint=f"use --max-connections {max(1, hard - _OWN_FILES)}, or raise it: ulimit -Hn {wanted}",
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where the server is, as a link."""
+    host, port = listener.getsockname()[:2]
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{shown}:{port}"

@@ -1,18 +1,24 @@
-"""What all endpoints share."""
+"""What all endpoints share: the service, and the exchange of one request and its response.
+
+An endpoint gets an `Exchange`: a checked body comes in; JSON or server-sent events go out.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from starlette.responses import Response
 
 from hasten.machine.cores import usable_cores
-from hasten.serve.memory import ResponseMemory
-from hasten.serve.problem import NO_FAULT, LibraryPanic
-from hasten.serve.recorder import Recorder
-from hasten.serve.stored import ResponseStore
+from hasten.serve.body import Strict, parse
+from hasten.serve.call import Call, Deadline, Receive, Scope, Send, call_of
+from hasten.serve.kept import Recorder, ResponseMemory, ResponseStore
+from hasten.serve.problem import NO_FAULT, LibraryPanic, Problem
 
 if TYPE_CHECKING:
     from hasten.serve.log import Log
@@ -20,9 +26,18 @@ if TYPE_CHECKING:
     from hasten.serve.options import ServeOptions
     from hasten.serve.pool import ModelPool
 
+Item = TypeVar("Item", bound=Strict)
 T = TypeVar("T")
 
 _LONG = 500_000  # bytes of a body whose preparing may take longer than others should wait
+_SMALL = 8192  # bytes: a body that is checked within a millisecond, whatever it holds
+
+_EVENT_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would collect tokens
+]
+_FROM_BROWSERS = (b"origin", b"sec-fetch-site", b"sec-fetch-mode")
 
 
 class Service:
@@ -72,3 +87,144 @@ def _unpanicked(task: Callable[[], T]) -> T:
         raise
     except BaseException as panic:
         raise LibraryPanic(str(panic)) from panic
+
+
+class Exchange:
+    """Handed to an endpoint."""
+
+    def __init__(self, service: Service, scope: Scope, receive: Receive, send: Send) -> None:
+        self.service = service
+        self.scope = scope
+        self.call: Call = call_of(scope)
+        self.sent = 0.0  # when events were sent last, seconds of the monotonic clock
+        self._size = 0  # bytes of the body
+        self._receive = receive
+        self._send = send
+
+    async def body(self, model: type[Item]) -> Item:
+        """The request's body, checked.
+
+        Raises:
+            Problem: too long, too slow, or not what the model says.
+        """
+        data = await read_body(self._receive, self.scope, self.service.options)
+        self._size = len(data)
+        if self._size <= _SMALL:
+            return parse(model, data)
+        return await self.work(lambda: parse(model, data))
+
+    async def work(self, task: Callable[[], T]) -> T:
+        """Run something for this request in a thread; large bodies wait in a line of their own."""
+        return await self.service.work(task, self._size)
+
+    async def json(self, document: Any, status: int = 200) -> None:
+        """Answer with a JSON document."""
+        text = json.dumps(document, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        await self.raw(text.encode("utf-8", "replace"), "application/json", status)
+
+    async def raw(
+        self, body: bytes, kind: str, status: int = 200, headers: Mapping[str, str] | None = None
+    ) -> None:
+        """Answer with a body of any kind."""
+        lines = [(b"content-type", kind.encode()), (b"content-length", str(len(body)).encode())]
+        lines += [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
+        await self._send({"type": "http.response.start", "status": status, "headers": lines})
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def events(self, data: bytes) -> None:
+        """Send events that stand ready; the first call sends the headers too."""
+        if not self.call.started:
+            await self._send({"type": "http.response.start", "status": 200, "headers": list(_EVENT_HEADERS)})
+        self.sent = time.monotonic()
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end(self, data: bytes = b"") -> None:
+        """Send the last events and end the stream."""
+        await self._send({"type": "http.response.body", "body": data})
+
+
+Endpoint = Callable[[Exchange], Awaitable[None]]
+
+
+class Handled(Response):
+    """What a route returns: the endpoint then answers by itself, without a response object in between."""
+
+    def __init__(self, service: Service, endpoint: Endpoint) -> None:
+        super().__init__()
+        self._service = service
+        self._endpoint = endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the endpoint."""
+        await self._endpoint(Exchange(self._service, scope, receive, send))
+
+
+async def read_body(receive: Receive, scope: Scope, options: ServeOptions) -> bytearray:
+    """The request's body, whatever its content-length claims: counted as it comes, and within its time.
+
+    Raises:
+        Problem: 408 too slow, 413 too long, 415 no JSON.
+    """
+    check_kind(scope["headers"])
+    limit = options.max_body_bytes
+    announced = dict(scope["headers"]).get(b"content-length", b"")
+    if announced.isdigit() and int(announced) > limit:
+        raise _too_long(limit)
+    with Deadline(options.body_timeout_s):
+        return await _collect(receive, call_of(scope), limit)
+    raise Problem(
+        408,
+        f"the body did not arrive within {options.body_timeout_s:g} s",
+        code="body_timeout",
+        headers={"connection": "close"},
+    )
+
+
+def check_kind(headers: Sequence[tuple[bytes, bytes]]) -> None:
+    """Refuse a body that a web page may send without being asked: a form, plain text, or one of no type.
+
+    The pages of strangers can make a browser send those to any address (the Fetch standard's CORS-safelisted
+    requests); they cannot declare JSON. Whoever is no browser may leave the type out.
+
+    Raises:
+        Problem: 415.
+    """
+    kinds = [value for name, value in headers if name == b"content-type"]
+    if not kinds:
+        if not any(name in _FROM_BROWSERS for name, _ in headers):
+            return
+        said = "the body comes from a web page and has no content-type"
+    elif len(kinds) > 1:
+        said = "there is more than one content-type"
+    elif kinds[0].split(b";")[0].strip().lower() == b"application/json":
+        return
+    else:
+        said = f"the body is declared as {kinds[0].decode('latin-1')[:100]!r}"
+    raise Problem(
+        415,
+        f"{said}; send content-type: application/json (curl: -H 'content-type: application/json')",
+        code="unsupported_media_type",
+    )
+
+
+async def _collect(receive: Receive, call: Call, limit: int) -> bytearray:
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            call.left = True
+            raise asyncio.CancelledError
+        body += message.get("body", b"")
+        if len(body) > limit:
+            raise _too_long(limit)
+        if not message.get("more_body", False):
+            return body
+
+
+def _too_long(limit: int) -> Problem:
+    return Problem(
+        413,
+        f"the body is longer than {limit:,} bytes",
+        code="body_too_large",
+        headers={"connection": "close"},
+    )

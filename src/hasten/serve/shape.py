@@ -1,4 +1,4 @@
-"""Answers in the form of `/v1/chat/completions` and `/v1/completions`, whole or as server-sent events.
+"""The form of answers: JSON documents, or server-sent events as the outputs come.
 
 A chunk is a prepared head, the escaped text and a prepared tail: formatting one costs about a microsecond.
 """
@@ -9,18 +9,92 @@ import json
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from json.encoder import encode_basestring
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hasten.engine.request import Output
-from hasten.serve.logprobs import TokenTexts
 
 if TYPE_CHECKING:
-    from hasten.serve.feed import News
+    from hasten.engine.sampling import TokenLogprob
+    from hasten.serve.metrics import Tally
     from hasten.serve.problem import Problem
-    from hasten.serve.tally import Tally
+
+
+News = tuple[int, Output]  # (which of the requests, its output)
+
+FLOOR = -9999.0
+"""What stands for minus infinity, which JSON cannot say; OpenAI's own value."""
+
+
+class TokenTexts:
+    """Texts and bytes of single tokens.
+
+    Args:
+        values: bytes of every token; called once, when the first is needed. Reading a large vocabulary takes
+            half a second: a worker thread has done it before.
+    """
+
+    def __init__(self, values: Callable[[], Sequence[bytes]]) -> None:
+        self._get_values = values
+
+    @cached_property
+    def _values(self) -> Sequence[bytes]:
+        return self._get_values()
+
+    def spelled(self, token: int) -> bytes:
+        """The token's own bytes; nothing for ids without a meaning."""
+        return self._values[token] if token < len(self._values) else b""
+
+    def text(self, token: int) -> str:
+        """The token alone as text; bytes that are no character of their own come as U+FFFD."""
+        return self.spelled(token).decode("utf-8", "replace")
+
+    def chat(self, logprobs: Iterable[TokenLogprob]) -> list[dict[str, Any]]:
+        """`logprobs.content` of a chat choice."""
+        return [
+            {**self._entry(one.token, one.logprob), "top_logprobs": [self._entry(*pair) for pair in one.top]}
+            for one in logprobs
+        ]
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        return {"token": self.text(token), "logprob": finite(logprob), "bytes": list(self.spelled(token))}
+
+    def completion(self, logprobs: Iterable[TokenLogprob], offset: int) -> dict[str, Any]:
+        """`logprobs` of a completion choice; `offset` is where in the text the first token begins."""
+        result: dict[str, list[Any]] = {
+            "tokens": [],
+            "token_logprobs": [],
+            "top_logprobs": [],
+            "text_offset": [],
+        }
+        for one in logprobs:
+            text = self.text(one.token)
+            result["tokens"].append(text)
+            result["token_logprobs"].append(finite(one.logprob))
+            top = {self.text(token): finite(logprob) for token, logprob in reversed(one.top)}
+            result["top_logprobs"].append(top or None)
+            result["text_offset"].append(offset)
+            offset += len(text)
+        return result
+
+    def prompt(self, logprobs: Sequence[TokenLogprob | None]) -> list[dict[str, Any] | None]:
+        """vLLM's `prompt_logprobs`: one entry a prompt token, by token id; null for the first."""
+        return [None if one is None else self._ranked(one) for one in logprobs]
+
+    def _ranked(self, one: TokenLogprob) -> dict[str, Any]:
+        entries = {
+            str(token): {"logprob": finite(logprob), "rank": rank, "decoded_token": self.text(token)}
+            for rank, (token, logprob) in enumerate(one.top, start=1)
+        }
+        own = {"logprob": finite(one.logprob), "rank": one.rank, "decoded_token": self.text(one.token)}
+        return {str(one.token): own, **{k: v for k, v in entries.items() if k != str(one.token)}}
+
+
+def finite(logprob: float) -> float:
+    """The value, or OpenAI's for minus infinity."""
+    return max(FLOOR, logprob)
 
 
 def dumps(value: Any) -> str:
@@ -151,38 +225,3 @@ class Shape(ABC):
 
     @abstractmethod
     def _choice(self, number: int, part: Part) -> dict[str, Any]: ...
-
-
-class CompletionShape(Shape):
-    """`/v1/completions`."""
-
-    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
-
-    def _chunk(self, number: int, part: Part, output: Output) -> str:
-        logprobs = "null"
-        if output.logprobs:
-            logprobs = dumps(self.texts.completion(output.logprobs, part.length))
-            part.length += sum(len(self.texts.text(one.token)) for one in output.logprobs)
-        end = "null"
-        extra = ""
-        if output.finish_reason is not None:
-            end = f'"{output.finish_reason}"'
-            extra = f',"stop_reason":{dumps(output.stop)}'
-        prompt = self.prompt_logprobs.pop(number // self.answers, None)
-        if prompt is not None:
-            extra += f',"prompt_logprobs":{dumps(prompt)}'
-        return (
-            f'{self.head}{{"index":{number},"text":{encode_basestring(output.text)},"logprobs":{logprobs},'
-            f'"finish_reason":{end}{extra}}}{self.tail}'
-        )
-
-    def _choice(self, number: int, part: Part) -> dict[str, Any]:
-        choice = {
-            "index": number,
-            "text": part.text,
-            "logprobs": self.texts.completion(part.logprobs, 0) if part.logprobs else None,
-            "finish_reason": part.finish,
-            "stop_reason": part.stop,
-        }
-        prompt = self.prompt_logprobs.get(number // self.answers)
-        return choice if prompt is None else {**choice, "prompt_logprobs": prompt}

@@ -1,19 +1,347 @@
-"""`POST /v1/chat/completions`."""
+"""`POST /v1/chat/completions`: the body, the form of the answer, the way between."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from json.encoder import encode_basestring
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from hasten.serve.chat_shape import ChatShape
+from pydantic import Field
+from typing_extensions import NotRequired, TypedDict
+
+from hasten.engine.request import Output, Request
+from hasten.models.tool_calls import ArgumentsDelta, CallStarted, TextDelta, ToolCallStream, ToolEvent
+from hasten.serve.body import STRICT, JsonObject, SamplingFields, Text
 from hasten.serve.generate import Question, asker_of, respond
-from hasten.serve.logprobs import TokenTexts
-from hasten.serve.prepare import prepare_chat
+from hasten.serve.metrics import Tally
+from hasten.serve.prepare import (
+    Asker,
+    ToolPlan,
+    chat_text,
+    chat_tokens,
+    check_length,
+    grammar_of,
+    limit_of,
+    offered,
+    plan_of,
+    request_of,
+)
 from hasten.serve.problem import Problem
-from hasten.serve.protocol.chat import ChatRequest
-from hasten.serve.tally import Tally
+from hasten.serve.shape import Part, Shape, TokenTexts, dumps
 
 if TYPE_CHECKING:
-    from hasten.serve.exchange import Exchange
+    from hasten.serve.options import ServeOptions
+    from hasten.serve.pool import Served
+    from hasten.serve.service import Exchange
+
+
+FunctionName = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[a-zA-Z0-9_.\-]+$")]
+
+
+class TextPart(TypedDict):
+    """A part of a message; text is all a text model reads."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+    type: Literal["text"]
+    text: Text
+
+
+Content = Text | Annotated[list[TextPart], Field(min_length=1, max_length=10_000, fail_fast=True)]
+
+
+class CalledFunction(TypedDict):
+    """A call the assistant made."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+    name: FunctionName
+    arguments: Text  # JSON
+
+
+class ToolCall(TypedDict):
+    """A call and the id its result refers to."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+    id: Text
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class SystemMessage(TypedDict):
+    """Instructions; `developer` is the newer word for `system`."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+    role: Literal["system", "developer"]
+    content: Content
+    name: NotRequired[Text | None]
+
+
+class UserMessage(TypedDict):
+    """What the user says."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+    role: Literal["user"]
+    content: Content
+    name: NotRequired[Text | None]
+
+
+class AssistantMessage(TypedDict):
+    """What the assistant said: text, calls, or both."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+    role: Literal["assistant"]
+    content: NotRequired[Content | None]
+    tool_calls: NotRequired[Annotated[list[ToolCall], Field(max_length=1000, fail_fast=True)] | None]
+    refusal: NotRequired[None]
+    annotations: NotRequired[Annotated[list[Any], Field(max_length=0, fail_fast=True)] | None]
+    audio: NotRequired[None]
+    function_call: NotRequired[None]
+    name: NotRequired[Text | None]
+
+
+class ToolMessage(TypedDict):
+    """What a call gave."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+    role: Literal["tool"]
+    content: Content
+    tool_call_id: Text
+    name: NotRequired[Text | None]  # of the function, which the call has said already
+
+
+Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+
+
+class Function(TypedDict):
+    """A function the model may call; `parameters` is a JSON schema."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+    name: FunctionName
+    description: NotRequired[Text | None]
+    parameters: NotRequired[JsonObject | None]
+    strict: NotRequired[bool | None]
+
+
+class Tool(TypedDict):
+    """A tool; functions are the only kind."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(TypedDict):
+    """The function of a named choice."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+    name: FunctionName
+
+
+class NamedToolChoice(TypedDict):
+    """This function and no other."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class TextFormat(TypedDict):
+    """Plain text."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+    type: Literal["text"]
+
+
+class JsonObjectFormat(TypedDict):
+    """Any JSON object."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+    type: Literal["json_object"]
+
+
+class JsonSchema(TypedDict):
+    """A named JSON schema; answers always follow it, whatever `strict` says."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+    name: FunctionName
+    schema: JsonObject
+    description: NotRequired[Text | None]
+    strict: NotRequired[bool | None]
+
+
+class JsonSchemaFormat(TypedDict):
+    """JSON that follows a schema."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+
+
+class ChatRequest(SamplingFields):
+    """The body of `/v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000, fail_fast=True)]
+    max_tokens: int | None = Field(None, ge=0, lt=2**31)
+    max_completion_tokens: int | None = Field(None, ge=0, lt=2**31)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=256, fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: JsonObject | None = Field(None, description="names the model's template reads")
+    add_generation_prompt: bool | None = None
+    store: Literal[False] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=16, fail_fast=True)] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    prompt_cache_key: str | None = Field(
+        None, max_length=512, description="one process has one cache: always hit"
+    )
+
+
+_NO_FINISH = '},"logprobs":null,"finish_reason":null}'
+
+
+class ChatShape(Shape):
+    """`/v1/chat/completions`.
+
+    Args:
+        reader: makes what finds tool calls in an answer's text, one for each answer; None: no tools.
+        with_logprobs: logprobs were asked for.
+    """
+
+    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(
+        self,
+        model: str,
+        texts: TokenTexts,
+        tally: Tally,
+        answers: int,
+        with_usage: bool,
+        *,
+        reader: Callable[[], ToolCallStream] | None = None,
+        with_logprobs: bool = False,
+    ) -> None:
+        super().__init__(model, texts, tally, answers, 1, with_usage)
+        self._readers = [reader() for _ in range(answers)] if reader else []
+        self._with_logprobs = with_logprobs
+        self._starts = [f'{self.head}{{"index":{i},"delta":{{"content":' for i in range(answers)]
+        self._end = f"{_NO_FINISH}{self.tail}"
+
+    def _chunk(self, number: int, part: Part, output: Output) -> str:
+        events = ""
+        if not part.opened:
+            part.opened = True
+            events = self._delta(number, '"role":"assistant","content":""')
+            if 0 in self.prompt_logprobs:
+                head = events[: -len(self.tail)]
+                events = f'{head[:-1]},"prompt_logprobs":{dumps(self.prompt_logprobs.pop(0))}}}{self.tail}'
+        if self._readers:
+            return events + self._read(number, part, output)
+        if output.logprobs:
+            logprobs = dumps({"content": self.texts.chat(output.logprobs), "refusal": None})
+            events += self._delta(number, f'"content":{encode_basestring(output.text)}', logprobs)
+        elif output.text:
+            events += self._starts[number] + encode_basestring(output.text) + self._end
+        if output.finish_reason is not None:
+            events += self._finish(number, output.finish_reason, output.stop)
+        return events
+
+    def _read(self, number: int, part: Part, output: Output) -> str:
+        """Events of an answer that may call tools."""
+        reader, events = self._readers[number], []
+        logprobs = "null"
+        if output.logprobs:
+            logprobs = dumps({"content": self.texts.chat(output.logprobs), "refusal": None})
+        news = reader.push(output.text)
+        if output.finish_reason is not None:
+            news = [*news, *reader.flush()]
+        for one in news:
+            events.append(self._delta(number, _delta_of(one), logprobs))
+            logprobs = "null"
+            part.called = part.called or isinstance(one, CallStarted)
+        if logprobs != "null":
+            events.append(self._delta(number, '"content":""', logprobs))
+        if output.finish_reason is not None:
+            called = part.called and output.finish_reason == "stop"
+            reason = "tool_calls" if called else output.finish_reason
+            events.append(self._finish(number, reason, output.stop))
+        return "".join(events)
+
+    def _delta(self, number: int, delta: str, logprobs: str = "null") -> str:
+        return (
+            f'{self.head}{{"index":{number},"delta":{{{delta}}},"logprobs":{logprobs},"finish_reason":null}}'
+            f"{self.tail}"
+        )
+
+    def _finish(self, number: int, reason: str, stop: str | int | None) -> str:
+        return (
+            f'{self.head}{{"index":{number},"delta":{{}},"logprobs":null,"finish_reason":"{reason}",'
+            f'"stop_reason":{dumps(stop)}}}{self.tail}'
+        )
+
+    def _choice(self, number: int, part: Part) -> dict[str, Any]:
+        content: str | None = part.text
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": content,
+            "refusal": None,
+            "annotations": [],
+        }
+        reason = part.finish
+        if self._readers:
+            reader = self._readers[number]
+            text, calls = _gathered([*reader.push(part.text), *reader.flush()])
+            message["content"] = text or (None if calls else "")
+            if calls:
+                message["tool_calls"] = calls
+                reason = "tool_calls" if reason == "stop" else reason
+        logprobs = None
+        if self._with_logprobs:
+            logprobs = {"content": self.texts.chat(part.logprobs), "refusal": None}
+        return {
+            "index": number,
+            "message": message,
+            "logprobs": logprobs,
+            "finish_reason": reason,
+            "stop_reason": part.stop,
+        }
+
+    def document(self) -> dict[str, Any]:
+        """The response in one piece; vLLM puts the prompt's logprobs beside the choices."""
+        document = super().document()
+        if 0 in self.prompt_logprobs:
+            document["prompt_logprobs"] = self.prompt_logprobs[0]
+        return document
+
+
+def _delta_of(one: ToolEvent) -> str:
+    """A piece of an answer as the inside of a `delta`."""
+    if isinstance(one, TextDelta):
+        return f'"content":{encode_basestring(one.text)}'
+    call: dict[str, Any] = {"index": one.index, "function": {}}
+    if isinstance(one, CallStarted):
+        call |= {"id": one.id, "type": "function", "function": {"name": one.name, "arguments": ""}}
+    else:
+        call["function"] = {"arguments": one.text}
+    return f'"tool_calls":[{dumps(call)}]'
+
+
+def _gathered(news: Sequence[ToolEvent]) -> tuple[str, list[dict[str, Any]]]:
+    """Text and calls of a whole answer."""
+    text = ""
+    calls: list[dict[str, Any]] = []
+    for one in news:
+        if isinstance(one, TextDelta):
+            text += one.text
+        elif isinstance(one, CallStarted):
+            calls.append({"id": one.id, "type": "function", "function": {"name": one.name, "arguments": ""}})
+        elif isinstance(one, ArgumentsDelta):
+            calls[one.index]["function"]["arguments"] += one.text
+    return text, calls
 
 
 async def chat(exchange: Exchange) -> None:
@@ -52,3 +380,34 @@ def check(spec: ChatRequest) -> None:
         raise Problem(400, "top_logprobs needs logprobs: true", param="top_logprobs")
     if spec.stream_options is not None and not spec.stream:
         raise Problem(400, "stream_options needs stream: true", param="stream_options")
+
+
+def prepare_chat(
+    spec: ChatRequest, served: Served, asker: Asker, options: ServeOptions
+) -> tuple[Request, ToolPlan | None]:
+    """The engine's request for a conversation, and what reads calls from its answer. In a worker thread."""
+    tools = offered(spec.tools, spec.tool_choice)
+    plan = plan_of(served, tools, spec.tool_choice, spec.parallel_tool_calls is not False) if tools else None
+    grammar = grammar_of(spec, spec.response_format)
+    if plan is not None and plan.grammar is not None:
+        if grammar is not None:
+            raise Problem(
+                400, "an answer that must call a tool can follow no other format", param="tool_choice"
+            )
+        grammar = plan.grammar
+    generation = spec.add_generation_prompt is not False
+    text = chat_text(served, spec.messages, tools, generation, spec.chat_template_kwargs)
+    check_length(served, text, options)
+    prompt = chat_tokens(served, text)
+    asked = spec.max_tokens if spec.max_completion_tokens is None else spec.max_completion_tokens
+    request = request_of(
+        served,
+        spec,
+        prompt,
+        asker,
+        max_new_tokens=limit_of(asked, len(prompt), served, options),
+        logprobs=(spec.top_logprobs or 0) if spec.logprobs else None,
+        grammar=grammar,
+        keep_special=plan.style.keep_ids if plan is not None else (),
+    )
+    return request, plan

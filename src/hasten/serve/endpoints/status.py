@@ -10,8 +10,8 @@ from hasten.serve.metrics import CONTENT_TYPE
 from hasten.serve.problem import Problem
 
 if TYPE_CHECKING:
-    from hasten.serve.exchange import Exchange
     from hasten.serve.pool import ModelPool
+    from hasten.serve.service import Exchange
 
 
 async def models(exchange: Exchange) -> None:

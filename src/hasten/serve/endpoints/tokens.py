@@ -1,21 +1,45 @@
-"""`POST /tokenize` and `POST /detokenize`, as vLLM answers them."""
+"""`POST /tokenize` and `POST /detokenize`, as vLLM has them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from json.encoder import encode_basestring
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from pydantic import Field
+
+from hasten.serve.body import JsonObject, Strict, Text, TokenId
+from hasten.serve.endpoints.chat import Message, Tool
 from hasten.serve.prepare import chat_text, chat_tokens, check_ids
 from hasten.serve.problem import Problem
-from hasten.serve.protocol.tokens import DetokenizeRequest, TokenizeRequest
 from hasten.serve.shape import dumps
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hasten.serve.exchange import Exchange
     from hasten.serve.pool import Served
+    from hasten.serve.service import Exchange
+
+
+class TokenizeRequest(Strict):
+    """A text (`prompt`) or a chat (`messages`)."""
+
+    model: str | None = Field(None, max_length=1000)
+    prompt: Text | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000, fail_fast=True)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=256, fail_fast=True)] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: JsonObject | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Strict):
+    """Token ids."""
+
+    model: str | None = Field(None, max_length=1000)
+    tokens: Annotated[list[TokenId], Field(max_length=500_000, fail_fast=True)]
+
 
 MAX_BYTES = 1_000_000
 """Of a text to encode, in UTF-8: more than any context holds, and its ids are made in less than 0.1 s."""

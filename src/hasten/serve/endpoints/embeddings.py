@@ -4,27 +4,46 @@ from __future__ import annotations
 
 import base64
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field
 
 from hasten.engine.request import Request
-from hasten.serve.endpoints.completion import prompts_of
-from hasten.serve.feed import Feed
-from hasten.serve.generate import asker_of
+from hasten.serve.body import Strict, Text
+from hasten.serve.endpoints.completions import TokenIds, prompts_of
+from hasten.serve.generate import Feed, asker_of
+from hasten.serve.metrics import Tally
 from hasten.serve.prepare import Asker, encode, limit_of
-from hasten.serve.protocol.embedding import EmbeddingRequest
 from hasten.serve.shape import dumps
-from hasten.serve.tally import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy.typing as npt
 
-    from hasten.serve.exchange import Exchange
     from hasten.serve.options import ServeOptions
     from hasten.serve.pool import Served
+    from hasten.serve.service import Exchange
+
+
+class EmbeddingRequest(Strict):
+    """The body of `/v1/embeddings`; `pooling` and `add_special_tokens` are extensions."""
+
+    model: str | None = Field(None, max_length=1000)
+    input: (
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=2048, fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=2048, fail_fast=True)]
+    )
+    encoding_format: Literal["float", "base64"] | None = None
+    pooling: Literal["mean", "last"] | None = None
+    add_special_tokens: bool | None = None
+    user: str | None = Field(None, max_length=512)
+    priority: int | None = Field(None, ge=-(2**31), lt=2**31)
+    deadline_ms: float | None = Field(None, gt=0)
+    cache_salt: str | None = Field(None, max_length=512)
 
 
 async def embeddings(exchange: Exchange) -> None:

@@ -1,0 +1,131 @@
+"""`POST /v1/completions`: the body, the form of the answer, the way between."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from json.encoder import encode_basestring
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from hasten.serve.body import SamplingFields, Text, TokenId
+from hasten.serve.endpoints.chat import ResponseFormat
+from hasten.serve.generate import Question, asker_of, respond
+from hasten.serve.metrics import Tally
+from hasten.serve.prepare import Asker, encode, grammar_of, limit_of, request_of
+from hasten.serve.problem import Problem
+from hasten.serve.shape import Part, Shape, TokenTexts, dumps
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hasten.engine.request import Output, Request
+    from hasten.serve.options import ServeOptions
+    from hasten.serve.pool import Served
+    from hasten.serve.service import Exchange
+
+
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=500_000, fail_fast=True)]
+
+
+class CompletionRequest(SamplingFields):
+    """The body of `/v1/completions`."""
+
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=128, fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=128, fail_fast=True)]
+    )
+    max_tokens: int | None = Field(None, ge=0, lt=2**31)
+    logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+    add_special_tokens: bool | None = None
+    echo: Literal[False] | None = None
+    best_of: Literal[1] | None = None
+    suffix: Literal[""] | None = None
+
+
+class CompletionShape(Shape):
+    """`/v1/completions`."""
+
+    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+
+    def _chunk(self, number: int, part: Part, output: Output) -> str:
+        logprobs = "null"
+        if output.logprobs:
+            logprobs = dumps(self.texts.completion(output.logprobs, part.length))
+            part.length += sum(len(self.texts.text(one.token)) for one in output.logprobs)
+        end = "null"
+        extra = ""
+        if output.finish_reason is not None:
+            end = f'"{output.finish_reason}"'
+            extra = f',"stop_reason":{dumps(output.stop)}'
+        prompt = self.prompt_logprobs.pop(number // self.answers, None)
+        if prompt is not None:
+            extra += f',"prompt_logprobs":{dumps(prompt)}'
+        return (
+            f'{self.head}{{"index":{number},"text":{encode_basestring(output.text)},"logprobs":{logprobs},'
+            f'"finish_reason":{end}{extra}}}{self.tail}'
+        )
+
+    def _choice(self, number: int, part: Part) -> dict[str, Any]:
+        choice = {
+            "index": number,
+            "text": part.text,
+            "logprobs": self.texts.completion(part.logprobs, 0) if part.logprobs else None,
+            "finish_reason": part.finish,
+            "stop_reason": part.stop,
+        }
+        prompt = self.prompt_logprobs.get(number // self.answers)
+        return choice if prompt is None else {**choice, "prompt_logprobs": prompt}
+
+
+DEFAULT_TOKENS = 16  # OpenAI's
+
+
+async def completions(exchange: Exchange) -> None:
+    """Continue one or more texts as they stand."""
+    spec = await exchange.body(CompletionRequest)
+    if spec.stream_options is not None and not spec.stream:
+        raise Problem(400, "stream_options needs stream: true", param="stream_options")
+    service = exchange.service
+    async with service.pool.use(spec.model) as served:
+        asker = asker_of(exchange)
+        requests = await exchange.work(lambda: prepare(spec, served, asker, service.options))
+        reports = spec.stream_options or {}
+        usage = bool(reports.get("include_usage"))
+        tally = Tally(service.metrics, served.name, exchange.call)
+        texts = TokenTexts(lambda: served.token_bytes)
+        shape = CompletionShape(served.name, texts, tally, spec.n or 1, len(requests), usage)
+        if usage and reports.get("continuous_usage_stats"):
+            shape.report_running(sum(len(request.prompt) for request in requests))
+        await respond(exchange, Question(served, spec, requests, bool(spec.stream)), shape)
+
+
+def prompts_of(
+    prompt: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
+) -> list[str | Sequence[int]]:
+    """The four ways to write prompts (or inputs to embed) as one: a list of texts or token ids."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt[0], int):
+        return [prompt]  # type: ignore[list-item]
+    return list(prompt)  # type: ignore[arg-type]
+
+
+def prepare(spec: CompletionRequest, served: Served, asker: Asker, options: ServeOptions) -> list[Request]:
+    """One request a prompt. In a worker thread."""
+    grammar = grammar_of(spec, spec.response_format)
+    asked = DEFAULT_TOKENS if spec.max_tokens is None else spec.max_tokens
+    requests = []
+    for number, text in enumerate(prompts_of(spec.prompt)):
+        prompt = encode(served, text, options, spec.add_special_tokens is not False)
+        limit = limit_of(asked, len(prompt), served, options)
+        one = replace(asker, request_id=f"{asker.request_id}-{number}")
+        requests.append(
+            request_of(
+                served, spec, prompt, one, max_new_tokens=limit, logprobs=spec.logprobs, grammar=grammar
+            )
+        )
+    return requests

@@ -1,0 +1,201 @@
+"""What is kept of answers: of `/v1/responses`, of deterministic requests, and a trace of requests."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hasten.cache.responses import ResponseCache
+from hasten.engine.request import Output, Request, Usage
+from hasten.engine.sampling import TokenLogprob
+from hasten.engine.trace import TraceModel, TraceWriter
+from hasten.serve.problem import Problem
+
+if TYPE_CHECKING:
+    from hasten.engine.request import Request, Usage
+    from hasten.serve.body import Strict
+    from hasten.serve.log import Log
+    from hasten.serve.options import ServeOptions
+    from hasten.serve.pool import Served
+    from hasten.serve.shape import News
+
+
+MAX_KEPT = 1000
+MAX_BYTES = 64_000_000
+
+
+@dataclass(frozen=True)
+class StoredResponse:
+    """A response, and the conversation up to and with it, its instructions left out."""
+
+    owner: str  # the key or address it was made for; nobody else gets it
+    document: Mapping[str, Any]
+    messages: Sequence[Mapping[str, Any]]
+    size: int  # bytes, roughly
+
+
+class ResponseStore:
+    """In memory, the oldest goes first. Gone with the process."""
+
+    def __init__(self, most: int = MAX_KEPT, most_bytes: int = MAX_BYTES) -> None:
+        self._kept: OrderedDict[str, StoredResponse] = OrderedDict()
+        self._most = most
+        self._most_bytes = most_bytes
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def add(self, name: str, response: StoredResponse) -> None:
+        """Keep one; what is too large for the store by itself is not kept."""
+        if response.size > self._most_bytes:
+            return
+        self._kept[name] = response
+        self._bytes += response.size
+        while len(self._kept) > self._most or self._bytes > self._most_bytes:
+            self._bytes -= self._kept.popitem(last=False)[1].size
+
+    def get(self, name: str, owner: str, param: str = "response_id") -> StoredResponse:
+        """The response of that name.
+
+        Raises:
+            Problem: 404: never stored, gone, or somebody else's.
+        """
+        found = self._kept.get(name)
+        if found is None or found.owner != owner:
+            raise Problem(
+                404,
+                f"there is no stored response {name[:100]!r}; the last {self._most} are kept, in memory",
+                param=param,
+                code="response_not_found",
+            )
+        return found
+
+    def remove(self, name: str, owner: str) -> None:
+        """Forget one.
+
+        Raises:
+            Problem: as `get`.
+        """
+        self._bytes -= self.get(name, owner).size
+        del self._kept[name]
+
+
+class ResponseMemory:
+    """Outputs by request.
+
+    Args:
+        ttl_s: seconds they are good for.
+        limit_bytes: most they may take.
+    """
+
+    def __init__(self, ttl_s: float, limit_bytes: int) -> None:
+        self._cache = ResponseCache(limit_bytes, ttl_s)
+
+    @classmethod
+    def of(cls, options: ServeOptions) -> ResponseMemory | None:
+        """The memory that the options ask for."""
+        if options.response_cache_ttl is None:
+            return None
+        return cls(options.response_cache_ttl, int(options.response_cache_mb * 1_000_000))
+
+    def key(self, served: Served, spec: Strict, requests: Sequence[Request]) -> str | None:
+        """Names what was asked, to the token; None where another answer could be as right.
+
+        The prompts' tokens count and not the messages alone: a template may tell the model today's date.
+        Runs in a worker thread: the fingerprint may take a while.
+        """
+        asked = spec.model_dump(mode="json", by_alias=True, exclude_none=True)
+        asked["hasten.kind"] = type(spec).__name__
+        asked["hasten.prompts"] = [request.prompt for request in requests]
+        return ResponseCache.key(served.fingerprint, asked)
+
+    def recall(self, key: str) -> list[News] | None:
+        """The outputs kept under a key."""
+        kept = self._cache.get(key)
+        return None if kept is None else [_unpacked(entry) for entry in json.loads(kept)]
+
+    def keep(self, key: str, news: Sequence[News]) -> None:
+        """Keep all outputs of a call."""
+        ends = [output.finish_reason for _, output in news if output.finish_reason is not None]
+        self._cache.put(key, json.dumps([_packed(*one) for one in news]).encode(), finish_reasons=ends)
+
+
+def _packed(which: int, output: Output) -> dict[str, Any]:
+    fields = {name: value for name, value in asdict(output).items() if value not in (None, "", ())}
+    return {"which": which, **fields}
+
+
+def _unpacked(entry: dict[str, Any]) -> News:
+    which = entry.pop("which")
+    if "usage" in entry:
+        entry["usage"] = Usage(**entry["usage"])
+    entry["token_ids"] = tuple(entry.get("token_ids", ()))
+    entry["logprobs"] = tuple(_logprob(one) for one in entry.get("logprobs", ()))
+    if "prompt_logprobs" in entry:
+        entry["prompt_logprobs"] = tuple(one and _logprob(one) for one in entry["prompt_logprobs"])
+    return which, Output(**entry)
+
+
+def _logprob(entry: dict[str, Any]) -> TokenLogprob:
+    return TokenLogprob(**{**entry, "top": tuple(tuple(pair) for pair in entry["top"])})
+
+
+class Recorder:
+    """Writes requests that ended, in a thread of its own.
+
+    Raises:
+        DiskError: the file cannot be opened.
+    """
+
+    def __init__(self, path: Path, log: Log) -> None:
+        self._log = log
+        self._writer = TraceWriter(path)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="hasten-record")
+
+    def follow(self, served: Served, requests: Sequence[Request]) -> Recording:
+        """Listen to the outputs of one call."""
+        return Recording(self, served, requests)
+
+    def add(self, served: Served, request: Request, outputs: Sequence[Sequence[int]], usage: Usage) -> None:
+        """One request with all its answers; returns at once."""
+        self._thread.submit(self._write, served, request, outputs, usage)
+
+    def _write(
+        self, served: Served, request: Request, outputs: Sequence[Sequence[int]], usage: Usage
+    ) -> None:
+        try:
+            self._writer.add(TraceModel.of(served.name, served.model), request, outputs, usage)
+        except Exception as error:  # noqa: BLE001  a trace is worth no answer
+            self._log.event("record_failed", "error", error=f"{type(error).__name__}: {error}")
+
+    def close(self) -> None:
+        """Write what waits."""
+        self._thread.shutdown()
+        self._writer.close()
+
+
+class Recording:
+    """The outputs of one call so far."""
+
+    def __init__(self, recorder: Recorder, served: Served, requests: Sequence[Request]) -> None:
+        self._recorder = recorder
+        self._served = served
+        self._requests = requests
+        self._tokens: list[list[list[int]]] = [[[] for _ in range(one.n)] for one in requests]
+        self._open = [one.n for one in requests]
+
+    def take(self, news: Sequence[News]) -> None:
+        """More outputs; a request whose answers have all ended is written."""
+        for which, output in news:
+            self._tokens[which][output.index].extend(output.token_ids)
+            if output.finish_reason is None:
+                continue
+            self._open[which] -= 1
+            if self._open[which] == 0 and output.usage is not None:
+                self._recorder.add(self._served, self._requests[which], self._tokens[which], output.usage)
