@@ -81,7 +81,7 @@ setattr(home, name, pressed)
 """
 CALLS = [
     "hasten.weights.artifact:_read",
-    "hasten.models.folder_tokenizer:_fields",
+    "hasten.models.folder_tokenizer:_stored_fields",
     "hasten.runtime.cpu:CpuExecutor._check",
     "hasten.runtime.cpu:CpuExecutor.head",
     "hasten.engine.session:sample",
