@@ -119,7 +119,7 @@ def test_kept_until_too_old_or_another_machine(cache: Path, monkeypatch: pytest.
         assert machine_probe.load_or_measure(60) != first
     monkeypatch.setattr(machine_probe, "processor_name", lambda: "another")
     assert machine_probe.load_or_measure(1e10)["read_gb_per_s"] == 13.0
-    kept = cache / "machine" / "machine_probe.json"
+    kept = cache / "machine" / "ceilings.json"
     kept.write_text(kept.read_text().replace("13.0", "99.0"))
     assert machine_probe.load_or_measure(1e10)["read_gb_per_s"] == 14.0
 
