@@ -99,6 +99,7 @@ def _added(server: list[Answer], engine: list[Answer]) -> dict[str, Any]:
         "token_ms": percentile(token, 0.5),
         "ttft_differences_ms": stat(ttft),
         "token_differences_ms": stat(token),
+        "token_pairs_ms": token,
         "engine_ttft_ms": stat([1000 * (a.first_s or 0.0) for a in engine]),
         "engine_token_ms": stat([1000 * (a.tpot_s or 0.0) for a in engine]),
         "prompt_tokens": sorted({a.prompt_tokens for a in server if a.prompt_tokens}),

@@ -37,7 +37,9 @@ def hasten(*arguments: str) -> Run:
     return process([str(script)] if script.exists() else [sys.executable, "-m", "hasten"], *arguments)
 
 
-def process(command: list[str], *arguments: str, cwd: Path | None = None) -> Run:
+def process(
+    command: list[str], *arguments: str, cwd: Path | None = None, environment: dict[str, str] | None = None
+) -> Run:
     """Run a command; its wall time and highest resident set (wait4's ru_maxrss: this process is smaller).
 
     Raises:
@@ -45,7 +47,7 @@ def process(command: list[str], *arguments: str, cwd: Path | None = None) -> Run
     """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         started = time.perf_counter()
-        child = subprocess.Popen([*command, *arguments], stdout=out, stderr=err, cwd=cwd)
+        child = subprocess.Popen([*command, *arguments], stdout=out, stderr=err, cwd=cwd, env=environment)
         _, status, usage = os.wait4(child.pid, 0)
         wall = time.perf_counter() - started
         child.returncode = os.waitstatus_to_exitcode(status)
