@@ -54,7 +54,6 @@ class ByteModel:
     interrupt_after: int | None = None
     asked: list[str] = field(default_factory=list)
     loaded: dict[str, Any] = field(default_factory=dict)
-    sessions: int = 0
     name: str = "bytes"
     tokenizer: ByteTokenizer = field(default_factory=ByteTokenizer)
     recipe: Any = field(default_factory=lambda: SimpleNamespace(name="w8"))
@@ -70,9 +69,11 @@ class ByteModel:
                 raise KeyboardInterrupt
             yield token
 
-    def session(self) -> ByteModel:
-        self.sessions += 1
+    def engine(self) -> ByteModel:
         return self
+
+    def tokens(self, request: Any) -> Iterator[int]:
+        return self.stream(*request)
 
 
 @pytest.fixture
@@ -89,6 +90,9 @@ def model(monkeypatch: pytest.MonkeyPatch) -> ByteModel:
     sampling.SamplingOptions = SimpleNamespace  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "hasten.engine.model", engine)
     monkeypatch.setitem(sys.modules, "hasten.engine.sampling", sampling)
+    request = ModuleType("hasten.engine.request")
+    request.Request = lambda *parts: parts  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "hasten.engine.request", request)
     return fake
 
 

@@ -103,15 +103,15 @@ def test_a_higher_priority_takes_pages_too(start: Start, tiny_folder: Callable[.
 
 
 def test_pages_that_others_hold(start: Start, narrow: LanguageModel) -> None:
-    """A session on the same model has all pages: an error, not a step without end."""
+    """A stream on the same model has all pages: an error, not a step without end."""
     engine = start(narrow)
-    session = narrow.session()
-    list(session.stream(random_prompt(1, 120), 4, GREEDY))
+    stream = narrow.stream(random_prompt(1, 120), 8, GREEDY)
+    next(stream)
     engine.add(request("stuck", 2, length=40))
     (output,) = drain(engine)
     assert output.finish_reason == "error"
     assert "others hold the rest" in output.error
-    session.close()
+    stream.close()  # type: ignore[attr-defined]
 
 
 def test_slowness_is_not_believed_for_ever(start: Start, narrow: LanguageModel) -> None:

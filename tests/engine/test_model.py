@@ -17,6 +17,7 @@ import pytest
 import hasten
 from hasten.core import EngineOptions, Layout, Recipe
 from hasten.engine.model import LanguageModel, load_packed
+from hasten.engine.request import Request
 from hasten.engine.sampling import SamplingOptions
 from hasten.errors import HastenError, ModelError, UsageError
 from hasten.models.open import open_model
@@ -109,20 +110,21 @@ def test_requests_that_cannot_be(
 
 def test_a_batch_left_early_gives_its_pages_back(model: LanguageModel) -> None:
     before = model.executor.pool.free
-    batch = model.stream_batch([[1, 2, 3], [4], [5, 6], [7]], 9, GREEDY)
-    for _ in range(5):
-        next(batch)
-    assert model.executor.pool.free < before
-    batch.close()
+    with model.engine() as engine:
+        batch = engine.run([Request(ids, 9, GREEDY) for ids in ((1, 2, 3), (4,), (5, 6), (7,))])
+        for _ in range(5):
+            next(batch)
+        assert model.executor.pool.free < before
     assert model.executor.pool.free == before
 
 
 def test_more_tokens_than_the_context_holds(model: LanguageModel) -> None:
-    prompts = [list(range(1, 126)), [5] * 120, [9]]
-    tokens: dict[int, int] = {0: 0, 1: 0, 2: 0}
-    for which, _ in model.stream_batch(prompts, 11, GREEDY):
-        tokens[which] += 1
-    assert tokens == {0: 3, 1: 8, 2: 11}
+    prompts = [tuple(range(1, 126)), (5,) * 120, (9,)]
+    tokens = dict.fromkeys("012", 0)
+    with model.engine() as engine:
+        for output in engine.run([Request(ids, 11, GREEDY, id=str(i)) for i, ids in enumerate(prompts)]):
+            tokens[output.request_id] += len(output.token_ids)
+    assert tokens == {"0": 3, "1": 8, "2": 11}
 
 
 def test_hidden_and_logits(model: LanguageModel) -> None:

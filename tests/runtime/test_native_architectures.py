@@ -17,6 +17,7 @@ import tiny_gguf as gguf_files
 from hasten import _native
 from hasten.core import EngineOptions, Recipe
 from hasten.engine.model import LanguageModel, load_packed
+from hasten.engine.request import Request
 from hasten.engine.sampling import SamplingOptions
 from hasten.models import Source, open_model
 from hasten.models.reference import ReferenceDecoder, int8_groups
@@ -107,8 +108,9 @@ def test_ragged_batch_gives_each_prompt_its_own_tokens(name, tiny_model, tiny_fo
     batch = fitting(source, room=1)
     with running(source) as engine:
         together: list[list[int]] = [[] for _ in batch]
-        for which, token in engine.stream_batch(batch, 32, GREEDY):
-            together[which].append(token)
+        with engine.engine() as many:
+            for output in many.run([Request(tuple(p), 32, GREEDY, id=str(i)) for i, p in enumerate(batch)]):
+                together[int(output.request_id)] += output.token_ids
         assert together == [list(engine.stream(prompt, 32, GREEDY)) for prompt in batch]
     for prompt, tokens in zip(batch, together, strict=True):
         assert len(tokens) == min(32, source.config.context_length - len(prompt))
@@ -253,10 +255,11 @@ def test_longrope_changes_factors_where_transformers_does(chunk, tiny_model, tin
                 assert wanted.max() - wanted[token] < NEAR_TIE * wanted.std()
 
 
-def test_a_session_that_falls_back_below_the_longrope_threshold(tiny_folder):
+def test_a_text_that_falls_back_below_the_longrope_threshold(tiny_folder):
     source = open_model(tiny_folder("phi3"))
     long, short = prompts()[0], prompts()[0][:12]
     with running(source) as engine:
-        session = engine.session()
-        list(session.stream(long, 2, GREEDY))
-        assert list(session.stream(short, 3, GREEDY)) == list(engine.stream(short, 3, GREEDY))
+        with engine.engine() as kept:
+            list(kept.tokens(Request(tuple(long), 2, GREEDY)))
+            again = list(kept.tokens(Request(tuple(short), 3, GREEDY)))
+        assert again == list(engine.stream(short, 3, GREEDY))

@@ -65,10 +65,14 @@ def through_an_engine(model: LanguageModel, ids: Any) -> None:
         list(engine.stream(Request(ids, max_new_tokens=1)))
 
 
+def through_a_run(model: LanguageModel, ids: Any) -> None:
+    with model.engine() as engine:
+        list(engine.run([Request(ids, max_new_tokens=1)]))
+
+
 WAYS: dict[str, Callable[[LanguageModel, Any], Any]] = {
     "stream": lambda model, ids: list(model.stream(ids, 1)),
-    "stream_batch": lambda model, ids: list(model.stream_batch([ids], 1)),
-    "session": lambda model, ids: model.session().stream(ids, 1, hasten.SamplingOptions()),
+    "run": through_a_run,
     "hidden": lambda model, ids: model.hidden(ids),
     "logits": lambda model, ids: model.logits(ids),
     "engine": lambda model, ids: through_an_engine(model, ids),

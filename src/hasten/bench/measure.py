@@ -20,7 +20,7 @@ from hasten.bench.ceilings import Cost, cost_of
 from hasten.bench.sample import Sample, TokenClock
 from hasten.bench.stats import stat
 from hasten.bench.steady import steady
-from hasten.core import Machine, Measurement, Workload
+from hasten.core import Machine, Measurement, ServingOptions, Workload
 from hasten.machine.memory import peak_rss_bytes
 
 if TYPE_CHECKING:
@@ -78,17 +78,18 @@ def measure_model(
 
 
 def run_once(model: LanguageModel, prompts: list[list[int]], output: int) -> Sample:
-    """One timed run of all prompts together, greedy, not stopping at the end token."""
+    """One timed run of all prompts together on the served road: greedy, past the end token, nothing drafted
+    and no prefix reused."""
+    from hasten.engine.request import Request
     from hasten.engine.sampling import SamplingOptions
 
     options = SamplingOptions(temperature=0.0, ignore_eos=True)
+    requests = [Request(tuple(ids), output, options, id=str(i)) for i, ids in enumerate(prompts)]
     clock = TokenClock(prompts)
-    if len(prompts) == 1:
-        for token in model.stream(prompts[0], output, options):
-            clock.push(0, token)
-    else:
-        for sequence, token in model.stream_batch(prompts, output, options):
-            clock.push(sequence, token)
+    with model.engine(ServingOptions(prefix_cache=False, speculate=False)) as engine:
+        for news in engine.run(requests):
+            for token in news.token_ids:
+                clock.push(int(news.request_id), token)
     return clock.finish()
 
 

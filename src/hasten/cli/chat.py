@@ -75,16 +75,17 @@ def command(
 
 
 class Conversation:
-    """The messages so far and the session that has computed them.
+    """The messages so far and the engine that has computed them.
 
-    Each turn renders and encodes the whole conversation anew; the session computes only what does not stand
-    in its cache already, so a turn costs its own tokens.
+    Each turn renders and encodes the whole conversation anew; the engine's prefix cache holds what was
+    computed before, so a turn costs its own tokens.
     """
 
     def __init__(
         self, model: LanguageModel, sampling: SamplingOptions, max_new_tokens: int, system: str
     ) -> None:
-        self._model = model
+        self._tokenizer = model.tokenizer
+        self._engine = model.engine()
         self._sampling = sampling
         self._max_new_tokens = max_new_tokens
         self._system = system
@@ -93,15 +94,16 @@ class Conversation:
     def reset(self) -> None:
         """Forget everything but the system text."""
         self.messages = [{"role": "system", "content": self._system}] if self._system else []
-        self._session = self._model.session()
 
     def say(self, text: str) -> None:
         """One turn: the user's `text`, then the model's answer on stdout and its speed on stderr."""
-        tokenizer = self._model.tokenizer
+        from hasten.engine.request import Request
+
+        tokenizer = self._tokenizer
         asked = [*self.messages, {"role": "user", "content": text}]
         try:
             ids = tokenizer.encode_chat(asked)
-            tokens = self._session.stream(ids, self._max_new_tokens, self._sampling)
+            tokens = self._engine.tokens(Request(tuple(ids), self._max_new_tokens, self._sampling))
             answer = speak(tokens, tokenizer, patient=True)
         except HastenError as error:  # the turn fails, the conversation goes on without it
             note(f"error: {error.message}\nhint: {error.hint or '/reset starts over'}")

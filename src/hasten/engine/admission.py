@@ -39,15 +39,7 @@ class Admission:
         """
         if request.id in taken:
             raise UsageError(f"a request with the id {request.id!r} is running", hint="give each its own id")
-        context, vocab = self._model.context, self._model.config.vocab_size
-        length = len(request.prompt)
-        if length + min(request.max_new_tokens, 1) > context:
-            longest = self._model.config.context_length
-            raise UsageError(
-                f"the prompt has {length} tokens, the context holds {context} with the answer",
-                hint=f"shorten the prompt, or load the model with a longer --context (made for {longest})",
-            )
-        prompt = tuple(token_ids(request.prompt, vocab).tolist())
+        prompt = self.prompt_of(request)
         waiting = len(self._scheduler.waiting)
         if waiting >= self._options.max_waiting:
             raise QueueFull(
@@ -60,8 +52,25 @@ class Admission:
             request,
             prompt=prompt,
             id=request.id or f"request-{next(self._made)}",
-            max_new_tokens=min(request.max_new_tokens, context - length),
+            max_new_tokens=min(request.max_new_tokens, self._model.context - len(prompt)),
         )
+
+    def prompt_of(self, request: Request) -> tuple[int, ...]:
+        """The prompt's token ids, checked.
+
+        Raises:
+            UsageError: what is no token id, or a prompt that leaves no room in the context for an answer.
+        """
+        context, config = self._model.context, self._model.config
+        length, asked = len(request.prompt), request.max_new_tokens
+        if length + min(asked, 1) > context:
+            needed, most = length + max(asked, 1), config.context_length
+            longer = f" or load the model with --context {needed} or more" if needed <= most else ""
+            raise UsageError(
+                f"the prompt has {length} tokens, the context holds {context} with the answer",
+                hint=f"shorten the prompt{longer} (the model was made for {most} tokens)",
+            )
+        return tuple(token_ids(request.prompt, config.vocab_size).tolist())
 
     def _next_place_s(self) -> float:
         """When the first running answer is likely to end, at least a second."""

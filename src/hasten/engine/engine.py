@@ -7,7 +7,7 @@ import logging
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -375,26 +375,73 @@ class Engine:
         Raises:
             UsageError, QueueFull, DeadlineError: at once, as `add`.
         """
-        name = self.add(request)
-        mail = self._mail[name] = deque()
-        outputs = self._deliver(name, mail, request.n)
+        mail: deque[Output] = deque()
+        outputs = self._deliver(self._add_for(request, mail), mail, deque())
         next(outputs)  # begun, it is closed when it goes, even if nobody ever asks for an output
         return outputs
 
-    def _deliver(self, name: str, mail: deque[Output], answers: int) -> Iterator[Output]:
+    def tokens(self, request: Request) -> Iterator[int]:
+        """As `stream`, for one answer: its token ids alone, the end token included.
+
+        Raises:
+            UsageError, QueueFull, DeadlineError: at once, as `add`.
+            HastenError: from the iterator, if the answer failed.
+        """
+        outputs = self.stream(request)
+
+        def ids() -> Iterator[int]:
+            for output in outputs:
+                yield from _good(output).token_ids
+
+        return ids()
+
+    def run(self, requests: Sequence[Request]) -> Iterator[Output]:
+        """Run any number of requests: the outputs of all of them as they come.
+
+        They wait here, not in the queue, so that `max_waiting` does not limit their number. Closing the
+        iterator early cancels those that run.
+
+        Raises:
+            UsageError: at once, if one of them could never be taken on; from the iterator, as `add`.
+            HastenError: from the iterator, if an answer failed.
+        """
+        for request in requests:
+            self._admission.prompt_of(request)
+        outputs = self._deliver({}, deque(), deque(requests))
+        next(outputs)
+        return map(_good, outputs)
+
+    def _add_for(self, request: Request, mail: deque[Output]) -> dict[str, int]:
+        name = self.add(request)
+        self._mail[name] = mail
+        return {name: request.n}
+
+    def _deliver(self, left: dict[str, int], mail: deque[Output], coming: deque[Request]) -> Iterator[Output]:
+        """Outputs from `mail`; `left`: the answers of each request that go on; `coming`: requests to add."""
+        most = min(self._scheduler.slots, self.options.max_waiting)
         try:
-            yield Output(name, 0)  # for `stream`
-            while answers:
+            yield Output("", 0)  # for whoever begins it
+            while left or coming:
+                while coming and len(self._scheduler.waiting) < most:
+                    left |= self._add_for(coming.popleft(), mail)
                 while not mail:
                     self._post(self._advance())
                 output = mail.popleft()
-                answers -= output.finish_reason is not None
+                name = output.request_id
+                left[name] -= output.finish_reason is not None
+                if not left[name]:
+                    del left[name]
+                    self._forget_mail(name, mail)
                 yield output
         finally:
-            if self._mail.get(name) is mail:  # else the id is another one's by now
-                if answers:
+            for name in left:
+                if self._mail.get(name) is mail:
                     self.cancel(name)
-                del self._mail[name]
+                self._forget_mail(name, mail)
+
+    def _forget_mail(self, name: str, mail: deque[Output]) -> None:
+        if self._mail.get(name) is mail:  # else another request has the id by now
+            del self._mail[name]
 
     def _post(self, outputs: list[Output]) -> None:
         for output in outputs:
@@ -456,3 +503,14 @@ class Engine:
             self.cancel(name)
         self._mask_maker.shutdown()
         self._dropped()
+
+
+def _good(output: Output) -> Output:
+    """An output that brings no error.
+
+    Raises:
+        HastenError: it does.
+    """
+    if output.finish_reason in ("error", "deadline"):
+        raise HastenError(output.error, hint="run fewer sequences at once, or look at the log for the cause")
+    return output

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from hasten.core import EngineOptions, ModelConfig, Recipe
-from hasten.engine.sampling import SamplingOptions, sample
-from hasten.engine.session import Session
+from hasten.core import EngineOptions, ModelConfig, Recipe, ServingOptions
+from hasten.engine.request import Request
+from hasten.engine.sampling import SamplingOptions
 from hasten.errors import UsageError
 from hasten.machine.cores import cores
 from hasten.runtime.cpu import CpuExecutor
@@ -21,7 +21,6 @@ from hasten.runtime.pages import Sequence as CachedSequence
 from hasten.runtime.tokens import token_ids
 
 if TYPE_CHECKING:
-    from hasten.core import ServingOptions
     from hasten.engine.engine import Engine
     from hasten.models.source import Source
     from hasten.models.tokenizer import Tokenizer
@@ -134,9 +133,12 @@ class LanguageModel:
         started = time.perf_counter()
         tokens: list[list[int]] = [[] for _ in ids]
         times: list[list[float]] = [[] for _ in ids]
-        for which, token in self.stream_batch(ids, max_new_tokens, sampling):
-            tokens[which].append(token)
-            times[which].append(time.perf_counter() - started)
+        requests = [Request(tuple(one), max_new_tokens, sampling, id=str(i)) for i, one in enumerate(ids)]
+        with self.engine(ServingOptions(prefix_cache=False)) as engine:
+            for output in engine.run(requests):
+                which, now = int(output.request_id), time.perf_counter() - started
+                tokens[which] += output.token_ids
+                times[which] += [now] * len(output.token_ids)
         return [self._completion(*one) for one in zip(ids, tokens, times, strict=True)]
 
     def _encode(self, prompt: str, chat: bool) -> list[int]:
@@ -170,98 +172,23 @@ class LanguageModel:
 
         return Engine(self, options)
 
-    def session(self) -> Session:
-        """A conversation that keeps what it has computed from call to call."""
-        return Session(self.executor, self.tokenizer.eos_ids)
-
     def stream(
         self, ids: Sequence[int], max_new_tokens: int, sampling: SamplingOptions | None = None
     ) -> Iterator[int]:
         """Continue token ids from an empty cache; new ids as they come, the end token included.
 
-        Raises:
-            UsageError: as `Session.stream`.
-        """
-        session = self.session()
-        tokens = session.stream(ids, max_new_tokens, sampling or SamplingOptions())
-
-        def until_done() -> Iterator[int]:
-            try:
-                yield from tokens
-            finally:
-                session.close()
-
-        return until_done()
-
-    def stream_batch(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: SamplingOptions | None = None
-    ) -> Iterator[tuple[int, int]]:
-        """Continue several prompts together: (which prompt, new id) as they come.
-
-        Each prompt's tokens are what `stream` alone would give: nothing in the engine depends on what else is
-        in the batch. More prompts than `max_sequences`, or than there are pages for, run in groups.
+        Args:
+            ids: the prompt, all of it.
+            max_new_tokens: 0 or more; ends earlier at an end token or where the context is full.
+            sampling: how tokens are chosen; None is greedy.
 
         Raises:
-            UsageError: as `Session.stream`.
+            UsageError: at once, for an empty prompt, what is no token id, a negative count, or a prompt that
+                leaves no room in the context.
+            HastenError: from the iterator, if the answer failed.
         """
-        options = sampling or SamplingOptions()
-        checked = [self.session().checked(ids, max_new_tokens) for ids in prompts]
-        start = 0
-        while start < len(checked):
-            group = checked[start : start + self._fitting(checked[start:], max_new_tokens)]
-            for which, token in self._run_group(group, max_new_tokens, options):
-                yield start + which, token
-            start += len(group)
-
-    def _fitting(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
-        """How many of the first prompts there are pages for, at least one."""
-        pool, count, pages = self.executor.pool, 0, 0
-        for prompt in prompts[: self.options.max_sequences]:
-            length = min(len(prompt) + max_new_tokens, self.context)
-            pages += -(-length // pool.page_tokens)
-            if count and not pool.ensure(pages):
-                break
-            count += 1
-        return count
-
-    def _run_group(
-        self, prompts: list[list[int]], max_new_tokens: int, sampling: SamplingOptions
-    ) -> Iterator[tuple[int, int]]:
-        running = {which: CachedSequence() for which in range(len(prompts))}
-        texts = [list(prompt) for prompt in prompts]
-        left = {which: min(max_new_tokens, self.context - len(prompts[which])) for which in running}
-        eos = frozenset() if sampling.ignore_eos else frozenset(self.tokenizer.eos_ids)
-        try:
-            if max_new_tokens == 0:
-                return
-            hidden = np.concatenate([self.executor.prefill(running[i], prompts[i]) for i in running])
-            while running:
-                positions = np.array([sequence.length for sequence in running.values()], np.int64)
-                drawn = sample(self.executor.head(hidden), sampling, positions, threads=self.threads)
-                new = dict(zip(running, drawn, strict=True))
-                for which, token in new.items():
-                    left[which] -= 1
-                    texts[which].append(token)
-                    if token in eos or left[which] == 0:
-                        self.executor.truncate(running.pop(which), 0)
-                    yield which, token
-                if running:
-                    hidden = self._advance(running, texts)
-        finally:
-            for sequence in running.values():
-                self.executor.truncate(sequence, 0)
-
-    def _advance(self, running: dict[int, CachedSequence], texts: Sequence[list[int]]) -> Floats:
-        """One more token of each running sequence: float32 [R, E]. LongRoPE may need one computed anew."""
-        rows: dict[int, Floats] = {}
-        for which, sequence in running.items():
-            if self.executor.outgrows(sequence, len(texts[which])):
-                self.executor.truncate(sequence, 0)
-                rows[which] = self.executor.prefill(sequence, texts[which])[0]
-        batch = {i: (sequence, texts[i][-1:]) for i, sequence in running.items() if i not in rows}
-        if batch:
-            rows |= zip(batch, self.executor.step(list(batch.values()), range(len(batch))), strict=True)
-        return np.stack([rows[which] for which in running])
+        request = Request(tuple(ids), max_new_tokens, sampling or SamplingOptions())
+        return self.engine(ServingOptions(prefix_cache=False)).tokens(request)
 
     def hidden(self, tokens: Sequence[int] | npt.NDArray[np.int32]) -> Floats:
         """Hidden states of every token of a text read from an empty cache.
@@ -298,7 +225,7 @@ class LanguageModel:
     def replace(self, name: str, linear: PackedLinear) -> None:
         """Run with another matrix in a linear layer's place.
 
-        Texts that are being continued cannot go on; sessions compute theirs anew.
+        An open engine computes the texts that it continues anew.
 
         Raises:
             UsageError: an engine with a prefix cache is open on this model, or another thread is computing.
