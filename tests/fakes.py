@@ -27,7 +27,7 @@ from hasten.core import (
 )
 from hasten.errors import MachineError
 from hasten.quality.text import Text
-from hasten.speed.cost import packed_bytes
+from hasten.weights.packed import packed_bytes
 
 Floats = npt.NDArray[np.float32]
 ALPHABET = "".join(chr(c) for c in range(0x4E00, 0x4E00 + 48))
@@ -165,7 +165,7 @@ class FakeWorkshop:
         weights = {n: self._packed(n, recipe.layout_for(n), recipe.method) for n in self.weights}
         count = sum(w.size for w in weights.values())
         bits = sum(layouts[n].bits_per_weight * w.size for n, w in weights.items()) / count
-        size = sum(packed_bytes(w.shape, layouts[n]) for n, w in weights.items())
+        size = sum(packed_bytes(*w.shape, layouts[n]) for n, w in weights.items())
         return FakeModel(self.embedding, weights, recipe, bits, size)
 
     def calibrate(self, text: Text, observer: object) -> str:

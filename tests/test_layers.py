@@ -13,10 +13,10 @@ PACKAGE = Path(hasten.__file__).parent
 LAYERS = [
     {"errors", "core", "recipe", "rope_scaling", "stopping"},
     {"cache"},  # below machine, which keeps the ceilings it measured
-    {"machine", "speed"},
+    {"machine"},
     {"weights"},  # how numbers are stored, of no matter what model
     {"models"},
-    {"quality"},  # judges whatever has hidden states and logits
+    {"quality", "speed"},  # judge whatever has hidden states and logits; predict what a shape costs
     {"compress"},  # below runtime, which runs what was packed
     {"runtime"},
     {"engine"},

@@ -6,9 +6,9 @@ import os
 import sys
 import time
 
-from hasten.bench.ceilings import Cost
 from hasten.bench.sample import TokenClock
 from hasten.errors import PeerError
+from hasten.speed.cost import Cost
 
 
 def prepare(spec):
@@ -66,7 +66,7 @@ class Fake:
         return " ".join(map(str, ids))
 
     def cost(self, workload):
-        return Cost(decode_bytes_per_step=1e6, prefill_ops=1e6 * workload.prompt, int8=True)
+        return Cost(10**6, 0.0, 0.0, 0.0, 0.0, 1e6 * workload.prompt, 0.0, 0.0)
 
     def about(self):
         return {"model": "fake"}

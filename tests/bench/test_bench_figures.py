@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hasten.bench import sample as sample_module
-from hasten.bench.ceilings import Cost, cost_of, kv_read_bytes
 from hasten.bench.measure import measurement_of, with_ceilings
 from hasten.bench.sample import Sample, TokenClock
 from hasten.bench.stats import paired_ratio, percentile, stat
 from hasten.bench.workloads import PromptRing, check, default_text
-from hasten.core import Machine, ModelConfig, Workload, as_json
+from hasten.core import Machine, ModelConfig, Recipe, Workload, as_json
 from hasten.errors import PeerError, UsageError
+from hasten.speed.cost import Cost, cost, kv_read_bytes
 
 values = st.lists(st.floats(0.1, 1e6), min_size=1, max_size=20)
 
@@ -126,19 +128,18 @@ CONFIG = ModelConfig(
 
 
 def test_cost_counts_weights_once_and_the_head_once_a_prompt():
-    cost = cost_of(CONFIG, 1000, 2.0, 4.5, Workload(prompt=10, output=4, batch=3))
+    asked = cost(CONFIG, Workload(prompt=10, output=4, batch=3), Recipe.parse("w4"), 1000)
     layer = 16 * 16 + 2 * 8 * 16 + 16 * 16 + 3 * 16 * 32
-    assert cost.prefill_ops == 2 * (2 * layer * 10 + 100 * 16)
-    kv = 2 * 2 * (2 * 4) * 2.0 * (10 + 4 / 2)  # layers, K and V, values, bytes, context
-    assert cost.decode_bytes_per_step == 1000 + 3 * kv
-    assert cost.int8
+    assert asked.prompt_int8_ops == 2 * (2 * layer * 10 + 100 * 16)
+    kv = 2 * 2 * (2 * 32) * 2.0 * (10 + 4 / 2)  # layers, K and V, padded heads, bytes, context
+    assert asked.weight_bytes + asked.kv_bytes == 1000 + 3 * kv
 
 
 def test_a_sliding_layer_reads_its_window_only():
     import dataclasses
 
     slides = dataclasses.replace(CONFIG, sliding_window=5, sliding_layers=(True, False))
-    assert kv_read_bytes(slides, 20, 2.0) == kv_read_bytes(CONFIG, 20, 2.0) * (5 + 20) / 40
+    assert kv_read_bytes(slides, 20, False) == kv_read_bytes(CONFIG, 20, False) * (5 + 20) / 40
 
 
 def machine(**ceilings):
@@ -146,13 +147,13 @@ def machine(**ceilings):
 
 
 def test_fractions_of_the_ceilings():
-    cost = Cost(decode_bytes_per_step=1e9, prefill_ops=2e9, int8=True)
+    asked = Cost(5 * 10**8, 5e8, 0, 0, 0, prompt_int8_ops=1.5e9, prompt_bf16_ops=5e8, prompt_attention_ops=7)
     load = Workload(prompt=100, output=8, batch=2)
     here = machine(read_gb_per_s=20.0, int8_tops=1.0)
-    assert cost.read_fraction(30.0, load, here) == pytest.approx(0.75)  # 15 steps a second, 1 GB each
-    assert cost.int8_fraction(1000.0, load, here) == pytest.approx(0.02)  # 10 prompts a second
-    assert Cost(1e9, 2e9, int8=False).int8_fraction(1000.0, load, here) is None
-    assert cost.read_fraction(30.0, load, machine()) is None
+    assert asked.read_fraction(30.0, load, here) == pytest.approx(0.75)  # 15 steps a second, 1 GB each
+    assert asked.int8_fraction(1000.0, load, here) == pytest.approx(0.02)  # 10 prompts a second
+    assert replace(asked, prompt_int8_ops=0.0).int8_fraction(1000.0, load, here) is None
+    assert asked.read_fraction(30.0, load, machine()) is None
 
 
 def test_unknown_ceilings_stay_unknown_in_the_measurement():
@@ -168,4 +169,4 @@ def test_unknown_ceilings_stay_unknown_in_the_measurement():
     measured = measurement_of([run, run], Workload(8, 4), **form)
     assert measured.prefill_tok_per_s.median == 16 and measured.prefill_tok_per_s.n == 2
     assert measured.ttft_ms.median == 500
-    assert with_ceilings(measured, Cost(1, 1, int8=True), machine()).fraction_of_read_ceiling is None
+    assert with_ceilings(measured, Cost(1, 1, 1, 1, 1, 1, 1, 1), machine()).fraction_of_read_ceiling is None

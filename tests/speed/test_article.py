@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hasten.speed.article import article_speed, dimensions, worked_example
+from hasten.speed import article_speed, dimensions, worked_example
 
 
 def test_the_worked_example_does_not_compute() -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hasten.bench import workloads
-from hasten.bench.ceilings import Cost
 from hasten.bench.measure import measurement_of, rates_of, with_ceilings
 from hasten.bench.peers import EngineSpec, Peer
 from hasten.bench.process import WorkerProcess
@@ -18,6 +17,7 @@ from hasten.bench.stats import Ratio, paired_ratio
 from hasten.bench.steady import steady
 from hasten.core import Machine, Measurement, Workload
 from hasten.errors import HastenError, PeerError
+from hasten.speed.cost import Cost
 
 PREPARE_LIMIT_S = 7200.0
 LOAD_LIMIT_S = 1200.0

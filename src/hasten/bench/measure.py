@@ -16,12 +16,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from hasten.bench import workloads
-from hasten.bench.ceilings import Cost, cost_of
 from hasten.bench.sample import Sample, TokenClock
 from hasten.bench.stats import stat
 from hasten.bench.steady import steady
 from hasten.core import Machine, Measurement, ServingOptions, Workload
 from hasten.machine.memory import peak_rss_bytes
+from hasten.speed.cost import Cost, cost
 
 if TYPE_CHECKING:
     from hasten.engine.model import LanguageModel
@@ -95,10 +95,13 @@ def run_once(model: LanguageModel, prompts: list[list[int]], output: int) -> Sam
 
 def model_cost(model: LanguageModel, workload: Workload) -> Cost:
     """What the workload asks of the machine with this model in its recipe."""
-    config = model.config
-    # int8 keys and values carry one float32 scale a head and token (native/kv_cache.h)
-    value_bytes = 2.0 if model.recipe.kv == "bf16" else 1.0 + 4.0 / config.head_dim
-    return cost_of(config, model.weight_bytes, value_bytes, model.bits_per_weight, workload)
+    return cost(
+        model.config,
+        workload,
+        model.recipe,
+        model.weight_bytes,
+        keeps_integers=model.bits_per_weight < 16,
+    )
 
 
 def measurement_of(
@@ -140,7 +143,7 @@ def rates_of(sample: Sample) -> tuple[float, float]:
 
 
 def with_ceilings(measurement: Measurement, cost: Cost, machine: Machine) -> Measurement:
-    """The measurement with its fractions of the machine's ceilings (formulas: `hasten.bench.ceilings`)."""
+    """The measurement with its fractions of the machine's ceilings (formulas: `hasten.speed.cost`)."""
     workload = measurement.workload
     return dataclasses.replace(
         measurement,

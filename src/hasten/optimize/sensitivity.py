@@ -31,7 +31,7 @@ from hasten.optimize.workshop import Built, Workshop
 from hasten.quality.divergence import Reference
 from hasten.quality.text import Window, windows
 from hasten.recipe import Method
-from hasten.speed.cost import packed_bytes
+from hasten.weights.packed import packed_bytes
 
 _WINDOW = 256
 _TOKENS = 512
@@ -225,7 +225,7 @@ def _menu(
     shapes = workshop.config.linear_shapes()
 
     def choice(layout: Layout | None, harm: float) -> Choice:
-        sizes = {name: packed_bytes(shapes[name], layout or kept[name]) for name in group.tensors}
+        sizes = {name: packed_bytes(*shapes[name], layout or kept[name]) for name in group.tensors}
         return Choice(layout, sum(sizes.values()), harm)
 
     return (choice(None, 0.0), *(choice(layout, harm) for layout, harm in harms.items()))

@@ -23,6 +23,7 @@ from hasten.runtime.key_scale import key_scales
 from hasten.runtime.key_shift import key_shifts
 from hasten.runtime.pages import PageMemory, PagePool, Sequence
 from hasten.runtime.tokens import Ids, token_ids
+from hasten.speed.cost import page_bytes
 from hasten.weights.packed import PackedLinear, PackedModel
 
 Floats = npt.NDArray[np.float32]
@@ -67,7 +68,7 @@ def kv_plan(
         UsageError: what the options ask for does not fit; the hint says what does.
     """
     room = room or memory_room()
-    tokens, size = _native.PAGE_TOKENS, _page_bytes(config, int8, _native.PAGE_TOKENS)
+    tokens, size = _native.PAGE_TOKENS, page_bytes(config, int8, _native.PAGE_TOKENS)
     context = _context(options.context, config)
     longest = -(-context // tokens)
     free = _free_bytes(room, config, options, longest * size)
@@ -343,12 +344,6 @@ class CpuExecutor:
     def profile(self, reset: bool = True) -> dict[str, float]:
         """Seconds spent in each operation since the last reset."""
         return dict(self._decoder.profile(reset))
-
-
-def _page_bytes(config: ModelConfig, int8: bool, tokens: int) -> int:
-    """As native/kv_cache.h lays a page out: heads padded to 32 values, int8 with a scale a token and head."""
-    dim = -(-config.head_dim // 32) * 32
-    return 2 * config.num_layers * config.num_kv_heads * tokens * (dim + 4 if int8 else 2 * dim)
 
 
 def _integer_matrices(packed: PackedModel) -> Iterator[tuple[Format, int, int]]:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hasten.core import Layout, ModelConfig, Recipe, Workload
+from hasten.core import Machine, ModelConfig, Recipe, Workload
 from hasten.errors import UsageError
-
-_PANEL_ROWS = 16  # native/layout.h
-_SCALE_BYTES = 4  # one float a token and head beside int8 keys and values
 
 
 @dataclass(frozen=True)
@@ -24,21 +21,52 @@ class Cost:
     prompt_bf16_ops: float
     prompt_attention_ops: float
 
+    def read_fraction(self, decode_tok_per_s: float, workload: Workload, machine: Machine) -> float | None:
+        """Decode's read rate over the measured one; None while that is unknown."""
+        if machine.read_gb_per_s is None:
+            return None
+        steps_per_s = decode_tok_per_s / workload.batch
+        return (self.weight_bytes + self.kv_bytes) * steps_per_s / (machine.read_gb_per_s * 1e9)
 
-def cost(config: ModelConfig, workload: Workload, recipe: Recipe, weight_bytes: int | None = None) -> Cost:
+    def int8_fraction(self, prefill_tok_per_s: float, workload: Workload, machine: Machine) -> float | None:
+        """Prefill's rate in linear layers over the measured int8 one; None if unknown, or without integers.
+
+        Attention's own operations are left out: they are not int8.
+        """
+        if machine.int8_tops is None or not self.prompt_int8_ops:
+            return None
+        operations = self.prompt_int8_ops + self.prompt_bf16_ops
+        return operations * prefill_tok_per_s / workload.prompt / (machine.int8_tops * 1e12)
+
+
+def cost(
+    config: ModelConfig,
+    workload: Workload,
+    recipe: Recipe,
+    weight_bytes: int | None = None,
+    *,
+    keeps_integers: bool = True,
+) -> Cost:
     """What `workload` costs with this model in this recipe.
 
     The mean context while decoding is prompt + output / 2. The head runs once a prompt. The embedding rows
     read, norms, rotary angles, softmax and the keys and values written are left out: little beside the
     weights of a model of 100M or more.
 
+    Args:
+        config: the model.
+        workload: prompt and output in tokens, sequences at once.
+        recipe: layouts of the weights, kind of the KV cache.
+        weight_bytes: of linear weights one decoded token reads; None: as the recipe packs them.
+        keeps_integers: values that the recipe keeps as the file has them are integers, not 16-bit floats.
+
     Raises:
         UsageError: the recipe keeps the source's values and `weight_bytes` is not given.
     """
     m, prompt = workload.batch, workload.prompt
-    int8, bf16, head_int8, head_bf16 = _weights(config, recipe)
+    int8, bf16, head_int8, head_bf16 = _weights(config, recipe, keeps_integers)
     context = prompt + workload.output / 2
-    kv = kv_read_bytes(config, context, kv_bytes_per_value(config, recipe))
+    kv = kv_read_bytes(config, context, recipe.kv != "bf16")
     pairs = 4.0 * config.num_heads * config.head_dim  # two multiply-adds a query, key and dimension
     return Cost(
         weight_bytes=recipe_bytes(config, recipe) if weight_bytes is None else weight_bytes,
@@ -58,6 +86,8 @@ def recipe_bytes(config: ModelConfig, recipe: Recipe) -> int:
     Raises:
         UsageError: the recipe keeps the source's values, so only the opened file knows.
     """
+    from hasten.weights.packed import packed_bytes  # here: what compares engines reads costs without NumPy
+
     total = 0
     for name, shape in config.linear_shapes().items():
         layout = recipe.layout_for(name)
@@ -66,25 +96,24 @@ def recipe_bytes(config: ModelConfig, recipe: Recipe) -> int:
                 f"recipe {recipe.name!r} keeps the file's own layouts: their bytes are known once it is open",
                 hint="open the model and pass weight_bytes, or estimate w8, w6, w5 or w4",
             )
-        total += packed_bytes(shape, layout)
+        total += packed_bytes(*shape, layout)
     return total
 
 
-def packed_bytes(shape: tuple[int, int], layout: Layout) -> int:
-    """Bytes of one packed matrix [rows, cols]: rows padded to 16, columns to the group (bf16: to 32)."""
-    rows, cols = (-(-shape[0] // _PANEL_ROWS) * _PANEL_ROWS, shape[1])
-    step = 32 if layout.bits == 16 else max(layout.group, 32)
-    return int(rows * (-(-cols // step) * step) * layout.bits_per_weight / 8)
+def page_bytes(config: ModelConfig, int8: bool, tokens: int) -> int:
+    """Bytes of one page of keys and values of all layers, as native/kv_cache.h lays it out."""
+    return 2 * config.num_layers * config.num_kv_heads * tokens * _head_bytes(config, int8)
 
 
-def kv_bytes_per_value(config: ModelConfig, recipe: Recipe) -> float:
-    """2 for bf16; for int8 one byte, and a float scale for each token and head."""
-    return 2.0 if recipe.kv == "bf16" else 1.0 + _SCALE_BYTES / config.head_dim
+def _head_bytes(config: ModelConfig, int8: bool) -> int:
+    """Bytes of a token's key or value of one head: padded to 32 values; int8 has a float scale beside it."""
+    dim = -(-config.head_dim // 32) * 32
+    return dim + 4 if int8 else 2 * dim
 
 
-def kv_read_bytes(config: ModelConfig, context: float, bytes_per_value: float) -> float:
+def kv_read_bytes(config: ModelConfig, context: float, int8: bool) -> float:
     """Bytes of keys and values one decoded token reads at `context` tokens, sliding windows respected."""
-    return 2.0 * config.num_kv_heads * config.head_dim * bytes_per_value * sum(_seen(config, context))
+    return 2.0 * config.num_kv_heads * _head_bytes(config, int8) * sum(_seen(config, context))
 
 
 def _windows(config: ModelConfig) -> list[float]:
@@ -104,13 +133,13 @@ def _seen_by_prompt(window: float, prompt: int) -> float:
     return ramp * (ramp + 1) / 2 + (prompt - ramp) * ramp
 
 
-def _weights(config: ModelConfig, recipe: Recipe) -> tuple[float, float, float, float]:
-    """Weights in integers and in bf16 without the head, then the head's; kept values count as integers."""
+def _weights(config: ModelConfig, recipe: Recipe, keeps_integers: bool) -> tuple[float, float, float, float]:
+    """Weights in integers and in bf16 without the head, then the head's."""
     head = "embed" if config.tied_head else "head"
     counts = {(is_head, is_int): 0.0 for is_head in (False, True) for is_int in (False, True)}
     for name, (rows, cols) in config.linear_shapes().items():
         layout = recipe.layout_for(name)
-        counts[name == head, layout is None or layout.bits != 16] += rows * cols
+        counts[name == head, keeps_integers if layout is None else layout.bits != 16] += rows * cols
     return counts[False, True], counts[False, False], counts[True, True], counts[True, False]
 
 

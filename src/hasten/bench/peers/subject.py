@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hasten.bench.ceilings import Cost
 from hasten.bench.peers import EngineSpec
 from hasten.bench.sample import Sample
 from hasten.core import Workload
+from hasten.speed.cost import Cost
 
 if TYPE_CHECKING:
     from hasten.engine.model import LanguageModel
