@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from running_server import Running
-from stand_in_engine import logprob
+from stand_in_engine import ByteTokenizer, logprob
 
 from hasten.engine.request import Output
 from hasten.models.tool_calls import ArgumentsDelta, CallStarted, TextDelta
 from hasten.serve.endpoints.responses import ResponseShape
-from hasten.serve.shape import TokenTexts
+from hasten.serve.shape import TokenTexts, dumped
 
 
 class Reader:
@@ -31,7 +31,7 @@ class Reader:
 
 def shaped(reader: Any, *outputs: Output) -> tuple[dict[str, Any], list[Any]]:
     """The document, and what the events of the text said of logprobs."""
-    texts = TokenTexts(lambda: [bytes([i]) for i in range(256)])
+    texts = TokenTexts(cast(Any, ByteTokenizer()))
     tally: Any = SimpleNamespace(
         take=lambda *_: None, prompt_tokens=1, cached_tokens=0, output_tokens=len(outputs)
     )
@@ -39,7 +39,9 @@ def shaped(reader: Any, *outputs: Output) -> tuple[dict[str, Any], list[Any]]:
     data = b"".join(shape.chunks([(0, output)]) for output in outputs).decode()
     events = [json.loads(line[6:]) for line in data.split("\n") if line.startswith("data: ")]
     deltas = [event for event in events if event["type"] == "response.output_text.delta"]
-    return shape.document(), [entry["token"] for event in deltas for entry in event["logprobs"]]
+    return json.loads(dumped(shape.document())), [
+        entry["token"] for event in deltas for entry in event["logprobs"]
+    ]
 
 
 def output(text: str, finish: Any = None) -> Output:

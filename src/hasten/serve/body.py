@@ -270,7 +270,6 @@ TokenName = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
 class StreamOptions(TypedDict, total=False):
     """What a stream reports besides the answer."""
 
-    __pydantic_config__ = STRICT  # type: ignore[misc]
     include_usage: bool  # a last chunk with the usage of the request
     continuous_usage_stats: bool  # vLLM's: with include_usage, the usage so far in every chunk
 

@@ -8,21 +8,23 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING
 
 from hasten.engine.request import Output, Request
 from hasten.serve.prepare import Asker
 from hasten.serve.problem import NO_FAULT, Problem, problem_of
-from hasten.serve.shape import News
+from hasten.serve.shape import Answer, News
 
 if TYPE_CHECKING:
+    from hasten.engine.async_engine import AsyncEngine
     from hasten.engine.request import Request
     from hasten.serve.body import Strict
-    from hasten.serve.metrics import Tally
-    from hasten.serve.pool import Served, ServedEngine
+    from hasten.serve.pool import Served
     from hasten.serve.service import Exchange
 
 
+_FEW = 16  # outputs that are written in one piece: with 20 logprobs each they take a millisecond
 AT_ONCE = 64
 """Requests of one call that the engine has at a time: more than it computes together, fewer than may wait, so
 that a call with a thousand inputs neither fills the queue for others nor is refused by an idle engine."""
@@ -35,24 +37,24 @@ class Feed:
     runs, within one step of the engine.
     """
 
-    def __init__(self, engine: ServedEngine, requests: Sequence[Request]) -> None:
+    def __init__(self, engine: AsyncEngine, requests: Sequence[Request]) -> None:
         self._engine = engine
         self._requests = requests
+        self._coming = iter(enumerate(requests))
         self._news: list[News] = []
         self._arrived = asyncio.Event()
         self._error: BaseException | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._open = len(requests)
+        self._open = 0
         self._began = time.monotonic()
-        self._turns = asyncio.Semaphore(AT_ONCE)
         self._only: AsyncGenerator[list[Output], None] | None = None
 
     async def __aenter__(self) -> Feed:
         if len(self._requests) == 1:  # no task between engine and client: each would cost a token's way 30 us
             self._only = self._engine.batches(self._requests[0])
             return self
-        loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._pump(i, one)) for i, one in enumerate(self._requests)]
+        loop, self._open = asyncio.get_running_loop(), min(AT_ONCE, len(self._requests))
+        self._tasks = [loop.create_task(self._pump()) for _ in range(self._open)]
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -82,10 +84,15 @@ class Feed:
             if self._error is not None:
                 raise self._error
 
-    async def _pump(self, which: int, request: Request) -> None:
+    async def _pump(self) -> None:
+        """Run one request after the other, as long as there are some."""
         try:
-            async with self._turns:
-                await self._run(which, request if which < AT_ONCE else self._in_time(request))
+            for which, request in self._coming:
+                asked = request if which < AT_ONCE else self._in_time(request)
+                async with aclosing(self._engine.batches(asked)) as batches:
+                    async for outputs in batches:
+                        self._news += [(which, _sound(output)) for output in outputs]
+                        self._arrived.set()
         except NO_FAULT:
             raise
         except BaseException as error:  # noqa: BLE001  the reader raises it, in the task that serves the client
@@ -102,12 +109,6 @@ class Feed:
         if left <= 0:
             raise Problem(504, "the deadline passed", code="deadline_exceeded")
         return replace(request, deadline_ms=left)
-
-    async def _run(self, which: int, request: Request) -> None:
-        async with aclosing(self._engine.batches(request)) as batches:
-            async for outputs in batches:
-                self._news += [(which, _sound(output)) for output in outputs]
-                self._arrived.set()
 
 
 def _sound(output: Output) -> Output:
@@ -168,22 +169,6 @@ class Heartbeat:
                 await asyncio.sleep(EVERY_S)
 
 
-class Response(Protocol):
-    """What forms the answer: `take` and `document`, or `chunks` and `last` or `failed`."""
-
-    tally: Tally
-
-    def take(self, news: Sequence[News]) -> None: ...
-
-    def document(self) -> dict[str, Any]: ...
-
-    def chunks(self, news: Sequence[News]) -> bytes: ...
-
-    def last(self) -> bytes: ...
-
-    def failed(self, problem: Problem) -> bytes: ...
-
-
 @dataclass(frozen=True)
 class Question:
     """What is asked of which model."""
@@ -201,7 +186,7 @@ def asker_of(exchange: Exchange) -> Asker:
 
 
 async def respond(
-    exchange: Exchange, question: Question, response: Response, keep: Callable[[], None] = lambda: None
+    exchange: Exchange, question: Question, answer: Answer, keep: Callable[[], None] = lambda: None
 ) -> None:
     """Run requests and answer. `keep` is called when the answer is whole, before its end is sent: what it
     stores is there when the client asks for it.
@@ -213,52 +198,68 @@ async def respond(
         Problem, HastenError: before anything was sent.
     """
     async with AsyncExitStack() as stack:
-        batches = await _batches(exchange, question, response, stack)
+        batches = await _batches(exchange, question, answer, stack)
         if not question.stream:
-            async for news in batches:
-                response.take(news)
+            async for news in _few(batches):
+                await _spell_prompts(exchange, answer, news)
+                answer.take(news)
             keep()
-            await exchange.json(response.document())
+            await exchange.json(answer.document())
             return
         try:
             with Heartbeat(exchange):
-                async for news in batches:
-                    data = response.chunks(news)
+                async for news in _few(batches):
+                    await _spell_prompts(exchange, answer, news)
+                    data = answer.chunks(news)
                     if data:
                         await exchange.events(data)
         except asyncio.CancelledError:
             call = exchange.call
             if call.started and not (call.left or call.stalled):  # silence would pass for the end
-                await _break_off(exchange, response, Problem(503, "the server is stopping", code="stopping"))
+                await _break_off(exchange, answer, Problem(503, "the server is stopping", code="stopping"))
             raise
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
             raise
         except BaseException as error:
             if not exchange.call.started:
                 raise
-            await _break_off(exchange, response, problem_of(error))
+            await _break_off(exchange, answer, problem_of(error))
             return
         keep()
-        await exchange.end(response.last())
+        await exchange.end(answer.last())
 
 
-async def _break_off(exchange: Exchange, response: Response, problem: Problem) -> None:
+async def _few(batches: AsyncIterator[list[News]]) -> AsyncIterator[list[News]]:
+    """The same outputs, so few at a time that writing them keeps nobody else waiting."""
+    async for news in batches:
+        for at in range(0, len(news), _FEW):
+            if at:
+                await asyncio.sleep(0)
+            yield news[at : at + _FEW]
+
+
+async def _spell_prompts(exchange: Exchange, answer: Answer, news: Sequence[News]) -> None:
+    for which, output in news:
+        if output.prompt_logprobs is not None:
+            spell = partial(answer.texts.prompt, output.prompt_logprobs)
+            answer.prompt_logprobs[which] = await exchange.work(spell)
+
+
+async def _break_off(exchange: Exchange, answer: Answer, problem: Problem) -> None:
     exchange.call.fields["error"] = problem.message
-    await exchange.end(response.failed(problem))
+    await exchange.end(answer.failed(problem))
 
 
 async def _batches(
-    exchange: Exchange, question: Question, response: Response, stack: AsyncExitStack
+    exchange: Exchange, question: Question, answer: Answer, stack: AsyncExitStack
 ) -> AsyncIterator[list[News]]:
     """The outputs: from memory where they are known, else from the engine, and then remembered."""
-    service, served = exchange.service, question.served
+    service, served, memory = exchange.service, question.served, exchange.service.memory
     key = None
-    if service.memory is not None:
-        memory = service.memory
-        key = await exchange.work(lambda: memory.key(served, question.spec, question.requests))
-        known = memory.recall(key) if key is not None else None
+    if memory is not None:
+        key, known = await exchange.work(lambda: memory.look(served, question.spec, question.requests))
         if known is not None:
-            response.tally.remembered()
+            answer.tally.remembered()
             return _once(known)
     feed = await stack.enter_async_context(Feed(served.engine, question.requests))
     if key is None and service.recorder is None:
@@ -284,4 +285,4 @@ async def _noted(
             recording.take(news)
         yield news
     if key is not None and service.memory is not None:
-        service.memory.keep(key, said)
+        await exchange.work(partial(service.memory.keep, key, said))

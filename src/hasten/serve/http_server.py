@@ -27,9 +27,10 @@ from hasten.serve.problem import Problem
 from hasten.stopping import first
 
 if TYPE_CHECKING:
+    from hasten.engine.async_engine import AsyncEngine
     from hasten.engine.model import LanguageModel
     from hasten.serve.options import ServeOptions
-    from hasten.serve.pool import Served, ServedEngine
+    from hasten.serve.pool import Served
     from hasten.serve.service import Service
 
 
@@ -240,7 +241,7 @@ class Server(uvicorn.Server):
         self,
         config: uvicorn.Config,
         service: Service,
-        first: Future[tuple[LanguageModel, ServedEngine]],
+        first: Future[tuple[LanguageModel, AsyncEngine]],
         ready: Callable[[Served], None],
     ) -> None:
         super().__init__(config)

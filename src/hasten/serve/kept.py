@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import pickle
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hasten.cache.responses import ResponseCache
-from hasten.engine.request import Output, Request, Usage
-from hasten.engine.sampling import TokenLogprob
+from hasten.engine.request import Request, Usage
 from hasten.engine.trace import TraceModel, TraceWriter
 from hasten.serve.problem import Problem
 
@@ -77,11 +76,7 @@ class ResponseStore:
         return found
 
     def remove(self, name: str, owner: str) -> None:
-        """Forget one.
-
-        Raises:
-            Problem: as `get`.
-        """
+        """Forget one; raises as `get`."""
         self._bytes -= self.get(name, owner).size
         del self._kept[name]
 
@@ -104,8 +99,10 @@ class ResponseMemory:
             return None
         return cls(options.response_cache_ttl, int(options.response_cache_mb * 1_000_000))
 
-    def key(self, served: Served, spec: Strict, requests: Sequence[Request]) -> str | None:
-        """Names what was asked, to the token; None where another answer could be as right.
+    def look(
+        self, served: Served, spec: Strict, requests: Sequence[Request]
+    ) -> tuple[str | None, list[News] | None]:
+        """The key of what is asked, None where another answer could be as right; and the outputs kept of it.
 
         The prompts' tokens count and not the messages alone: a template may tell the model today's date.
         Runs in a worker thread: the fingerprint may take a while.
@@ -113,37 +110,14 @@ class ResponseMemory:
         asked = spec.model_dump(mode="json", by_alias=True, exclude_none=True)
         asked["hasten.kind"] = type(spec).__name__
         asked["hasten.prompts"] = [request.prompt for request in requests]
-        return ResponseCache.key(served.fingerprint, asked)
-
-    def recall(self, key: str) -> list[News] | None:
-        """The outputs kept under a key."""
-        kept = self._cache.get(key)
-        return None if kept is None else [_unpacked(entry) for entry in json.loads(kept)]
+        key = ResponseCache.key(served.fingerprint, asked)
+        kept = None if key is None else self._cache.get(key)
+        return key, None if kept is None else pickle.loads(kept)  # this process wrote it
 
     def keep(self, key: str, news: Sequence[News]) -> None:
-        """Keep all outputs of a call."""
+        """Keep all outputs of a call. In a worker thread."""
         ends = [output.finish_reason for _, output in news if output.finish_reason is not None]
-        self._cache.put(key, json.dumps([_packed(*one) for one in news]).encode(), finish_reasons=ends)
-
-
-def _packed(which: int, output: Output) -> dict[str, Any]:
-    fields = {name: value for name, value in asdict(output).items() if value not in (None, "", ())}
-    return {"which": which, **fields}
-
-
-def _unpacked(entry: dict[str, Any]) -> News:
-    which = entry.pop("which")
-    if "usage" in entry:
-        entry["usage"] = Usage(**entry["usage"])
-    entry["token_ids"] = tuple(entry.get("token_ids", ()))
-    entry["logprobs"] = tuple(_logprob(one) for one in entry.get("logprobs", ()))
-    if "prompt_logprobs" in entry:
-        entry["prompt_logprobs"] = tuple(one and _logprob(one) for one in entry["prompt_logprobs"])
-    return which, Output(**entry)
-
-
-def _logprob(entry: dict[str, Any]) -> TokenLogprob:
-    return TokenLogprob(**{**entry, "top": tuple(tuple(pair) for pair in entry["top"])})
+        self._cache.put(key, pickle.dumps(list(news)), finish_reasons=ends)
 
 
 class Recorder:

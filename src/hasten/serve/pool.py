@@ -4,48 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from hasten.cache.prompts import PromptCache
 from hasten.engine.async_engine import EngineClosed
 from hasten.errors import HastenError, UsageError
 from hasten.serve.problem import Problem
+from hasten.serve.shape import TokenTexts
 
 if TYPE_CHECKING:
+    from hasten.engine.async_engine import AsyncEngine
     from hasten.engine.model import LanguageModel
-    from hasten.engine.request import Output, Request
     from hasten.engine.stats import EngineStats
     from hasten.serve.log import Log
 
 
-class ServedEngine(Protocol):
-    """What the server needs of `AsyncEngine`."""
-
-    @property
-    def failed(self) -> bool:
-        """Whether it ended by itself: it refuses every request from now on."""
-        ...
-
-    def batches(self, request: Request) -> AsyncGenerator[list[Output], None]:
-        """Outputs as they come, all that wait at once; closing the iterator cancels the request."""
-        ...
-
-    def stats(self) -> EngineStats:
-        """Numbers, from any thread."""
-        ...
-
-    async def close(self, drain: bool = True) -> None:
-        """Stop; with `drain` after what runs."""
-        ...
-
-
-Loader = Callable[[str], "tuple[LanguageModel, ServedEngine]"]
+Loader = Callable[[str], "tuple[LanguageModel, AsyncEngine]"]
 
 
 @dataclass(eq=False)
@@ -54,7 +34,7 @@ class Served:
 
     name: str
     model: LanguageModel
-    engine: ServedEngine
+    engine: AsyncEngine
     users: int = 0
     used: float = field(default_factory=time.monotonic)
     leaving: bool = False  # no new users: its place is wanted
@@ -68,9 +48,9 @@ class Served:
         return fingerprint(self.model)
 
     @cached_property
-    def token_bytes(self) -> Sequence[bytes]:
-        """Bytes of every token."""
-        return self.model.tokenizer.token_bytes().values
+    def texts(self) -> TokenTexts:
+        """Texts of single tokens."""
+        return TokenTexts(self.model.tokenizer)
 
     @cached_property
     def prompts(self) -> PromptCache:
@@ -122,7 +102,7 @@ class ModelPool:
         self._loaded: dict[str, Served] = {}
         self._loading: dict[str, _Load] = {}
         self._placing = asyncio.Lock()
-        self._coming: Future[tuple[LanguageModel, ServedEngine]] | None = None
+        self._coming: Future[tuple[LanguageModel, AsyncEngine]] | None = None
         self.started = False  # a model was loaded, whatever became of it
 
     @property
@@ -150,7 +130,7 @@ class ModelPool:
             return {}
         return {"max_model_len": served.context, "recipe": served.model.recipe.name}
 
-    def expect(self, coming: Future[tuple[LanguageModel, ServedEngine]]) -> asyncio.Task[Served]:
+    def expect(self, coming: Future[tuple[LanguageModel, AsyncEngine]]) -> asyncio.Task[Served]:
         """Take the default model, whose loading began before there was a loop; requests for it wait."""
         self._coming = coming
         return self._start_loading(self.default)

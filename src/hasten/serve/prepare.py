@@ -212,7 +212,7 @@ def request_of(
 ) -> Request:
     """The engine's request; `client` is the user of an address or key. In a worker thread."""
     if logprobs is not None or spec.prompt_logprobs is not None:
-        _ = served.token_bytes  # read here, not where streams are written
+        _ = served.texts.values  # read here, not where streams are written
     stop = (spec.stop,) if isinstance(spec.stop, str) else tuple(spec.stop or ())
     return Request(
         prompt=prompt,

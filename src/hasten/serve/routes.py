@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from pydantic.json_schema import models_json_schema
@@ -84,6 +85,7 @@ _SAID = {
 }
 
 
+@cache
 def document() -> dict[str, Any]:
     """All of it."""
     bodies = [route.body for route in ROUTES if route.body is not None]

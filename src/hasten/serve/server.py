@@ -21,8 +21,9 @@ from hasten.serve.options import ServeOptions
 from hasten.stopping import INTERRUPTED, exit_code, stop_of
 
 if TYPE_CHECKING:
+    from hasten.engine.async_engine import AsyncEngine
     from hasten.engine.model import LanguageModel
-    from hasten.serve.pool import Loader, Served, ServedEngine
+    from hasten.serve.pool import Loader, Served
 
 
 BACKLOG = 4096
@@ -39,7 +40,7 @@ class ServeSetup:
     serving: ServingOptions = field(default_factory=ServingOptions)
     recipe: str | None = None
 
-    def load(self, ref: str) -> tuple[LanguageModel, ServedEngine]:
+    def load(self, ref: str) -> tuple[LanguageModel, AsyncEngine]:
         """Open a model and start its engine."""
         from hasten.engine.async_engine import AsyncEngine
         from hasten.engine.model import load

@@ -6,9 +6,8 @@ An endpoint gets an `Exchange`: a checked body comes in; JSON or server-sent eve
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +18,7 @@ from hasten.serve.body import Strict, parse
 from hasten.serve.call import Call, Deadline, Receive, Scope, Send, call_of
 from hasten.serve.kept import Recorder, ResponseMemory, ResponseStore
 from hasten.serve.problem import NO_FAULT, LibraryPanic, Problem
+from hasten.serve.shape import dumped
 
 if TYPE_CHECKING:
     from hasten.serve.log import Log
@@ -30,6 +30,7 @@ Item = TypeVar("Item", bound=Strict)
 T = TypeVar("T")
 
 _LONG = 500_000  # bytes of a body whose preparing may take longer than others should wait
+_PIECE = 1 << 17  # bytes of an answer that are handed to the connection at once
 _SMALL = 8192  # bytes: a body that is checked within a millisecond, whatever it holds
 
 _EVENT_HEADERS = [
@@ -118,18 +119,20 @@ class Exchange:
         return await self.service.work(task, self._size)
 
     async def json(self, document: Any, status: int = 200) -> None:
-        """Answer with a JSON document."""
-        text = json.dumps(document, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-        await self.raw(text.encode("utf-8", "replace"), "application/json", status)
+        """Answer with a JSON document. What takes more than some milliseconds to write is written before."""
+        await self.raw([dumped(document)], "application/json", status)
 
-    async def raw(
-        self, body: bytes, kind: str, status: int = 200, headers: Mapping[str, str] | None = None
-    ) -> None:
-        """Answer with a body of any kind."""
-        lines = [(b"content-type", kind.encode()), (b"content-length", str(len(body)).encode())]
-        lines += [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
+    async def raw(self, body: Sequence[bytes], kind: str, status: int = 200) -> None:
+        """Answer with a body of any kind, given in pieces: a long one is sent as the client reads it."""
+        length = sum(map(len, body))
+        lines = [(b"content-type", kind.encode()), (b"content-length", str(length).encode())]
         await self._send({"type": "http.response.start", "status": status, "headers": lines})
-        await self._send({"type": "http.response.body", "body": body})
+        if length > _PIECE:
+            for piece in _even(body):
+                await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+                await asyncio.sleep(0)
+            body = ()
+        await self._send({"type": "http.response.body", "body": b"".join(body)})
 
     async def events(self, data: bytes) -> None:
         """Send events that stand ready; the first call sends the headers too."""
@@ -141,6 +144,19 @@ class Exchange:
     async def end(self, data: bytes = b"") -> None:
         """Send the last events and end the stream."""
         await self._send({"type": "http.response.body", "body": data})
+
+
+def _even(body: Sequence[bytes]) -> Iterator[bytes]:
+    """The same bytes in pieces of about `_PIECE`."""
+    waiting, size = [], 0
+    for part in body:
+        for at in range(0, len(part), _PIECE):
+            waiting.append(part[at : at + _PIECE])
+            size += len(waiting[-1])
+            if size >= _PIECE:
+                yield b"".join(waiting)
+                waiting, size = [], 0
+    yield b"".join(waiting)
 
 
 Endpoint = Callable[[Exchange], Awaitable[None]]

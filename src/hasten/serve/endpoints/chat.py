@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from json.encoder import encode_basestring
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,8 +10,8 @@ from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 
 from hasten.engine.request import Output, Request
-from hasten.models.tool_calls import ArgumentsDelta, CallStarted, TextDelta, ToolCallStream, ToolEvent
-from hasten.serve.body import STRICT, JsonObject, SamplingFields, Text
+from hasten.models.tool_calls import ArgumentsDelta, CallStarted, TextDelta, ToolEvent
+from hasten.serve.body import JsonObject, SamplingFields, Text
 from hasten.serve.generate import Question, asker_of, respond
 from hasten.serve.metrics import Tally
 from hasten.serve.prepare import (
@@ -27,7 +27,7 @@ from hasten.serve.prepare import (
     request_of,
 )
 from hasten.serve.problem import Problem
-from hasten.serve.shape import Part, Shape, TokenTexts, dumps
+from hasten.serve.shape import Part, Shape, TokenTexts, dumps, joined
 
 if TYPE_CHECKING:
     from hasten.serve.options import ServeOptions
@@ -41,7 +41,6 @@ FunctionName = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[a-
 class TextPart(TypedDict):
     """A part of a message; text is all a text model reads."""
 
-    __pydantic_config__ = STRICT  # type: ignore[misc]
     type: Literal["text"]
     text: Text
 
@@ -52,7 +51,6 @@ Content = Text | Annotated[list[TextPart], Field(min_length=1, max_length=10_000
 class CalledFunction(TypedDict):
     """A call the assistant made."""
 
-    __pydantic_config__ = STRICT  # type: ignore[misc]
     name: FunctionName
     arguments: Text  # JSON
 
@@ -60,7 +58,6 @@ class CalledFunction(TypedDict):
 class ToolCall(TypedDict):
     """A call and the id its result refers to."""
 
-    __pydantic_config__ = STRICT  # type: ignore[misc]
     id: Text
     type: Literal["function"]
     function: CalledFunction
@@ -69,7 +66,6 @@ class ToolCall(TypedDict):
 class SystemMessage(TypedDict):
     """Instructions; `developer` is the newer word for `system`."""
 
-    __pydantic_config__ = STRICT  # type: ignore[misc]
     role: Literal["system", "developer"]
     content: Content
     name: NotRequired[Text | None]
@@ -78,7 +74,6 @@ class SystemMessage(TypedDict):
 class UserMessage(TypedDict):
     """What the user says."""
 
-    __pydantic_config__ = STRICT  # type: ignore[misc]
     role: Literal["user"]
     content: Content
     name: NotRequired[Text | None]
@@ -87,7 +82,6 @@ class UserMessage(TypedDict):
 class AssistantMessage(TypedDict):
     """What the assistant said: text, calls, or both."""
 
-    __pydantic_config__ = STRICT  # type: ignore[misc]
     role: Literal["assistant"]
     content: NotRequired[Content | None]
     tool_calls: NotRequired[Annotated[list[ToolCall], Field(max_length=1000, fail_fast=True)] | None]
@@ -101,7 +95,6 @@ class AssistantMessage(TypedDict):
 class ToolMessage(TypedDict):
     """What a call gave."""
 
-    __pydantic_config__ = STRICT  # type: ignore[misc]
     role: Literal["tool"]
     content: Content
     tool_call_id: Text
@@ -114,7 +107,6 @@ Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage
 class Function(TypedDict):
     """A function the model may call; `parameters` is a JSON schema."""
 
-    __pydantic_config__ = STRICT  # type: ignore[misc]
     name: FunctionName
     description: NotRequired[Text | None]
     parameters: NotRequired[JsonObject | None]
@@ -124,7 +116,6 @@ class Function(TypedDict):
 class Tool(TypedDict):
     """A tool; functions are the only kind."""
 
-    __pydantic_config__ = STRICT  # type: ignore[misc]
     type: Literal["function"]
     function: Function
 
@@ -132,14 +123,12 @@ class Tool(TypedDict):
 class NamedFunction(TypedDict):
     """The function of a named choice."""
 
-    __pydantic_config__ = STRICT  # type: ignore[misc]
     name: FunctionName
 
 
 class NamedToolChoice(TypedDict):
     """This function and no other."""
 
-    __pydantic_config__ = STRICT  # type: ignore[misc]
     type: Literal["function"]
     function: NamedFunction
 
@@ -147,21 +136,18 @@ class NamedToolChoice(TypedDict):
 class TextFormat(TypedDict):
     """Plain text."""
 
-    __pydantic_config__ = STRICT  # type: ignore[misc]
     type: Literal["text"]
 
 
 class JsonObjectFormat(TypedDict):
     """Any JSON object."""
 
-    __pydantic_config__ = STRICT  # type: ignore[misc]
     type: Literal["json_object"]
 
 
 class JsonSchema(TypedDict):
     """A named JSON schema; answers always follow it, whatever `strict` says."""
 
-    __pydantic_config__ = STRICT  # type: ignore[misc]
     name: FunctionName
     schema: JsonObject
     description: NotRequired[Text | None]
@@ -171,7 +157,6 @@ class JsonSchema(TypedDict):
 class JsonSchemaFormat(TypedDict):
     """JSON that follows a schema."""
 
-    __pydantic_config__ = STRICT  # type: ignore[misc]
     type: Literal["json_schema"]
     json_schema: JsonSchema
 
@@ -201,35 +186,25 @@ class ChatRequest(SamplingFields):
     )
 
 
-_NO_FINISH = '},"logprobs":null,"finish_reason":null}'
-
-
 class ChatShape(Shape):
     """`/v1/chat/completions`.
 
     Args:
-        reader: makes what finds tool calls in an answer's text, one for each answer; None: no tools.
-        with_logprobs: logprobs were asked for.
+        request: what is asked of the engine.
+        tools: how its tools are served; None: there are none.
     """
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def __init__(
-        self,
-        model: str,
-        texts: TokenTexts,
-        tally: Tally,
-        answers: int,
-        with_usage: bool,
-        *,
-        reader: Callable[[], ToolCallStream] | None = None,
-        with_logprobs: bool = False,
+        self, model: str, texts: TokenTexts, tally: Tally, request: Request, tools: ToolPlan | None
     ) -> None:
-        super().__init__(model, texts, tally, answers, 1, with_usage)
-        self._readers = [reader() for _ in range(answers)] if reader else []
-        self._with_logprobs = with_logprobs
-        self._starts = [f'{self.head}{{"index":{i},"delta":{{"content":' for i in range(answers)]
-        self._end = f"{_NO_FINISH}{self.tail}"
+        super().__init__(model, texts, tally, request.n)
+        self._readers = [tools.reader() for _ in range(request.n)] if tools is not None else []
+        self._with_logprobs = request.logprobs is not None
+
+    def _entries(self, part: Part, output: Output) -> list[str]:
+        return [self.texts.chat(one) for one in output.logprobs]
 
     def _chunk(self, number: int, part: Part, output: Output) -> str:
         events = ""
@@ -241,21 +216,16 @@ class ChatShape(Shape):
                 events = f'{head[:-1]},"prompt_logprobs":{dumps(self.prompt_logprobs.pop(0))}}}{self.tail}'
         if self._readers:
             return events + self._read(number, part, output)
-        if output.logprobs:
-            logprobs = dumps({"content": self.texts.chat(output.logprobs), "refusal": None})
-            events += self._delta(number, f'"content":{encode_basestring(output.text)}', logprobs)
-        elif output.text:
-            events += self._starts[number] + encode_basestring(output.text) + self._end
+        if output.text or output.logprobs:
+            content = f'"content":{encode_basestring(output.text)}'
+            events += self._delta(number, content, self._logprobs(part, output))
         if output.finish_reason is not None:
             events += self._finish(number, output.finish_reason, output.stop)
         return events
 
     def _read(self, number: int, part: Part, output: Output) -> str:
         """Events of an answer that may call tools."""
-        reader, events = self._readers[number], []
-        logprobs = "null"
-        if output.logprobs:
-            logprobs = dumps({"content": self.texts.chat(output.logprobs), "refusal": None})
+        reader, events, logprobs = self._readers[number], [], self._logprobs(part, output)
         news = reader.push(output.text)
         if output.finish_reason is not None:
             news = [*news, *reader.flush()]
@@ -271,6 +241,10 @@ class ChatShape(Shape):
             events.append(self._finish(number, reason, output.stop))
         return "".join(events)
 
+    def _logprobs(self, part: Part, output: Output) -> str:
+        entries = self._entries(part, output)
+        return f'{{"content":[{",".join(entries)}],"refusal":null}}' if entries else "null"
+
     def _delta(self, number: int, delta: str, logprobs: str = "null") -> str:
         return (
             f'{self.head}{{"index":{number},"delta":{{{delta}}},"logprobs":{logprobs},"finish_reason":null}}'
@@ -284,10 +258,9 @@ class ChatShape(Shape):
         )
 
     def _choice(self, number: int, part: Part) -> dict[str, Any]:
-        content: str | None = part.text
         message: dict[str, Any] = {
             "role": "assistant",
-            "content": content,
+            "content": part.text,
             "refusal": None,
             "annotations": [],
         }
@@ -299,13 +272,11 @@ class ChatShape(Shape):
             if calls:
                 message["tool_calls"] = calls
                 reason = "tool_calls" if reason == "stop" else reason
-        logprobs = None
-        if self._with_logprobs:
-            logprobs = {"content": self.texts.chat(part.logprobs), "refusal": None}
+        logprobs = {"content": joined(part.logprobs), "refusal": None}
         return {
             "index": number,
             "message": message,
-            "logprobs": logprobs,
+            "logprobs": logprobs if self._with_logprobs else None,
             "finish_reason": reason,
             "stop_reason": part.stop,
         }
@@ -352,19 +323,9 @@ async def chat(exchange: Exchange) -> None:
     async with service.pool.use(spec.model) as served:
         asker = asker_of(exchange)
         request, tools = await exchange.work(lambda: prepare_chat(spec, served, asker, service.options))
-        reports = spec.stream_options or {}
-        usage = bool(reports.get("include_usage"))
-        shape = ChatShape(
-            served.name,
-            TokenTexts(lambda: served.token_bytes),
-            Tally(service.metrics, served.name, exchange.call),
-            request.n,
-            usage,
-            reader=tools.reader if tools else None,
-            with_logprobs=request.logprobs is not None,
-        )
-        if usage and reports.get("continuous_usage_stats"):
-            shape.report_running(len(request.prompt))
+        tally = Tally(service.metrics, served.name, exchange.call)
+        shape = ChatShape(served.name, served.texts, tally, request, tools)
+        shape.report(spec.stream_options, len(request.prompt))
         await respond(exchange, Question(served, spec, [request], bool(spec.stream)), shape)
 
 

@@ -14,7 +14,7 @@ from hasten.serve.generate import Question, asker_of, respond
 from hasten.serve.metrics import Tally
 from hasten.serve.prepare import Asker, encode, grammar_of, limit_of, request_of
 from hasten.serve.problem import Problem
-from hasten.serve.shape import Part, Shape, TokenTexts, dumps
+from hasten.serve.shape import Part, Shape, dumps, finite, joined
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,11 +51,18 @@ class CompletionShape(Shape):
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
+    def _entries(self, part: Part, output: Output) -> list[tuple[str, ...]]:
+        """Of each token: its text, its logprob, the likeliest ones, and where in the text it begins."""
+        found: list[tuple[str, ...]] = []
+        for one in output.logprobs:
+            text = self.texts.text(one.token)
+            top = {self.texts.text(token): finite(logprob) for token, logprob in reversed(one.top)}
+            found.append((dumps(text), dumps(finite(one.logprob)), dumps(top or None), str(part.length)))
+            part.length += len(text)
+        return found
+
     def _chunk(self, number: int, part: Part, output: Output) -> str:
-        logprobs = "null"
-        if output.logprobs:
-            logprobs = dumps(self.texts.completion(output.logprobs, part.length))
-            part.length += sum(len(self.texts.text(one.token)) for one in output.logprobs)
+        logprobs = dumps(_columns(self._entries(part, output)))
         end = "null"
         extra = ""
         if output.finish_reason is not None:
@@ -73,12 +80,18 @@ class CompletionShape(Shape):
         choice = {
             "index": number,
             "text": part.text,
-            "logprobs": self.texts.completion(part.logprobs, 0) if part.logprobs else None,
+            "logprobs": _columns(part.logprobs),
             "finish_reason": part.finish,
             "stop_reason": part.stop,
         }
         prompt = self.prompt_logprobs.get(number // self.answers)
         return choice if prompt is None else {**choice, "prompt_logprobs": prompt}
+
+
+def _columns(entries: list[tuple[str, ...]]) -> dict[str, Any] | None:
+    """Completions have a list a column, not an object a token."""
+    names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+    return dict(zip(names, map(joined, zip(*entries, strict=True)), strict=True)) if entries else None
 
 
 DEFAULT_TOKENS = 16  # OpenAI's
@@ -93,13 +106,9 @@ async def completions(exchange: Exchange) -> None:
     async with service.pool.use(spec.model) as served:
         asker = asker_of(exchange)
         requests = await exchange.work(lambda: prepare(spec, served, asker, service.options))
-        reports = spec.stream_options or {}
-        usage = bool(reports.get("include_usage"))
         tally = Tally(service.metrics, served.name, exchange.call)
-        texts = TokenTexts(lambda: served.token_bytes)
-        shape = CompletionShape(served.name, texts, tally, spec.n or 1, len(requests), usage)
-        if usage and reports.get("continuous_usage_stats"):
-            shape.report_running(sum(len(request.prompt) for request in requests))
+        shape = CompletionShape(served.name, served.texts, tally, spec.n or 1, len(requests))
+        shape.report(spec.stream_options, sum(len(request.prompt) for request in requests))
         await respond(exchange, Question(served, spec, requests, bool(spec.stream)), shape)
 
 

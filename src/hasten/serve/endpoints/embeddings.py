@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,7 +16,8 @@ from hasten.serve.endpoints.completions import TokenIds, prompts_of
 from hasten.serve.generate import Feed, asker_of
 from hasten.serve.metrics import Tally
 from hasten.serve.prepare import Asker, encode, limit_of
-from hasten.serve.shape import dumps
+from hasten.serve.problem import Problem
+from hasten.serve.shape import dumped
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from hasten.serve.options import ServeOptions
     from hasten.serve.pool import Served
     from hasten.serve.service import Exchange
+
+    Vector = npt.NDArray[np.float32]
 
 
 class EmbeddingRequest(Strict):
@@ -54,7 +58,7 @@ async def embeddings(exchange: Exchange) -> None:
         asker = asker_of(exchange)
         requests = await exchange.work(lambda: prepare(spec, served, asker, service.options))
         tally = Tally(service.metrics, served.name, exchange.call)
-        vectors: list[npt.NDArray[np.float32] | None] = [None] * len(requests)
+        vectors: dict[int, Vector] = {}
         async with Feed(served.engine, requests) as feed:
             async for news in feed.batches():
                 for which, output in news:
@@ -62,24 +66,31 @@ async def embeddings(exchange: Exchange) -> None:
                     if output.embedding is not None:
                         vectors[which] = output.embedding
         plain = spec.encoding_format != "base64"
-        data = await exchange.work(lambda: _listed(vectors, plain))
-        usage = f'{{"prompt_tokens":{tally.prompt_tokens},"total_tokens":{tally.prompt_tokens}}}'
-        text = f'{{"object":"list","data":[{data}],"model":{dumps(served.name)},"usage":{usage}}}'
-        await exchange.raw(text.encode(), "application/json")
+        found = [vectors[which] for which in range(len(requests))]
+        body = await exchange.work(lambda: _body(found, plain, served.name, tally.prompt_tokens))
+        await exchange.raw(body, "application/json")
 
 
-def _listed(vectors: Sequence[npt.NDArray[np.float32] | None], plain: bool) -> str:
-    """The entries of `data`, encoded one by one: the encoder keeps other threads waiting while it runs."""
-    return ",".join(
-        dumps({"object": "embedding", "index": number, "embedding": written(vector, plain)})
+def _body(vectors: Sequence[Vector], plain: bool, model: str, tokens: int) -> list[bytes]:
+    """The document in pieces, encoded one by one: the encoder keeps other threads waiting while it runs."""
+    entries = [
+        b","[: number > 0]
+        + dumped({"object": "embedding", "index": number, "embedding": written(vector, plain)})
         for number, vector in enumerate(vectors)
-        if vector is not None
-    )
+    ]
+    about = dumped({"model": model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
+    return [b'{"object":"list","data":[', *entries, b"],", about[1:]]
 
 
-def written(vector: npt.NDArray[np.float32], plain: bool) -> Any:
-    """A vector scaled to length 1, as numbers or as base64 of little-endian float32."""
+def written(vector: Vector, plain: bool) -> Any:
+    """A vector scaled to length 1, as numbers or as base64 of little-endian float32.
+
+    Raises:
+        Problem: it holds a number that is not finite.
+    """
     length = float(np.linalg.norm(vector))
+    if not math.isfinite(length):
+        raise Problem(500, "the model computed an embedding that is not finite", code="engine_error")
     unit = (vector / length if length > 0 else vector).astype("<f4")
     return unit.tolist() if plain else base64.b64encode(unit.tobytes()).decode()
 

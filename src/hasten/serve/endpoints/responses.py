@@ -13,17 +13,16 @@ from pydantic import Discriminator, Field, Tag
 from typing_extensions import NotRequired, TypedDict
 
 from hasten.models.tool_calls import ArgumentsDelta, CallStarted, TextDelta, ToolEvent
-from hasten.serve.body import STRICT, JsonObject, Strict, Text
+from hasten.serve.body import JsonObject, Strict, Text
 from hasten.serve.endpoints.chat import ChatRequest, FunctionName, JsonObjectFormat, TextFormat, prepare_chat
 from hasten.serve.generate import Question, asker_of, respond
 from hasten.serve.kept import StoredResponse
 from hasten.serve.metrics import Tally
 from hasten.serve.problem import Problem
-from hasten.serve.shape import News, TokenTexts, dumps
+from hasten.serve.shape import Answer, News, TokenTexts, dumps, joined
 
 if TYPE_CHECKING:
     from hasten.engine.request import Output, Request
-    from hasten.engine.sampling import TokenLogprob
     from hasten.models.tool_calls import ToolCallStream
     from hasten.serve.prepare import ToolPlan
     from hasten.serve.service import Exchange
@@ -35,7 +34,6 @@ Label = Annotated[str, Field(max_length=512)]
 class InputText(TypedDict):
     """Text in a message; an answer that comes back as input has its own word for it."""
 
-    __pydantic_config__ = STRICT  # type: ignore[misc]
     type: Literal["input_text", "output_text"]
     text: Text
     annotations: NotRequired[Annotated[list[Any], Field(max_length=0, fail_fast=True)] | None]
@@ -45,7 +43,6 @@ class InputText(TypedDict):
 class InputMessage(TypedDict):
     """A message of the conversation."""
 
-    __pydantic_config__ = STRICT  # type: ignore[misc]
     type: NotRequired[Literal["message"]]
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[InputText], Field(min_length=1, max_length=10_000, fail_fast=True)]
@@ -56,7 +53,6 @@ class InputMessage(TypedDict):
 class FunctionCall(TypedDict):
     """A call the model made."""
 
-    __pydantic_config__ = STRICT  # type: ignore[misc]
     type: Literal["function_call"]
     call_id: Text
     name: FunctionName
@@ -68,7 +64,6 @@ class FunctionCall(TypedDict):
 class FunctionCallOutput(TypedDict):
     """What a call gave."""
 
-    __pydantic_config__ = STRICT  # type: ignore[misc]
     type: Literal["function_call_output"]
     call_id: Text
     output: Text | Annotated[list[InputText], Field(min_length=1, max_length=10_000, fail_fast=True)]
@@ -95,7 +90,6 @@ InputItem = Annotated[
 class FunctionTool(TypedDict):
     """A function the model may call."""
 
-    __pydantic_config__ = STRICT  # type: ignore[misc]
     type: Literal["function"]
     name: FunctionName
     description: NotRequired[Text | None]
@@ -106,7 +100,6 @@ class FunctionTool(TypedDict):
 class FunctionChoice(TypedDict):
     """This function and no other."""
 
-    __pydantic_config__ = STRICT  # type: ignore[misc]
     type: Literal["function"]
     name: FunctionName
 
@@ -114,7 +107,6 @@ class FunctionChoice(TypedDict):
 class JsonSchemaText(TypedDict):
     """JSON that follows a schema; answers always follow it, whatever `strict` says."""
 
-    __pydantic_config__ = STRICT  # type: ignore[misc]
     type: Literal["json_schema"]
     name: FunctionName
     schema: JsonObject
@@ -125,7 +117,6 @@ class JsonSchemaText(TypedDict):
 class TextOptions(TypedDict, total=False):
     """The form of the text."""
 
-    __pydantic_config__ = STRICT  # type: ignore[misc]
     format: Annotated[TextFormat | JsonObjectFormat | JsonSchemaText, Field(discriminator="type")] | None
 
 
@@ -165,13 +156,11 @@ class ResponseRequest(Strict):
     chat_template_kwargs: JsonObject | None = None
 
 
-class ResponseShape:
+class ResponseShape(Answer):
     """One response.
 
     Args:
         fields: what the document says beside status, output and usage: the request's own values.
-        texts: spells tokens, for logprobs.
-        tally: counts for `usage`.
         reader: finds tool calls; None: there are no tools.
     """
 
@@ -182,17 +171,17 @@ class ResponseShape:
         tally: Tally,
         reader: ToolCallStream | None,
     ) -> None:
+        super().__init__(texts, tally)
         self.id = f"resp_{secrets.token_hex(16)}"
         self.output: list[dict[str, Any]] = []
         self._fields = fields
-        self._texts = texts
-        self.tally = tally
         self._reader = reader
         self._status = "in_progress"
         self._error: dict[str, Any] | None = None
         self._sequence = 0
         self._pieces: list[str] = []  # of the open item: text or arguments
-        self._logprobs: list[TokenLogprob] = []  # of tokens whose text is held back or comes with the next
+        self._logprobs: list[str] = []  # of tokens whose text is held back or comes with the next; JSON
+        self._said: list[str] = []  # of the open item
 
     def take(self, news: Sequence[News]) -> None:
         """Note outputs; the events they would be are made and dropped, which costs little."""
@@ -206,7 +195,7 @@ class ResponseShape:
             events.append(self._event("response.in_progress", response=self.document()))
         for which, output in news:
             self.tally.take(which, output)
-            self._logprobs += output.logprobs
+            self._logprobs += [self.texts.chat(one) for one in output.logprobs]
             for one in self._read(output):
                 events += self._follow(one)
             if output.finish_reason is not None:
@@ -272,16 +261,13 @@ class ResponseShape:
             events.append(self._part_event("response.content_part.added", part=part))
             self.output[-1]["content"] = [part]
         self._pieces.append(text)
-        entries = "[]"
-        if self._logprobs:
-            found, self._logprobs = self._texts.chat(self._logprobs), []
-            self.output[-1]["content"][0]["logprobs"] += found
-            entries = dumps(found)
+        entries, self._logprobs = self._logprobs, []
+        self._said += entries
         kind = "response.output_text.delta"
         head = f'"item_id":"{self.output[-1]["id"]}","output_index":{len(self.output) - 1},"content_index":0'
         body = f'"type":"{kind}","sequence_number":{self._sequence},{head}'
         self._sequence += 1
-        delta = f'{{{body},"delta":{encode_basestring(text)},"logprobs":{entries}}}'
+        delta = f'{{{body},"delta":{encode_basestring(text)},"logprobs":[{",".join(entries)}]}}'
         return [*events, f"event: {kind}\ndata: {delta}\n\n"]
 
     def _open_call(self, call: CallStarted) -> str:
@@ -315,7 +301,7 @@ class ResponseShape:
             events = [self._item_event(kind, item_id=item["id"], name=item["name"], arguments=text)]
         else:
             part = item["content"][0]
-            part["text"] = text
+            part["text"], part["logprobs"], self._said = text, joined(self._said), []
             kind = "response.output_text.done"
             events = [self._part_event(kind, text=text, logprobs=part["logprobs"])]
             events.append(self._part_event("response.content_part.done", part=part))
@@ -355,7 +341,7 @@ async def create(exchange: Exchange) -> None:
         turn, request, tools = await exchange.work(prepare)
         shape = ResponseShape(
             turn.fields,
-            TokenTexts(lambda: served.token_bytes),
+            served.texts,
             Tally(service.metrics, served.name, exchange.call),
             tools.reader() if tools else None,
         )

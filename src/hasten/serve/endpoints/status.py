@@ -60,7 +60,7 @@ async def ready(exchange: Exchange) -> None:
 async def metrics(exchange: Exchange) -> None:
     """Prometheus's page."""
     page = await exchange.service.work(exchange.service.metrics.render)
-    await exchange.raw(page, CONTENT_TYPE)
+    await exchange.raw([page], CONTENT_TYPE)
 
 
 async def stats(exchange: Exchange) -> None:

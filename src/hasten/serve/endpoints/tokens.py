@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from json.encoder import encode_basestring
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
@@ -12,7 +11,7 @@ from hasten.serve.body import JsonObject, Strict, Text, TokenId
 from hasten.serve.endpoints.chat import Message, Tool
 from hasten.serve.prepare import chat_text, chat_tokens, check_ids
 from hasten.serve.problem import Problem
-from hasten.serve.shape import dumps
+from hasten.serve.shape import dumped
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,7 +55,7 @@ async def tokenize(exchange: Exchange) -> None:
     await exchange.raw(body, "application/json")
 
 
-def _tokens(spec: TokenizeRequest, served: Served) -> bytes:
+def _tokens(spec: TokenizeRequest, served: Served) -> list[bytes]:
     tokenizer = served.model.tokenizer
     ids: Sequence[int]
     if spec.prompt is not None:
@@ -68,11 +67,11 @@ def _tokens(spec: TokenizeRequest, served: Served) -> bytes:
         text = chat_text(served, messages, spec.tools or None, generation, spec.chat_template_kwargs)
         _check_size(text, "messages")
         ids = chat_tokens(served, text)
-    texts = "null"
+    texts = [b"null"]
     if spec.return_token_strs:
         texts = _listed([tokenizer.decode([i], skip_special=False) for i in ids])
-    head = f'"count":{len(ids)},"max_model_len":{served.context}'
-    return f'{{{head},"tokens":{_listed(ids)},"token_strs":{texts}}}'.encode("utf-8", "replace")
+    head = f'{{"count":{len(ids)},"max_model_len":{served.context},"tokens":'
+    return [head.encode(), *_listed(ids), b',"token_strs":', *texts, b"}"]
 
 
 def _check_size(text: str, param: str) -> None:
@@ -82,16 +81,17 @@ def _check_size(text: str, param: str) -> None:
         raise Problem(400, said, param=param, code="text_too_long")
 
 
-def _listed(items: Sequence[Any]) -> str:
-    slices = (dumps(items[at : at + _SLICE])[1:-1] for at in range(0, len(items), _SLICE))
-    return f"[{','.join(slices)}]"
+def _listed(items: Sequence[Any]) -> list[bytes]:
+    """A JSON list in pieces."""
+    slices = [dumped(items[at : at + _SLICE])[1:-1] for at in range(0, len(items), _SLICE)]
+    return [b"[", b",".join(slices), b"]"]
 
 
 async def detokenize(exchange: Exchange) -> None:
     """The text of token ids."""
     spec = await exchange.body(DetokenizeRequest)
     async with exchange.service.pool.use(spec.model) as served:
-        body = await exchange.work(lambda: b"".join(_text(spec.tokens, served)))
+        body = await exchange.work(lambda: list(_text(spec.tokens, served)))
     await exchange.raw(body, "application/json")
 
 
@@ -100,5 +100,5 @@ def _text(tokens: Sequence[int], served: Served) -> Iterator[bytes]:
     text = served.model.tokenizer.decode(tokens, skip_special=False)
     yield b'{"prompt":"'
     for at in range(0, len(text), _SLICE):
-        yield encode_basestring(text[at : at + _SLICE])[1:-1].encode("utf-8", "replace")
+        yield dumped(text[at : at + _SLICE])[1:-1]
     yield b'"}'
