@@ -5,33 +5,44 @@
 #include <cmath>
 #include <limits>
 
+#include "lanes.h"
 #include "threads.h"
 
 namespace hasten {
 namespace {
 
-constexpr int kRows = 48;  // query rows a task: enough to use K and V well, few enough for scores to stay in L2
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 int padded(int head_dim) { return round_up(head_dim, 32); }
 
-// out, max, sum of the context so far take in one more part. Parts are always taken in order, whoever computed them.
-// A part that has no number to give but NaN is taken in too: its sum is NaN then, and all that follows.
-void merge(const float* part, float part_max, float part_sum, int n, float* out, float& max, float& sum) {
-  if (part_sum == 0) return;  // the row sees nothing of it
-  const float top = std::max(max, part_max);
-  const float keep = max == kNone ? 0.0f : std::exp(max - top), take = std::exp(part_max - top);
-  for (int i = 0; i < n; i++) out[i] = out[i] * keep + part[i] * take;
-  sum = sum * keep + part_sum * take;
-  max = top;
+HASTEN_INLINE void add_scaled(const float* part, float take, float keep, int n, float* out) {
+  for (int i = 0; i < n; i += kLanes) store8(out + i, load8(out + i) * keep + load8(part + i) * take);
+}
+
+// out, max, sum of the context so far take in one more part, row by row; rows are n floats, a multiple of 32. Parts are
+// always taken in order, whoever computed them. A part that has no number to give but NaN is taken in too: its sum is
+// NaN then, and all that follows.
+HASTEN_CLONES void merge(const float* part, const float* part_max, const float* part_sum, int rows, int n, float* out,
+                         float* max, float* sum) {
+  for (int r = 0; r < rows; r++, part += n, out += n) {
+    if (part_sum[r] == 0) continue;  // the row sees nothing of it
+    const float top = std::max(max[r], part_max[r]);
+    const float keep = max[r] == kNone ? 0.0f : std::exp(max[r] - top), take = std::exp(part_max[r] - top);
+    add_scaled(part, take, keep, n, out);
+    sum[r] = sum[r] * keep + part_sum[r] * take;
+    max[r] = top;
+  }
 }
 
 constexpr uint32_t kExponent = 0x7f800000u;  // all of these bits: infinite or NaN
 
-bool all_finite(const float* x, int n) {
-  uint32_t broken = 0;
-  for (int i = 0; i < n; i++) broken |= (std::bit_cast<uint32_t>(x[i]) & kExponent) == kExponent;
-  return broken == 0;
+// n is a multiple of 32.
+HASTEN_CLONES bool all_finite(const float* x, size_t n) {
+  i32x8 broken = {};
+  for (size_t i = 0; i < n; i += kLanes) broken |= (bits_of(load8(x + i)) & int{kExponent}) == int{kExponent};
+  int any = 0;
+  for (int lane = 0; lane < kLanes; lane++) any |= broken[lane];
+  return any == 0;
 }
 
 // The token of its page that value i of a page belongs to. See kv_cache.h.
@@ -40,6 +51,15 @@ constexpr int token_of_value(int i) { return i % (16 * kPageTokens) / 32 * 2 + i
 bool sees(const AttendPart& a, int row, int token) {
   const int position = a.first + token;
   return position <= a.position[row] && (a.window == 0 || position > a.position[row] - a.window);
+}
+
+// Tokens of a block of queries: as many rows as the kernel takes best, but some pieces of work for each thread.
+int tokens_of_block(const std::vector<Span>& spans, int heads, int group, int threads) {
+  int tokens = 0;
+  for (const Span& span : spans) tokens += span.count;
+  const int64_t share = static_cast<int64_t>(tokens) * group * heads / (8 * threads);
+  const auto rows = static_cast<int>(std::clamp<int64_t>(share, kFewestRows, kernels().attend_rows));
+  return std::max(1, rows / group);
 }
 
 // The parts of the context that a block of queries can see.
@@ -53,8 +73,8 @@ struct PartRange {
 
 void Attention::stage_queries(const AttentionCall& call, const Task& task, Scratch& scratch) {
   const int group = call.heads / call.cache->shape().heads, d = call.head_dim, dp = padded(d);
-  scratch.q.resize(static_cast<size_t>(kRows + group) * dp);
-  scratch.position.resize(kRows + group);
+  scratch.q.resize(static_cast<size_t>(task.count) * group * dp);
+  scratch.position.resize(task.count * group);
   float row[kMostHeadDim];
   for (int t = 0; t < task.count; t++) {
     const int token = task.span->first + task.first + t;
@@ -96,8 +116,8 @@ void Attention::part(const AttentionCall& call, const Task& task, int part, Scra
       (side ? v_scale : k_scale)[p] = reinterpret_cast<const float*>(sides[side] + values);
     }
   }
-  scratch.scores.resize(static_cast<size_t>(kRows + group) * kPartTokens);
-  scratch.weights.resize(static_cast<size_t>(kRows + group) * kPartTokens);
+  scratch.scores.resize(static_cast<size_t>(rows) * kPartTokens);
+  scratch.weights.resize(static_cast<size_t>(rows) * kPartTokens);
   const AttendPart whole_block{.q = scratch.q.data(),
                                .rows = rows,
                                .position = scratch.position.data(),
@@ -121,6 +141,7 @@ void Attention::part(const AttentionCall& call, const Task& task, int part, Scra
 
 void Attention::keep_unseen_out(const AttendPart& block, Scratch& scratch) {
   const int values = kPageTokens * block.head_dim;
+  if (all_finite(block.out, static_cast<size_t>(block.rows) * block.head_dim)) return;
   bool looked = false;
   for (int row = 0; row < block.rows; row++) {
     float* out = block.out + static_cast<size_t>(row) * block.head_dim;
@@ -188,9 +209,8 @@ void Attention::whole(const AttentionCall& call, const Task& task, Scratch& scra
   const PartRange range(position0, position0 + task.count - 1, call.window);
   for (int p = range.first; p < range.last; p++) {
     part(call, task, p, scratch, scratch.part.data(), scratch.max.data(), scratch.sum.data());
-    for (int r = 0; r < rows; r++)
-      merge(scratch.part.data() + static_cast<size_t>(r) * dp, scratch.max[r], scratch.sum[r], dp,
-            total + static_cast<size_t>(r) * dp, scratch.max[rows + r], scratch.sum[rows + r]);
+    merge(scratch.part.data(), scratch.max.data(), scratch.sum.data(), rows, dp, total, scratch.max.data() + rows,
+          scratch.sum.data() + rows);
   }
   const RowSink sink{call, group, task.span->first + task.first, task.head};
   for (int r = 0; r < rows; r++) sink.put(r, total + static_cast<size_t>(r) * dp, scratch.sum[rows + r]);
@@ -198,10 +218,11 @@ void Attention::whole(const AttentionCall& call, const Task& task, Scratch& scra
 
 void Attention::run(const AttentionCall& call, const std::vector<Span>& spans, int threads) {
   const int kv_heads = call.cache->shape().heads, group = call.heads / kv_heads, dp = padded(call.head_dim);
-  const int block = std::max(1, kRows / group);
+  const int block = tokens_of_block(spans, kv_heads, group, threads);
   scratch_.resize(std::max<size_t>(scratch_.size(), threads));
   tasks_.clear();
   size_t parts = 0;
+  int most = 0, least = std::numeric_limits<int>::max();  // parts of a task
   for (const Span& span : spans)
     for (int head = 0; head < kv_heads; head++)
       for (int t = 0; t < span.count; t += block) {
@@ -209,9 +230,12 @@ void Attention::run(const AttentionCall& call, const std::vector<Span>& spans, i
         const PartRange range(position, position + count - 1, call.window);
         tasks_.push_back({&span, head, t, count, parts});
         parts += range.last - range.first;
+        most = std::max(most, range.last - range.first);
+        least = std::min(least, range.last - range.first);
       }
   const int tasks = static_cast<int>(tasks_.size());
-  if (threads == 1 || tasks >= 4 * threads || tasks % threads == 0 || parts == tasks_.size()) {
+  // As many pieces of one size for each thread, or so many that their sizes do not matter.
+  if (threads == 1 || tasks >= 4 * threads || (tasks % threads == 0 && most == least) || parts == tasks_.size()) {
     // Later blocks see more: start with them, so that the last piece of work is a small one.
     pool().split(threads, tasks, 1, [&](int begin, int end, int thread) {
       for (int i = begin; i < end; i++) whole(call, tasks_[tasks - 1 - i], scratch_[thread]);
@@ -237,21 +261,26 @@ void Attention::run(const AttentionCall& call, const std::vector<Span>& spans, i
       part(call, task, range.first + pieces[i].second, scratch_[thread], out, out + rows * dp, out + rows * (dp + 1));
     }
   });
-  for (int i = 0; i < tasks; i++) {
-    const Task& task = tasks_[i];
-    const size_t end = i + 1 < tasks ? tasks_[i + 1].partial : parts, rows = static_cast<size_t>(block) * group;
-    const RowSink sink{call, group, task.span->first + task.first, task.head};
-    for (int r = 0; r < task.count * group; r++) {
-      std::vector<float> total(dp, 0.0f);
-      float max = kNone, sum = 0;
-      for (size_t p = task.partial; p < end; p++) {
-        const float* from = partials_.data() + p * task_floats;
-        merge(from + static_cast<size_t>(r) * dp, from[rows * dp + r], from[rows * (dp + 1) + r], dp, total.data(), max,
-              sum);
-      }
-      sink.put(r, total.data(), sum);
-    }
+  pool().split(threads, tasks, 1, [&](int begin, int end, int thread) {
+    for (int i = begin; i < end; i++) put_together(call, i, parts, task_floats, scratch_[thread]);
+  });
+}
+
+void Attention::put_together(const AttentionCall& call, int index, size_t parts, size_t task_floats, Scratch& scratch) {
+  const Task& task = tasks_[index];
+  const int group = call.heads / call.cache->shape().heads, dp = padded(call.head_dim), rows = task.count * group;
+  const size_t end = static_cast<size_t>(index) + 1 < tasks_.size() ? tasks_[index + 1].partial : parts;
+  const size_t room = task_floats / (dp + 2);  // rows that a piece has room for
+  scratch.part.assign(static_cast<size_t>(rows) * dp, 0.0f);
+  scratch.max.assign(rows, kNone);
+  scratch.sum.assign(rows, 0.0f);
+  for (size_t p = task.partial; p < end; p++) {
+    const float* from = partials_.data() + p * task_floats;
+    merge(from, from + room * dp, from + room * (dp + 1), rows, dp, scratch.part.data(), scratch.max.data(),
+          scratch.sum.data());
   }
+  const RowSink sink{call, group, task.span->first + task.first, task.head};
+  for (int r = 0; r < rows; r++) sink.put(r, scratch.part.data() + static_cast<size_t>(r) * dp, scratch.sum[r]);
 }
 
 }  // namespace hasten

@@ -65,6 +65,8 @@ class Attention {
   static void find_broken(const AttendPart& block, std::vector<uint8_t>& broken);
   void stage_queries(const AttentionCall& call, const Task& task, Scratch& scratch);
   void whole(const AttentionCall& call, const Task& task, Scratch& scratch);
+  // Merges what the pieces of task `index` found. `parts` is the number of pieces of all tasks, each of `task_floats`.
+  void put_together(const AttentionCall& call, int index, size_t parts, size_t task_floats, Scratch& scratch);
 
   std::vector<Task> tasks_;
   std::vector<Scratch> scratch_;

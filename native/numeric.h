@@ -43,6 +43,13 @@ inline fp16 float_to_fp16(float v) {
   return sign | static_cast<fp16>((magnitude + 0xfffu + ((magnitude >> 13) & 1) - 0x38000000u) >> 13);
 }
 
+// 2^y for y <= 0: y is split without error into a whole number n and a rest f in [-0.5, 0.5], and 2^f is this minimax
+// polynomial (highest power first), good to 1e-7 of itself and exactly 1 for f = 0. One multiplication takes the base
+// of e^x, and a temperature with it. Below kLowestPower, where results would soon be subnormal, they are 0.
+constexpr float kLowestPower = -125.9f;
+constexpr float kPowerTerms[7] = {1.5353362e-4f, 1.3398875e-3f, 9.6184374e-3f, 5.5503325e-2f,
+                                  2.4022648e-1f, 6.9314720e-1f, 1.0f};
+
 // The largest magnitude; NaN if any value is one. (Their bits are the largest of all.)
 inline float largest_magnitude(const float* x, int n) {
   uint32_t most = 0;

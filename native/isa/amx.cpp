@@ -73,6 +73,7 @@ const Kernels kAmxKernels = {
     .rms_norm = avx512::rms_norm,
     .gated = avx512::gated,
     .rope = avx512::rope,
+    .attend_rows = kFewestRows,
     .attend = amx::attend,
     .argmax = avx512::argmax,
 };

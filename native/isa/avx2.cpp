@@ -187,6 +187,7 @@ const Kernels kAvx2Kernels = {
     .rms_norm = avx2::rms_norm,
     .gated = avx2::gated,
     .rope = avx2::rope,
+    .attend_rows = 256,
     .attend = avx2::attend,
     .argmax = avx2::argmax,
 };

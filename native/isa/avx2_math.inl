@@ -25,6 +25,19 @@ inline __m256 exp(__m256 x) {
   return _mm256_andnot_ps(_mm256_cmp_ps(x, _mm256_set1_ps(-87.3f), _CMP_LE_OQ), value_or_nan);
 }
 
+// 2^y for y <= 0 by the polynomial of numeric.h; 0 below kLowestPower, NaN stays NaN.
+inline __m256 power_of_two(__m256 y) {
+  const __m256 lowest = _mm256_set1_ps(kLowestPower);
+  const __m256 x = _mm256_max_ps(lowest, y);  // in this order, NaN stays
+  // In the sum with 1.5 * 2^23 + 127 the fraction is rounded off, and the low bits are the exponent of 2^n.
+  const __m256 magic = _mm256_set1_ps(0x1.8p23f + 127.0f), shifted = _mm256_add_ps(x, magic);
+  const __m256 f = _mm256_sub_ps(x, _mm256_sub_ps(shifted, magic));
+  __m256 p = _mm256_set1_ps(kPowerTerms[0]);
+  for (int i = 1; i < 7; i++) p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(kPowerTerms[i]));
+  const __m256i power = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
+  return _mm256_andnot_ps(_mm256_cmp_ps(y, lowest, _CMP_LT_OQ), _mm256_mul_ps(p, _mm256_castsi256_ps(power)));
+}
+
 // x / (1 + e^-y)
 inline __m256 gate_by_sigmoid(__m256 x, __m256 y) {
   const __m256 minus = _mm256_min_ps(_mm256_set1_ps(88.0f), _mm256_sub_ps(_mm256_setzero_ps(), y));  // NaN stays
@@ -53,6 +66,11 @@ inline __m128i to_bf16(__m256 v) {
 inline __m256 first_of(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
 inline __m256 second_of(__m256i pairs) {
   return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+}
+
+inline __m256 bf16_to_floats(const bf16* x) {
+  const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(eight), 16));
 }
 
 inline __m256i broadcast_pair(const bf16* x) {

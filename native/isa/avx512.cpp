@@ -179,6 +179,7 @@ const Kernels kAvx512Kernels = {
     .rms_norm = avx512::rms_norm,
     .gated = avx512::gated,
     .rope = avx512::rope,
+    .attend_rows = kFewestRows,
     .attend = avx512::attend,
     .argmax = avx512::argmax,
 };

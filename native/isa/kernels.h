@@ -55,6 +55,7 @@ struct AttendPart {
 
 constexpr int kPageTokens = 32;
 constexpr int kPartTokens = 256;  // attention works through the context in parts of this many tokens
+constexpr int kFewestRows = 48;   // of a block of queries that need not be smaller
 
 // One way to compute integer layers. All ways of all instruction sets give the same bits; which is the fastest depends
 // on the processor, the format and the number of tokens, and is measured (int_ways.h).
@@ -97,6 +98,8 @@ struct Kernels {
   // Rotates the first 2 * half values of a head: (x[i], x[i + half]) by the angle whose cosine and sine are given.
   void (*rope)(float* head, const float* cos, const float* sin, int half);
 
+  // `attend_rows`: query rows that one call takes best, at least kFewestRows; keys and values are read once a call.
+  int attend_rows;
   void (*attend)(const AttendPart& part);
   // Index of the largest value, the lowest of equals; -1 if any value is NaN.
   int (*argmax)(const float* x, int n);

@@ -18,6 +18,7 @@ const Kernels kScalarKernels = {
     .rms_norm = generic::rms_norm,
     .gated = generic::gated,
     .rope = generic::rope,
+    .attend_rows = kFewestRows,
     .attend = generic::attend,
     .argmax = generic::argmax,
 };
