@@ -8,8 +8,9 @@ import time
 from typing import Any
 
 import pytest
-from running_server import Running, chat
+from running_server import Running, chat, wait_for
 
+from hasten.serve import service
 from hasten.serve.body import MAX_PARTS, MAX_VALUES, Strict, parse
 from hasten.serve.endpoints.chat import ChatRequest
 from hasten.serve.endpoints.completions import CompletionRequest
@@ -115,3 +116,32 @@ def test_others_are_answered_while_a_large_body_is_refused(server: Running) -> N
         assert server.ask("/health").status == 200
         assert time.monotonic() - began < 2  # benchmarks/hostile.py measures it
     assert replies[0].error["param"] == "input.0.role"
+
+
+def test_bodies_together_take_no_more_than_memory_has(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "_ALWAYS", 100_000)
+    bodies = server.server.service.bodies
+    monkeypatch.setattr(bodies, "_left", lambda: 0)
+    text = json.dumps(chat("x" * 1000, user="u" * 10)).encode().ljust(90_000)
+    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    with server.connect() as slow:
+        slow.sendall(f"{head}content-length: {len(text)}\r\n\r\n".encode() + text[:50_000])
+        wait_for(lambda: bodies.held == len(text))
+        refused = server.ask("/v1/chat/completions", text[:-1])
+        assert (refused.status, refused.error["code"]) == (503, "overloaded")
+        assert refused.headers["retry-after"] == "1" and bodies.held == len(text)
+        assert server.ask("/v1/chat/completions", chat()).status == 200  # what is small is not counted
+        slow.sendall(text[50_000:])
+        assert slow.recv(1000).startswith(b"HTTP/1.1 200")
+    wait_for(lambda: bodies.held == 0)
+    with server.connect() as gone:
+        gone.sendall(f"{head}content-length: {len(text)}\r\n\r\n".encode() + text[:50_000])
+        wait_for(lambda: bodies.held == len(text))
+    wait_for(lambda: bodies.held == 0)
+    start = f"{head}transfer-encoding: chunked\r\n\r\n186a1\r\n".encode()
+    with server.connect() as chunked:  # counted as it comes
+        chunked.sendall(start + b"[" * 100_001 + b"\r\n0\r\n\r\n")
+        assert chunked.recv(1000).startswith(b"HTTP/1.1 503")
+    wait_for(lambda: bodies.held == 0)

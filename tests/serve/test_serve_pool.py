@@ -10,7 +10,9 @@ import pytest
 from running_server import Running, chat, serving, wait_for
 from stand_in_engine import StandInEngine, StandInModel
 
+from hasten.engine.async_engine import EngineClosed
 from hasten.errors import ModelError, UsageError
+from hasten.serve import pool
 from hasten.serve.options import ServeOptions
 from hasten.serve.pool import ModelPool, names_of
 from hasten.serve.problem import Problem
@@ -115,9 +117,8 @@ def test_one_load_serves_all_who_wait_and_outlives_a_client() -> None:
     asyncio.run(scenario())
 
 
-def test_an_engine_that_failed_is_loaded_anew() -> None:
-    from hasten.engine.async_engine import EngineClosed
-
+def test_an_engine_that_failed_is_loaded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "_LOOK_S", 60.0)
     engines = [StandInEngine(error=EngineClosed("the engine failed")), StandInEngine("fine")]
     spare = iter(engines)
     with serving(
@@ -131,8 +132,11 @@ def test_an_engine_that_failed_is_loaded_anew() -> None:
         assert server.ask("/ready").status == 200
 
 
-def test_an_engine_that_failed_with_nobody_there_is_seen_and_loaded_anew() -> None:
+def test_a_request_has_an_engine_loaded_anew_that_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """No request has to fail first."""
+    monkeypatch.setattr(pool, "_LOOK_S", 60.0)
     engines = [StandInEngine("old"), StandInEngine("new")]
     spare = iter(engines)
     with serving(
@@ -143,6 +147,53 @@ def test_an_engine_that_failed_with_nobody_there_is_seen_and_loaded_anew() -> No
         assert server.ask("/ready").status == 503
         assert server.ask(PATH, chat()).json["choices"][0]["message"]["content"] == "new"
         assert engines[0].closed and server.ask("/ready").status == 200
+
+
+def test_a_model_whose_engine_failed_comes_back_though_nobody_asks() -> None:
+    """After a load that fails, too: a second later."""
+    engines = [StandInEngine("old"), StandInEngine("new")]
+    spare = iter(engines)
+    loads: list[str] = []
+
+    def load(ref: str) -> Any:
+        loads.append(ref)
+        if len(loads) == 2:
+            raise ModelError("no memory just now")
+        return StandInModel(ref), next(spare)
+
+    with serving(ServeOptions(port=0, log=False), {"a": engines[0]}, load) as server:
+        engines[0].failed = True
+        wait_for(lambda: len(loads) == 3)
+        wait_for(lambda: server.ask("/ready").status == 200)
+        assert engines[0].closed
+        assert server.ask(PATH, chat()).json["choices"][0]["message"]["content"] == "new"
+
+
+def test_an_engine_that_fails_again_and_again_gets_ever_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[str] = []
+
+    def load(ref: str) -> Any:
+        loads.append(ref)
+        return StandInModel(ref), StandInEngine(failed=True) if len(loads) > 1 else first
+
+    first = StandInEngine()
+    with serving(ServeOptions(port=0, log=False), {"a": first}, load) as server:
+        first.failed = True
+        wait_for(lambda: len(loads) == 3)  # at once, and a second later
+        reply = server.ask(PATH, chat())
+        assert (reply.status, reply.error["code"]) == (503, "engine_stopped")
+        assert 1 <= int(reply.headers["retry-after"]) <= 2 and len(loads) == 3
+    falls, now = pool._Falls(), [1000.0]
+    monkeypatch.setattr(pool.time, "monotonic", lambda: now[0])
+    waits = []
+    for _ in range(9):
+        now[0] += max(0.0, falls.wait_s)
+        falls.note()
+        waits.append(falls.wait_s)
+    assert waits == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    now[0] += pool._FORGOTTEN_S
+    falls.note()
+    assert falls.count == 1
 
 
 def test_two_models_that_share_one_place_both_get_on() -> None:

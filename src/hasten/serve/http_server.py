@@ -273,6 +273,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.service.draining = True
+        self.service.pool.stop_watching()
         if self.loaded:
             self.service.log.event("draining", seconds=self.config.timeout_graceful_shutdown)
         else:  # all that runs waits for the model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import Future
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from hasten.engine.stats import EngineStats
     from hasten.serve.log import Log
 
+
+_LOOK_S = 0.2  # between looks whether an engine failed
+_MOST_WAIT_S = 60.0
+_FORGOTTEN_S = 300.0  # a model that ran for so long starts over when its engine fails
 
 Loader = Callable[[str], "tuple[LanguageModel, AsyncEngine]"]
 
@@ -69,6 +74,27 @@ class Served:
 
 
 @dataclass(eq=False)
+class _Falls:
+    """How often a model's engine failed lately: the first time it is loaded again at once, then later."""
+
+    count: int = 0
+    last: float = 0.0  # when it was loaded again
+
+    def note(self) -> None:
+        """It is loaded again now."""
+        now = time.monotonic()
+        self.count = 1 + (self.count if now - self.last < _FORGOTTEN_S else 0)
+        self.last = now
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds until it may be loaded again."""
+        if self.count == 0:
+            return 0.0
+        return self.last + min(_MOST_WAIT_S, 2.0 ** (self.count - 1)) - time.monotonic()
+
+
+@dataclass(eq=False)
 class _Load:
     """A model on its way, and how many wait for it.
 
@@ -103,6 +129,9 @@ class ModelPool:
         self._loading: dict[str, _Load] = {}
         self._placing = asyncio.Lock()
         self._coming: Future[tuple[LanguageModel, AsyncEngine]] | None = None
+        self._falls: dict[str, _Falls] = {}
+        self._down: set[str] = set()  # models whose engine failed and that are not in memory again
+        self._watcher: asyncio.Task[None] | None = None
         self.started = False  # a model was loaded, whatever became of it
 
     @property
@@ -133,7 +162,30 @@ class ModelPool:
     def expect(self, coming: Future[tuple[LanguageModel, AsyncEngine]]) -> asyncio.Task[Served]:
         """Take the default model, whose loading began before there was a loop; requests for it wait."""
         self._coming = coming
+        self._watcher = asyncio.get_running_loop().create_task(self._watch())
         return self._start_loading(self.default)
+
+    async def _watch(self) -> None:
+        """Load models anew whose engine failed, whether somebody asks for them or not."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            for name in [*self._down, *(name for name, one in self._loaded.items() if one.engine.failed)]:
+                if name not in self._loaded and len(self._loaded) >= self._most:
+                    self._down.discard(name)  # others took its place: it comes back when it is asked for
+                elif name not in self._loading and self._falls.setdefault(name, _Falls()).wait_s <= 0:
+                    self._revive(name)
+
+    def _revive(self, name: str) -> asyncio.Task[Served]:
+        self._down.add(name)
+        falls = self._falls.setdefault(name, _Falls())
+        falls.note()
+        self._say("reloading", "error", model=name, failures=falls.count)
+        return self._start_loading(name)
+
+    def stop_watching(self) -> None:
+        """What fails from now on stays as it is: the server ends."""
+        if self._watcher is not None:
+            self._watcher.cancel()
 
     @asynccontextmanager
     async def use(self, name: str | None) -> AsyncIterator[Served]:
@@ -146,7 +198,9 @@ class ModelPool:
         try:
             yield served
         except EngineClosed:
-            served.leaving = True  # its engine failed: whoever comes next has it loaded anew
+            if not served.leaving:  # its engine failed
+                served.leaving = True
+                self._down.add(served.name)
             raise
         finally:
             _release(served)
@@ -164,7 +218,7 @@ class ModelPool:
             served.users += 1
             served.idle.clear()
             return served
-        task = self._loading[name].task if name in self._loading else self._start_loading(name)
+        task = self._loading[name].task if name in self._loading else self._begin(name)
         load = self._loading[name]
         assert task is not None
         load.waiting += 1
@@ -176,9 +230,24 @@ class ModelPool:
                 _release(load.served)
             raise
 
+    def _begin(self, name: str) -> asyncio.Task[Served]:
+        """Load a model that is asked for.
+
+        Raises:
+            Problem: 503, its engine fails again and again, and is given some time.
+        """
+        if name not in self._down and (name not in self._loaded or not self._loaded[name].engine.failed):
+            return self._start_loading(name)
+        falls = self._falls.setdefault(name, _Falls())
+        if (wait := falls.wait_s) > 0:
+            said = f"the engine of {name!r} failed {falls.count} times; it starts again in {wait:.0f} s"
+            raise Problem(503, said, code="engine_stopped", headers={"retry-after": str(math.ceil(wait))})
+        return self._revive(name)
+
     def _start_loading(self, name: str) -> asyncio.Task[Served]:
         load = self._loading[name] = _Load()
         load.task = asyncio.get_running_loop().create_task(self._load(name, load))
+        load.task.add_done_callback(lambda task: task.cancelled() or task.exception())  # perhaps nobody waits
         return load.task
 
     async def _load(self, name: str, load: _Load) -> Served:
@@ -187,6 +256,7 @@ class ModelPool:
                 load.served = self._loaded[name] = await self._placed(name)
                 load.served.users = load.waiting
                 self.started = True
+                self._down.discard(name)
                 return load.served
         except Exception as error:
             self._say("load_failed", "error", model=name, error=str(error))
@@ -229,6 +299,7 @@ class ModelPool:
 
     async def close(self) -> None:
         """Stop all engines; what still runs is cancelled."""
+        self.stop_watching()
         for load in list(self._loading.values()):
             if load.task is not None:
                 load.task.cancel()

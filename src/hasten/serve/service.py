@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from starlette.responses import Response
 
 from hasten.machine.cores import usable_cores
+from hasten.machine.memory import memory_room
 from hasten.serve.body import Strict, parse
 from hasten.serve.call import Call, Deadline, Receive, Scope, Send, call_of
 from hasten.serve.kept import Recorder, ResponseMemory, ResponseStore
@@ -31,7 +32,9 @@ T = TypeVar("T")
 
 _LONG = 500_000  # bytes of a body whose preparing may take longer than others should wait
 _PIECE = 1 << 17  # bytes of an answer that are handed to the connection at once
-_SMALL = 8192  # bytes: a body that is checked within a millisecond, whatever it holds
+_ALWAYS = 32_000_000  # bytes that bodies may take together, however little memory is free
+_COPIES = 4  # of a body: itself, checked values, a text of the template, token ids
+_SMALL = 8192  # bytes: a body that is checked within a millisecond, whatever it holds, and is not counted
 
 _EVENT_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -52,6 +55,7 @@ class Service:
         self.stored = ResponseStore()
         self.memory = ResponseMemory.of(options)
         self.recorder = Recorder(options.record, log) if options.record is not None else None
+        self.bodies = BodyRoom(_memory_left)
         self.draining = False
         self.began = time.monotonic()
         # templates and tokenizers run here: a long prompt or a slow template stops nobody's stream
@@ -98,21 +102,58 @@ class Exchange:
         self.scope = scope
         self.call: Call = call_of(scope)
         self.sent = 0.0  # when events were sent last, seconds of the monotonic clock
+        self.reserved = 0  # bytes of the body that are counted in the room for bodies
         self._size = 0  # bytes of the body
         self._receive = receive
         self._send = send
 
     async def body(self, model: type[Item]) -> Item:
-        """The request's body, checked.
+        """The request's body, checked; counted as it comes, whatever its content-length claims.
 
         Raises:
-            Problem: too long, too slow, or not what the model says.
+            Problem: 408 too slow, 413 too long, 415 no JSON, 503 no room for it, 400 not what the model says.
         """
-        data = await read_body(self._receive, self.scope, self.service.options)
+        options = self.service.options
+        check_kind(self.scope["headers"])
+        announced = dict(self.scope["headers"]).get(b"content-length", b"")
+        self._expect(int(announced) if announced.isdigit() else 0)
+        data: bytearray | None = None
+        with Deadline(options.body_timeout_s):
+            data = await self._collect()
+        if data is None:
+            said = f"the body did not arrive within {options.body_timeout_s:g} s"
+            raise Problem(408, said, code="body_timeout", headers={"connection": "close"})
         self._size = len(data)
         if self._size <= _SMALL:
             return parse(model, data)
         return await self.work(lambda: parse(model, data))
+
+    def _expect(self, size: int) -> None:
+        """The body will have so many bytes.
+
+        Raises:
+            Problem: 413, that is too long; 503, there is no room for it.
+        """
+        limit = self.service.options.max_body_bytes
+        if size > limit:
+            said = f"the body is longer than {limit:,} bytes"
+            raise Problem(413, said, code="body_too_large", headers={"connection": "close"})
+        more = size - self.reserved
+        if size > _SMALL and more > 0:
+            self.service.bodies.take(more)
+            self.reserved += more
+
+    async def _collect(self) -> bytearray:
+        body = bytearray()
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                self.call.left = True
+                raise asyncio.CancelledError
+            body += message.get("body", b"")
+            self._expect(len(body))
+            if not message.get("more_body", False):
+                return body
 
     async def work(self, task: Callable[[], T]) -> T:
         """Run something for this request in a thread; large bodies wait in a line of their own."""
@@ -172,28 +213,11 @@ class Handled(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the endpoint."""
-        await self._endpoint(Exchange(self._service, scope, receive, send))
-
-
-async def read_body(receive: Receive, scope: Scope, options: ServeOptions) -> bytearray:
-    """The request's body, whatever its content-length claims: counted as it comes, and within its time.
-
-    Raises:
-        Problem: 408 too slow, 413 too long, 415 no JSON.
-    """
-    check_kind(scope["headers"])
-    limit = options.max_body_bytes
-    announced = dict(scope["headers"]).get(b"content-length", b"")
-    if announced.isdigit() and int(announced) > limit:
-        raise _too_long(limit)
-    with Deadline(options.body_timeout_s):
-        return await _collect(receive, call_of(scope), limit)
-    raise Problem(
-        408,
-        f"the body did not arrive within {options.body_timeout_s:g} s",
-        code="body_timeout",
-        headers={"connection": "close"},
-    )
+        exchange = Exchange(self._service, scope, receive, send)
+        try:
+            await self._endpoint(exchange)
+        finally:
+            self._service.bodies.held -= exchange.reserved  # what was asked lives as long as its answer
 
 
 def check_kind(headers: Sequence[tuple[bytes, bytes]]) -> None:
@@ -223,24 +247,31 @@ def check_kind(headers: Sequence[tuple[bytes, bytes]]) -> None:
     )
 
 
-async def _collect(receive: Receive, call: Call, limit: int) -> bytearray:
-    body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            call.left = True
-            raise asyncio.CancelledError
-        body += message.get("body", b"")
-        if len(body) > limit:
-            raise _too_long(limit)
-        if not message.get("more_body", False):
-            return body
+class BodyRoom:
+    """Bytes of the bodies that are read and worked on now: together no more than memory allows.
+
+    Args:
+        left: bytes of memory that may still be filled.
+    """
+
+    def __init__(self, left: Callable[[], int]) -> None:
+        self._left = left
+        self.held = 0
+
+    def take(self, size: int) -> None:
+        """Count a body, or more of it.
+
+        Raises:
+            Problem: 503, there is no room for it now.
+        """
+        most = max(_ALWAYS, self._left() // _COPIES)
+        if self.held + size > most:
+            said = f"bodies of other requests take {self.held:,} bytes; {size:,} more have no room now"
+            raise Problem(503, said, code="overloaded", headers={"retry-after": "1"})
+        self.held += size
 
 
-def _too_long(limit: int) -> Problem:
-    return Problem(
-        413,
-        f"the body is longer than {limit:,} bytes",
-        code="body_too_large",
-        headers={"connection": "close"},
-    )
+def _memory_left() -> int:
+    room = memory_room()
+    room.look()
+    return room.left
