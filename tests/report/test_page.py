@@ -15,8 +15,7 @@ import pytest
 from fakes import FakeWorkshop
 from hasten.core import Budget
 from hasten.optimize.search import Effort, Search
-from hasten.report.frontier import frontier, points_of, predictor
-from hasten.report.page import page
+from hasten.report.optimized import frontier, optimized_page, points_of, predictor
 
 EVIL = "<script>alert('x')</script>\"&"
 
@@ -66,7 +65,7 @@ def outline(html: str) -> Outline:
 
 
 def test_everything_is_in_it(plan: dict[str, Any]) -> None:
-    html = page(plan)
+    html = optimized_page(plan)
     for candidate in plan["search"]["candidates"]:
         assert html.count(candidate["recipe"]) >= 3  # figure, table, reasons
         assert candidate["because"].split(";")[0].split("(")[0] in html
@@ -75,7 +74,7 @@ def test_everything_is_in_it(plan: dict[str, Any]) -> None:
 
 
 def test_it_stands_alone(plan: dict[str, Any]) -> None:
-    html = page(plan)
+    html = optimized_page(plan)
     found = outline(html)
     assert not {tag for tag, _ in found.seen} & {"script", "link", "img", "iframe", "object"}
     for _, attributes in found.seen:
@@ -87,7 +86,7 @@ def test_it_stands_alone(plan: dict[str, Any]) -> None:
 
 
 def test_it_can_be_read_aloud_and_on_a_phone(plan: dict[str, Any]) -> None:
-    found = outline(page(plan))
+    found = outline(optimized_page(plan))
     tags = [tag for tag, _ in found.seen]
     assert tags.count("table") == tags.count("caption") == 2
     (svg,) = [attributes for tag, attributes in found.seen if tag == "svg"]
@@ -96,7 +95,7 @@ def test_it_can_be_read_aloud_and_on_a_phone(plan: dict[str, Any]) -> None:
     assert all(attributes.get("scope") in ("row", "col") for tag, attributes in found.seen if tag == "th")
     assert any(a.get("name") == "viewport" for tag, a in found.seen if tag == "meta")
     assert ("html", {"lang": "en"}) in found.seen
-    assert "prefers-color-scheme: dark" in page(plan)
+    assert "prefers-color-scheme: dark" in optimized_page(plan)
 
 
 def test_what_comes_from_outside_is_escaped(plan: dict[str, Any]) -> None:
@@ -110,7 +109,7 @@ def test_what_comes_from_outside_is_escaped(plan: dict[str, Any]) -> None:
         candidate["because"] = EVIL
         candidate["verdict"]["status"] = EVIL
     bad["search"]["candidates"][0]["recipe"] = chosen
-    html = page(bad)
+    html = optimized_page(bad)
     assert "<script" not in html
     assert "&lt;script&gt;" in html
     outline(html)
@@ -119,14 +118,14 @@ def test_what_comes_from_outside_is_escaped(plan: dict[str, Any]) -> None:
 
 def test_unknown_is_called_unknown(plan: dict[str, Any]) -> None:
     assert plan["machine"]["read_gb_per_s"] is None
-    html = page(plan)
+    html = optimized_page(plan)
     assert "unknown GB/s" in html
     assert "None" not in html
     assert "nan" not in re.sub("<style>.*</style>", "", html)
 
 
 def test_without_a_sensitivity_map(plan: dict[str, Any]) -> None:
-    html = page({**plan, "sensitivity": []})
+    html = optimized_page({**plan, "sensitivity": []})
     assert "Where few bits hurt" not in html
     outline(html)
 

@@ -25,7 +25,7 @@ from hasten.optimize.trials import Trials, slow_readers
 from hasten.optimize.workshop import Built, Workshop
 from hasten.quality.divergence import Reference
 from hasten.quality.text import Text, default_text, text_from_file, windows
-from hasten.report.page import page
+from hasten.report.optimized import optimized_page
 from hasten.speed import estimate
 
 WORKLOADS: dict[Goal, Workload] = {
@@ -290,7 +290,7 @@ class Search:
         whole = record(result, drawn, asked)
         model = self.workshop.build(recipe)
         try:
-            self.workshop.save(model, out, whole, page(whole))
+            self.workshop.save(model, out, whole, optimized_page(whole))
         finally:
             model.close()
         return result

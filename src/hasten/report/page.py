@@ -1,219 +1,144 @@
-"""report.html: one file, no script and nothing fetched, drawn from the record in plan.json alone."""
+"""What every report shares: escaped text and figures, ticks, and the page with its style."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from html import escape
 from typing import Any
 
-from hasten.report.figures import median, megabytes, number, percent, share, small, text, times
-from hasten.report.frontier import frontier
-from hasten.report.sensitivity import sensitivity_map
-from hasten.report.style import document
+_NICE = (1.0, 2.0, 2.5, 5.0, 10.0)
 
-Record = Mapping[str, Any]
 
-_GOALS = {
-    "latency": "The fastest answer",
-    "throughput": "The most tokens of a batch",
-    "memory": "The least memory",
+def ticks(highest: float, room: float = 1.0) -> list[float]:
+    """About five round numbers from 0 up to `room` times `highest`, which must be above 0."""
+    rough = highest / 4
+    scale = 10.0 ** math.floor(math.log10(rough))
+    step = next(n * scale for n in _NICE if n * scale >= rough * 0.999)
+    return [step * i for i in range(math.ceil(highest * room / step) + 1)]
+
+
+UNKNOWN = "unknown"
+
+
+def text(value: Any) -> str:
+    """Any value as HTML text, safe in attributes too."""
+    return UNKNOWN if value is None else escape(str(value), quote=True)
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    """1,234.5, or `unknown`."""
+    return UNKNOWN if value is None else f"{value:,.{digits}f}"
+
+
+def percent(value: float | None) -> str:
+    """A signed share: +0.82 %."""
+    return UNKNOWN if value is None else f"{100 * value:+.2f} %"
+
+
+def share(value: float | None) -> str:
+    """An unsigned share: 98.7 %."""
+    return UNKNOWN if value is None else f"{100 * value:.1f} %"
+
+
+def small(value: float | None) -> str:
+    """Two significant digits, for divergences: 0.0043."""
+    return UNKNOWN if value is None else f"{value:.2g}"
+
+
+def times(value: float | None) -> str:
+    """A speedup: 2.9 and a times sign."""
+    return UNKNOWN if value is None else f"{value:.2g}&times;" if value < 10 else f"{value:.0f}&times;"
+
+
+def megabytes(value: float | None) -> str:
+    """Bytes as MB of a million."""
+    return UNKNOWN if value is None else f"{value / 1e6:,.0f} MB"
+
+
+def median(measurement: Mapping[str, Any] | None, figure: str) -> float | None:
+    """The median of one figure of a measurement, None where there is no measurement."""
+    return None if measurement is None else float(measurement[figure]["median"])
+
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #fdfdfb; --ink: #1d2329; --soft: #5b6670; --line: #dfe3e6;
+  --card: #f3f5f5; --good: #0b7a53; --bad: #b3401f; --pick: #0b57b0; --heat: 200, 90, 20; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #14181c; --ink: #e6e9eb; --soft: #9ba6af; --line: #2e363d; --card: #1c2227;
+    --good: #4cc38a; --bad: #f0855f; --pick: #6cb0ff; --heat: 240, 130, 60; }
 }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 64rem; padding: 1.5rem 1rem 4rem; background: var(--paper);
+  color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .4rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem; }
+p { margin: .4rem 0; max-width: 46rem; }
+.lead { color: var(--soft); }
+code { font: .9em ui-monospace, "SF Mono", Menlo, Consolas, monospace; overflow-wrap: anywhere; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.2rem, 1fr)); gap: .6rem;
+  margin: 1.2rem 0 0; padding: 0; list-style: none; }
+.tiles li { background: var(--card); border-radius: 8px; padding: .7rem .85rem; }
+.tiles b { display: block; font-size: 1.5rem; line-height: 1.2; font-variant-numeric: tabular-nums; }
+.tiles span { color: var(--soft); font-size: .86rem; }
+.chart { display: block; width: 100%; max-width: 46rem; height: auto; }
+.chart text { font: 12px system-ui, sans-serif; fill: var(--soft); }
+.chart .name { fill: var(--ink); }
+.chart .strong { font-weight: 700; fill: var(--pick); }
+.chart .grid { stroke: var(--line); stroke-width: 1; }
+.chart .line { fill: none; stroke-width: 2; }
+.chart .first { stroke: var(--pick); fill: var(--pick); }
+.chart .second { stroke: var(--bad); fill: var(--bad); }
+.chart .line.first, .chart .line.second { fill: none; }
+.chart .line.second { stroke-dasharray: 6 3; }
+.chart .start { stroke: var(--soft); stroke-dasharray: 5 4; }
+.chart .pass { fill: var(--good); stroke: var(--good); }
+.chart .fail { fill: var(--bad); stroke: var(--bad); }
+.chart .chosen { fill: var(--pick); stroke: var(--pick); }
+.chart .hollow { fill: var(--paper); stroke-width: 2; }
+.key { color: var(--soft); font-size: .88rem; }
+.key i { display: inline-block; width: .7em; height: .7em; margin: 0 .3em 0 0; border: 2px solid; }
+.key span { white-space: nowrap; margin-right: 1.1em; }
+.round { border-radius: 50%; }
+.turned { transform: rotate(45deg); }
+.k-pick { color: var(--pick); background: var(--pick); }
+.k-good { color: var(--good); background: var(--good); }
+.k-bad { color: var(--bad); }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
+caption { text-align: left; color: var(--soft); font-size: .88rem; padding-bottom: .4rem; }
+caption span { display: block; position: sticky; left: 0; width: min(46rem, calc(100vw - 2rem)); }
+th, td { padding: .34rem .5rem; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid var(--line); }
+thead th { font-weight: 600; color: var(--soft); vertical-align: bottom; white-space: normal; }
+th:first-child, td:first-child { text-align: left; padding-left: .4rem; }
+tbody th { font-weight: 600; }
+tr.chosen th, tr.chosen td { background: var(--card); }
+tr.chosen th { color: var(--pick); box-shadow: inset 3px 0 var(--pick); }
+.pass { color: var(--good); }
+.fail, .insufficient { color: var(--bad); }
+.small { color: var(--soft); font-size: .86em; }
+.reasons dt { font-weight: 600; margin-top: .7rem; }
+.reasons dd { margin: 0; max-width: 46rem; }
+.map td { text-align: center; background: rgba(var(--heat), var(--a)); border: 2px solid var(--paper); }
+.map thead th + th { text-align: center; }
+.map { font-size: .8rem; }
+.map th, .map td { padding: .18rem .3rem; }
+.map .edge { border-left: .5rem solid var(--paper); }
+.map .own { outline: 2px solid var(--pick); outline-offset: -3px; font-weight: 600; }
+.facts { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .25rem 1rem; margin: 0; }
+.facts dt { color: var(--soft); }
+.facts dd { margin: 0; overflow-wrap: anywhere; max-width: 46rem; }
+@media (max-width: 34rem) { .facts { grid-template-columns: 1fr; } .facts dd { margin-bottom: .5rem; } }
+@media print { body { max-width: none; } .scroll { overflow: visible; } }
+"""
 
 
-def page(plan: Record) -> str:
-    """The report of a search.
-
-    Args:
-        plan: what plan.json holds, as `hasten.optimize` writes it. Every string in it is escaped.
-    """
-    search = plan["search"]
-    name = text(plan["model"])
-    body = "".join(
-        [
-            _head(plan, search),
-            "<h2>Speed against divergence</h2>",
-            frontier(search),
-            _KEY,
-            "<h2>What was tried</h2>",
-            _table(plan, search),
-            "<h2>Why</h2>",
-            _reasons(plan, search),
-            sensitivity_map(
-                plan.get("sensitivity") or [],
-                plan.get("sensitivity_method", "rtn"),
-                plan.get("sensitivity_error"),
-            ),
-            "<h2>How this was measured</h2>",
-            _facts(plan, search),
-        ]
-    )
-    return document(f"{name}: {text(search['chosen'])}", body)
-
-
-_KEY = (
-    '<p class="key"><span><i class="round k-pick"></i>chosen</span>'
-    '<span><i class="round k-good"></i>within the budget</span>'
-    '<span><i class="turned k-bad"></i>not within the budget</span>'
-    "Hollow: not timed, speed predicted from its bytes.</p>"
-)
-
-
-def _head(plan: Record, search: Record) -> str:
-    verdict, speedup = plan["verdict"], search["speedup"]
-    chosen = next(c for c in search["candidates"] if c["recipe"] == search["chosen"])
-    measured = chosen["measurement"]
-    tiles = [
-        (times(speedup["decode"]), f"decode: {number(median(measured, 'decode_tok_per_s'))} tok/s"),
-        (times(speedup["prefill"]), f"prefill: {number(median(measured, 'prefill_tok_per_s'), 0)} tok/s"),
-        (times(speedup["ttft"]), f"first token: {number(median(measured, 'ttft_ms'), 0)} ms"),
-        (
-            percent(verdict["ppl_increase"]),
-            f"perplexity; 95 %: {_interval(verdict)}",
-        ),
-        (
-            number(chosen["bits_per_weight"], 2),
-            f"bits a weight: {megabytes(chosen['weight_bytes'])} read a token",
-        ),
-    ]
-    items = "".join(f"<li><b>{value}</b><span>{about}</span></li>" for value, about in tiles)
-    limit = percent(plan["budget"]["max_ppl_increase"])
+def document(title: str, body: str) -> str:
+    """One whole page. Both are HTML already: what comes from outside is escaped by who calls."""
     return (
-        f"<h1>{text(plan['model'])} as {text(search['chosen'])}</h1>"
-        f'<p class="lead">{text(_GOALS[plan["goal"]])} within a perplexity increase of {limit}, on '
-        f"{text(plan['machine']['cpu'])}. Factors are against the same model in bf16 on the same engine.</p>"
-        f'<ul class="tiles">{items}</ul>'
-    )
-
-
-_COLUMNS = (
-    "recipe",
-    "verdict",
-    "bits",
-    "MB a token",
-    "decode tok/s",
-    "prefill tok/s",
-    "first token ms",
-    "perplexity",
-    "mean KL",
-    "p99 KL",
-    "same top token",
-    "tokens",
-)
-
-
-def _table(plan: Record, search: Record) -> str:
-    head = "".join(f'<th scope="col">{column}</th>' for column in _COLUMNS)
-    start = search["baseline"]
-    first = _row("bf16 (start)", 16.0, start["measurement"], None, "", False)
-    rows = "".join(
-        _row(
-            c["recipe"],
-            c["bits_per_weight"],
-            c["measurement"],
-            c["verdict"],
-            c["weight_bytes"],
-            c["recipe"] == search["chosen"],
-        )
-        for c in search["candidates"]
-    )
-    about = (
-        "Medians. A recipe out of the budget is not timed. One that clearly fails is judged on fewer tokens. "
-        f"Perplexity of the start: {number(start['ppl'], 3)}."
-    )
-    return (
-        '<div class="scroll" role="region" aria-label="Recipes tried" tabindex="0"><table>'
-        f"<caption><span>{about}</span></caption><thead><tr>{head}</tr></thead><tbody>{first}{rows}</tbody></table></div>"
-    )
-
-
-def _row(
-    name: str,
-    bits: float | None,
-    measured: Record | None,
-    verdict: Record | None,
-    weight_bytes: Any,
-    chosen: bool,
-) -> str:
-    size = weight_bytes or (measured or {}).get("weight_bytes")
-    status = "" if verdict is None else text(verdict["status"])
-    cells = [
-        f'<span class="{status}">{status}</span>',
-        number(bits, 2),
-        number(size / 1e6 if size else None, 0),
-        *(_timed(measured, figure) for figure in ("decode_tok_per_s", "prefill_tok_per_s", "ttft_ms")),
-    ]
-    if verdict is None:
-        cells += [""] * 5
-    else:
-        cells += [
-            f'{percent(verdict["ppl_increase"])}<br><span class="small">{_interval(verdict)}</span>',
-            small(verdict["kl_mean"]),
-            small(verdict["kl_p99"]),
-            share(verdict["top1_agreement"]),
-            number(verdict["tokens"], 0),
-        ]
-    mark = ' class="chosen"' if chosen else ""
-    return f'<tr{mark}><th scope="row">{text(name)}</th>' + "".join(f"<td>{c}</td>" for c in cells) + "</tr>"
-
-
-def _interval(verdict: Record) -> str:
-    return f"{percent(verdict['ppl_increase_low'])} to {percent(verdict['ppl_increase_high'])}"
-
-
-def _timed(measured: Record | None, figure: str) -> str:
-    if measured is None:
-        return '<span class="small">not timed</span>'
-    stat = measured[figure]
-    digits = 0 if stat["median"] >= 1000 else 1
-    spread = f"{number(stat['p10'], digits)} to {number(stat['p90'], digits)}"
-    return f'<span title="p10 to p90: {spread}, n {stat["n"]}">{number(stat["median"], digits)}</span>'
-
-
-def _reasons(plan: Record, search: Record) -> str:
-    chosen = [c for c in search["candidates"] if c["recipe"] == search["chosen"]]
-    others = [c for c in search["candidates"] if c["recipe"] != search["chosen"]]
-    items = "".join(f"<dt>{text(c['recipe'])}</dt><dd>{text(c['because'])}</dd>" for c in [*chosen, *others])
-    extra = "".join(f"<p>{text(reason)}</p>" for reason in plan["because"][1:])
-    return f'<dl class="reasons">{items}</dl>{extra}'
-
-
-def _facts(plan: Record, search: Record) -> str:
-    machine, judged = plan["machine"], plan["text"]
-    measured = plan["measurement"] or search["baseline"]["measurement"]
-    workload = measured["workload"]
-    memory = machine["memory_bytes"]
-    read, int8 = measured["fraction_of_read_ceiling"], measured["fraction_of_int8_ceiling"]
-    facts = [
-        (
-            "Machine",
-            f"{text(machine['cpu'])}, {machine['cores']} cores, {', '.join(map(text, machine['isa']))}",
-        ),
-        ("Memory", text(None) if memory is None else f"{memory / 2**30:.1f} GiB"),
-        (
-            "Ceilings",
-            f"read {number(machine['read_gb_per_s'])} GB/s, int8 {number(machine['int8_tops'], 2)} TOPS, "
-            f"bf16 {number(machine['bf16_tflops'], 2)} TFLOP/s, measured",
-        ),
-        ("Of the ceilings", f"decode {share(read)} of the read rate, prefill {share(int8)} of the int8 rate"),
-        (
-            "Speed",
-            f"{workload['prompt']} tokens in, {workload['output']} out, {workload['batch']} at once, "
-            f"{measured['threads']} threads; medians of {plan['runs']} runs after a warm-up, in one process",
-        ),
-        (
-            "Quality",
-            f"up to {number(judged['tokens'], 0)} tokens of {text(judged['name'])} in windows of 512, each "
-            "from an empty cache; the source in bf16 on the same engine reads the same. KL over the whole "
-            "vocabulary. Interval: paired bootstrap over blocks of 64 tokens, 95 %, seeded. A recipe passes "
-            "when the whole interval is within the budget. Widths were chosen on other text than judged.",
-        ),
-        ("Text", f"sha256 <code>{text(judged['sha256'])}</code>"),
-        (
-            "Versions",
-            ", ".join(f"{text(k)} {text(v)}" for k, v in plan["versions"].items())
-            + f"; {text(machine['os'])}",
-        ),
-        ("Use it", f'<code>hasten generate {text(search["artifact"])} -p "What is a mutex?"</code>'),
-    ]
-    return (
-        '<dl class="facts">' + "".join(f"<dt>{about}</dt><dd>{fact}</dd>" for about, fact in facts) + "</dl>"
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{STYLE}</style></head>\n"
+        f"<body><main>{body}</main></body></html>\n"
     )

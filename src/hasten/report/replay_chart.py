@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from hasten.engine.replay import ReplayResult
-from hasten.report.figures import text
+from hasten.report.page import text
 
 _WIDTH, _HEIGHT = 640, 400
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 150, 44, 48  # the legend stands at the right
