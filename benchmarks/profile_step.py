@@ -11,7 +11,7 @@ import time
 
 import hasten
 from hasten.bench.workloads import PromptRing, default_text
-from hasten.engine.sampling import SamplingOptions
+from hasten.runtime.sampling import SamplingOptions
 
 
 def main() -> int:

@@ -15,7 +15,6 @@ void bind_engine(nb::module_& m);            // decoder, kernels, threads
 void bind_kernels(nb::module_& m);           // single kernels, for tests
 void bind_int_ways(nb::module_& m);          // ways of integer kernels, timed and chosen
 void bind_pack(nb::module_& m);              // pack, unpack, ggml conversion
-void bind_sampler(nb::module_& m);           // sampling
 void bind_sequence_sampler(nb::module_& m);  // sampling of many sequences, with masks and penalties
 void bind_divergence(nb::module_& m);        // KL, NLL, top-1 over rows of logits
 void bind_probe(nb::module_& m);             // measured ceilings

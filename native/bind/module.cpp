@@ -25,7 +25,6 @@ NB_MODULE(_native, m) {
   hasten::bind_kernels(m);
   hasten::bind_int_ways(m);
   hasten::bind_pack(m);
-  hasten::bind_sampler(m);
   hasten::bind_sequence_sampler(m);
   hasten::bind_divergence(m);
   hasten::bind_probe(m);

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from hasten.compress.compress import compress
     from hasten.core import EngineOptions, Layout, Recipe
     from hasten.engine.model import Completion, LanguageModel
-    from hasten.engine.sampling import SamplingOptions
     from hasten.errors import HastenError
     from hasten.machine.probe import probe
     from hasten.optimize.named import load
     from hasten.optimize.result import OptimizeResult
     from hasten.optimize.search import optimize
+    from hasten.runtime.sampling import SamplingOptions
 
 __version__ = "0.1.0"
 
@@ -37,7 +37,7 @@ _HOME = {
     "probe": "hasten.machine.probe",
     "LanguageModel": "hasten.engine.model",
     "Completion": "hasten.engine.model",
-    "SamplingOptions": "hasten.engine.sampling",
+    "SamplingOptions": "hasten.runtime.sampling",
     "Recipe": "hasten.core",
     "Layout": "hasten.core",
     "EngineOptions": "hasten.core",

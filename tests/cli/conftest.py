@@ -85,11 +85,11 @@ def model(monkeypatch: pytest.MonkeyPatch) -> ByteModel:
         fake.loaded = {"ref": ref, **options}
         return fake
 
-    engine, sampling = ModuleType("hasten.engine.model"), ModuleType("hasten.engine.sampling")
+    engine, sampling = ModuleType("hasten.engine.model"), ModuleType("hasten.runtime.sampling")
     engine.load = load  # type: ignore[attr-defined]
     sampling.SamplingOptions = SimpleNamespace  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "hasten.engine.model", engine)
-    monkeypatch.setitem(sys.modules, "hasten.engine.sampling", sampling)
+    monkeypatch.setitem(sys.modules, "hasten.runtime.sampling", sampling)
     request = ModuleType("hasten.engine.request")
     request.Request = lambda *parts: parts  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "hasten.engine.request", request)

@@ -63,12 +63,18 @@ def test_the_first_signal_decides_though_it_is_raised_later(one: str, two: str, 
 
 
 def test_a_second_signal_while_the_first_is_said_keeps_its_code() -> None:
+    told: list[int] = []
+
     def verb() -> int:
         raise Terminated
 
-    def say_and_be_stopped(*_: object) -> int:
-        raise Terminated
+    def say_and_be_stopped(code: int, *_: object) -> int:
+        told.append(code)
+        if len(told) == 1:
+            raise Terminated
+        return code
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hasten.cli.frame._say", say_and_be_stopped)
         assert guarded(verb) == 0
+    assert told == [0, 0]

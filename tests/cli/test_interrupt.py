@@ -84,7 +84,7 @@ CALLS = [
     "hasten.models.folder_tokenizer:_stored_fields",
     "hasten.runtime.cpu:CpuExecutor._check",
     "hasten.runtime.cpu:CpuExecutor.head",
-    "hasten.engine.engine:choose",
+    "hasten.runtime.executor:choose",
     "hasten.cli.console:_write",
 ]
 

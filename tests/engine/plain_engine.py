@@ -9,8 +9,8 @@ import numpy as np
 from hasten.engine.grammar import GrammarCompiler
 from hasten.engine.model import LanguageModel
 from hasten.engine.request import Output, Request
-from hasten.engine.sampling import SequenceSampler, TokenLogprob, choose
-from hasten.runtime.pages import Sequence
+from hasten.runtime.pages import CachedSequence
+from hasten.runtime.sampling import SequenceSampler, TokenLogprob, choose
 
 
 @dataclass
@@ -32,14 +32,15 @@ def plain(model: LanguageModel, request: Request, index: int = 0) -> Plain:
     if request.grammar is not None:
         grammar = GrammarCompiler(model.tokenizer, model.config.vocab_size).compile(request.grammar).start()
     known, prompt = list(request.prompt), len(request.prompt)
-    sequence = Sequence()
-    executor.expect(sequence, prompt)
+    sequence = CachedSequence()
+    sequence.kv_class = executor.kv_class(prompt, True)
     try:
         while done.finish is None:
-            if executor.outgrows(sequence, len(known)):  # LongRoPE: all of it is prompt now
-                executor.truncate(sequence, 0)
+            kv_class = executor.kv_class(len(known), True)
+            if sequence.length and sequence.kv_class != kv_class:  # LongRoPE: all of it is prompt now
+                executor.pool.truncate(sequence, 0)
                 prompt = len(known)
-                executor.expect(sequence, prompt)
+                sequence.kv_class = kv_class
             new = known[sequence.length :]
             hidden = executor.step([(sequence, new)], [len(new) - 1], prefill=len(known) == prompt)
             masks = None if grammar is None else grammar.masks([])
@@ -53,7 +54,7 @@ def plain(model: LanguageModel, request: Request, index: int = 0) -> Plain:
             if grammar is not None and done.finish is None:
                 grammar.accept(choice.tokens)
     finally:
-        executor.truncate(sequence, 0)
+        executor.pool.truncate(sequence, 0)
     return done
 
 

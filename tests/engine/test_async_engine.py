@@ -16,8 +16,8 @@ from hasten.engine.async_engine import AsyncEngine, EngineClosed
 from hasten.engine.grammar import Grammar
 from hasten.engine.model import LanguageModel
 from hasten.engine.request import Output, Request
-from hasten.engine.sampling import SamplingOptions
 from hasten.errors import QueueFull, UsageError
+from hasten.runtime.sampling import SamplingOptions
 
 FOREVER = SamplingOptions(ignore_eos=True)
 Body = Callable[[AsyncEngine], Coroutine[Any, Any, None]]

@@ -16,8 +16,8 @@ from hasten.core import EngineOptions
 from hasten.engine.async_engine import AsyncEngine, EngineClosed
 from hasten.engine.model import LanguageModel
 from hasten.engine.request import Output, Request
-from hasten.engine.sampling import SamplingOptions
 from hasten.errors import UsageError
+from hasten.runtime.sampling import SamplingOptions
 
 FOREVER = SamplingOptions(ignore_eos=True)
 

@@ -21,7 +21,7 @@ from hasten.engine.engine import Engine
 from hasten.engine.grammar import Grammar
 from hasten.engine.model import LanguageModel
 from hasten.engine.request import Output, Request
-from hasten.engine.sampling import SamplingOptions
+from hasten.runtime.sampling import SamplingOptions
 
 SHARED = random_prompt(1, 45)  # one full page of 32 and a piece of the next
 SAMPLED = SamplingOptions(temperature=1.0, top_p=0.95, seed=11, ignore_eos=True)

@@ -72,6 +72,6 @@ def test_anything_else_is_another(
     seen.add(fingerprint(model))
     monkeypatch.setattr(hasten, "__version__", "0.0")
     seen.add(fingerprint(model))
-    monkeypatch.setattr(model.executor, "isa", "other")
+    monkeypatch.setattr(model.executor, "name", "other")
     seen.add(fingerprint(model))
     assert len(seen) == 9

@@ -25,9 +25,9 @@ from hasten.engine.grammar_source import LIMITS
 from hasten.engine.grammar_trial import GrammarTrial, shared_trial, with_large_stack
 from hasten.engine.model import LanguageModel
 from hasten.engine.request import Request
-from hasten.engine.sampling import SamplingOptions
 from hasten.engine.tool_grammar import tool_grammar
 from hasten.errors import QueueFull, UsageError
+from hasten.runtime.sampling import SamplingOptions
 
 FOREVER = SamplingOptions(ignore_eos=True)
 ENDLESS = "start: T\nT: " + " & ".join(f"/(.*a.{{{size}}})*/" for size in range(9)) + "\n"

@@ -18,9 +18,9 @@ import hasten
 from hasten.core import EngineOptions, Layout, Recipe
 from hasten.engine.model import LanguageModel, load_packed
 from hasten.engine.request import Request
-from hasten.engine.sampling import SamplingOptions
 from hasten.errors import HastenError, ModelError, UsageError
 from hasten.models.open import open_model
+from hasten.runtime.sampling import SamplingOptions
 from hasten.weights.packed import pack_linear, pack_model
 
 OPTIONS = EngineOptions(threads=1, context=128, max_sequences=3, prefill_chunk=16)

@@ -15,7 +15,7 @@ from hasten.core import EngineOptions, ServingOptions
 from hasten.engine.engine import Engine
 from hasten.engine.model import LanguageModel
 from hasten.engine.request import Request
-from hasten.engine.sampling import SamplingOptions
+from hasten.runtime.sampling import SamplingOptions
 
 POISON = 40  # this token's keys and values overflow in the first layer, nobody else's do
 RECIPES = ["bf16", "bf16-kv8"]

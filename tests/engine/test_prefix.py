@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from hasten.cache.policy import new_policy
 from hasten.core import CachePolicy
 from hasten.engine.prefix import Chain, Match, PrefixCache, child_key, root_key
-from hasten.runtime.pages import PagePool
-from hasten.runtime.pages import Sequence as CachedSequence
+from hasten.runtime.pages import CachedSequence, PagePool
 
 SIZE = 4  # tokens a page
 ROOT = root_key("model")

@@ -18,7 +18,7 @@ from hasten.core import EngineOptions, ServingOptions
 from hasten.engine.engine import Engine
 from hasten.engine.model import LanguageModel
 from hasten.engine.request import Output, Request
-from hasten.engine.sampling import SamplingOptions
+from hasten.runtime.sampling import SamplingOptions
 
 FOREVER = SamplingOptions(ignore_eos=True)
 

@@ -17,9 +17,9 @@ from hasten.engine import keep
 from hasten.engine.engine import Engine
 from hasten.engine.replay import SETTLE_PAGES, replay
 from hasten.engine.request import Request
-from hasten.engine.sampling import SamplingOptions
 from hasten.engine.trace import Trace, TraceModel, TraceRequest, TraceWriter, read_trace
 from hasten.errors import UsageError
+from hasten.runtime.sampling import SamplingOptions
 
 PAGE, BYTES = 32, 1000
 POLICIES = ("lru", "lfu", "s3fifo", "cost")

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from hasten.core import as_json
-from hasten.engine.sampling import SamplingOptions, SequenceSampler, choose
 from hasten.errors import UsageError
+from hasten.runtime.sampling import SamplingOptions, SequenceSampler, choose
 
 NAN, INF = float("nan"), float("inf")
 NUMBERS = [

@@ -14,8 +14,8 @@ from hasten.core import EngineOptions, ServingOptions
 from hasten.engine.engine import Engine
 from hasten.engine.model import LanguageModel
 from hasten.engine.request import Request
-from hasten.engine.sampling import SamplingOptions
 from hasten.errors import HastenError, UsageError
+from hasten.runtime.sampling import SamplingOptions
 
 GREEDY = SamplingOptions(ignore_eos=True)
 CONTEXT = 96
@@ -62,7 +62,7 @@ def test_a_conversation_equals_cold_runs(model: LanguageModel) -> None:
                 before = engine.stats().prefix_hit_tokens
                 answer = warm(engine, ids, 6)
                 assert answer == cold(model, ids, 6), f"seed {seed}, turn {turn}"
-                if turn == 3 and model.executor.isa != "amx" and model.config.architecture != "phi3":
+                if turn == 3 and model.executor.name != "amx" and model.config.architecture != "phi3":
                     assert engine.stats().prefix_hit_tokens > before
                 ids += answer
 

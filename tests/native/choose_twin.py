@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import sampler_twin as twin
 
-from hasten.engine.sampling import SamplingOptions
+from hasten.runtime.sampling import SamplingOptions
 
 
 def mask_words(allowed: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ import hasten
 from hasten import _native
 from hasten.core import EngineOptions
 from hasten.engine.model import LanguageModel
-from hasten.runtime.pages import Sequence
+from hasten.runtime.pages import CachedSequence
 
 # gemma3: windows, two norms a block, tied head; phi3: LongRoPE, whose threshold of 16 tokens all texts pass
 CASES = [
@@ -47,20 +47,20 @@ def load(tiny_folder: Callable[..., Path]) -> Iterator[Callable[..., LanguageMod
         model.close()
 
 
-def churn(model: LanguageModel, seed: int) -> list[Sequence]:
+def churn(model: LanguageModel, seed: int) -> list[CachedSequence]:
     """Fill the cache with other texts and give some of it back: free pages in no order, none clean."""
     rng = np.random.default_rng(seed)
-    held = [Sequence() for _ in range(12)]
+    held = [CachedSequence() for _ in range(12)]
     for sequence in held:
         model.executor.step([(sequence, rng.integers(0, 262, rng.integers(1, 70), dtype=np.int32))], [])
     for at in rng.permutation(12)[:9]:
-        model.executor.truncate(held[at], 0)
+        model.executor.pool.truncate(held[at], 0)
     return held
 
 
-def release(model: LanguageModel, sequences: list[Sequence]) -> None:
+def release(model: LanguageModel, sequences: list[CachedSequence]) -> None:
     for sequence in sequences:
-        model.executor.truncate(sequence, 0)
+        model.executor.pool.truncate(sequence, 0)
 
 
 @pytest.mark.parametrize("name, recipe", CASES)
@@ -98,9 +98,9 @@ def test_company(isa: str, load: Callable[..., LanguageModel], name: str, recipe
     model = load(name, recipe)
     executor = model.executor
     alone = [model.hidden(text) for text in RAGGED]
-    sequences = [Sequence() for _ in RAGGED]
+    sequences = [CachedSequence() for _ in RAGGED]
     for sequence, text in zip(sequences, RAGGED, strict=True):
-        executor.expect(sequence, len(text))
+        sequence.kv_class = executor.kv_class(len(text), True)
     # all but the last token of each text together, the first text in two pieces
     parts = [RAGGED[0][:41], *(text[:-1] for text in RAGGED[1:])]
     batch = [(s, part) for s, part in zip(sequences, parts, strict=True) if len(part)]

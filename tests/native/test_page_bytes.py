@@ -11,7 +11,7 @@ import pytest
 import hasten
 from hasten.core import EngineOptions
 from hasten.engine.model import LanguageModel
-from hasten.runtime.pages import Sequence
+from hasten.runtime.pages import CachedSequence
 
 TEXT = np.random.default_rng(3).integers(0, 262, 120, dtype=np.int32)
 CASES = [
@@ -27,10 +27,10 @@ def open_tiny(folder: Path, recipe: str) -> LanguageModel:
     return hasten.load(folder, recipe, options=EngineOptions(threads=1, max_sequences=3))
 
 
-def computed(model: LanguageModel, tokens: np.ndarray, length: int) -> Sequence:
+def computed(model: LanguageModel, tokens: np.ndarray, length: int) -> CachedSequence:
     """A sequence that holds `tokens` and is going to be `length` long."""
-    sequence = Sequence()
-    model.executor.expect(sequence, length)
+    sequence = CachedSequence()
+    sequence.kv_class = model.executor.kv_class(length, True)
     model.executor.step([(sequence, tokens)], [], prefill=True)
     return sequence
 

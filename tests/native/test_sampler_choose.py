@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hasten import _native
-from hasten.engine.sampling import Choice, SamplingOptions, SequenceSampler, choose
+from hasten.runtime.sampling import Choice, SamplingOptions, SequenceSampler, choose
 
 BIAS = {3: 4.0, 5: -100.0, 17: 100.0 / 16, 40: -2.5}
 SINGLE: dict[str, dict[str, Any]] = {
@@ -160,12 +160,3 @@ def test_every_instruction_set_chooses_the_same() -> None:
 
 def test_no_sequences() -> None:
     assert choose(np.zeros((0, 10), np.float32), [], [], [], [], []) == []
-
-
-def test_the_old_way_gives_the_same_tokens() -> None:
-    logits, positions = rows(50, 700), np.arange(50, dtype=np.int64)
-    tokens = _native.sample(logits, 0.9, 0, 0.9, 0.0, 5, positions).tolist()
-    options = SamplingOptions(temperature=0.9, top_p=0.9, seed=5)
-    samplers = [SequenceSampler(options, [], 700) for _ in range(50)]
-    choices = choose(logits, samplers, [[]] * 50, list(range(50)), [None] * 50, [None] * 50)
-    assert [c.tokens for c in choices] == [[t] for t in tokens]

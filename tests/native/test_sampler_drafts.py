@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hasten.engine.sampling import Choice, SamplingOptions, SequenceSampler, TokenLogprob, choose
+from hasten.runtime.sampling import Choice, SamplingOptions, SequenceSampler, TokenLogprob, choose
 
 VOCAB = 70
 PROMPT = [1, 2, 3, 40, 69]

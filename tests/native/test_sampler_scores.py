@@ -8,8 +8,8 @@ import choose_twin as twin
 import numpy as np
 import pytest
 
-from hasten.engine.sampling import SamplingOptions, SequenceSampler, TokenLogprob, choose, score
 from hasten.errors import HastenError
+from hasten.runtime.sampling import SamplingOptions, SequenceSampler, TokenLogprob, choose, score
 
 
 def rows(count: int, vocab: int, seed: int = 0, spread: float = 3.0) -> np.ndarray:

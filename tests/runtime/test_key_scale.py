@@ -13,8 +13,7 @@ from hasten.engine.model import load_packed
 from hasten.models.open import open_folder
 from hasten.models.source import Source
 from hasten.runtime import cpu
-from hasten.runtime.key_scale import key_scales
-from hasten.runtime.key_shift import key_shifts
+from hasten.runtime.keys import key_scales, key_shifts
 from hasten.weights.packed import PackedModel, pack_model
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from hasten.core import ModelConfig
 from hasten.rope_scaling import RopeScaling
-from hasten.runtime.key_shift import key_shifts
+from hasten.runtime.keys import key_shifts
 
 CONFIG = ModelConfig(
     architecture="qwen2", vocab_size=11, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4,

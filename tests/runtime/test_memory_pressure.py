@@ -12,9 +12,9 @@ import hasten
 from hasten.core import EngineOptions, ServingOptions
 from hasten.engine.model import LanguageModel
 from hasten.engine.request import Output, Request
-from hasten.engine.sampling import SamplingOptions
 from hasten.machine.memory import LOOK_S, MemoryRoom
 from hasten.runtime.cpu import CpuExecutor
+from hasten.runtime.sampling import SamplingOptions
 
 RESERVE_PAGES = 4
 Machines = Callable[[], "Machine"]

@@ -18,10 +18,10 @@ from hasten import _native
 from hasten.core import EngineOptions, Recipe
 from hasten.engine.model import LanguageModel, load_packed
 from hasten.engine.request import Request
-from hasten.engine.sampling import SamplingOptions
 from hasten.models import Source, open_model
 from hasten.models.reference import ReferenceDecoder, int8_groups
-from hasten.runtime.key_shift import key_shifts
+from hasten.runtime.keys import key_shifts
+from hasten.runtime.sampling import SamplingOptions
 from hasten.weights.packed import PackedModel, pack_model
 from tiny_models import TINY, greedy, logits, prompts
 
@@ -211,7 +211,7 @@ def test_int8_cache_stays_close(name, tiny_model, tiny_folder):
 
 
 def test_large_key_biases_do_not_spoil_an_int8_cache(tiny_folder):
-    """Qwen2's are this large, in dimensions that hardly turn; see hasten.runtime.key_shift."""
+    """Qwen2's are this large, in dimensions that hardly turn; see hasten.runtime.keys."""
     source = open_model(tiny_folder("qwen2"))
     packed = pack_model(source, Recipe.parse("bf16-kv8"), 2)
     for layer in range(source.config.num_layers):

@@ -16,9 +16,9 @@ import hasten
 from hasten.core import EngineOptions, ServingOptions
 from hasten.engine.model import LanguageModel
 from hasten.engine.request import Request
-from hasten.engine.sampling import SamplingOptions, SequenceSampler, choose
 from hasten.errors import UsageError
-from hasten.runtime.pages import Sequence
+from hasten.runtime.pages import CachedSequence
+from hasten.runtime.sampling import SamplingOptions, SequenceSampler, choose
 
 TEXT = np.random.default_rng(5).integers(0, 262, 400, dtype=np.int32)
 
@@ -42,12 +42,12 @@ class Busy:
 
     def _run(self) -> None:
         while not self._stop:
-            sequence = Sequence()
+            sequence = CachedSequence()
             try:
                 self._executor.step([(sequence, TEXT)], [])
             except UsageError:
                 self.refused += 1
-            self._executor.truncate(sequence, 0)
+            self._executor.pool.truncate(sequence, 0)
 
     def __enter__(self) -> Busy:
         self._thread.start()

@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 
 from hasten.errors import UsageError
 from hasten.machine.memory import LOOK_S, MemoryRoom
-from hasten.runtime.pages import PageMemory, PagePool, Sequence
+from hasten.runtime.pages import CachedSequence, PageMemory, PagePool
 
 PAGES, TOKENS = 12, 4
 
 
-def check(pool: PagePool, sequences: list[Sequence]) -> None:
+def check(pool: PagePool, sequences: list[CachedSequence]) -> None:
     owned = [page for sequence in sequences for page in sequence.pages]
     assert sorted(owned + pool._filled + pool._bare) == list(range(PAGES))
     assert pool.free == PAGES - len(owned)
@@ -28,7 +28,7 @@ def check(pool: PagePool, sequences: list[Sequence]) -> None:
     )
 )
 def test_no_page_is_lost_or_shared(steps: list[tuple[int, str, int]]) -> None:
-    pool, sequences = PagePool(PAGES, TOKENS), [Sequence() for _ in range(5)]
+    pool, sequences = PagePool(PAGES, TOKENS), [CachedSequence() for _ in range(5)]
     for which, step, count in steps:
         sequence = sequences[which]
         if step == "grow":
@@ -57,7 +57,7 @@ def test_no_page_is_lost_or_shared(steps: list[tuple[int, str, int]]) -> None:
 
 def test_a_page_used_last_comes_first() -> None:
     """Its memory is warm."""
-    pool, one, two = PagePool(PAGES, TOKENS), Sequence(), Sequence()
+    pool, one, two = PagePool(PAGES, TOKENS), CachedSequence(), CachedSequence()
     pool.grow(one, 5)
     assert one.pages == [0, 1]
     pool.truncate(one, 0)
@@ -67,7 +67,7 @@ def test_a_page_used_last_comes_first() -> None:
 
 @pytest.mark.parametrize("length, pages", [(0, 0), (1, 1), (4, 1), (5, 2), (48, 12)])
 def test_whole_pages(length: int, pages: int) -> None:
-    pool, sequence = PagePool(PAGES, TOKENS), Sequence()
+    pool, sequence = PagePool(PAGES, TOKENS), CachedSequence()
     pool.grow(sequence, length)
     assert len(sequence.pages) == pages
     pool.grow(sequence, 0)
@@ -99,7 +99,7 @@ class Machine:
         self.pools.append(PagePool(pages, TOKENS, PageMemory(self.room, SIZE, drop)))
         return self.pools[-1]
 
-    def write(self, pool: PagePool, sequence: Sequence, length: int) -> None:
+    def write(self, pool: PagePool, sequence: CachedSequence, length: int) -> None:
         """What an executor does."""
         pool.grow(sequence, length)
         fresh = sequence.pages[sequence.length // TOKENS :]
@@ -115,7 +115,7 @@ class Machine:
 
 def test_no_more_pages_are_filled_than_memory_has_room_for() -> None:
     machine = Machine(1000)
-    pool, sequence = machine.pool(), Sequence()
+    pool, sequence = machine.pool(), CachedSequence()
     assert (pool.usable, pool.free) == (7, PAGES)
     machine.write(pool, sequence, 7 * TOKENS)
     assert pool.usable == 0 and machine.available() == 300
@@ -130,7 +130,7 @@ def test_no_more_pages_are_filled_than_memory_has_room_for() -> None:
 def test_the_only_sequence_may_fill_most_of_the_reserve() -> None:
     """Others might end and give pages back; it can wait for nobody."""
     machine = Machine(450)
-    pool, sequence = machine.pool(), Sequence()
+    pool, sequence = machine.pool(), CachedSequence()
     assert (pool.usable, pool.ensure(3), pool.ensure(3, alone=True), pool.ensure(4, alone=True)) == (
         2, False, True, False,
     )  # fmt: skip
@@ -149,7 +149,7 @@ def test_the_only_sequence_may_fill_most_of_the_reserve() -> None:
 def test_pages_that_are_promised_are_not_promised_twice() -> None:
     """A prompt gets all its pages before the first is written; no other model may count on that memory."""
     machine = Machine(1000)
-    one, other, prompt = machine.pool(), machine.pool(), Sequence()
+    one, other, prompt = machine.pool(), machine.pool(), CachedSequence()
     one.grow(prompt, 6 * TOKENS)
     machine.now += LOOK_S
     assert not other.ensure(4)
@@ -161,7 +161,7 @@ def test_pages_that_are_promised_are_not_promised_twice() -> None:
 
 def test_free_pages_are_given_back_then_cached_ones() -> None:
     machine = Machine(1500)
-    pool, used, free, cached = machine.pool(), Sequence(), Sequence(), Sequence()
+    pool, used, free, cached = machine.pool(), CachedSequence(), CachedSequence(), CachedSequence()
     for sequence, pages in ((used, 2), (free, 3), (cached, 4)):
         machine.write(pool, sequence, pages * TOKENS)
     pool.reclaim = lambda pages: pool.truncate(cached, max(0, len(cached.pages) - pages) * TOKENS)
@@ -184,7 +184,7 @@ def test_free_pages_are_given_back_then_cached_ones() -> None:
 
 def test_a_little_below_the_reserve_nothing_is_thrown_away() -> None:
     machine = Machine(1000)
-    pool, sequence = machine.pool(), Sequence()
+    pool, sequence = machine.pool(), CachedSequence()
     machine.write(pool, sequence, 7 * TOKENS)
     pool.truncate(sequence, 0)
     machine.others = 100
@@ -197,7 +197,12 @@ def test_a_page_goes_with_the_neighbours_that_hold_nothing() -> None:
     machine = Machine(10_000)
     dropped: list[tuple[int, int]] = []
     behind = PageMemory(machine.room, SIZE, lambda first, count: dropped.append((first, count)))
-    pool, kept, first, second = PagePool(PAGES, TOKENS, behind), Sequence(), Sequence(), Sequence()
+    pool, kept, first, second = (
+        PagePool(PAGES, TOKENS, behind),
+        CachedSequence(),
+        CachedSequence(),
+        CachedSequence(),
+    )
     for sequence, pages in ((first, 3), (kept, 1), (second, 2)):
         pool.grow(sequence, pages * TOKENS)
         pool.wrote(sequence.pages)
@@ -221,7 +226,7 @@ def test_memory_is_never_full(steps: list[tuple[int, str, int]]) -> None:
     """Two models; others take what is free above the reserve, and give it back."""
     machine = Machine(2400)
     pools = [machine.pool(), machine.pool()]
-    sequences = [Sequence() for _ in range(5)]
+    sequences = [CachedSequence() for _ in range(5)]
     for which, step, count in steps:
         sequence, pool = sequences[which], pools[which % 2]
         if step == "grow" and pool.ensure(count):
@@ -248,7 +253,7 @@ def test_memory_is_never_full(steps: list[tuple[int, str, int]]) -> None:
 def test_a_step_that_takes_long_does_not_keep_memory() -> None:
     """While the model computes, another thread gives free and cached pages back; otherwise it must not."""
     machine = Machine(1500)
-    pool, sequence = machine.pool(), Sequence()
+    pool, sequence = machine.pool(), CachedSequence()
     machine.write(pool, sequence, 8 * TOKENS)
     pool.truncate(sequence, 3 * TOKENS)
     machine.others, machine.now = 700, machine.now + LOOK_S

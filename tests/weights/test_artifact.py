@@ -22,11 +22,11 @@ import pytest
 import hasten
 from hasten import _native
 from hasten.core import ModelConfig, Recipe
-from hasten.engine.sampling import SamplingOptions
 from hasten.errors import ArtifactError, DiskError, HastenError, UsageError
 from hasten.models.artifact import load_artifact, save
 from hasten.models.open import open_model
 from hasten.models.source import Source
+from hasten.runtime.sampling import SamplingOptions
 from hasten.weights import artifact
 from hasten.weights import plan as artifact_plan
 from hasten.weights.artifact import is_artifact

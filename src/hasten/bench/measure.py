@@ -81,7 +81,7 @@ def run_once(model: LanguageModel, prompts: list[list[int]], output: int) -> Sam
     """One timed run of all prompts together on the served road: greedy, past the end token, nothing drafted
     and no prefix reused."""
     from hasten.engine.request import Request
-    from hasten.engine.sampling import SamplingOptions
+    from hasten.runtime.sampling import SamplingOptions
 
     options = SamplingOptions(temperature=0.0, ignore_eos=True)
     requests = [Request(tuple(ids), output, options, id=str(i)) for i, ids in enumerate(prompts)]

@@ -25,7 +25,7 @@ from hasten.errors import HastenError, UsageError
 
 if TYPE_CHECKING:
     from hasten.engine.model import LanguageModel
-    from hasten.engine.sampling import SamplingOptions
+    from hasten.runtime.sampling import SamplingOptions
 
 KEPT = "The conversation is not stored."
 HELP = "/reset starts over, /help shows this, /exit or Ctrl-D leaves; Ctrl-C stops an answer."
@@ -51,8 +51,8 @@ def command(
     Answers stream to stdout. /reset starts over, /help lists what can be typed, /exit or Ctrl-D leaves;
     Ctrl-C stops an answer and not the program. Through a pipe, every line of stdin is one turn.
     """
-    from hasten.engine.sampling import SamplingOptions
     from hasten.optimize.named import load
+    from hasten.runtime.sampling import SamplingOptions
 
     sampling = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     with watched() as observer:

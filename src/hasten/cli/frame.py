@@ -35,8 +35,10 @@ def guarded(action: Callable[[], int], *, verb: str = "", last: bool = False) ->
     """
     try:
         code = _explained(action, verb, last)
-    except KeyboardInterrupt as stop:  # while the error was being told
-        code = exit_code(stop)
+    except KeyboardInterrupt as stop:  # while the error was being told, or on its way here
+        if last:
+            _end_once()
+        code = _say(exit_code(stop), "\nstopped.")
     if last:
         _end_once()
     return code

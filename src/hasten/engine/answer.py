@@ -11,9 +11,10 @@ import numpy.typing as npt
 
 from hasten.engine.prefix import Chain
 from hasten.engine.request import FinishReason, Output, Request, Usage
-from hasten.engine.sampling import Choice, SamplingOptions, SequenceSampler, TokenLogprob
 from hasten.engine.stop import StopTexts
-from hasten.runtime.pages import Sequence as CachedSequence
+from hasten.runtime.executor import PartResult
+from hasten.runtime.pages import CachedSequence
+from hasten.runtime.sampling import Choice, Masks, SamplingOptions, SequenceSampler, TokenLogprob
 
 if TYPE_CHECKING:
     from hasten.cache.kv_ahead import Reading
@@ -72,6 +73,7 @@ class Answer:
         self.siblings: list[Answer] = []  # wait for this one's prompt
         self.prompt_logprobs: list[TokenLogprob | None] = []
         self.pooled: npt.NDArray[np.float64] | None = None  # [E], summed over the prompt so far
+        self.is_first_pass = True  # its prompt was not computed to its end yet
         self.prompt_read = 0  # prompt tokens in these two: once is enough, however often they are computed
         self._text = tokenizer.stream(request.skip_special, request.keep_special)
         self._stops = StopTexts(request.stop)
@@ -110,6 +112,40 @@ class Answer:
         """The request's options with this answer's own seed."""
         options = self.request.sampling
         return replace(options, seed=(options.seed + self.index) % 2**64) if self.index else options
+
+    def first_masks(self) -> Masks:
+        """What its grammar allows as the first token: uint32 [1, ceil(V / 32)]."""
+        assert self.grammar is not None, "an answer without a grammar has no masks"
+        return self.grammar.masks([])
+
+    def read_prompt(self, start: int, count: int, result: PartResult) -> None:
+        """Take in what prompt tokens `start` to `start + count` gave; what was read before is left out.
+
+        Raises:
+            HastenError: a logit is NaN.
+        """
+        read, self.prompt_read = self.prompt_read, max(self.prompt_read, start + count)
+        if self.request.pooling == "mean" and result.hidden is not None:
+            fresh = result.hidden[max(0, read - start) : len(self.request.prompt) - start]
+            total = fresh.sum(axis=0, dtype=np.float64)
+            self.pooled = total if self.pooled is None else self.pooled + total
+        if self.request.prompt_logprobs is None:
+            return
+        if isinstance(result.scores, BaseException):
+            raise result.scores
+        if start == 0 and read == 0:
+            self.prompt_logprobs.append(None)  # nothing comes before the first token
+        self.prompt_logprobs += result.scores
+
+    def embedding(self, result: PartResult) -> Floats | None:
+        """The prompt's embedding float32 [E], if one was asked for; `result` is its last part's."""
+        if self.request.pooling == "mean" and self.pooled is not None:
+            mean: Floats = (self.pooled / len(self.request.prompt)).astype(np.float32)
+            return mean
+        if self.request.pooling == "last" and result.hidden is not None:
+            last: Floats = result.hidden[-1].copy()
+            return last
+        return None
 
     def share_prompt(self) -> None:
         """What the prompt gave is the same for all of n."""

@@ -1,21 +1,13 @@
-"""The work of one step, and its computation."""
+"""The work of one step: what the engine asks of the executor for each answer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-
-import numpy as np
-import numpy.typing as npt
 
 from hasten.engine.answer import Answer
-from hasten.runtime.pages import Sequence as CachedSequence
-
-if TYPE_CHECKING:
-    from hasten.runtime.cpu import CpuExecutor
-
-Floats = npt.NDArray[np.float32]
+from hasten.runtime.executor import Draw, Part, Scored
+from hasten.runtime.sampling import Masks
 
 
 @dataclass
@@ -33,45 +25,45 @@ class Work:
         """The next `count` tokens of an answer, which are all prompt or all not."""
         return cls(answer, count, answer.in_prompt, count == answer.pending)
 
-    def rows(self) -> range:
-        """Which of its tokens' results are wanted."""
-        total = self.count + len(self.drafts)
-        if self.is_prompt and self.answer.every_row:
-            return range(total)
-        return range(self.count - 1, total) if self.completes else range(0)
+    def drawn(self) -> list[Answer]:
+        """The answers that get a token from its last row: its own, and siblings that wait for the prompt."""
+        if not self.completes or self.answer.request.max_new_tokens == 0:
+            return []
+        return [self.answer, *self.answer.siblings]
 
+    def part(self, masks: Callable[[], Masks] | None) -> Part:
+        """The same for the executor. `masks`: its own grammar's, made while the model computes."""
+        answer, done = self.answer, self.answer.cached.length
+        request = answer.request
+        draws = [
+            Draw(
+                one.sampler,
+                len(answer.tokens),
+                request.logprobs,
+                masks if one is answer else one.first_masks if one.grammar is not None else None,
+            )
+            for one in self.drawn()
+        ]
+        every = self.is_prompt and answer.every_row
+        hidden = 0
+        if every and request.pooling == "mean":
+            hidden = self.count
+        elif self.completes and request.pooling == "last":
+            hidden = 1
+        return Part(
+            answer.cached,
+            answer.tokens[done : done + self.count],
+            self.is_prompt,
+            self.drafts,
+            tuple(draws),
+            hidden,
+            self._scored(done) if every else None,
+        )
 
-def execute(executor: CpuExecutor, works: Sequence[Work]) -> list[Floats]:
-    """Compute a step.
-
-    Where prompts and answers take different kernels they go in two calls: a token's result must depend on
-    which it is and on nothing else in the step.
-
-    Returns:
-        float32 [len(work.rows()), E] of each work, after the final norm.
-    """
-    results: dict[int, Floats] = {}
-    calls: list[list[Work]] = [list(works)]
-    if not executor.decodes_like_prefill:
-        calls = [[w for w in works if not w.is_prompt], [w for w in works if w.is_prompt]]
-    for call in calls:
-        if call:
-            results.update(zip(map(id, call), _compute(executor, call), strict=True))
-    return [results[id(work)] for work in works]
-
-
-def _compute(executor: CpuExecutor, works: list[Work]) -> list[Floats]:
-    batch: list[tuple[CachedSequence, list[int]]] = []
-    rows: list[int] = []
-    sizes: list[int] = []
-    first = 0
-    for work in works:
-        answer, done = work.answer, work.answer.cached.length
-        batch.append((answer.cached, answer.tokens[done : done + work.count] + work.drafts))
-        wanted = work.rows()
-        rows.extend(first + row for row in wanted)
-        sizes.append(len(wanted))
-        first += work.count + len(work.drafts)
-    hidden = executor.step(batch, rows, prefill=works[0].is_prompt)
-    ends = np.cumsum(sizes)
-    return [hidden[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+    def _scored(self, done: int) -> Scored | None:
+        """The prompt's tokens that this step predicts, but those that were scored before a preemption."""
+        request, first = self.answer.request, max(done, self.answer.prompt_read)
+        targets = request.prompt[first + 1 : done + self.count + 1]
+        if request.prompt_logprobs is None or not targets:
+            return None
+        return Scored(first - done, tuple(targets), request.prompt_logprobs)

@@ -7,27 +7,24 @@ import logging
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import numpy.typing as npt
 
 from hasten.core import ServingOptions
 from hasten.engine.admission import Admission
-from hasten.engine.answer import Answer, Clock, Floats
-from hasten.engine.batch import Work, execute
+from hasten.engine.answer import Answer, Clock
+from hasten.engine.batch import Work
 from hasten.engine.forecast import Forecast
 from hasten.engine.keep import PrefixKeeper
 from hasten.engine.planner import Planner
-from hasten.engine.prompt_result import embedding, read_prompt
 from hasten.engine.request import FinishReason, Output, Request
-from hasten.engine.sampling import Choice, choose
 from hasten.engine.scheduler import Scheduler
 from hasten.engine.speculate import Speculator
 from hasten.engine.stats import Counters, EngineStats
 from hasten.errors import HastenError
+from hasten.runtime.executor import PartResult
+from hasten.runtime.sampling import Choice, Masks
 
 if TYPE_CHECKING:
     from hasten.engine.grammar import GrammarCompiler
@@ -36,9 +33,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _DISK_WAIT_S = 0.005  # at a time, with nothing else to do: what comes in meanwhile waits for it
-
-Masks = npt.NDArray[np.uint32]
-Draw = tuple[Work, Floats]  # a work that has a token to draw, and the results [1 + drafts, E] to draw from
 
 
 class Engine:
@@ -165,25 +159,18 @@ class Engine:
         works = self._planner.plan()
         if not works:
             return outputs + self._end_stuck(started)
+        rows = sum(1 + len(work.drafts) for work in works)
         masks = self._start_masks(works)
         before = time.perf_counter()
-        hidden = execute(self._executor, works)
+        ticket = self._executor.submit([work.part(masks.get(id(work))) for work in works])
+        results = self._executor.collect(ticket)
         computed = time.perf_counter()
-        rows = sum(1 + len(work.drafts) for work in works)  # before a grammar cuts drafts: all were computed
-        draws: list[Draw] = []
-        for work, rows_of in zip(works, hidden, strict=True):
+        for work, result in zip(works, results, strict=True):
             with self._alone(work.answer):
-                draws += self._after(work, rows_of, outputs)
-        drawing = time.perf_counter()
-        choices = self._draw(draws, masks)
-        drawn = time.perf_counter()
-        for work, choice in choices:
-            with self._alone(work.answer):
-                outputs.append(self._publish(work, choice, drawn))
-        busy_s = computed - before + drawn - drawing
-        self._observe(works, rows, busy_s)
+                outputs += self._after(work, result, computed)
+        self._observe(works, rows, computed - before)
         self.counters.step_s += time.perf_counter() - started
-        self.counters.schedule_s += time.perf_counter() - started - busy_s
+        self.counters.schedule_s += time.perf_counter() - started - (computed - before)
         return outputs
 
     @contextlib.contextmanager
@@ -225,78 +212,52 @@ class Engine:
         error = f"the {pool.usable} free pages of {pool.page_tokens} tokens are too few; others hold the rest"
         return self._end_all(first, now, "error", error=error)
 
-    def _start_masks(self, works: list[Work]) -> dict[int, Future[Masks]]:
+    def _start_masks(self, works: list[Work]) -> dict[int, Callable[[], Masks]]:
         """Grammar masks, made while the model computes."""
         return {
-            id(work.answer): self._mask_maker.submit(work.answer.grammar.masks, work.drafts)
+            id(work): self._mask_maker.submit(work.answer.grammar.masks, work.drafts).result
             for work in works
             if work.answer.grammar is not None and work.completes
         }
 
-    def _after(self, work: Work, rows: Floats, outputs: list[Output]) -> list[Draw]:
-        """Share what was computed; end a prompt that wants no answer; fork the siblings of another."""
-        answer = work.answer
+    def _after(self, work: Work, result: PartResult, now: float) -> list[Output]:
+        """Share what was computed; give its answer, and siblings that waited for the prompt, their tokens."""
+        answer, outputs = work.answer, []
         if work.is_prompt:
+            if answer.every_row:
+                answer.read_prompt(answer.cached.length - work.count, work.count, result)
             self._keeper.publish(answer)
             self.counters.prompt_tokens += work.count
             self._scheduler.share.serve(answer.request.client, work.count, 0)
-            if answer.every_row:
-                read_prompt(self._executor, answer, rows, answer.cached.length - work.count)
         if not work.completes:
             return []
         answer.share_prompt()
+        answer.is_first_pass = False
         if answer.request.max_new_tokens == 0:
-            vector = embedding(answer, rows[-1])
-            outputs += self._end_all(answer, time.perf_counter(), "length", embedding=vector)
-            return []
-        forked = self._fork(answer)
-        return [(work, rows[-1 - len(work.drafts) :]), *((Work.of(one, 0), rows[-1:]) for one in forked)]
+            return self._end_all(answer, now, "length", embedding=answer.embedding(result))
+        drawn = work.drawn()
+        self._fork(answer)
+        for one, choice in zip(drawn, result.choices, strict=True):
+            with self._alone(one):
+                if isinstance(choice, BaseException):
+                    raise choice
+                outputs.append(self._publish(one, choice, now))
+        return outputs
 
-    def _fork(self, leader: Answer) -> list[Answer]:
-        """The siblings that go on from a computed prompt at once; the others wait for a place."""
-        forked = []
+    def _fork(self, leader: Answer) -> None:
+        """Siblings go on from a computed prompt at once where there is room; the others wait for a place."""
         for sibling in leader.siblings:
+            sibling.clock.started = leader.clock.started
             has_slot = len(self._scheduler.running) < self._scheduler.slots
             if has_slot and self._keeper.fork(leader, sibling):
-                sibling.clock.started = leader.clock.started
+                sibling.is_first_pass = False
                 self._scheduler.join(sibling)
-                forked.append(sibling)
             else:
                 self._scheduler.arrive(sibling)
         leader.siblings = []
-        return forked
 
-    def _draw(self, draws: list[Draw], masks: dict[int, Future[Masks]]) -> list[tuple[Work, Choice]]:
-        """The next tokens: of all rows of a step in one call."""
-        works: list[Work] = []
-        hidden: list[Floats] = []
-        allowed: list[Masks | None] = []
-        for work, rows in draws:
-            mask, grammar = None, work.answer.grammar
-            with self._alone(work.answer):
-                if grammar is not None:
-                    future = masks.get(id(work.answer))
-                    mask = future.result() if future is not None else grammar.masks([])
-                    work.drafts = work.drafts[: len(mask) - 1]  # the grammar forbids the rest
-                works.append(work)
-                hidden.append(rows if mask is None else rows[: len(mask)])
-                allowed.append(mask)
-        if not works:
-            return []
-        choices = choose(
-            self._executor.head(np.concatenate(hidden)),
-            [work.answer.sampler for work in works],
-            [work.drafts for work in works],
-            [len(work.answer.tokens) for work in works],
-            allowed,
-            [work.answer.request.logprobs for work in works],
-            threads=self._executor.threads,
-        )
-        return list(zip(works, choices, strict=True))
-
-    def _publish(self, work: Work, choice: Choice, now: float) -> Output:
+    def _publish(self, answer: Answer, choice: Choice, now: float) -> Output:
         """Give an answer its new tokens, and forget the drafts that were wrong."""
-        answer = work.answer
         tokens, logprobs, finish, text = answer.take(choice)  # with an error, the drafts that held before it
         error = ""
         if choice.error and finish is None:
@@ -306,24 +267,24 @@ class Engine:
             answer.clock.first = now
         # The newest token is not computed yet. Without a new token all known ones are, and stay: a shared
         # page must not be cut, its owner would keep it under a second key.
-        self._executor.truncate(answer.cached, len(answer.tokens) - bool(tokens))
-        self._count(work, len(tokens))
+        self._executor.pool.truncate(answer.cached, len(answer.tokens) - bool(tokens))
+        self._count(answer, choice.drafted, len(tokens))
         if answer.draft is not None and self._speculator is not None:
-            self._speculator.accept(answer.draft, tokens, len(work.drafts))
+            self._speculator.accept(answer.draft, tokens, choice.drafted)
         if finish is None and answer.grammar is not None:
             answer.grammar.accept(tokens)
         output = answer.output(now, tokens, text, logprobs, finish, error)
         if finish is not None:
             return self._end(answer, output)
-        if self._executor.decodes_like_prefill:
+        if self._keeper.shares_answers:
             self._keeper.publish(answer)
         return output
 
-    def _count(self, work: Work, made: int) -> None:
-        answer, counters = work.answer, self.counters
-        answer.drafted += len(work.drafts)
+    def _count(self, answer: Answer, drafted: int, made: int) -> None:
+        counters = self.counters
+        answer.drafted += drafted
         answer.accepted += max(0, made - 1)
-        counters.drafted_tokens += len(work.drafts)
+        counters.drafted_tokens += drafted
         counters.accepted_tokens += max(0, made - 1)
         counters.output_tokens += made
         self._scheduler.share.serve(answer.request.client, 0, made)

@@ -47,7 +47,7 @@ def fingerprint(model: LanguageModel) -> str:
     parts = {
         "hasten": hasten.__version__,
         "layout_version": LAYOUT_VERSION,
-        "isa": model.executor.isa,
+        "isa": model.executor.name,
         "config": as_json(model.config),
         "kv": model.recipe.kv,
         "linears": linears,

@@ -15,7 +15,8 @@ from hasten.engine.forecast import Forecast
 from hasten.engine.prefix import Chain, Match, PrefixCache, root_key
 from hasten.engine.stats import Counters
 from hasten.errors import UsageError
-from hasten.runtime.pages import Sequence as CachedSequence
+from hasten.runtime.executor import Part
+from hasten.runtime.pages import CachedSequence
 from hasten.speed.cost import prompt_flops
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ _COST_FLOPS = 1e12  # a second's; only the proportions between pages matter
 class PrefixKeeper:
     """The pages of all answers, and the prefix cache over them.
 
-    Where prompts and answers take different kernels (`CpuExecutor.decodes_like_prefill`), only pages
+    Where the executor gives pages of prompts and answers different classes (`Executor.kv_class`), only pages
     computed as prompt are shared. An answer is then computed once more, as the prompt it will be in the
     next turn, when the engine has nothing else to do: see `settle`.
     """
@@ -65,6 +66,16 @@ class PrefixKeeper:
                 lambda start, count: prompt_flops(config, start, count) / _COST_FLOPS,
                 self._ahead,
             )
+
+    @property
+    def shares_answers(self) -> bool:
+        """Whether pages computed as answer may be shared as they are."""
+        return self._executor.kv_class(1, True) == self._executor.kv_class(1, False)
+
+    def outgrows(self, answer: Answer, length: int) -> bool:
+        """Whether an answer of `length` tokens must be computed anew: the class of its pages changes."""
+        cached = answer.cached
+        return cached.length > 0 and cached.kv_class != self._executor.kv_class(length, True)
 
     @property
     def is_stale(self) -> bool:
@@ -104,7 +115,7 @@ class PrefixKeeper:
 
     def _ask_disk(self, answer: Answer, ahead: KvAhead) -> None:
         assert self._prefix is not None, "pages are kept on disk only beside a prefix cache"
-        self._cover(answer, self._executor.is_long(len(answer.tokens)))
+        self._cover(answer, self._executor.kv_class(len(answer.tokens), True))
         assert answer.chain is not None
         size = self._pool.page_tokens
         full = answer.chain.keys[: (min(len(answer.tokens), self._shareable(answer)) - 1) // size]
@@ -158,7 +169,7 @@ class PrefixKeeper:
                 self._pool.release(page)
             return False
         self._stop_reading(answer)
-        answer.cached = CachedSequence(found.pages, found.tokens, self._executor.is_long(known))
+        answer.cached = CachedSequence(found.pages, found.tokens, self._executor.kv_class(known, True))
         answer.published = found.tokens // size
         self._pool.grow(answer.cached, known)
         if self._is_first(answer):
@@ -170,7 +181,7 @@ class PrefixKeeper:
 
     def _is_first(self, answer: Answer) -> bool:
         """Whether its prompt is computed for the first time: hits are counted then, and only then."""
-        return answer.preemptions == 0 and answer.made == 0
+        return answer.preemptions == 0 and answer.is_first_pass
 
     def next_keys(self, answer: Answer, tokens: int) -> list[bytes]:
         """The keys of the pages that a prompt's next `tokens` tokens fill."""
@@ -189,9 +200,9 @@ class PrefixKeeper:
                 self._pool.release(page)
             return
         gained = found.tokens - answer.cached.length
-        is_long = answer.cached.is_long
-        self._executor.truncate(answer.cached, 0)
-        answer.cached = CachedSequence(found.pages, found.tokens, is_long)
+        kv_class = answer.cached.kv_class
+        self._pool.truncate(answer.cached, 0)
+        answer.cached = CachedSequence(found.pages, found.tokens, kv_class)
         self._pool.grow(answer.cached, known)
         answer.published = found.tokens // self._pool.page_tokens
         if self._is_first(answer):
@@ -200,25 +211,22 @@ class PrefixKeeper:
             self._counters.disk_hit_tokens += found.disk_tokens
 
     def _match(self, answer: Answer) -> Match:
-        self._cover(answer, self._executor.is_long(len(answer.tokens)))
+        self._cover(answer, self._executor.kv_class(len(answer.tokens), True))
         assert answer.chain is not None
         if self._prefix is None or not answer.request.prefix_cache or answer.every_row:
             return Match()
         return self._prefix.match(answer.tokens[: self._shareable(answer)], answer.chain)
 
-    def _cover(self, answer: Answer, is_long: bool) -> None:
-        """Bring an answer's keys up to what of it can be shared; `is_long`: how its pages are rotated."""
-        root = self._root(answer.request.salt, is_long)
+    def _cover(self, answer: Answer, kv_class: str) -> None:
+        """Bring an answer's keys up to what of it can be shared; `kv_class`: of its pages."""
+        root = root_key(answer.request.salt, kv_class)
         if answer.chain is None or answer.chain.root != root:
             answer.chain, answer.published = Chain(root, self._pool.page_tokens), 0
         answer.chain.cover(answer.tokens, self._shareable(answer))
 
-    def _root(self, salt: str, is_long: bool) -> bytes:
-        return root_key(salt, "long" if is_long else "")
-
     def _shareable(self, answer: Answer) -> int:
         """How many of an answer's tokens may be shared once they are computed."""
-        return len(answer.tokens) if self._executor.decodes_like_prefill else answer.prompt_tokens
+        return len(answer.tokens) if self.shares_answers else answer.prompt_tokens
 
     def reserve(self, answer: Answer, tokens: int, *, alone: bool = False) -> bool:
         """Pages for `tokens` more tokens; False: there are not enough. `alone`: no other answer runs."""
@@ -236,7 +244,7 @@ class PrefixKeeper:
         if self._prefix is None or end <= answer.published:
             return
         # Its last token may be past LongRoPE's threshold already, and is not computed: these pages are not.
-        self._cover(answer, answer.cached.is_long)
+        self._cover(answer, answer.cached.kv_class or "")
         assert answer.chain is not None
         self._prefix.publish(answer.tokens, answer.chain, answer.cached.pages, answer.published, end)
         answer.published = end
@@ -249,7 +257,7 @@ class PrefixKeeper:
             return False
         for page in leader.cached.pages[:full]:
             self._pool.share(page)
-        sibling.cached = CachedSequence(leader.cached.pages[:full], length, leader.cached.is_long)
+        sibling.cached = CachedSequence(leader.cached.pages[:full], length, leader.cached.kv_class)
         if rest:
             sibling.cached.pages.append(self._pool.take())
             self._executor.copy_page(leader.cached.pages[full], sibling.cached.pages[full])
@@ -260,7 +268,7 @@ class PrefixKeeper:
 
     def release(self, answer: Answer) -> None:
         """Take an answer's pages; those in the prefix cache stay there."""
-        self._executor.truncate(answer.cached, 0)
+        self._pool.truncate(answer.cached, 0)
 
     def end(self, answer: Answer, keep: bool = True) -> None:
         """An answer is done: its pages come back.
@@ -297,24 +305,25 @@ class PrefixKeeper:
             return False
         tokens, salt = self._unsettled.pop()
         size = self._pool.page_tokens
-        is_long = self._executor.is_long(len(tokens))
-        chain = Chain(self._root(salt, is_long), size)
+        kv_class = self._executor.kv_class(len(tokens), True)
+        chain = Chain(root_key(salt, kv_class), size)
         chain.cover(tokens, len(tokens))
         found = self._prefix.match(tokens, chain)
-        sequence = CachedSequence(found.pages, found.tokens, is_long)
+        sequence = CachedSequence(found.pages, found.tokens, kv_class)
         end = min(len(tokens), (found.tokens // size + _SETTLE_PAGES) * size)
         try:
             missing = -(-end // size) - len(sequence.pages)
             if end - found.tokens <= 1 or not self._pool.ensure(missing):
                 return bool(self._unsettled)
-            self._executor.step([(sequence, tokens[found.tokens : end])], [], prefill=True)
+            part = Part(sequence, tokens[found.tokens : end], as_prompt=True)
+            self._executor.collect(self._executor.submit([part]))
             self._prefix.publish(tokens, chain, sequence.pages, found.tokens // size, end // size)
             if end < len(tokens):
                 self._unsettled.append((tokens, salt))
             elif end % size:
                 self._prefix.publish_tail(tokens, chain, sequence.pages[-1])
         finally:
-            self._executor.truncate(sequence, 0)
+            self._pool.truncate(sequence, 0)
         return bool(self._unsettled)
 
     def close(self) -> None:

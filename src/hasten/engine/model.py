@@ -13,11 +13,11 @@ import numpy.typing as npt
 
 from hasten.core import EngineOptions, ModelConfig, Recipe, ServingOptions
 from hasten.engine.request import Request
-from hasten.engine.sampling import SamplingOptions
 from hasten.errors import UsageError
 from hasten.machine.cores import cores
-from hasten.runtime.cpu import CpuExecutor
-from hasten.runtime.pages import Sequence as CachedSequence
+from hasten.runtime.executor import open_executor
+from hasten.runtime.pages import CachedSequence
+from hasten.runtime.sampling import SamplingOptions
 from hasten.runtime.tokens import token_ids
 
 if TYPE_CHECKING:
@@ -48,12 +48,19 @@ class LanguageModel:
     each thread, or share one through `AsyncEngine` or `hasten serve`.
     """
 
-    def __init__(self, packed: PackedModel, tokenizer: Tokenizer, name: str, options: EngineOptions) -> None:
+    def __init__(
+        self,
+        packed: PackedModel,
+        tokenizer: Tokenizer,
+        name: str,
+        options: EngineOptions,
+        device: str = "cpu",
+    ) -> None:
         self.name = name
         self.packed = packed
         self.tokenizer = tokenizer
         self.options = options
-        self.executor = CpuExecutor(packed, options)
+        self.executor = open_executor(device, packed, options)
 
     def __getattr__(self, name: str) -> Any:  # of what is not there
         if name in ("executor", "packed"):
@@ -95,7 +102,7 @@ class LanguageModel:
         """What was decided about this machine when the model was loaded, and why: for logs."""
         because = cores().because if self.options.threads is None else ""
         why = {"threads_because": because} if because else {}
-        return {"threads": self.threads, **why, "context": self.context, "kv_cache": self.executor.kv.summary}
+        return {"threads": self.threads, **why, "context": self.context, "kv_cache": self.executor.summary}
 
     def generate(
         self,
@@ -202,17 +209,11 @@ class LanguageModel:
         Raises:
             UsageError: more tokens than the context, or what is no id of the vocabulary.
         """
-        sequence, tokens = CachedSequence(), token_ids(tokens, self.config.vocab_size)
-        self.executor.expect(sequence, len(tokens))
-        chunk = self.executor.chunk
+        sequence, ids = CachedSequence(), token_ids(tokens, self.config.vocab_size)
         try:
-            parts = [
-                self.executor.step([(sequence, tokens[at : at + chunk])], range(len(tokens[at : at + chunk])))
-                for at in range(0, len(tokens), chunk)
-            ]
+            return self.executor.hidden(sequence, ids)
         finally:
-            self.executor.truncate(sequence, 0)
-        return np.concatenate(parts) if parts else np.zeros((0, self.config.hidden_size), np.float32)
+            self.executor.pool.truncate(sequence, 0)
 
     def logits_of(self, hidden: Floats) -> Floats:
         """float32 [R, E] hidden states -> float32 [R, V] logits, soft-capped where the model does."""

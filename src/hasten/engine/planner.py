@@ -16,7 +16,7 @@ from hasten.engine.speculate import Speculator
 from hasten.engine.stats import Counters
 
 if TYPE_CHECKING:
-    from hasten.runtime.cpu import CpuExecutor
+    from hasten.runtime.executor import Executor
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Planner:
 
     def __init__(
         self,
-        executor: CpuExecutor,
+        executor: Executor,
         scheduler: Scheduler,
         keeper: PrefixKeeper,
         speculator: Speculator | None,
@@ -100,7 +100,7 @@ class Planner:
 
     def _outgrow(self, answer: Answer) -> None:
         """LongRoPE: past its threshold all of a text is computed anew, as prompt, with other factors."""
-        if not self._executor.outgrows(answer.cached, len(answer.tokens)):
+        if not self._keeper.outgrows(answer, len(answer.tokens)):
             return
         self._keeper.release(answer)
         answer.prompt_tokens = len(answer.tokens)
@@ -166,4 +166,4 @@ class Planner:
 
     def _draft_room(self, answer: Answer) -> int:
         room = max(0, min(answer.left, self._executor.context - len(answer.tokens)) - 1)
-        return 0 if self._executor.outgrows(answer.cached, len(answer.tokens) + room) else room
+        return 0 if self._keeper.outgrows(answer, len(answer.tokens) + room) else room

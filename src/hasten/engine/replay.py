@@ -15,7 +15,7 @@ from hasten.core import CachePolicy
 from hasten.engine.prefix import Bytes, Chain, Match, PrefixCache, root_key
 from hasten.engine.trace import Trace, TraceRequest
 from hasten.errors import UsageError
-from hasten.runtime.pages import PagePool, Sequence
+from hasten.runtime.pages import CachedSequence, PagePool
 
 SETTLE_PAGES = 2  # computed at a time, as hasten.engine.keep does
 DISK_READ_BYTES_PER_S = 2e9  # assumed where nothing was measured: a page that is not in the system's cache
@@ -143,7 +143,7 @@ class _Running:
     prompt_tokens: int
     tokens: list[int]  # of the prompt and the first answer, but the last: that is never computed
     chain: Chain
-    sequence: Sequence
+    sequence: CachedSequence
 
     def moment(self, length: int) -> float:
         """When `length` tokens were computed."""
@@ -218,7 +218,7 @@ class _Books:
         self._running -= 1
         self._idle_since = moment
 
-    def _has_room(self, sequence: Sequence, tokens: int) -> bool:
+    def _has_room(self, sequence: CachedSequence, tokens: int) -> bool:
         return len(sequence.pages) * self._pool.page_tokens >= tokens
 
     def _end(self, running: _Running) -> None:
@@ -247,7 +247,7 @@ class _Books:
         """The next pages of an answer, computed as prompt: (how many tokens, whether that was all)."""
         size, chain = self._pool.page_tokens, self._chain(tokens)
         found = self._prefix.match(tokens, chain)
-        sequence = Sequence(found.pages, found.tokens)
+        sequence = CachedSequence(found.pages, found.tokens)
         end = min(len(tokens), (found.tokens // size + SETTLE_PAGES) * size)
         more = end - found.tokens > 1 and self._pool.ensure(-(-end // size) - len(sequence.pages))
         if more:
@@ -258,10 +258,10 @@ class _Books:
         self._pool.truncate(sequence, 0)
         return (end - found.tokens if more else 0), (not more or end == len(tokens))
 
-    def _take(self, tokens: list[int], chain: Chain, reads: bool) -> tuple[Sequence, Match] | None:
+    def _take(self, tokens: list[int], chain: Chain, reads: bool) -> tuple[CachedSequence, Match] | None:
         """Pages for all of a text, found ones first, and one more for each other; None: there are too few."""
         found = self._prefix.match(tokens, chain) if reads else Match()
-        sequence = Sequence(found.pages, found.tokens)
+        sequence = CachedSequence(found.pages, found.tokens)
         needed = -(-len(tokens) // self._pool.page_tokens) + self._running
         if not self._pool.ensure(needed - len(found.pages)):
             self._pool.truncate(sequence, 0)
@@ -269,13 +269,15 @@ class _Books:
         self._pool.grow(sequence, len(tokens))
         return sequence, found
 
-    def _publish(self, tokens: list[int], chain: Chain, sequence: Sequence, start: int, end: int) -> None:
+    def _publish(
+        self, tokens: list[int], chain: Chain, sequence: CachedSequence, start: int, end: int
+    ) -> None:
         """Share the pages that tokens `start` to `end` fill."""
         size = self._pool.page_tokens
         self._prefix.publish(tokens, chain, sequence.pages, start // size, end // size)
         sequence.length = end
 
-    def _tail(self, tokens: list[int], chain: Chain, sequence: Sequence) -> None:
+    def _tail(self, tokens: list[int], chain: Chain, sequence: CachedSequence) -> None:
         size = self._pool.page_tokens
         if len(tokens) % size:
             self._prefix.publish_tail(tokens, chain, sequence.pages[len(tokens) // size])

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import numpy.typing as npt
 
-from hasten.engine.sampling import SamplingOptions, TokenLogprob
 from hasten.errors import UsageError
+from hasten.runtime.sampling import SamplingOptions, TokenLogprob
 
 if TYPE_CHECKING:
     from hasten.engine.grammar import Grammar

@@ -68,7 +68,7 @@ class TraceModel:
             page_bytes=executor.page_bytes,
             kv_pages=executor.pool.pages,
             max_sequences=model.options.max_sequences,
-            shares_answers=executor.decodes_like_prefill,
+            shares_answers=executor.kv_class(1, True) == executor.kv_class(1, False),
             token_cost=first,
             context_cost=(later - first) / middle,
         )

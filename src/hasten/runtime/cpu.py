@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +18,16 @@ from hasten.machine.cores import core_ids, usable_cores
 from hasten.machine.kernels import Format, choose_kernels
 from hasten.machine.memory import MemoryRoom, address_space_left, memory_room
 from hasten.models.rope import tables
-from hasten.runtime.key_scale import key_scales
-from hasten.runtime.key_shift import key_shifts
-from hasten.runtime.pages import PageMemory, PagePool, Sequence
+from hasten.runtime.executor import Part, PartResult, Ticket, finish
+from hasten.runtime.keys import key_scales, key_shifts
+from hasten.runtime.pages import CachedSequence, PageMemory, PagePool
 from hasten.runtime.tokens import Ids, token_ids
 from hasten.speed.cost import page_bytes
 from hasten.weights.packed import PackedLinear, PackedModel
 
 Floats = npt.NDArray[np.float32]
+_LONG = "long"
+"""The class of pages whose keys LongRoPE rotated by its long factors."""
 _DEFAULT_CONTEXT = 8192
 _LEAST_CONTEXT = 512
 """A default context is not cut below this many tokens where memory is short: the model is refused instead."""
@@ -178,7 +179,7 @@ class CpuExecutor:
         self._long_threshold = tables(config).long_threshold
         self.page_tokens: int = _native.PAGE_TOKENS
         try:
-            self.isa = _native.isa()
+            self.name: str = _native.isa()
         except ValueError as wrong:
             raise MachineError(
                 str(wrong), hint=f"unset HASTEN_ISA or use one of: {', '.join(_native.isas())}"
@@ -215,9 +216,57 @@ class CpuExecutor:
         return int(self._decoder.page_bytes)
 
     @property
-    def decodes_like_prefill(self) -> bool:
-        """Whether a token gets the same keys and values to the bit as prompt and as answer; see `step`."""
-        return self.isa != "amx" or set(self._bits.values()) == {16}
+    def summary(self) -> str:
+        """How much memory keys and values may take, and why."""
+        return self.kv.summary
+
+    def kv_class(self, tokens: int, as_prompt: bool) -> str:
+        """See `Executor.kv_class`. LongRoPE rotates by other factors past its threshold; where the machine
+        has tiles (AMX), prompts and answers take different kernels."""
+        long = _LONG if self._long_threshold is not None and tokens > self._long_threshold else ""
+        apart = not as_prompt and self.name == "amx" and set(self._bits.values()) != {16}
+        return long + "answer" if apart else long
+
+    def submit(self, parts: Sequence[Part]) -> Ticket:
+        """Begin a step. A CPU computes in `collect`: there is nobody who could do it meanwhile."""
+        return Ticket(tuple(parts))
+
+    def collect(self, ticket: Ticket) -> list[PartResult]:
+        """Compute a step; see `Executor.collect`.
+
+        Where prompts and answers take different kernels they go in two calls: a token's result must depend
+        on which of the two it is and on nothing else in the step.
+        """
+        parts = ticket.parts
+        calls: list[list[int]] = [list(range(len(parts)))]
+        if self.kv_class(1, True) != self.kv_class(1, False):
+            calls = [[i for i, part in enumerate(parts) if part.as_prompt is kind] for kind in (False, True)]
+        rows: dict[int, Floats] = {}
+        for call in calls:
+            if call:
+                rows.update(zip(call, self._compute([parts[i] for i in call]), strict=True))
+        return finish(self, parts, [rows[i] for i in range(len(parts))])
+
+    def _compute(self, parts: list[Part]) -> list[Floats]:
+        wanted: list[int] = []
+        batch, ends, first = [], [], 0
+        for part in parts:
+            total = len(part.tokens) + len(part.drafts)
+            batch.append((part.sequence, [*part.tokens, *part.drafts] if part.drafts else part.tokens))
+            wanted.extend(range(first + part.first_row, first + total))
+            ends.append(len(wanted))
+            first += total
+        hidden = self.step(batch, wanted, prefill=parts[0].as_prompt)
+        return [hidden[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+    def hidden(self, sequence: CachedSequence, tokens: Sequence[int] | Ids) -> Floats:
+        """Hidden states float32 [T, E] of all tokens of an empty sequence, computed as an answer's."""
+        sequence.kv_class = self.kv_class(len(tokens), True)
+        parts = []
+        for at in range(0, len(tokens), self.chunk):
+            some = tokens[at : at + self.chunk]
+            parts.append(self.step([(sequence, some)], range(len(some))))
+        return np.concatenate(parts) if parts else np.zeros((0, self.config.hidden_size), np.float32)
 
     def replace(self, name: str, linear: PackedLinear) -> None:
         """Put another matrix in a linear layer's place. What was computed before cannot be continued.
@@ -238,7 +287,11 @@ class CpuExecutor:
         self._bits[name] = layout.bits
 
     def step(
-        self, batch: Seq[tuple[Sequence, Seq[int] | Ids]], rows: Seq[int], *, prefill: bool = False
+        self,
+        batch: Sequence[tuple[CachedSequence, Sequence[int] | Ids]],
+        rows: Sequence[int],
+        *,
+        prefill: bool = False,
     ) -> Floats:
         """Compute new tokens of several sequences together; their keys and values join the cache.
 
@@ -263,13 +316,12 @@ class CpuExecutor:
             self.pool.grow(sequence, sequence.length + len(ids))
         table = np.zeros((len(batch), max(len(sequence.pages) for sequence, _ in batch)), np.int32)
         for row, (sequence, ids) in zip(table, batch, strict=True):
-            self.expect(sequence, len(ids))
             row[: len(sequence.pages)] = sequence.pages
             first, last = sequence.length, sequence.length + len(ids) - 1
             self.pool.wrote(sequence.pages[first // self.page_tokens : last // self.page_tokens + 1])
         counts = np.array([len(ids) for _, ids in batch], np.int32)
         pasts = np.array([sequence.length for sequence, _ in batch], np.int32)
-        longs = np.array([sequence.is_long for sequence, _ in batch], np.uint8)
+        longs = np.array([sequence.kv_class == _LONG for sequence, _ in batch], np.uint8)
         with self.pool.computing():
             hidden: Floats = self._decoder.step(
                 tokens, counts, pasts, table, longs, np.asarray(rows, np.int32), prefill
@@ -278,24 +330,10 @@ class CpuExecutor:
             sequence.length += len(ids)
         return hidden
 
-    def expect(self, sequence: Sequence, length: int) -> None:
-        """Say how many tokens an empty sequence is about to get, in any number of steps, for LongRoPE."""
-        if sequence.length == 0:
-            sequence.is_long = sequence.is_long or self.is_long(length)
-
-    def outgrows(self, sequence: Sequence, length: int) -> bool:
-        """Whether a sequence must be computed anew to be `length` tokens long.
-
-        LongRoPE rotates otherwise past its threshold. True the other way too: what was cut back below it.
-        """
-        return sequence.length > 0 and sequence.is_long != self.is_long(length)
-
-    def is_long(self, length: int) -> bool:
-        """Whether LongRoPE rotates a text of this length by its long factors."""
-        return self._long_threshold is not None and length > self._long_threshold
-
-    def _check(self, batch: Seq[tuple[Sequence, Seq[int] | Ids]]) -> None:
+    def _check(self, batch: Sequence[tuple[CachedSequence, Sequence[int] | Ids]]) -> None:
         for sequence, ids in batch:
+            if sequence.length == 0 and sequence.kv_class is None:
+                sequence.kv_class = self.kv_class(len(ids), True)
             if sequence.length == 0 or sequence.weights is None:
                 sequence.weights = self.weights_version
             elif sequence.weights != self.weights_version:
@@ -309,22 +347,10 @@ class CpuExecutor:
                     hint="shorten the prompt, or load the model with a larger --context",
                 )
 
-    def prefill(self, sequence: Sequence, tokens: Seq[int] | Ids) -> Floats:
-        """All of a prompt, in chunks; float32 [1, E], the last token's hidden state."""
-        self.expect(sequence, len(tokens))
-        for start in range(0, len(tokens) - self.chunk, self.chunk):
-            self.step([(sequence, tokens[start : start + self.chunk])], [], prefill=True)
-        rest = (len(tokens) - 1) // self.chunk * self.chunk
-        return self.step([(sequence, tokens[rest:])], [len(tokens) - rest - 1], prefill=True)
-
     def head(self, hidden: Floats) -> Floats:
         """float32 [R, E] hidden states -> float32 [R, V] logits."""
         logits: Floats = self._decoder.head(np.ascontiguousarray(hidden, np.float32))
         return logits
-
-    def truncate(self, sequence: Sequence, length: int) -> None:
-        """Forget a sequence's tokens past `length`; 0 gives all its pages back."""
-        self.pool.truncate(sequence, length)
 
     def copy_page(self, source: int, target: int) -> None:
         """Copy a page of keys and values, all layers."""

@@ -7,8 +7,7 @@ by what is free on the machine, and gives free pages back to the system when mem
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -19,13 +18,13 @@ from hasten.machine.memory import LOOK_S, MemoryRoom
 
 
 @dataclass
-class Sequence:
+class CachedSequence:
     """One sequence's place in the KV cache: its pages in order, and how many tokens they hold."""
 
     pages: list[int] = field(default_factory=list)
     length: int = 0
-    is_long: bool = False  # LongRoPE: its keys are rotated by the long factors
-    weights: int | None = None  # `CpuExecutor.weights_version` they were computed with; None: not known yet
+    kv_class: str | None = None  # `Executor.kv_class` of its text, computed as prompt; None: not known yet
+    weights: int | None = None  # `Executor.weights_version` they were computed with; None: not known yet
 
 
 @dataclass(frozen=True)
@@ -228,7 +227,7 @@ class PagePool:
         last += last + 1 < self.pages and not self._takes_memory[last + 1]
         self._memory.drop(first, last - first + 1)
 
-    def grow(self, sequence: Sequence, length: int) -> None:
+    def grow(self, sequence: CachedSequence, length: int) -> None:
         """Give a sequence pages for `length` tokens.
 
         Raises:
@@ -247,17 +246,17 @@ class PagePool:
         for _ in range(missing):
             sequence.pages.append(self.take())
 
-    def truncate(self, sequence: Sequence, length: int) -> None:
+    def truncate(self, sequence: CachedSequence, length: int) -> None:
         """Forget everything past `length` tokens."""
         keep = -(-length // self.page_tokens)
         while len(sequence.pages) > keep:
             self.release(sequence.pages.pop())
         sequence.length = min(sequence.length, length)
-        sequence.is_long = sequence.is_long and sequence.length > 0
-        sequence.weights = sequence.weights if sequence.length > 0 else None
+        if sequence.length == 0:
+            sequence.kv_class = sequence.weights = None
 
 
-def _runs(pages: Seq[int]) -> list[tuple[int, int]]:
+def _runs(pages: Sequence[int]) -> list[tuple[int, int]]:
     """(first, last) of the runs of consecutive numbers in a sorted list."""
     ends = [one for one, next_ in pairwise(pages) if next_ != one + 1]
     starts = [next_ for one, next_ in pairwise(pages) if next_ != one + 1]

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hasten.engine.request import Request
-from hasten.engine.sampling import SamplingOptions
 from hasten.errors import TokenizerError
+from hasten.runtime.sampling import SamplingOptions
 from hasten.serve.problem import Problem
 
 if TYPE_CHECKING:

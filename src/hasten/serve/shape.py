@@ -20,8 +20,8 @@ import orjson
 from hasten.engine.request import Output
 
 if TYPE_CHECKING:
-    from hasten.engine.sampling import TokenLogprob
     from hasten.models.tokenizer import Tokenizer
+    from hasten.runtime.sampling import TokenLogprob
     from hasten.serve.metrics import Tally
     from hasten.serve.problem import Problem
 

@@ -50,7 +50,7 @@ class HastenEngine:
     def chats(self, prompts: list[list[int]], output: int) -> list[Answer]:
         """All prompts at once, greedily, `output` tokens each, past end tokens."""
         from hasten.engine.request import Request
-        from hasten.engine.sampling import SamplingOptions
+        from hasten.runtime.sampling import SamplingOptions
 
         start = time.perf_counter()
         sampling = SamplingOptions(ignore_eos=True)

@@ -1,9 +1,15 @@
-"""Dimensions of the keys made alike before they are rounded to int8, which attention cannot see.
+"""What attention cannot see of keys, taken off before they are rounded for the cache: biases and sizes.
 
-An int8 cache has one scale a token and head, so a head's largest dimension decides how coarsely all others
-are rounded, and in Qwen2 models some are tens of times larger than the rest. Dividing a key's dimension by s
-and multiplying the query's by it leaves every score as it was, also after rotation where the two dimensions
-that turn together have the same s. With s a power of two nothing is rounded by it.
+**Shifts.** Softmax does not change when every score of a query moves by the same amount, so one constant
+vector may be subtracted from all keys of a head. Where a dimension rotates slowly, the key's bias is nearly a
+constant; in Qwen2 models it is tens of times larger than what the tokens themselves put there, and its
+rounding is most of what rounding costs. Seen with Qwen2.5-Coder-0.5B, 512 tokens, mean divergence from
+unrounded keys: bf16 1.1e-4 -> 2.2e-5, int8 with one scale a token and head 5.1e-2 -> 1.3e-3.
+
+**Scales.** An int8 cache has one scale a token and head, so a head's largest dimension decides how coarsely
+all others are rounded, and in Qwen2 models some are tens of times larger than the rest. If a key's dimension
+is divided by s and the query's is multiplied by it, every score stays as it was, also after rotation, where
+the two dimensions that turn together have the same s. s is a power of two, so the division rounds nothing.
 
 s is each pair's size as the weights let expect it: normed inputs have mean square 1, so a key's dimension has
 about the norm of its row of the matrix, and its bias. The idea is SmoothQuant's (Xiao et al. 2022), applied
@@ -18,12 +24,45 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten.core import ModelConfig
-from hasten.models.rope import tables
+from hasten.models.rope import Frequencies, tables
 from hasten.weights.packed import PackedLinear, values_of
 
 Floats = npt.NDArray[np.float32]
 _FARTHEST = 8
 """Most that a scale's exponent lies from the head's mean: beyond it a dimension is dead, not small."""
+
+
+def key_shifts(config: ModelConfig, vectors: Mapping[str, Floats]) -> dict[str, Floats]:
+    """What to subtract from each layer's rotated keys: `layers.{i}.key_shift` -> float32 [K * D].
+
+    Only dimensions that turn by less than a radian over the model's whole context are shifted: there the
+    shift never makes a key larger than its bias did. Models without key biases, with a norm after them, or
+    with a soft-cap on scores (which does see a shift) get none.
+    """
+    if config.qk_norm != "none" or config.attention_softcap is not None:
+        return {}
+    rope = tables(config)
+    shifts = {}
+    for layer in range(config.num_layers):
+        bias = vectors.get(f"layers.{layer}.k.bias")
+        if bias is None:
+            continue
+        slides = bool(config.sliding_layers) and config.sliding_layers[layer]
+        local = rope.local_inv_freq if slides else None
+        rotates = not config.rope_layers or config.rope_layers[layer]
+        turns = _turns(config, rope.global_inv_freq if local is None else local, rotates)
+        still = bias.reshape(config.num_kv_heads, config.head_dim) * (turns < 1)
+        shifts[f"layers.{layer}.key_shift"] = np.ascontiguousarray(still.reshape(-1), np.float32)
+    return shifts
+
+
+def _turns(config: ModelConfig, frequencies: Frequencies, rotates: bool) -> Frequencies:
+    """How far each dimension of a head turns over the model's context, in radians: [D]."""
+    turns = np.zeros(config.head_dim)
+    if rotates:
+        angle = frequencies * config.context_length
+        turns[: 2 * len(angle)] = np.concatenate([angle, angle])
+    return turns
 
 
 def key_scales(

@@ -15,6 +15,8 @@ from hasten import _native
 from hasten.errors import HastenError, UsageError
 from hasten.machine.cores import usable_cores
 
+Masks = npt.NDArray[np.uint32]  # [rows, ceil(V / 32)]: bit t % 32 of word t / 32 allows token t
+
 MOST_BIAS = 100.0  # to either side, as in OpenAI's API
 _MOST_TOP_K = 2**31 - 1  # more than any vocabulary: the native engine counts in int32
 
@@ -158,6 +160,7 @@ class Choice:
 
     tokens: list[int]  # the drafts that were drawn, and one more
     logprobs: list[TokenLogprob]  # one a token, if asked for
+    drafted: int = 0  # drafts that were verified: fewer than proposed where a grammar forbids the rest
     error: str = ""  # why the token after `tokens` cannot be chosen; the sequence cannot go on
 
 
@@ -166,7 +169,7 @@ def choose(
     samplers: Sequence[SequenceSampler],
     drafts: Sequence[Sequence[int]],
     positions: Sequence[int],
-    masks: Sequence[npt.NDArray[np.uint32] | None],
+    masks: Sequence[Masks | None],
     logprobs: Sequence[int | None],
     *,
     threads: int | None = None,
@@ -203,9 +206,10 @@ def choose(
         Choice(
             tokens,
             [TokenLogprob(*score) for score in scores],
+            len(proposed),
             _explained(error, position + len(tokens)) if error else "",
         )
-        for (tokens, scores, error), position in zip(chosen, positions, strict=True)
+        for (tokens, scores, error), position, proposed in zip(chosen, positions, drafts, strict=True)
     ]
 
 
@@ -242,40 +246,3 @@ def _no_numbers(where: str) -> HastenError:
         f"the model gave logits that are no numbers ({where})",
         hint="check the weights: hasten eval MODEL --recipe bf16",
     )
-
-
-def sample(
-    logits: npt.NDArray[np.float32],
-    options: SamplingOptions,
-    positions: npt.NDArray[np.int64],
-    *,
-    threads: int | None = None,
-) -> list[int]:
-    """Next tokens by temperature and cuts alone: penalties and bias need a SequenceSampler.
-
-    Args:
-        logits: float32 [R, V].
-        options: the same for every row.
-        positions: int64 [R], each row's place in its sequence: with the seed it fixes the draw.
-        threads: of the native pool; None: `usable_cores`.
-
-    Returns:
-        R token ids.
-
-    Raises:
-        HastenError: a logit is NaN, which means that the weights are damaged or overflow.
-    """
-    try:
-        tokens = _native.sample(
-            logits,
-            options.temperature,
-            min(options.top_k, logits.shape[1]),
-            options.top_p,
-            options.min_p,
-            options.seed,
-            positions,
-            usable_cores() if threads is None else threads,
-        )
-    except ValueError as wrong:
-        raise _no_numbers(str(wrong)) from None
-    return [int(token) for token in tokens]

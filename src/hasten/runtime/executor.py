@@ -1,0 +1,230 @@
+"""What the engine knows of a device: the protocol that every executor implements.
+
+The engine decides what a step computes and which pages belong to whom. The executor computes: it runs the
+model over the step's tokens, and behind it the head, masks, penalties, sampling and the acceptance of drafts.
+Logits (float32 [R, V], 600 KB a row with a vocabulary of 150,000) do not leave it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from hasten.runtime.pages import CachedSequence, PagePool
+from hasten.runtime.sampling import Choice, Masks, SequenceSampler, TokenLogprob, choose, score
+
+if TYPE_CHECKING:
+    from hasten.core import EngineOptions, ModelConfig
+    from hasten.weights.packed import PackedLinear, PackedModel
+
+Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+
+EXECUTORS = {
+    "cpu": "hasten.runtime.cpu:CpuExecutor",
+    "reference": "hasten.runtime.reference:ReferenceExecutor",
+}
+"""Devices by name. A new one is a file with a class that implements `Executor`, and a line here."""
+
+_SCORED_ROWS = 32  # positions whose logits exist at a time: 19 MB with a vocabulary of 150,000
+_NO_FAULTS = (KeyboardInterrupt, SystemExit, GeneratorExit)  # they end the process, not one answer
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One answer that gets its next tokens from the last rows of a part of the step."""
+
+    sampler: SequenceSampler
+    position: int  # of the first token that is drawn: with the sampler's seed it fixes the draw
+    logprobs: int | None = None  # alternatives to report; 0: the chosen token alone; None: no logprobs
+    masks: Callable[[], Masks] | None = None
+    """Gives uint32 [rows, ceil(V / 32)], asked for after the model has computed: a grammar's masks are made
+    meanwhile. Fewer rows than drafts + 1 say that the grammar forbids the drafts behind them."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Prompt tokens whose log-probabilities are wanted."""
+
+    first: int  # the row, counted in the part, whose prediction is compared with the first target
+    targets: tuple[int, ...]  # one a row
+    top: int  # alternatives to report with each
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one sequence has computed in a step."""
+
+    sequence: CachedSequence
+    tokens: Sequence[int]  # known ones: int32, behind those that the sequence holds
+    as_prompt: bool = False
+    drafts: Sequence[int] = ()  # guesses behind them, to be confirmed by the first of `draws`
+    draws: tuple[Draw, ...] = ()  # answers that go on from the last known token
+    hidden: int = 0  # so many of the last rows come back as hidden states
+    scored: Scored | None = None
+
+    @property
+    def first_row(self) -> int:
+        """The first row of this part whose result is needed; the number of rows if none is."""
+        total = len(self.tokens) + len(self.drafts)
+        wanted = [total - self.hidden]
+        if self.draws:
+            wanted.append(len(self.tokens) - 1)
+        if self.scored is not None:
+            wanted.append(self.scored.first)
+        return min(wanted)
+
+
+@dataclass
+class PartResult:
+    """What a part of a step gave. A fault in the work for one answer stands in that answer's place."""
+
+    choices: list[Choice | BaseException] = field(default_factory=list)  # one a draw
+    hidden: Floats | None = None  # float32 [Part.hidden, E], after the final norm
+    scores: list[TokenLogprob] | BaseException = field(default_factory=list)  # one a target
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A step on its way through a device."""
+
+    parts: tuple[Part, ...]
+    state: Any = None  # the executor's own
+
+
+class Executor(Protocol):
+    """A model on a device. One thread at a time: a second one gets a UsageError."""
+
+    name: str  # what its results depend on beside the weights: an instruction set, a device
+    config: ModelConfig
+    context: int  # longest prompt plus answer, tokens
+    chunk: int  # prompt tokens in one step
+    threads: int
+    pool: PagePool
+    page_tokens: int
+    weights_version: int  # counts replaced layers: keys and values of another version are stale
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of `read_page`: keys and values of `page_tokens` tokens, all layers."""
+        ...
+
+    @property
+    def summary(self) -> str:
+        """How much memory keys and values may take, and why, in one line."""
+        ...
+
+    def kv_class(self, tokens: int, as_prompt: bool) -> str:
+        """The class of the pages of a text of this length. Pages of two classes are never shared: their keys
+        and values differ though their tokens are the same. A text whose class changes is computed anew."""
+        ...
+
+    def submit(self, parts: Sequence[Part]) -> Ticket:
+        """Begin a step; every sequence at most once. Returns before the device is done, where it can."""
+        ...
+
+    def collect(self, ticket: Ticket) -> list[PartResult]:
+        """The results of a step, one a part; the sequences hold its tokens, drafts included.
+
+        Raises:
+            UsageError: a sequence outgrows the context or was computed with weights that were replaced, a
+                token id is unknown, the cache is full, or another thread is computing.
+        """
+        ...
+
+    def hidden(self, sequence: CachedSequence, tokens: Sequence[int] | npt.NDArray[np.int32]) -> Floats:
+        """Hidden states float32 [T, E] of all tokens of an empty sequence, computed as an answer's."""
+        ...
+
+    def head(self, hidden: Floats) -> Floats:
+        """float32 [R, E] hidden states -> float32 [R, V] logits: for whoever asks for them."""
+        ...
+
+    def copy_page(self, source: int, target: int) -> None: ...
+
+    def read_page(self, page: int) -> Bytes: ...
+
+    def write_page(self, page: int, data: Bytes) -> None: ...
+
+    def replace(self, name: str, linear: PackedLinear) -> None:
+        """Put another matrix in a linear layer's place; what was computed before cannot be continued."""
+        ...
+
+
+def open_executor(device: str, packed: PackedModel, options: EngineOptions) -> Executor:
+    """A model on the device of this name in `EXECUTORS`."""
+    module, _, kind = EXECUTORS[device].partition(":")
+    executor: Executor = getattr(import_module(module), kind)(packed, options)
+    return executor
+
+
+def finish(executor: Executor, parts: Sequence[Part], rows: Sequence[Floats]) -> list[PartResult]:
+    """Everything behind the final norm: scores of prompts, then the next tokens of all answers in one call.
+
+    Args:
+        executor: whose head is used.
+        parts: of the step.
+        rows: float32 [tokens + drafts - first_row, E] of each part: hidden states from `Part.first_row` on.
+    """
+    results = [_read(executor, part, mine) for part, mine in zip(parts, rows, strict=True)]
+    places: list[tuple[int, int]] = []
+    samplers, drafts, positions, masks, logprobs, hidden = [], [], [], [], [], []
+    for at, (part, mine) in enumerate(zip(parts, rows, strict=True)):
+        for which, draw in enumerate(part.draws):
+            proposed = list(part.drafts) if which == 0 else []
+            mask = _caught(draw.masks)
+            results[at].choices.append(mask if isinstance(mask, BaseException) else Choice([], []))
+            if isinstance(mask, BaseException):
+                continue
+            if mask is not None:
+                proposed = proposed[: len(mask) - 1]
+            first = len(part.tokens) - 1 - part.first_row
+            hidden.append(mine[first : first + 1 + len(proposed)])
+            samplers.append(draw.sampler)
+            drafts.append(proposed)
+            positions.append(draw.position)
+            masks.append(mask)
+            logprobs.append(draw.logprobs)
+            places.append((at, which))
+    if places:
+        logits = executor.head(hidden[0] if len(hidden) == 1 else np.concatenate(hidden))
+        chosen = choose(logits, samplers, drafts, positions, masks, logprobs, threads=executor.threads)
+        for (at, which), choice in zip(places, chosen, strict=True):
+            results[at].choices[which] = choice
+    return results
+
+
+def _caught(make: Callable[[], Masks] | None) -> Masks | BaseException | None:
+    """A grammar's masks, or why there are none: panics of native libraries are no `Exception`."""
+    try:
+        return None if make is None else make()
+    except _NO_FAULTS:
+        raise
+    except BaseException as wrong:  # noqa: BLE001  raised where its answer is looked at
+        return wrong
+
+
+def _read(executor: Executor, part: Part, rows: Floats) -> PartResult:
+    """What a prompt itself gives: hidden states, and log-probabilities of its tokens."""
+    result = PartResult(hidden=rows[len(rows) - part.hidden :] if part.hidden else None)
+    if part.scored is None:
+        return result
+    first, targets = part.scored.first - part.first_row, part.scored.targets
+    scores: list[TokenLogprob] = []
+    try:
+        for at in range(0, len(targets), _SCORED_ROWS):
+            some = targets[at : at + _SCORED_ROWS]
+            logits = executor.head(rows[first + at : first + at + len(some)])
+            scores += score(logits, some, part.scored.top, threads=executor.threads)
+    except _NO_FAULTS:
+        raise
+    except BaseException as wrong:  # noqa: BLE001
+        result.scores = wrong
+    else:
+        result.scores = scores
+    return result
