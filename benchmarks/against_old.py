@@ -304,7 +304,7 @@ class Comparison:
             what, limit = f"{recipe}: decode, {MANY} together", ROWS_BAR.get(recipe)
             self.ratio_row(what, "tok/s", found["decode"], limit, disturbed=found["disturbed"])
         if is_long:
-            found = run(max(FEWEST, given.rounds // 2), 1, LONG, 2, "prefill")
+            found = run(min(given.rounds, max(FEWEST, given.rounds // 2)), 1, LONG, 2, "prefill")
             what = f"{recipe}: prefill of {LONG}"
             self.ratio_row(what, "tok/s", found["prefill"], 1.4, disturbed=found["disturbed"])
 

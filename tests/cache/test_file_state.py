@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hasten.cache.file_state import FileStates, look
+from hasten.cache.reading import FileStates, look
 
 
 def seen(*paths: Path) -> FileStates:

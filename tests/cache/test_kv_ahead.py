@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from hasten.cache.kv_ahead import KvAhead, Reading
+from hasten.cache.kv_disk import KvAhead, Reading
 
 PAGE = 64
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from hasten.cache.kv_disk import KvDisk
-from hasten.cache.kv_entry import HEADER_BYTES
+from hasten.cache.kv_folder import HEADER_BYTES
 
 PAGE = 4096
 FILE = PAGE + HEADER_BYTES

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from hasten.cache.kv_disk import KvDisk
-from hasten.cache.kv_entry import HEADER_BYTES
+from hasten.cache.kv_folder import HEADER_BYTES
 
 PAGE = 4096
 KEY, OTHER = b"\x01" * 16, b"\x02" * 16
@@ -30,7 +30,7 @@ WRITER = """
 import sys, numpy as np
 from pathlib import Path
 from typing import Any
-from hasten.cache.kv_entry import fingerprint_digest, write_entry
+from hasten.cache.kv_folder import fingerprint_digest, write_entry
 folder, seed = Path(sys.argv[1]), int(sys.argv[2])
 import itertools, os, random
 for shard in range(4):
@@ -166,7 +166,7 @@ def test_too_many_open_files_is_no_fault_of_the_page(
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     with monkeypatch.context() as patch:
-        patch.setattr("hasten.cache.kv_entry.os.open", refuse)
+        patch.setattr("hasten.cache.kv_folder.os.open", refuse)
         assert not disk.read(KEY, out)
     assert kept.exists() and disk.read(KEY, out) and disk.stats().dropped == 0
     disk.close()

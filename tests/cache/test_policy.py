@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_twins import AgedTwin, LruTwin, S3FifoTwin
 
-from hasten.cache.policy import Policy, new_policy
-from hasten.cache.s3fifo import S3Fifo
+from hasten.cache.policy import Policy, S3Fifo, new_policy
 from hasten.core import CachePolicy
 from hasten.errors import UsageError
 

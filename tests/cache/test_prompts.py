@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hasten.cache.prompts import PromptCache
+from hasten.cache.requests import PromptCache
 from hasten.models.tokenizer import Tokenizer
 
 

@@ -1,15 +1,12 @@
-"""The response cache: only what can have one answer, for as long as it is good, and never a damaged one."""
+"""The response cache: only what can have one answer, and for as long as it is good."""
 
 from __future__ import annotations
 
-import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hasten.cache.response_folder import ResponseFolder
-from hasten.cache.responses import ResponseCache
+from hasten.cache.requests import ResponseCache
 
 ASKED = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
 
@@ -88,60 +85,3 @@ def test_bounded_by_bytes_and_last_use() -> None:
     assert not cache.put(key(seed=9), bytes(5000))
     cache.put(keys[3], bytes(10))  # replaced, not added
     assert cache.stats().entries == 3 and cache.stats().bytes < 4_000
-
-
-def test_kept_over_restarts(tmp_path: Path) -> None:
-    folder = tmp_path / "answers"
-    ResponseCache(10_000, 60, folder=ResponseFolder(folder)).put(key(), b"answer")
-    later = ResponseCache(10_000, 60, folder=ResponseFolder(folder))
-    assert later.get(key()) == b"answer" and later.stats().hits == 1
-    assert ResponseCache(10_000, 0.0, folder=ResponseFolder(folder)).get(key()) is None
-    assert list(folder.iterdir()) == []  # too old: dropped
-
-
-def test_age_is_kept_over_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, real = Clock(), time.time()
-    ResponseCache(10_000, 60, folder=ResponseFolder(tmp_path)).put(key(), b"answer")
-    monkeypatch.setattr(time, "time", lambda: real + 50)
-    later = ResponseCache(10_000, 60, clock, ResponseFolder(tmp_path))
-    assert later.get(key()) == b"answer"
-    clock.now += 11
-    monkeypatch.setattr(time, "time", lambda: real + 61)
-    assert later.get(key()) is None
-
-
-@pytest.mark.parametrize("cut", [None, 0, 3, 40, -1])
-def test_damaged_files_are_dropped(tmp_path: Path, cut: int | None, caplog: Any) -> None:
-    ResponseCache(10_000, 60, folder=ResponseFolder(tmp_path)).put(key(), b"answer")
-    (file,) = tmp_path.iterdir()
-    data = bytearray(file.read_bytes())
-    data[-4] ^= 1
-    file.write_bytes(data if cut is None else file.read_bytes()[:cut])
-    assert ResponseCache(10_000, 60, folder=ResponseFolder(tmp_path)).get(key()) is None
-    assert "damaged" in caplog.text and not file.exists()
-
-
-def test_a_changed_time_is_damage(tmp_path: Path) -> None:
-    """Nobody makes an old answer young."""
-    ResponseCache(10_000, 60, folder=ResponseFolder(tmp_path)).put(key(), b"answer")
-    (file,) = tmp_path.iterdir()
-    data = bytearray(file.read_bytes())
-    data[46] ^= 1
-    file.write_bytes(data)
-    assert ResponseFolder(tmp_path).read(key(), 1e12) is None
-
-
-def test_the_folder_is_bounded(tmp_path: Path) -> None:
-    folder = ResponseFolder(tmp_path)
-    for i in range(20):
-        folder.write(f"{i:064x}", bytes(1000), 5_000)
-    assert 3 <= len(folder.held()) <= 4 and sum(one.bytes for one in folder.held()) <= 5_000
-
-
-def test_a_disk_that_refuses_costs_one_warning(tmp_path: Path, caplog: Any) -> None:
-    (tmp_path / "file").write_text("")
-    cache = ResponseCache(10_000, 60, folder=ResponseFolder(tmp_path / "file"))
-    for i in range(3):
-        assert cache.put(key(seed=i), b"x")
-        assert cache.get(key(seed=i)) == b"x"
-    assert caplog.text.count("not kept on disk") == 1

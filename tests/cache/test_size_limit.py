@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hasten.cache import size_limit
-from hasten.cache.size_limit import Held, last_change, limit_bytes, make_room, tree_bytes
+from hasten.cache import folders
+from hasten.cache.folders import Held, last_change, limit_bytes, make_room, tree_bytes
 from hasten.errors import UsageError
 
 
@@ -49,7 +49,7 @@ def test_what_is_in_use_counts_and_stays() -> None:
 def test_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HASTEN_CACHE_GB", raising=False)
     for free, kept, limit in ((100e9, 0, 20e9), (6e9, 2e9, 4e9), (0, 2e9, 1e9), (None, 0, 20e9)):
-        monkeypatch.setattr(size_limit, "free_bytes", lambda path, free=free: free)
+        monkeypatch.setattr(folders, "free_bytes", lambda path, free=free: free)
         assert limit_bytes(tmp_path, int(kept)) == limit
     monkeypatch.setenv("HASTEN_CACHE_GB", " 2.5 ")
     assert limit_bytes(tmp_path, 0) == 2_500_000_000

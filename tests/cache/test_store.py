@@ -171,7 +171,7 @@ def test_new_folder_replaces_at_once(tmp_path: Path) -> None:
 
 
 def test_new_folder_without_exchange(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("hasten.cache.folder._exchange", lambda a, b: False)
+    monkeypatch.setattr("hasten.cache.folders._exchange", lambda a, b: False)
     test_new_folder_replaces_at_once(tmp_path)
 
 
@@ -198,7 +198,7 @@ def test_new_folder_refuses_foreign_things(tmp_path: Path) -> None:
 
 SCRATCH = """
 import os, sys
-from hasten.cache.stage import scratch
+from hasten.cache.folders import scratch
 folder = scratch()
 (folder / "weights").write_bytes(b"x")
 print(folder, flush=True)

@@ -15,9 +15,8 @@ import pytest
 import torch
 
 import hasten
-from hasten.cache import deferred, size_limit, write_record
-from hasten.cache.known_folders import known_folders, remember_folder
-from hasten.cache.response_folder import ResponseFolder
+from hasten.cache import deferred, folders, write_record
+from hasten.cache.folders import known_folders, remember_folder
 from hasten.cli import main
 from hasten.cli.cache import SUBCOMMANDS
 from hasten.cli.frame import subparser_of
@@ -40,7 +39,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_folder: Callable
         hasten.load(tiny_folder("qwen3"), "w4", options=EngineOptions(threads=1, context=32, max_sequences=1))
         deferred.flush()
     write_record(folder / "optimize" / "x.json", {"a": 1}, 2)
-    ResponseFolder(folder / "responses").write("ab" * 32, b"answer", 10_000)
     (folder / "bench" / "model").mkdir(parents=True)
     (folder / "bench" / "model" / "q8_0.gguf").write_bytes(bytes(1000))
     kept = WorkStore(folder / "compress").place("statistics", "ef" * 16)
@@ -78,7 +76,7 @@ def flip(path: Path) -> None:
 
 def test_ls(cache: Path, capsys: Any) -> None:
     found = run(capsys, "ls")
-    assert set(kinds(found)) == {"packed", "compress", "kv", "responses", "exports", "records"}
+    assert set(kinds(found)) == {"packed", "compress", "kv", "exports", "records"}
     packed = next(entry for entry in found["entries"] if entry["kind"] == "packed")
     assert (
         packed["name"].endswith("w4")
@@ -88,7 +86,7 @@ def test_ls(cache: Path, capsys: Any) -> None:
     assert abs(packed["last_used"] - time.time()) < 60
     work = next(entry for entry in found["entries"] if entry["kind"] == "compress")
     assert work["name"].startswith("statistics efef") and work["source"] == "a/model" and work["bytes"] > 8000
-    assert kinds(run(capsys, "ls", "--kind", "exports", "--kind", "responses")) == ["exports", "responses"]
+    assert kinds(run(capsys, "ls", "--kind", "exports", "--kind", "compress")) == ["exports", "compress"]
     assert main(["cache", "ls"]) == 0
     out = capsys.readouterr().out
     assert "exports" in out and "just now" in out and " records\n" in out
@@ -118,7 +116,7 @@ def test_stats(cache: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_limit_is_one_for_packed_weights_and_compress(
     cache: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(size_limit, "free_bytes", lambda path: 0)
+    monkeypatch.setattr(folders, "free_bytes", lambda path: 0)
     found = run(capsys, "stats")
     together = found["kinds"]["packed"]["bytes"] + found["kinds"]["compress"]["bytes"]
     assert found["packed"]["limit_bytes"] == together // 2
@@ -127,7 +125,6 @@ def test_the_limit_is_one_for_packed_weights_and_compress(
 DAMAGED = {
     "packed": "cache/packed/models/*/weights.safetensors",
     "compress": "cache/compress/statistics/*/layer-0.pt",
-    "responses": "cache/responses/*",
     "kv": "kv/*/01/*",
     "records": "cache/optimize/*",
 }
@@ -174,11 +171,11 @@ def test_clear_a_kind(cache: Path, capsys: Any) -> None:
     removed = run(capsys, "clear", *(word for kind in three for word in ("--kind", kind)), "--yes")
     assert [entry["kind"] for entry in removed["removed"]] == three and removed["bytes"] > 10_000
     assert list((cache / "compress" / "statistics").iterdir()) == []
-    assert set(kinds(run(capsys, "ls"))) == {"responses", "exports", "records"}
+    assert set(kinds(run(capsys, "ls"))) == {"exports", "records"}
 
 
 def test_clear_what_is_old(cache: Path, capsys: Any) -> None:
-    old = only(cache, "responses/*")
+    old = only(cache, "optimize/*")
     os.utime(old, (time.time() - 3 * 86400,) * 2)
     assert run(capsys, "clear", "--older-than", "4d", "--yes")["removed"] == []
     assert [e["path"] for e in run(capsys, "clear", "--older-than", "2.5d", "--yes")["removed"]] == [str(old)]

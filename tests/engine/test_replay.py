@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import hasten
-from hasten.cache.kv_entry import HEADER_BYTES
+from hasten.cache.kv_folder import HEADER_BYTES
 from hasten.core import EngineOptions, ServingOptions
 from hasten.engine import keep
 from hasten.engine.engine import Engine

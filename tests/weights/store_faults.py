@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from hasten.cache import stage
+from hasten.cache import folders
 from hasten.core import Recipe
 from hasten.models.artifact import find_packed, keep_packed
 from hasten.models.locate import locate
@@ -74,7 +74,7 @@ def child(action: Callable[[], object]) -> int:
 
 def kills(scene: Scene) -> None:
     """kill -9 at random moments of keeping: what is found afterwards is right, and rubbish goes."""
-    stage._YOUNG_S = 0.0
+    folders._YOUNG_S = 0.0
     began = time.perf_counter()
     scene.keep()
     whole = time.perf_counter() - began

@@ -353,7 +353,7 @@ def test_a_folder_that_cannot_be_written_is_named_as_that(
     monkeypatch.setattr("hasten.cache.store.os.access", lambda path, mode: False)
     flags = SimpleNamespace(f_flag=os.ST_RDONLY if is_read_only else 0)
     monkeypatch.setattr("hasten.cache.store.os.statvfs", lambda path: flags)
-    monkeypatch.setattr("hasten.cache.size_limit.free_bytes", lambda path: 0)
+    monkeypatch.setattr("hasten.cache.folders.free_bytes", lambda path: 0)
     start(folder)
     (record,) = [r for r in caplog.records if r.levelno >= logging.WARNING]
     said = record.getMessage()

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and their digests.
+"""Files that are written whole or not at all, their digests, and JSON records that know when they are stale.
 
 A crash, a full disk or Ctrl-C at any point leaves the file that was there before, never half of the new one.
 """
@@ -13,12 +13,12 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from hasten.cache.reading import open_raw, read_file
-from hasten.core import as_json
+from hasten.core import SCHEMA_VERSION, as_json
 from hasten.errors import DiskError
 
 _CHUNK_BYTES = 1 << 20
@@ -215,3 +215,42 @@ def read_json(path: str | Path) -> Any | None:
         return json.loads(read_file(path))
     except (OSError, ValueError, RecursionError):
         return None
+
+
+def write_record(path: str | Path, key: Mapping[str, Any], value: Any) -> Path:
+    """Keep `value` with what it was made from (`key`) and a checksum of both.
+
+    Raises:
+        DiskError: the disk is full, read-only or not ours; an older record is as it was.
+    """
+    kept = {"schema_version": SCHEMA_VERSION, "key": as_json(key), "value": as_json(value)}
+    return write_json(path, {**kept, "sha256": _checksum(kept)})
+
+
+def read_record(path: str | Path, key: Mapping[str, Any]) -> Any | None:
+    """The value kept under exactly this `key`, or None: missing, torn, altered, other key or version."""
+    record = _whole(path)
+    return record.get("value") if record is not None and record.get("key") == _plain(key) else None
+
+
+def is_whole_record(path: str | Path) -> bool:
+    """Whether a file is a record as it was written, whatever its key."""
+    return _whole(path) is not None
+
+
+def _whole(path: str | Path) -> dict[str, Any] | None:
+    record = read_json(path)
+    if not isinstance(record, dict):
+        return None
+    found = record.pop("sha256", None)
+    if record.get("schema_version") != SCHEMA_VERSION or found != _checksum(record):
+        return None
+    return record
+
+
+def _plain(key: Mapping[str, Any]) -> Any:
+    return json.loads(json.dumps(as_json(key)))
+
+
+def _checksum(kept: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

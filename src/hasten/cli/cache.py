@@ -15,13 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from hasten.cache import cache_dir, digest, write_atomic
-from hasten.cache.known_folders import known_folders
-from hasten.cache.reading import read_file
-from hasten.cache.record import is_whole_record
-from hasten.cache.response_folder import damage
-from hasten.cache.size_limit import last_change, limit_bytes, tree_bytes
-from hasten.cache.stage import vanish
-from hasten.cache.store import free_bytes
+from hasten.cache.folders import known_folders, last_change, limit_bytes, tree_bytes, vanish
+from hasten.cache.store import free_bytes, is_whole_record
 from hasten.cli.console import emit, note, print_table
 from hasten.cli.flags import JsonOption, optional
 from hasten.core import SCHEMA_VERSION, CachePolicy, as_json
@@ -32,7 +27,7 @@ if TYPE_CHECKING:
     from hasten.engine.trace import Trace
 
 KEPT = "What was removed is gone, the rest is as it was."
-KIND = "Only this kind, repeatable: packed, compress, kv, responses, demo, exports or records."
+KIND = "Only this kind, repeatable: packed, compress, kv, demo, exports or records."
 TraceArgument = Annotated[
     Path,
     typer.Argument(metavar="TRACE", help="A file that hasten serve --record wrote.", show_default=False),
@@ -340,16 +335,6 @@ def _verify_record(entry: Entry) -> str | None:
     return None if is_whole_record(entry.path) else "is no record, or its checksum is wrong"
 
 
-def _responses(folders: Sequence[Path]) -> Iterator[Entry]:
-    for path in _inside(cache_dir() / "responses"):
-        if path.is_file():
-            yield _entry("responses", path.name, path)
-
-
-def _verify_response(entry: Entry) -> str | None:
-    return damage(read_file(entry.path))
-
-
 def _kv(folders: Sequence[Path]) -> Iterator[Entry]:
     """One entry a model in each folder."""
     named = [folder.absolute() for folder in folders]
@@ -381,7 +366,7 @@ def _remove_pages(folder: Path, which: Callable[[Path], bool]) -> None:
 def _page_damage(path: Path) -> str | None:
     import numpy as np
 
-    from hasten.cache.kv_entry import BadEntry, read_entry, read_header
+    from hasten.cache.kv_folder import BadEntry, read_entry, read_header
 
     try:
         header = read_header(path)
@@ -416,7 +401,6 @@ KINDS = {
         "statistics, single matrices and unfinished runs of compress", _compress, _verify_compress
     ),
     "kv": Kind("keys and values of computed prompts (--kv-disk)", _kv, _verify_kv),
-    "responses": Kind("answers to deterministic requests", _responses, _verify_response),
     "demo": Kind("the demo model", _demo, _verify_demo),
     "exports": Kind("models written for other engines by bench", _exports, lambda entry: UNCHECKED),
     "records": Kind("measured ceilings, judged recipes, digests of files", _records, _verify_record),

@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import hasten
-from hasten.cache.folder import refuse_foreign
-from hasten.cache.size_limit import tree_bytes
+from hasten.cache.folders import refuse_foreign, tree_bytes
 from hasten.compress.calibration import Calibration
 from hasten.compress.calibration_text import calibration_from
 from hasten.compress.prune_check import pruned_shape

@@ -17,7 +17,7 @@ from hasten.runtime.pages import CachedSequence
 from hasten.runtime.sampling import Choice, Masks, SamplingOptions, SequenceSampler, TokenLogprob
 
 if TYPE_CHECKING:
-    from hasten.cache.kv_ahead import Reading
+    from hasten.cache.kv_disk import Reading
     from hasten.engine.grammar import GrammarState
     from hasten.engine.speculate import Draft
     from hasten.models.tokenizer import Tokenizer

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
-from hasten.cache.kv_ahead import KvAhead
+from hasten.cache.kv_disk import KvAhead
 from hasten.cache.policy import new_policy
 from hasten.core import ServingOptions
 from hasten.engine.answer import Answer
@@ -343,7 +343,7 @@ class PrefixKeeper:
 def _disk(model: LanguageModel, options: ServingOptions) -> KvDisk | None:
     if options.kv_disk is None or not options.prefix_cache:
         return None
-    from hasten.cache.known_folders import remember_folder
+    from hasten.cache.folders import remember_folder
     from hasten.cache.kv_disk import KvDisk
     from hasten.engine.fingerprint import fingerprint
 

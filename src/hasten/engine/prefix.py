@@ -37,7 +37,7 @@ class PageMemory(Protocol):
 
 
 class PageDisk(Protocol):
-    """The tier below: `hasten.cache.kv_ahead.KvAhead`. Nothing here may wait for a disk."""
+    """The tier below: `hasten.cache.kv_disk.KvAhead`. Nothing here may wait for a disk."""
 
     def has(self, key: bytes) -> bool: ...
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hasten.cache.kv_entry import HEADER_BYTES
-from hasten.cache.policy import new_policy
-from hasten.cache.shelf import Shelf
+from hasten.cache.kv_folder import HEADER_BYTES
+from hasten.cache.policy import Shelf, new_policy
 from hasten.core import CachePolicy
 from hasten.engine.prefix import Bytes, Chain, Match, PrefixCache, root_key
 from hasten.engine.trace import Trace, TraceRequest

@@ -140,7 +140,7 @@ def told(observer: Observer) -> Callable[[Done], None]:
 
 def _temporary(made: Made) -> Path:
     """An artifact that goes when the process does."""
-    from hasten.cache.stage import scratch
+    from hasten.cache.folders import scratch
     from hasten.models.artifact import save
     from hasten.models.locate import file_name_of
 

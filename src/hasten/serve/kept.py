@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hasten.cache.responses import ResponseCache
+from hasten.cache.requests import ResponseCache
 from hasten.engine.request import Request, Usage
 from hasten.engine.trace import TraceModel, TraceWriter
 from hasten.serve.problem import Problem

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hasten.cache.prompts import PromptCache
+from hasten.cache.requests import PromptCache
 from hasten.engine.async_engine import EngineClosed
 from hasten.errors import HastenError, UsageError
 from hasten.serve.problem import Problem

@@ -24,10 +24,8 @@ from typing import Any, TypeVar
 
 import hasten
 from hasten.cache import cache_dir, digest, read_json, read_record, write_record
-from hasten.cache.file_state import FileStates, look
-from hasten.cache.reading import add_byte
-from hasten.cache.size_limit import Held, chosen_limit, limit_bytes, make_room, tree_bytes
-from hasten.cache.stage import clean, stage, vanish
+from hasten.cache.folders import Held, chosen_limit, clean, limit_bytes, make_room, stage, tree_bytes, vanish
+from hasten.cache.reading import FileStates, add_byte, look
 from hasten.cache.store import why_not_writable
 from hasten.core import Recipe, as_json
 from hasten.errors import ArtifactError, DiskError

@@ -26,10 +26,9 @@ import numpy.typing as npt
 
 from hasten import _native
 from hasten.cache import cache_dir, digest, read_json, write_atomic, write_record
+from hasten.cache.folders import Held, clean, last_change, limit_bytes, make_room, tree_bytes, vanish
 from hasten.cache.reading import open_file, read_array
-from hasten.cache.record import is_whole_record
-from hasten.cache.size_limit import Held, last_change, limit_bytes, make_room, tree_bytes
-from hasten.cache.stage import clean, vanish
+from hasten.cache.store import is_whole_record
 
 Part = Literal["statistics", "linears", "runs"]
 PARTS: tuple[Part, ...] = ("statistics", "linears", "runs")
