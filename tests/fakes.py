@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from hasten.core import (
     EngineOptions,
-    Layout,
+    Format,
     Machine,
     Measurement,
     ModelConfig,
@@ -27,7 +27,6 @@ from hasten.core import (
 )
 from hasten.errors import MachineError
 from hasten.quality.text import Text
-from hasten.weights.packed import packed_bytes
 
 Floats = npt.NDArray[np.float32]
 ALPHABET = "".join(chr(c) for c in range(0x4E00, 0x4E00 + 48))
@@ -55,7 +54,7 @@ class LetterTokenizer:
         return {letter: number for number, letter in enumerate(ALPHABET)}
 
 
-def rounded(weights: Floats, layout: Layout) -> Floats:
+def rounded(weights: Floats, layout: Format) -> Floats:
     """Round to nearest in groups, as the engine's packer does."""
     if layout.bits == 16:
         return weights
@@ -70,7 +69,7 @@ def rounded(weights: Floats, layout: Layout) -> Floats:
     return values.reshape(weights.shape).astype(np.float32)
 
 
-def calibrated(weights: Floats, layout: Layout) -> Floats:
+def calibrated(weights: Floats, layout: Format) -> Floats:
     """Half the rounding error: stands for what calibration wins below 8 bits."""
     nearest = rounded(weights, layout)
     return nearest if layout.bits >= 8 else (weights + nearest) / np.float32(2)
@@ -128,7 +127,7 @@ class FakeWorkshop:
         for name, shape in CONFIG.linear_shapes().items():
             scale = 0.5 if name == "head" else 0.6 / np.sqrt(shape[1])
             values = rng.normal(0, scale, shape).astype(np.float32)
-            self.weights[name] = rounded(values, Layout(self.kept_bits))
+            self.weights[name] = rounded(values, Format.of(self.kept_bits))
 
     def text(self, evaluation: int = 4096, calibration: int = 1024) -> Text:
         """A text of so many letters, drawn from the model."""
@@ -153,8 +152,8 @@ class FakeWorkshop:
     def tokenizer(self) -> LetterTokenizer:
         return LetterTokenizer()
 
-    def kept(self) -> Mapping[str, Layout]:
-        return dict.fromkeys(CONFIG.linear_shapes(), Layout(self.kept_bits))
+    def kept(self) -> Mapping[str, Format]:
+        return dict.fromkeys(CONFIG.linear_shapes(), Format.of(self.kept_bits))
 
     def build(self, recipe: Recipe) -> FakeModel:
         if recipe.name == self.interrupt_at:
@@ -165,7 +164,7 @@ class FakeWorkshop:
         weights = {n: self._packed(n, recipe.layout_for(n), recipe.method) for n in self.weights}
         count = sum(w.size for w in weights.values())
         bits = sum(layouts[n].bits_per_weight * w.size for n, w in weights.items()) / count
-        size = sum(packed_bytes(*w.shape, layouts[n]) for n, w in weights.items())
+        size = sum(layouts[n].bytes_of(*w.shape) for n, w in weights.items())
         return FakeModel(self.embedding, weights, recipe, bits, size)
 
     def calibrate(self, text: Text, observer: object) -> str:
@@ -174,12 +173,12 @@ class FakeWorkshop:
         return f"calibrated on {text.sha256}"
 
     def swap(
-        self, model: FakeModel, tensors: Sequence[str], layout: Layout | None, method: str = "rtn"
+        self, model: FakeModel, tensors: Sequence[str], layout: Format | None, method: str = "rtn"
     ) -> None:
         for name in tensors:
             model.weights[name] = self._packed(name, layout, method)
 
-    def error(self, tensor: str, layout: Layout) -> float:
+    def error(self, tensor: str, layout: Format) -> float:
         return float(np.mean((rounded(self.weights[tensor], layout) - self.weights[tensor]) ** 2))
 
     def measure(self, model: FakeModel, workload: Workload, runs: int) -> Measurement:
@@ -207,7 +206,7 @@ class FakeWorkshop:
         (folder / "plan.json").write_text(json.dumps(plan))
         return folder
 
-    def _packed(self, name: str, layout: Layout | None, method: str = "rtn") -> Floats:
+    def _packed(self, name: str, layout: Format | None, method: str = "rtn") -> Floats:
         if layout is None:
             return self.weights[name]
         return (rounded if method == "rtn" else calibrated)(self.weights[name], layout)

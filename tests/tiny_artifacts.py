@@ -8,21 +8,21 @@ from pathlib import Path
 import numpy as np
 
 from hasten import _native
-from hasten.core import Layout, Recipe
+from hasten.core import Format, Recipe
 from hasten.models import open_model
 from hasten.models.artifact import save
-from hasten.weights.packed import PackedLinear, pack_model, packed_bytes
+from hasten.weights.packed import PackedLinear, pack_model
 from tiny_models import TINY, save_folder
 
-MIXTURE: Mapping[str, Layout] = {
-    "layers.0.q": Layout(4),
-    "layers.0.k": Layout(5),
-    "layers.0.v": Layout(8),
-    "layers.0.o": Layout(6),
-    "layers.0.gate": Layout(4, symmetric=False),
-    "layers.0.up": Layout(5, symmetric=False),
-    "layers.0.down": Layout(16),
-    "layers.1.q": Layout(4, 64),
+MIXTURE: Mapping[str, Format] = {
+    "layers.0.q": Format.of(4),
+    "layers.0.k": Format.of(5),
+    "layers.0.v": Format.of(8),
+    "layers.0.o": Format.of(6),
+    "layers.0.gate": Format.of(4, symmetric=False),
+    "layers.0.up": Format.of(5, symmetric=False),
+    "layers.0.down": Format.of(16),
+    "layers.1.q": Format.of(4, 64),
 }
 """Every width there is."""
 
@@ -33,20 +33,20 @@ def make(folder: Path, name: str, recipe: Recipe) -> Path:
     return save(folder / f"{name}.hasten", pack_model(source, recipe), source, {})
 
 
-def mixed(name: str = "w8", layers: Mapping[str, Layout] = MIXTURE) -> Recipe:
+def mixed(name: str = "w8", layers: Mapping[str, Format] = MIXTURE) -> Recipe:
     base = Recipe.parse(name)
     return Recipe("mixture", base.default, base.head, layers)
 
 
-def packed(layout: Layout, rows: int, cols: int, seed: int = 1) -> PackedLinear:
+def packed(layout: Format, rows: int, cols: int, seed: int = 1) -> PackedLinear:
     values = np.random.default_rng(seed).normal(size=(rows, cols)).astype(np.float32)
-    data = np.zeros(packed_bytes(rows, cols, layout), np.uint8)
-    stored = (layout.bits, layout.group, layout.symmetric)
+    data = np.zeros(layout.bytes_of(rows, cols), np.uint8)
+    stored = layout.native
     _native.pack(values.view(np.uint8).reshape(-1), "F32", rows, cols, *stored, data)
     return PackedLinear(layout, rows, cols, data)
 
 
 def values_of(linear: PackedLinear) -> np.ndarray:
     layout = linear.layout
-    stored = (layout.bits, layout.group, layout.symmetric)
+    stored = layout.native
     return _native.unpack(linear.data, linear.rows, linear.cols, *stored)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from hasten.compress.compress import compress
-    from hasten.core import EngineOptions, Layout, Recipe
+    from hasten.core import EngineOptions, Format, Recipe
     from hasten.engine.model import Completion, LanguageModel
     from hasten.errors import HastenError
     from hasten.machine.probe import probe
@@ -39,7 +39,7 @@ _HOME = {
     "Completion": "hasten.engine.model",
     "SamplingOptions": "hasten.runtime.sampling",
     "Recipe": "hasten.core",
-    "Layout": "hasten.core",
+    "Format": "hasten.core",
     "EngineOptions": "hasten.core",
     "OptimizeResult": "hasten.optimize.result",
     "HastenError": "hasten.errors",
@@ -54,7 +54,7 @@ __all__ = [  # noqa: RUF022  in the order a reader meets them
     "Completion",
     "SamplingOptions",
     "Recipe",
-    "Layout",
+    "Format",
     "EngineOptions",
     "OptimizeResult",
     "HastenError",

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from hasten.recipe import Layout as Layout
 from hasten.recipe import Recipe as Recipe
 from hasten.rope_scaling import RopeScaling
+from hasten.weights.formats import Format as Format
 
 SCHEMA_VERSION = 1
 """Version of every JSON document and artifact this program writes."""
@@ -282,7 +282,9 @@ class Plan:
 
 
 def as_json(value: Any) -> Any:
-    """Plain JSON values of any noun here: dataclasses to dicts, tuples to lists."""
+    """Plain JSON values of any noun here: dataclasses to dicts, tuples to lists, formats to names."""
+    if isinstance(value, Format):
+        return value.name
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: as_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, cast, get_args
 
 from hasten.errors import UsageError
+from hasten.weights.formats import FORMATS, TABLE_NAMES, Format
 
 Method = Literal["rtn", "hqq", "awq", "gptq", "awq-gptq", "best"]
 """How integers are found: docs/compress.md. All but rtn and hqq need calibration text."""
@@ -20,43 +21,6 @@ class Shaped(Protocol):
     """What a recipe asks of a ModelConfig."""
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]: ...
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How one linear layer's weights are stored.
-
-    `bits` 16 is bf16; 8, 6, 5, 4 are integers with one fp16 scale a group of `group` inputs, and one fp16
-    minimum too where `symmetric` is False (w = scale * q + minimum). Group 16 is for GGUF's k-quants alone.
-    """
-
-    bits: int = 16
-    group: int = 32
-    symmetric: bool = True
-
-    def __post_init__(self) -> None:
-        if self.bits not in (16, 8, 6, 5, 4):
-            raise UsageError(
-                f"a weight layout of {self.bits} bits does not exist", hint="use 16, 8, 6, 5 or 4 bits"
-            )
-        if self.bits != 16 and self.group not in (16, 32, 64, 128):
-            raise UsageError(f"group size {self.group} is not supported", hint="use a group of 32, 64 or 128")
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits a weight, scales and minimums included."""
-        if self.bits == 16:
-            return 16.0
-        return self.bits + (16.0 if self.symmetric else 32.0) / self.group
-
-    def __str__(self) -> str:
-        if self.bits == 16:
-            return "bf16"
-        return (
-            f"w{self.bits}"
-            + (f"-g{self.group}" if self.group != 32 else "")
-            + ("" if self.symmetric else "-asym")
-        )
 
 
 @dataclass(frozen=True)
@@ -146,9 +110,9 @@ class Recipe:
     """
 
     name: str
-    default: Layout | None = None  # None: keep the source's values
-    head: Layout | None = None  # None: as default
-    layers: Mapping[str, Layout] = field(default_factory=dict)
+    default: Format | None = None  # None: keep the source's values
+    head: Format | None = None  # None: as default
+    layers: Mapping[str, Format] = field(default_factory=dict)
     kv: Literal["bf16", "int8"] = "bf16"
     method: Method = "rtn"
     rotate: bool = False  # Hadamard rotation of the hidden states, folded into the weights
@@ -170,8 +134,8 @@ class Recipe:
         changes = self.rotate or self.smooth is not None or self.prune or self.distil is not None
         return self.method == "rtn" and not changes
 
-    def layout_for(self, tensor: str) -> Layout | None:
-        """Layout of one linear layer, or None to keep the source's values."""
+    def layout_for(self, tensor: str) -> Format | None:
+        """Format of one linear layer, or None to keep the source's values."""
         if tensor in self.layers:
             return self.layers[tensor]
         if tensor in ("head", "embed") and self.head is not None:
@@ -198,11 +162,14 @@ class Recipe:
         Raises:
             UsageError: the name is none of these.
         """
-        base, *options = name.strip().split("-")
+        text = name.strip()
+        table = next((one for one in TABLE_NAMES if text == one or text.startswith(f"{one}-")), None)
+        base, *options = (table, *text[len(table) + 1 :].split("-")) if table else text.split("-")
+        options = [option for option in options if option or not table]
         match = re.fullmatch(r"bf16|source|w([8654])", base)
-        if match is None:
+        if match is None and table is None:
             raise UsageError(f"unknown recipe {name!r}", hint=f"use {NAMES_HINT}")
-        bits = int(match.group(1) or 16)
+        bits = int(match.group(1) or 16) if match else 16
         group, head_bits, symmetric, method, kv = 32, None, True, "rtn", "bf16"
         for option in options:
             if (m := re.fullmatch(r"g(32|64|128)", option)) and bits != 16:
@@ -219,8 +186,10 @@ class Recipe:
                 raise UsageError(f"recipe {name!r}: cannot read {option!r}", hint=f"use {NAMES_HINT}")
         if method == "best" and head_bits is None:
             head_bits = max(8, bits)
-        default = None if base == "source" else Layout(bits, group if bits != 16 else 32, symmetric)
-        head = Layout(head_bits, group if head_bits != 16 else 32, symmetric) if head_bits else None
+        default = None if base == "source" else Format.of(bits, group, symmetric)
+        if table is not None:
+            default = FORMATS[table]
+        head = Format.of(head_bits, group, symmetric) if head_bits else None
         return cls(
             name=name,
             default=default,

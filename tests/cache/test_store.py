@@ -24,7 +24,7 @@ from hasten.cache import (
     write_json,
     write_record,
 )
-from hasten.core import Layout
+from hasten.core import Format
 from hasten.errors import DiskError
 
 
@@ -138,7 +138,7 @@ def test_digest(tmp_path: Path, size: int) -> None:
 
 
 def test_json_of_nouns_and_misses(tmp_path: Path) -> None:
-    path = write_json(tmp_path / "x.json", {"layout": Layout(4), "who": "字"})
+    path = write_json(tmp_path / "x.json", {"layout": Format.of(4), "who": "字"})
     assert read_json(path) == {"layout": {"bits": 4, "group": 32, "symmetric": True}, "who": "字"}
     assert read_json(tmp_path / "none.json") is None
     path.write_bytes(path.read_bytes()[:-5])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hasten.cli import main
-from hasten.core import Layout, Recipe
+from hasten.core import Format, Recipe
 from hasten.models import open_model
 from hasten.models.artifact import save
 from hasten.weights.packed import pack_model
@@ -20,7 +20,7 @@ from tiny_models import TINY, save_folder
 def artifact(tmp_path: Path) -> Path:
     source = open_model(save_folder(TINY["llama-wide"], tmp_path / "source"))
     base = Recipe.parse("w4-head8")
-    layers = {"layers.0.o": Layout(4, symmetric=False), "layers.1.down": Layout(8, symmetric=False)}
+    layers = {"layers.0.o": Format.of(4, symmetric=False), "layers.1.down": Format.of(8, symmetric=False)}
     recipe = Recipe("mixture", base.default, base.head, layers)
     return save(tmp_path / "model.hasten", pack_model(source, recipe), source, {})
 

@@ -20,7 +20,7 @@ from hasten.compress.compress import compress
 from hasten.compress.job import Job, Means
 from hasten.compress.recipe_file import parse_recipe
 from hasten.compress.result import Clock, Progress, silent
-from hasten.core import Layout, Recipe
+from hasten.core import Format, Recipe
 from hasten.errors import DiskError, HastenError, MachineError, ModelError, TokenizerError, UsageError
 from hasten.models import open_model
 from hasten.models.artifact import load_artifact
@@ -42,9 +42,9 @@ def sums(packed: PackedModel) -> dict[str, str]:
 
 def test_a_plain_recipe_is_packing(tiny_folder: Callable[..., Path], tmp_path: Path, cache: Path) -> None:
     folder, out = tiny_folder("llama-wide"), tmp_path / "out.hasten"
-    recipe = Recipe("mine", Layout(4), Layout(8), {"layers.*.down": Layout(6)})
+    recipe = Recipe("mine", Format.of(4), Format.of(8), {"layers.*.down": Format.of(6)})
     made = compress(folder, recipe, out=out, means=Means(threads=1))
-    spelled = replace(recipe, layers={f"layers.{i}.down": Layout(6) for i in range(2)})
+    spelled = replace(recipe, layers={f"layers.{i}.down": Format.of(6) for i in range(2)})
     assert sums(made.packed) == sums(pack_model(open_model(folder), spelled, 1))
     assert made.artifact == out and made.recipe == spelled and made.calibration is None
     assert made.bits_per_weight == made.packed.bits_per_weight
@@ -99,10 +99,10 @@ def test_all_steps_together(tiny_folder: Callable[..., Path], tmp_path: Path, ca
     assert list(dict.fromkeys(p.step for p in told)) == ["open", *names, "write"]
     assert all(step.lines for step in made.steps)
     assert made.source.config.intermediate_size == 64 and not made.source.config.tied_head
-    assert made.recipe.layout_for("layers.2.down") == Layout(6)
+    assert made.recipe.layout_for("layers.2.down") == Format.of(6)
     stored = {name: linear.layout for name, linear in made.packed.linears.items()}
-    assert stored["layers.0.q"] == stored["head"] == stored["embed"] == Layout(8)
-    assert stored["layers.1.q"] == Layout(4) and stored["layers.2.down"] == Layout(6)
+    assert stored["layers.0.q"] == stored["head"] == stored["embed"] == Format.of(8)
+    assert stored["layers.1.q"] == Format.of(4) and stored["layers.2.down"] == Format.of(6)
     assert made.calibration is not None and made.calibration["tokens"] == TOKENS
     assert not list(cache.glob("compress/runs/*")), "what a stopped run goes on from is gone"
     model = hasten.load(out, threads=1)
@@ -117,7 +117,7 @@ def test_distilling_trains_what_is_stored(tiny_folder: Callable[..., Path]) -> N
     from hasten.compress.torch_layer import tensor_values
     from hasten.weights.packed import integers
 
-    recipe = Recipe("r", Layout(4), Layout(16), distil=Distillation(tokens=1024, batch_tokens=512))
+    recipe = Recipe("r", Format.of(4), Format.of(16), distil=Distillation(tokens=1024, batch_tokens=512))
     made = compress(tiny_folder("llama"), recipe, tokens=TOKENS, means=Means(device="cpu", threads=1))
     for name in ("layers.0.q", "layers.2.down"):
         packed = integers(made.packed.linears[name]).values()
@@ -127,7 +127,7 @@ def test_distilling_trains_what_is_stored(tiny_folder: Callable[..., Path]) -> N
 
 def test_a_calibration_may_be_given_as_tokens(tiny_folder: Callable[..., Path]) -> None:
     ids = np.random.default_rng(0).integers(0, 262, (4, 128), np.int32)
-    recipe = Recipe("r", Layout(8), prune=(Pruning("wanda", pattern=(2, 4), repair=False),))
+    recipe = Recipe("r", Format.of(8), prune=(Pruning("wanda", pattern=(2, 4), repair=False),))
     made = compress(tiny_folder("llama"), recipe, Calibration("chance", ids), means=Means(threads=1))
     assert made.calibration == {"name": "chance", "tokens": 512, "sha256": Calibration("x", ids).sha256}
     values = made.packed.linears["layers.0.q"]
@@ -154,17 +154,20 @@ FFN = (Pruning("ffn", 0.34),)
 @pytest.mark.parametrize(
     ("recipe", "what"),
     [
-        (Recipe("r", Layout(4, 64)), "layers.0.down has 96 inputs, which groups of 64 do not divide"),
-        (Recipe("r", Layout(4), layers={"layers.3.down": Layout(8)}), "'layers.3.down' names no layer"),
+        (Recipe("r", Format.of(4, 64)), "layers.0.down has 96 inputs, which groups of 64 do not divide"),
+        (Recipe("r", Format.of(4), layers={"layers.3.down": Format.of(8)}), "'layers.3.down' names no layer"),
         (
-            Recipe("r", Layout(4), layers={"layers.*.q": Layout(8), "layers.1.*": Layout(6)}),
+            Recipe("r", Format.of(4), layers={"layers.*.q": Format.of(8), "layers.1.*": Format.of(6)}),
             "contradictory rules for layers.1.q",
         ),
-        (Recipe("r", Layout(4), prune=(*FFN, Pruning("ffn", 0.999))), "leaves no channel"),
-        (Recipe("r", Layout(4), prune=(Pruning("wanda", pattern=(3, 7)),)), "7"),
-        (Recipe("r", Layout(4), prune=(*FFN, Pruning("vocabulary")), distil=Distillation()), "no words"),
-        (Recipe("r", Layout(4), rotate=True, distil=Distillation(hidden=1.0)), "another basis"),
-        (Recipe("r", Layout(4), prune=(Pruning("width"),), distil=Distillation(hidden=1.0)), "pruned width"),
+        (Recipe("r", Format.of(4), prune=(*FFN, Pruning("ffn", 0.999))), "leaves no channel"),
+        (Recipe("r", Format.of(4), prune=(Pruning("wanda", pattern=(3, 7)),)), "7"),
+        (Recipe("r", Format.of(4), prune=(*FFN, Pruning("vocabulary")), distil=Distillation()), "no words"),
+        (Recipe("r", Format.of(4), rotate=True, distil=Distillation(hidden=1.0)), "another basis"),
+        (
+            Recipe("r", Format.of(4), prune=(Pruning("width"),), distil=Distillation(hidden=1.0)),
+            "pruned width",
+        ),
         (Recipe("r", method="awq"), "is for integer weights"),
         ("w4bits", "unknown recipe"),
         ("nothing.yaml", "No such file"),
@@ -176,17 +179,20 @@ def test_refused_before_any_work(recipe: Any, what: str, tiny_folder: Callable[.
 
 def test_groups_are_those_of_the_pruned_model(tiny_folder: Callable[..., Path]) -> None:
     """96 channels become 64, which groups of 64 divide; of 256 heads' columns 192, which 128 does not."""
-    fine = Recipe("r", Layout(4, 64), prune=FFN)
+    fine = Recipe("r", Format.of(4, 64), prune=FFN)
     made = compress(tiny_folder("llama"), fine, tokens=TOKENS, means=Means(threads=1))
     assert made.packed.linears["layers.0.down"].cols == 64
-    wrong = Recipe("r", Layout(4, 128), prune=(Pruning("ffn", 0.25),))
+    wrong = Recipe("r", Format.of(4, 128), prune=(Pruning("ffn", 0.25),))
     said = refused(tiny_folder("llama-wide"), wrong, tokens=TOKENS)
     assert "layers.0.down has 192 inputs" in said.message and said.hint == "groups of 64 or 32 do"
 
 
 def test_rules_for_layers_that_pruning_takes_are_said(tiny_folder: Callable[..., Path]) -> None:
     recipe = Recipe(
-        "r", Layout(4), layers={"layers.2.down": Layout(8)}, prune=(Pruning("layers", 0.34, repair=False),)
+        "r",
+        Format.of(4),
+        layers={"layers.2.down": Format.of(8)},
+        prune=(Pruning("layers", 0.34, repair=False),),
     )
     made = compress(tiny_folder("llama"), recipe, tokens=TOKENS, means=Means(threads=1))
     assert made.source.config.num_layers == 2
@@ -196,7 +202,7 @@ def test_rules_for_layers_that_pruning_takes_are_said(tiny_folder: Callable[...,
 def test_calibration_text_is_looked_at_first(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
     file = tmp_path / "little.txt"
     file.write_text("a few words", encoding="utf-8")
-    for recipe in ("w4-best", Recipe("r", Layout(4), prune=FFN), Recipe("r", distil=Distillation())):
+    for recipe in ("w4-best", Recipe("r", Format.of(4), prune=FFN), Recipe("r", distil=Distillation())):
         assert "tokens of calibration text, too few" in refused(tiny_folder("llama"), recipe, file).message
     assert "reads no calibration text" in refused(tiny_folder("llama"), "w4", file).message
     recipe = Recipe("r", distil=Distillation(tokens=300))
@@ -247,7 +253,7 @@ def test_a_small_disk_is_said_first(
     compress(tiny_folder("llama-wide"), "w4")  # nothing is written
     monkeypatch.setattr("hasten.compress.room.free_bytes", lambda path: need)
     compress(tiny_folder("llama-wide"), "w4", out=tmp_path / "b.hasten")
-    lesson = Recipe("r", Layout(4), distil=Distillation(tokens=TOKENS))
+    lesson = Recipe("r", Format.of(4), distil=Distillation(tokens=TOKENS))
     assert isinstance(refused(tiny_folder("llama-wide"), lesson, tokens=TOKENS), DiskError)
 
 
@@ -284,7 +290,7 @@ def test_a_weight_that_is_no_number(
     model.model.layers[1].mlp.down_proj.weight.data[3, 5] = float("nan")
     model.save_pretrained(tmp_path / "nan")
     save_tokenizer(tmp_path / "nan")
-    asked = Recipe("r", Layout(4), **changes)
+    asked = Recipe("r", Format.of(4), **changes)
     with pytest.raises(ModelError, match=r"layers\.[12]\."):
         compress(tmp_path / "nan", asked, out=tmp_path / "o.hasten", tokens=TOKENS, means=Means(threads=1))
     assert not (tmp_path / "o.hasten").exists()
@@ -292,14 +298,14 @@ def test_a_weight_that_is_no_number(
 
 def test_the_work_folder_knows_what_it_is_for(tiny_folder: Callable[..., Path]) -> None:
     source, other = open_model(tiny_folder("llama")), open_model(tiny_folder("qwen2"))
-    asked = Recipe("r", Layout(4), prune=FFN)
+    asked = Recipe("r", Format.of(4), prune=FFN)
 
     def folder(source: Any = source, recipe: Recipe = asked, tokens: int = TOKENS) -> Path:
         return Job.of(source, recipe, None, tokens, Means(), silent).folder
 
     assert folder() == folder() == folder(recipe=replace(asked, name="other"))
-    assert folder() == folder(recipe=replace(asked, layers={"layers.*.*": Layout(4)})) or True
-    different = [folder(source=other), folder(recipe=replace(asked, head=Layout(8))), folder(tokens=512)]
+    assert folder() == folder(recipe=replace(asked, layers={"layers.*.*": Format.of(4)})) or True
+    different = [folder(source=other), folder(recipe=replace(asked, head=Format.of(8))), folder(tokens=512)]
     assert len({folder(), *different}) == 4
 
 

@@ -12,14 +12,14 @@ from hasten import _native
 from hasten.compress.changed import made_tensor
 from hasten.compress.distil.fake_quant import Grid, integer_tensor
 from hasten.compress.torch_layer import tensor_values
-from hasten.core import Layout
+from hasten.core import Format
 from hasten.errors import UsageError
 from hasten.weights.packed import PackedLinear, pack_linear
 from hasten.weights.tensors import SourceTensor
 
 CPU = torch.device("cpu")
 LAYOUTS = [
-    Layout(bits, group, symmetric)
+    Format.of(bits, group, symmetric)
     for bits, group, symmetric in product((4, 5, 6, 8), (32, 64), (True, False))
 ]
 
@@ -47,14 +47,14 @@ def trained(grid: Grid, weight: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_it_begins_as_the_native_packer_rounds(layout: Layout) -> None:
+def test_it_begins_as_the_native_packer_rounds(layout: Format) -> None:
     tensor = matrix()
     found = Grid.of(tensor, layout, CPU)(tensor_values(tensor))
     torch.testing.assert_close(found.detach(), values_of(pack_linear(tensor, layout)), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_packed_is_what_was_trained(layout: Layout) -> None:
+def test_packed_is_what_was_trained(layout: Format) -> None:
     tensor = matrix()
     grid = Grid.of(tensor, layout, CPU)
     weight = trained(grid, tensor_values(tensor))
@@ -72,19 +72,19 @@ def test_packed_is_what_was_trained(layout: Layout) -> None:
 def test_packing_the_values_anew_would_not_do() -> None:
     """Why integers are handed over: a search for scales does not find every grid again."""
     tensor = matrix()
-    grid = Grid.of(tensor, Layout(4), CPU)
+    grid = Grid.of(tensor, Format.of(4), CPU)
     with torch.no_grad():
         grid.growth += 0.6  # steps so large that few groups use their ends
     wanted = grid(tensor_values(tensor)).detach()
-    again = values_of(pack_linear(made_tensor("w", tensor.shape, wanted), Layout(4)))
+    again = values_of(pack_linear(made_tensor("w", tensor.shape, wanted), Format.of(4)))
     assert (again != wanted).any()
 
 
 def test_a_student_that_comes_in_the_layout_keeps_its_scales() -> None:
     """A model that GPTQ rounded begins where GPTQ left it."""
-    grid = Grid.of(matrix(), Layout(4), CPU)
+    grid = Grid.of(matrix(), Format.of(4), CPU)
     given = integer_tensor("w", grid.integers(trained(grid, tensor_values(matrix()))))
-    start = Grid.of(given, Layout(4), CPU)
+    start = Grid.of(given, Format.of(4), CPU)
     torch.testing.assert_close(start(tensor_values(given)).detach(), tensor_values(given), rtol=0, atol=0)
 
 
@@ -92,7 +92,7 @@ def test_a_student_that_comes_in_the_layout_keeps_its_scales() -> None:
 def test_gradients_are_those_of_the_straight_through_estimator(symmetric: bool) -> None:
     """Against autograd through the same arithmetic with rounding replaced by itself minus a constant."""
     tensor = matrix()
-    grid = Grid.of(tensor, Layout(4, 32, symmetric), CPU)
+    grid = Grid.of(tensor, Format.of(4, 32, symmetric), CPU)
     weight = trained(grid, tensor_values(tensor)).requires_grad_()
     out = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
     (grid(weight) * out).sum().backward()
@@ -124,10 +124,10 @@ def test_gradients_are_those_of_the_straight_through_estimator(symmetric: bool) 
 
 def test_fewer_inputs_than_a_group() -> None:
     tensor = made_tensor("w", (16, 20), torch.randn(16, 20, generator=torch.Generator().manual_seed(3)))
-    grid = Grid.of(tensor, Layout(4, 64), CPU)
+    grid = Grid.of(tensor, Format.of(4, 64), CPU)
     wanted = grid(tensor_values(tensor)).detach()
     assert wanted.shape == (16, 20)
-    torch.testing.assert_close(wanted, values_of(pack_linear(tensor, Layout(4, 64))), rtol=0, atol=1e-7)
+    torch.testing.assert_close(wanted, values_of(pack_linear(tensor, Format.of(4, 64))), rtol=0, atol=1e-7)
     torch.testing.assert_close(
         tensor_values(integer_tensor("w", grid.integers(tensor_values(tensor)))), wanted
     )
@@ -136,4 +136,4 @@ def test_fewer_inputs_than_a_group() -> None:
 def test_a_group_that_does_not_divide_is_refused() -> None:
     tensor = made_tensor("w", (16, 100), torch.ones(16, 100))
     with pytest.raises(UsageError, match="100 inputs"):
-        Grid.of(tensor, Layout(4, 64), CPU)
+        Grid.of(tensor, Format.of(4, 64), CPU)

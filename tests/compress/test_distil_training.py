@@ -25,7 +25,7 @@ from hasten.compress.distil.student import Student
 from hasten.compress.distil.trainer import Training, distil, held_out
 from hasten.compress.quantise.rotate import rotate
 from hasten.compress.torch_layer import tensor_values
-from hasten.core import Layout, Recipe
+from hasten.core import Format, Recipe
 from hasten.errors import DiskError, MachineError, ModelError, UsageError
 from hasten.models.open import open_folder
 from hasten.models.source import Source
@@ -44,8 +44,8 @@ def steps(count: int, **options: object) -> Distillation:
     return Distillation(tokens=count * 256, batch_tokens=256, **given)  # type: ignore[arg-type]
 
 
-def four_bits(name: str) -> Layout | None:
-    return Layout(4) if name.startswith("layers.") else Layout(8)
+def four_bits(name: str) -> Format | None:
+    return Format.of(4) if name.startswith("layers.") else Format.of(8)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import hasten
 from hasten import _native
 from hasten.compress.export import export
 from hasten.compress.export_gguf_blocks import carrier, encoded
-from hasten.core import Layout, Recipe
+from hasten.core import Format, Recipe
 from hasten.errors import DiskError, TokenizerError, UsageError
 from hasten.models import open_model
 from hasten.models.artifact import load_artifact, save
@@ -77,7 +77,7 @@ def test_a_mixture_of_all_widths(tmp_path: Path) -> None:
 
 
 def test_fused_tensors_take_a_type_that_carries_all(tmp_path: Path) -> None:
-    folder = make(tmp_path, "phi3", mixed("w4", {"layers.0.k": Layout(6), "layers.1.up": Layout(16)}))
+    folder = make(tmp_path, "phi3", mixed("w4", {"layers.0.k": Format.of(6), "layers.1.up": Format.of(16)}))
     written = export(folder, "gguf", tmp_path / "out.gguf")
     values, kinds = stored(written.path)
     assert [kinds[f"layers.0.{part}"] for part in "qkv"] == ["Q8_0"] * 3
@@ -92,22 +92,22 @@ def test_fused_tensors_take_a_type_that_carries_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("layout", "cols", "kind"),
     [
-        (Layout(4), 64, "Q4_0"),
-        (Layout(4, 128), 128, "Q4_0"),
-        (Layout(4, symmetric=False), 64, "Q4_1"),
-        (Layout(5, 64), 64, "Q5_0"),
-        (Layout(5, 64, False), 128, "Q5_1"),
-        (Layout(6), 32, "Q8_0"),
-        (Layout(8), 96, "Q8_0"),
-        (Layout(16), 64, "BF16"),
-        (Layout(16), 30, "BF16"),
-        (Layout(8, symmetric=False), 64, "F16"),
-        (Layout(6, 16), 64, "F16"),
-        (Layout(4, 64), 44, "F32"),
+        (Format.of(4), 64, "Q4_0"),
+        (Format.of(4, 128), 128, "Q4_0"),
+        (Format.of(4, symmetric=False), 64, "Q4_1"),
+        (Format.of(5, 64), 64, "Q5_0"),
+        (Format.of(5, 64, False), 128, "Q5_1"),
+        (Format.of(6), 32, "Q8_0"),
+        (Format.of(8), 96, "Q8_0"),
+        (Format.of(16), 64, "BF16"),
+        (Format.of(16), 30, "BF16"),
+        (Format.of(8, symmetric=False), 64, "F16"),
+        (Format.of(6, 16), 64, "F16"),
+        (Format.of(4, 64), 44, "F32"),
     ],
     ids=str,
 )
-def test_every_layout_has_a_type(layout: Layout, cols: int, kind: str) -> None:
+def test_every_layout_has_a_type(layout: Format, cols: int, kind: str) -> None:
     linear = packed(layout, 21, cols)
     assert carrier([layout], cols) == kind
     data, error, squares = encoded(linear, kind, 0, linear.rows)

@@ -17,7 +17,7 @@ import openvino
 import pytest
 
 from hasten.compress.export import export
-from hasten.core import Layout, Recipe
+from hasten.core import Format, Recipe
 from hasten.errors import DiskError, MachineError, UsageError
 from hasten.models.artifact import load_artifact
 from hasten.models.reference import ReferenceDecoder
@@ -38,10 +38,11 @@ EXACT = {
     "INFERENCE_NUM_THREADS": "1",
 }
 KINDS = {
-    "layers.0.q": Layout(4), "layers.0.k": Layout(4, symmetric=False), "layers.0.v": Layout(5),
-    "layers.0.o": Layout(5, 64, symmetric=False), "layers.0.gate": Layout(6), "layers.0.up": Layout(16),
-    "layers.0.down": Layout(6, 128, symmetric=False), "layers.1.q": Layout(8, 128),
-    "layers.1.k": Layout(8, symmetric=False), "layers.1.v": Layout(4, 64),
+    "layers.0.q": Format.of(4), "layers.0.k": Format.of(4, symmetric=False), "layers.0.v": Format.of(5),
+    "layers.0.o": Format.of(5, 64, symmetric=False), "layers.0.gate": Format.of(6),
+    "layers.0.up": Format.of(16),
+    "layers.0.down": Format.of(6, 128, symmetric=False), "layers.1.q": Format.of(8, 128),
+    "layers.1.k": Format.of(8, symmetric=False), "layers.1.v": Format.of(4, 64),
 }  # fmt: skip
 
 
@@ -167,7 +168,7 @@ def test_every_layout(format: str, tmp_path: Path) -> None:
 
 def integers_in(linear: PackedLinear) -> np.ndarray:
     found = integers(linear)
-    return found.u.astype(np.int16) if found.minimums is not None else found.signed.astype(np.int16)
+    return found.codes.astype(np.int16) if found.minimums is not None else found.signed.astype(np.int16)
 
 
 def nibbles(data: np.ndarray, is_signed: bool) -> np.ndarray:
@@ -214,7 +215,7 @@ def test_the_integers_are_the_artifacts(format: str, tmp_path: Path) -> None:
 
 
 def test_openvino_keeps_weights_compressed(tmp_path: Path) -> None:
-    folder = make(tmp_path, "llama-wide", mixed("w4", {"layers.0.o": Layout(8)}))
+    folder = make(tmp_path, "llama-wide", mixed("w4", {"layers.0.o": Format.of(8)}))
     peer = OpenVino(export(folder, "openvino", tmp_path / "out").path, None)
     kinds = [
         node.get_output_element_type(0).get_type_name()

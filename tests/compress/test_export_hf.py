@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import hasten
 from hasten.compress.export import export
-from hasten.core import Layout, Recipe
+from hasten.core import Format, Recipe
 from hasten.errors import DiskError, UsageError
 from hasten.models.artifact import load_artifact
 from hasten.models.hf_config import hf_config
@@ -100,11 +100,11 @@ def test_every_architecture_keeps_its_values(name: str, format: str, tmp_path: P
 @pytest.mark.parametrize("format", ["compressed-tensors", "gptq"])
 def test_a_mixture(format: str, tmp_path: Path) -> None:
     layers = {
-        "layers.0.q": Layout(4), "layers.0.k": Layout(4, 64), "layers.0.v": Layout(4, 128),
-        "layers.0.o": Layout(6), "layers.0.down": Layout(5, 64),
-        "layers.1.q": Layout(4), "layers.1.k": Layout(5), "layers.1.v": Layout(8),
-        "layers.1.gate": Layout(4, symmetric=False), "layers.1.up": Layout(4),
-        "layers.1.o": Layout(16), "layers.1.down": Layout(4),
+        "layers.0.q": Format.of(4), "layers.0.k": Format.of(4, 64), "layers.0.v": Format.of(4, 128),
+        "layers.0.o": Format.of(6), "layers.0.down": Format.of(5, 64),
+        "layers.1.q": Format.of(4), "layers.1.k": Format.of(5), "layers.1.v": Format.of(8),
+        "layers.1.gate": Format.of(4, symmetric=False), "layers.1.up": Format.of(4),
+        "layers.1.o": Format.of(16), "layers.1.down": Format.of(4),
     }  # fmt: skip
     folder = make(tmp_path, "llama-wide", mixed("w4", layers))
     written = export(folder, format, tmp_path / "out")

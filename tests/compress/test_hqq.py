@@ -9,12 +9,13 @@ import torch
 from hasten.compress.changed import made_tensor
 from hasten.compress.quantise.hqq import POWER, TURNS, hqq
 from hasten.compress.torch_layer import tensor_values
-from hasten.core import Layout
+from hasten.core import Format
 from hasten.errors import ModelError, UsageError
 from hasten.models.open import open_model
-from hasten.weights.packed import Integers, integers, pack_linear
+from hasten.weights.codec import Encoded
+from hasten.weights.packed import integers, pack_linear
 
-LAYOUTS = [Layout(b, g, s) for b in (8, 6, 5, 4) for g in (32, 64, 128) for s in (True, False)]
+LAYOUTS = [Format.of(b, g, s) for b in (8, 6, 5, 4) for g in (32, 64, 128) for s in (True, False)]
 
 
 def heavy_tailed(rows: int, cols: int, seed: int = 0) -> torch.Tensor:
@@ -23,31 +24,31 @@ def heavy_tailed(rows: int, cols: int, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(values.astype(np.float32))
 
 
-def nearest(weight: torch.Tensor, layout: Layout) -> Integers:
+def nearest(weight: torch.Tensor, layout: Format) -> Encoded:
     return integers(pack_linear(made_tensor("w", tuple(weight.shape), weight), layout))
 
 
-def lost(weight: torch.Tensor, found: Integers, power: float = POWER) -> float:
+def lost(weight: torch.Tensor, found: Encoded, power: float = POWER) -> float:
     error = np.abs(weight.numpy().astype(np.float64) - found.values())
     return float((error**power).sum())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_it_beats_rounding_to_nearest_in_its_own_measure(layout: Layout) -> None:
+def test_it_beats_rounding_to_nearest_in_its_own_measure(layout: Format) -> None:
     weight = heavy_tailed(48, 256)
     found, plain = hqq(weight, layout), nearest(weight, layout)
-    assert found.u.shape == (48, 256)
+    assert found.codes.shape == (48, 256)
     assert found.scales.shape == (48, 256 // layout.group)
-    assert found.u.dtype == np.uint8
+    assert found.codes.dtype == np.uint8
     assert found.scales.dtype == np.float16
     assert (found.minimums is None) == layout.symmetric
-    assert int(found.u.max()) < 1 << layout.bits
+    assert int(found.codes.max()) < 1 << layout.bits
     least = 1.0 if layout.symmetric else 0.999 if layout.bits == 8 else 0.98  # symmetric scales were searched
     assert lost(weight, found) < least * lost(weight, plain)
     assert lost(weight, found, 2.0) <= lost(weight, plain, 2.0) * (1 + 1e-6)
 
 
-def plain_hqq(w: np.ndarray, scale: float, minimum: float, layout: Layout) -> tuple[float, float, float]:
+def plain_hqq(w: np.ndarray, scale: float, minimum: float, layout: Format) -> tuple[float, float, float]:
     """One group, one number after the other, in float64: (least error, scale, minimum)."""
     low = -(1 << (layout.bits - 1)) if layout.symmetric else 0
     high = low + (1 << layout.bits) - 1
@@ -76,9 +77,9 @@ def plain_hqq(w: np.ndarray, scale: float, minimum: float, layout: Layout) -> tu
 
 
 @pytest.mark.parametrize(
-    "layout", [Layout(4), Layout(4, 64, False), Layout(6, 32, False), Layout(8)], ids=str
+    "layout", [Format.of(4), Format.of(4, 64, False), Format.of(6, 32, False), Format.of(8)], ids=str
 )
-def test_it_equals_its_plain_twin(layout: Layout) -> None:
+def test_it_equals_its_plain_twin(layout: Format) -> None:
     """Group by group; a group alone stops at its first turn that is no better, as the twin does."""
     same = 0
     for seed in range(12):
@@ -96,17 +97,17 @@ def test_it_equals_its_plain_twin(layout: Layout) -> None:
 
 
 def test_levels_are_the_nearest_to_what_is_stored() -> None:
-    weight, layout = heavy_tailed(16, 128), Layout(4, 32, False)
+    weight, layout = heavy_tailed(16, 128), Format.of(4, 32, False)
     found = hqq(weight, layout)
     for change in (-1, 1):
-        moved = np.clip(found.u.astype(int) + change, 0, 15).astype(np.uint8)
-        other = Integers(layout, moved, found.scales, found.minimums)
+        moved = np.clip(found.codes.astype(int) + change, 0, 15).astype(np.uint8)
+        other = Encoded(layout, moved, found.scales, found.minimums)
         error, others = (np.abs(weight.numpy() - i.values()) for i in (found, other))
         assert (error <= others + 1e-7).all()
 
 
-@pytest.mark.parametrize("layout", [Layout(4), Layout(4, 32, False), Layout(8)], ids=str)
-def test_groups_of_one_value(layout: Layout) -> None:
+@pytest.mark.parametrize("layout", [Format.of(4), Format.of(4, 32, False), Format.of(8)], ids=str)
+def test_groups_of_one_value(layout: Format) -> None:
     """Zeros, constants and what vanishes in fp16 stay what they were, to the rounding of nearest."""
     weight = torch.zeros(5, 64)
     weight[1], weight[2], weight[3, ::2], weight[4, 7] = 0.5, 1e-9, 1e-6, 3.0
@@ -118,31 +119,31 @@ def test_groups_of_one_value(layout: Layout) -> None:
 
 def test_narrow_matrices_are_one_group() -> None:
     weight = heavy_tailed(7, 12)
-    found = hqq(weight, Layout(4))
-    assert found.u.shape == (7, 12)
+    found = hqq(weight, Format.of(4))
+    assert found.codes.shape == (7, 12)
     assert found.scales.shape == (7, 1)
-    assert lost(weight, found) <= lost(weight, nearest(weight, Layout(4)))
+    assert lost(weight, found) <= lost(weight, nearest(weight, Format.of(4)))
 
 
 def test_many_rows_are_solved_as_few() -> None:
     weight = heavy_tailed(700, 768)  # several chunks
-    whole, part = hqq(weight, Layout(4, 64, False)), hqq(weight[650:], Layout(4, 64, False))
+    whole, part = hqq(weight, Format.of(4, 64, False)), hqq(weight[650:], Format.of(4, 64, False))
     agree = (whole.scales[650:] == part.scales).mean()
     assert agree > 0.99  # a chunk stops when none of its groups gains
 
 
 def test_bad_input_is_refused() -> None:
     with pytest.raises(UsageError, match=r"layers\.0\.q has 96 inputs, which groups of 64"):
-        hqq(torch.zeros(4, 96), Layout(4, 64), "layers.0.q")
+        hqq(torch.zeros(4, 96), Format.of(4, 64), "layers.0.q")
     broken = torch.zeros(4, 64)
     broken[2, 3] = torch.nan
     with pytest.raises(ModelError, match=r"layers\.0\.q"):
-        hqq(broken, Layout(4), "layers.0.q")
+        hqq(broken, Format.of(4), "layers.0.q")
 
 
 @pytest.mark.demo
-@pytest.mark.parametrize("layout", [Layout(4, 32, False), Layout(4)], ids=str)
-def test_the_demo_model_gains(layout: Layout) -> None:
+@pytest.mark.parametrize("layout", [Format.of(4, 32, False), Format.of(4)], ids=str)
+def test_the_demo_model_gains(layout: Format) -> None:
     weight = tensor_values(open_model("demo").tensors["layers.3.v"])
     least = 1.0 if layout.symmetric else 0.97
     assert lost(weight, hqq(weight, layout)) < least * lost(weight, nearest(weight, layout))

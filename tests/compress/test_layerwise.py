@@ -23,14 +23,14 @@ from hasten.compress.quantise.statistics import HEAD, Statistics
 from hasten.compress.stream import Stream, stream_weights
 from hasten.compress.torch_file import write_state
 from hasten.compress.torch_layer import tensor_values
-from hasten.core import Layout, Recipe
+from hasten.core import Format, Recipe
 from hasten.engine.model import LanguageModel, load_packed
 from hasten.errors import DiskError, ModelError, UsageError
 from hasten.models.artifact import load_artifact, save
 from hasten.models.open import open_folder
 from hasten.models.source import Source
 from hasten.recipe import Method
-from hasten.weights.packed import PackedModel, pack_model, packed_bytes
+from hasten.weights.packed import PackedModel, pack_model
 
 METHODS = ("w4-hqq", "w4-gptq", "w4-awq", "w4-awq-gptq", "w4-best")
 
@@ -76,7 +76,7 @@ def same(one: PackedModel, other: PackedModel) -> bool:
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_closer_than_rounding(name: str, tmp_path: Path) -> None:
     source = opened("qwen2", tmp_path)
-    recipe = replace(Recipe.parse(name), head=Layout(8))
+    recipe = replace(Recipe.parse(name), head=Format.of(8))
     found = quantise(source, recipe, text())
     assert set(found.linears) == {n for n, t in source.tensors.items() if len(t.shape) == 2}
     assert {n: str(one.layout) for n, one in found.linears.items() if n != "embed"} == {
@@ -102,12 +102,12 @@ def test_layers_narrower_than_their_group(method: Method, symmetric: bool, tmp_p
     """64 and 96 inputs under groups of 128: one group holds a row, filled up as plain rounding does."""
     source = opened("qwen2", tmp_path)
     assert max(cols for _, cols in source.config.linear_shapes().values()) < 128
-    recipe = replace(Recipe("r", Layout(4, 128, symmetric), Layout(8, 128, symmetric)), method=method)
+    recipe = replace(Recipe("r", Format.of(4, 128, symmetric), Format.of(8, 128, symmetric)), method=method)
     plain = divergence(source, pack_model(source, replace(recipe, method="rtn")))
     found = quantise(source, recipe, text())
     for name, one in found.linears.items():
         assert (one.rows, one.cols) == source.tensors[name].shape
-        assert one.bytes == packed_bytes(one.rows, one.cols, one.layout)
+        assert one.bytes == one.layout.bytes_of(one.rows, one.cols)
     assert divergence(source, found) < 1.1 * plain
     folder = save(tmp_path / "m.hasten", found, source, {})
     assert same(load_artifact(folder).packed, found)
@@ -156,7 +156,11 @@ def test_kept_work_of_another_version_is_made_anew(tmp_path: Path, monkeypatch: 
 
 def test_a_mixture_keeps_each_layers_layout_and_the_sources_values(tmp_path: Path) -> None:
     source = opened("qwen2", tmp_path)
-    layers = {"layers.0.down": Layout(6), "layers.1.q": Layout(16), "embed": Layout(5, symmetric=False)}
+    layers = {
+        "layers.0.down": Format.of(6),
+        "layers.1.q": Format.of(16),
+        "embed": Format.of(5, symmetric=False),
+    }
     recipe = Recipe("mixed", default=None, layers=layers, method="best")
     found = quantise(source, recipe, text())
     plain = pack_model(source, replace(recipe, method="rtn"))
@@ -254,15 +258,15 @@ def test_single_matrices_are_found_once(tmp_path: Path) -> None:
     source = opened("qwen2", tmp_path)
     linears = CalibratedLinears(source, text())
     for name in ("layers.0.q", "layers.2.down", "embed"):
-        for layout in (Layout(4), Layout(5), Layout(4, symmetric=False)):
+        for layout in (Format.of(4), Format.of(5), Format.of(4, symmetric=False)):
             found = linears.linear(name, layout)
             assert found.layout == layout
             read = CalibratedLinears(source, text()).linear(name, layout)
             np.testing.assert_array_equal(read.data, found.data)
-    assert linears.linear("layers.0.q", Layout(8)).layout == Layout(8)
+    assert linears.linear("layers.0.q", Format.of(8)).layout == Format.of(8)
     whole = quantise(source, Recipe.parse("w4-gptq"), text())
     for name in ("layers.0.q", "layers.2.down", "embed"):
-        np.testing.assert_array_equal(linears.linear(name, Layout(4)).data, whole.linears[name].data)
+        np.testing.assert_array_equal(linears.linear(name, Format.of(4)).data, whole.linears[name].data)
 
 
 @pytest.mark.parametrize("name", ["w4-best", "w4-gptq"])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hasten.compress.layer_rules import layer_names, matches, spelled_out
 from hasten.compress.recipe_check import checked, needs_text, notes
 from hasten.compress.recipe_file import parse_recipe, read_recipe, recipe_from, write_recipe
-from hasten.core import Layout, ModelConfig, Recipe
+from hasten.core import Format, ModelConfig, Recipe
 from hasten.errors import UsageError
 from hasten.recipe import Distillation, DistilLoss, Method, PruneKind, Pruning
 
@@ -56,9 +56,9 @@ def test_every_key_is_read() -> None:
     recipe = parse_recipe(EVERYTHING)
     assert recipe == Recipe(
         "all of it",
-        Layout(4, 64, False),
-        Layout(8),
-        {"layers.*.down": Layout(6), "layers.0-1.q,k,v": Layout(8, 64)},
+        Format.of(4, 64, False),
+        Format.of(8),
+        {"layers.*.down": Format.of(6), "layers.0-1.q,k,v": Format.of(8, 64)},
         "int8",
         "awq-gptq",
         True,
@@ -78,16 +78,16 @@ def test_every_key_is_read() -> None:
 def test_a_file_is_called_as_it_is(tmp_path: Path) -> None:
     file = tmp_path / "small.yaml"
     file.write_text("default: w4\n", encoding="utf-8")
-    assert read_recipe(file) == Recipe("small", Layout(4))
-    assert recipe_from(str(file)) == recipe_from(file) == Recipe("small", Layout(4))
+    assert read_recipe(file) == Recipe("small", Format.of(4))
+    assert recipe_from(str(file)) == recipe_from(file) == Recipe("small", Format.of(4))
     assert recipe_from("w4-best") == Recipe.parse("w4-best")
     plain = tmp_path / "noending"
     plain.write_text("{default: w5}", encoding="utf-8")
-    assert recipe_from(str(plain)).default == Layout(5)
+    assert recipe_from(str(plain)).default == Format.of(5)
 
 
 LAYOUTS = st.builds(
-    Layout, st.sampled_from((16, 8, 6, 5, 4)), st.sampled_from((16, 32, 64, 128)), st.booleans()
+    Format, st.sampled_from((16, 8, 6, 5, 4)), st.sampled_from((16, 32, 64, 128)), st.booleans()
 )
 PATTERNS = st.tuples(st.integers(1, 4), st.integers(5, 8))
 PRUNINGS = st.builds(
@@ -213,25 +213,25 @@ def test_rules_take_what_they_name() -> None:
 
 
 def test_the_narrower_rule_wins_wherever_it_stands() -> None:
-    rules = {"layers.0-1.down": Layout(8), "layers.*.*": Layout(4), "layers.1.down": Layout(6)}
+    rules = {"layers.0-1.down": Format.of(8), "layers.*.*": Format.of(4), "layers.1.down": Format.of(6)}
     for order in (list(rules), list(reversed(rules))):
         found = spelled_out({rule: rules[rule] for rule in order}, shape(), "r")
-        assert found["layers.0.down"] == Layout(8) and found["layers.1.down"] == Layout(6)
-        assert found["layers.2.down"] == found["layers.0.q"] == Layout(4)
+        assert found["layers.0.down"] == Format.of(8) and found["layers.1.down"] == Format.of(6)
+        assert found["layers.2.down"] == found["layers.0.q"] == Format.of(4)
         assert "head" not in found and len(found) == 28
 
 
 def test_contradictory_rules() -> None:
-    rules = {"layers.0.*": Layout(8), "layers.*.q": Layout(4)}
+    rules = {"layers.0.*": Format.of(8), "layers.*.q": Format.of(4)}
     with pytest.raises(UsageError, match=r"contradictory rules for layers\.0\.q") as error:
         spelled_out(rules, shape(), "r")
     assert "'layers.0.*' says w8" in error.value.message and "'layers.*.q' says w4" in error.value.message
     assert error.value.hint == "add a rule for what both name, such as layers.0.q: w8"
-    assert spelled_out({**rules, "layers.0.q": Layout(8)}, shape(), "r")["layers.0.q"] == Layout(8)
-    same = {"layers.0.*": Layout(4), "layers.*.q": Layout(4)}  # both say one thing
-    assert spelled_out(same, shape(), "r")["layers.0.q"] == Layout(4)
+    assert spelled_out({**rules, "layers.0.q": Format.of(8)}, shape(), "r")["layers.0.q"] == Format.of(8)
+    same = {"layers.0.*": Format.of(4), "layers.*.q": Format.of(4)}  # both say one thing
+    assert spelled_out(same, shape(), "r")["layers.0.q"] == Format.of(4)
     with pytest.raises(UsageError, match="contradictory rules"):  # the same layers, written twice
-        spelled_out({"layers.0-3.q": Layout(8), "layers.*.q": Layout(4)}, shape(), "r")
+        spelled_out({"layers.0-3.q": Format.of(8), "layers.*.q": Format.of(4)}, shape(), "r")
 
 
 @pytest.mark.parametrize(
@@ -248,57 +248,59 @@ def test_contradictory_rules() -> None:
 )
 def test_rules_that_name_nothing(rule: str, near: str) -> None:
     with pytest.raises(UsageError, match=r"names no layer of this model, which has 4") as error:
-        spelled_out({rule: Layout(8)}, shape(), "r")
+        spelled_out({rule: Format.of(8)}, shape(), "r")
     assert near in str(error.value.hint)
 
 
 def test_a_tied_head_is_the_embedding() -> None:
-    tied = checked(Recipe("r", Layout(4), layers={"head": Layout(8)}), shape(tied_head=True))
-    assert tied.layers == {"embed": Layout(8)} and tied.layout_for("embed") == Layout(8)
-    untied = checked(Recipe("r", Layout(4), layers={"head": Layout(8)}), shape())
-    assert untied.layers == {"head": Layout(8)} and untied.layout_for("embed") == Layout(4)
+    tied = checked(Recipe("r", Format.of(4), layers={"head": Format.of(8)}), shape(tied_head=True))
+    assert tied.layers == {"embed": Format.of(8)} and tied.layout_for("embed") == Format.of(8)
+    untied = checked(Recipe("r", Format.of(4), layers={"head": Format.of(8)}), shape())
+    assert untied.layers == {"head": Format.of(8)} and untied.layout_for("embed") == Format.of(4)
 
 
 def test_groups_are_checked_before_any_work() -> None:
     with pytest.raises(UsageError, match=r"layers\.0\.down has 320 inputs, which groups of 128") as error:
-        checked(Recipe("r", Layout(4, 128)), shape())
+        checked(Recipe("r", Format.of(4, 128)), shape())
     assert "and 3 other layers likewise" in error.value.message
     assert error.value.hint == "groups of 64 or 32 do"
-    fine = Recipe("r", Layout(4, 128), layers={"layers.*.down": Layout(4, 64)})
-    assert checked(fine, shape()).layout_for("layers.2.down") == Layout(4, 64)
+    fine = Recipe("r", Format.of(4, 128), layers={"layers.*.down": Format.of(4, 64)})
+    assert checked(fine, shape()).layout_for("layers.2.down") == Format.of(4, 64)
     with pytest.raises(UsageError, match=r"layers\.0\.q has 200 inputs") as error:
-        checked(Recipe("r", Layout(4)), shape(hidden_size=200))
+        checked(Recipe("r", Format.of(4)), shape(hidden_size=200))
     rule = str(error.value.hint).partition("layers: ")[2]
     checked(parse_recipe(f"{{default: w4, layers: {rule}}}"), shape(hidden_size=200))
-    checked(Recipe("r", Layout(4)), shape(hidden_size=20, head_dim=32))  # one group holds a whole row
+    checked(Recipe("r", Format.of(4)), shape(hidden_size=20, head_dim=32))  # one group holds a whole row
 
 
 def test_what_excludes_each_other() -> None:
-    for recipe in (Recipe("r", method="gptq"), Recipe("r", Layout(16), smooth=0.5)):
+    for recipe in (Recipe("r", method="gptq"), Recipe("r", Format.of(16), smooth=0.5)):
         with pytest.raises(UsageError, match="is for integer weights"):
             checked(recipe, shape())
-    checked(Recipe("r", method="gptq", layers={"layers.*.down": Layout(8)}), shape())
+    checked(Recipe("r", method="gptq", layers={"layers.*.down": Format.of(8)}), shape())
     with pytest.raises(UsageError, match="olmo2"):
-        checked(Recipe("r", Layout(4), rotate=True), shape(architecture="olmo2", norm_placement="post"))
-    checked(Recipe("r", Layout(4), rotate=True), shape())
+        checked(Recipe("r", Format.of(4), rotate=True), shape(architecture="olmo2", norm_placement="post"))
+    checked(Recipe("r", Format.of(4), rotate=True), shape())
 
 
 def test_unequal_widths_in_one_projection_are_a_note() -> None:
-    recipe = checked(Recipe("r", Layout(4), layers={"layers.*.q": Layout(8)}), shape())
+    recipe = checked(Recipe("r", Format.of(4), layers={"layers.*.q": Format.of(8)}), shape())
     (said,) = notes(recipe, shape())
     assert said.startswith("layers.0 q k v, layers.1 q k v, layers.2 q k v and 1 more: different widths")
-    assert notes(checked(Recipe("r", Layout(4), layers={"layers.*.*": Layout(8)}), shape()), shape()) == ()
+    assert (
+        notes(checked(Recipe("r", Format.of(4), layers={"layers.*.*": Format.of(8)}), shape()), shape()) == ()
+    )
 
 
 def test_zeros_that_do_not_stay_are_a_note() -> None:
     zeros = (Pruning("wanda"), Pruning("ffn"))
-    (said,) = notes(Recipe("r", Layout(4), method="gptq", prune=zeros), shape())
+    (said,) = notes(Recipe("r", Format.of(4), method="gptq", prune=zeros), shape())
     assert said == "prune wanda: not all zeros stay zero through method gptq"
-    (said,) = notes(Recipe("r", Layout(4, symmetric=False), prune=zeros), shape())
+    (said,) = notes(Recipe("r", Format.of(4, symmetric=False), prune=zeros), shape())
     assert "a layout with minimums" in said
     for recipe in (
-        Recipe("r", Layout(4), prune=zeros),
-        Recipe("r", Layout(4), method="gptq", prune=zeros[1:]),
+        Recipe("r", Format.of(4), prune=zeros),
+        Recipe("r", Format.of(4), method="gptq", prune=zeros[1:]),
     ):
         assert notes(recipe, shape()) == ()
 
@@ -308,7 +310,7 @@ def test_who_needs_text() -> None:
     assert not needs_text(Recipe("r", prune=(Pruning("magnitude", repair=False),)))
     for recipe in (
         Recipe.parse("w4-gptq"),
-        Recipe("r", Layout(8), smooth=0.5),
+        Recipe("r", Format.of(8), smooth=0.5),
         Recipe("r", prune=(Pruning("magnitude"),)),
         Recipe("r", prune=(Pruning("layers", repair=False),)),
         Recipe("r", distil=Distillation()),

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import hasten
-from hasten.core import EngineOptions, Layout, Recipe
+from hasten.core import EngineOptions, Format, Recipe
 from hasten.engine.model import LanguageModel, load_packed
 from hasten.engine.request import Request
 from hasten.errors import HastenError, ModelError, UsageError
@@ -146,8 +146,8 @@ def test_a_layer_replaced(tiny_folder: Callable[..., Path]) -> None:
     model = load_packed(pack_model(source, Recipe.parse("w4"), 1), source, OPTIONS)
     ids, bits, old = list(range(50)), model.bits_per_weight, model.packed.linears["layers.1.up"]
     before = model.logits(ids)
-    model.replace("layers.1.up", pack_linear(source.tensors["layers.1.up"], Layout(16), threads=1))
-    recipe = Recipe("mix", Layout(4), None, {"layers.1.up": Layout(16)})
+    model.replace("layers.1.up", pack_linear(source.tensors["layers.1.up"], Format.of(16), threads=1))
+    recipe = Recipe("mix", Format.of(4), None, {"layers.1.up": Format.of(16)})
     wanted = load_packed(pack_model(source, recipe, 1), source, OPTIONS)
     np.testing.assert_array_equal(model.logits(ids), wanted.logits(ids))
     assert model.bits_per_weight == wanted.bits_per_weight > bits

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hasten import _native
-from hasten.core import Layout, Recipe
+from hasten.core import Format, Recipe
 from hasten.errors import FormatError, ModelError
 from hasten.models import Source, open_model
 from hasten.models.names import hf_names
@@ -74,7 +74,7 @@ def test_symmetric_integers_and_scales_are_kept_as_they_are(packing: Packing, qu
     for name, twin in by_name(matrices).items():
         np.testing.assert_array_equal(dequantize(source.tensors[name]), twin.values())
         linear = kept(source, name)
-        assert linear.layout == Layout(4 if packing.bits <= 4 else 8, native_group(packing))
+        assert linear.layout == Format.of(4 if packing.bits <= 4 else 8, native_group(packing))
         assert linear.relative_error == 0
         np.testing.assert_array_equal(unpacked(linear), twin.values())
 
@@ -87,7 +87,7 @@ def test_zero_points_move_a_group_by_a_sliver_of_a_step(packing: Packing, quanti
     for name, twin in by_name(matrices).items():
         np.testing.assert_array_equal(dequantize(source.tensors[name]), twin.values())
         linear = kept(source, name)
-        assert linear.layout == Layout(packing.bits, native_group(packing), False)
+        assert linear.layout == Format.of(packing.bits, native_group(packing), False)
         off = np.abs(unpacked(linear) - twin.values()) / twin.step()
         bound = twin.zero[:, twin.groups_of] * 2.0**-11
         assert (off <= bound + 2e-6 * 2**packing.bits).all()  # a float's own rounding of the difference
@@ -109,7 +109,7 @@ def test_act_order_keeps_its_values_in_bf16_and_says_so(
     for name, twin in by_name(matrices).items():
         np.testing.assert_array_equal(dequantize(source.tensors[name]), twin.values())
         linear = kept(source, name)
-        assert linear.layout == Layout(16)
+        assert linear.layout == Format.of(16)
         steps = np.abs(twin.q - twin.zero[:, twin.groups_of])
         assert (np.abs(unpacked(linear) - twin.values()) <= twin.step() * steps * 2.0**-8).all()
 
@@ -128,7 +128,7 @@ def test_groups_that_fit_no_layout_are_kept_in_bf16(
     assert "no multiple of 32" in caplog.text
     for name, twin in by_name(matrices).items():
         np.testing.assert_array_equal(dequantize(source.tensors[name]), twin.values())
-        assert kept(source, name).layout == Layout(16)
+        assert kept(source, name).layout == Format.of(16)
 
 
 def test_scales_that_are_no_fp16_numbers_are_rounded_and_measured(quantised: Make) -> None:
@@ -162,7 +162,7 @@ def test_recipes_take_quantised_matrices_as_any_other(quantised: Make) -> None:
     packed = pack_model(source, Recipe.parse("w8"), 1)
     for name, twin in by_name(matrices).items():
         plain = np.ascontiguousarray(twin.values()).view(np.uint8).ravel()
-        wanted = pack_linear(SourceTensor(name, twin.q.shape, "F32", plain), Layout(8), threads=1)
+        wanted = pack_linear(SourceTensor(name, twin.q.shape, "F32", plain), Format.of(8), threads=1)
         np.testing.assert_array_equal(packed.linears[name].data, wanted.data)
 
 

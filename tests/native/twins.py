@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hasten.weights import codec
+from hasten.weights.codec import encode
+
 PANEL = 16
 
 
@@ -81,81 +84,15 @@ def lay_out_bf16(values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(panels.transpose(0, 2, 1, 3)).view(np.uint8).ravel()
 
 
-def scale_to_half(scale: np.ndarray) -> np.ndarray:
-    """fp16, subnormal magnitudes rounded up so that they never clip the largest weight."""
-    magnitude = np.minimum(np.abs(scale), np.float32(65504))
-    small = (np.ceil(magnitude * 2.0**24) * 2.0**-24).astype(np.float16)
-    return np.copysign(
-        np.where(magnitude < 2.0**-14, small, magnitude.astype(np.float16)), scale
-    ) + np.float16(0)
-
-
-def reciprocal(values: np.ndarray) -> np.ndarray:
-    return np.where(values == 0, np.float32(0), np.float32(1) / np.where(values == 0, np.float32(1), values))
-
-
-def candidates(bits: int) -> list[np.float32]:
-    """Where the largest magnitude of a group may land, in steps."""
-    n = np.float32(1 << (bits - 1))
-    below = [-(n - np.float32(0.9) + np.float32(0.36) * np.float32(i)) for i in range(6)]
-    above = [n - np.float32(1.7) + np.float32(0.32) * np.float32(i) for i in range(6)]
-    return below + above
-
-
-def search_scale(x: np.ndarray, bits: int) -> np.ndarray:
-    """Best scale of each group by least squares; x float32 [..., group], summed in the native order."""
-    n = 1 << (bits - 1)
-    peak = np.take_along_axis(x, np.abs(x).argmax(-1)[..., None], -1)[..., 0]
-    unit = np.where(np.abs(peak) < 2.0**-26, np.float32(0), reciprocal(peak))
-    best = np.zeros_like(peak)
-    best_gain = np.zeros_like(peak)
-    for c in candidates(bits):
-        xq = np.zeros_like(peak)
-        qq = np.zeros_like(peak)
-        for j in range(x.shape[-1]):
-            q = np.clip(np.rint(x[..., j] * (unit * c)), -n, n - 1).astype(np.float32)
-            xq += x[..., j] * q
-            qq += q * q
-        scale = xq * reciprocal(qq)
-        gain = scale * xq
-        best = np.where(gain > best_gain, scale, best)
-        best_gain = np.maximum(gain, best_gain)
-    return best
-
-
 def quantise(values: np.ndarray, fmt: Format) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """u [rows, cols] padded, fp16 scale and minimum [rows, groups], from float32 [rows, cols]."""
     rows, cols = values.shape
-    x = pad(values, -(-rows // PANEL) * PANEL, fmt.padded_cols(cols))
-    x = x.reshape(x.shape[0], -1, fmt.group)
-    valid = (np.arange(x.shape[1] * fmt.group) < cols).reshape(x.shape[1:])
-    if not fmt.symmetric:
-        return _quantise_asymmetric(x, valid, fmt)
-    n = 1 << (fmt.bits - 1)
-    if fmt.bits == 8:
-        peak = np.abs(x).max(-1)
-        scale = np.where(peak < 2.0**-26, np.float32(0), peak / np.float32(127))
-    else:
-        scale = search_scale(x, fmt.bits)
-    half = scale_to_half(scale)
-    steps = np.rint(x * reciprocal(half.astype(np.float32))[..., None])
-    q = np.clip(steps, -127 if fmt.bits == 8 else -n, n - 1)
-    return (q + n).reshape(x.shape[0], -1).astype(np.uint8), half, None
-
-
-def _quantise_asymmetric(
-    x: np.ndarray, valid: np.ndarray, fmt: Format
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    levels = (1 << fmt.bits) - 1
-    used = valid.any(-1)
-    low = np.where(used, np.where(valid, x, np.inf).min(-1), 0).astype(np.float32)
-    high = np.where(used, np.where(valid, x, -np.inf).max(-1), 0).astype(np.float32)
-    minimum = low.astype(np.float16)
-    m = minimum.astype(np.float32)
-    span = np.maximum(high - m, np.float32(0))
-    half = scale_to_half(np.where(span < 2.0**-26, np.float32(0), span / np.float32(levels)))
-    u = np.clip(np.rint((x - m[..., None]) * reciprocal(half.astype(np.float32))[..., None]), 0, levels)
-    return np.where(valid, u, 0).reshape(x.shape[0], -1).astype(np.uint8), half, minimum
+    padded_rows, padded_cols = -(-rows // PANEL) * PANEL, fmt.padded_cols(cols)
+    found = encode(pad(values, padded_rows, cols), codec.Format.of(fmt.bits, fmt.group, fmt.symmetric))
+    u = np.pad(found.codes, ((0, 0), (0, padded_cols - cols)), constant_values=fmt.zero)
+    groups = padded_cols // fmt.group
+    minimums = None if found.minimums is None else pad(found.minimums, padded_rows, groups)
+    return u, pad(found.scales, padded_rows, groups), minimums
 
 
 def pack(values: np.ndarray, fmt: Format) -> np.ndarray:

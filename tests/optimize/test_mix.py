@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hasten.core import Layout
+from hasten.core import Format
 from hasten.optimize.mix import Choice, gentlest, lightest
 
 CHOICES = st.builds(
     Choice,
-    layout=st.sampled_from([None, Layout(4), Layout(5), Layout(8)]),
+    layout=st.sampled_from([None, Format.of(4), Format.of(5), Format.of(8)]),
     bytes=st.integers(1, 1000),
     harm=st.one_of(st.just(0.0), st.floats(1e-6, 0.1)),
 )
@@ -49,23 +49,23 @@ def test_lightest_within_the_rounding_of_its_steps(menus: list[list[Choice]], li
 
 
 def test_a_limit_of_nothing_keeps_what_is_harmless() -> None:
-    menus = [[Choice(None, 100, 0.0), Choice(Layout(4), 40, 1e-9)], [Choice(None, 80, 0.0)]]
+    menus = [[Choice(None, 100, 0.0), Choice(Format.of(4), 40, 1e-9)], [Choice(None, 80, 0.0)]]
     assert lightest(menus, 0.0) == [menus[0][0], menus[1][0]]
     assert lightest(menus, 1e-9) == [menus[0][1], menus[1][0]]
     assert lightest(menus, -1.0) is None
 
 
 def test_harm_that_does_not_fit_is_no_answer() -> None:
-    assert lightest([[Choice(Layout(4), 40, 0.2)]], 0.1) is None
+    assert lightest([[Choice(Format.of(4), 40, 0.2)]], 0.1) is None
 
 
 def test_the_whole_limit_can_be_used() -> None:
-    menu = [Choice(None, 100, 0.0), Choice(Layout(4), 40, 0.1)]
+    menu = [Choice(None, 100, 0.0), Choice(Format.of(4), 40, 0.1)]
     assert lightest([menu], 0.1) == [menu[1]]
 
 
 def test_worse_and_heavier_is_never_taken() -> None:
-    menu = [Choice(None, 100, 0.0), Choice(Layout(8), 120, 0.01), Choice(Layout(5), 60, 0.02)]
+    menu = [Choice(None, 100, 0.0), Choice(Format.of(8), 120, 0.01), Choice(Format.of(5), 60, 0.02)]
     for limit in (0.0, 0.015, 0.02, 1.0):
         assert menu[1] not in (lightest([menu], limit) or ())
 
@@ -73,7 +73,7 @@ def test_worse_and_heavier_is_never_taken() -> None:
 def test_a_hundred_groups_are_quick_and_tight() -> None:
     menus = [
         [Choice(None, 850, 0.0)]
-        + [Choice(Layout(b), 100 * b, 0.001 * (1 + g % 7) * 4.0 ** (4 - b)) for b in (4, 5, 6)]
+        + [Choice(Format.of(b), 100 * b, 0.001 * (1 + g % 7) * 4.0 ** (4 - b)) for b in (4, 5, 6)]
         for g in range(100)
     ]
     found = lightest(menus, 0.1)

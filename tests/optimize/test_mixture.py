@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from hasten.core import Budget, Layout, Recipe, Verdict
+from hasten.core import Budget, Format, Recipe, Verdict
 from hasten.optimize.candidate import Candidate
 from hasten.optimize.mix import Choice
 from hasten.optimize.mixture import fit_mixture, predicted_harm, refine_mixture
@@ -19,9 +19,9 @@ TOKENS = 8192
 def menu(harm: float) -> tuple[Choice, ...]:
     return (
         Choice(None, 850, 0.0),
-        Choice(Layout(6), 650, harm / 16),
-        Choice(Layout(5), 550, harm / 4),
-        Choice(Layout(4), 450, harm),
+        Choice(Format.of(6), 650, harm / 16),
+        Choice(Format.of(5), 550, harm / 4),
+        Choice(Format.of(4), 450, harm),
     )
 
 

@@ -15,7 +15,7 @@ import pytest
 
 import hasten
 from hasten.cli import main
-from hasten.core import Layout, Recipe, Verdict
+from hasten.core import Format, Recipe, Verdict
 from hasten.errors import ArtifactError, BudgetError, UsageError
 from hasten.models.open import open_model
 from hasten.optimize import made
@@ -59,7 +59,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return done
 
 
-@pytest.mark.parametrize("recipe", [None, "w4", "w8-head16", "source", Recipe("own", Layout(5))])
+@pytest.mark.parametrize("recipe", [None, "w4", "w8-head16", "source", Recipe("own", Format.of(5))])
 def test_packing_is_handed_on_and_nothing_is_looked_at(recipe: Any, cache: Path) -> None:
     assert prepared("no-such-model", recipe) == ("no-such-model", recipe)
     assert not cache.exists()
@@ -69,8 +69,8 @@ def test_made_once_and_kept(folder: Path, work: list[str]) -> None:
     told: list[Progress] = []
     first = hasten.load(folder, "w4-best", threads=1, observer=told.append)
     assert (first.name, first.recipe.name) == ("model", "w4-best")
-    assert first.packed.linears["layers.0.q"].layout == Layout(4)
-    assert first.packed.linears["head"].layout == Layout(8)
+    assert first.packed.linears["layers.0.q"].layout == Format.of(4)
+    assert first.packed.linears["head"].layout == Format.of(8)
     assert [one.stage for one in told] == ["calibrate"]
     again = hasten.load(folder, "w4-best", threads=1, observer=told.append)
     assert work == ["w4-best"]
@@ -211,7 +211,7 @@ def test_recipe_files(folder: Path, tmp_path: Path, work: list[str]) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("default: w4\nhead: w8\nmethod: gptq\n")
     model = hasten.load(folder, str(file), threads=1)
-    assert model.packed.linears["layers.1.down"].layout == Layout(4)
+    assert model.packed.linears["layers.1.down"].layout == Format.of(4)
     assert hasten.load(folder, str(file), threads=1).recipe.name == model.recipe.name
     assert len(work) == 1
     with pytest.raises(UsageError, match="absent"):

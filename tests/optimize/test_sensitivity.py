@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fakes import CONFIG, FakeWorkshop
-from hasten.core import Layout, Recipe
+from hasten.core import Format, Recipe
 from hasten.optimize.held_out import split
 from hasten.optimize.progress import Progress, silent
 from hasten.optimize.sensitivity import Check, Harms, base_recipe, draw, measure_harms
@@ -41,7 +41,7 @@ def test_harm_is_the_divergence_of_one_group_alone(workshop: FakeWorkshop) -> No
     start = kl(base)
     for s in found:
         if s.group.name in ("layers.1.down", "head", "layers.0.qkv"):
-            layers = {**base.layers, **dict.fromkeys(s.group.tensors, Layout(4))}
+            layers = {**base.layers, **dict.fromkeys(s.group.tensors, Format.of(4))}
             alone = kl(Recipe("one", layers=layers)) - start
             assert s.harm == pytest.approx(alone, rel=1e-4), s.group.name
 
@@ -53,7 +53,7 @@ def test_other_widths_follow_the_rounding_error(workshop: FakeWorkshop) -> None:
         assert harms == sorted(harms, reverse=True)  # type: ignore[type-var]
         assert harms[2] / harms[0] == pytest.approx(0.22, abs=0.06)  # type: ignore[operator]  (7 / 15)^2
         assert s.harm_of(None) == 0.0
-        assert s.harm_of(Layout(4, group=128)) is None
+        assert s.harm_of(Format.of(4, group=128)) is None
 
 
 def test_predicted_sums_are_near_what_whole_recipes_do(workshop: FakeWorkshop) -> None:
@@ -63,7 +63,7 @@ def test_predicted_sums_are_near_what_whole_recipes_do(workshop: FakeWorkshop) -
     found = draw(workshop, harms).groups
     cut = windows(text.evaluation, workshop.tokenizer(), tokens=2048)
     reference = Reference(source, cut)
-    for name, layout in (("w4", Layout(4)), ("w5", Layout(5))):
+    for name, layout in (("w4", Format.of(4)), ("w5", Format.of(5))):
         model = workshop.build(Recipe.parse(name))
         kl = np.mean([reference.compare(model, i).kl.mean() for i in range(len(cut))])
         assert sum(s.harm_of(layout) or 0.0 for s in found) == pytest.approx(kl, rel=0.5)
@@ -113,7 +113,7 @@ def test_some_groups_are_held_against_the_scaling(workshop: FakeWorkshop) -> Non
     assert {check.layout for check in drawn.checks} == set(CHECKED)
     assert drawn.error is not None
     assert drawn.error < 0.4
-    by_layout: dict[Layout, list[tuple[float, float]]] = {}
+    by_layout: dict[Format, list[tuple[float, float]]] = {}
     for check, predicted in drawn.checked():
         by_layout.setdefault(check.layout, []).append((check.harm, predicted))
     for pairs in by_layout.values():  # fitted: together they are what was measured
@@ -122,12 +122,14 @@ def test_some_groups_are_held_against_the_scaling(workshop: FakeWorkshop) -> Non
 
 def test_what_was_measured_corrects_the_scaling(workshop: FakeWorkshop) -> None:
     plain = draw(workshop, Harms((0.01,) * 9))
-    at_5 = plain.groups[3].harm_of(Layout(5))
+    at_5 = plain.groups[3].harm_of(Format.of(5))
     assert at_5 is not None
-    twice = draw(workshop, Harms((0.01,) * 9, (Check(plain.groups[3].group.name, Layout(5), 2 * at_5),)))
-    assert twice.groups[3].harm_of(Layout(5)) == pytest.approx(2 * at_5)
-    assert twice.groups[5].harm_of(Layout(5)) == pytest.approx(2 * (plain.groups[5].harm_of(Layout(5)) or 0))
-    assert twice.groups[3].harm_of(Layout(6)) == plain.groups[3].harm_of(Layout(6))
+    twice = draw(workshop, Harms((0.01,) * 9, (Check(plain.groups[3].group.name, Format.of(5), 2 * at_5),)))
+    assert twice.groups[3].harm_of(Format.of(5)) == pytest.approx(2 * at_5)
+    assert twice.groups[5].harm_of(Format.of(5)) == pytest.approx(
+        2 * (plain.groups[5].harm_of(Format.of(5)) or 0)
+    )
+    assert twice.groups[3].harm_of(Format.of(6)) == plain.groups[3].harm_of(Format.of(6))
     assert twice.error == pytest.approx(0.0)
     assert plain.error is None
 

@@ -11,11 +11,10 @@ import pytest
 
 import hasten
 from hasten import _native
-from hasten.core import Ceiling, Layout, Machine, ModelConfig, Recipe, Stat, Workload
+from hasten.core import Ceiling, Format, Machine, ModelConfig, Recipe, Stat, Workload
 from hasten.errors import MachineError, UsageError
 from hasten.speed import Efficiency, estimate
 from hasten.speed.cost import cost, kv_read_bytes, page_bytes
-from hasten.weights.packed import packed_bytes
 
 TINY = ModelConfig(
     architecture="llama",
@@ -90,7 +89,9 @@ def test_sliding_windows_bound_what_is_read() -> None:
 
 
 def test_mixed_recipes_and_int8_keys() -> None:
-    recipe = Recipe("mix", default=Layout(4), head=Layout(16), layers={"layers.0.q": Layout(16)}, kv="int8")
+    recipe = Recipe(
+        "mix", default=Format.of(4), head=Format.of(16), layers={"layers.0.q": Format.of(16)}, kv="int8"
+    )
     got = cost(TINY, Workload(10, 0), recipe)
     assert got.bf16_ops == 2 * (64 * 64 + 64000)
     assert got.int8_ops == 2 * (WEIGHTS - 64 * 64 - 64000)
@@ -100,15 +101,15 @@ def test_mixed_recipes_and_int8_keys() -> None:
 @pytest.mark.parametrize(
     ("shape", "layout", "expected"),
     [
-        ((16, 64), Layout(16), 16 * 64 * 2),
-        ((17, 33), Layout(16), 32 * 64 * 2),
-        ((16, 32), Layout(4), 8 * 32 + 32),
-        ((16, 96), Layout(5, 128), 10 * 128 + 32),
-        ((16, 64), Layout(6, 16, symmetric=False), 4 * (12 * 16 + 64)),
+        ((16, 64), Format.of(16), 16 * 64 * 2),
+        ((17, 33), Format.of(16), 32 * 64 * 2),
+        ((16, 32), Format.of(4), 8 * 32 + 32),
+        ((16, 96), Format.of(5, 128), 10 * 128 + 32),
+        ((16, 64), Format.of(6, 16, symmetric=False), 4 * (12 * 16 + 64)),
     ],
 )
-def test_packed_bytes_follow_the_layout(shape: tuple[int, int], layout: Layout, expected: int) -> None:
-    assert packed_bytes(*shape, layout) == expected
+def test_packed_bytes_follow_the_layout(shape: tuple[int, int], layout: Format, expected: int) -> None:
+    assert layout.bytes_of(*shape) == expected
 
 
 def test_unknown_stays_unknown() -> None:

@@ -162,14 +162,14 @@ def test_which_references_are_artifacts(made: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["schema_version", "layout_version"])
-@pytest.mark.parametrize("value", [0, 3, None, "1", True, 1.0, [1]])
+@pytest.mark.parametrize("value", [0, 4, None, "1", True, 1.0, [1]])
 def test_another_version(copy: Path, key: str, value: object) -> None:
     def change(plan: dict[str, Any]) -> None:
         (plan if key == "schema_version" else plan["artifact"])[key] = value
 
     rewrite(copy, change)
     said = refused(copy, key, str(value)).hint
-    assert said is not None and ("update Hasten" in said) == (value == 3)
+    assert said is not None and ("update Hasten" in said) == (value == 4)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -209,6 +209,7 @@ def test_a_plan_that_is_garbage(copy: Path, text: bytes) -> None:
     refused(copy)
 
 
+W4 = {"bits": 4, "group": 32, "symmetric": True}  # as the first two versions wrote it
 LIES: dict[str, Callable[[dict[str, Any]], object]] = {
     "no files": lambda p: p["artifact"].update(files={}),
     "no configuration": lambda p: p["artifact"]["files"].pop("config.json"),
@@ -231,9 +232,14 @@ LIES: dict[str, Callable[[dict[str, Any]], object]] = {
     "a recipe of another kind": lambda p: p.update(recipe="w4"),
     "more in the recipe": lambda p: p["recipe"].update(activations="int8"),
     "a name of another kind": lambda p: p["recipe"].update(name=["w4"]),
-    "a layer of another kind": lambda p: p["recipe"]["layers"].update({"layers.0.q": "w4"}),
-    "bits of another kind": lambda p: p["recipe"]["layers"]["layers.0.q"].update(bits="4"),
-    "a zero point of another kind": lambda p: p["recipe"]["layers"]["layers.0.q"].update(symmetric=1),
+    "a layer of another kind": lambda p: p["recipe"]["layers"].update({"layers.0.q": 4}),
+    "a format of another kind": lambda p: p["recipe"].update(formats=["w4", "w8"]),
+    "a version of another kind": lambda p: p["recipe"]["formats"].update(w4="1"),
+    "a format that is not listed": lambda p: p["recipe"]["formats"].pop("w4"),
+    "bits of another kind": lambda p: p["recipe"]["layers"].update({"layers.0.q": {**W4, "bits": "4"}}),
+    "a zero point of another kind": lambda p: p["recipe"]["layers"].update(
+        {"layers.0.q": {**W4, "symmetric": 1}}
+    ),
     "no weights": lambda p: p["artifact"]["files"].pop("weights.safetensors"),
     "a record of another kind": lambda p: p["artifact"]["files"].update({"config.json": 7}),
     "no checksums": lambda p: p["artifact"]["files"]["config.json"].pop("xxh64"),
@@ -244,14 +250,15 @@ LIES: dict[str, Callable[[dict[str, Any]], object]] = {
     "no layers": lambda p: p["recipe"].pop("layers"),
     "layers of another kind": lambda p: p["recipe"].update(layers=[1]),
     "a layer too few": lambda p: p["recipe"]["layers"].pop("layers.0.q"),
-    "an unknown layer": lambda p: p["recipe"]["layers"].update({"layers.99.q": {"bits": 4}}),
-    "a norm as a layer": lambda p: p["recipe"]["layers"].update({"final_norm": {"bits": 16}}),
-    "other bits": lambda p: p["recipe"]["layers"]["layers.0.q"].update(bits=8),
-    "bits that do not exist": lambda p: p["recipe"]["layers"]["layers.0.q"].update(bits=3),
-    "a group that does not exist": lambda p: p["recipe"]["layers"]["layers.0.q"].update(group=0),
-    "another group": lambda p: p["recipe"]["layers"]["layers.0.q"].update(group=64),
-    "another zero point": lambda p: p["recipe"]["layers"]["layers.0.q"].update(symmetric=False),
-    "a layout with more in it": lambda p: p["recipe"]["layers"]["layers.0.q"].update(more=1),
+    "an unknown layer": lambda p: p["recipe"]["layers"].update({"layers.99.q": "w4"}),
+    "a norm as a layer": lambda p: p["recipe"]["layers"].update({"final_norm": "w4"}),
+    "another format": lambda p: p["recipe"]["layers"].update({"layers.0.q": "w8"}),
+    "other bits": lambda p: p["recipe"]["layers"].update({"layers.0.q": {**W4, "bits": 8}}),
+    "bits that do not exist": lambda p: p["recipe"]["layers"].update({"layers.0.q": {**W4, "bits": 3}}),
+    "a group that does not exist": lambda p: p["recipe"]["layers"].update({"layers.0.q": {**W4, "group": 0}}),
+    "another group": lambda p: p["recipe"]["layers"].update({"layers.0.q": {**W4, "group": 64}}),
+    "another zero point": lambda p: p["recipe"]["layers"].update({"layers.0.q": {**W4, "symmetric": False}}),
+    "a layout with more in it": lambda p: p["recipe"]["layers"].update({"layers.0.q": {**W4, "more": 1}}),
     "another cache": lambda p: p["recipe"].update(kv="int3"),
     "a cache of another kind": lambda p: p["recipe"].update(kv=["bf16"]),
     "no cache": lambda p: p["recipe"].pop("kv"),
@@ -262,6 +269,21 @@ LIES: dict[str, Callable[[dict[str, Any]], object]] = {
 def test_a_plan_that_lies(copy: Path, lie: str) -> None:
     rewrite(copy, LIES[lie])
     refused(copy)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda r: r["formats"].update(w3=1), ["w3"]),
+        (lambda r: r["layers"].update({"layers.0.q": "nf4"}), ["layers.0.q", "nf4"]),
+        (lambda r: r["formats"].update(w4=2), ["w4 has version 2", "reads 1"]),
+    ],
+)
+def test_a_format_of_another_program_is_refused_by_its_name(
+    copy: Path, change: Callable[[dict[str, Any]], object], words: list[str]
+) -> None:
+    rewrite(copy, lambda plan: change(plan["recipe"]))
+    assert "update Hasten" in str(refused(copy, *words).hint)
 
 
 def test_a_flipped_bit_in_what_runs(copy: Path) -> None:
@@ -304,13 +326,16 @@ def test_caches_know_the_fields(monkeypatch: pytest.MonkeyPatch) -> None:
     assert format_digest() != before and noun_from(grown, config_json(PLAIN), "").sinks is False
 
 
-OLD = Path(__file__).with_name("artifact_version_1.json")
-"""plan.json and config.json as the first version wrote them of the same tiny model."""
+def old_files(version: int) -> dict[str, Any]:
+    """plan.json and config.json as an old version wrote them of the same tiny model."""
+    text = Path(__file__).with_name(f"artifact_version_{version}.json").read_text()
+    return dict(json.loads(text))
 
 
-def aged(folder: Path, tensors: bool = True) -> None:
-    """Make an artifact what the first version would have written."""
-    old, now = json.loads(OLD.read_text()), json.loads((folder / "plan.json").read_text())
+def aged(folder: Path, version: int = 1, tensors: bool = True) -> None:
+    """Make an artifact what an old version would have written."""
+    old, now = old_files(version), json.loads((folder / "plan.json").read_text())
+    assert version == 1 or old["plan"]["artifact"]["sha256"] == artifact_plan.seal(old["plan"])
     (folder / "config.json").write_text(json.dumps(old["config"], indent=2, ensure_ascii=False) + "\n")
     files = {name: artifact._fingerprint(folder / name, 1) for name in FILES}
     assert old["plan"]["artifact"]["files"].keys() == files.keys()
@@ -318,12 +343,14 @@ def aged(folder: Path, tensors: bool = True) -> None:
     old["plan"]["artifact"].update(files=files, tensors=now["artifact"]["tensors"])
     if not tensors:
         del old["plan"]["artifact"]["tensors"]
+    if version > 1:
+        old["plan"]["artifact"]["sha256"] = artifact_plan.seal(old["plan"])
     (folder / "plan.json").write_text(json.dumps(old["plan"]))
 
 
-@pytest.mark.parametrize("tensors", [True, False])
-def test_an_artifact_of_the_first_version_opens(made: Path, copy: Path, tensors: bool) -> None:
-    aged(copy, tensors)
+@pytest.mark.parametrize("version, tensors", [(1, True), (1, False), (2, True)])
+def test_an_artifact_of_an_old_version_opens(made: Path, copy: Path, version: int, tensors: bool) -> None:
+    aged(copy, version, tensors)
     old, new = hasten.load(copy, threads=1), hasten.load(made, threads=1)
     assert old.config == new.config and old.recipe.kv == "int8"
     np.testing.assert_array_equal(old.logits(TEXT), new.logits(TEXT))

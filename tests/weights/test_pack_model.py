@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hasten import _native
-from hasten.core import Layout, Recipe
+from hasten.core import Format, Recipe
 from hasten.errors import ModelError, UsageError
 from hasten.models.open import open_model
 from hasten.models.source import Source
@@ -72,22 +72,22 @@ def test_bf16_keeps_every_bit(tiny_folder: Callable[..., Path], name: str) -> No
 def test_the_head_by_itself(tied: Source, untied: Source) -> None:
     """The embedding follows the head, tied or not: only rows of it are read."""
     packed = pack_model(untied, Recipe.parse("w4-head8"), 1)
-    assert packed.linears["head"].layout == packed.linears["embed"].layout == Layout(8)
-    assert packed.linears["layers.0.q"].layout == Layout(4)
-    assert pack_model(tied, Recipe.parse("w4-head8"), 1).linears["embed"].layout == Layout(8)
-    assert pack_model(tied, Recipe.parse("w4"), 1).linears["embed"].layout == Layout(4)
+    assert packed.linears["head"].layout == packed.linears["embed"].layout == Format.of(8)
+    assert packed.linears["layers.0.q"].layout == Format.of(4)
+    assert pack_model(tied, Recipe.parse("w4-head8"), 1).linears["embed"].layout == Format.of(8)
+    assert pack_model(tied, Recipe.parse("w4"), 1).linears["embed"].layout == Format.of(4)
 
 
 def test_single_layers(untied: Source) -> None:
-    layers = {"layers.1.down": Layout(6), "layers.0.q": Layout(16), "head": Layout(5, 64)}
-    packed = pack_model(untied, Recipe("mix", Layout(4), None, layers), 1)
+    layers = {"layers.1.down": Format.of(6), "layers.0.q": Format.of(16), "head": Format.of(5, 64)}
+    packed = pack_model(untied, Recipe("mix", Format.of(4), None, layers), 1)
     for name, linear in packed.linears.items():
-        assert linear.layout == layers.get(name, Layout(4))
+        assert linear.layout == layers.get(name, Format.of(4))
 
 
 @pytest.mark.parametrize("name", ["layers.9.q", "layers.0.nothing", "final_norm", "layers.0.attn_norm", ""])
 def test_layers_that_are_not_there(untied: Source, name: str) -> None:
-    recipe = Recipe("mine", Layout(4), None, {name: Layout(8)})
+    recipe = Recipe("mine", Format.of(4), None, {name: Format.of(8)})
     with pytest.raises(UsageError, match="mine names layers") as caught:
         pack_model(untied, recipe, 1)
     assert caught.value.hint and "layers.0" in caught.value.hint
@@ -95,8 +95,8 @@ def test_layers_that_are_not_there(untied: Source, name: str) -> None:
 
 def test_the_head_of_a_tied_model_is_its_embedding(tied: Source) -> None:
     with pytest.raises(UsageError, match="head"):
-        pack_model(tied, Recipe("mine", Layout(4), None, {"head": Layout(8)}), 1)
-    assert pack_model(tied, Recipe("mine", Layout(4), None, {"embed": Layout(8)}), 1)
+        pack_model(tied, Recipe("mine", Format.of(4), None, {"head": Format.of(8)}), 1)
+    assert pack_model(tied, Recipe("mine", Format.of(4), None, {"embed": Format.of(8)}), 1)
 
 
 @pytest.mark.parametrize("recipe, layer", [("w4-g64", "down"), ("w8-g64", "down")])
@@ -176,7 +176,7 @@ def test_threads_do_not_change_the_bytes(untied: Source) -> None:
 
 def test_rounding_error_is_measured(untied: Source) -> None:
     errors = [
-        pack_linear(untied.tensors["layers.0.up"], Layout(bits), threads=1).relative_error
+        pack_linear(untied.tensors["layers.0.up"], Format.of(bits), threads=1).relative_error
         for bits in (8, 6, 5, 4)
     ]
     assert all(e is not None for e in errors)
@@ -186,6 +186,6 @@ def test_rounding_error_is_measured(untied: Source) -> None:
 def test_a_matrix_narrower_than_a_group() -> None:
     values = np.random.default_rng(0).standard_normal((20, 24)).astype(np.float32)
     tensor = SourceTensor("narrow", (20, 24), "F32", values.view(np.uint8).ravel())
-    linear = pack_linear(tensor, Layout(8), threads=1)
+    linear = pack_linear(tensor, Format.of(8), threads=1)
     back = _native.unpack(linear.data, 20, 24, 8, 32, True)
     np.testing.assert_allclose(back, values, atol=np.abs(values).max() / 127)

@@ -19,7 +19,7 @@ import pytest
 import hasten
 from hasten.cache import deferred
 from hasten.compress.compress import compress
-from hasten.core import EngineOptions, Layout, Recipe
+from hasten.core import EngineOptions, Format, Recipe
 from hasten.engine.fingerprint import fingerprint
 from hasten.engine.model import LanguageModel
 from hasten.errors import DiskError, UsageError
@@ -131,9 +131,9 @@ def test_a_young_source_is_read_but_not_packed_again(folder: Path, opened: list[
 
 
 def test_other_recipes_are_other_entries(folder: Path, opened: list[str], cache: Path) -> None:
-    for recipe in ("w4", "w8", Recipe("mine", Layout(8), layers={"layers.1.up": Layout(4)})):
+    for recipe in ("w4", "w8", Recipe("mine", Format.of(8), layers={"layers.1.up": Format.of(4)})):
         start(folder, recipe)
-    start(folder, Recipe("other name", Layout(4)))
+    start(folder, Recipe("other name", Format.of(4)))
     assert opened == ["model"] * 3
     assert len(PackedStore(cache).entries()) == 3
 

@@ -16,7 +16,7 @@ from hasten.compress.compress import compress
 from hasten.compress.quantise.linears import CalibratedLinears
 from hasten.compress.quantise.statistics import Statistics
 from hasten.compress.torch_file import write_state
-from hasten.core import Layout, Recipe
+from hasten.core import Format, Recipe
 from hasten.errors import UsageError
 from hasten.models.artifact import find_packed, keep_packed
 from hasten.models.locate import locate
@@ -108,12 +108,12 @@ def test_one_limit_for_packed_weights_and_work(source: Source, monkeypatch: pyte
 
 def test_statistics_and_matrices_say_that_they_are_used(source: Source) -> None:
     linears = CalibratedLinears(source, text())
-    linears.linear("layers.0.q", Layout(4, 32))
+    linears.linear("layers.0.q", Format.of(4, 32))
     store = WorkStore()
     assert {store.model(one.path) for one in store.held()} == {source.name}
     for one in store.held():
         grow_old(one.path, DAY)
-    CalibratedLinears(source, text()).linear("layers.0.q", Layout(4, 32))  # read
+    CalibratedLinears(source, text()).linear("layers.0.q", Format.of(4, 32))  # read
     assert {one.path.parent.name: one.in_use for one in store.held()} == {
         "statistics": False,
         "linears": True,
@@ -160,7 +160,7 @@ def test_a_flipped_bit_in_statistics_is_measured_again(source: Source) -> None:
 
 def test_every_kind_of_file_is_verified(source: Source) -> None:
     store = WorkStore()
-    CalibratedLinears(source, text()).linear("layers.0.q", Layout(4, 32))
+    CalibratedLinears(source, text()).linear("layers.0.q", Format.of(4, 32))
     work = kept("runs", "a", 1000, 0)
     write_checked(work / "distil" / "teacher" / "00000.states", np.arange(1000).astype(np.uint8))
     write_state(work / "distil" / "distil.checkpoint", "x 1", {"step": 1, "x": torch.ones(100)})

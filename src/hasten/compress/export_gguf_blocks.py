@@ -18,8 +18,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from hasten.core import Layout
-from hasten.weights.packed import Integers, PackedLinear, bf16_bits, integers
+from hasten.core import Format
+from hasten.weights.codec import Encoded
+from hasten.weights.packed import PackedLinear, bf16_bits, integers
 from hasten.weights.tensors import TYPES
 
 BLOCK = 32
@@ -30,7 +31,7 @@ _BITS = {"Q4_0": 4, "Q5_0": 5, "Q8_0": 8}
 _HALF_MAX = 65504.0
 
 
-def carrier(layouts: Sequence[Layout], cols: int) -> str:
+def carrier(layouts: Sequence[Format], cols: int) -> str:
     """The smallest GGUF type that carries all of some layouts; several where a tensor is made of several.
 
     Exact, but for "F16": see `is_exact`.
@@ -92,9 +93,9 @@ def _floats(values: npt.NDArray[np.float32], kind: str) -> tuple[Bytes, float, f
     return rounded.view(np.uint8), float(np.square(error).sum()), float(np.square(values, dtype=float).sum())
 
 
-def _blocks(found: Integers, kind: str) -> tuple[Bytes, npt.NDArray[np.int64]]:
+def _blocks(found: Encoded, kind: str) -> tuple[Bytes, npt.NDArray[np.int64]]:
     """Empty blocks uint8 [rows, blocks, bytes], and the group that each block lies in."""
-    rows, cols = found.u.shape
+    rows, cols = found.codes.shape
     count = cols // BLOCK
     return np.empty((rows, count, TYPES[kind].block_bytes), np.uint8), (
         np.arange(count) * BLOCK // found.layout.group
@@ -108,7 +109,7 @@ def _put(blocks: Bytes, at: int, values: npt.NDArray[np.generic]) -> int:
     return at + int(data.shape[-1])
 
 
-def _symmetric(found: Integers, kind: str) -> Bytes:
+def _symmetric(found: Encoded, kind: str) -> Bytes:
     """d, then d * (u - zero): Q8_0 as int8, Q4_0 and Q5_0 unsigned with zeros of 8 and 16."""
     blocks, group = _blocks(found, kind)
     at = _put(blocks, 0, found.scales[:, group, None])
@@ -120,13 +121,13 @@ def _symmetric(found: Integers, kind: str) -> Bytes:
     return blocks.reshape(len(blocks), -1)
 
 
-def _with_minimum(found: Integers, kind: str) -> Bytes:
+def _with_minimum(found: Encoded, kind: str) -> Bytes:
     """d, m, then d * u + m."""
     assert found.minimums is not None
     blocks, group = _blocks(found, kind)
     at = _put(blocks, 0, found.scales[:, group, None])
     at = _put(blocks, at, found.minimums[:, group, None])
-    _put_low(blocks, at, found.u.reshape(*blocks.shape[:2], BLOCK), kind == "Q5_1")
+    _put_low(blocks, at, found.codes.reshape(*blocks.shape[:2], BLOCK), kind == "Q5_1")
     return blocks.reshape(len(blocks), -1)
 
 

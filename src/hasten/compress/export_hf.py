@@ -33,7 +33,7 @@ _HALF_MAX = 65504.0
 
 @dataclass(frozen=True)
 class Scheme:
-    """Integers of `bits` with one fp16 scale a group: value = scale * q, q from -2^(bits-1) on."""
+    """Encoded of `bits` with one fp16 scale a group: value = scale * q, q from -2^(bits-1) on."""
 
     bits: int  # 4 or 8
     group: int

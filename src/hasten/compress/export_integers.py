@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from hasten.core import Layout
+from hasten.core import Format
 from hasten.weights.packed import PackedLinear, bf16_bits, integers, row_pieces
 
 Halves = npt.NDArray[np.float16]
 
 
-def carrier(layout: Layout) -> str:
+def carrier(layout: Format) -> str:
     """i4, u4, i8, u8 or bf16."""
     if layout.bits == 16:
         return "bf16"
@@ -56,7 +56,7 @@ def quants(linear: PackedLinear) -> Iterator[tuple[slice, npt.NDArray[np.generic
             yield rows, bf16_bits(linear, first, count)
         else:
             found = integers(linear, first, count)
-            yield rows, found.signed if linear.layout.symmetric else found.u
+            yield rows, found.signed if linear.layout.symmetric else found.codes
 
 
 def pairs(values: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:

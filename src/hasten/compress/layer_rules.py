@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
-from hasten.core import Layout, ModelConfig
+from hasten.core import Format, ModelConfig
 from hasten.errors import UsageError
 
 
@@ -42,7 +42,7 @@ def _part_fits(wanted: str, part: str) -> bool:
     return False
 
 
-def spelled_out(rules: Mapping[str, Layout], config: ModelConfig, where: str) -> dict[str, Layout]:
+def spelled_out(rules: Mapping[str, Format], config: ModelConfig, where: str) -> dict[str, Format]:
     """Layer -> layout for every layer that a rule names, in the model's order.
 
     Raises:
@@ -51,7 +51,7 @@ def spelled_out(rules: Mapping[str, Layout], config: ModelConfig, where: str) ->
     """
     names = layer_names(config)
     taken = {rule: _taken(rule, names, config, where) for rule in rules}
-    found: dict[str, Layout] = {}
+    found: dict[str, Format] = {}
     for name in names:
         mine = [rule for rule in rules if name in taken[rule]]
         narrowest = [rule for rule in mine if not any(taken[other] < taken[rule] for other in mine)]
@@ -81,7 +81,7 @@ def _nearest(rule: str, names: list[str]) -> list[str]:
     return difflib.get_close_matches(plain, last or names, n=3, cutoff=0.4) or [*names[:2], names[-1]]
 
 
-def _contradiction(name: str, rules: list[str], layouts: Mapping[str, Layout], where: str) -> UsageError:
+def _contradiction(name: str, rules: list[str], layouts: Mapping[str, Format], where: str) -> UsageError:
     first = rules[0]
     other = next(rule for rule in rules if layouts[rule] != layouts[first])
     return UsageError(

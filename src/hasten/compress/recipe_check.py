@@ -7,7 +7,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 from hasten.compress.layer_rules import layer_names, matches, spelled_out
-from hasten.core import Layout, ModelConfig, Recipe
+from hasten.core import Format, ModelConfig, Recipe
 from hasten.errors import MachineError, UsageError
 
 GROUPS = (128, 64, 32)
@@ -165,7 +165,7 @@ def _refuse_groups(recipe: Recipe, config: ModelConfig, where: str) -> None:
     )
 
 
-def _groups_that_do(wrong: Mapping[str, tuple[Layout, int]]) -> str:
+def _groups_that_do(wrong: Mapping[str, tuple[Format, int]]) -> str:
     fit = [group for group in GROUPS if all(cols % group == 0 for _, cols in wrong.values())]
     fit = fit or [group for group in GROUPS if all(_divides(group, *one) for one in wrong.values())]
     if fit:
@@ -177,7 +177,7 @@ def _groups_that_do(wrong: Mapping[str, tuple[Layout, int]]) -> str:
     return f"no group does: keep such layers in floats with layers: {{{shown}}}"
 
 
-def _divides(group: int, layout: Layout, cols: int) -> bool:
+def _divides(group: int, layout: Format, cols: int) -> bool:
     return layout.bits == 16 or cols % group == 0 or cols <= group
 
 

@@ -22,9 +22,10 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from hasten.cache.reading import is_there, read_text_stream
-from hasten.core import Layout, Recipe
+from hasten.core import Format, Recipe
 from hasten.errors import UsageError
 from hasten.recipe import Distillation, Pruning
+from hasten.weights.formats import FORMATS, FormatParts
 
 T = TypeVar("T")
 _SUFFIXES = (".yaml", ".yml")
@@ -112,7 +113,7 @@ def write_recipe(recipe: Recipe) -> str:
     for key, value in plain.items():
         if key == "default":
             continue
-        if isinstance(value, Layout):
+        if isinstance(value, Format):
             value = _layout_text(value)
         elif key == "layers":
             value = {rule: _layout_text(layout) for rule, layout in value.items()}
@@ -139,19 +140,14 @@ def _plain(noun: Any) -> dict[str, Any]:
     return {k: f"{v[0]}:{v[1]}" if k == "pattern" else v for k, v in _changes(noun).items()}
 
 
-def _layout_text(layout: Layout | None) -> Any:
-    if layout is None:
-        return "source"
-    try:
-        if _layout(str(layout), "") == layout:
-            return str(layout)
-    except UsageError:  # a layout that no name stands for, such as groups of 16
-        pass
-    return dataclasses.asdict(layout)
+def _layout_text(layout: Format | None) -> str:
+    return "source" if layout is None else layout.name
 
 
-def _layout(value: Any, where: str) -> Layout | None:
+def _layout(value: Any, where: str) -> Format | None:
     """A layout from `w4-g64-asym` or {bits: 4, group: 64, symmetric: false}; None is the source's values."""
+    if isinstance(value, str) and value in FORMATS:
+        return FORMATS[value]
     if isinstance(value, str):
         try:
             named = Recipe.parse(value)
@@ -168,10 +164,10 @@ def _layout(value: Any, where: str) -> Layout | None:
     given = _mapping(value, where, "a name such as w4-g64, or bits, group and symmetric")
     if "bits" not in given:
         raise UsageError(f"{where}: bits is missing", hint="such as {bits: 4, group: 64}")
-    return _filled(Layout, given, where)
+    return _filled(FormatParts, given, where).format()
 
 
-def _integers(value: Any, where: str) -> Layout:
+def _integers(value: Any, where: str) -> Format:
     layout = _layout(value, where)
     if layout is None:
         raise UsageError(
@@ -181,7 +177,7 @@ def _integers(value: Any, where: str) -> Layout:
     return layout
 
 
-def _layers(value: Any, where: str) -> dict[str, Layout]:
+def _layers(value: Any, where: str) -> dict[str, Format]:
     given = _mapping(value, where, "rules such as layers.*.down: w6")
     for rule in given:
         if not isinstance(rule, str):

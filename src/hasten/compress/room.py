@@ -9,7 +9,7 @@ from hasten.cache.store import free_bytes, why_not_writable
 from hasten.core import ModelConfig, Recipe
 from hasten.errors import DiskError
 from hasten.models.source import Source
-from hasten.weights.packed import packed_bytes, source_layout
+from hasten.weights.packed import source_layout
 
 _STATE_BYTES = 2 * 12
 """Of a checkpoint, for each number that learns: the number and two moments; the last one stays meanwhile."""
@@ -21,7 +21,7 @@ def artifact_bytes(source: Source, recipe: Recipe) -> int:
     for name, tensor in source.tensors.items():
         if len(tensor.shape) == 2:
             layout = recipe.layout_for(name) or source_layout(tensor)
-            total += packed_bytes(*tensor.shape, layout)
+            total += layout.bytes_of(*tensor.shape)
     return total
 
 

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hasten.core import Layout, Recipe
+from hasten.core import Format, Recipe
 from hasten.errors import MachineError
 from hasten.optimize.held_out import split
 from hasten.optimize.made import Asked, artifact_of, compressed, made_with, told
@@ -74,7 +74,7 @@ class CalibratedWeights:
         clock = Clock("calibrating", told(self.observer))
         return CalibratedLinears(self.source, self.calibration, "gptq", observer=clock)
 
-    def linear(self, name: str, layout: Layout) -> PackedLinear:
+    def linear(self, name: str, layout: Format) -> PackedLinear:
         """One matrix by GPTQ, as if all others were the source's own; computed once, then read."""
         return self._linears.linear(name, layout)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from hasten.core import EngineOptions, Layout, Machine, Measurement, ModelConfig, Recipe, Workload
+from hasten.core import EngineOptions, Format, Machine, Measurement, ModelConfig, Recipe, Workload
 from hasten.errors import UsageError
 from hasten.optimize.mixture import is_mixture
 from hasten.optimize.progress import Observer
@@ -85,12 +85,12 @@ class EngineWorkshop:
         return self.source.tokenizer()
 
     @cached_property
-    def _kept(self) -> dict[str, Layout]:
+    def _kept(self) -> dict[str, Format]:
         from hasten.weights.packed import source_layout
 
         return {name: source_layout(self.source.tensors[name]) for name in self.config.linear_shapes()}
 
-    def kept(self) -> Mapping[str, Layout]:
+    def kept(self) -> Mapping[str, Format]:
         """By canonical name."""
         return self._kept
 
@@ -130,7 +130,7 @@ class EngineWorkshop:
         return load_packed(packed, self.source, self.options)
 
     def swap(
-        self, model: Built, tensors: Sequence[str], layout: Layout | None, method: Method = "rtn"
+        self, model: Built, tensors: Sequence[str], layout: Format | None, method: Method = "rtn"
     ) -> None:
         """Packs single tensors anew and puts them in place."""
         from hasten.weights.packed import pack_linear
@@ -142,11 +142,11 @@ class EngineWorkshop:
                 linear = pack_linear(self.source.tensors[name], layout, threads=self.options.threads)
             cast("LanguageModel", model).replace(name, linear)
 
-    def calibrated_linear(self, name: str, layout: Layout) -> PackedLinear:
+    def calibrated_linear(self, name: str, layout: Format) -> PackedLinear:
         """One matrix of a mixture, calibrated now or before; `calibrate` comes first."""
         return self._calibration().linear(name, layout)
 
-    def error(self, tensor: str, layout: Layout) -> float:
+    def error(self, tensor: str, layout: Format) -> float:
         """Squared error over squared values, on 64 rows spread over the tensor."""
         from hasten.weights.packed import pack_linear
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hasten.core import Layout
+from hasten.core import Format
 
 _STEPS = 8192
 
@@ -26,7 +26,7 @@ _STEPS = 8192
 class Choice:
     """One layout a group may get."""
 
-    layout: Layout | None  # None: the source's values are kept
+    layout: Format | None  # None: the source's values are kept
     bytes: int
     harm: float  # predicted KL divergence it adds, nats
 

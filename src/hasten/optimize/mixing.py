@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from hasten.core import Budget, Layout
+from hasten.core import Budget
 from hasten.optimize.candidate import Candidate
 from hasten.optimize.held_out import split
 from hasten.optimize.memory import SearchMemory
@@ -18,6 +18,7 @@ from hasten.optimize.trials import Trials
 from hasten.optimize.workshop import Built, Workshop
 from hasten.quality.text import Text
 from hasten.recipe import Method
+from hasten.weights.formats import format_named
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Mixing:
     def map(self) -> SensitivityMap:
         """Every group's harm at every width; measured once for a source, text and method."""
         key = {"method": self.method, "calibrated": self.calibrated}
-        kept = self.memory.read("sensitivity", **key)
+        kept = self.memory.read("harms", **key)
         if kept is None:
             harms = measure_harms(
                 self.workshop,
@@ -53,7 +54,7 @@ class Mixing:
                 observer=self.observer,
                 method=self.method,
             )
-            self.memory.write("sensitivity", harms, **key)
+            self.memory.write("harms", harms, **key)
         else:
             harms = harms_from(kept)
         return draw(self.workshop, harms, method=self.method)
@@ -76,5 +77,5 @@ class Mixing:
 
 def harms_from(kept: Any) -> Harms:
     """Harms out of their JSON."""
-    checks = (Check(c["group"], Layout(**c["layout"]), c["harm"]) for c in kept["checks"])
+    checks = (Check(c["group"], format_named(c["layout"]), c["harm"]) for c in kept["checks"])
     return Harms(tuple(kept["at_probe"]), tuple(checks))

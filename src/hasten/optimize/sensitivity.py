@@ -23,7 +23,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hasten.core import Layout, Recipe
+from hasten.core import Format, Recipe
 from hasten.optimize.mix import Choice
 from hasten.optimize.progress import Observer, Progress
 from hasten.optimize.space import CHECKED, MENU, PROBE, Group, groups, menu_of
@@ -31,7 +31,6 @@ from hasten.optimize.workshop import Built, Workshop
 from hasten.quality.divergence import Reference
 from hasten.quality.text import Window, windows
 from hasten.recipe import Method
-from hasten.weights.packed import packed_bytes
 
 _WINDOW = 256
 _TOKENS = 512
@@ -52,7 +51,7 @@ class Sensitivity:
     harm: float  # KL that PROBE adds, nats; 0 where the source is as narrow already
     menu: tuple[Choice, ...]
 
-    def harm_of(self, layout: Layout | None) -> float | None:
+    def harm_of(self, layout: Format | None) -> float | None:
         """Predicted KL of one layout, nats; None if the menu lacks it."""
         return next((choice.harm for choice in self.menu if choice.layout == layout), None)
 
@@ -62,7 +61,7 @@ class Check:
     """One group measured at a width that the map predicts."""
 
     group: str
-    layout: Layout
+    layout: Format
     harm: float  # KL it adds, nats, measured
 
 
@@ -94,9 +93,9 @@ class SensitivityMap:
         return [(check, by_name[check.group].harm_of(check.layout) or 0.0) for check in self.checks]
 
 
-def base_recipe(kept: Mapping[str, Layout]) -> Recipe:
+def base_recipe(kept: Mapping[str, Format]) -> Recipe:
     """The unharmed model: the source's values, 16-bit ones as 8-bit integers to be quick."""
-    wide = {name: Layout(8) for name, layout in kept.items() if layout.bits == 16}
+    wide = {name: Format.of(8) for name, layout in kept.items() if layout.bits == 16}
     return Recipe(name="base", default=None, layers=wide)
 
 
@@ -181,7 +180,7 @@ class _Bench:
     method: Method
     start: float  # KL of the unharmed model itself, nats
 
-    def harm(self, group: Group, layout: Layout) -> float:
+    def harm(self, group: Group, layout: Format) -> float:
         """KL that one group at one layout adds, nats."""
         kept = self.workshop.kept()
         if all(kept[name].bits_per_weight <= layout.bits_per_weight for name in group.tensors):
@@ -195,12 +194,12 @@ class _Bench:
                 self.workshop.swap(self.base, (name,), wide.get(name))
 
 
-def _to_check(found: Sequence[Group], harms: Sequence[float]) -> list[tuple[Group, Layout]]:
+def _to_check(found: Sequence[Group], harms: Sequence[float]) -> list[tuple[Group, Format]]:
     worst = sorted(range(len(found)), key=lambda i: -harms[i])[:_CHECKED_GROUPS]
     return [(found[i], layout) for i in sorted(worst) for layout in CHECKED if harms[i] > 0]
 
 
-def _fit(layout: Layout, checks: Sequence[Check], plain: Mapping[str, Mapping[Layout, float]]) -> float:
+def _fit(layout: Format, checks: Sequence[Check], plain: Mapping[str, Mapping[Format, float]]) -> float:
     """What the checked groups' harms at a layout are over their predictions, all together."""
     at = [check for check in checks if check.layout == layout and check.harm > 0]
     predicted = sum(plain[check.group][layout] for check in at)
@@ -209,7 +208,7 @@ def _fit(layout: Layout, checks: Sequence[Check], plain: Mapping[str, Mapping[La
     return min(max(sum(check.harm for check in at) / predicted, 1 / _FURTHEST_FIT), _FURTHEST_FIT)
 
 
-def _scale(workshop: Workshop, group: Group, layout: Layout) -> float:
+def _scale(workshop: Workshop, group: Group, layout: Format) -> float:
     """Squared rounding error of a layout over that of PROBE, mean over the group's tensors."""
     at_probe = {name: workshop.error(name, PROBE) for name in group.tensors}
     ratios = [workshop.error(name, layout) / error for name, error in at_probe.items() if error > 0]
@@ -219,13 +218,13 @@ def _scale(workshop: Workshop, group: Group, layout: Layout) -> float:
 def _menu(
     workshop: Workshop,
     group: Group,
-    harms: Mapping[Layout, float],
-    kept: Mapping[str, Layout],
+    harms: Mapping[Format, float],
+    kept: Mapping[str, Format],
 ) -> tuple[Choice, ...]:
     shapes = workshop.config.linear_shapes()
 
-    def choice(layout: Layout | None, harm: float) -> Choice:
-        sizes = {name: packed_bytes(*shapes[name], layout or kept[name]) for name in group.tensors}
+    def choice(layout: Format | None, harm: float) -> Choice:
+        sizes = {name: (layout or kept[name]).bytes_of(*shapes[name]) for name in group.tensors}
         return Choice(layout, sum(sizes.values()), harm)
 
     return (choice(None, 0.0), *(choice(layout, harm) for layout, harm in harms.items()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hasten.core import Layout, ModelConfig, Recipe
+from hasten.core import Format, ModelConfig, Recipe
 from hasten.recipe import Method
 
 UNIFORM = ("source", "w8", "w6", "w5", "w5-head8", "w4-head8", "w4")
@@ -15,13 +15,13 @@ BEST = "w4-best"
 """Tried too where torch can calibrate it."""
 
 MENU = (
-    Layout(4),
-    Layout(4, symmetric=False),
-    Layout(5),
-    Layout(6),
-    Layout(8),
-    Layout(4, group=64),
-    Layout(4, group=128),
+    Format.of(4),
+    Format.of(4, symmetric=False),
+    Format.of(5),
+    Format.of(6),
+    Format.of(8),
+    Format.of(4, group=64),
+    Format.of(4, group=128),
 )
 """What a mixture gives a group, if not the source's values: 4.125 to 8.5 bits a weight."""
 
@@ -34,7 +34,7 @@ CHECKED = MENU[1:4]
 _PARTS = (("qkv", ("q", "k", "v")), ("o", ("o",)), ("gate_up", ("gate", "up")), ("down", ("down",)))
 
 
-def is_calibrated(layout: Layout, method: Method) -> bool:
+def is_calibrated(layout: Format, method: Method) -> bool:
     """Whether a mixture's integers of this layout come from calibration: 8 bits round as well without."""
     return method != "rtn" and layout.bits < 8
 
@@ -57,7 +57,7 @@ def groups(config: ModelConfig) -> tuple[Group, ...]:
     return (*found, Group("head", ("embed" if config.tied_head else "head",)))
 
 
-def menu_of(group: Group, shapes: Mapping[str, tuple[int, int]]) -> tuple[Layout, ...]:
+def menu_of(group: Group, shapes: Mapping[str, tuple[int, int]]) -> tuple[Format, ...]:
     """The layouts of the menu whose groups divide the inputs of a group of layers."""
     return tuple(
         layout

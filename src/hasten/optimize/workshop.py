@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from hasten.core import EngineOptions, Layout, Machine, Measurement, ModelConfig, Recipe, Workload
+from hasten.core import EngineOptions, Format, Machine, Measurement, ModelConfig, Recipe, Workload
 from hasten.optimize.progress import Observer
 from hasten.quality.divergence import Runnable
 from hasten.quality.text import Encoder, Text
@@ -61,8 +61,8 @@ class Workshop(Protocol):
         """The source's tokenizer."""
         ...
 
-    def kept(self) -> Mapping[str, Layout]:
-        """Layout that holds the source's own values, by canonical name of each linear layer."""
+    def kept(self) -> Mapping[str, Format]:
+        """Format that holds the source's own values, by canonical name of each linear layer."""
         ...
 
     def calibrate(self, text: Text, observer: Observer) -> str:
@@ -82,12 +82,12 @@ class Workshop(Protocol):
         ...
 
     def swap(
-        self, model: Built, tensors: Sequence[str], layout: Layout | None, method: Method = "rtn"
+        self, model: Built, tensors: Sequence[str], layout: Format | None, method: Method = "rtn"
     ) -> None:
         """Puts other weights into a built model: the source's, packed to `layout`, or kept (None)."""
         ...
 
-    def error(self, tensor: str, layout: Layout) -> float:
+    def error(self, tensor: str, layout: Format) -> float:
         """Mean squared difference to the source's values that packing to `layout` makes."""
         ...
 

@@ -281,9 +281,7 @@ class CpuExecutor:
 
     def _set_linear(self, name: str, linear: PackedLinear) -> None:
         layout = linear.layout
-        self._decoder.set_linear(
-            name, linear.data, linear.rows, linear.cols, layout.bits, layout.group, layout.symmetric
-        )
+        self._decoder.set_linear(name, linear.data, linear.rows, linear.cols, *layout.native)
         self._bits[name] = layout.bits
 
     def step(
@@ -377,7 +375,7 @@ def _integer_matrices(packed: PackedModel) -> Iterator[tuple[Format, int, int]]:
     for linear in packed.linears.values():
         layout = linear.layout
         if layout.bits < 16:
-            yield (layout.bits, layout.group, layout.symmetric), linear.cols, linear.data.nbytes
+            yield layout.native, linear.cols, linear.data.nbytes
 
 
 def _threads(wanted: int | None) -> int:

@@ -86,7 +86,6 @@ def recipe_bytes(config: ModelConfig, recipe: Recipe) -> int:
     Raises:
         UsageError: the recipe keeps the source's values, so only the opened file knows.
     """
-    from hasten.weights.packed import packed_bytes  # here: what compares engines reads costs without NumPy
 
     total = 0
     for name, shape in config.linear_shapes().items():
@@ -96,7 +95,7 @@ def recipe_bytes(config: ModelConfig, recipe: Recipe) -> int:
                 f"recipe {recipe.name!r} keeps the file's own layouts: their bytes are known once it is open",
                 hint="open the model and pass weight_bytes, or estimate w8, w6, w5 or w4",
             )
-        total += packed_bytes(*shape, layout)
+        total += layout.bytes_of(*shape)
     return total
 
 

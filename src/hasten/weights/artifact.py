@@ -28,11 +28,11 @@ import numpy.typing as npt
 from hasten import _native
 from hasten.cache import new_folder, read_json, write_atomic, write_json
 from hasten.cache.reading import is_there, map_array, open_file, open_raw, read_file
-from hasten.core import ModelConfig, Recipe, as_json
+from hasten.core import ModelConfig, Recipe
 from hasten.errors import ArtifactError
 from hasten.machine.cores import usable_cores
 from hasten.machine.memory import memory_room
-from hasten.weights.packed import PIECE_BYTES, PackedLinear, PackedModel, checksum_of, packed_bytes
+from hasten.weights.packed import PIECE_BYTES, PackedLinear, PackedModel, checksum_of
 from hasten.weights.plan import (
     AGAIN,
     CONFIG,
@@ -157,11 +157,14 @@ def write_artifact(
 
 
 def _recipe_json(packed: PackedModel) -> dict[str, Any]:
+    linears = packed.linears
+    kinds = sorted({linear.layout for linear in linears.values()}, key=str)
     return {
         "name": packed.recipe.name,
         "kv": packed.recipe.kv,
         "bits_per_weight": packed.bits_per_weight,
-        "layers": {name: as_json(linear.layout) for name, linear in packed.linears.items()},
+        "formats": {kind.name: kind.version for kind in kinds},
+        "layers": {name: linear.layout.name for name, linear in linears.items()},
     }
 
 
@@ -357,7 +360,7 @@ def _check_sizes(
     shapes: Mapping[str, tuple[int, ...]],
 ) -> None:
     for name, linear in linears.items():
-        if linear.bytes != packed_bytes(linear.rows, linear.cols, linear.layout):
+        if linear.bytes != linear.layout.bytes_of(linear.rows, linear.cols):
             raise ArtifactError(
                 f"{path}: {name} has {linear.bytes} bytes, not what its layout needs", hint=AGAIN
             )

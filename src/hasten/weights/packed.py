@@ -14,18 +14,18 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten import _native
-from hasten.core import Layout, ModelConfig, Recipe
+from hasten.core import Format, ModelConfig, Recipe
 from hasten.errors import ModelError, UsageError
 from hasten.machine.cores import usable_cores
 from hasten.machine.memory import memory_room
+from hasten.weights.codec import Encoded, encode, from_bytes, to_bytes
+from hasten.weights.formats import PANEL
 from hasten.weights.tensors import Bytes, SourceTensor
 
 Halves = npt.NDArray[np.float16]
 
 _FLOATS = ("F32", "F16", "BF16")
 _ALIGN = 64
-PANEL = 16
-"""Rows that lie together in the packed layout."""
 PIECE_BYTES = 1 << 22
 """Bytes a checksum covers: 4 MB, so that threads share the work."""
 
@@ -50,7 +50,7 @@ class PackedLinear:
     `checksum_of` gives, where it is known.
     """
 
-    layout: Layout
+    layout: Format
     rows: int
     cols: int
     data: npt.NDArray[np.uint8]  # [packed bytes]
@@ -97,29 +97,27 @@ def checksum_of(linear: PackedLinear, threads: int = 1) -> str:
 
 def values_of(linear: PackedLinear) -> npt.NDArray[np.float32]:
     """What a matrix holds: float32 [rows, cols], on all cores."""
-    stored = (linear.layout.bits, linear.layout.group, linear.layout.symmetric)
+    shape = (linear.rows, linear.cols)
+    if linear.layout.table:
+        return from_bytes(linear.data, linear.layout, *shape).values()
+    bits, group, symmetric = linear.layout.native
     values: npt.NDArray[np.float32] = _native.unpack(
-        linear.data, linear.rows, linear.cols, *stored, usable_cores()
+        linear.data, *shape, bits, group, symmetric, usable_cores()
     )
     return values
 
 
-def packed_bytes(rows: int, cols: int, layout: Layout) -> int:
-    """Bytes of a [rows, cols] matrix in a layout."""
-    return int(_native.packed_bytes(rows, cols, layout.bits, layout.group, layout.symmetric))
-
-
-def source_layout(tensor: SourceTensor) -> Layout:
+def source_layout(tensor: SourceTensor) -> Format:
     """The cheapest layout that holds a tensor's values: integers for quantised GGUF types, else bf16."""
     if tensor.dtype in _FLOATS:
-        return Layout(16)
+        return Format.of(16)
     bits, group, symmetric, _ = _native.ggml_layout(tensor.dtype)
-    return Layout(bits, group, symmetric)
+    return Format.of(bits, group, symmetric)
 
 
 def pack_linear(
     tensor: SourceTensor,
-    layout: Layout | None,
+    layout: Format | None,
     out: npt.NDArray[np.uint8] | None = None,
     threads: int | None = None,
 ) -> PackedLinear:
@@ -138,12 +136,12 @@ def pack_linear(
     rows, cols = tensor.shape
     keep = layout is None
     layout = source_layout(tensor) if layout is None else layout
-    if layout.bits != 16 and cols % layout.group and cols > layout.group:
+    if layout.is_integer and cols % layout.group and cols > layout.group:
         raise UsageError(
             f"{tensor.name} has {cols} inputs, which groups of {layout.group} do not divide",
             hint="use groups of 32 (the default)",
         )
-    data = out if out is not None else np.zeros(packed_bytes(rows, cols, layout), np.uint8)
+    data = out if out is not None else np.zeros(layout.bytes_of(rows, cols), np.uint8)
     count = usable_cores() if threads is None else threads
     try:
         if keep and tensor.dtype not in _FLOATS:
@@ -157,14 +155,20 @@ def pack_linear(
     return PackedLinear(layout, rows, cols, data, float(error))
 
 
-def _relative(tensor: SourceTensor, layout: Layout, data: npt.NDArray[np.uint8], threads: int) -> float:
+def _relative(tensor: SourceTensor, layout: Format, data: npt.NDArray[np.uint8], threads: int) -> float:
     rows, cols = tensor.shape
     raw, dtype, order = tensor.data, tensor.dtype, tensor.row_order
     if dtype not in _FLOATS:  # through float32: another width than the file's own
         raw = _native.dequantize_ggml(raw, dtype, rows * cols, threads).view(np.uint8)
         dtype = "F32"
-    stored = (layout.bits, layout.group, layout.symmetric)
-    loss = _native.pack(raw, dtype, rows, cols, *stored, data, order, tensor.offset, threads)
+    if layout.table:
+        values = vector(replace(tensor, name=tensor.name)).reshape(rows, cols)
+        found = encode(values, layout)
+        data[:] = to_bytes(found)
+        squares = float(np.square(values, dtype=np.float64).sum())
+        loss = float(np.square(values - found.values(), dtype=np.float64).sum()), squares
+    else:
+        loss = _native.pack(raw, dtype, rows, cols, *layout.native, data, order, tensor.offset, threads)
     squared_error, squares = loss[0], loss[1]
     return float((squared_error / squares) ** 0.5) if squares > 0 else 0.0
 
@@ -210,7 +214,7 @@ def pack_model(source: Opened, recipe: Recipe, threads: int | None = None) -> Pa
             hint=f"layer names look like {', '.join(list(matrices)[:3])}",
         )
     layouts = {name: recipe.layout_for(name) or source_layout(tensor) for name, tensor in matrices.items()}
-    sizes = [packed_bytes(t.shape[0], t.shape[1], layouts[name]) for name, t in matrices.items()]
+    sizes = [layouts[name].bytes_of(*t.shape) for name, t in matrices.items()]
     starts = np.concatenate([[0], np.cumsum([-(-size // _ALIGN) * _ALIGN for size in sizes])])
     memory_room().require(int(starts[-1]), f"{source.name} as {recipe.name}")
     memory = _native.allocate(int(starts[-1]))  # one block for all: huge pages
@@ -222,32 +226,7 @@ def pack_model(source: Opened, recipe: Recipe, threads: int | None = None) -> Pa
     return PackedModel(source.config, recipe, linears, vectors)
 
 
-@dataclass(frozen=True)
-class Integers:
-    """Rows of an integer matrix: value = scale * (u - 2^(bits-1)), or scale * u + minimum."""
-
-    layout: Layout
-    u: Bytes  # [rows, cols], below 2^bits
-    scales: Halves  # [rows, groups]
-    minimums: Halves | None  # [rows, groups]
-
-    @property
-    def signed(self) -> npt.NDArray[np.int8]:
-        """u - 2^(bits-1), int8 [rows, cols]; for symmetric layouts."""
-        assert self.minimums is None
-        return (self.u.astype(np.int16) - (1 << (self.layout.bits - 1))).astype(np.int8)
-
-    def values(self) -> npt.NDArray[np.float32]:
-        """What they mean, float32 [rows, cols]."""
-        cols, group = self.u.shape[1], self.layout.group
-        scales = np.repeat(self.scales.astype(np.float32), group, axis=1)[:, :cols]
-        if self.minimums is None:
-            return scales * self.signed.astype(np.float32)
-        minimums = np.repeat(self.minimums.astype(np.float32), group, axis=1)[:, :cols]
-        return scales * self.u.astype(np.float32) + minimums
-
-
-def integers(linear: PackedLinear, first: int = 0, count: int | None = None) -> Integers:
+def integers(linear: PackedLinear, first: int = 0, count: int | None = None) -> Encoded:
     """The integers of some rows of a matrix.
 
     Args:
@@ -272,7 +251,7 @@ def integers(linear: PackedLinear, first: int = 0, count: int | None = None) -> 
         return np.ascontiguousarray(found.transpose(0, 2, 1).reshape(-1, found.shape[1])[:rows, :groups])
 
     minimums = None if layout.symmetric else halves(quants + 2 * PANEL)
-    return Integers(layout, np.ascontiguousarray(flat), halves(quants), minimums)
+    return Encoded(layout, np.ascontiguousarray(flat), halves(quants), minimums)
 
 
 def bf16_bits(linear: PackedLinear, first: int = 0, count: int | None = None) -> npt.NDArray[np.uint16]:
@@ -300,7 +279,7 @@ def _panels(linear: PackedLinear, first: int, rows: int) -> Bytes:
     return linear.data[first // PANEL * panel_bytes : -(-(first + rows) // PANEL) * panel_bytes]
 
 
-def _unpacked(data: Bytes, layout: Layout) -> Bytes:
+def _unpacked(data: Bytes, layout: Format) -> Bytes:
     """[panels, blocks, bytes] -> u [panels, blocks, group, 16]."""
     bits, group = layout.bits, layout.group
     lead = data.shape[:2]
@@ -321,17 +300,17 @@ def _unpacked(data: Bytes, layout: Layout) -> Bytes:
     return u
 
 
-def pack_integers(name: str, found: Integers) -> PackedLinear:
-    """Integers, scales and minimums into a matrix of the engine; every value is kept.
+def pack_integers(name: str, found: Encoded) -> PackedLinear:
+    """Encoded, scales and minimums into a matrix of the engine; every value is kept.
 
     Raises:
         ModelError: a scale is not finite; the matrix is named.
     """
-    layout, (rows, cols) = found.layout, found.u.shape
+    layout, (rows, cols) = found.layout, found.codes.shape
     groups = found.scales.shape[1]
     padding = groups * layout.group - cols  # a layer narrower than its group is filled up with zeros
     zero = 1 << (layout.bits - 1) if layout.symmetric else 0
-    u = np.pad(found.u, ((0, 0), (0, padding)), constant_values=zero) if padding else found.u
+    u = np.pad(found.codes, ((0, 0), (0, padding)), constant_values=zero) if padding else found.codes
     numbers = [found.scales] if found.minimums is None else [found.scales, found.minimums]
     head = np.stack([n.astype(np.float32) for n in numbers], axis=-1)  # [rows, groups, 1 or 2]
     blocks = np.concatenate([head.view(np.uint8), u.reshape(rows, groups, layout.group)], axis=-1)

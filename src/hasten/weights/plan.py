@@ -17,16 +17,18 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from hasten.core import Layout, ModelConfig, as_json
+from hasten.core import ModelConfig, as_json
 from hasten.errors import ArtifactError, HastenError
+from hasten.weights.formats import FORMATS, Format, FormatParts
 
-PLAN_VERSION = 2
-"""2: defaults are left out, all of `FILES` are listed, and `sha256` covers the description. 1: before 0.2."""
+PLAN_VERSION = 3
+"""3: formats have names and versions.
+2: defaults are left out, all of `FILES` are listed, and `sha256` covers the description. 1: before 0.2."""
 LAYOUT_VERSION = 1
 """Raised whenever native/layout.h changes what stored bytes mean."""
 CONFIG, WEIGHTS = "config.json", "weights.safetensors"
@@ -72,8 +74,9 @@ class StoredRecipe:
 
     name: str
     kv: Literal["bf16", "int8"]
-    layers: Mapping[str, Layout]
+    layers: Mapping[str, Format]
     bits_per_weight: float | None = None  # told to people; computed anew from the layouts
+    formats: Mapping[str, int] = field(default_factory=dict)  # versions of those in `layers`; empty before 3
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def described(plan: Any, where: str, piece_bytes: int) -> Description:
     """
     if not isinstance(plan, Mapping) or not isinstance(plan.get("artifact"), Mapping):
         raise ArtifactError(f"{where} does not describe an artifact", hint=AGAIN)
-    version = _known_version(where, "schema_version", plan, (1, PLAN_VERSION))
+    version = _known_version(where, "schema_version", plan, range(1, PLAN_VERSION + 1))
     _known_version(where, "layout_version", plan["artifact"], (LAYOUT_VERSION,))
     try:
         stored = dict(plan["artifact"])
@@ -109,6 +112,7 @@ def described(plan: Any, where: str, piece_bytes: int) -> Description:
             noun_from(Stored, stored, "artifact"),
         )
         _refuse_files(found.artifact, piece_bytes)
+        _refuse_formats(found.recipe)
     except UnknownField as wrong:
         raise ArtifactError(f"{where}: {wrong}", hint=_NEWER) from None
     except (Mismatch, HastenError) as wrong:
@@ -151,7 +155,7 @@ def format_digest() -> str:
     """
     known = [
         [kind.__name__, [(one.name, str(one.type), _default(one)) for one in fields(kind)]]
-        for kind in _nouns(ModelConfig, Stored, StoredRecipe, Layout)
+        for kind in _nouns(ModelConfig, Stored, StoredRecipe, FormatParts)
     ]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
 
@@ -171,7 +175,7 @@ def _nouns(*kinds: Any) -> list[Any]:
     return found
 
 
-def _known_version(where: str, name: str, holder: Mapping[str, Any], known: tuple[int, ...]) -> int:
+def _known_version(where: str, name: str, holder: Mapping[str, Any], known: Sequence[int]) -> int:
     found = holder.get(name)
     if type(found) is int and found in known:
         return found
@@ -200,6 +204,30 @@ def _refuse_files(stored: Stored, piece_bytes: int) -> None:
     for name, total in stored.tensors.items():
         if not re.fullmatch(rf"({_SUM.pattern})*", total):
             raise Mismatch(f"artifact.tensors: {name} has the checksum {total!r:.60}")
+
+
+def _refuse_formats(recipe: StoredRecipe) -> None:
+    for name, version in recipe.formats.items():
+        if name not in FORMATS:
+            raise UnknownField(f"recipe.formats: this program does not know the format {name!r:.60}")
+        if version != FORMATS[name].version:
+            raise UnknownField(
+                f"recipe.formats: {name} has version {version}, this program reads {FORMATS[name].version}"
+            )
+    for name, layout in recipe.layers.items():
+        if recipe.formats and layout.name not in recipe.formats:
+            raise Mismatch(f"recipe.formats lacks {layout.name}, which {name} has")
+
+
+def _format_from(value: Any, where: str) -> Format:
+    """A format by its name; before version 3 by bits, group and symmetric."""
+    if isinstance(value, Mapping):
+        return noun_from(FormatParts, value, where).format()
+    if not isinstance(value, str):
+        raise Mismatch(f"{where} must be the name of a format, got {value!r:.60}")
+    if value not in FORMATS:
+        raise UnknownField(f"{where}: this program does not know the format {value!r:.60}")
+    return FORMATS[value]
 
 
 def noun_from(kind: type[T], given: Any, where: str) -> T:
@@ -250,6 +278,8 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise Mismatch(f"{where} must be an object, got {value!r:.60}")
         return {str(key): _typed(one, inner[1], f"{where}.{key}") for key, one in value.items()}
+    if hint is Format:
+        return _format_from(value, where)
     if is_dataclass(hint) and isinstance(hint, type):
         return noun_from(hint, value, where)
     return _plain(value, hint, where)

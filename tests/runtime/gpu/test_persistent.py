@@ -11,12 +11,12 @@ import torch
 from hasten.core import ModelConfig
 from hasten.errors import MachineError, ModelError
 from hasten.models.parameters import parameter_shapes
-from hasten.recipe import Layout
+from hasten.recipe import Format
 from hasten.runtime.gpu.driver import Device
 from hasten.runtime.gpu.persistent import _refuse_device, load_weights, rotation_tables, same_format
 from hasten.runtime.gpu.shape import Shape, WeightFormat
 from hasten.runtime.gpu.tiles import Weights, kept, rounded, tiled
-from hasten.weights.packed import Integers
+from hasten.weights.codec import Encoded
 
 CONFIG = ModelConfig("qwen2", 263, 64, 96, 2, 4, 2, 16, 256, qk_norm="head")
 INT4 = WeightFormat("int4", 32)
@@ -69,7 +69,7 @@ def test_integers_of_an_artifact_keep_their_values(bits: int, symmetric: bool) -
     rng = np.random.default_rng(bits)
     codes = rng.integers(0, 1 << bits, (16, 64), dtype=np.uint8)
     scales, low = (rng.random((16, 2)).astype(np.float16) for _ in range(2))
-    found = Integers(Layout(bits, 32, symmetric), codes, scales, None if symmetric else low)
+    found = Encoded(Format.of(bits, 32, symmetric), codes, scales, None if symmetric else low)
     weights = kept(found)
     assert weights.format.kind == ("int4" if bits == 4 else "int8")
     np.testing.assert_allclose(weights.values().numpy(), found.values(), rtol=1e-6, atol=1e-6)

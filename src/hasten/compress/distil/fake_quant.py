@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 
 from hasten.compress.changed import made_tensor
-from hasten.core import Layout
-from hasten.weights.packed import Integers, integers, pack_linear, source_layout
+from hasten.core import Format
+from hasten.weights.codec import Encoded
+from hasten.weights.packed import integers, pack_linear, source_layout
 from hasten.weights.tensors import TYPES, SourceTensor
 
 _HALF_MAX = 65504.0
@@ -73,7 +74,7 @@ class Grid:
     at 0, are of the order of 1 whatever the weights, and so take one learning rate.
     """
 
-    layout: Layout
+    layout: Format
     cols: int
     scale: torch.Tensor  # float32 [R, G, 1], as it was first
     minimum: torch.Tensor | None
@@ -81,7 +82,7 @@ class Grid:
     shift: torch.Tensor | None
 
     @classmethod
-    def of(cls, tensor: SourceTensor, layout: Layout, device: torch.device, *, learns: bool = True) -> Grid:
+    def of(cls, tensor: SourceTensor, layout: Format, device: torch.device, *, learns: bool = True) -> Grid:
         """Where the native packer would put it.
 
         Raises:
@@ -129,7 +130,7 @@ class Grid:
         return found.flatten(1)[:, : self.cols]
 
     @torch.no_grad()
-    def integers(self, weight: torch.Tensor) -> Integers:
+    def integers(self, weight: torch.Tensor) -> Encoded:
         """What `self(weight)` is made of, as it is packed."""
         scale, minimum = self._now()
         q = _rounded(self._grouped(weight), scale, minimum, *self._ends)
@@ -139,7 +140,7 @@ class Grid:
         def halves(value: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float16]]:
             return np.ascontiguousarray(value[..., 0].cpu().numpy().astype(np.float16))
 
-        return Integers(
+        return Encoded(
             self.layout,
             np.ascontiguousarray(u),
             halves(scale),
@@ -147,18 +148,18 @@ class Grid:
         )
 
 
-def integer_tensor(name: str, found: Integers) -> SourceTensor:
+def integer_tensor(name: str, found: Encoded) -> SourceTensor:
     """A tensor of a source that packs to exactly these integers, without a layout being asked for.
 
     Where no number format of a source holds them (5 and 6 bits, groups of 16, a part of a group), it holds
     their values in float32.
     """
-    rows, cols = found.u.shape
+    rows, cols = found.codes.shape
     layout = found.layout
     kind = f"{'S' if layout.symmetric else 'A'}{layout.bits}_{layout.group}"
     if kind not in TYPES or cols % layout.group:
         return made_tensor(name, (rows, cols), torch.from_numpy(found.values()))
     numbers = [found.scales] if found.minimums is None else [found.scales, found.minimums]
     front = np.stack(numbers, axis=-1).astype("<f4").view(np.uint8)  # [rows, groups, 4 or 8]
-    blocks = np.concatenate([front, found.u.reshape(rows, -1, layout.group)], axis=-1)
+    blocks = np.concatenate([front, found.codes.reshape(rows, -1, layout.group)], axis=-1)
     return SourceTensor(name, (rows, cols), kind, np.ascontiguousarray(blocks).reshape(-1))

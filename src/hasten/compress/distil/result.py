@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from hasten.core import as_json
 from hasten.models.source import Source
-from hasten.weights.packed import Integers
+from hasten.weights.codec import Encoded
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Distilled:
     curve: tuple[Point, ...]
     tokens: int  # trained on, repeats counted
     seconds: float  # of training, interrupted runs together
-    integers: Mapping[str, Integers] = field(default_factory=dict, repr=False)  # of layers with a layout
+    integers: Mapping[str, Encoded] = field(default_factory=dict, repr=False)  # of layers with a layout
 
     def lines(self) -> list[str]:
         """The report as text."""

@@ -12,11 +12,11 @@ from hasten.compress.distil.decoder import Change, Decoder
 from hasten.compress.distil.fake_quant import Grid, integer_tensor
 from hasten.compress.distil.lora import Adapter
 from hasten.compress.torch_layer import LINEARS
-from hasten.core import Layout
+from hasten.core import Format
 from hasten.models.source import Source
-from hasten.weights.packed import Integers
+from hasten.weights.codec import Encoded
 
-Layouts = Callable[[str], Layout | None]
+Layouts = Callable[[str], Format | None]
 """The layout a matrix is trained through, by canonical name; None or 16 bits: as it is."""
 
 
@@ -81,7 +81,7 @@ class Student:
         return self.weights | self.scales
 
     @torch.no_grad()
-    def integers(self) -> dict[str, Integers]:
+    def integers(self) -> dict[str, Encoded]:
         """What the layers with a layout are now made of."""
         return {name: grid.integers(self._before(name)) for name, grid in self.grids.items()}
 
@@ -93,7 +93,7 @@ class Student:
         return value
 
     @torch.no_grad()
-    def made(self, found: dict[str, Integers]) -> Source:
+    def made(self, found: dict[str, Encoded]) -> Source:
         """The student as a source.
 
         Floats come in the type that they were computed in: of bf16 products, bf16 weights are what was

@@ -16,7 +16,7 @@ import torch
 from hasten.compress.quantise.fold import READERS, Group, fold, foldable, shared_scales
 from hasten.compress.quantise.gptq import lost, nearest
 from hasten.compress.torch_layer import Weights
-from hasten.core import Layout, ModelConfig
+from hasten.core import Format, ModelConfig
 
 POWERS = tuple(i / 10 for i in range(10))
 _FARTHEST = 64.0
@@ -39,7 +39,7 @@ def awq_scales(
     config: ModelConfig,
     group: Group,
     gram: torch.Tensor,
-    layouts: Mapping[str, Layout],
+    layouts: Mapping[str, Format],
     powers: tuple[float, ...] = POWERS,
 ) -> torch.Tensor:
     """s of one group, float32 [cols], that leaves the least error of its outputs.
@@ -69,7 +69,7 @@ def awq_layer(
     weights: Weights,
     config: ModelConfig,
     grams: Mapping[Group, torch.Tensor],
-    layouts: Mapping[str, Layout],
+    layouts: Mapping[str, Format],
 ) -> tuple[dict[str, torch.Tensor], dict[Group, torch.Tensor]]:
     """One layer scaled for its layouts, and the moments of its inputs as they are then.
 

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from hasten.compress.changed import made_tensor
-from hasten.core import Layout
-from hasten.weights.packed import Integers, integers, pack_linear
+from hasten.core import Format
+from hasten.weights.codec import Encoded
+from hasten.weights.packed import integers, pack_linear
 
 DAMP = 0.05
 """Part of the mean second moment added to each: directions that the text hardly has are not fitted."""
@@ -46,7 +47,7 @@ class Factor:
         return cls(order, torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True))
 
 
-def nearest(weight: torch.Tensor, layout: Layout, name: str = "the matrix") -> Integers:
+def nearest(weight: torch.Tensor, layout: Format, name: str = "the matrix") -> Encoded:
     """Round-to-nearest with searched scales: what `pack_linear` stores of float32 [rows, cols].
 
     Raises:
@@ -56,8 +57,8 @@ def nearest(weight: torch.Tensor, layout: Layout, name: str = "the matrix") -> I
     return integers(pack_linear(made_tensor(name, tuple(weight.shape), weight.float()), layout))
 
 
-def gptq(weight: torch.Tensor, factor: Factor, layout: Layout, name: str = "the matrix") -> Integers:
-    """Integers for a matrix whose inputs have the moments of `factor`.
+def gptq(weight: torch.Tensor, factor: Factor, layout: Format, name: str = "the matrix") -> Encoded:
+    """Encoded for a matrix whose inputs have the moments of `factor`.
 
     Args:
         weight: float32 [rows, cols].
@@ -73,10 +74,10 @@ def gptq(weight: torch.Tensor, factor: Factor, layout: Layout, name: str = "the 
     for first in range(0, len(weight), _ROWS):
         part = slice(first, first + _ROWS)
         u[part] = _rounded(weight[part], factor, start, part).numpy()
-    return Integers(layout, u, start.scales, start.minimums)
+    return Encoded(layout, u, start.scales, start.minimums)
 
 
-def _rounded(weight: torch.Tensor, factor: Factor, start: Integers, part: slice) -> torch.Tensor:
+def _rounded(weight: torch.Tensor, factor: Factor, start: Encoded, part: slice) -> torch.Tensor:
     """u of some rows: uint8 [rows, cols]."""
     layout, order = start.layout, factor.order
     place = order // layout.group  # group of each column as they come

@@ -23,8 +23,9 @@ import numpy as np
 import torch
 
 from hasten.compress.changed import made_tensor
-from hasten.core import Layout
-from hasten.weights.packed import Integers, integers, pack_linear
+from hasten.core import Format
+from hasten.weights.codec import Encoded
+from hasten.weights.packed import integers, pack_linear
 
 POWER = 0.7
 """p of the paper's code."""
@@ -36,8 +37,8 @@ _CHUNK = 1 << 18
 """Weights solved at once: a few megabytes, which the cache holds."""
 
 
-def hqq(weight: torch.Tensor, layout: Layout, name: str = "the matrix") -> Integers:
-    """Integers with scales, and minimums where the layout has them, that leave a small error in |.|^0.7.
+def hqq(weight: torch.Tensor, layout: Format, name: str = "the matrix") -> Encoded:
+    """Encoded with scales, and minimums where the layout has them, that leave a small error in |.|^0.7.
 
     Args:
         weight: float32 [rows, cols].
@@ -64,7 +65,7 @@ def hqq(weight: torch.Tensor, layout: Layout, name: str = "the matrix") -> Integ
         if lows is not None:
             lows[:] = found.minimum[..., 0].half().numpy()
         u[part] = _levels(w, found, layout).reshape(-1, cols).numpy() + _offset(layout)
-    return Integers(layout, u, scales, minimums)
+    return Encoded(layout, u, scales, minimums)
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class _Groups:
         )
 
 
-def _solved(w: torch.Tensor, start: _Groups, layout: Layout) -> _Groups:
+def _solved(w: torch.Tensor, start: _Groups, layout: Format) -> _Groups:
     """The turn with the least error, squares not above the first's, by group of w [rows, groups, group]."""
     now = best = start
     least = most_squares = torch.full_like(start.scale, torch.inf)
@@ -111,7 +112,7 @@ def _solved(w: torch.Tensor, start: _Groups, layout: Layout) -> _Groups:
     return best
 
 
-def _fitted(w: torch.Tensor, levels: torch.Tensor, layout: Layout) -> _Groups:
+def _fitted(w: torch.Tensor, levels: torch.Tensor, layout: Format) -> _Groups:
     """Least squares of w on the levels of its group, rounded to fp16; the minimum after the scale was."""
     if layout.symmetric:
         scale = _ratio((levels * w).sum(-1, keepdim=True), (levels * levels).sum(-1, keepdim=True))
@@ -130,7 +131,7 @@ def _in_steps(w: torch.Tensor, groups: _Groups) -> torch.Tensor:
     return (w - groups.minimum) / torch.where(groups.scale == 0, 1.0, groups.scale)
 
 
-def _levels(w: torch.Tensor, groups: _Groups, layout: Layout) -> torch.Tensor:
+def _levels(w: torch.Tensor, groups: _Groups, layout: Format) -> torch.Tensor:
     """Nearest levels, whole numbers in float32: u, less 2^(bits-1) in symmetric layouts."""
     offset = _offset(layout)
     low = 1 - offset if layout.bits == 8 and layout.symmetric else -offset  # -128 does not occur in 8 bits
@@ -138,5 +139,5 @@ def _levels(w: torch.Tensor, groups: _Groups, layout: Layout) -> torch.Tensor:
     return steps.round().clamp(low, (1 << layout.bits) - 1 - offset)
 
 
-def _offset(layout: Layout) -> int:
+def _offset(layout: Format) -> int:
     return 1 << (layout.bits - 1) if layout.symmetric else 0

@@ -15,10 +15,11 @@ from hasten.compress.quantise.hqq import hqq
 from hasten.compress.quantise.smooth import smooth_layer
 from hasten.compress.quantise.statistics import LayerStatistics
 from hasten.compress.torch_layer import LINEARS, layer_weights
-from hasten.core import Layout, Recipe
+from hasten.core import Format, Recipe
 from hasten.errors import ModelError
 from hasten.models.source import Source
-from hasten.weights.packed import Integers, PackedLinear, pack_integers, pack_linear, source_layout
+from hasten.weights.codec import Encoded
+from hasten.weights.packed import PackedLinear, pack_integers, pack_linear, source_layout
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def layer_alone(
 
 def adapted(
     source: Source, recipe: Recipe, index: int, statistics: LayerStatistics | None
-) -> tuple[dict[str, torch.Tensor], dict[str, Layout], dict[Group, torch.Tensor]]:
+) -> tuple[dict[str, torch.Tensor], dict[str, Format], dict[Group, torch.Tensor]]:
     """A layer's weights, float32, smoothed where the recipe says so; their layouts; the inputs' divisors."""
     prefix = f"layers.{index}."
     weights: dict[str, torch.Tensor] = layer_weights(source, index)
@@ -105,7 +106,7 @@ def factor_of(gram: torch.Tensor, what: str) -> Factor:
 
 
 def kept_as(
-    source: Source, recipe: Recipe, full: str, weight: torch.Tensor, found: Integers | None
+    source: Source, recipe: Recipe, full: str, weight: torch.Tensor, found: Encoded | None
 ) -> PackedLinear:
     """A matrix packed: its integers, or the source's own values where nothing was asked for or changed."""
     if found is not None:
@@ -113,7 +114,7 @@ def kept_as(
     layout = recipe.layout_for(full)
     if recipe.smooth is None and recipe.method not in ("awq", "awq-gptq"):
         return pack_linear(source.tensors[full], layout)
-    return pack_linear(made_tensor(full, tuple(weight.shape), weight), layout or Layout(16))
+    return pack_linear(made_tensor(full, tuple(weight.shape), weight), layout or Format.of(16))
 
 
 def changed_vectors(
@@ -129,8 +130,8 @@ def changed_vectors(
 
 
 def _integers(
-    weight: torch.Tensor, layout: Layout, recipe: Recipe, factor: Factor | None, full: str
-) -> Integers | None:
+    weight: torch.Tensor, layout: Format, recipe: Recipe, factor: Factor | None, full: str
+) -> Encoded | None:
     """None where nothing is to be found: 16 bits, or a layout the source's values are kept in."""
     if layout.bits == 16 or recipe.layout_for(full) is None or recipe.method == "rtn":
         return None

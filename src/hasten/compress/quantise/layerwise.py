@@ -19,12 +19,13 @@ from hasten.compress.quantise.sequential import Streams, sequential_head, sequen
 from hasten.compress.quantise.statistics import Observer, Statistics
 from hasten.compress.stream import Stream
 from hasten.compress.torch_file import read_state, write_state
-from hasten.core import Layout, Recipe
+from hasten.core import Recipe
 from hasten.errors import UsageError
 from hasten.models.source import Source
+from hasten.weights.formats import format_named
 from hasten.weights.packed import PackedLinear, PackedModel, pack_linear, vector
 
-_VERSION = 1
+_VERSION = 2
 _KIND = f"layers {_VERSION}"
 
 
@@ -153,7 +154,7 @@ class _Work:
         if state is None:
             return None
         linears = {
-            name: PackedLinear(Layout(*layout), rows, cols, data.numpy(), error)
+            name: PackedLinear(format_named(layout), rows, cols, data.numpy(), error)
             for name, (layout, rows, cols, data, error) in state["linears"].items()
         }
         return QuantisedLayer(linears, state["vectors"])
@@ -167,7 +168,7 @@ class _Work:
             write_state(self.folder / "streams.pt", _KIND, states)
         linears = {
             name: (
-                (one.layout.bits, one.layout.group, one.layout.symmetric),
+                one.layout.name,
                 one.rows,
                 one.cols,
                 torch.from_numpy(one.data),

@@ -16,10 +16,10 @@ from hasten.compress.quantise.gptq import Factor, gptq
 from hasten.compress.quantise.layer_methods import factor_of
 from hasten.compress.quantise.statistics import HEAD, Observer, Statistics, readers_of
 from hasten.compress.torch_layer import tensor_values
-from hasten.core import Layout, Recipe
+from hasten.core import Format, Recipe
 from hasten.models.source import Source
 from hasten.recipe import Method
-from hasten.weights.packed import PackedLinear, pack_integers, pack_linear, packed_bytes
+from hasten.weights.packed import PackedLinear, pack_integers, pack_linear
 from hasten.weights.work_store import WorkStore, touch
 
 _VERSION = 1
@@ -63,7 +63,7 @@ class CalibratedLinears:
         self._collected = False
         self._factor: tuple[tuple[int | None, str], Factor] | None = None
 
-    def linear(self, name: str, layout: Layout) -> PackedLinear:
+    def linear(self, name: str, layout: Format) -> PackedLinear:
         """One matrix by canonical name.
 
         Raises:
@@ -95,10 +95,10 @@ class CalibratedLinears:
             self._factor = (layer, group), factor_of(gram, name)
         return self._factor[1]
 
-    def _path(self, name: str, layout: Layout) -> Path:
+    def _path(self, name: str, layout: Format) -> Path:
         return self._folder / f"{name}.{layout}"
 
-    def _read(self, name: str, layout: Layout) -> PackedLinear | None:
+    def _read(self, name: str, layout: Format) -> PackedLinear | None:
         rows, cols = self._source.tensors[name].shape
         path = self._path(name, layout)
         record: Any = read_record(path.with_name(path.name + ".json"), {"name": name})
@@ -106,15 +106,11 @@ class CalibratedLinears:
             data = read_array(path)
         except OSError:
             return None
-        if (
-            record is None
-            or data.size != packed_bytes(rows, cols, layout)
-            or _digest(data) != record["sha256"]
-        ):
+        if record is None or data.size != layout.bytes_of(rows, cols) or _digest(data) != record["sha256"]:
             return None
         return PackedLinear(layout, rows, cols, data, record["relative_error"])
 
-    def _write(self, name: str, layout: Layout, found: PackedLinear) -> None:
+    def _write(self, name: str, layout: Format, found: PackedLinear) -> None:
         if not self._has_room:
             self._store.make_room(self._folder, self._source.config.linear_weights)  # each at 2 widths or so
             self._store.mark(self._folder, self._source.name)

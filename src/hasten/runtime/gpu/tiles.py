@@ -10,7 +10,7 @@ import torch
 
 from hasten.errors import ModelError
 from hasten.runtime.gpu.shape import TILE_ROWS, TileLayout, WeightFormat
-from hasten.weights.packed import Integers
+from hasten.weights.codec import Encoded
 
 _E4M3_MAX = 448.0
 _NIBBLE_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of a word, for 8 neighbouring columns: pairs lie 16 bits apart
@@ -59,11 +59,11 @@ class Weights:
         return [t for t in (self.scales, self.minimums) if t is not None]
 
 
-def kept(found: Integers) -> Weights:
-    """Integers of an artifact or a quantised checkpoint, values as they are; 5, 6, 8 bits become int8."""
+def kept(found: Encoded) -> Weights:
+    """Encoded of an artifact or a quantised checkpoint, values as they are; 5, 6, 8 bits become int8."""
     bits = found.layout.bits
     fmt = WeightFormat("int4" if bits == 4 else "int8", found.layout.group, found.minimums is not None)
-    codes = torch.from_numpy(np.array(found.u))
+    codes = torch.from_numpy(np.array(found.codes))
     if found.minimums is None:
         codes = codes + ((8 if bits == 4 else 128) - (1 << (bits - 1)))
     minimums = None if found.minimums is None else torch.from_numpy(np.array(found.minimums))
