@@ -60,7 +60,7 @@ def test_packed_is_what_was_trained(layout: Format) -> None:
     weight = trained(grid, tensor_values(tensor))
     wanted = grid(weight).detach()
     kept = grid.integers(weight)
-    assert kept.u.max() < 2**layout.bits
+    assert kept.codes.max() < 2**layout.bits
     torch.testing.assert_close(torch.from_numpy(kept.values()), wanted, rtol=0, atol=0)
     made = integer_tensor("w", kept)
     torch.testing.assert_close(tensor_values(made), wanted, rtol=0, atol=0)

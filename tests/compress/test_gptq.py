@@ -66,9 +66,9 @@ def test_it_finds_what_the_plain_twin_finds(layout: Format) -> None:
 
 def test_rows_in_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, factor = matrix(rows=70), Factor.of(mean_gram(inputs()))
-    whole = gptq(weight, factor, Format.of(4)).u
+    whole = gptq(weight, factor, Format.of(4)).codes
     monkeypatch.setattr("hasten.compress.quantise.gptq._ROWS", 16)
-    np.testing.assert_array_equal(gptq(weight, factor, Format.of(4)).u, whole)
+    np.testing.assert_array_equal(gptq(weight, factor, Format.of(4)).codes, whole)
 
 
 def test_inputs_that_are_always_zero_do_no_harm() -> None:

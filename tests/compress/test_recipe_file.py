@@ -16,6 +16,7 @@ from hasten.compress.recipe_file import parse_recipe, read_recipe, recipe_from, 
 from hasten.core import Format, ModelConfig, Recipe
 from hasten.errors import UsageError
 from hasten.recipe import Distillation, DistilLoss, Method, PruneKind, Pruning
+from hasten.weights.formats import FORMATS
 
 
 def shape(**changes: Any) -> ModelConfig:
@@ -86,9 +87,7 @@ def test_a_file_is_called_as_it_is(tmp_path: Path) -> None:
     assert recipe_from(str(plain)).default == Format.of(5)
 
 
-LAYOUTS = st.builds(
-    Format, st.sampled_from((16, 8, 6, 5, 4)), st.sampled_from((16, 32, 64, 128)), st.booleans()
-)
+LAYOUTS = st.sampled_from(sorted(FORMATS.values(), key=str))
 PATTERNS = st.tuples(st.integers(1, 4), st.integers(5, 8))
 PRUNINGS = st.builds(
     Pruning,
