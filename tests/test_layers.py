@@ -49,6 +49,7 @@ ALLOWED = {
     ("recipe", "errors"),
     ("recipe", "weights.formats"),
     ("core", "weights.formats"),
+    ("stopping", "errors"),
     ("cli", "__all__"),
     ("cli", "_HOME"),
 }  # core raises errors and has the rope's stretching as a field; recipes name formats; cli lists the names

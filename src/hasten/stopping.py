@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from hasten.errors import HastenError
+
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 
@@ -37,11 +39,18 @@ class Stopped(KeyboardInterrupt):
 
 
 def stop_of(error: BaseException | None) -> KeyboardInterrupt | None:
-    """The signal behind an error, None if there is none. One that comes while a class is made is wrapped by
-    Python in a RuntimeError."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error
+    """The signal behind an error, None if there is none.
+
+    One that comes while a class is made is wrapped by Python in a RuntimeError. A library in another language
+    may drop it and raise an error of its own (pydantic, where it builds a model): once a signal was raised,
+    an error that nobody meant for the user is its consequence.
+    """
+    found = error
+    while found is not None and not isinstance(found, KeyboardInterrupt):
+        found = found.__cause__ or found.__context__
+    if found is None and _first and not isinstance(error, HastenError):
+        return _obeyed()
+    return found
 
 
 def exit_code(stop: KeyboardInterrupt) -> int:

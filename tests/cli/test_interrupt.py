@@ -157,6 +157,24 @@ frame._kept = kept
     stopped(done)
 
 
+def test_a_library_that_drops_it_and_raises_an_error_of_its_own() -> None:
+    stopped(
+        run(
+            """
+import hasten.cli as cli
+def work(arguments):
+    try:
+        press()
+        while True: pass
+    except KeyboardInterrupt:
+        error = ValueError("a schema could not be built")
+    raise error
+cli._dispatch = work
+"""
+        )
+    )
+
+
 def test_work_that_was_put_off_is_given_up() -> None:
     done = run(
         """

@@ -15,41 +15,16 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import TypedDict
 
-from hasten.serve.problem import Problem
+from hasten.serve.problem import Problem, refused
 
 # Fields of the OpenAI API that are not served. Null, which means "as if not there", passes; values do not.
-UNSUPPORTED = frozenset(
-    (
-        "audio",
-        "background",
-        "best_of",
-        "conversation",
-        "echo",
-        "function_call",
-        "functions",
-        "include",
-        "max_tool_calls",
-        "metadata",
-        "moderation",
-        "prediction",
-        "prompt",
-        "prompt_cache_retention",
-        "reasoning",
-        "reasoning_effort",
-        "service_tier",
-        "store",
-        "suffix",
-        "truncation",
-        "verbosity",
-        "web_search_options",
-        "dimensions",
-        "modalities",
-        "logit_bias",
-        "top_logprobs",
-        "safety_identifier",
-        "stream_options",
-    )
-)
+_NOT_SERVED = """
+    audio background best_of conversation echo function_call functions include max_tool_calls metadata
+    moderation prediction prompt prompt_cache_retention reasoning reasoning_effort service_tier store
+    suffix truncation verbosity web_search_options dimensions modalities logit_bias top_logprobs
+    safety_identifier stream_options
+"""
+UNSUPPORTED = frozenset(_NOT_SERVED.split())
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 Item = TypeVar("Item", bound="Strict")
@@ -130,7 +105,7 @@ def _check_parts(body: bytes | bytearray) -> None:
         commas, parts = commas + bare.count(b","), parts + _parts(bare)
         if _exceeds(commas, parts):
             said = f"more than {MAX_VALUES:,} values, or more than {MAX_PARTS:,} fields, objects and lists"
-            raise Problem(400, f"the body holds {said}", code="too_many_values")
+            raise refused(f"the body holds {said}", None, "too_many_values")
 
 
 def _exceeds(commas: int, parts: int) -> bool:
@@ -284,32 +259,42 @@ class StructuredOutputs(Strict):
     json_object: bool | None = None
 
 
-class SamplingFields(Strict):
-    """Sampling and limits. Names without an OpenAI meaning are vLLM's; `deadline_ms` is ours."""
+class SharedFields(Strict):
+    """What every request to a model may say. `priority`, `deadline_ms` and `cache_salt` are ours."""
 
     model: str | None = Field(None, max_length=1000, description="a name of /v1/models; default: the first")
-    temperature: float | None = Field(None, ge=0, le=100)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, lt=2**31, description="0 or -1 is all")
-    min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[TokenName, Bias] | None = Field(None, max_length=10_000)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    n: int | None = Field(None, ge=1, le=128)
-    stop: StopText | Annotated[list[StopText], Field(max_length=16, fail_fast=True)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] | None = None
-    ignore_eos: bool | None = Field(None, description="go on past the end token: for benchmarks")
-    skip_special_tokens: bool | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
     user: str | None = Field(None, max_length=512, description="users share the machine evenly")
     priority: int | None = Field(None, ge=-(2**31), lt=2**31, description="higher runs first")
     deadline_ms: float | None = Field(None, gt=0, description="from arrival to the last token")
     cache_salt: str | None = Field(
         None, max_length=512, description="shares computed prompts with this salt alone"
     )
+
+
+class DrawingFields(SharedFields):
+    """How tokens are drawn."""
+
+    temperature: float | None = Field(None, ge=0, le=100)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, lt=2**31, description="0 or -1 is all")
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stream: bool | None = None
+
+
+class SamplingFields(DrawingFields):
+    """Sampling and limits. Names without an OpenAI meaning are vLLM's."""
+
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[TokenName, Bias] | None = Field(None, max_length=10_000)
+    n: int | None = Field(None, ge=1, le=128)
+    stop: StopText | Annotated[list[StopText], Field(max_length=16, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] | None = None
+    ignore_eos: bool | None = Field(None, description="go on past the end token: for benchmarks")
+    skip_special_tokens: bool | None = None
+    stream_options: StreamOptions | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=20)
     guided_json: JsonObject | Text | None = Field(None, description="JSON schema")
     guided_regex: Text | None = None

@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,8 @@ from hasten.serve.shape import Answer, News
 if TYPE_CHECKING:
     from hasten.engine.async_engine import AsyncEngine
     from hasten.engine.request import Request
-    from hasten.serve.body import Strict
+    from hasten.serve.body import DrawingFields
+    from hasten.serve.kept import Recording
     from hasten.serve.pool import Served
     from hasten.serve.service import Exchange
 
@@ -169,24 +170,19 @@ class Heartbeat:
                 await asyncio.sleep(EVERY_S)
 
 
-@dataclass(frozen=True)
-class Question:
-    """What is asked of which model."""
-
-    served: Served
-    spec: Strict
-    requests: Sequence[Request]
-    stream: bool
-
-
-def asker_of(exchange: Exchange) -> Asker:
+def asker_of(exchange: Exchange, served: Served) -> Asker:
     """Who asks. The engine's id is the request's own and a few random digits: clients may repeat theirs."""
     call = exchange.call
-    return Asker(call.client, f"{call.request_id}-{secrets.token_hex(4)}")
+    return Asker(served, exchange.service.options, call.client, f"{call.request_id}-{secrets.token_hex(4)}")
 
 
 async def respond(
-    exchange: Exchange, question: Question, answer: Answer, keep: Callable[[], None] = lambda: None
+    exchange: Exchange,
+    served: Served,
+    spec: DrawingFields,
+    requests: Sequence[Request],
+    answer: Answer,
+    keep: Callable[[], None] = lambda: None,
 ) -> None:
     """Run requests and answer. `keep` is called when the answer is whole, before its end is sent: what it
     stores is there when the client asks for it.
@@ -198,8 +194,8 @@ async def respond(
         Problem, HastenError: before anything was sent.
     """
     async with AsyncExitStack() as stack:
-        batches = await _batches(exchange, question, answer, stack)
-        if not question.stream:
+        batches = await _batches(exchange, served, spec, requests, answer, stack)
+        if not spec.stream:
             async for news in _few(batches):
                 await _spell_prompts(exchange, answer, news)
                 answer.take(news)
@@ -251,20 +247,26 @@ async def _break_off(exchange: Exchange, answer: Answer, problem: Problem) -> No
 
 
 async def _batches(
-    exchange: Exchange, question: Question, answer: Answer, stack: AsyncExitStack
+    exchange: Exchange,
+    served: Served,
+    spec: DrawingFields,
+    requests: Sequence[Request],
+    answer: Answer,
+    stack: AsyncExitStack,
 ) -> AsyncIterator[list[News]]:
     """The outputs: from memory where they are known, else from the engine, and then remembered."""
-    service, served, memory = exchange.service, question.served, exchange.service.memory
+    service, memory = exchange.service, exchange.service.memory
     key = None
     if memory is not None:
-        key, known = await exchange.work(lambda: memory.look(served, question.spec, question.requests))
+        key, known = await exchange.work(lambda: memory.look(served, spec, requests))
         if known is not None:
             answer.tally.remembered()
             return _once(known)
-    feed = await stack.enter_async_context(Feed(served.engine, question.requests))
+    feed = await stack.enter_async_context(Feed(served.engine, requests))
     if key is None and service.recorder is None:
         return feed.batches()
-    return _noted(exchange, question, feed, key)
+    recording = service.recorder.follow(served, requests) if service.recorder else None
+    return _noted(exchange, feed, key, recording)
 
 
 async def _once(news: list[News]) -> AsyncIterator[list[News]]:
@@ -272,17 +274,16 @@ async def _once(news: list[News]) -> AsyncIterator[list[News]]:
 
 
 async def _noted(
-    exchange: Exchange, question: Question, feed: Feed, key: str | None
+    exchange: Exchange, feed: Feed, key: str | None, recording: Recording | None
 ) -> AsyncIterator[list[News]]:
     """The outputs as they come; recorded, and remembered under `key`, when all of them are there."""
-    service = exchange.service
     said: list[News] = []
-    recording = service.recorder.follow(question.served, question.requests) if service.recorder else None
+    memory = exchange.service.memory
     async for news in feed.batches():
         if key is not None:
             said += news
         if recording is not None:
             recording.take(news)
         yield news
-    if key is not None and service.memory is not None:
-        await exchange.work(partial(service.memory.keep, key, said))
+    if key is not None and memory is not None:
+        await exchange.work(partial(memory.keep, key, said))

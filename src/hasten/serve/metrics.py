@@ -7,8 +7,9 @@ vLLM's docs/usage/metrics.md.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -23,49 +24,20 @@ if TYPE_CHECKING:
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-_FIRST = (
-    0.001,
-    0.005,
-    0.01,
-    0.02,
-    0.04,
-    0.06,
-    0.08,
-    0.1,
-    0.25,
-    0.5,
-    0.75,
-    1.0,
-    2.5,
-    5.0,
-    7.5,
-    10,
-    20,
-    40,
-    80,
-)
-_EACH = (
-    0.001,
-    0.0025,
-    0.005,
-    0.0075,
-    0.01,
-    0.015,
-    0.025,
-    0.05,
-    0.075,
-    0.1,
-    0.15,
-    0.2,
-    0.3,
-    0.4,
-    0.5,
-    0.75,
-    1,
-    2.5,
-)
-_WHOLE = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
-_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+# Histograms: name -> (help, upper ends of the buckets).
+_SHORT = "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1 2.5 5 7.5 10 20 40 80"
+_EACH = "0.001 0.0025 0.005 0.0075 0.01 0.015 0.025 0.05 0.075 0.1 0.15 0.2 0.3 0.4 0.5 0.75 1 2.5"
+_WHOLE = "0.1 0.3 0.5 0.8 1 1.5 2 2.5 5 10 15 20 30 40 50 60 120 240 480 960"
+_TOKENS = "1 2 5 10 20 50 100 200 500 1000 2000 5000 10000 20000 50000 100000"
+_HISTOGRAMS = {
+    "time_to_first_token_seconds": ("Arrival to first token.", _SHORT),
+    "time_per_output_token_seconds": ("Mean time of an answer's tokens after its first.", _EACH),
+    "inter_token_latency_seconds": ("Between two publications of an answer.", _EACH),
+    "e2e_request_latency_seconds": ("Arrival to last token.", _WHOLE),
+    "request_queue_time_seconds": ("Arrival to being computed.", _WHOLE),
+    "request_prompt_tokens": ("Prompt tokens of a request.", _TOKENS),
+    "request_generation_tokens": ("Tokens generated for an answer.", _TOKENS),
+}
 
 # EngineStats -> (name, help); counters get `_total` from the client library.
 _GAUGES = {
@@ -93,50 +65,31 @@ _COUNTERS = {
 }
 
 
-class EngineSource(Protocol):
-    """Gives the engines that run now."""
-
-    def loaded(self) -> Iterable[tuple[str, EngineStats]]:
-        """(model, its engine's numbers) of every loaded model."""
-        ...
-
-
 class Metrics:
     """Everything counted. One a server: tests run several in a process."""
 
     def __init__(self, paths: Iterable[str] = ()) -> None:
         self.paths = frozenset(paths)  # label values: a client must not be able to make new ones
         self.registry = CollectorRegistry(auto_describe=False)
-        label = ["model_name"]
-
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(f"hasten_{name}", text, label, registry=self.registry, buckets=buckets)
-
-        self._ttft = histogram("time_to_first_token_seconds", "Arrival to first token.", _FIRST)
-        self._tpot = histogram(
-            "time_per_output_token_seconds", "Mean time of an answer's tokens after its first.", _EACH
-        )
-        self._gap = histogram("inter_token_latency_seconds", "Between two publications of an answer.", _EACH)
-        self._e2e = histogram("e2e_request_latency_seconds", "Arrival to last token.", _WHOLE)
-        self._queue = histogram("request_queue_time_seconds", "Arrival to being computed.", _WHOLE)
-        self._prompt = histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
-        self._output = histogram("request_generation_tokens", "Tokens generated for an answer.", _TOKENS)
-        self._finished = Counter(
-            "hasten_request_success",
-            "Answers finished, by reason.",
-            ["model_name", "finished_reason"],
-            registry=self.registry,
-        )
-        self._http = Counter(
-            "hasten_http_requests",
-            "HTTP requests, by outcome.",
-            ["method", "path", "status"],
-            registry=self.registry,
-        )
         self.first_tokens: dict[str, tuple[float, int]] = {}  # model -> (sum of TTFT in seconds, answers)
-        self._cached = Counter(
-            "hasten_response_cache_hits", "Requests answered from memory.", label, registry=self.registry
+        self._histograms = {
+            name: Histogram(
+                f"hasten_{name}",
+                text,
+                ["model_name"],
+                registry=self.registry,
+                buckets=[*map(float, ends.split())],
+            )
+            for name, (text, ends) in _HISTOGRAMS.items()
+        }
+        self._finished = self._counter(
+            "request_success", "Answers finished, by reason.", "model_name", "finished_reason"
         )
+        self._http = self._counter("http_requests", "HTTP requests, by outcome.", "method", "path", "status")
+        self._cached = self._counter("response_cache_hits", "Requests answered from memory.", "model_name")
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"hasten_{name}", text, labels, registry=self.registry)
 
     def http(self, method: str, path: str, status: int) -> None:
         """A request that has ended."""
@@ -152,23 +105,27 @@ class Metrics:
         self._finished.labels(model, reason).inc()
         if usage is None:
             return
-        self._e2e.labels(model).observe(usage.e2e_ms / 1000)
-        self._queue.labels(model).observe(usage.queue_ms / 1000)
-        self._prompt.labels(model).observe(usage.prompt_tokens)
-        self._output.labels(model).observe(usage.output_tokens)
+        seen: dict[str, Iterable[float]] = {
+            "e2e_request_latency_seconds": [usage.e2e_ms / 1000],
+            "request_queue_time_seconds": [usage.queue_ms / 1000],
+            "request_prompt_tokens": [usage.prompt_tokens],
+            "request_generation_tokens": [usage.output_tokens],
+            "inter_token_latency_seconds": gaps_s,
+        }
         if usage.ttft_ms is not None:
-            self._ttft.labels(model).observe(usage.ttft_ms / 1000)
+            seen["time_to_first_token_seconds"] = [usage.ttft_ms / 1000]
             total, count = self.first_tokens.get(model, (0.0, 0))
             self.first_tokens[model] = total + usage.ttft_ms / 1000, count + 1
             if usage.output_tokens > 1:
                 each = (usage.e2e_ms - usage.ttft_ms) / (usage.output_tokens - 1)
-                self._tpot.labels(model).observe(each / 1000)
-        gap = self._gap.labels(model)
-        for seconds in gaps_s:
-            gap.observe(seconds)
+                seen["time_per_output_token_seconds"] = [each / 1000]
+        for name, values in seen.items():
+            histogram = self._histograms[name].labels(model)
+            for value in values:
+                histogram.observe(value)
 
-    def watch(self, engines: EngineSource) -> None:
-        """Report the engines' own numbers too, as they are when asked."""
+    def watch(self, engines: Callable[[], Iterable[tuple[str, EngineStats]]]) -> None:
+        """Report the engines' own numbers too, (model, numbers), as they are when asked."""
         self.registry.register(_Engines(engines))
 
     def render(self) -> bytes:
@@ -177,28 +134,29 @@ class Metrics:
 
 
 class _Engines:
-    def __init__(self, engines: EngineSource) -> None:
+    def __init__(self, engines: Callable[[], Iterable[tuple[str, EngineStats]]]) -> None:
         self._engines = engines
 
     def collect(self) -> Iterator[Metric]:
         """Called by the registry at each scrape."""
-        now = list(self._engines.loaded())
+        now = list(self._engines())
+
+        def family(kind: Any, name: str, text: str, value: Callable[[EngineStats], float]) -> Metric:
+            made = kind(f"hasten_{name}", text, labels=["model_name"])
+            for model, stats in now:
+                made.add_metric([model], value(stats))
+            return made  # type: ignore[no-any-return]
+
         text = "Pages in use, 0 to 1; those kept for prompts to come do not count."
-        usage = GaugeMetricFamily("hasten_kv_cache_usage_perc", text, labels=["model_name"])
-        for model, stats in now:
-            busy = stats.kv_pages_used - stats.kv_pages_cached
-            usage.add_metric([model], busy / max(1, stats.kv_pages))
-        yield usage
-        for field, (name, text) in _GAUGES.items():
-            gauge = GaugeMetricFamily(f"hasten_{name}", text, labels=["model_name"])
-            for model, stats in now:
-                gauge.add_metric([model], getattr(stats, field))
-            yield gauge
-        for field, (name, text) in _COUNTERS.items():
-            counter = CounterMetricFamily(f"hasten_{name}", text, labels=["model_name"])
-            for model, stats in now:
-                counter.add_metric([model], getattr(stats, field))
-            yield counter
+        yield family(
+            GaugeMetricFamily,
+            "kv_cache_usage_perc",
+            text,
+            lambda stats: (stats.kv_pages_used - stats.kv_pages_cached) / max(1, stats.kv_pages),
+        )
+        for kind, table in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
+            for field, (name, text) in table.items():
+                yield family(kind, name, text, attrgetter(field))
 
 
 class Tally:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from hasten.errors import UsageError
+
+
+def _flag(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -18,65 +22,37 @@ class ServeOptions:
         UsageError: a value outside its range.
     """
 
-    host: str = field(
-        default="127.0.0.1",
-        metadata={"help": "address to listen on; 0.0.0.0 is every network this machine has"},
+    host: str = _flag("127.0.0.1", "address to listen on; 0.0.0.0 is every network this machine has")
+    port: int = _flag(8000, "port to listen on; 0 picks a free one")
+    api_keys: tuple[str, ...] = _flag((), "key that lets a client in, repeatable; none: everybody is let in")
+    cors_origins: tuple[str, ...] = _flag(
+        (), "web origin whose pages may call the API, or * for all, repeatable; default: none"
     )
-    port: int = field(default=8000, metadata={"help": "port to listen on; 0 picks a free one"})
-    api_keys: tuple[str, ...] = field(
-        default=(), metadata={"help": "key that lets a client in, repeatable; none: everybody is let in"}
+    allowed_hosts: tuple[str, ...] = _flag(
+        (),
+        "name by which the server may be asked (*.example.com: any below it; *: all), "
+        "repeatable; default: localhost and addresses on --host 127.0.0.1 without a key, else all",
     )
-    cors_origins: tuple[str, ...] = field(
-        default=(),
-        metadata={"help": "web origin whose pages may call the API, or * for all, repeatable; default: none"},
+    max_loaded: int | None = _flag(
+        None, "models in memory at once, the longest unused leaves; default: all that are named"
     )
-    allowed_hosts: tuple[str, ...] = field(
-        default=(),
-        metadata={
-            "help": "name by which the server may be asked (*.example.com: any below it; *: all), "
-            "repeatable; default: localhost and addresses on --host 127.0.0.1 without a key, else all"
-        },
+    max_connections: int = _flag(4096, "open connections; one more is refused at once")
+    max_body_mb: float = _flag(16.0, "longest request body, MB")
+    max_header_kb: float = _flag(32.0, "most a request's headers may take, KB")
+    header_timeout_s: float = _flag(10.0, "seconds a connection may take to send its headers")
+    body_timeout_s: float = _flag(30.0, "seconds a request may take to send its body")
+    send_timeout_s: float = _flag(30.0, "seconds a client may leave an answer unread before it is cancelled")
+    keep_alive_s: float = _flag(30.0, "seconds an idle connection is kept")
+    drain_s: float = _flag(30.0, "seconds that running requests get to finish when the server stops")
+    max_prompt_tokens: int | None = _flag(None, "longest prompt, tokens; default: the context")
+    max_output_tokens: int | None = _flag(None, "longest answer, tokens; default: what the context leaves")
+    pooling: Literal["mean", "last"] = _flag("mean", "how embeddings are pooled: mean, or the last token's")
+    response_cache_ttl: float | None = _flag(
+        None, "seconds a repeated deterministic request is answered from memory; default: never"
     )
-    max_loaded: int | None = field(
-        default=None,
-        metadata={"help": "models in memory at once, the longest unused leaves; default: all that are named"},
-    )
-    max_connections: int = field(
-        default=4096, metadata={"help": "open connections; one more is refused at once"}
-    )
-    max_body_mb: float = field(default=16.0, metadata={"help": "longest request body, MB"})
-    max_header_kb: float = field(default=32.0, metadata={"help": "most a request's headers may take, KB"})
-    header_timeout_s: float = field(
-        default=10.0, metadata={"help": "seconds a connection may take to send its headers"}
-    )
-    body_timeout_s: float = field(
-        default=30.0, metadata={"help": "seconds a request may take to send its body"}
-    )
-    send_timeout_s: float = field(
-        default=30.0, metadata={"help": "seconds a client may leave an answer unread before it is cancelled"}
-    )
-    keep_alive_s: float = field(default=30.0, metadata={"help": "seconds an idle connection is kept"})
-    drain_s: float = field(
-        default=30.0, metadata={"help": "seconds that running requests get to finish when the server stops"}
-    )
-    max_prompt_tokens: int | None = field(
-        default=None, metadata={"help": "longest prompt, tokens; default: the context"}
-    )
-    max_output_tokens: int | None = field(
-        default=None, metadata={"help": "longest answer, tokens; default: what the context leaves"}
-    )
-    pooling: Literal["mean", "last"] = field(
-        default="mean", metadata={"help": "how embeddings are pooled: mean, or the last token's"}
-    )
-    response_cache_ttl: float | None = field(
-        default=None,
-        metadata={"help": "seconds a repeated deterministic request is answered from memory; default: never"},
-    )
-    response_cache_mb: float = field(default=64.0, metadata={"help": "most that memory may hold, MB"})
-    record: Path | None = field(
-        default=None, metadata={"help": "file to append a trace of requests to, for hasten cache replay"}
-    )
-    log: bool = field(default=True, metadata={"help": "write one JSON line a request to stderr"})
+    response_cache_mb: float = _flag(64.0, "most that memory may hold, MB")
+    record: Path | None = _flag(None, "file to append a trace of requests to, for hasten cache replay")  # noqa: RUF009  it makes a field
+    log: bool = _flag(True, "write one JSON line a request to stderr")
 
     def __post_init__(self) -> None:
         self._need(0 <= self.port <= 65535, "port", "from 0 to 65535")
@@ -93,11 +69,7 @@ class ServeOptions:
 
     def _need(self, good: bool, name: str, range_: str) -> None:
         if not good:
-            flag = (
-                "--" + name.rstrip("s").replace("_", "-")
-                if name == "api_keys"
-                else "--" + name.replace("_", "-")
-            )
+            flag = "--" + name.removesuffix("s" if name == "api_keys" else "").replace("_", "-")
             shown = "" if name == "api_keys" else f", got {getattr(self, name)}"
             raise UsageError(f"{flag} must be {range_}{shown}", hint="see: hasten serve --help")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hasten.engine.async_engine import EngineClosed
@@ -66,6 +66,11 @@ class Problem(Exception):
         return json.dumps(self.document()).encode()
 
 
+def refused(message: str, param: str | None = None, code: str | None = "invalid_value") -> Problem:
+    """What is told of a request that is wrong: 400."""
+    return Problem(400, message, param=param, code=code)
+
+
 class LibraryPanic(Exception):
     """A library gave up by an exception that no handler expects: those of Rust derive theirs (pyo3's
     PanicException) from BaseException, as if the process had to end."""
@@ -75,38 +80,34 @@ NO_FAULT = (asyncio.CancelledError, KeyboardInterrupt, SystemExit, GeneratorExit
 """What derives from BaseException because it is meant to pass every handler."""
 
 
+_TOLD: Sequence[tuple[type[BaseException], int, str, Mapping[str, str]]] = (
+    # 503 and not 408 for a deadline: the client was not slow, the server is busy
+    (DeadlineError, 503, "deadline_unreachable", {"retry-after": "1"}),
+    (EngineClosed, 503, "engine_stopped", {"retry-after": "1"}),
+    (UsageError, 400, "invalid_value", {}),
+    (TokenizerError, 400, "invalid_prompt", {}),
+    (HastenError, 500, "engine_error", {}),
+)
+
+
 def problem_of(error: BaseException) -> Problem:
     """How an exception is told to the client. What nobody foresaw is told without its text, which may hold
     another client's words; the log has it."""
     if isinstance(error, Problem):
         return error
-    if isinstance(error, QueueFull):
-        wait = str(max(1, math.ceil(error.retry_after_s)))
-        return Problem(429, _said(error), code="queue_full", headers={"retry-after": wait})
-    if isinstance(error, DeadlineError):
-        # 503 and not 408: the client was not slow, the server is busy; without the load it could be met
-        return Problem(503, _said(error), code="deadline_unreachable", headers={"retry-after": "1"})
-    if isinstance(error, EngineClosed):
-        return Problem(503, _said(error), code="engine_stopped", headers={"retry-after": "1"})
-    if isinstance(error, UsageError):
-        return Problem(400, _said(error), code="invalid_value")
-    if isinstance(error, TokenizerError):
-        return Problem(400, _said(error), code="invalid_prompt")
     if isinstance(error, HastenError):
-        return Problem(500, _said(error), code="engine_error")
+        said = f"{error.message}; {error.hint}" if error.hint else error.message
+        if isinstance(error, QueueFull):
+            wait = str(max(1, math.ceil(error.retry_after_s)))
+            return Problem(429, said, code="queue_full", headers={"retry-after": wait})
+        _, status, code, headers = next(line for line in _TOLD if isinstance(error, line[0]))
+        return Problem(status, said, code=code, headers=headers)
     if isinstance(error, MemoryError):
         return Problem(503, "the server is out of memory", code="out_of_memory", headers={"retry-after": "5"})
     if not isinstance(error, Exception) or isinstance(error, LibraryPanic):
-        said = f"a library of the server gave up ({_name(error)}); its log says more"
-        return Problem(500, said, code="library_fault")
-    return Problem(
-        500, f"a fault of the server ({type(error).__name__}); its log says more", code="internal_error"
-    )
-
-
-def _name(error: BaseException) -> str:
-    return type(error.__cause__ or error).__name__
-
-
-def _said(error: HastenError) -> str:
-    return f"{error.message}; {error.hint}" if error.hint else error.message
+        name = type(error.__cause__ or error).__name__
+        return Problem(
+            500, f"a library of the server gave up ({name}); its log says more", code="library_fault"
+        )
+    said = f"a fault of the server ({type(error).__name__}); its log says more"
+    return Problem(500, said, code="internal_error")

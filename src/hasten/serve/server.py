@@ -65,14 +65,17 @@ def serve(setup: ServeSetup, say: Callable[[str], None], loader: Loader | None =
         UsageError: the address cannot be listened on.
         HastenError: the first model cannot be loaded.
     """
+    server = None
     try:
         server, listener = made(setup, say, loader)
         server.run(sockets=[listener])
-    except (KeyboardInterrupt, RuntimeError) as error:
+    except BaseException as error:
         stop = stop_of(error)
         if stop is None:
             raise
-        _leave_loading(exit_code(stop))
+        if server is None or not server.loaded:
+            _leave_loading(exit_code(stop))
+        return  # it had stopped, and was told to once more
     if server.failure is not None:
         raise server.failure
     if not server.loaded:
@@ -137,7 +140,7 @@ def _server(
     log = Log(requests=options.log)
     pool = ModelPool(setup.refs, load, options.max_loaded or len(setup.refs), log)
     metrics = Metrics(route.path for route in ROUTES)
-    metrics.watch(pool)
+    metrics.watch(pool.loaded)
     service = Service(options, pool, metrics, log)
     config = uvicorn.Config(
         build(service),

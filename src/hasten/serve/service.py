@@ -18,12 +18,12 @@ from hasten.machine.memory import memory_room
 from hasten.serve.body import Strict, parse
 from hasten.serve.call import Call, Deadline, Receive, Scope, Send, call_of
 from hasten.serve.kept import Recorder, ResponseMemory, ResponseStore
+from hasten.serve.metrics import Metrics, Tally
 from hasten.serve.problem import NO_FAULT, LibraryPanic, Problem
 from hasten.serve.shape import dumped
 
 if TYPE_CHECKING:
     from hasten.serve.log import Log
-    from hasten.serve.metrics import Metrics
     from hasten.serve.options import ServeOptions
     from hasten.serve.pool import ModelPool
 
@@ -154,6 +154,10 @@ class Exchange:
             self._expect(len(body))
             if not message.get("more_body", False):
                 return body
+
+    def tally(self, model: str) -> Tally:
+        """What counts the answers of this request, for `usage`, the metrics and the log."""
+        return Tally(self.service.metrics, model, self.call)
 
     async def work(self, task: Callable[[], T]) -> T:
         """Run something for this request in a thread; large bodies wait in a line of their own."""

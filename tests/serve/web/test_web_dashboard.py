@@ -28,7 +28,7 @@ def reported() -> dict[str, set[str]]:
             return [("m", EngineStats(**{field.name: 1 for field in fields(EngineStats)}))]
 
     metrics = Metrics(["/v1/models"])
-    metrics.watch(Engines())
+    metrics.watch(Engines().loaded)
     metrics.http("GET", "/v1/models", 200)
     metrics.answered_from_memory("m")
     usage = Usage(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from json.encoder import encode_basestring
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,26 +13,13 @@ from typing_extensions import NotRequired, TypedDict
 from hasten.engine.request import Output, Request
 from hasten.models.tool_calls import ArgumentsDelta, CallStarted, TextDelta, ToolEvent
 from hasten.serve.body import JsonObject, SamplingFields, Text
-from hasten.serve.generate import Question, asker_of, respond
+from hasten.serve.generate import asker_of, respond
 from hasten.serve.metrics import Tally
-from hasten.serve.prepare import (
-    Asker,
-    ToolPlan,
-    chat_text,
-    chat_tokens,
-    check_length,
-    grammar_of,
-    limit_of,
-    offered,
-    plan_of,
-    request_of,
-)
-from hasten.serve.problem import Problem
+from hasten.serve.prepare import Asker, ToolPlan, grammar_of, offered, plan_of
+from hasten.serve.problem import refused
 from hasten.serve.shape import Part, Shape, TokenTexts, dumps, joined
 
 if TYPE_CHECKING:
-    from hasten.serve.options import ServeOptions
-    from hasten.serve.pool import Served
     from hasten.serve.service import Exchange
 
 
@@ -319,14 +307,11 @@ async def chat(exchange: Exchange) -> None:
     """Answer a conversation."""
     spec = await exchange.body(ChatRequest)
     check(spec)
-    service = exchange.service
-    async with service.pool.use(spec.model) as served:
-        asker = asker_of(exchange)
-        request, tools = await exchange.work(lambda: prepare_chat(spec, served, asker, service.options))
-        tally = Tally(service.metrics, served.name, exchange.call)
-        shape = ChatShape(served.name, served.texts, tally, request, tools)
+    async with exchange.service.pool.use(spec.model) as served:
+        request, tools = await exchange.work(partial(prepare_chat, spec, asker_of(exchange, served)))
+        shape = ChatShape(served.name, served.texts, exchange.tally(served.name), request, tools)
         shape.report(spec.stream_options, len(request.prompt))
-        await respond(exchange, Question(served, spec, [request], bool(spec.stream)), shape)
+        await respond(exchange, served, spec, [request], shape)
 
 
 def check(spec: ChatRequest) -> None:
@@ -336,37 +321,31 @@ def check(spec: ChatRequest) -> None:
         Problem: fields contradict each other.
     """
     if spec.max_tokens is not None and spec.max_completion_tokens is not None:
-        raise Problem(400, "max_tokens and max_completion_tokens are both given", param="max_tokens")
+        raise refused("max_tokens and max_completion_tokens are both given", "max_tokens", None)
     if spec.top_logprobs is not None and not spec.logprobs:
-        raise Problem(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+        raise refused("top_logprobs needs logprobs: true", "top_logprobs", None)
     if spec.stream_options is not None and not spec.stream:
-        raise Problem(400, "stream_options needs stream: true", param="stream_options")
+        raise refused("stream_options needs stream: true", "stream_options", None)
 
 
-def prepare_chat(
-    spec: ChatRequest, served: Served, asker: Asker, options: ServeOptions
-) -> tuple[Request, ToolPlan | None]:
+def prepare_chat(spec: ChatRequest, asker: Asker) -> tuple[Request, ToolPlan | None]:
     """The engine's request for a conversation, and what reads calls from its answer. In a worker thread."""
+    served = asker.served
     tools = offered(spec.tools, spec.tool_choice)
     plan = plan_of(served, tools, spec.tool_choice, spec.parallel_tool_calls is not False) if tools else None
     grammar = grammar_of(spec, spec.response_format)
     if plan is not None and plan.grammar is not None:
         if grammar is not None:
-            raise Problem(
-                400, "an answer that must call a tool can follow no other format", param="tool_choice"
-            )
+            raise refused("an answer that must call a tool can follow no other format", "tool_choice", None)
         grammar = plan.grammar
-    generation = spec.add_generation_prompt is not False
-    text = chat_text(served, spec.messages, tools, generation, spec.chat_template_kwargs)
-    check_length(served, text, options)
-    prompt = chat_tokens(served, text)
+    text = asker.chat_text(spec.messages, tools, spec.add_generation_prompt, spec.chat_template_kwargs)
+    asker.check_length(text)
+    prompt = asker.chat_tokens(text)
     asked = spec.max_tokens if spec.max_completion_tokens is None else spec.max_completion_tokens
-    request = request_of(
-        served,
+    request = asker.request(
         spec,
         prompt,
-        asker,
-        max_new_tokens=limit_of(asked, len(prompt), served, options),
+        max_new_tokens=asker.limit(asked, len(prompt)),
         logprobs=(spec.top_logprobs or 0) if spec.logprobs else None,
         grammar=grammar,
         keep_special=plan.style.keep_ids if plan is not None else (),

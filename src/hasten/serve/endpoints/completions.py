@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from json.encoder import encode_basestring
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,18 +11,15 @@ from pydantic import Field
 
 from hasten.serve.body import SamplingFields, Text, TokenId
 from hasten.serve.endpoints.chat import ResponseFormat
-from hasten.serve.generate import Question, asker_of, respond
-from hasten.serve.metrics import Tally
-from hasten.serve.prepare import Asker, encode, grammar_of, limit_of, request_of
-from hasten.serve.problem import Problem
+from hasten.serve.generate import asker_of, respond
+from hasten.serve.prepare import Asker, grammar_of
+from hasten.serve.problem import refused
 from hasten.serve.shape import Part, Shape, dumps, finite, joined
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hasten.engine.request import Output, Request
-    from hasten.serve.options import ServeOptions
-    from hasten.serve.pool import Served
     from hasten.serve.service import Exchange
 
 
@@ -101,15 +99,13 @@ async def completions(exchange: Exchange) -> None:
     """Continue one or more texts as they stand."""
     spec = await exchange.body(CompletionRequest)
     if spec.stream_options is not None and not spec.stream:
-        raise Problem(400, "stream_options needs stream: true", param="stream_options")
-    service = exchange.service
-    async with service.pool.use(spec.model) as served:
-        asker = asker_of(exchange)
-        requests = await exchange.work(lambda: prepare(spec, served, asker, service.options))
-        tally = Tally(service.metrics, served.name, exchange.call)
+        raise refused("stream_options needs stream: true", "stream_options", None)
+    async with exchange.service.pool.use(spec.model) as served:
+        requests = await exchange.work(partial(prepare, spec, asker_of(exchange, served)))
+        tally = exchange.tally(served.name)
         shape = CompletionShape(served.name, served.texts, tally, spec.n or 1, len(requests))
         shape.report(spec.stream_options, sum(len(request.prompt) for request in requests))
-        await respond(exchange, Question(served, spec, requests, bool(spec.stream)), shape)
+        await respond(exchange, served, spec, requests, shape)
 
 
 def prompts_of(
@@ -123,18 +119,16 @@ def prompts_of(
     return list(prompt)  # type: ignore[arg-type]
 
 
-def prepare(spec: CompletionRequest, served: Served, asker: Asker, options: ServeOptions) -> list[Request]:
+def prepare(spec: CompletionRequest, asker: Asker) -> list[Request]:
     """One request a prompt. In a worker thread."""
     grammar = grammar_of(spec, spec.response_format)
     asked = DEFAULT_TOKENS if spec.max_tokens is None else spec.max_tokens
     requests = []
     for number, text in enumerate(prompts_of(spec.prompt)):
-        prompt = encode(served, text, options, spec.add_special_tokens is not False)
-        limit = limit_of(asked, len(prompt), served, options)
         one = replace(asker, request_id=f"{asker.request_id}-{number}")
+        prompt = one.encode(text, spec.add_special_tokens)
+        limit = one.limit(asked, len(prompt))
         requests.append(
-            request_of(
-                served, spec, prompt, one, max_new_tokens=limit, logprobs=spec.logprobs, grammar=grammar
-            )
+            one.request(spec, prompt, max_new_tokens=limit, logprobs=spec.logprobs, grammar=grammar)
         )
     return requests

@@ -5,17 +5,17 @@ from __future__ import annotations
 import base64
 import math
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
 
 from hasten.engine.request import Request
-from hasten.serve.body import Strict, Text
+from hasten.serve.body import SharedFields, Text
 from hasten.serve.endpoints.completions import TokenIds, prompts_of
 from hasten.serve.generate import Feed, asker_of
-from hasten.serve.metrics import Tally
-from hasten.serve.prepare import Asker, encode, limit_of
+from hasten.serve.prepare import Asker
 from hasten.serve.problem import Problem
 from hasten.serve.shape import dumped
 
@@ -24,17 +24,14 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from hasten.serve.options import ServeOptions
-    from hasten.serve.pool import Served
     from hasten.serve.service import Exchange
 
     Vector = npt.NDArray[np.float32]
 
 
-class EmbeddingRequest(Strict):
+class EmbeddingRequest(SharedFields):
     """The body of `/v1/embeddings`; `pooling` and `add_special_tokens` are extensions."""
 
-    model: str | None = Field(None, max_length=1000)
     input: (
         Text
         | Annotated[list[Text], Field(min_length=1, max_length=2048, fail_fast=True)]
@@ -44,20 +41,14 @@ class EmbeddingRequest(Strict):
     encoding_format: Literal["float", "base64"] | None = None
     pooling: Literal["mean", "last"] | None = None
     add_special_tokens: bool | None = None
-    user: str | None = Field(None, max_length=512)
-    priority: int | None = Field(None, ge=-(2**31), lt=2**31)
-    deadline_ms: float | None = Field(None, gt=0)
-    cache_salt: str | None = Field(None, max_length=512)
 
 
 async def embeddings(exchange: Exchange) -> None:
     """Texts as vectors of length 1: hidden states of the last layer, their mean or that of the last token."""
     spec = await exchange.body(EmbeddingRequest)
-    service = exchange.service
-    async with service.pool.use(spec.model) as served:
-        asker = asker_of(exchange)
-        requests = await exchange.work(lambda: prepare(spec, served, asker, service.options))
-        tally = Tally(service.metrics, served.name, exchange.call)
+    async with exchange.service.pool.use(spec.model) as served:
+        requests = await exchange.work(partial(prepare, spec, asker_of(exchange, served)))
+        tally = exchange.tally(served.name)
         vectors: dict[int, Vector] = {}
         async with Feed(served.engine, requests) as feed:
             async for news in feed.batches():
@@ -95,23 +86,13 @@ def written(vector: Vector, plain: bool) -> Any:
     return unit.tolist() if plain else base64.b64encode(unit.tobytes()).decode()
 
 
-def prepare(spec: EmbeddingRequest, served: Served, asker: Asker, options: ServeOptions) -> list[Request]:
+def prepare(spec: EmbeddingRequest, asker: Asker) -> list[Request]:
     """One request an input. In a worker thread."""
     requests = []
     for number, text in enumerate(prompts_of(spec.input)):
-        prompt = encode(served, text, options, spec.add_special_tokens is not False)
-        limit_of(0, len(prompt), served, options)
         one = replace(asker, request_id=f"{asker.request_id}-{number}")
-        requests.append(
-            Request(
-                prompt=prompt,
-                max_new_tokens=0,
-                pooling=spec.pooling or options.pooling,
-                priority=spec.priority or 0,
-                deadline_ms=spec.deadline_ms,
-                client=f"{one.client}/{spec.user}" if spec.user else one.client,
-                salt=spec.cache_salt or "",
-                id=one.request_id,
-            )
-        )
+        prompt = one.encode(text, spec.add_special_tokens)
+        one.limit(0, len(prompt))
+        pooling = spec.pooling or asker.options.pooling
+        requests.append(Request(prompt, 0, pooling=pooling, **one.shared(spec)))
     return requests

@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from json.encoder import encode_basestring
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,18 +12,19 @@ from pydantic import Discriminator, Field, Tag
 from typing_extensions import NotRequired, TypedDict
 
 from hasten.models.tool_calls import ArgumentsDelta, CallStarted, TextDelta, ToolEvent
-from hasten.serve.body import JsonObject, Strict, Text
+from hasten.serve.body import DrawingFields, JsonObject, Text
 from hasten.serve.endpoints.chat import ChatRequest, FunctionName, JsonObjectFormat, TextFormat, prepare_chat
-from hasten.serve.generate import Question, asker_of, respond
+from hasten.serve.generate import asker_of, respond
 from hasten.serve.kept import StoredResponse
 from hasten.serve.metrics import Tally
-from hasten.serve.problem import Problem
-from hasten.serve.shape import Answer, News, TokenTexts, dumps, joined
+from hasten.serve.problem import refused
+from hasten.serve.shape import Answer, News, TokenTexts, dumped, dumps, joined
 
 if TYPE_CHECKING:
     from hasten.engine.request import Output, Request
     from hasten.models.tool_calls import ToolCallStream
     from hasten.serve.prepare import ToolPlan
+    from hasten.serve.problem import Problem
     from hasten.serve.service import Exchange
 
 
@@ -120,18 +120,15 @@ class TextOptions(TypedDict, total=False):
     format: Annotated[TextFormat | JsonObjectFormat | JsonSchemaText, Field(discriminator="type")] | None
 
 
-class ResponseRequest(Strict):
+class ResponseRequest(DrawingFields):
     """The body of `/v1/responses`."""
 
     input: Text | Annotated[list[InputItem], Field(min_length=1, max_length=10_000, fail_fast=True)]
-    model: str | None = Field(None, max_length=1000)
     instructions: Text | None = None
     previous_response_id: str | None = Field(None, max_length=100)
     store: bool | None = None
     metadata: dict[Annotated[str, Field(max_length=64)], Label] | None = Field(None, max_length=16)
     max_output_tokens: int | None = Field(None, ge=1, lt=2**31)
-    temperature: float | None = Field(None, ge=0, le=100)
-    top_p: float | None = Field(None, gt=0, le=1)
     top_logprobs: int | None = Field(None, ge=0, le=20)
     include: (
         Annotated[list[Literal["message.output_text.logprobs"]], Field(max_length=16, fail_fast=True)] | None
@@ -140,19 +137,10 @@ class ResponseRequest(Strict):
     tools: Annotated[list[FunctionTool], Field(max_length=256, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
     parallel_tool_calls: bool | None = None
-    stream: bool | None = None
     truncation: Literal["disabled"] | None = None
     background: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
-    user: Label | None = None
     prompt_cache_key: Label | None = None
-    top_k: int | None = Field(None, ge=-1, lt=2**31)
-    min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    priority: int | None = Field(None, ge=-(2**31), lt=2**31)
-    deadline_ms: float | None = Field(None, gt=0)
-    cache_salt: Label | None = None
     chat_template_kwargs: JsonObject | None = None
 
 
@@ -330,44 +318,25 @@ async def create(exchange: Exchange) -> None:
     if spec.previous_response_id is not None:
         earlier = service.stored.get(spec.previous_response_id, owner, "previous_response_id").messages
     async with service.pool.use(spec.model) as served:
-        asker = asker_of(exchange)
+        told: Messages = []
 
-        def prepare() -> tuple[_Turn, Request, ToolPlan | None]:
-            told = [*map(dict, earlier), *messages_of(spec.input)]
-            request, tools = prepare_chat(as_chat(spec, told), served, asker, service.options)
-            fields = fields_of(spec, served.name)
-            return _Turn(owner, told, fields, len(dumps(told)) + len(dumps(fields))), request, tools
+        def prepare() -> tuple[Request, ToolPlan | None, int]:
+            told.extend([*map(dict, earlier), *messages_of(spec.input)])
+            request, tools = prepare_chat(as_chat(spec, told), asker_of(exchange, served))
+            return request, tools, len(dumped(told)) + len(dumped(fields))
 
-        turn, request, tools = await exchange.work(prepare)
-        shape = ResponseShape(
-            turn.fields,
-            served.texts,
-            Tally(service.metrics, served.name, exchange.call),
-            tools.reader() if tools else None,
-        )
+        fields = fields_of(spec, served.name)
+        request, tools, size = await exchange.work(prepare)
+        tally = exchange.tally(served.name)
+        shape = ResponseShape(fields, served.texts, tally, tools.reader() if tools else None)
 
         def keep() -> None:
             if spec.store is not False:
-                service.stored.add(shape.id, turn.stored(shape))
+                messages = [*told, *messages_of(shape.output)]
+                bytes_ = size + 2 * len(dumped(shape.output))
+                service.stored.add(shape.id, StoredResponse(owner, shape.document(), messages, bytes_))
 
-        await respond(exchange, Question(served, spec, [request], bool(spec.stream)), shape, keep)
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """What is known of a response before it is answered."""
-
-    owner: str
-    told: Messages  # the conversation up to the answer
-    fields: Mapping[str, Any]
-    size: int  # of both as JSON, bytes roughly
-
-    def stored(self, shape: ResponseShape) -> StoredResponse:
-        """The response with its answer."""
-        messages = [*self.told, *messages_of(shape.output)]
-        return StoredResponse(
-            self.owner, shape.document(), messages, self.size + 2 * len(dumps(shape.output))
-        )
+        await respond(exchange, served, spec, [request], shape, keep)
 
 
 async def retrieve(exchange: Exchange) -> None:
@@ -417,46 +386,30 @@ def as_chat(spec: ResponseRequest, told: Messages) -> ChatRequest:
     """
     wanted = "message.output_text.logprobs" in (spec.include or ())
     if spec.top_logprobs is not None and not wanted:
-        said = 'top_logprobs needs include: ["message.output_text.logprobs"]'
-        raise Problem(400, said, param="top_logprobs", code="invalid_value")
+        raise refused('top_logprobs needs include: ["message.output_text.logprobs"]', "top_logprobs")
     if spec.instructions:
         told = [{"role": "system", "content": spec.instructions}, *told]
-    values: dict[str, Any] = {
-        name: getattr(spec, name)
-        for name in (
-            "temperature",
-            "top_p",
-            "top_k",
-            "min_p",
-            "repetition_penalty",
-            "seed",
-            "user",
-            "priority",
-        )
-    }
-    for name in ("deadline_ms", "cache_salt", "chat_template_kwargs", "parallel_tool_calls"):
-        values[name] = getattr(spec, name)
+    same = [*DrawingFields.model_fields, "chat_template_kwargs", "parallel_tool_calls", "top_logprobs"]
     choice: Any = spec.tool_choice
     if isinstance(choice, Mapping):
         choice = {"type": "function", "function": {"name": choice["name"]}}
     form: Any = (spec.text or {}).get("format")
     if form is not None and form["type"] == "json_schema":
-        form = {"type": "json_schema", "json_schema": {k: v for k, v in form.items() if k != "type"}}
-    tools = [
-        {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}}
-        for tool in spec.tools or ()
-    ]
+        form = {"type": "json_schema", "json_schema": _without_type(form)}
     # checked already, field by field, so that errors carry the names of this endpoint
     return ChatRequest.model_construct(
-        **values,
+        **{name: getattr(spec, name) for name in same},
         messages=told,
         max_tokens=spec.max_output_tokens,
         logprobs=wanted,
-        top_logprobs=spec.top_logprobs,
         response_format=form,
-        tools=tools or None,
+        tools=[{"type": "function", "function": _without_type(tool)} for tool in spec.tools or ()] or None,
         tool_choice=choice,
     )
+
+
+def _without_type(thing: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in thing.items() if key != "type"}
 
 
 def fields_of(spec: ResponseRequest, model: str) -> dict[str, Any]:
