@@ -80,7 +80,7 @@ def pressed(*given, **named):
 setattr(home, name, pressed)
 """
 CALLS = [
-    "hasten.weights.artifact:_read",
+    "hasten.weights.artifact:_sums",
     "hasten.models.folder_tokenizer:_stored_fields",
     "hasten.runtime.cpu:CpuExecutor._check",
     "hasten.runtime.cpu:CpuExecutor.head",

@@ -14,12 +14,9 @@ another version is met. `hasten.models.artifact` makes a model of it.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event, Thread
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -27,7 +24,7 @@ import numpy.typing as npt
 
 from hasten import _native
 from hasten.cache import new_folder, read_json, write_atomic, write_json
-from hasten.cache.reading import is_there, map_array, open_file, open_raw, read_file
+from hasten.cache.reading import is_there, map_array, read_file
 from hasten.core import ModelConfig, Recipe
 from hasten.errors import ArtifactError
 from hasten.machine.cores import usable_cores
@@ -49,7 +46,6 @@ from hasten.weights.tensors import Bytes
 
 _PLAN = "plan.json"
 _ALIGN = 64
-_READERS = 4  # threads that read weights
 
 
 @dataclass(frozen=True)
@@ -169,9 +165,8 @@ def _recipe_json(packed: PackedModel) -> dict[str, Any]:
 
 
 def _fingerprint(path: Path, threads: int) -> dict[str, Any]:
-    data = map_array(path)
-    sums = _native.checksums(np.asarray(data), PIECE_BYTES, threads)
-    return {"bytes": int(data.size), "xxh64": [f"{value:016x}" for value in sums]}
+    data = np.asarray(map_array(path))
+    return {"bytes": int(data.size), "xxh64": _sums(data, threads)}
 
 
 def _weights_writer(packed: PackedModel) -> Callable[[BinaryIO], None]:
@@ -202,7 +197,7 @@ def _weights_writer(packed: PackedModel) -> Callable[[BinaryIO], None]:
 
 
 def read_artifact(folder: str | Path) -> Stored:
-    """Read and verify an artifact's files. Weights go to huge pages; nothing of them is converted.
+    """Map and verify an artifact's files; nothing of them is copied or converted.
 
     Raises:
         ArtifactError: no artifact there, another version, a file missing, cut short or with a wrong checksum.
@@ -248,23 +243,25 @@ def read_plan(path: Path) -> dict[str, Any]:
 
 
 def _verified(path: Path, description: Description) -> dict[str, Bytes]:
-    """Check every file's size and checksum; gives the bytes of the files by name."""
+    """Check every file's size and checksum; gives the bytes of the files by name, mapped and read-only.
+
+    Weights stay mapped while the model runs: processes that run one artifact share one copy, and starting
+    copies nothing. `save` and the store replace a file by another and never change one in place.
+    """
     found: dict[str, Bytes] = {}
     for name, record in description.artifact.files.items():
         file = path / name
         if not is_there(file):
             raise ArtifactError(f"{path} lacks {name}", hint=AGAIN)
         try:
-            with open_file(file) as opened:
-                size = os.fstat(opened.fileno()).st_size
+            data = np.asarray(map_array(file))
         except OSError as wrong:
             raise ArtifactError(f"{file} cannot be read: {wrong.strerror}", hint=AGAIN) from None
-        if size != record.bytes:
-            raise ArtifactError(f"{file} has {size} bytes, {record.bytes} were written", hint=AGAIN)
+        if data.size != record.bytes:
+            raise ArtifactError(f"{file} has {data.size} bytes, {record.bytes} were written", hint=AGAIN)
         if name == WEIGHTS:
-            memory_room().require(size, str(file))
-        data = _native.allocate(size) if name == WEIGHTS else np.zeros(size, np.uint8)
-        sums = _read(file, data)
+            memory_room().require(data.size, str(file))
+        sums = _sums(data, usable_cores())
         bad = next((i for i, (a, b) in enumerate(zip(sums, record.xxh64, strict=True)) if a != b), None)
         if bad is not None:
             raise ArtifactError(
@@ -275,59 +272,9 @@ def _verified(path: Path, description: Description) -> dict[str, Bytes]:
     return found
 
 
-def _read(file: Path, data: Bytes) -> list[str]:
-    """Fill `data` from a file; the checksum of every piece, computed while the piece is still in the cache.
-
-    Threads take piece after piece: a single one copies at half the speed of the memory.
-    """
-    sums = [""] * -(-data.size // PIECE_BYTES)
-    pieces = iter(range(len(sums)))  # `next` is one step of the interpreter: no lock is needed
-    wrong: list[OSError] = []
-    stop = Event()
-
-    def work(ended: Event) -> None:
-        try:
-            with open_raw(file) as handle:
-                for i in pieces:
-                    if stop.is_set():
-                        return
-                    part = data[i * PIECE_BYTES : (i + 1) * PIECE_BYTES]
-                    handle.seek(i * PIECE_BYTES)
-                    view, done = part.data, 0
-                    while done < part.size and (got := handle.readinto(view[done:])):
-                        done += got
-                    sums[i] = f"{_native.checksums(part, PIECE_BYTES)[0]:016x}"
-        except OSError as error:
-            wrong.append(error)
-        finally:
-            ended.set()
-
-    ends = [Event() for _ in range(min(usable_cores(), _READERS, len(sums)) - 1)]
-    others = [Thread(target=work, args=(ended,)) for ended in ends]
-    try:
-        for thread in others:
-            thread.start()
-        work(Event())
-        for ended in ends:
-            ended.wait()
-    except BaseException:  # Ctrl-C: nobody may still read into `data` when this is left
-        stop.set()
-        _wait([ended for thread, ended in zip(others, ends, strict=True) if thread.ident is not None])
-        raise
-    if wrong:
-        raise ArtifactError(f"{file} cannot be read: {wrong[0].strerror}", hint=AGAIN) from None
-    return sums
-
-
-def _wait(events: list[Event]) -> None:
-    """Wait for all, whatever comes in between.
-
-    Thread.join would not do: CPython 3.11 takes a thread for dead once that was interrupted.
-    """
-    for event in events:
-        while not event.is_set():
-            with suppress(KeyboardInterrupt):
-                event.wait()
+def _sums(data: Bytes, threads: int) -> list[str]:
+    """The checksum of every piece of a file."""
+    return [f"{value:016x}" for value in _native.checksums(data, PIECE_BYTES, threads)]
 
 
 def _parts(path: Path, weights: Bytes) -> dict[str, Bytes]:
