@@ -30,13 +30,11 @@ from hasten.bench.workloads import PromptRing
 from hasten.bench.workloads import default_text as bench_text
 from hasten.core import Budget, EngineOptions, Recipe, Verdict, Workload, as_json
 from hasten.errors import HastenError
-from hasten.optimize.engine_workshop import EngineWorkshop
-from hasten.optimize.held_out import split
-from hasten.optimize.mix import Choice, gentlest
-from hasten.optimize.mixture import mixture_recipe, predicted_harm
-from hasten.optimize.progress import Progress
-from hasten.optimize.sensitivity import SensitivityMap, draw, measure_harms
-from hasten.optimize.space import PROBE, groups, is_calibrated
+from hasten.optimize.calibrated import is_calibrated, split
+from hasten.optimize.candidates import Progress
+from hasten.optimize.mixture import gentlest, mixture_recipe, predicted_harm
+from hasten.optimize.sensitivity import PROBE, Choice, SensitivityMap, draw, groups, measure_harms
+from hasten.optimize.workshop import Workshop
 from hasten.quality.divergence import Reference
 from hasten.quality.evaluate import evaluate
 from hasten.quality.text import default_text, windows
@@ -56,7 +54,7 @@ class Mixtures:
     def __init__(self, settings: Settings, method: Method) -> None:
         self.settings, self.method = settings, method
         self.text = default_text()
-        self.workshop = EngineWorkshop(settings.model, EngineOptions(threads=settings.threads))
+        self.workshop = Workshop(settings.model, EngineOptions(threads=settings.threads))
         self._said = ""
         if method != "rtn":
             self.workshop.calibrate(self.text, self.watch)
@@ -97,7 +95,7 @@ class Mixtures:
         return found, model_bits(recipe, self.workshop)
 
 
-def model_bits(recipe: Recipe, workshop: EngineWorkshop) -> float:
+def model_bits(recipe: Recipe, workshop: Workshop) -> float:
     """Stored bits a weight of a recipe that keeps nothing."""
     bits = recipe.bits_per_weight(workshop.config)
     assert bits is not None

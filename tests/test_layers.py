@@ -23,6 +23,7 @@ LAYERS = [
     {"bench"},
     {"report"},
     {"optimize"},
+    {"loading"},  # `hasten.load`: opens a model, or has it made
     {"serve"},
     {"cli"},
 ]

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from hasten.core import EngineOptions, Format, Recipe
     from hasten.engine.model import Completion, LanguageModel
     from hasten.errors import HastenError
+    from hasten.loading import load
     from hasten.machine.probe import probe
-    from hasten.optimize.named import load
     from hasten.optimize.result import OptimizeResult
     from hasten.optimize.search import optimize
     from hasten.runtime.sampling import SamplingOptions
@@ -31,7 +31,7 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it. At most twelve; tests/test_public.py counts.
 _HOME = {
-    "load": "hasten.optimize.named",
+    "load": "hasten.loading",
     "optimize": "hasten.optimize.search",
     "compress": "hasten.compress.compress",
     "probe": "hasten.machine.probe",

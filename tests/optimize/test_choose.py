@@ -9,8 +9,15 @@ import pytest
 from fakes import one
 from hasten.core import Budget, Goal, Measurement, Recipe, Verdict, Workload
 from hasten.errors import BudgetError
-from hasten.optimize.candidate import Candidate, measurement_from, verdict_from
-from hasten.optimize.choose import choose, explain, limit_of, percent
+from hasten.optimize.candidates import (
+    Candidate,
+    choose_candidate,
+    explain,
+    limit_of,
+    measurement_from,
+    percent,
+    verdict_from,
+)
 
 BUDGET = Budget(0.01)
 
@@ -43,18 +50,18 @@ def candidate(
 
 def test_the_fastest_within_the_budget() -> None:
     some = [candidate("a", 90), candidate("b", 120), candidate("c", None, "fail"), candidate("d", 100)]
-    assert choose(some, "latency", BUDGET).recipe.name == "b"
+    assert choose_candidate(some, "latency", BUDGET).recipe.name == "b"
 
 
 def test_latency_is_the_whole_request() -> None:
     slow_start = replace(candidate("a", 130), measurement=measured(130, prefill=300))
-    assert choose([slow_start, candidate("b", 120)], "latency", BUDGET).recipe.name == "b"
-    assert choose([slow_start, candidate("b", 120)], "throughput", BUDGET).recipe.name == "a"
+    assert choose_candidate([slow_start, candidate("b", 120)], "latency", BUDGET).recipe.name == "b"
+    assert choose_candidate([slow_start, candidate("b", 120)], "throughput", BUDGET).recipe.name == "a"
 
 
 def test_a_tie_goes_to_the_better_quality() -> None:
     some = [candidate("a", 101, kl=0.006), candidate("b", 100, kl=0.001), candidate("c", 90, kl=0.0001)]
-    assert choose(some, "latency", BUDGET).recipe.name == "b"
+    assert choose_candidate(some, "latency", BUDGET).recipe.name == "b"
 
 
 @pytest.mark.parametrize("goal", ["latency", "throughput", "memory"])
@@ -64,31 +71,31 @@ def test_what_fails_or_is_undecided_is_never_chosen(goal: Goal) -> None:
         candidate("b", 400, "insufficient", size=2),
         candidate("c", 10, size=99),
     ]
-    assert choose(some, goal, BUDGET).recipe.name == "c"
+    assert choose_candidate(some, goal, BUDGET).recipe.name == "c"
 
 
 def test_memory_takes_the_smallest() -> None:
     some = [candidate("a", 100, size=90, kl=0.009), candidate("b", 200, size=91, kl=0.001)]
-    assert choose(some, "memory", BUDGET).recipe.name == "a"
+    assert choose_candidate(some, "memory", BUDGET).recipe.name == "a"
 
 
 def test_nothing_within_the_budget_names_the_nearest() -> None:
     some = [candidate("far", None, "fail", high=0.09), candidate("near", None, "fail", high=0.03)]
     with pytest.raises(BudgetError, match="near comes nearest") as caught:
-        choose(some, "latency", BUDGET)
+        choose_candidate(some, "latency", BUDGET)
     assert caught.value.exit_code == 3
     assert caught.value.hint == "allow more: --max-ppl-increase 3.2%"
 
 
 def test_nothing_decided_asks_for_more_text() -> None:
     with pytest.raises(BudgetError) as caught:
-        choose([candidate("a", None, "insufficient", high=0.014)], "latency", BUDGET)
+        choose_candidate([candidate("a", None, "insufficient", high=0.014)], "latency", BUDGET)
     assert caught.value.hint == "judge on more text: --tokens 32768"
 
 
 def test_nothing_at_all() -> None:
     with pytest.raises(BudgetError):
-        choose([], "latency", BUDGET)
+        choose_candidate([], "latency", BUDGET)
 
 
 def test_every_candidate_gets_a_reason() -> None:
@@ -99,7 +106,7 @@ def test_every_candidate_gets_a_reason() -> None:
         candidate("bad", None, "fail", high=0.09),
         candidate("unclear", None, "insufficient", high=0.012),
     ]
-    told = explain(some, choose(some, "latency", BUDGET), "latency", BUDGET, measured(15))
+    told = explain(some, choose_candidate(some, "latency", BUDGET), "latency", BUDGET, measured(15))
     reasons = {c.recipe.name: c.because for c in told}
     assert [c.recipe.name for c in told] == [c.recipe.name for c in some]
     assert reasons["near"].startswith("chosen: fastest within +1 %")

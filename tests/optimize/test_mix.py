@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hasten.core import Format
-from hasten.optimize.mix import Choice, gentlest, lightest
+from hasten.optimize.mixture import gentlest, lightest
+from hasten.optimize.sensitivity import Choice
 
 CHOICES = st.builds(
     Choice,

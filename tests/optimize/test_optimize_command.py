@@ -13,7 +13,7 @@ from hasten.cli import main
 from hasten.cli.flags import fraction
 from hasten.core import Recipe
 from hasten.errors import UsageError
-from hasten.optimize import engine_workshop, search
+from hasten.optimize import search
 from hasten.quality import text as texts
 
 
@@ -24,7 +24,7 @@ def workshop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeWorkshop:
     own = made.text(evaluation=4097)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HASTEN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(engine_workshop, "EngineWorkshop", lambda ref, options: made)
+    monkeypatch.setattr(search, "Workshop", lambda ref, options: made)
     monkeypatch.setattr(search, "default_text", lambda: own)
     monkeypatch.setattr(texts, "default_text", lambda: own)
     return made

@@ -7,10 +7,20 @@ import pytest
 
 from fakes import CONFIG, FakeWorkshop
 from hasten.core import Format, Recipe
-from hasten.optimize.held_out import split
-from hasten.optimize.progress import Progress, silent
-from hasten.optimize.sensitivity import Check, Harms, base_recipe, draw, measure_harms
-from hasten.optimize.space import CHECKED, MENU, groups, menu_of, uniform
+from hasten.optimize.calibrated import split
+from hasten.optimize.candidates import Progress, silent
+from hasten.optimize.sensitivity import (
+    CHECKED,
+    MENU,
+    Check,
+    Harms,
+    base_recipe,
+    draw,
+    groups,
+    measure_harms,
+    menu_of,
+    uniform,
+)
 from hasten.quality.divergence import Reference
 from hasten.quality.text import windows
 

@@ -53,7 +53,7 @@ def command(
     """
     from hasten.bench.bout import Request, bout
     from hasten.errors import PeerError
-    from hasten.optimize.named import prepared
+    from hasten.loading import prepared
 
     with watched() as observer:
         place, plain = prepared(model, recipe, observer, threads=threads)

@@ -51,7 +51,7 @@ def command(
     Answers stream to stdout. /reset starts over, /help lists what can be typed, /exit or Ctrl-D leaves;
     Ctrl-C stops an answer and not the program. Through a pipe, every line of stdin is one turn.
     """
-    from hasten.optimize.named import load
+    from hasten.loading import load
     from hasten.runtime.sampling import SamplingOptions
 
     sampling = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)

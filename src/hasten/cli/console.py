@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from rich.status import Status
 
     from hasten.models.tokenizer import Tokenizer
-    from hasten.optimize.candidate import Candidate
-    from hasten.optimize.progress import Observer, Progress
+    from hasten.optimize.candidates import Candidate, Observer, Progress
 
 _QUIET_S = 30.0
 CALIBRATED = "What was calibrated is kept."

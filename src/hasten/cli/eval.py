@@ -48,7 +48,7 @@ def command(
     Perplexity, KL divergence and top-1 agreement against the source in bf16 on the same engine, paired,
     with a 95 % interval. The verdict is pass, fail, or insufficient where the text is too short to tell.
     """
-    from hasten.optimize.named import load
+    from hasten.loading import load
     from hasten.quality.text import default_text, text_from_file
 
     budget = Budget(fraction(max_ppl_increase)) if max_ppl_increase is not None else Budget()

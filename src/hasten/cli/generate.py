@@ -62,7 +62,7 @@ def command(
     text = read_stdin() if prompt == "-" else prompt
     if not text.strip():
         raise UsageError("the prompt is empty", hint='give some text: -p "What is a mutex?"')
-    from hasten.optimize.named import load
+    from hasten.loading import load
     from hasten.runtime.sampling import SamplingOptions
 
     sampling = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)

@@ -54,7 +54,7 @@ def command(
 def _prepared(refs: dict[str, str], recipe: str | None) -> tuple[dict[str, str], str | None]:
     """The models with a recipe that takes work carried out before anyone can ask for them, and what is left
     to do when they are loaded."""
-    from hasten.optimize.named import prepared
+    from hasten.loading import prepared
 
     left, found = None, {}
     with watched() as observer:

@@ -1,13 +1,18 @@
-"""What a search ends with."""
+"""What a search ends with, and plan.json: its record, of which the report and the table are views."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hasten.core import SCHEMA_VERSION, Machine, Measurement, Plan, as_json
-from hasten.optimize.candidate import Candidate
+import hasten
+from hasten.core import SCHEMA_VERSION, Budget, Goal, Machine, Measurement, Plan, Recipe, as_json
+from hasten.optimize.candidates import Candidate
+from hasten.optimize.sensitivity import Sensitivity, SensitivityMap
+from hasten.quality.text import Text
 
 _VERDICT = ("status", "ppl_increase", "kl_mean", "kl_p99", "top1_agreement", "tokens")
 
@@ -81,4 +86,86 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
         "measurement": as_json(candidate.measurement),
         "verdict": {**first, **verdict},
         "because": candidate.because,
+    }
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What a search was asked and what it judged on."""
+
+    goal: Goal
+    budget: Budget
+    text: Text
+    tokens: int  # judged at most
+    runs: int  # timed
+
+
+def remarks(drawn: SensitivityMap, recipe: Recipe) -> tuple[str, ...]:
+    """What the sensitivity map said and what the recipe made of it, one sentence each."""
+    sensitivities = drawn.groups
+    measured = sorted((s for s in sensitivities if s.harm > 0), key=lambda s: s.harm)
+    if not measured:
+        return ()
+    least, most = measured[0], measured[-1]
+    said = (
+        f"4 bits hurt {most.group.name} most (KL {most.harm:.2g}) and {least.group.name} least "
+        f"(KL {least.harm:.2g}); all groups together {sum(s.harm for s in measured):.2g}, if they add up."
+    )
+    if drawn.error is not None:
+        said += f" Other widths are predicted from that, {drawn.error:.0%} off where they were measured too."
+    if not recipe.name.startswith("mix"):
+        return (said,)
+    counts = Counter(layout_name(recipe, s) for s in sensitivities)
+    made = ", ".join(f"{count} at {name}" for name, count in sorted(counts.items(), key=lambda kv: -kv[1]))
+    how = {"rtn": "", "best": " Its integers were found by GPTQ, layer after layer."}
+    by = how.get(recipe.method, f" Its integers were found by {recipe.method.upper()}.")
+    return (said, f"The mixture gives each of {len(sensitivities)} groups a width: {made}.{by}")
+
+
+def disturbances(candidates: Sequence[Candidate]) -> tuple[str, ...]:
+    """Which timings other work on this machine disturbed, in one sentence; nothing where none was."""
+    found = [
+        f"{c.recipe.name} ({c.measurement.disturbed_rounds})"
+        for c in candidates
+        if c.measurement is not None and c.measurement.disturbed_rounds
+    ]
+    if not found:
+        return ()
+    return (f"Other work on this machine disturbed rounds, which were taken again: {', '.join(found)}.",)
+
+
+def layout_name(recipe: Recipe, sensitivity: Sensitivity) -> str:
+    """`w5`, or `source` where the values are kept."""
+    layout = recipe.layout_for(sensitivity.group.tensors[0])
+    return "source" if layout is None else str(layout)
+
+
+def map_record(drawn: SensitivityMap, recipe: Recipe) -> dict[str, Any]:
+    """The map as plain JSON values: the method of its integers, the error of its predictions, and one object
+    a group with the KL at 4 bits as measured, at all widths as predicted, and the width a recipe gives it."""
+    groups = [
+        {
+            "group": s.group.name,
+            "kl_at_4_bits": s.harm,
+            "kl": {str(c.layout): c.harm for c in s.menu if c.layout is not None},
+            "kl_measured": {str(c.layout): c.harm for c in drawn.checks if c.group == s.group.name},
+            "layout": layout_name(recipe, s),
+        }
+        for s in drawn.groups
+    ]
+    return {"sensitivity": groups, "sensitivity_method": drawn.method, "sensitivity_error": drawn.error}
+
+
+def record(result: OptimizeResult, drawn: SensitivityMap, asked: Circumstances) -> dict[str, Any]:
+    """Everything worth keeping of a search, as plain JSON values."""
+    return {
+        **as_json(result.plan),
+        "goal": asked.goal,
+        "budget": as_json(asked.budget),
+        "machine": as_json(result.machine),
+        "versions": {"hasten": hasten.__version__, "python": result.machine.python},
+        "text": {"name": asked.text.name, "sha256": asked.text.sha256, "tokens": asked.tokens},
+        "runs": asked.runs,
+        **map_record(drawn, result.chosen.recipe),
+        "search": result.to_json(),
     }

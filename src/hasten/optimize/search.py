@@ -10,18 +10,31 @@ from typing import get_args
 
 import numpy as np
 
-from hasten.core import Budget, EngineOptions, Estimate, Goal, Plan, Recipe, Workload
-from hasten.errors import MachineError, UsageError
-from hasten.optimize.candidate import Candidate
-from hasten.optimize.choose import choose, explain
-from hasten.optimize.memory import SearchMemory
-from hasten.optimize.mixing import Mixing
-from hasten.optimize.mixture import mixture_name
-from hasten.optimize.progress import Observer, Progress, silent
-from hasten.optimize.record import Circumstances, disturbances, record, remarks
-from hasten.optimize.result import Baseline, OptimizeResult
-from hasten.optimize.space import uniform
-from hasten.optimize.trials import Trials, slow_readers
+from hasten.core import Budget, EngineOptions, Estimate, Goal, Plan, Recipe, Workload, as_json
+from hasten.errors import BudgetError, MachineError, UsageError
+from hasten.optimize.calibrated import Made, mixture_name
+from hasten.optimize.candidates import (
+    Candidate,
+    Observer,
+    Progress,
+    choose_candidate,
+    explain,
+    limit_of,
+    silent,
+    spread,
+)
+from hasten.optimize.mixture import Mixing
+from hasten.optimize.result import (
+    Baseline,
+    Circumstances,
+    OptimizeResult,
+    disturbances,
+    map_record,
+    record,
+    remarks,
+)
+from hasten.optimize.sensitivity import uniform
+from hasten.optimize.trials import SearchMemory, Trials, slow_readers
 from hasten.optimize.workshop import Built, Workshop
 from hasten.quality.divergence import Reference
 from hasten.quality.text import Text, default_text, text_from_file, windows
@@ -36,6 +49,7 @@ WORKLOADS: dict[Goal, Workload] = {
 """What speed is measured on, by goal."""
 
 _BASELINE = Recipe.parse("bf16")
+_MIXTURE_SECONDS = 120.0  # for the comparisons of the map behind `mix:P%`
 
 
 @dataclass(frozen=True)
@@ -84,12 +98,11 @@ def optimize(
             model stands there.
     """
     from hasten.models.locate import file_name_of
-    from hasten.optimize.engine_workshop import EngineWorkshop
 
     check(max_ppl_increase, goal)
     judged = text_from_file(text) if text is not None else default_text()
     observer(Progress("reference", "opening the model"))
-    workshop = EngineWorkshop(ref, EngineOptions(threads=threads))
+    workshop = Workshop(ref, EngineOptions(threads=threads))
     place = Path(out) if out is not None else Path(f"{file_name_of(workshop.name)}.hasten")
     workshop.claim(place)
     search = Search(
@@ -136,7 +149,7 @@ class Search:
             candidates += [mixture] if mixture is not None else []
             for place in slow_readers(candidates):
                 candidates[place] = self.trials.again(candidates[place])
-            chosen = choose(candidates, self.goal, self.budget)
+            chosen = choose_candidate(candidates, self.goal, self.budget)
             candidates = explain(candidates, chosen, self.goal, self.budget, start)
             baseline = Baseline(start, max(candidates, key=lambda c: c.verdict.tokens).verdict.ppl_source)
             result = self._write(out, baseline, candidates, chosen.recipe)
@@ -300,3 +313,49 @@ class Search:
         if self.calibrated is not None:
             return ()
         return (f"Integers are rounded to nearest, no calibrated ones were tried: {self._calibration[1]}.",)
+
+
+def made_mixture(
+    ref: str | Path, budget: Budget, text: Text, tokens: int, observer: Observer, threads: int | None
+) -> Made:
+    """The recipe `mix:P%` of a model: the cheapest mixture within a perplexity increase.
+
+    Args:
+        ref: the source.
+        budget: P.
+        text: calibrates and judges.
+        tokens: judged at most.
+        observer: told of every step.
+        threads: None: the cores this process may use.
+
+    Raises:
+        BudgetError: no mixture is within the budget.
+        ModelError, UsageError: as `optimize`.
+    """
+    workshop = Workshop(ref, EngineOptions(threads=threads))
+    effort = Effort(tokens=tokens, sensitivity_seconds=_MIXTURE_SECONDS)
+    search = Search(workshop, budget, "latency", text, effort, observer=observer)
+    try:
+        chosen = search.mixture()
+    finally:
+        search.close()
+    if not chosen.passes:
+        raise _no_mixture(chosen, budget)
+    drawn = search.mixing.map
+    plan = {
+        "budget": as_json(budget),
+        "verdict": as_json(chosen.verdict),
+        "text": {"name": text.name, "sha256": text.sha256, "tokens": tokens},
+        "because": [chosen.because, *remarks(drawn, chosen.recipe), *search.uncalibrated()],
+        **map_record(drawn, chosen.recipe),
+    }
+    return Made(workshop.packed(chosen.recipe), workshop.source, plan)
+
+
+def _no_mixture(nearest: Candidate, budget: Budget) -> BudgetError:
+    needed = nearest.verdict.ppl_increase_high * 105
+    return BudgetError(
+        f"no mixture is within a perplexity increase of {limit_of(budget)}; the nearest: "
+        f"{spread(nearest.verdict)} over {nearest.verdict.tokens:,} tokens",
+        hint=f"allow more: mix:{max(needed, 0.01):.2g}%",
+    )

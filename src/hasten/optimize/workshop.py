@@ -1,23 +1,35 @@
-"""What the search needs of the engine: models made from recipes, judged, timed and saved.
-
-`EngineWorkshop` is the real one; tests search with a small NumPy one.
-"""
+"""The workshop of a search: packs a source's weights and runs them on the native engine."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import numpy as np
 
 from hasten.core import EngineOptions, Format, Machine, Measurement, ModelConfig, Recipe, Workload
-from hasten.optimize.progress import Observer
+from hasten.errors import UsageError
+from hasten.optimize.calibrated import is_calibrated, is_mixture
+from hasten.optimize.candidates import Observer
 from hasten.quality.divergence import Runnable
 from hasten.quality.text import Encoder, Text
 from hasten.recipe import Method
 
+if TYPE_CHECKING:
+    from hasten.engine.model import LanguageModel
+    from hasten.optimize.calibrated import CalibratedWeights
+    from hasten.weights.packed import PackedLinear, PackedModel
+    from hasten.weights.tensors import SourceTensor
+
+_SAMPLED_ROWS = 64
+"""Rows a tensor's rounding error is computed from: with 896 columns that is 57 thousand weights."""
+_CEILING_AGE_S = 24 * 3600.0
+
 
 class Built(Runnable, Protocol):
-    """A model made from a recipe, in memory."""
+    """A model made from a recipe, in memory: a `LanguageModel`, or what a test puts in its place."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -34,75 +46,156 @@ class Built(Runnable, Protocol):
         ...
 
 
-class Workshop(Protocol):
-    """An opened source model and everything that can be made of it."""
+class Workshop:
+    """An opened model on this machine's CPU.
 
-    options: EngineOptions
+    Raises:
+        ModelError, FormatError: `ref` cannot be opened. UsageError: it is an artifact, whose source is gone.
+    """
+
+    def __init__(self, ref: str | Path, options: EngineOptions) -> None:
+        from hasten.models.open import open_model
+        from hasten.weights.artifact import is_artifact
+
+        if is_artifact(ref):
+            raise UsageError(
+                f"{ref} is an artifact already: its source's values are gone",
+                hint="give the model it was made from; plan.json in it names that",
+            )
+        self._ref = ref
+        self.source = open_model(ref)
+        self.options = options
+        self._calibrated: CalibratedWeights | None = None
 
     @property
     def name(self) -> str:
         """The source's name."""
-        ...
+        return self.source.name
 
     @property
     def config(self) -> ModelConfig:
         """The source's shape."""
-        ...
+        return self.source.config
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        from hasten.models.source import sha256_of
+
+        return {file.path.name: sha256_of(file) for file in self.source.files}
 
     def identity(self) -> dict[str, Any]:
-        """What the source is, byte for byte: goes into cache keys."""
-        ...
+        """File names and their sha256."""
+        return self._identity
+
+    @cached_property
+    def _machine(self) -> Machine:
+        from hasten.machine.probe import probe
+
+        return probe(max_age_s=_CEILING_AGE_S, threads=self.options.threads)
 
     def machine(self) -> Machine:
-        """The machine everything is measured on."""
-        ...
+        """This machine, with ceilings measured within the last day."""
+        return self._machine
 
     def tokenizer(self) -> Encoder:
         """The source's tokenizer."""
-        ...
+        return self.source.tokenizer()
+
+    @cached_property
+    def _kept(self) -> dict[str, Format]:
+        from hasten.weights.packed import source_layout
+
+        return {name: source_layout(self.source.tensors[name]) for name in self.config.linear_shapes()}
 
     def kept(self) -> Mapping[str, Format]:
-        """Format that holds the source's own values, by canonical name of each linear layer."""
-        ...
+        """By canonical name."""
+        return self._kept
 
     def calibrate(self, text: Text, observer: Observer) -> str:
-        """Take a text for the methods that need one.
-
-        Returns:
-            A digest of what their integers depend on besides recipe and source.
+        """Takes the calibration part of a text.
 
         Raises:
-            MachineError: there are none here, because torch is not installed.
-            UsageError: the text is too short to calibrate on.
+            MachineError: torch is not installed. UsageError: the text is too short.
         """
-        ...
+        from hasten.optimize.calibrated import CalibratedWeights
+
+        self._calibrated = CalibratedWeights.of(self.source, text, observer)
+        return self._calibrated.identity
+
+    def _calibration(self) -> CalibratedWeights:
+        assert self._calibrated is not None, "calibrate() comes before methods that need a text"
+        return self._calibrated
 
     def build(self, recipe: Recipe) -> Built:
-        """A model by a recipe; its owner closes it."""
-        ...
+        """Packs the source by a recipe and makes it ready to run."""
+        return self._load(self.packed(recipe))
+
+    def packed(self, recipe: Recipe) -> PackedModel:
+        """The source's weights by a recipe."""
+        from hasten.weights.packed import pack_model
+
+        if recipe.is_plain:
+            return pack_model(self.source, recipe, self.options.threads)
+        calibration = self._calibration()
+        if is_mixture(recipe) and recipe.method == "gptq":
+            return calibration.mixture(recipe, self.options.threads)
+        return calibration.whole(self._ref, recipe, self.options.threads)
+
+    def _load(self, packed: PackedModel) -> Built:
+        from hasten.engine.model import load_packed
+
+        return load_packed(packed, self.source, self.options)
 
     def swap(
         self, model: Built, tensors: Sequence[str], layout: Format | None, method: Method = "rtn"
     ) -> None:
-        """Puts other weights into a built model: the source's, packed to `layout`, or kept (None)."""
-        ...
+        """Packs single tensors anew and puts them in place."""
+        from hasten.weights.packed import pack_linear
+
+        for name in tensors:
+            if layout is not None and is_calibrated(layout, method):
+                linear = self.calibrated_linear(name, layout)
+            else:
+                linear = pack_linear(self.source.tensors[name], layout, threads=self.options.threads)
+            cast("LanguageModel", model).replace(name, linear)
+
+    def calibrated_linear(self, name: str, layout: Format) -> PackedLinear:
+        """One matrix of a mixture, calibrated now or before; `calibrate` comes first."""
+        return self._calibration().linear(name, layout)
 
     def error(self, tensor: str, layout: Format) -> float:
-        """Mean squared difference to the source's values that packing to `layout` makes."""
-        ...
+        """Squared error over squared values, on 64 rows spread over the tensor."""
+        from hasten.weights.packed import pack_linear
+
+        packed = pack_linear(_some_rows(self.source.tensors[tensor]), layout, threads=1)
+        assert packed.relative_error is not None  # pack_linear measures it
+        return packed.relative_error**2
 
     def measure(self, model: Built, workload: Workload, runs: int) -> Measurement:
-        """Speed of a built model."""
-        ...
+        """Speed, with its fractions of the machine's ceilings."""
+        from hasten.bench.measure import measure_model
+
+        return measure_model(cast("LanguageModel", model), workload, runs, machine=self.machine())
 
     def claim(self, folder: Path) -> None:
-        """Says that an artifact of this source will be written there.
+        """Refuses a folder with another model's artifact."""
+        from hasten.models.artifact import refuse_other_model
 
-        Raises:
-            DiskError: one of another model stands there.
-        """
-        ...
+        refuse_other_model(folder, self.source, f"rm -r {folder}")
 
     def save(self, model: Built, folder: Path, plan: Mapping[str, Any], report: str) -> Path:
-        """Writes an artifact with its report.html; what is there before stays until it is whole."""
-        ...
+        """The artifact: weights, tokenizer, plan, report."""
+        from hasten.models.artifact import save
+
+        packed = cast("LanguageModel", model).packed
+        return save(folder, packed, self.source, plan, extra={"report.html": report.encode()})
+
+
+def _some_rows(tensor: SourceTensor) -> SourceTensor:
+    """Every n-th row of a matrix, in file order: an error does not ask which row is which."""
+    from dataclasses import replace
+
+    rows = tensor.rows
+    step = max(rows // _SAMPLED_ROWS, 1)
+    data = np.ascontiguousarray(tensor.data.reshape(rows, -1)[::step])
+    return replace(tensor, data=data.reshape(-1), shape=(len(data), *tensor.shape[1:]), row_order=None)

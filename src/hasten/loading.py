@@ -1,4 +1,4 @@
-"""Models by recipes that take work (`w4-best`, `mix:1%`, a file): made once, then kept in the store."""
+"""`hasten.load` opens a model. Recipes that take work (`w4-best`, `mix:1%`, a file) run once and are kept."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 from hasten.cache.reading import is_there
 from hasten.core import Budget, EngineOptions, Recipe
 from hasten.errors import ArtifactError, UsageError
-from hasten.optimize.progress import Observer, silent
 
 if TYPE_CHECKING:
     from hasten.engine.model import LanguageModel
+    from hasten.optimize.candidates import Observer
+    from hasten.recipe import Method
 
 _MIX = "mix:"
+_TOKENS = 8192  # a mixture is judged on: what `hasten eval` reads unless told otherwise
 _FILES = (".yaml", ".yml")
 _MIX_HINT = "use mix:1% for a perplexity increase of at most 1 %"
 
@@ -27,7 +29,7 @@ def load(
     context: int | None = None,
     options: EngineOptions | None = None,
     store: bool = True,
-    observer: Observer = silent,
+    observer: Observer | None = None,
 ) -> LanguageModel:
     """Open a model and make it ready to run.
 
@@ -68,7 +70,7 @@ def load(
 def prepared(
     ref: str | Path,
     recipe: str | Recipe | None,
-    observer: Observer = silent,
+    observer: Observer | None = None,
     *,
     store: bool = True,
     threads: int | None = None,
@@ -96,15 +98,9 @@ def prepared(
     wanted = _wanted(recipe)
     if wanted is None:
         return ref, recipe
-    from hasten.optimize.made import Asked, artifact_of, compressed
-    from hasten.quality.text import default_text
-
     if isinstance(wanted, Budget):
-        from hasten.optimize.mixed import mixture_of
-
-        return mixture_of(ref, wanted, observer, keep=store, threads=threads), None
-    asked = Asked(wanted, default_text())
-    return artifact_of(ref, asked, lambda: compressed(ref, asked, observer, threads), keep=store), None
+        return _mixture(ref, wanted, observer, store, threads), None
+    return _made(ref, wanted, observer, store, threads), None
 
 
 def _wanted(recipe: str | Recipe) -> Recipe | Budget | None:
@@ -160,3 +156,47 @@ def _dropped(folder: Path) -> bool:
         return False
     kept.drop(folder)
     return True
+
+
+def _made(
+    ref: str | Path, recipe: Recipe, observer: Observer | None, keep: bool, threads: int | None
+) -> Path:
+    """The folder of what a recipe makes of a model: from the store, or made now."""
+    from hasten.optimize import calibrated
+    from hasten.optimize.candidates import silent
+    from hasten.quality.text import default_text
+
+    asked = calibrated.Asked(recipe, default_text())
+    tell = observer or silent
+    return calibrated.artifact_of(
+        ref, asked, lambda: calibrated.compressed(ref, asked, tell, threads), keep=keep
+    )
+
+
+def _mixture(
+    ref: str | Path, budget: Budget, observer: Observer | None, keep: bool, threads: int | None
+) -> Path:
+    """The folder of a mixture's artifact.
+
+    Its integers are found by GPTQ. Where torch is not installed, and no such mixture was kept before, the
+    integers are rounded to nearest, and plan.json says so.
+    """
+    from hasten.optimize import calibrated
+    from hasten.optimize.candidates import silent
+    from hasten.quality.text import default_text
+
+    text = default_text()
+
+    def asked(method: Method) -> calibrated.Asked:
+        recipe = Recipe(calibrated.mixture_name(budget), method=method)
+        return calibrated.Asked(recipe, text, {"mix": budget.max_ppl_increase, "judged": _TOKENS})
+
+    def make() -> calibrated.Made:
+        from hasten.optimize.search import made_mixture
+
+        return made_mixture(ref, budget, text, _TOKENS, observer or silent, threads)
+
+    if calibrated.torch_is_here():
+        return calibrated.artifact_of(ref, asked("gptq"), make, keep=keep)
+    found = calibrated.kept_artifact(ref, asked("gptq")) if keep else None
+    return found or calibrated.artifact_of(ref, asked("rtn"), make, keep=keep)

@@ -17,12 +17,11 @@ import hasten
 from hasten.cli import main
 from hasten.core import Format, Recipe, Verdict
 from hasten.errors import ArtifactError, BudgetError, UsageError
+from hasten.loading import load, prepared
 from hasten.models.open import open_model
-from hasten.optimize import made
-from hasten.optimize.candidate import Candidate
-from hasten.optimize.made import Asked, Made
-from hasten.optimize.named import load, prepared
-from hasten.optimize.progress import Progress
+from hasten.optimize import calibrated
+from hasten.optimize.calibrated import Asked, Made
+from hasten.optimize.candidates import Candidate, Progress
 from hasten.optimize.search import Search
 from hasten.weights import packed_store
 from hasten.weights.packed import pack_model
@@ -55,7 +54,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         as_rounded = Recipe(asked.recipe.name, asked.recipe.default, asked.recipe.head)
         return Made(pack_model(source, as_rounded, 1), source, {"compress": {"notes": []}})
 
-    monkeypatch.setattr(made, "compressed", compressed)
+    monkeypatch.setattr(calibrated, "compressed", compressed)
     return done
 
 
@@ -85,7 +84,7 @@ def test_what_it_depends_on_is_in_the_key(
     start, _ = prepared(folder, "w4-best")
     assert prepared(folder, Recipe.parse("w4-best"))[0] == start
     assert prepared(folder, "w4-gptq-head8")[0] != start
-    monkeypatch.setattr(made, "METHOD_VERSION", made.METHOD_VERSION + 1)
+    monkeypatch.setattr(calibrated, "METHOD_VERSION", calibrated.METHOD_VERSION + 1)
     assert prepared(folder, "w4-best")[0] != start
     monkeypatch.undo()
     assert len(work) == 3
@@ -163,7 +162,7 @@ def test_stopped_half_way_leaves_nothing_that_could_be_found(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(made, "compressed", stopped)
+        patch.setattr(calibrated, "compressed", stopped)
         with pytest.raises(KeyboardInterrupt):
             prepared(folder, "w4-best")
     store = open_store()
@@ -174,14 +173,14 @@ def test_stopped_half_way_leaves_nothing_that_could_be_found(
 
 def test_two_at_once(folder: Path, work: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     both = threading.Barrier(2, timeout=60)
-    make = made.compressed
+    make = calibrated.compressed
 
     def slow(*arguments: Any) -> Made:
         found = make(*arguments)
         both.wait()  # neither is kept before both are made
         return found
 
-    monkeypatch.setattr(made, "compressed", slow)
+    monkeypatch.setattr(calibrated, "compressed", slow)
     places: list[Any] = []
     threads = [
         threading.Thread(target=lambda: places.append(prepared(folder, "w4-best")[0])) for _ in range(2)
@@ -231,12 +230,12 @@ def test_mixtures_that_mean_nothing(name: str, folder: Path, capsys: pytest.Capt
 
 @pytest.mark.parametrize("written", ["mix:5%", "mix: 5 %", "mix:5.0%", "mix:+5%"])
 def test_a_budget_has_one_name(written: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hasten.optimize import mixed
+    from hasten import loading
 
     seen: list[Any] = []
-    monkeypatch.setattr(mixed, "mixture_of", lambda ref, budget, *_, **__: seen.append(budget) or Path("x"))
+    monkeypatch.setattr(loading, "_mixture", lambda ref, budget, *_: seen.append(budget) or Path("x"))
     assert prepared("letters", written) == (Path("x"), None)
-    assert mixed.mixture_name(seen[0]) == "mix:5%"
+    assert calibrated.mixture_name(seen[0]) == "mix:5%"
 
 
 def test_eval_compares_with_the_source(
@@ -291,11 +290,10 @@ class TestMixture:
 
     @pytest.fixture(autouse=True)
     def without_torch(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from hasten.optimize import calibrated, mixed
+        from hasten import loading
 
-        monkeypatch.setattr(mixed, "_TOKENS", 1024)
-        for module in (calibrated, mixed):
-            monkeypatch.setattr(module, "torch_is_here", lambda: False)
+        monkeypatch.setattr(loading, "_TOKENS", 1024)
+        monkeypatch.setattr(calibrated, "torch_is_here", lambda: False)
 
     def test_searched_once_and_kept(self, folder: Path) -> None:
         told: list[Progress] = []
@@ -339,10 +337,10 @@ class TestCalibrated:
 
     @pytest.fixture(autouse=True)
     def short(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from hasten import loading
         from hasten.compress import calibration
-        from hasten.optimize import mixed
 
-        monkeypatch.setattr(mixed, "_TOKENS", 1024)
+        monkeypatch.setattr(loading, "_TOKENS", 1024)
         monkeypatch.setattr(calibration, "TOKENS", 2048)
 
     def test_w4_best(self, folder: Path) -> None:

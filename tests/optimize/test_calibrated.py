@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hasten.optimize.held_out import split
+from hasten.optimize.calibrated import split
 from hasten.quality.text import default_text
 
 

@@ -1,19 +1,85 @@
-"""From candidates to the one, and to a reason for each."""
+"""A recipe that was tried: what is known of it, which one is chosen, and the reason for each."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-from hasten.core import Budget, Goal, Measurement, Verdict
+from hasten.core import Budget, Goal, Measurement, Recipe, Stat, Verdict, Workload
 from hasten.errors import BudgetError
-from hasten.optimize.candidate import Candidate, cost_of
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A recipe: size, cost in quality, speed (None: not timed), and why it was kept or not."""
+
+    recipe: Recipe
+    bits_per_weight: float
+    weight_bytes: int
+    verdict: Verdict
+    measurement: Measurement | None = None
+    because: str = ""
+
+    @property
+    def passes(self) -> bool:
+        """Within the budget, shown with enough text."""
+        return self.verdict.status == "pass"
+
+    def cost(self, goal: Goal) -> float:
+        """What the goal makes small; only for a timed candidate, or goal `memory`.
+
+        latency: milliseconds until one request of the workload is done. throughput: milliseconds a token of
+        all sequences together. memory: bytes of weights.
+        """
+        if goal == "memory":
+            return float(self.weight_bytes)
+        assert self.measurement is not None
+        return cost_of(self.measurement, goal)
+
+
+def cost_of(measured: Measurement, goal: Goal) -> float:
+    """Milliseconds of a request (latency) or of a token of the whole batch (throughput)."""
+    if goal == "throughput":
+        return 1000.0 / measured.decode_tok_per_s.median
+    return measured.ttft_ms.median + (measured.workload.output - 1) * measured.tpot_ms.median
+
+
+def verdict_from(kept: Mapping[str, Any]) -> Verdict:
+    """A Verdict out of its JSON."""
+    return Verdict(**kept)
+
+
+def measurement_from(kept: Mapping[str, Any]) -> Measurement:
+    """A Measurement out of its JSON."""
+    stats = ("prefill_tok_per_s", "decode_tok_per_s", "ttft_ms", "tpot_ms")
+    nested = {name: Stat(**kept[name]) for name in stats}
+    return Measurement(**{**kept, **nested, "workload": Workload(**kept["workload"])})
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step of a long piece of work."""
+
+    stage: str  # "reference", "recipes", "sensitivity", "mixture", "artifact"
+    detail: str  # "w5: quality"
+    done: int = 0
+    total: int = 0  # 0: no count
+    candidate: Candidate | None = None  # what was just found
+
+
+Observer = Callable[[Progress], None]
+
+
+def silent(progress: Progress) -> None:
+    """The observer that shows nothing."""
+
 
 _SAME = 0.02
 """Speeds this close are a tie: a machine repeats a run no better. The tie goes to the better quality."""
 
 
-def choose(candidates: Sequence[Candidate], goal: Goal, budget: Budget) -> Candidate:
+def choose_candidate(candidates: Sequence[Candidate], goal: Goal, budget: Budget) -> Candidate:
     """The fastest (or smallest) candidate that passes; within 2 % of it, the one with the least KL.
 
     Raises:
