@@ -253,7 +253,7 @@ class Comparison:
     def paired(self, rounds: int, take: Callable[[Version, int], dict[str, float]]) -> dict[str, Any]:
         """Rounds of both versions, in changing order, after one that warms up: figure -> the two lists."""
         from bar import say
-        from hasten.bench.steady import steady
+        from hasten.bench.figures import steady
 
         def one(number: int) -> list[dict[str, float]]:
             pair = [self.new, self.old] if number % 2 else [self.old, self.new]
@@ -271,7 +271,7 @@ class Comparison:
         self, name: str, unit: str, lists: Sequence[list[float]], limit: float | None, **more: Any
     ) -> None:
         """A ratio of new over old."""
-        from hasten.bench.stats import paired_ratio
+        from hasten.bench.figures import paired_ratio
 
         new, old = (statistics.median(values) for values in lists)
         row = Row(name, unit, new, old, paired_ratio(*lists), limit, **more)
@@ -310,7 +310,7 @@ class Comparison:
 
     def processes(self, folder: Path) -> None:
         """Whole processes on an artifact that each version wrote: start to first token, peak memory."""
-        from hasten.bench.stats import paired_ratio
+        from hasten.bench.figures import paired_ratio
 
         threads = ("--threads", str(self.given.threads))
         artifacts = {}
@@ -341,7 +341,7 @@ class Comparison:
         """What this version's server adds to a token at batch 1, over its engine."""
         import serving_cost
         from bar import Settings
-        from hasten.bench.stats import paired_ratio
+        from hasten.bench.figures import paired_ratio
 
         given = self.given
         settings = Settings(given.model, artifact, given.threads, max(1, given.rounds // 4), None, None)

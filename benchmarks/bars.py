@@ -7,7 +7,7 @@
 `--isa avx512` sets HASTEN_ISA=avx512 for ours and ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 for torch and OpenVINO
 (both obey: their kernels are then named avx512_core_bf16 and brgemm_avx512_bf16 in place of ..._amx...).
 llama.cpp has no such switch: PATH must then hold a build without AMX, made with the flags of
-`hasten.bench.peers.llama_cpp_build.WITHOUT_AMX`. Its record lists the CPU features it was built with.
+`hasten.bench.peers.llama_cpp.WITHOUT_AMX`. Its record lists the CPU features it was built with.
 
 Run it on a quiet machine. Exit code 1: a bar was missed or could not be measured.
 """

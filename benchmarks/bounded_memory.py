@@ -34,7 +34,7 @@ import numpy as np
 from bar import Bar, Settings, record, say
 from hasten.bench.control_group import ControlGroup, control_group
 from hasten.bench.http_stream import Address, send
-from hasten.bench.server_process import ServerProcess, free_port
+from hasten.bench.process import ServerProcess, free_port
 from hasten.errors import HastenError, PeerError
 from serving_contenders import hasten_command
 

@@ -27,7 +27,7 @@ from typing import Any
 
 from bar import Bar, Settings, record, say
 from hasten.bench.http_stream import Address
-from hasten.bench.server_process import ServerProcess, free_port
+from hasten.bench.process import ServerProcess, free_port
 from hasten.errors import HastenError
 
 CHAT = "/v1/chat/completions"

@@ -196,7 +196,7 @@ def main() -> int:
 def compare(given: argparse.Namespace) -> int:
     """Every contender in turn, round after round; bars from paired ratios."""
     from bar import Bar, Settings, record, say
-    from hasten.bench.stats import paired_ratio
+    from hasten.bench.figures import paired_ratio
 
     new = Path(__file__).parents[1] / "src" / "hasten"
     if not list(new.glob("_native*.so")):

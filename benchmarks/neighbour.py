@@ -17,8 +17,8 @@ from typing import Any
 import hasten
 from bar import Bar, Benchmark, Settings, say
 from bar_command import asked, measured
+from hasten.bench.figures import paired_ratio
 from hasten.bench.measure import run_once
-from hasten.bench.stats import paired_ratio
 from hasten.bench.workloads import PromptRing, default_text
 
 PROMPT, OUTPUT = 128, 96

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bar import Bar, Settings, say
-from hasten.bench.bout import Request, bout
+from hasten.bench.compare import Request, bout
 from hasten.cli.bench import document
 from hasten.core import Workload
 

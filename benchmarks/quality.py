@@ -13,7 +13,7 @@ import numpy as np
 import hasten
 from bar import Bar, Settings, say
 from hasten import _native
-from hasten.bench.bout import peer_source
+from hasten.bench.compare import peer_source
 from hasten.bench.workloads import default_text
 from hasten.errors import PeerError
 

@@ -6,9 +6,8 @@ from typing import Any
 
 import hasten
 from bar import Bar, Settings, say
+from hasten.bench.figures import Sample, paired_ratio
 from hasten.bench.measure import measurement_of, run_once
-from hasten.bench.sample import Sample
-from hasten.bench.stats import paired_ratio
 from hasten.bench.workloads import PromptRing, default_text
 from hasten.core import Workload
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import serving_contenders as contenders
 from bar import Bar, Settings, say
-from hasten.bench.chats import SharedChats
+from hasten.bench.figures import Ratio, paired_ratio, percentile
 from hasten.bench.load import Answer, LoadFigures, figures
-from hasten.bench.stats import Ratio, paired_ratio, percentile
+from hasten.bench.workloads import SharedChats
 
 CLIENTS, OUTPUT = 8, 128
 PHASES = ("cold", "warm")
@@ -68,7 +68,7 @@ def measure(settings: Settings) -> tuple[list[Bar], Any]:
             lambda: contenders.our_engine(settings, tokenizer),
             lambda: contenders.our_server(settings),
             lambda: contenders.openvino(settings, tokenizer),
-            lambda: contenders.llama_cpp(settings, chats.round(28)[0]),
+            lambda: contenders.llama_cpp_served(settings, chats.round(28)[0]),
         ):
             running.append(stack.enter_context(start()))
             running[-1].ask(chats.round(29)[:2], 16)  # warm-up

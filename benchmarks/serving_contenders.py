@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bar import Settings, say
-from hasten.bench.chats import Message
 from hasten.bench.compare import LOAD_LIMIT_S, PREPARE_LIMIT_S
 from hasten.bench.http_stream import Address
 from hasten.bench.load import Answer, Call, figures, run_calls
-from hasten.bench.peers import EngineSpec, llama_cpp_server
-from hasten.bench.process import WorkerProcess
-from hasten.bench.server_process import ServerProcess, free_port
+from hasten.bench.peers import EngineSpec, llama_cpp
+from hasten.bench.process import ServerProcess, WorkerProcess, free_port
+from hasten.bench.workloads import Message
 from hasten.core import as_json
 
 CONTEXT = 4096
@@ -118,9 +117,16 @@ def our_engine(
     context: int = CONTEXT,
     name: str = "hasten engine",
 ) -> Iterator[InProcess]:
-    """Our Engine in a worker process; options as `peers.hasten_engine.load` reads them."""
+    """Our Engine in a worker process; options as `peers.ours.load` reads them."""
     spec = EngineSpec(
-        name, "hasten.bench.peers.hasten_engine", options, settings.artifact, "", settings.threads, context
+        name,
+        "hasten.bench.peers.ours",
+        options,
+        settings.artifact,
+        "",
+        settings.threads,
+        context,
+        chats=True,
     )
     with WorkerProcess(name) as worker:
         worker.ask("load", LOAD_LIMIT_S, spec=as_json(spec), prepared=settings.artifact)
@@ -130,7 +136,7 @@ def our_engine(
 @contextlib.contextmanager
 def openvino(settings: Settings, tokenizer: Any) -> Iterator[InProcess]:
     """OpenVINO GenAI's continuous batching, int4."""
-    spec = _peer_spec(settings, "openvino:int4", "hasten.bench.peers.openvino_batching", "int4")
+    spec = _peer_spec(settings, "openvino:int4", "hasten.bench.peers.openvino", "int4", chats=True)
     with WorkerProcess(spec.name, settings.peer_python) as worker:
         prepared = worker.ask("prepare", PREPARE_LIMIT_S, spec=as_json(spec))
         about = worker.ask("load", LOAD_LIMIT_S, spec=as_json(spec), prepared=prepared)
@@ -139,7 +145,7 @@ def openvino(settings: Settings, tokenizer: Any) -> Iterator[InProcess]:
 
 
 @contextlib.contextmanager
-def llama_cpp(settings: Settings, probe: Sequence[Message]) -> Iterator[Served]:
+def llama_cpp_served(settings: Settings, probe: Sequence[Message]) -> Iterator[Served]:
     """llama_cpp.server, Q4_0, with the number of decode threads that answers `probe` faster."""
     spec = _peer_spec(settings, "llama.cpp:q4_0", "hasten.bench.peers.llama_cpp", "q4_0")
     with WorkerProcess(spec.name, settings.peer_python) as worker:
@@ -153,12 +159,12 @@ def llama_cpp(settings: Settings, probe: Sequence[Message]) -> Iterator[Served]:
         yield served
 
 
-def _peer_spec(settings: Settings, name: str, module: str, form: str) -> EngineSpec:
-    from hasten.bench.bout import peer_source
+def _peer_spec(settings: Settings, name: str, module: str, form: str, chats: bool = False) -> EngineSpec:
+    from hasten.bench.compare import peer_source
     from hasten.cache import cache_dir
 
     source, cache = str(peer_source(settings.model)), str(cache_dir() / "bench")
-    return EngineSpec(name, module, form, source, cache, settings.threads, CONTEXT)
+    return EngineSpec(name, module, form, source, cache, settings.threads, CONTEXT, chats=chats)
 
 
 def _llama_speed(
@@ -175,7 +181,7 @@ def _llama_speed(
 def _llama_server(settings: Settings, spec: EngineSpec, prepared: str, threads: int) -> Iterator[Served]:
     address = Address("127.0.0.1", free_port())
     python = settings.peer_python or os.environ.get("HASTEN_PEER_PYTHON") or sys.executable
-    command = llama_cpp_server.command(python, spec, prepared, address, threads)
-    with ServerProcess("llama_cpp.server", command, address, ready=llama_cpp_server.READY) as server:
+    command = llama_cpp.server_command(python, spec, prepared, address, threads)
+    with ServerProcess("llama_cpp.server", command, address, ready=llama_cpp.SERVER_READY) as server:
         server.wait_ready()
         yield Served("llama_cpp.server:q4_0", server, "q4_0")

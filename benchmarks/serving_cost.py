@@ -6,12 +6,11 @@ from typing import Any
 
 import serving_contenders as contenders
 from bar import Bar, Settings, say
-from hasten.bench.chats import SharedChats
+from hasten.bench.figures import paired_ratio, percentile, stat
 from hasten.bench.http_stream import Address
 from hasten.bench.load import Answer, figures
-from hasten.bench.server_process import ServerProcess, free_port
-from hasten.bench.stats import paired_ratio, percentile, stat
-from hasten.bench.workloads import PromptRing, default_text
+from hasten.bench.process import ServerProcess, free_port
+from hasten.bench.workloads import PromptRing, SharedChats, default_text
 from hasten.errors import PeerError
 
 ZERO_HIT_ROUNDS = 5  # times --runs

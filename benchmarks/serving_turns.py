@@ -9,9 +9,9 @@ from typing import Any
 
 import serving_contenders as contenders
 from bar import Bar, Settings, say
-from hasten.bench.chats import Conversation, Message
+from hasten.bench.figures import percentile, stat
 from hasten.bench.load import Answer
-from hasten.bench.stats import percentile, stat
+from hasten.bench.workloads import Conversation, Message
 from hasten.errors import PeerError
 
 FIRST_TOKENS = 4

@@ -10,10 +10,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from hasten.bench.chats import TOPICS
 from hasten.bench.http_stream import Address, send
 from hasten.bench.load import Answer, Call, read_answer, stream_call
-from hasten.bench.workloads import default_text
+from hasten.bench.workloads import TOPICS, default_text
 from hasten.errors import PeerError
 
 LIMIT_S = 300.0

@@ -18,7 +18,7 @@ from typing import Any
 
 import hasten
 from bar import Bar, Settings, record, say
-from hasten.bench.stats import paired_ratio, stat
+from hasten.bench.figures import paired_ratio, stat
 from hasten.core import ServingOptions
 from hasten.engine.engine import Engine
 from hasten.engine.model import LanguageModel

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bar import Bar, Settings, say
-from hasten.bench.stats import stat
+from hasten.bench.figures import stat
 from hasten.errors import HastenError
 
 PROMPT = "What is a mutex?"

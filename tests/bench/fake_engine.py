@@ -6,9 +6,12 @@ import os
 import sys
 import time
 
-from hasten.bench.sample import TokenClock
+from hasten.bench.figures import TokenClock
+from hasten.bench.peers import Peer
 from hasten.errors import PeerError
 from hasten.speed.cost import Cost
+
+PEER = Peer(("ok",), ("json",), "fake==1", crash_hint="build it anew")
 
 
 def prepare(spec):

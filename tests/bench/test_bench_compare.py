@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import os
 import signal
 import subprocess
 import sys
@@ -13,34 +15,34 @@ import pytest
 
 from hasten.bench import compare as compare_module
 from hasten.bench.compare import Contender, compare
-from hasten.bench.peers import PEERS, EngineSpec, Peer, parse
-from hasten.bench.peers.once import made_once
-from hasten.bench.process import WorkerProcess
+from hasten.bench.peers import PEERS, EngineSpec, Peer, entry_of, parse
+from hasten.bench.peers.prepared import made_once
+from hasten.bench.process import PACKAGE, WorkerProcess
 from hasten.core import Machine, Workload
 from hasten.errors import PeerError, UsageError
 
 HERE = str(Path(__file__).parent)
 WORKLOAD = Workload(prompt=16, output=4)
-FAKE = Peer("fake_engine", ("ok",), ("json",), "fake==1", crash_hint="build it anew")
+FAKE = Peer(("ok",), ("json",), "fake==1", crash_hint="build it anew")
 
 
 @pytest.fixture(autouse=True)
 def fake_on_path(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", HERE)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([HERE, str(PACKAGE.parent)]))  # this tree in workers too
 
 
 @pytest.fixture(autouse=True)
 def every_round_counts(monkeypatch):
     """The fake engine's rounds take milliseconds: a busy machine disturbs some, and repeats them."""
-    monkeypatch.setattr("hasten.bench.steady.SHARE", 0.0)
+    monkeypatch.setattr("hasten.bench.figures.SHARE", 0.0)
 
 
 def spec(form="ok", name=None, batch=1):
     return EngineSpec(name or f"fake:{form}", "fake_engine", form, "src", "cache", 1, 20, batch)
 
 
-def entry(form, **fields):
-    return Contender(spec(form), FAKE, **fields)
+def entry(form, name=None, **fields):
+    return Contender(spec(form, name), FAKE, **fields)
 
 
 def loaded(form="ok", python=None):
@@ -220,7 +222,29 @@ def test_names_of_peers():
         with pytest.raises(UsageError) as caught:
             parse(wrong)
         assert caught.value.hint
-    assert PEERS["llama.cpp"].install_command("python").endswith("llama-cpp-python==0.3.36")
+    assert entry_of("llama.cpp").install_command("python").endswith("llama-cpp-python==0.3.36")
+
+
+def test_every_line_of_the_table_is_a_peer():
+    for name, module in PEERS.items():
+        found = parse(name)
+        assert found[2] == found[1].formats[0]
+        assert callable(importlib.import_module(module).prepare)
+        assert callable(importlib.import_module(module).load)
+
+
+def test_a_new_peer_is_one_file_and_one_line(tmp_path, monkeypatch):
+    """From the name in `--against` to a figure, with an engine the package has never heard of."""
+    monkeypatch.syspath_prepend(HERE)
+    monkeypatch.setitem(PEERS, "fake", "fake_engine")
+    monkeypatch.setattr(compare_module, "peer_source", lambda ref: Path("src"))
+    monkeypatch.setenv("HASTEN_CACHE", str(tmp_path))
+    asked = compare_module.Request("src", WORKLOAD, against=("fake:ok",), threads=1)
+    (_, theirs) = compare_module._contenders(asked)
+    found = compare([entry("ok", name="ours"), theirs], WORKLOAD, 1)
+    assert found.peers["fake:ok"].measurement.decode_tok_per_s.median > 0
+    with pytest.raises(UsageError, match="no format 'q9'"):
+        parse("fake:q9")
 
 
 def test_what_is_made_once_is_made_once_and_whole(tmp_path):
@@ -245,7 +269,7 @@ def test_what_is_made_once_is_made_once_and_whole(tmp_path):
 
 
 def test_a_request_becomes_contenders(tmp_path, monkeypatch):
-    from hasten.bench import bout as bout_module
+    from hasten.bench import compare as bout_module
 
     monkeypatch.setattr(bout_module, "peer_source", lambda ref: Path(f"/models/{ref}"))
     monkeypatch.setenv("HASTEN_CACHE", str(tmp_path))
@@ -261,7 +285,7 @@ def test_a_request_becomes_contenders(tmp_path, monkeypatch):
 
 
 def test_a_forced_instruction_set_has_its_own_ceiling(monkeypatch):
-    from hasten.bench.bout import usable_ceilings
+    from hasten.bench.compare import usable_ceilings
     from hasten.core import Ceiling, Stat
 
     rounds = Stat(1.0, 1.0, 1.0, 1)

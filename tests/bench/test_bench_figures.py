@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hasten.bench import sample as sample_module
+from hasten.bench import figures as sample_module
+from hasten.bench.figures import Sample, TokenClock, paired_ratio, percentile, stat
 from hasten.bench.measure import measurement_of, with_ceilings
-from hasten.bench.sample import Sample, TokenClock
-from hasten.bench.stats import paired_ratio, percentile, stat
 from hasten.bench.workloads import PromptRing, check, default_text
 from hasten.core import Machine, ModelConfig, Recipe, Workload, as_json
 from hasten.errors import PeerError, UsageError

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from hasten.bench.chats import Conversation, SharedChats
 from hasten.bench.http_stream import Address, Event, HttpAnswer, send_now
 from hasten.bench.load import Answer, Call, figures, read_answer, run_calls
-from hasten.bench.peers import EngineSpec, hasten_engine, llama_cpp_server
-from hasten.bench.server_process import ServerProcess, free_port
+from hasten.bench.peers import EngineSpec, llama_cpp, ours
+from hasten.bench.process import ServerProcess, free_port
+from hasten.bench.workloads import Conversation, SharedChats
 from hasten.errors import PeerError
 
 EVENTS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -236,7 +236,7 @@ def test_a_conversation_reaches_its_length_in_its_last_turn() -> None:
 
 def test_the_peers_server_gets_its_settings() -> None:
     spec = EngineSpec("llama.cpp:q4_0", "", "q4_0", "", "", threads=4, context=512)
-    command = llama_cpp_server.command("/opt/python", spec, "/A/Model.gguf", Address("127.0.0.1", 81), 2)
+    command = llama_cpp.server_command("/opt/python", spec, "/A/Model.gguf", Address("127.0.0.1", 81), 2)
     assert command[:3] == ["/opt/python", "-m", "llama_cpp.server"]
     flags = dict(zip(command[3::2], command[4::2], strict=True))
     assert flags["--model"] == "/A/Model.gguf"
@@ -245,8 +245,10 @@ def test_the_peers_server_gets_its_settings() -> None:
 
 
 def test_our_engine_answers_chats_in_a_worker(tiny_folder: Callable[..., Path]) -> None:
-    spec = EngineSpec("engine", "", "prefix_cache=on,speculate=off", "", "", threads=1, context=256)
-    engine = hasten_engine.load(spec, str(tiny_folder("llama")))
+    spec = EngineSpec(
+        "engine", "", "prefix_cache=on,speculate=off", "", "", threads=1, context=256, chats=True
+    )
+    engine = ours.load(spec, str(tiny_folder("llama")))
     prompts = [[5, 6, 7] * 30, [9] * 40]
     first, second = engine.chats(prompts, 8), engine.chats(prompts, 8)
     engine.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hasten.bench.steady import disturbed, steady
+from hasten.bench.figures import disturbed, steady
 
 
 def play(rates: list[float], runs: int) -> tuple[list[float], int, bool, int]:

@@ -6,11 +6,10 @@ import json
 
 import pytest
 
-from hasten.bench import bout as bout_module
+from hasten.bench import compare as bout_module
 from hasten.bench.compare import Comparison, Outcome
+from hasten.bench.figures import Ratio, Sample
 from hasten.bench.measure import measurement_of
-from hasten.bench.sample import Sample
-from hasten.bench.stats import Ratio
 from hasten.cli import main
 from hasten.core import Machine, Workload
 from hasten.errors import PeerError

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hasten.bench.figures import percentile
 from hasten.bench.http_stream import Address, Event, HttpAnswer, send, send_now
-from hasten.bench.stats import percentile
 from hasten.errors import PeerError
 
 

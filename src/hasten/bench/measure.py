@@ -16,9 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from hasten.bench import workloads
-from hasten.bench.sample import Sample, TokenClock
-from hasten.bench.stats import stat
-from hasten.bench.steady import steady
+from hasten.bench.figures import Sample, TokenClock, stat, steady
 from hasten.core import Machine, Measurement, ServingOptions, Workload
 from hasten.machine.memory import peak_rss_bytes
 from hasten.speed.cost import Cost, cost

@@ -1,4 +1,4 @@
-"""The driver's side of a worker process: start, ask, pause, kill."""
+"""Processes that a benchmark starts: the worker of an engine, or a server. All end with the driver."""
 
 from __future__ import annotations
 
@@ -7,14 +7,21 @@ import json
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
+from typing_extensions import Self
+
+from hasten.bench.control_group import ControlGroup
+from hasten.bench.http_stream import Address, send_now
+from hasten.bench.worker import die_with_parent
 from hasten.errors import HastenError, PeerError, UsageError
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -32,14 +39,98 @@ main()
 """Runs the worker in a Python without hasten: its files alone, not the site-packages beside them."""
 
 TAIL_LINES = 12
+POLL_S = 0.005
+SETTLED_S = 0.4
 
 
-class WorkerProcess:
-    """One engine's process. Use as a context manager: whatever happens, it is killed at the end.
+class _Child:
+    """A process with a session of its own. Use it as a context manager: it is killed at the end in any case.
 
-    It has a session of its own, so Ctrl-C reaches the driver alone, which then kills it. While another
-    engine is asked, it is stopped (SIGSTOP), so that no spinning thread of it takes the other's cores.
+    Ctrl-C reaches the driver alone, which then kills the process and all it started. While another engine is
+    measured, the process is stopped (SIGSTOP), so that no spinning thread of it takes the other's cores.
     """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        pipes: bool,
+        hint: str | None = None,
+        environment: Mapping[str, str] | None = None,
+        prepare: Callable[[], None] | None = None,
+    ) -> None:
+        self.name = name
+        self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed in kill()
+        self._tail = ""
+        try:
+            self._process = subprocess.Popen(
+                list(command),
+                stdin=subprocess.PIPE if pipes else subprocess.DEVNULL,
+                stdout=subprocess.PIPE if pipes else self._output,
+                stderr=self._output,
+                start_new_session=True,
+                env={**os.environ, **(environment or {})},
+                preexec_fn=prepare,
+            )
+        except OSError as error:
+            self._output.close()
+            raise PeerError(f"{name}: cannot start {command[0]}: {error.strerror}", hint=hint) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether the process lives."""
+        return self._process.poll() is None
+
+    def pause(self) -> None:
+        """Stop the process until it is resumed."""
+        self._signal("SIGSTOP")
+
+    def resume(self) -> None:
+        """Let the process run again."""
+        self._signal("SIGCONT")
+
+    def kill(self) -> None:
+        """End the process and all it started. Safe to call twice."""
+        if self._output.closed:
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._tail = self.last_words()
+        for pipe in (self._process.stdin, self._output):
+            with contextlib.suppress(BrokenPipeError):
+                if pipe is not None:
+                    pipe.close()
+
+    def last_words(self) -> str:
+        """The end of what the process printed, for messages."""
+        if self._output.closed:
+            return self._tail
+        self._output.seek(0)
+        lines = self._output.read().decode("utf-8", "replace").strip().splitlines()[-TAIL_LINES:]
+        return "; its last words:\n  " + "\n  ".join(lines) if lines else ""
+
+    def _signal(self, name: str) -> None:
+        number = getattr(signal, name, None)
+        if number is not None and self.running:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+
+
+class WorkerProcess(_Child):
+    """One engine's process, which answers requests (`hasten.bench.worker`)."""
 
     def __init__(self, name: str, python: str | None = None, crash_hint: str | None = None) -> None:
         """Start it.
@@ -51,37 +142,14 @@ class WorkerProcess:
         Raises:
             PeerError: that Python does not start.
         """
-        self.name = name
-        self._crash_hint = crash_hint
         command = [sys.executable, "-m", "hasten.bench.worker"]
         if python is not None:
             command = [python, "-c", BOOTSTRAP, str(PACKAGE)]
-        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed in kill()
-        try:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._stderr,
-                start_new_session=True,
-            )
-        except OSError as error:
-            self._stderr.close()
-            raise PeerError(
-                f"{name}: cannot start {command[0]}: {error.strerror}",
-                hint="set HASTEN_PEER_PYTHON or --peer-python to a Python that has the engine",
-            ) from None
+        hint = "set HASTEN_PEER_PYTHON or --peer-python to a Python that has the engine"
+        super().__init__(name, command, pipes=True, hint=hint)
+        self._crash_hint = crash_hint
         self._replies: queue.Queue[bytes] = queue.Queue()
-        self._tail = ""
         threading.Thread(target=self._listen, daemon=True).start()
-
-    def __enter__(self) -> WorkerProcess:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.kill()
 
     def ask(self, op: str, limit_s: float, **arguments: Any) -> Any:
         """Send one request and wait for its result.
@@ -90,9 +158,9 @@ class WorkerProcess:
             UsageError, PeerError: what the worker said.
             PeerError: it died, or did not answer within the limit (it is killed then); with its last words.
         """
-        if self._stderr.closed:
+        if self._output.closed:
             raise PeerError(f"{self.name} has ended already{self._tail}")
-        self._signal("SIGCONT")
+        self.resume()
         stdin = self._process.stdin
         assert stdin is not None
         try:
@@ -110,23 +178,6 @@ class WorkerProcess:
             raise self._death(op)
         return self._result(json.loads(line))
 
-    def pause(self) -> None:
-        """Stop the process until it is asked again."""
-        self._signal("SIGSTOP")
-
-    def kill(self) -> None:
-        """End the process and all it started. Safe to call twice."""
-        if self._stderr.closed:
-            return
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        self._tail = self._read_tail()
-        for pipe in (self._process.stdin, self._stderr):
-            with contextlib.suppress(BrokenPipeError):
-                if pipe is not None:
-                    pipe.close()
-
     def _listen(self) -> None:
         """Put every reply line in the queue, and an empty one at the end of the stream."""
         stdout = self._process.stdout
@@ -135,12 +186,6 @@ class WorkerProcess:
             for line in stdout:
                 self._replies.put(line)
         self._replies.put(b"")
-
-    def _signal(self, name: str) -> None:
-        number = getattr(signal, name, None)
-        if number is not None and self._process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, number)
 
     def _result(self, reply: dict[str, Any]) -> Any:
         if reply["ok"]:
@@ -154,7 +199,93 @@ class WorkerProcess:
         self.kill()
         return PeerError(f"{self.name} {how} during {op!r}{self._tail}", hint=self._crash_hint)
 
-    def _read_tail(self) -> str:
-        self._stderr.seek(0)
-        lines = self._stderr.read().decode("utf-8", "replace").strip().splitlines()[-TAIL_LINES:]
-        return "; its last words:\n  " + "\n  ".join(lines) if lines else ""
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class ServerProcess(_Child):
+    """A server in a process of its own."""
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        address: Address,
+        *,
+        ready: str = "/v1/models",
+        environment: Mapping[str, str] | None = None,
+        group: ControlGroup | None = None,
+    ) -> None:
+        """Start it.
+
+        Args:
+            name: how messages call the server.
+            ready: path that is answered with 200 once the server is ready.
+            environment: variables beside this process's own.
+            group: the control group that the server runs in.
+        Raises:
+            PeerError: the command cannot be started.
+        """
+        self.address = address
+        self._ready = ready
+
+        def prepare() -> None:
+            die_with_parent()  # a benchmark that is killed leaves no server behind
+            if group is not None:
+                group.join()
+
+        self.started_s = time.perf_counter()
+        super().__init__(name, command, pipes=False, environment=environment, prepare=prepare)
+
+    def wait_ready(self, limit_s: float = 120.0) -> float:
+        """Seconds from start until it answered its readiness path with 200.
+
+        Raises:
+            PeerError: it died, or was not ready within the limit; with its last words.
+        """
+        while time.perf_counter() - self.started_s < limit_s:
+            if not self.running:
+                raise PeerError(f"{self.name} ended with code {self._process.returncode}{self.last_words()}")
+            with contextlib.suppress(PeerError):
+                if send_now(self.address, "GET", self._ready, limit_s=10.0).status == 200:
+                    return time.perf_counter() - self.started_s
+            time.sleep(POLL_S)
+        raise PeerError(f"{self.name} was not ready within {limit_s:.0f} s{self.last_words()}")
+
+    def settle(self, limit_s: float = 10.0) -> None:
+        """Wait until it has used next to no processor time for a while: ours tidies up when it is idle."""
+        until = time.perf_counter() + limit_s
+        used = self._cpu_s()
+        while time.perf_counter() < until:
+            time.sleep(SETTLED_S)
+            before, used = used, self._cpu_s()
+            if used - before < 0.1 * SETTLED_S:
+                return
+
+    def _cpu_s(self) -> float:
+        """Processor time of all its threads so far, seconds; 0 once it is gone."""
+        try:
+            text = Path(f"/proc/{self.pid}/stat").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return 0.0
+        fields = text.rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def terminate(self, limit_s: float = 60.0) -> int:
+        """Ask it to end (SIGTERM) and wait; its exit code.
+
+        Raises:
+            PeerError: it did not end in time (it is killed then).
+        """
+        self.resume()
+        self._process.terminate()
+        try:
+            return self._process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            words = self.last_words()
+            self.kill()
+            raise PeerError(f"{self.name} did not end within {limit_s:.0f} s of SIGTERM{words}") from None

@@ -51,7 +51,7 @@ def command(
     ids; figures are medians. What another engine needs (a requantised file, an export) is made once, in the
     cache.
     """
-    from hasten.bench.bout import Request, bout
+    from hasten.bench.compare import Request, bout
     from hasten.errors import PeerError
     from hasten.loading import prepared
 

@@ -1,7 +1,7 @@
 """Engines to compare with: one file each, and the registry that names them.
 
-A peer's module has two functions and needs nothing of hasten but this package, `hasten.core` and
-`hasten.errors`, so that it also runs in a Python where hasten is not installed:
+A peer's module holds its `PEER` and two functions. It needs nothing of hasten but this package, `hasten.core`
+and `hasten.errors`, so that it also runs in a Python where hasten is not installed:
 
     prepare(spec: EngineSpec) -> str      write whatever the engine needs, once, into the cache; its path
     load(spec: EngineSpec, prepared: str) -> Engine
@@ -9,11 +9,11 @@ A peer's module has two functions and needs nothing of hasten but this package, 
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import Protocol
 
-from hasten.bench.peers.llama_cpp_build import LLAMA_CPP, cmake_args
-from hasten.bench.sample import Sample
+from hasten.bench.figures import Sample
 from hasten.errors import UsageError
 
 
@@ -29,6 +29,7 @@ class EngineSpec:
     threads: int
     context: int  # tokens of prompt plus output
     batch: int = 1
+    chats: bool = False  # many requests at once, each timed for itself: `Engine.chats` in place of `generate`
 
 
 class Engine(Protocol):
@@ -50,9 +51,8 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Peer:
-    """An entry of the registry."""
+    """What the registry knows of an engine."""
 
-    module: str
     formats: tuple[str, ...]  # the first is the default
     requires: tuple[str, ...]  # modules that must be importable
     install: str  # what to install, after `pip install`
@@ -64,28 +64,18 @@ class Peer:
         return f"{self.install_env} {python} -m pip install {self.install}".strip()
 
 
-PEERS: dict[str, Peer] = {
-    "llama.cpp": Peer(
-        module="hasten.bench.peers.llama_cpp",
-        formats=("q4_0", "q8_0", "q4_k_m", "q5_k_m", "q6_k", "source"),
-        requires=("llama_cpp",),
-        install=LLAMA_CPP,
-        install_env=cmake_args(),
-        crash_hint=f"build it anew: {cmake_args()} pip install --no-cache-dir --force-reinstall {LLAMA_CPP}",
-    ),
-    "transformers": Peer(
-        module="hasten.bench.peers.hf_transformers",
-        formats=("bf16", "fp32"),
-        requires=("torch", "transformers", "accelerate", "gguf"),
-        install='"torch==2.13.0" "transformers>=5,<6" accelerate gguf',
-    ),
-    "openvino": Peer(
-        module="hasten.bench.peers.openvino_pipeline",
-        formats=("int4", "int8"),
-        requires=("openvino_genai", "optimum.intel", "nncf", "accelerate", "gguf"),
-        install='"torch==2.13.0" openvino-genai optimum-intel nncf accelerate gguf',
-    ),
+PEERS = {
+    "llama.cpp": "hasten.bench.peers.llama_cpp",
+    "transformers": "hasten.bench.peers.hf_transformers",
+    "openvino": "hasten.bench.peers.openvino",
 }
+"""Name in `--against` -> the module that holds its `PEER`. A new engine is one file and one line here."""
+
+
+def entry_of(name: str) -> Peer:
+    """The entry of an engine that is in PEERS."""
+    found: Peer = importlib.import_module(PEERS[name]).PEER
+    return found
 
 
 def parse(name: str) -> tuple[str, Peer, str]:
@@ -95,14 +85,14 @@ def parse(name: str) -> tuple[str, Peer, str]:
         UsageError: no such peer, or no such format of it.
     """
     engine, _, form = name.partition(":")
-    peer = PEERS.get(engine)
-    if peer is None:
-        known = ", ".join(f"{key}:{entry.formats[0]}" for key, entry in PEERS.items())
+    if engine not in PEERS:
+        known = ", ".join(f"{key}:{entry_of(key).formats[0]}" for key in PEERS)
         raise UsageError(f"unknown engine {name!r} in --against", hint=f"use one of {known}")
-    form = form or peer.formats[0]
-    if form not in peer.formats:
+    entry = entry_of(engine)
+    form = form or entry.formats[0]
+    if form not in entry.formats:
         raise UsageError(
             f"{engine} has no format {form!r} here",
-            hint=f"use {engine}: with one of {', '.join(peer.formats)}",
+            hint=f"use {engine}: with one of {', '.join(entry.formats)}",
         )
-    return engine, peer, form
+    return engine, entry, form

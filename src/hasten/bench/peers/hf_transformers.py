@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from hasten.bench.peers import EngineSpec
-from hasten.bench.peers.hf_folder import hf_folder
-from hasten.bench.sample import Sample, TokenClock
+from hasten.bench.figures import Sample, TokenClock
+from hasten.bench.peers import EngineSpec, Peer
+from hasten.bench.peers.prepared import hf_folder
+
+PEER = Peer(
+    formats=("bf16", "fp32"),
+    requires=("torch", "transformers", "accelerate", "gguf"),
+    install='"torch==2.13.0" "transformers>=5,<6" accelerate gguf',
+)
 
 
 def prepare(spec: EngineSpec) -> str:

@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python's low-level binding.
+"""llama.cpp through llama-cpp-python's low-level binding, and its server.
 
 The weights are requantised from the source GGUF by llama.cpp's own `llama_model_quantize`, `pure` for Q4_0
 so that head and embedding are Q4_0 too: the same bits as Hasten's `w4`. Load and context parameters are
@@ -7,7 +7,7 @@ for the thread counts. The next token is NumPy's argmax over the logits row, whi
 llama.cpp's own greedy sampler.
 
 `GGML_NATIVE=ON` compiles AMX in where the compiler's machine has it, and llama.cpp then uses it;
-`llama_cpp_build.cmake_args` gives the flags for builds with and without it.
+`cmake_args` gives the flags for builds with and without it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,45 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hasten.bench.peers import EngineSpec
-from hasten.bench.peers.once import key_of, made_once
-from hasten.bench.sample import Sample, TokenClock
+from hasten.bench.figures import Sample, TokenClock
+from hasten.bench.http_stream import Address
+from hasten.bench.peers import EngineSpec, Peer
+from hasten.bench.peers.prepared import key_of, made_once
 from hasten.errors import PeerError
 
+LLAMA_CPP = "llama-cpp-python==0.3.36"
+
+WITH_AMX = "-fno-tree-dse -fno-dse"
+"""GCC 12 removes the stores to AMX's tile configuration, because its `_tile_loadconfig` does not say that it
+reads them: the first product of a llama.cpp with AMX crashes. Without dead-store elimination it is right."""
+
+WITHOUT_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+"""What a processor without AMX would get; for comparisons where nobody uses it."""
+
+
+def cmake_args(flags: str | None = None) -> str:
+    """The variable to set for pip, with compiler flags; None takes what this processor needs."""
+    if flags is None:
+        flags = WITH_AMX if "amx_int8" in _cpu_flags() else ""
+    options = f" -DCMAKE_C_FLAGS='{flags}' -DCMAKE_CXX_FLAGS='{flags}'" if flags else ""
+    return f'CMAKE_ARGS="-DGGML_NATIVE=ON{options}"'
+
+
+def _cpu_flags() -> list[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return []
+    return next((line.split() for line in text.splitlines() if line.startswith("flags")), [])
+
+
+PEER = Peer(
+    formats=("q4_0", "q8_0", "q4_k_m", "q5_k_m", "q6_k", "source"),
+    requires=("llama_cpp",),
+    install=LLAMA_CPP,
+    install_env=cmake_args(),
+    crash_hint=f"build it anew: {cmake_args()} pip install --no-cache-dir --force-reinstall {LLAMA_CPP}",
+)
 FILE_TYPES = {"q4_0": 2, "q8_0": 7, "q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}
 """Values of llama.cpp's `enum llama_ftype`."""
 
@@ -157,3 +191,39 @@ class LlamaCpp:
 
         logits = self._api.llama_get_logits_ith(self._context, row)
         return int(np.ctypeslib.as_array(logits, shape=(self._vocab,)).argmax())
+
+
+SERVER_READY = "/v1/models"
+
+
+def server_command(
+    python: str, spec: EngineSpec, prepared: str, address: Address, decode_threads: int
+) -> list[str]:
+    """The command line that serves a prepared GGUF with llama_cpp.server, an OpenAI-compatible server.
+
+    It answers one request at a time behind a lock; the others wait. `interrupt_requests` is turned off, or
+    each new request would end the one that is being answered. The server keeps the keys and values of the
+    last request, and a request that begins the same computes the rest alone. `logits_all` is off: it is on by
+    default and would compute and keep the logits of every prompt token. Everything else is the server's
+    default, but for threads and context; batch sizes as llama.cpp's own defaults. It is installed by
+    `pip install "llama-cpp-python[server]==0.3.36"`.
+
+    Args:
+        decode_threads: threads for answer tokens; prompts take all of `spec.threads`. More are not always
+            faster here: on a 2-core AMX machine one thread decodes 42 tokens a second and two decode 24.
+    """
+    options = {
+        "model": prepared,
+        "host": address.host,
+        "port": address.port,
+        "n_ctx": spec.context,
+        "n_batch": 2048,
+        "n_ubatch": 512,
+        "n_threads": decode_threads,
+        "n_threads_batch": spec.threads,
+        "logits_all": False,
+        "interrupt_requests": False,
+    }
+    flags = [part for name, value in options.items() for part in (f"--{name}", str(value).lower())]
+    flags[1] = prepared  # a path keeps its capitals
+    return [python, "-m", "llama_cpp.server", *flags]

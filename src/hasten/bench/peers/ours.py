@@ -1,12 +1,16 @@
-"""Our own Engine in a process of its own, stepped by its owner: what a server adds is measured against it."""
+"""Hasten itself, as a worker process runs it: timed like the peers, or stepped under many chats."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hasten.bench.figures import Sample
 from hasten.bench.load import Answer
 from hasten.bench.peers import EngineSpec
+from hasten.core import Workload
+from hasten.speed.cost import Cost
 
 if TYPE_CHECKING:
     from hasten.engine.engine import Engine
@@ -14,17 +18,68 @@ if TYPE_CHECKING:
 
 
 def prepare(spec: EngineSpec) -> str:
-    """Nothing to prepare."""
+    """Nothing to prepare: packing is part of loading, or done before, in an artifact."""
     return spec.source
 
 
-def load(spec: EngineSpec, prepared: str) -> HastenEngine:
-    """`hasten.load` of the source (an artifact), and an Engine with the options in `format`.
+def load(spec: EngineSpec, prepared: str) -> Subject | HastenEngine:
+    """`hasten.load` of the source; the format is the recipe, and empty keeps the source's own values.
 
-    `format` is a list of options, `prefix_cache=off,kv_gb=0.5`: those of ServingOptions are switches, and
-    kv_gb is EngineOptions's.
+    For chats an Engine on an artifact, with the options in `format`: `prefix_cache=off,kv_gb=0.5`. Those of
+    ServingOptions are switches, and kv_gb is EngineOptions's.
     """
-    return HastenEngine(spec, prepared)
+    if spec.chats:
+        return HastenEngine(spec, prepared)
+    import hasten
+    from hasten.engine.model import load as load_model
+
+    model = load_model(  # keeping it would write to the disk while others are timed
+        prepared, recipe=spec.format or None, threads=spec.threads, context=spec.context, store=False
+    )
+    return Subject(model=model, version=hasten.__version__, format=model.recipe.name)
+
+
+@dataclass
+class Subject:
+    """Our engine behind the peers' interface, and what only it can answer: tokens, text, cost."""
+
+    model: LanguageModel
+    version: str
+    format: str
+    notes: str = ""
+
+    @property
+    def weight_bytes(self) -> int | None:
+        """Bytes of the linear weights one token reads."""
+        return self.model.weight_bytes
+
+    def generate(self, prompts: list[list[int]], output: int) -> Sample:
+        """See `peers.Engine`."""
+        from hasten.bench.measure import run_once
+
+        return run_once(self.model, prompts, output)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without special ones."""
+        return list(self.model.tokenizer.encode(text, add_special=False))
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of token ids."""
+        return str(self.model.tokenizer.decode(ids))
+
+    def cost(self, workload: Workload) -> Cost:
+        """What the workload asks of the machine with this model."""
+        from hasten.bench.measure import model_cost
+
+        return model_cost(self.model, workload)
+
+    def about(self) -> dict[str, Any]:
+        """Name and weights of the model."""
+        return {"model": self.model.name, "bits_per_weight": self.model.bits_per_weight}
+
+    def close(self) -> None:
+        """See `peers.Engine`."""
+        self.model.close()
 
 
 class HastenEngine:
