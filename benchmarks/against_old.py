@@ -6,7 +6,7 @@
 
 Both versions run the same prompts in processes of their own, which are stopped between their turns. The order
 of the two changes with each round, and rounds that other work disturbed are taken again
-(`hasten.bench.steady`). A figure is the ratio of medians; its interval is a bootstrap over rounds. A bar is
+(`hasten.bench.figures`). A figure is the ratio of medians; its interval is a bootstrap over rounds. A bar is
 PASS where the whole interval keeps it, MISS where the whole interval misses it, and UNDECIDED where the bar
 lies inside the interval or there are fewer than five rounds: more `--rounds` narrow it.
 

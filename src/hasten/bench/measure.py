@@ -36,7 +36,7 @@ def measure_model(
 ) -> Measurement:
     """Time a loaded model alone: one warm-up and `runs` runs, each on a prompt of its own.
 
-    Runs that other work disturbed are taken again (`hasten.bench.steady`).
+    Runs that other work disturbed are taken again (`hasten.bench.figures`).
 
     Args:
         workload: lengths in tokens and the number of sequences run together. machine: with measured
