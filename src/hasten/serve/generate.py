@@ -196,19 +196,20 @@ async def respond(
     async with AsyncExitStack() as stack:
         batches = await _batches(exchange, served, spec, requests, answer, stack)
         if not spec.stream:
-            async for news in _few(batches):
-                await _spell_prompts(exchange, answer, news)
-                answer.take(news)
+            async for batch in batches:
+                for news in _few(batch):
+                    await _ready(exchange, answer, news)
+                    answer.take(news)
             keep()
             await exchange.json(answer.document())
             return
         try:
             with Heartbeat(exchange):
-                async for news in _few(batches):
-                    await _spell_prompts(exchange, answer, news)
-                    data = answer.chunks(news)
-                    if data:
-                        await exchange.events(data)
+                async for batch in batches:
+                    for news in _few(batch):
+                        await _ready(exchange, answer, news)
+                        if data := answer.chunks(news):
+                            await exchange.events(data)
         except asyncio.CancelledError:
             call = exchange.call
             if call.started and not (call.left or call.stalled):  # silence would pass for the end
@@ -225,16 +226,14 @@ async def respond(
         await exchange.end(answer.last())
 
 
-async def _few(batches: AsyncIterator[list[News]]) -> AsyncIterator[list[News]]:
+def _few(batch: list[News]) -> list[list[News]]:
     """The same outputs, so few at a time that writing them keeps nobody else waiting."""
-    async for news in batches:
-        for at in range(0, len(news), _FEW):
-            if at:
-                await asyncio.sleep(0)
-            yield news[at : at + _FEW]
+    return [batch] if len(batch) <= _FEW else [batch[at : at + _FEW] for at in range(0, len(batch), _FEW)]
 
 
-async def _spell_prompts(exchange: Exchange, answer: Answer, news: Sequence[News]) -> None:
+async def _ready(exchange: Exchange, answer: Answer, news: Sequence[News]) -> None:
+    if len(news) == _FEW:  # perhaps of very many: let others have a turn
+        await asyncio.sleep(0)
     for which, output in news:
         if output.prompt_logprobs is not None:
             spell = partial(answer.texts.prompt, output.prompt_logprobs)
