@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from hasten.cli.console import emit, note, print_table, shown, watched
-from hasten.cli.flags import JsonOption, ModelArgument, RecipeOption, ThreadsOption, optional
+from hasten.cli.flags import JsonOption, ModelArgument, RecipeOption, ThreadsOption, given, optional
 from hasten.core import SCHEMA_VERSION, Machine, Measurement, Workload, as_json
 
 if TYPE_CHECKING:
@@ -37,11 +35,11 @@ def command(
     recipe: RecipeOption = None,
     against: AgainstOption = None,
     source: SourceOption = None,
-    prompt: Annotated[int, typer.Option("--prompt", metavar="N", help="Prompt tokens.")] = 512,
-    output: Annotated[int, typer.Option("--output", metavar="N", help="Tokens to generate.")] = 128,
-    batch: Annotated[int, typer.Option("--batch", metavar="N", help="Sequences at once.")] = 1,
+    prompt: Annotated[int, given("--prompt", "N", "Prompt tokens.")] = 512,
+    output: Annotated[int, given("--output", "N", "Tokens to generate.")] = 128,
+    batch: Annotated[int, given("--batch", "N", "Sequences at once.")] = 1,
     threads: ThreadsOption = None,
-    runs: Annotated[int, typer.Option("--runs", metavar="N", min=1, help="Measured rounds.")] = 5,
+    runs: Annotated[int, given("--runs", "N", "Measured rounds.", min=1)] = 5,
     peer_python: PeerPythonOption = None,
     json: JsonOption = False,
 ) -> None:

@@ -18,7 +18,7 @@ from hasten.cache import cache_dir, digest, write_atomic
 from hasten.cache.folders import known_folders, last_change, limit_bytes, tree_bytes, vanish
 from hasten.cache.store import free_bytes, is_whole_record
 from hasten.cli.console import emit, note, print_table
-from hasten.cli.flags import JsonOption, optional
+from hasten.cli.flags import JsonOption, argument, given, optional
 from hasten.core import SCHEMA_VERSION, CachePolicy, as_json
 from hasten.errors import UsageError
 
@@ -28,21 +28,13 @@ if TYPE_CHECKING:
 
 KEPT = "What was removed is gone, the rest is as it was."
 KIND = "Only this kind, repeatable: packed, compress, kv, demo, exports or records."
-TraceArgument = Annotated[
-    Path,
-    typer.Argument(metavar="TRACE", help="A file that hasten serve --record wrote.", show_default=False),
-]
+TraceArgument = Annotated[Path, argument("TRACE", "A file that hasten serve --record wrote.")]
 PolicyOption = Annotated[
-    str,
-    typer.Option(
-        "--policy", metavar="P,...", help="Which page goes first: lru, lfu, s3fifo, cost, or several."
-    ),
+    str, given("--policy", "P,...", "Which page goes first: lru, lfu, s3fifo, cost, or several.")
 ]
 RAM = "Memory for keys and values, GB, one or several. Default: what the server had."
 RamOption = Annotated[str | None, optional("--ram-gb", "N,...", RAM)]
-DiskOption = Annotated[
-    str, typer.Option("--disk-gb", metavar="N,...", help="Limit of the disk tier, GB; 0 is none.")
-]
+DiskOption = Annotated[str, given("--disk-gb", "N,...", "Limit of the disk tier, GB; 0 is none.")]
 TracedOption = Annotated[
     str | None, optional("--model", "NAME", "Whose requests. Default: the model that got most.")
 ]
@@ -53,8 +45,7 @@ FolderOption = Annotated[
     optional("--kv-disk", "DIR", "A folder of keys and values beside the known ones, repeatable."),
 ]
 AgeOption = Annotated[
-    str | None,
-    optional("--older-than", "AGE", "Only what was not used for so long: 45m, 12h, 30d, 8w."),
+    str | None, optional("--older-than", "AGE", "Only what was not used for so long: 45m, 12h, 30d, 8w.")
 ]
 
 
@@ -90,7 +81,7 @@ def ls(kind: KindOption = None, kv_disk: FolderOption = None, json: JsonOption =
 
 def verify(
     kind: KindOption = None,
-    fix: Annotated[bool, typer.Option("--fix", help="Remove what is damaged.", show_default=False)] = False,
+    fix: Annotated[bool, optional("--fix", None, "Remove what is damaged.")] = False,
     kv_disk: FolderOption = None,
     json: JsonOption = False,
 ) -> None:

@@ -7,10 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from hasten.cli.console import Ticker, emit, note
-from hasten.cli.flags import JsonOption, ThreadsOption, optional
+from hasten.cli.flags import JsonOption, ThreadsOption, argument, given, optional
 from hasten.core import SCHEMA_VERSION
 from hasten.errors import UsageError
 
@@ -20,19 +18,14 @@ if TYPE_CHECKING:
 KEPT = "Finished layers and the last checkpoint are kept: run the same command again to go on from there."
 
 ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="A GGUF file, a Hugging Face folder, a hub id (Qwen/Qwen3-0.6B), or demo.",
-        show_default=False,
-    ),
+    str, argument("MODEL", "A GGUF file, a Hugging Face folder, a hub id (Qwen/Qwen3-0.6B), or demo.")
 ]
 RecipeOption = Annotated[
     str,
-    typer.Option(
+    given(
         "--recipe",
-        metavar="FILE|NAME",
-        help="A YAML file (docs/compress.md), or a name: w8, w6, w5, w4, with -g64, -g128, -asym, -head8, "
+        "FILE|NAME",
+        "A YAML file (docs/compress.md), or a name: w8, w6, w5, w4, with -g64, -g128, -asym, -head8, "
         "-kv8, -hqq, -awq, -gptq or -best appended.",
     ),
 ]
@@ -45,8 +38,7 @@ CALIBRATION = (
 )
 CalibrationOption = Annotated[str | None, optional("--calibration", "FILE|DATASET", CALIBRATION)]
 TokensOption = Annotated[
-    int,
-    typer.Option("--tokens", metavar="N", min=1, help="Calibration tokens; distilling has its own count."),
+    int, given("--tokens", "N", "Calibration tokens; distilling has its own count.", min=1)
 ]
 DEVICE = "Where distilling computes: cpu or cuda. Default: a GPU if there is one."
 DeviceOption = Annotated[str | None, optional("--device", "D", DEVICE)]

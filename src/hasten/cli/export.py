@@ -6,10 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from hasten.cli.console import Ticker, emit
-from hasten.cli.flags import JsonOption, optional
+from hasten.cli.flags import JsonOption, argument, optional
 from hasten.core import SCHEMA_VERSION
 
 if TYPE_CHECKING:
@@ -17,9 +15,7 @@ if TYPE_CHECKING:
 
 KEPT = "Nothing was written."
 
-ArtifactArgument = Annotated[
-    str, typer.Argument(metavar="ARTIFACT", help="A .hasten artifact.", show_default=False)
-]
+ArtifactArgument = Annotated[str, argument("ARTIFACT", "A .hasten artifact.")]
 FormatOption = Annotated[str, optional("--to", "F", "gguf, compressed-tensors, gptq, openvino or onnx.")]
 OUT = "The file (gguf) or folder to write. Default: the artifact's name, here."
 OutOption = Annotated[Path | None, optional("--out", "PATH", OUT)]

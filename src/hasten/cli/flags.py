@@ -22,6 +22,16 @@ def help_of(noun: type, name: str) -> str:
     return text[0].upper() + text[1:] + "."
 
 
+def argument(metavar: str, help: str) -> Any:
+    """An argument of a verb."""
+    return typer.Argument(metavar=metavar, help=help, show_default=False)
+
+
+def given(flag: str, metavar: str | None, help: str, **more: Any) -> Any:
+    """A flag whose default is shown."""
+    return typer.Option(flag, metavar=metavar, help=help, **more)
+
+
 def optional(flag: str, metavar: str | None, help: str, **more: Any) -> Any:
     """A flag whose default needs a sentence of the help, and not a value in brackets."""
     return typer.Option(flag, metavar=metavar, help=help, show_default=False, **more)
@@ -33,7 +43,7 @@ RECIPE = (
     "appended; w4-best; mix:1% (the best mixture within +1 %); or a recipe file. "
     "Default: the artifact's recipe, or the file's own values."
 )
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL, show_default=False)]
+ModelArgument = Annotated[str, argument("MODEL", MODEL)]
 RecipeOption = Annotated[str | None, optional("--recipe", "R", RECIPE)]
 ThreadsOption = Annotated[int | None, optional("--threads", "N", help_of(EngineOptions, "threads"), min=1)]
 ContextOption = Annotated[int | None, optional("--context", "N", help_of(EngineOptions, "context"), min=1)]
@@ -42,37 +52,23 @@ TextOption = Annotated[
     Path | None,
     optional("--text", "FILE", "UTF-8 text to judge on. Default: the prose and code of pydoc_data.topics."),
 ]
-TokensOption = Annotated[
-    int,
-    typer.Option("--tokens", metavar="N", min=1, help="Tokens to judge on; more narrow the interval."),
-]
+TokensOption = Annotated[int, given("--tokens", "N", "Tokens to judge on; more narrow the interval.", min=1)]
 
 # Sampling, for generate and chat.
 NewTokensOption = Annotated[
     int, typer.Option("-n", "--max-new-tokens", metavar="N", min=0, help="Tokens to generate at most.")
 ]
 TemperatureOption = Annotated[
-    float,
-    typer.Option(
-        "--temperature", metavar="T", min=0.0, help="0 takes the likeliest token; above it, samples."
-    ),
+    float, given("--temperature", "T", "0 takes the likeliest token; above it, samples.", min=0.0)
 ]
-TopKOption = Annotated[
-    int, typer.Option("--top-k", metavar="K", min=0, help="Sample among the K likeliest tokens; 0 is all.")
-]
+TopKOption = Annotated[int, given("--top-k", "K", "Sample among the K likeliest tokens; 0 is all.", min=0)]
 TopPOption = Annotated[
-    float,
-    typer.Option("--top-p", metavar="P", min=0.0, max=1.0, help="Sample within this total probability."),
+    float, given("--top-p", "P", "Sample within this total probability.", min=0.0, max=1.0)
 ]
 MinPOption = Annotated[
-    float,
-    typer.Option(
-        "--min-p", metavar="P", min=0.0, max=1.0, help="Drop tokens below P times the likeliest one."
-    ),
+    float, given("--min-p", "P", "Drop tokens below P times the likeliest one.", min=0.0, max=1.0)
 ]
-SeedOption = Annotated[
-    int, typer.Option("--seed", metavar="N", help="Seed of the sampling: same seed, same text.")
-]
+SeedOption = Annotated[int, given("--seed", "N", "Seed of the sampling: same seed, same text.")]
 
 
 def parameters(noun: type, env: Mapping[str, str] | None = None) -> list[inspect.Parameter]:

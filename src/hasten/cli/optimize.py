@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from hasten.cli.console import Ticker, console, emit, show
 from hasten.cli.flags import (
     JsonOption,
@@ -16,6 +14,7 @@ from hasten.cli.flags import (
     ThreadsOption,
     TokensOption,
     fraction,
+    given,
     optional,
 )
 from hasten.core import Goal
@@ -27,28 +26,20 @@ if TYPE_CHECKING:
 
 KEPT = "What was measured is kept: run the same command again to go on from there (--fresh starts over)."
 
-BudgetOption = Annotated[
-    str,
-    typer.Option("--max-ppl-increase", metavar="P", help="Perplexity may rise by so much: 1% or 0.01."),
-]
+BudgetOption = Annotated[str, given("--max-ppl-increase", "P", "Perplexity may rise by so much: 1% or 0.01.")]
 GoalOption = Annotated[
-    Goal,
-    typer.Option(
-        "--for",
-        help="latency: time of one answer; throughput: 8 answers together; memory: bytes.",
-    ),
+    Goal, given("--for", None, "latency: time of one answer; throughput: 8 answers together; memory: bytes.")
 ]
 OutOption = Annotated[Path | None, optional("--out", "DIR", "The artifact. Default: NAME.hasten here.")]
-RunsOption = Annotated[
-    int, typer.Option("--runs", metavar="N", min=1, help="Timed runs a recipe, after a warm-up.")
-]
+RunsOption = Annotated[int, given("--runs", "N", "Timed runs a recipe, after a warm-up.", min=1)]
 FreshOption = Annotated[bool, optional("--fresh", None, "Ignore what earlier searches found.")]
 
 CalibrateOption = Annotated[
     bool,
-    typer.Option(
+    given(
         "--calibrate/--no-calibrate",
-        help="Try calibrated integers too where torch is installed; minutes the first time.",
+        None,
+        "Try calibrated integers too where torch is installed; minutes the first time.",
     ),
 ]
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Annotated, Any
 
-import typer
-
 from hasten.cli.console import emit, note, shown
-from hasten.cli.flags import JsonOption
+from hasten.cli.flags import JsonOption, given
 from hasten.core import SCHEMA_VERSION, CacheLevel, Machine, Stat, as_json
 
 KEPT = "Nothing was kept: a probe always measures anew."
@@ -16,7 +14,7 @@ KEPT = "Nothing was kept: a probe always measures anew."
 
 def command(
     measure: Annotated[
-        bool, typer.Option("--measure/--no-measure", help="Measure the ceilings (under 15 s), or only look.")
+        bool, given("--measure/--no-measure", None, "Measure the ceilings (under 15 s), or only look.")
     ] = True,
     json: JsonOption = False,
 ) -> None:

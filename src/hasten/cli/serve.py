@@ -6,10 +6,8 @@ import inspect
 import sys
 from typing import Annotated, Any
 
-import typer
-
 from hasten.cli.console import watched
-from hasten.cli.flags import RecipeOption, fill, optional, parameters
+from hasten.cli.flags import RecipeOption, argument, fill, optional, parameters
 from hasten.core import EngineOptions, ServingOptions
 from hasten.serve.options import ServeOptions
 
@@ -17,11 +15,10 @@ KEPT = "The server is down; what ran was cancelled."
 
 ModelsArgument = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="[MODEL]...",
-        help="What to serve: artifacts, GGUF files, Hugging Face folders, hub ids, or demo. "
+    argument(
+        "[MODEL]...",
+        "What to serve: artifacts, GGUF files, Hugging Face folders, hub ids, or demo. "
         "NAME=MODEL gives it another name.",
-        show_default=False,
     ),
 ]
 ModelOption = Annotated[
