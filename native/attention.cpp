@@ -107,11 +107,9 @@ void Attention::part(const AttentionCall& call, const Task& task, int part, Scra
       v[p] = reinterpret_cast<const bf16*>(sides[1]);
       continue;
     }
-    for (int side = 0; side < 2; side++) {  // every int8 value is a bf16 value too
+    for (int side = 0; side < 2; side++) {
       bf16* to = scratch.unpacked.data() + (2 * p + side) * values;
-      const auto* from = reinterpret_cast<const int8_t*>(sides[side]);
-      for (size_t i = 0; i < values; i++)
-        to[i] = static_cast<bf16>(std::bit_cast<uint32_t>(static_cast<float>(from[i])) >> 16);
+      kernels().int8_to_bf16(reinterpret_cast<const int8_t*>(sides[side]), static_cast<int>(values), to);
       (side ? v : k)[p] = to;
       (side ? v_scale : k_scale)[p] = reinterpret_cast<const float*>(sides[side] + values);
     }

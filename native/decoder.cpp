@@ -118,27 +118,31 @@ void Decoder::embed(const int32_t* tokens, int n) {
   });
 }
 
+void Decoder::find_places(const std::vector<Span>& spans) {
+  places_.clear();
+  for (const Span& span : spans)
+    for (int position = span.past; position < span.past + span.count; position++)
+      places_.push_back({position, span.pages[position / kPageTokens], span.is_long});
+}
+
 // Cosines and sines of every packed token; once a step, all layers share them.
-void Decoder::angles(const std::vector<Span>& spans) {
-  const size_t half = config_.rope_global.size();
-  size_t n = 0;
-  for (const Span& span : spans) n += span.count;
+void Decoder::angles() {
+  const size_t half = config_.rope_global.size(), n = places_.size();
   auto fill = [&](Angles& into, const std::vector<double>& normal, bool scaled) {
     into.cos.resize(n * half);
     into.sin.resize(n * half);
-    for (const Span& span : spans) {
-      const bool is_long = scaled && span.is_long;
-      const std::vector<double>& frequency = is_long ? config_.rope_long : normal;
-      const float scale = !scaled ? 1.0f : is_long ? config_.rope_long_scale : config_.rope_scale;
-      pool().split(threads_, span.count, 16, [&](int begin, int end, int) {
-        for (int t = begin; t < end; t++)
-          for (size_t i = 0; i < half; i++) {
-            const double angle = (span.past + t) * frequency[i];
-            into.cos[(span.first + t) * half + i] = static_cast<float>(std::cos(angle)) * scale;
-            into.sin[(span.first + t) * half + i] = static_cast<float>(std::sin(angle)) * scale;
-          }
-      });
-    }
+    pool().split(threads_, static_cast<int>(n), 16, [&](int begin, int end, int) {
+      for (int t = begin; t < end; t++) {
+        const bool is_long = scaled && places_[t].is_long;
+        const std::vector<double>& frequency = is_long ? config_.rope_long : normal;
+        const float scale = !scaled ? 1.0f : is_long ? config_.rope_long_scale : config_.rope_scale;
+        for (size_t i = 0; i < half; i++) {
+          const double angle = places_[t].position * frequency[i];
+          into.cos[t * half + i] = static_cast<float>(std::cos(angle)) * scale;
+          into.sin[t * half + i] = static_cast<float>(std::sin(angle)) * scale;
+        }
+      }
+    });
   };
   const Timer timer(profile_, Profile::kRope);
   fill(global_, config_.rope_global, true);
@@ -162,7 +166,7 @@ void Decoder::normed_activations(const float* norm, std::initializer_list<const 
 }
 
 // Biases, norms of queries and keys, rotation, and the new keys and values into the cache.
-void Decoder::rotate_and_store(int index, const std::vector<Span>& spans) {
+void Decoder::rotate_and_store(int index) {
   const Timer timer(profile_, Profile::kRope);
   const Layer& layer = layers_[index];
   const int d = config_.head_dim, padded = cache_.shape().head_dim, half = static_cast<int>(config_.rope_global.size());
@@ -173,39 +177,38 @@ void Decoder::rotate_and_store(int index, const std::vector<Span>& spans) {
     if (size != d) return kernel.rms_norm(row, weight, size, config_.norm_eps, row);
     for (int h = 0; h < heads; h++) kernel.rms_norm(row + h * d, weight, d, config_.norm_eps, row + h * d);
   };
-  for (const Span& span : spans)
-    pool().split(threads_, span.count, kTokenGrain, [&](int begin, int end, int) {
-      std::vector<float> head(2 * padded, 0.0f);  // key and value, padded with zeros
-      for (int t = begin; t < end; t++) {
-        const size_t token = span.first + t;
-        const int position = span.past + t, page = span.pages[position / kPageTokens], slot = position % kPageTokens;
-        float *q = &q_[token * ld_q_], *k = &k_[token * ld_kv_], *v = &v_[token * ld_kv_];
-        add_bias(layer.q, q);
-        add_bias(layer.k, k);
-        add_bias(layer.v, v);
-        norm(q, layer.q_norm, layer.q_norm_size, config_.heads);
-        norm(k, layer.k_norm, layer.k_norm_size, config_.kv_heads);
-        if (config_.rope[index]) {
-          const float *cos = &angles.cos[token * half], *sin = &angles.sin[token * half];
-          for (int h = 0; h < config_.heads; h++) kernel.rope(q + h * d, cos, sin, half);
-          for (int h = 0; h < config_.kv_heads; h++) kernel.rope(k + h * d, cos, sin, half);
-        }
-        if (layer.key_scale != nullptr)  // what keys are divided by, queries are multiplied with
-          for (int h = 0; h < config_.heads; h++) {
-            const float* scale = &layer.key_scale[h / (config_.heads / config_.kv_heads) * d];
-            for (int i = 0; i < d; i++) q[h * d + i] *= scale[i];
-          }
-        for (int h = 0; h < config_.kv_heads; h++) {
-          std::copy_n(k + h * d, d, head.data());
-          if (layer.key_shift != nullptr)
-            for (int i = 0; i < d; i++) head[i] -= layer.key_shift[h * d + i];
-          if (layer.key_scale != nullptr)
-            for (int i = 0; i < d; i++) head[i] /= layer.key_scale[h * d + i];
-          std::copy_n(v + h * d, d, head.data() + padded);
-          cache_.write(index, page, h, slot, head.data(), head.data() + padded);
-        }
+  pool().split(threads_, static_cast<int>(places_.size()), kTokenGrain, [&](int begin, int end, int) {
+    std::vector<float> head(2 * padded, 0.0f);  // key and value, padded with zeros
+    for (int t = begin; t < end; t++) {
+      const size_t token = t;
+      const int page = places_[t].page, slot = places_[t].position % kPageTokens;
+      float *q = &q_[token * ld_q_], *k = &k_[token * ld_kv_], *v = &v_[token * ld_kv_];
+      add_bias(layer.q, q);
+      add_bias(layer.k, k);
+      add_bias(layer.v, v);
+      norm(q, layer.q_norm, layer.q_norm_size, config_.heads);
+      norm(k, layer.k_norm, layer.k_norm_size, config_.kv_heads);
+      if (config_.rope[index]) {
+        const float *cos = &angles.cos[token * half], *sin = &angles.sin[token * half];
+        for (int h = 0; h < config_.heads; h++) kernel.rope(q + h * d, cos, sin, half);
+        for (int h = 0; h < config_.kv_heads; h++) kernel.rope(k + h * d, cos, sin, half);
       }
-    });
+      if (layer.key_scale != nullptr)  // what keys are divided by, queries are multiplied with
+        for (int h = 0; h < config_.heads; h++) {
+          const float* scale = &layer.key_scale[h / (config_.heads / config_.kv_heads) * d];
+          for (int i = 0; i < d; i++) q[h * d + i] *= scale[i];
+        }
+      for (int h = 0; h < config_.kv_heads; h++) {
+        std::copy_n(k + h * d, d, head.data());
+        if (layer.key_shift != nullptr)
+          for (int i = 0; i < d; i++) head[i] -= layer.key_shift[h * d + i];
+        if (layer.key_scale != nullptr)
+          for (int i = 0; i < d; i++) head[i] /= layer.key_scale[h * d + i];
+        std::copy_n(v + h * d, d, head.data() + padded);
+        cache_.write(index, page, h, slot, head.data(), head.data() + padded);
+      }
+    }
+  });
 }
 
 // residual += layer(activations), through a norm of the result where the model has one.
@@ -233,7 +236,7 @@ void Decoder::attention_block(int index, const std::vector<Span>& spans, int n) 
     linear({{&layer.q, q_.data(), ld_q_}, {&layer.k, k_.data(), ld_kv_}, {&layer.v, v_.data(), ld_kv_}}, acts_, n,
            threads_);
   }
-  rotate_and_store(index, spans);
+  rotate_and_store(index);
   {
     const Timer timer(profile_, Profile::kAttention);
     attention_.run({.cache = &cache_,
@@ -296,7 +299,8 @@ void Decoder::step(const int32_t* tokens, const std::vector<Span>& spans, const 
   for (const Span& span : spans) n += span.count;
   reserve(n);
   embed(tokens, n);
-  angles(spans);
+  find_places(spans);
+  angles();
   for (int index = 0; index < config_.layers; index++) {
     attention_block(index, spans, n);
     mlp_block(index, n);

@@ -68,15 +68,21 @@ class Decoder {
   Profile& profile() { return profile_; }
 
  private:
+  // Where a packed token belongs.
+  struct Place {
+    int position, page;
+    bool is_long;
+  };
   struct Angles {
     std::vector<float> cos, sin;  // [tokens][half]
   };
 
   void reserve(int tokens);
   void embed(const int32_t* tokens, int n);
-  void angles(const std::vector<Span>& spans);
+  void find_places(const std::vector<Span>& spans);
+  void angles();
   void attention_block(int index, const std::vector<Span>& spans, int n);
-  void rotate_and_store(int index, const std::vector<Span>& spans);
+  void rotate_and_store(int index);
   void mlp_block(int index, int n);
   void normed_activations(const float* norm, std::initializer_list<const Linear*> readers, int n);
   void gate_and_up(const Layer& layer, int n);
@@ -95,6 +101,7 @@ class Decoder {
   size_t ld_hidden_, ld_q_, ld_kv_, ld_ffn_;  // row strides, whole panels
   HugeVector<float> residual_, out_, q_, k_, v_, gate_, up_;
   Activations acts_, gated_, head_acts_;
+  std::vector<Place> places_;  // of the step's tokens
   Angles global_, local_;
   Attention attention_;
   Profile profile_;

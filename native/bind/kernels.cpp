@@ -53,6 +53,13 @@ auto to_bf16(Floats x, size_t padded) {
   return owned(std::move(out), {padded});
 }
 
+auto int8_to_bf16(Array<const int8_t, 1> x) {
+  require(x.size() % 32 == 0, "x must be a multiple of 32 values");
+  std::vector<bf16> out(x.size());
+  kernels().int8_to_bf16(x.data(), static_cast<int>(x.size()), out.data());
+  return owned(std::move(out), {x.size()});
+}
+
 void linear_panels(Rows x, Array<const uint8_t, 1> data, int rows, int bits, int group, bool symmetric, int first,
                    int last, Array<float, 2> out, bool add, bool prefill) {
   const int m = static_cast<int>(x.shape(0)), cols = static_cast<int>(x.shape(1));
@@ -210,6 +217,7 @@ void bind_kernels(nb::module_& parent) {
         "float32 [M, K] -> int8 [M, P], scales [M, P / 32], minus the sums over 32 and over 16 inputs; P = K up to "
         "128s.");
   m.def("to_bf16", &to_bf16, nb::arg("x").noconvert(), nb::arg("padded"), "float32 [n] -> uint16 [padded].");
+  m.def("int8_to_bf16", &int8_to_bf16, nb::arg("x").noconvert(), "int8 [n] -> uint16 [n]; n is a multiple of 32.");
   m.def("linear", &linear_panels, nb::arg("x").noconvert(), nb::arg("packed").noconvert(), nb::arg("rows"),
         nb::arg("bits"), nb::arg("group"), nb::arg("symmetric"), nb::arg("first"), nb::arg("last"),
         nb::arg("out").noconvert(), nb::arg("add") = false, nb::arg("prefill") = false,

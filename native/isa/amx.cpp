@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "isa/avx2.h"
+
 namespace hasten::amx {
 namespace {
 
@@ -70,6 +72,7 @@ const Kernels kAmxKernels = {
     .linear_wide = amx::linear_wide,
     .quantize = avx512::quantize,
     .to_bf16 = avx512::to_bf16,
+    .int8_to_bf16 = avx2::int8_to_bf16,
     .rms_norm = avx512::rms_norm,
     .gated = avx512::gated,
     .rope = avx512::rope,

@@ -172,6 +172,19 @@ int argmax(const float* x, int n) {
 }
 
 }  // namespace
+
+void int8_to_bf16(const int8_t* x, int n, bf16* out) {
+  for (int i = 0; i < n; i += 16) {
+    __m256i half[2];
+    for (int h = 0; h < 2; h++) {
+      const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(x + i + 8 * h));
+      half[h] = _mm256_srli_epi32(_mm256_castps_si256(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight))), 16);
+    }
+    const __m256i mixed = _mm256_packus_epi32(half[0], half[1]);  // 4 of each half, twice
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm256_permute4x64_epi64(mixed, 0xd8));
+  }
+}
+
 }  // namespace hasten::avx2
 
 namespace hasten {
@@ -179,11 +192,12 @@ namespace hasten {
 const Kernels kAvx2Kernels = {
     .name = "avx2",
     .ways = avx2::kIntWays,
-    .usual_way = {1, 1, 1, 2, 2, 2},
+    .usual_way = {1, 1, 1, 3, 3, 2},
     .linear_bf16 = avx2::linear_bf16,
     .linear_wide = nullptr,
     .quantize = avx2::quantize,
     .to_bf16 = avx2::to_bf16_row,
+    .int8_to_bf16 = avx2::int8_to_bf16,
     .rms_norm = avx2::rms_norm,
     .gated = avx2::gated,
     .rope = avx2::rope,

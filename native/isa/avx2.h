@@ -5,7 +5,8 @@
 
 namespace hasten::avx2 {
 
-extern const IntWay kIntWays[3];
+extern const IntWay kIntWays[4];
 void attend(const AttendPart& part);
+void int8_to_bf16(const int8_t* x, int n, bf16* out);
 
 }  // namespace hasten::avx2

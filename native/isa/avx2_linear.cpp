@@ -1,18 +1,20 @@
 // Integer linear layers on AVX2, by VPMADDUBSW. Few tokens: weights stream from memory. Many tokens: a panel is
-// unpacked into L1 once and multiplied with tiles of 4 tokens. Sums are those of the other instruction sets to the bit:
-// exact integers, then one multiply-add a group in the same order.
+// unpacked into L1 once and multiplied with tiles of 4 tokens and both halves. Sums are those of the other instruction
+// sets to the bit: exact integers, then one multiply-add a group in the same order.
 #include <algorithm>
 
 #include "isa/avx2.h"
 #include "isa/avx2_unpack.inl"
+#include "isa/repeat.h"
 
 namespace hasten::avx2 {
 namespace {
 
-constexpr int kTile = 4;         // tokens a tile: 8 registers of 16-bit sums, the rest for weights
-constexpr int kTokenBlock = 64;  // tokens whose activations stay in L2 while panels pass by
-constexpr int kDepth = 1024;     // inputs unpacked at a time: 16 KB of weights
-constexpr int kAhead = 2304;     // bytes that are asked for before they are needed, where prefetch is on
+constexpr int kTile = 4;          // tokens a tile: 8 registers of 16-bit sums, the rest for weights
+constexpr int kTokenBlock = 64;   // tokens whose activations stay in L2 while panels pass by
+constexpr int kDepth = 1024;      // inputs unpacked at a time: 16 KB of weights
+constexpr int kShortDepth = 128;  // the same for few tokens: a multiple of every group
+constexpr int kAhead = 2304;      // bytes that are asked for before they are needed, where prefetch is on
 
 inline void store(float* out, __m256 value, bool add) {
   _mm256_storeu_ps(out, add ? _mm256_add_ps(_mm256_loadu_ps(out), value) : value);
@@ -24,16 +26,22 @@ struct Step {
   const int8_t* q;
   const float* scale;
   const int32_t* nsum;
-  size_t cols;
+  size_t cols, scales, nsums;  // of one token
 
-  Step(const QuantRows& x, int t, int k) : cols(x.cols) {
+  Step(const QuantRows& x, int t, int k) : cols(x.cols), scales(cols / 32), nsums(cols / STEP) {
     q = x.q + t * cols + k;
-    scale = x.scale + t * (cols / 32) + k / 32;
-    nsum = (STEP == 16 ? x.nsum16 : x.nsum) + t * (cols / STEP) + k / STEP;
+    scale = x.scale + t * scales + k / 32;
+    nsum = (STEP == 16 ? x.nsum16 : x.nsum) + t * nsums + k / STEP;
+  }
+  // For all steps whose first input is a multiple of 32.
+  void to_next(int k) {
+    q += STEP;
+    nsum++;
+    scale += STEP == 32 ? 1 : k / 16 % 2;
   }
   const int8_t* inputs(int m, int i) const { return q + m * cols + i; }
-  float scale_of(int m) const { return scale[m * (cols / 32)]; }
-  int nsum_of(int m) const { return nsum[m * (cols / STEP)]; }
+  float scale_of(int m) const { return scale[m * scales]; }
+  int nsum_of(int m) const { return nsum[m * nsums]; }
 };
 
 // Adds a step's integer sums to the float ones: scale is of one half, minimum too if there is one.
@@ -63,7 +71,7 @@ inline void dot_step(const Step<STEP>& x, __m256i (&dot)[M], const Unpack& unpac
       const int place = (2 * j + i) % kRun;
       for (int m = 0; m < M; m++) {
         const __m256i products = weights.pairs(broadcast4(x.inputs(m, 8 * j + 4 * i)));
-        pairs[m] = place == 0 ? products : _mm256_add_epi16(pairs[m], products);
+        pairs[m] = place == 0 ? products : add_in_order(pairs[m], products);
         if (place == kRun - 1) dot[m] = widen(dot[m], pairs[m]);
       }
     }
@@ -131,11 +139,14 @@ Unpacked& scratch() {
   return unpacked;
 }
 
-template <int BITS>
+template <int BITS, bool AHEAD>
 void unpack_panel(const Packed& w, int p, int k0, int depth, int step, Unpacked& out) {
   const int group = w.format.group, block_bytes = w.format.block_bytes();
   const uint8_t* block = w.panel(p) + static_cast<size_t>(k0 / group) * block_bytes;
-  for (int k = 0; k < depth; k += group, block += block_bytes)
+  for (int k = 0; k < depth; k += group, block += block_bytes) {
+    if constexpr (AHEAD)
+      for (int line = 0; line < block_bytes; line += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(block) + kAhead + line, _MM_HINT_T0);
     for (int h = 0; h < 2; h++) {
       for (int j = 0; j < group / 8; j++) {
         __m256i first, second;
@@ -151,6 +162,7 @@ void unpack_panel(const Packed& w, int p, int k0, int depth, int step, Unpacked&
         if (!w.format.symmetric) _mm256_store_ps(out.minimum + at, load_scales(scales + 32));
       }
     }
+  }
 }
 
 struct Piece {
@@ -163,31 +175,78 @@ struct Piece {
   size_t ldo;
 };
 
+template <int M>
+using Dots = __m256i[M][2];  // of M tokens and both halves
+
+// Adds to dot the products of RUN registers of 4 inputs, which may be summed in 16 bits. A broadcast of activations
+// feeds both halves. Long runs keep the sums of all tokens in registers, short ones the weights.
+template <int BITS, int RUN, int STEP, int M>
+inline void dot_run(const Step<STEP>& x, int k, const uint8_t* u, Dots<M>& dot) {
+  if constexpr (RUN > 2) {
+    Dots<M> pairs;
+    repeat<RUN>(HASTEN_EACH(i) {
+      const Weights<BITS> low(load_bytes(u + 64 * i)), high(load_bytes(u + 64 * i + 32));
+      repeat<M>(HASTEN_EACH(m) {
+        const __m256i q = broadcast4(x.inputs(m, k + 4 * i));
+        pairs[m][0] = i == 0 ? low.pairs(q) : add_in_order(pairs[m][0], low.pairs(q));
+        pairs[m][1] = i == 0 ? high.pairs(q) : add_in_order(pairs[m][1], high.pairs(q));
+      });
+    });
+    repeat<M>(HASTEN_EACH(m) { repeat<2>(HASTEN_EACH(h) { dot[m][h] = widen(dot[m][h], pairs[m][h]); }); });
+  } else {
+    const Weights<BITS> low(load_bytes(u)), high(load_bytes(u + 32));
+    const uint8_t* next = RUN == 2 ? u + 64 : u;
+    const Weights<BITS> next_low(load_bytes(next)), next_high(load_bytes(next + 32));
+    repeat<M>(HASTEN_EACH(m) {
+      const __m256i q = broadcast4(x.inputs(m, k));
+      __m256i pairs[2] = {low.pairs(q), high.pairs(q)};
+      if constexpr (RUN == 2) {
+        const __m256i next_q = broadcast4(x.inputs(m, k + 4));
+        pairs[0] = add_in_order(pairs[0], next_low.pairs(next_q));
+        pairs[1] = add_in_order(pairs[1], next_high.pairs(next_q));
+      }
+      repeat<2>(HASTEN_EACH(h) { dot[m][h] = widen(dot[m][h], pairs[h]); });
+    });
+  }
+}
+
+// M tokens and both halves over a piece. Most of the float sums wait on the stack: the registers are full.
 template <int BITS, int STEP, bool SYMMETRIC, int M>
 void block_tile(const Piece& piece, int t) {
-  for (int h = 0; h < 2; h++) {
-    float *out = piece.out + t * piece.ldo + 8 * h, *partial = piece.w->partial + (t - piece.t0) * 16 + 8 * h;
-    __m256 sum[M];
-    for (int m = 0; m < M; m++) sum[m] = piece.first ? _mm256_setzero_ps() : _mm256_load_ps(partial + 16 * m);
-    for (int g = 0; g < piece.depth / STEP; g++) {
-      const Step<STEP> step(*piece.x, t, piece.k0 + g * STEP);
-      const uint8_t* u = piece.w->u + g * STEP * 16 + 32 * h;
-      __m256i dot[M];
-      dot_step<BITS, STEP, SYMMETRIC>(step, dot, [&](int j, __m256i& first, __m256i& second) {
-        first = load_bytes(u + 128 * j);
-        second = load_bytes(u + 128 * j + 64);
+  constexpr int kRun = std::min(kSumsIn16<BITS>, STEP / 4);
+  float* partial = piece.w->partial + (t - piece.t0) * 16;
+  __m256 sum[M][2];
+  repeat<M>(HASTEN_EACH(m) {
+    repeat<2>(
+        HASTEN_EACH(h) { sum[m][h] = piece.first ? _mm256_setzero_ps() : _mm256_load_ps(partial + 16 * m + 8 * h); });
+  });
+  const float *scale = piece.w->scale, *minimum = piece.w->minimum;
+  const uint8_t* u = piece.w->u;
+  Step<STEP> step(*piece.x, t, piece.k0);
+  for (int k = 0, depth = piece.depth; k < depth; k += STEP, u += STEP * 16, scale += 16, minimum += 16) {
+    Dots<M> dot;
+    repeat<M>(HASTEN_EACH(m) { dot[m][0] = dot[m][1] = start_of<BITS, SYMMETRIC>(step.nsum_of(m)); });
+    repeat<STEP / 4 / kRun>(HASTEN_EACH(i) { dot_run<BITS, kRun>(step, 4 * kRun * i, u + 64 * kRun * i, dot); });
+    repeat<M>(HASTEN_EACH(m) {
+      const float act = step.scale_of(m);
+      repeat<2>(HASTEN_EACH(h) {
+        const __m256 by = _mm256_mul_ps(_mm256_load_ps(scale + 8 * h), _mm256_set1_ps(act));
+        sum[m][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[m][h]), by, sum[m][h]);
+        if constexpr (!SYMMETRIC)
+          sum[m][h] = _mm256_fmadd_ps(_mm256_load_ps(minimum + 8 * h),
+                                      _mm256_set1_ps(act * static_cast<float>(-step.nsum_of(m))), sum[m][h]);
       });
-      const int at = g * 16 + 8 * h;
-      const __m256 minimum = SYMMETRIC ? _mm256_setzero_ps() : _mm256_load_ps(piece.w->minimum + at);
-      add_step<STEP, SYMMETRIC>(step, dot, _mm256_load_ps(piece.w->scale + at), minimum, sum);
-    }
-    for (int m = 0; m < M; m++) {
-      if (piece.last)
-        store(out + m * piece.ldo, sum[m], piece.add);
-      else
-        _mm256_store_ps(partial + 16 * m, sum[m]);
-    }
+    });
+    step.to_next(k);
   }
+  repeat<M>(HASTEN_EACH(m) {
+    repeat<2>(HASTEN_EACH(h) {
+      if (piece.last)
+        store(piece.out + (t + m) * piece.ldo + 8 * h, sum[m][h], piece.add);
+      else
+        _mm256_store_ps(partial + 16 * m + 8 * h, sum[m][h]);
+    });
+  });
 }
 
 template <int BITS, int STEP, bool SYMMETRIC>
@@ -202,26 +261,28 @@ void block_tiles(const Piece& piece, int t1) {
   }
 }
 
-template <int BITS, int STEP, bool SYMMETRIC>
+// AHEAD: for few tokens, whose weights come from memory. Short pieces, and with each of them a prefetch.
+template <int BITS, int STEP, bool SYMMETRIC, bool AHEAD>
 void blocked(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add) {
+  constexpr int kPiece = AHEAD ? kShortDepth : kDepth;
   Unpacked& unpacked = scratch();
   const int depth = w.padded_cols();
   for (int t0 = 0; t0 < m; t0 += kTokenBlock)
     for (int p = p0; p < p1; p++)
-      for (int k0 = 0; k0 < depth; k0 += kDepth) {
-        const int here = std::min(kDepth, depth - k0);
-        unpack_panel<BITS>(w, p, k0, here, STEP, unpacked);
+      for (int k0 = 0; k0 < depth; k0 += kPiece) {
+        const int here = std::min(kPiece, depth - k0);
+        unpack_panel<BITS, AHEAD>(w, p, k0, here, STEP, unpacked);
         const Piece piece{&unpacked, &x, k0, here, k0 == 0, k0 + here == depth, add, t0, out + p * kPanelRows, ldo};
         block_tiles<BITS, STEP, SYMMETRIC>(piece, std::min(m, t0 + kTokenBlock));
       }
 }
 
-enum class How { kStream, kStreamAhead, kBlocked };
+enum class How { kStream, kStreamAhead, kBlocked, kBlockedAhead };
 
 template <How HOW, int BITS, int STEP, bool SYMMETRIC>
 constexpr auto kernel_of() {
-  if constexpr (HOW == How::kBlocked)
-    return blocked<BITS, STEP, SYMMETRIC>;
+  if constexpr (HOW == How::kBlocked || HOW == How::kBlockedAhead)
+    return blocked < BITS, STEP, SYMMETRIC, HOW == How::kBlockedAhead > ;
   else
     return stream < BITS, STEP, SYMMETRIC, HOW == How::kStreamAhead > ;
 }
@@ -247,8 +308,9 @@ void by_bits(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* 
 
 }  // namespace
 
-const IntWay kIntWays[3] = {{"avx2 stream", 1, by_bits<How::kStream>},
+const IntWay kIntWays[4] = {{"avx2 stream", 1, by_bits<How::kStream>},
                             {"avx2 stream, prefetch", 1, by_bits<How::kStreamAhead>},
-                            {"avx2 unpack", 1, by_bits<How::kBlocked>}};
+                            {"avx2 unpack", 1, by_bits<How::kBlocked>},
+                            {"avx2 unpack, prefetch", 1, by_bits<How::kBlockedAhead>}};
 
 }  // namespace hasten::avx2

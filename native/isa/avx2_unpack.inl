@@ -81,8 +81,17 @@ struct Weights {
   __m256i pairs(__m256i q) const { return _mm256_maddubs_epi16(magnitude, BITS == 8 ? _mm256_sign_epi8(q, value) : q); }
 };
 
+// gcc turns a chain of integer additions into a tree: all products of a step would wait on the stack for it.
+inline __m256i add_in_order(__m256i a, __m256i b) {
+  __m256i sum = _mm256_add_epi16(a, b);
+  asm("" : "+x"(sum));
+  return sum;
+}
+
 inline __m256i widen(__m256i sums, __m256i pairs) {
-  return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  __m256i sum = _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  asm("" : "+x"(sum));
+  return sum;
 }
 
 // Where the integer sum starts, from minus the sum of q: it makes up for the zero point 2^(bits-1) of symmetric

@@ -6,6 +6,7 @@
 #include <bit>
 #include <cmath>
 
+#include "isa/avx2.h"
 #include "isa/avx512_math.inl"
 
 namespace hasten::avx512 {
@@ -176,6 +177,7 @@ const Kernels kAvx512Kernels = {
     .linear_wide = nullptr,
     .quantize = avx512::quantize,
     .to_bf16 = avx512::to_bf16,
+    .int8_to_bf16 = avx2::int8_to_bf16,
     .rms_norm = avx512::rms_norm,
     .gated = avx512::gated,
     .rope = avx512::rope,

@@ -101,6 +101,10 @@ inline void to_bf16(const float* x, int n, int padded, bf16* out) {
   std::fill(out + n, out + padded, bf16{0});
 }
 
+inline void int8_to_bf16(const int8_t* x, int n, bf16* out) {
+  for (int i = 0; i < n; i++) out[i] = float_to_bf16(x[i]);
+}
+
 // Sums are kept in 16 lanes, so that every instruction set adds in the same order.
 inline void rms_norm(const float* x, const float* weight, int n, float eps, float* out) {
   float lanes[16] = {};

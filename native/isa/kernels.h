@@ -90,6 +90,8 @@ struct Kernels {
   void (*quantize)(const float* x, int n, int padded, int8_t* q, float* scale, int32_t* nsum, int32_t* nsum16);
   // n inputs -> bf16, padded with zeros to `padded`.
   void (*to_bf16)(const float* x, int n, int padded, bf16* out);
+  // n values, a multiple of 32, without a rounding: every int8 is a bf16 too.
+  void (*int8_to_bf16)(const int8_t* x, int n, bf16* out);
 
   // out = x / sqrt(mean(x^2) + eps) * weight. `out` may be `x`.
   void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);

@@ -15,6 +15,7 @@ const Kernels kScalarKernels = {
     .linear_wide = nullptr,
     .quantize = generic::quantize,
     .to_bf16 = generic::to_bf16,
+    .int8_to_bf16 = generic::int8_to_bf16,
     .rms_norm = generic::rms_norm,
     .gated = generic::gated,
     .rope = generic::rope,

@@ -51,6 +51,12 @@ def test_bf16_edges(isa: str) -> None:
     assert np.isnan(twins.from_bf16(out[5:6])).all()
 
 
+def test_every_int8_is_a_bf16(isa: str) -> None:
+    x = np.random.default_rng(5).permutation(np.arange(-128, 128)).astype(np.int8)
+    for n in (32, 96, 256):
+        np.testing.assert_array_equal(twins.from_bf16(K.int8_to_bf16(x[:n].copy())), x[:n])
+
+
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("in_place", [False, True])
 def test_rms_norm(isa: str, n: int, in_place: bool) -> None:
