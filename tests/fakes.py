@@ -20,18 +20,19 @@ from hasten.core import (
     Format,
     Machine,
     Measurement,
-    ModelConfig,
+    ModelSpec,
     Recipe,
     Stat,
     Workload,
 )
 from hasten.errors import MachineError
 from hasten.quality.text import Text
+from specs import spec
 
 Floats = npt.NDArray[np.float32]
 ALPHABET = "".join(chr(c) for c in range(0x4E00, 0x4E00 + 48))
 LAYERS = 2
-CONFIG = ModelConfig(
+CONFIG = spec(
     architecture="llama",
     vocab_size=len(ALPHABET),
     hidden_size=32,
@@ -87,7 +88,7 @@ class FakeModel:
     closed: bool = False
     calls: int = 0
     threads: int = 1
-    config: ModelConfig = CONFIG
+    config: ModelSpec = CONFIG
 
     def hidden(self, tokens: npt.NDArray[np.int32]) -> Floats:
         assert not self.closed
@@ -113,7 +114,7 @@ class FakeWorkshop:
     kept_bits: int = 16
     seed: int = 1
     name: str = "letters"
-    config: ModelConfig = CONFIG
+    config: ModelSpec = CONFIG
     options: EngineOptions = field(default_factory=EngineOptions)
     built: list[str] = field(default_factory=list)
     measured: list[str] = field(default_factory=list)

@@ -11,7 +11,7 @@ import hasten
 PACKAGE = Path(hasten.__file__).parent
 
 LAYERS = [
-    {"errors", "core", "recipe", "rope_scaling", "stopping"},
+    {"errors", "core", "recipe", "stopping"},
     {"cache"},  # below machine, which keeps the ceilings it measured
     {"machine"},
     {"weights"},  # how numbers are stored, of no matter what model
@@ -45,7 +45,6 @@ LANGUAGE_MODELS = {"torch_layer", "torch_file", "changed", "stream", "moments", 
 BELOW_ALL = {"_native"}  # the compiled module imports nothing of ours
 ALLOWED = {
     ("core", "errors"),
-    ("core", "rope_scaling"),
     ("core", "recipe"),
     ("recipe", "errors"),
     ("recipe", "weights.formats"),
@@ -53,7 +52,7 @@ ALLOWED = {
     ("stopping", "errors"),
     ("cli", "__all__"),
     ("cli", "_HOME"),
-}  # core raises errors and has the rope's stretching as a field; recipes name formats; cli lists the names
+}  # core raises errors; recipes name formats; cli lists the names
 
 
 def imported(tree: ast.AST, package: str) -> Iterator[str]:

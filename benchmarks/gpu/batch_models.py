@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import torch
 
-from hasten.core import ModelConfig
-from hasten.models.parameters import parameter_shapes
-from hasten.rope_scaling import RopeScaling
+from hasten.core import ModelSpec, RopeScaling
 from hasten.runtime.gpu.batch_weights import BatchWeights, Precision, load
+from hasten.weights.plan import FlatConfig
 
 CONTEXT = 1024  # tokens a sequence may have in these measurements
 MODELS = {
-    "0.6B": ModelConfig(
+    "0.6B": FlatConfig(
         "qwen3", 151936, 1024, 3072, num_layers=28, num_heads=16, num_kv_heads=8, head_dim=128,
         context_length=40960, norm_eps=1e-6, qk_norm="head", rope_theta=1e6, tied_head=True,
-    ),
-    "8B": ModelConfig(
+    ).spec(),
+    "8B": FlatConfig(
         "llama", 128256, 4096, 14336, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
         context_length=131072, norm_eps=1e-5, rope_theta=5e5,
         rope_scaling=RopeScaling(
             "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context_length=8192
         ),
-    ),
+    ).spec(),
 }  # fmt: skip
 
 
-def random_tensor(config: ModelConfig, name: str, device: str) -> torch.Tensor | None:
+def random_tensor(config: ModelSpec, name: str, device: str) -> torch.Tensor | None:
     """A parameter by canonical name, bf16; the same one for the same name."""
-    shape = parameter_shapes(config).get(name)
+    shape = config.parameter_shapes().get(name)
     if shape is None:
         return None
     if device == "meta":

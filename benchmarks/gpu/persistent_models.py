@@ -9,16 +9,15 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from hasten.core import ModelConfig
-from hasten.models.parameters import parameter_shapes
+from hasten.core import ModelSpec, RopeScaling
 from hasten.models.reference import ReferenceDecoder
-from hasten.rope_scaling import RopeScaling
 from hasten.runtime.gpu.persistent import rotation_tables
 from hasten.runtime.gpu.shape import Shape, WeightFormat
 from hasten.runtime.gpu.tiles import rounded
+from hasten.weights.plan import FlatConfig
 
 BIASED = {"qwen2": frozenset("qkv"), "biased": frozenset({"q", "k", "v", "o", "gate", "up", "down"})}
-_LLAMA = ModelConfig(
+_LLAMA = FlatConfig(
     architecture="llama",
     vocab_size=128256,
     hidden_size=4096,
@@ -31,7 +30,7 @@ _LLAMA = ModelConfig(
     norm_eps=1e-5,
     rope_theta=5e5,
 )
-REAL = {
+_REAL = {
     "8B": _LLAMA,
     "0.6B": dataclasses.replace(
         _LLAMA,
@@ -76,7 +75,7 @@ REAL = {
         tied_head=True,
     ),
 }
-_TINY = ModelConfig(
+_TINY = FlatConfig(
     architecture="llama",
     vocab_size=263,
     hidden_size=64,
@@ -89,11 +88,11 @@ _TINY = ModelConfig(
 )
 
 
-def _tiny(architecture: str, **values: object) -> ModelConfig:
+def _tiny(architecture: str, **values: object) -> FlatConfig:
     return dataclasses.replace(_TINY, architecture=architecture, **values)  # type: ignore[arg-type]
 
 
-TINY = {
+_TINIES = {
     "llama": _tiny("llama"),
     "llama-wide": _tiny("llama", hidden_size=512, intermediate_size=1408, num_heads=8, head_dim=128),
     "llama-groups-of-8": _tiny("llama", num_heads=8, num_kv_heads=1, head_dim=128),
@@ -127,12 +126,19 @@ TINY = {
 }
 
 
+def _specs(models: dict[str, FlatConfig]) -> dict[str, ModelSpec]:
+    return {name: flat.spec(BIASED.get(flat.architecture, ())) for name, flat in models.items()}
+
+
+REAL, TINY = _specs(_REAL), _specs(_TINIES)
+
+
 class Parameters:
     """Random parameters by canonical name, each made anew from the seed and its name: nothing is held."""
 
-    def __init__(self, config: ModelConfig, seed: int, device: str, loud: float = 1.0) -> None:
+    def __init__(self, config: ModelSpec, seed: int, device: str, loud: float = 1.0) -> None:
         self.biases = BIASED.get(config.architecture, frozenset())
-        self._shapes = parameter_shapes(config, self.biases)
+        self._shapes = config.parameter_shapes()
         self._seed, self._device, self._loud = seed, device, loud
 
     def __call__(self, name: str) -> torch.Tensor | None:
@@ -176,7 +182,7 @@ class Expected:
 
 def reference(shape: Shape, parameters: Parameters, tokens: Sequence[int]) -> Expected:
     """The plain decoder over the stored weights, keys and values rounded as the cache holds them."""
-    names = parameter_shapes(shape.config, parameters.biases)
+    names = shape.config.parameter_shapes()
     tensors = {name: stored(shape, parameters, name).cpu().numpy() for name in names}
     cached: dict[str, torch.Tensor] = {}
 

@@ -1,19 +1,20 @@
 """The shared nouns. Frozen dataclasses with units in the names; none needs torch or the native module.
 
 Shape letters, everywhere: `B` sequences, `N` packed tokens, `T` query length, `S` context length, `H` query
-heads, `K` KV heads, `D` head size, `E` model width, `F` feed-forward width, `V` vocabulary, `P` pages.
+heads, `K` KV heads, `D` head size, `E` model width, `F` feed-forward width, `V` vocabulary, `P` pages,
+`X` experts.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
+from hasten.errors import ModelError
 from hasten.recipe import Recipe as Recipe
-from hasten.rope_scaling import RopeScaling
 from hasten.weights.formats import Format as Format
 
 SCHEMA_VERSION = 1
@@ -21,82 +22,380 @@ SCHEMA_VERSION = 1
 
 NormPlacement = Literal["pre", "post", "sandwich"]
 Activation = Literal["silu", "gelu_tanh"]
+T = TypeVar("T")
+QkNorm = Literal["none", "head", "full"]
+"""None, of each head [D] (Qwen3, Gemma 3), or of all queries and all keys (OLMo 2)."""
 Goal = Literal["latency", "throughput", "memory"]
 Status = Literal["pass", "fail", "insufficient"]
 
 
-@dataclass(frozen=True)
-class ModelConfig:
-    """A dense decoder, its variation points as data.
+RopeKind = Literal["default", "linear", "llama3", "yarn", "longrope", "dynamic"]
 
-    One decoder runs all of Llama, Mistral, Qwen2, Qwen3, Gemma 3 (text), Phi-3, SmolLM and OLMo 2; they
-    differ only in these fields and in which tensors exist (biases, qk-norms).
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for long context.
+
+    Source: the `rope_scaling` object of a Hugging Face config.json; the names are its names.
     """
 
-    architecture: str  # "llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "smollm3", "olmo2"
-    vocab_size: int  # V
-    hidden_size: int  # E
-    intermediate_size: int  # F
-    num_layers: int
-    num_heads: int  # H
-    num_kv_heads: int  # K
+    kind: RopeKind = "default"
+    factor: float = 1.0
+    original_context_length: int | None = None  # tokens
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float | None = None  # yarn, longrope: scales cos and sin; None = derived from factor
+    mscale: float | None = None  # yarn
+    mscale_all_dim: float | None = None  # yarn
+    truncate: bool = True  # yarn: round the correction range to whole dimensions
+    short_factor: tuple[float, ...] = ()  # longrope, [rotary_dim / 2]
+    long_factor: tuple[float, ...] = ()  # longrope, [rotary_dim / 2]
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """How queries and keys turn with their position."""
+
+    dim: int  # leading values of a head that turn, in pairs (i, i + dim / 2)
+    theta: float = 10_000.0
+    scaling: RopeScaling = field(default_factory=RopeScaling)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention: shapes, and what sets it apart."""
+
+    heads: int  # H
+    kv_heads: int  # K
     head_dim: int  # D
-    context_length: int  # tokens
-    norm_eps: float = 1e-6
-    activation: Activation = "silu"
-    norm_placement: NormPlacement = "pre"
-    qk_norm: Literal["none", "head", "full"] = (
-        "none"  # per head [D] (Qwen3, Gemma 3), or all of q, k (OLMo 2)
-    )
-    rotary_dim: int | None = None  # None = head_dim; Phi-3's partial_rotary_factor makes it smaller
-    rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
-    rope_local_theta: float | None = None  # Gemma 3: theta of the sliding layers, which are never scaled
-    rope_layers: tuple[bool, ...] = ()  # SmolLM3: False = no rotary embedding in that layer; empty = all True
-    sliding_window: int | None = None  # tokens a sliding layer may look back on, itself included
-    sliding_layers: tuple[bool, ...] = ()  # one flag a layer; empty = no layer slides
-    query_scale: float | None = None  # attention scores are q.k * query_scale; None = head_dim ** -0.5
-    attention_softcap: float | None = None
-    logit_softcap: float | None = None
-    embed_scale: float = 1.0  # Gemma: sqrt(E), rounded to bf16 as the original does
-    tied_head: bool = False
-    bos_token_id: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
+    mask: Literal["causal", "full"] = "causal"
+    window: int | None = None  # tokens a query may look back on, its own included; None: all
+    rotary: Rotary | None = None  # None: positions do not turn anything
+    qk_norm: QkNorm = "none"
+    scale: float | None = None  # scores are q.k * scale; None = head_dim ** -0.5
+    softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
+    sinks: bool = False  # a learned score a head that takes weight and gives nothing
+    biases: tuple[str, ...] = ()  # which of q, k, v, o have one
+    kv_from: int | None = None  # the layer whose keys and values this one reads; None: its own
 
     @property
     def score_scale(self) -> float:
         """What q.k is multiplied with before softmax."""
-        return self.query_scale if self.query_scale is not None else self.head_dim**-0.5
+        return self.scale if self.scale is not None else self.head_dim**-0.5
+
+    def linears(self, width: int) -> dict[str, tuple[int, int]]:
+        """Linear layers: name -> (rows, columns)."""
+        inner, kv = self.heads * self.head_dim, (self.kv_heads * self.head_dim, width)
+        own = {"k": kv, "v": kv} if self.kv_from is None else {}
+        return {"q": (inner, width), **own, "o": (width, inner)}
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """The position-wise layers: down(act(gate) * up), down(act(up)), or experts of the gated kind."""
+
+    width: int  # F, of one expert where there are experts
+    kind: Literal["gated", "plain", "experts"] = "gated"
+    activation: Activation = "silu"
+    experts: int = 0  # X, those among which is chosen
+    chosen: int = 0  # experts that one token goes through
+    shared: int = 0  # experts that every token goes through besides
+    biases: tuple[str, ...] = ()  # which of gate, up, down have one
+
+    def linears(self, width: int) -> dict[str, tuple[int, int]]:
+        """Linear layers: name -> (rows, columns); an expert's are `experts.{x}.gate`, `shared.{x}.up` ..."""
+        up, down = (self.width, width), (width, self.width)
+        if self.kind == "plain":
+            return {"up": up, "down": down}
+        gated = {"gate": up, "up": up, "down": down}
+        if self.kind == "gated":
+            return gated
+        names = [f"experts.{x}." for x in range(self.experts)] + [f"shared.{x}." for x in range(self.shared)]
+        inside = {name + part: shape for name in names for part, shape in gated.items()}
+        return {"router": (self.experts, width), **inside}
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Where the norms of a block stand, and which they are."""
+
+    placement: NormPlacement = "pre"
+    eps: float = 1e-6
+    kind: Literal["rms", "layer"] = "rms"
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer of a model: x + mixer(x), perhaps cross attention to an encoder, then x + feed_forward(x)."""
+
+    mixer: Attention
+    feed_forward: FeedForward
+    norms: Norms = field(default_factory=Norms)
+    cross: Attention | None = None
+
+    def linears(self, width: int) -> dict[str, tuple[int, int]]:
+        """The block's linear layers: name -> (rows, columns), in the order they are computed.
+
+        This is the one place that names them. Cross attention's are `cross.q` and so on.
+        """
+        cross = {} if self.cross is None else self.cross.linears(width)
+        return {
+            **self.mixer.linears(width),
+            **{f"cross.{name}": shape for name, shape in cross.items()},
+            **self.feed_forward.linears(width),
+        }
+
+    @property
+    def biases(self) -> tuple[str, ...]:
+        """The linear layers that have a bias, by name."""
+        cross = () if self.cross is None else tuple(f"cross.{name}" for name in self.cross.biases)
+        return (*self.mixer.biases, *cross, *self.feed_forward.biases)
+
+    def vectors(self, width: int) -> dict[str, int]:
+        """Norms and biases: name -> length."""
+        found: dict[str, int] = {}
+        if self.norms.placement in ("pre", "sandwich"):
+            found |= {"attn_norm": width, "mlp_norm": width}
+        if self.norms.placement in ("post", "sandwich"):
+            found |= {"post_attn_norm": width, "post_mlp_norm": width}
+        mixer = self.mixer
+        if mixer.qk_norm != "none":
+            is_full = mixer.qk_norm == "full"
+            found["q_norm"] = (mixer.heads if is_full else 1) * mixer.head_dim
+            found["k_norm"] = (mixer.kv_heads if is_full else 1) * mixer.head_dim
+        if mixer.sinks:
+            found["sinks"] = mixer.heads
+        shapes = self.linears(width)
+        return found | {f"{name}.bias": shapes[name][0] for name in self.biases}
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Token ids to rows of the table, times `scale`."""
+
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the last hidden state becomes. `tied`: the embedding table is the head's matrix."""
+
+    kind: Literal["tokens", "classes", "hidden"] = "tokens"
+    tied: bool = False
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class Norm:
+    """One norm over the width of a model."""
+
+    eps: float = 1e-6
+    kind: Literal["rms", "layer"] = "rms"
+
+
+class _Figure(Generic[T]):
+    """A figure that is worked out when it is read."""
+
+    def __init__(self, of: Callable[[Any], T]) -> None:
+        self._of = of
+
+    def __get__(self, spec: ModelSpec, owner: type) -> T:
+        return self._of(spec)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model as a tree: what every layer computes and its sizes. Consecutive equal blocks are one object.
+
+    Family files (models/families/) make it out of a config.json or GGUF metadata; everything else (engines,
+    cost, compression, export) walks it. `dense` names what a part of the program cannot run.
+    """
+
+    architecture: str  # the family's name: "llama", "qwen3" ...
+    vocab: int  # V, rows of the embedding table
+    width: int  # E
+    context: int  # tokens it was made for
+    blocks: tuple[Block, ...]
+    embedding: Embedding = field(default_factory=Embedding)
+    final_norm: Norm = field(default_factory=Norm)
+    head: Head = field(default_factory=Head)
+    encoder: ModelSpec | None = None
+    front_end: str | None = None  # what turns sound or images into rows of the encoder's input
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        blocks = list(self.blocks)
+        for i in range(1, len(blocks)):
+            if blocks[i] == blocks[i - 1]:
+                blocks[i] = blocks[i - 1]
+        object.__setattr__(self, "blocks", tuple(blocks))
+
+    def with_blocks(self, change: Callable[[Block], Block]) -> ModelSpec:
+        """The same model with every block changed."""
+        return dataclasses.replace(self, blocks=tuple(change(block) for block in self.blocks))
+
+    @property
+    def head_name(self) -> str:
+        """The canonical name of the head's matrix."""
+        return "embed" if self.head.tied else "head"
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """Every linear layer read for one token, by canonical name -> (rows, columns), the head included."""
-        e, f, d = self.hidden_size, self.intermediate_size, self.head_dim
-        shapes: dict[str, tuple[int, int]] = {}
-        for i in range(self.num_layers):
-            p = f"layers.{i}."
-            shapes[p + "q"] = (self.num_heads * d, e)
-            shapes[p + "k"] = (self.num_kv_heads * d, e)
-            shapes[p + "v"] = (self.num_kv_heads * d, e)
-            shapes[p + "o"] = (e, self.num_heads * d)
-            shapes[p + "gate"] = (f, e)
-            shapes[p + "up"] = (f, e)
-            shapes[p + "down"] = (e, f)
-        shapes["embed" if self.tied_head else "head"] = (self.vocab_size, e)
+        """Every linear layer by canonical name -> (rows, columns), the head included: what is stored."""
+        shapes = {
+            f"layers.{i}.{name}": shape
+            for i, block in enumerate(self.blocks)
+            for name, shape in block.linears(self.width).items()
+        }
+        return {**shapes, self.head_name: (self.vocab, self.width)}
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter by canonical name: linear layers [rows, cols], embedding [V, E], others [rows]."""
+        shapes: dict[str, tuple[int, ...]] = {"embed": (self.vocab, self.width), **self.linear_shapes()}
+        for i, block in enumerate(self.blocks):
+            shapes |= {f"layers.{i}.{name}": (n,) for name, n in block.vectors(self.width).items()}
+        shapes["final_norm"] = (self.width,)
         return shapes
 
     @property
-    def linear_weights(self) -> int:
-        """Weights read for one decoded token (head included, embedding row not)."""
+    def weights_stored(self) -> int:
+        """Weights of all linear layers, of every expert, the head included and the embedding table not."""
         return sum(rows * cols for rows, cols in self.linear_shapes().values())
 
     @property
-    def flops_per_token(self) -> int:
-        """Multiply-adds x 2 of all linear layers for one token, head included; attention is not."""
-        return 2 * self.linear_weights
+    def weights_read(self) -> int:
+        """Weights read for one decoded token: of experts, those that the token goes through."""
+        total = self.vocab * self.width
+        for block in self.blocks:
+            ways = block.feed_forward
+            skipped = max(ways.experts - ways.chosen, 0) * 3 * ways.width * self.width
+            total += sum(rows * cols for rows, cols in block.linears(self.width).values()) - skipped
+        return total
+
+    # Figures of models whose blocks are alike, by their old names: for parts that run no others (`dense`).
+    vocab_size = _Figure[int](lambda spec: spec.vocab)
+    hidden_size = _Figure[int](lambda spec: spec.width)
+    context_length = _Figure[int](lambda spec: spec.context)
+    num_layers = _Figure[int](lambda spec: len(spec.blocks))
+    intermediate_size = _Figure[int](lambda spec: spec.blocks[0].feed_forward.width)
+    activation = _Figure[Activation](lambda spec: spec.blocks[0].feed_forward.activation)
+    num_heads = _Figure[int](lambda spec: spec.blocks[0].mixer.heads)
+    num_kv_heads = _Figure[int](lambda spec: spec.blocks[0].mixer.kv_heads)
+    head_dim = _Figure[int](lambda spec: spec.blocks[0].mixer.head_dim)
+    qk_norm = _Figure[QkNorm](lambda spec: spec.blocks[0].mixer.qk_norm)
+    query_scale = _Figure["float | None"](lambda spec: spec.blocks[0].mixer.scale)
+    score_scale = _Figure[float](lambda spec: spec.blocks[0].mixer.score_scale)
+    attention_softcap = _Figure["float | None"](lambda spec: spec.blocks[0].mixer.softcap)
+    norm_placement = _Figure[NormPlacement](lambda spec: spec.blocks[0].norms.placement)
+    biases = _Figure["tuple[str, ...]"](lambda spec: spec.blocks[0].biases)
+    norm_eps = _Figure[float](lambda spec: spec.final_norm.eps)
+    logit_softcap = _Figure["float | None"](lambda spec: spec.head.softcap)
+    tied_head = _Figure[bool](lambda spec: spec.head.tied)
+    embed_scale = _Figure[float](lambda spec: spec.embedding.scale)
+    linear_weights = _Figure[int](lambda spec: spec.weights_read)
+
+    @property
+    def rotary(self) -> Rotary | None:
+        """How layers without a window turn; where all have one, how they do."""
+        mixers = [block.mixer for block in self.blocks if block.mixer.rotary is not None]
+        return next((m.rotary for m in mixers if m.window is None), mixers[0].rotary if mixers else None)
+
+    @property
+    def local_rotary(self) -> Rotary | None:
+        """How layers with a window turn, where that is a way of their own."""
+        found = (block.mixer.rotary for block in self.blocks if block.mixer.window is not None)
+        return next((rotary for rotary in found if rotary is not None and rotary != self.rotary), None)
+
+    @property
+    def rotary_dim(self) -> int | None:
+        """Leading values of a head that turn; None: all."""
+        return None if self.rotary is None or self.rotary.dim == self.head_dim else self.rotary.dim
+
+    rope_theta = _Figure[float](lambda spec: spec.rotary.theta if spec.rotary else 10_000.0)
+    rope_scaling = _Figure[RopeScaling](lambda spec: spec.rotary.scaling if spec.rotary else RopeScaling())
+    rope_local_theta = _Figure["float | None"](
+        lambda spec: spec.local_rotary.theta if spec.local_rotary else None
+    )
+
+    @property
+    def rope_layers(self) -> tuple[bool, ...]:
+        """Which layers turn; empty: all."""
+        flags = tuple(block.mixer.rotary is not None for block in self.blocks)
+        return () if all(flags) else flags
+
+    @property
+    def sliding_window(self) -> int | None:
+        """Tokens that layers with a window look back on, None where no layer has one."""
+        return next((b.mixer.window for b in self.blocks if b.mixer.window is not None), None)
+
+    @property
+    def sliding_layers(self) -> tuple[bool, ...]:
+        """Which layers have a window; empty: none."""
+        flags = tuple(block.mixer.window is not None for block in self.blocks)
+        return flags if any(flags) else ()
 
     def kv_bytes_per_token(self, bytes_per_value: float = 2.0) -> int:
-        """KV cache bytes one token of context costs over all layers."""
-        return int(2 * self.num_layers * self.num_kv_heads * self.head_dim * bytes_per_value)
+        """KV cache bytes one token of context costs over all layers that keep keys and values."""
+        own = [block.mixer for block in self.blocks if block.mixer.kv_from is None]
+        return int(2 * sum(m.kv_heads * m.head_dim for m in own) * bytes_per_value)
+
+
+def dense(spec: ModelSpec, part: str) -> ModelSpec:
+    """The model, where it is a dense causal decoder whose blocks differ in windows and rotation alone.
+
+    Args:
+        part: what runs such models only; errors name it.
+
+    Raises:
+        ModelError: the model is of another kind; what it has is named.
+    """
+    found = next(_beyond_dense(spec), None)
+    if found is not None:
+        raise ModelError(
+            f"{part} does not run {found}, which this {spec.architecture} model has",
+            hint="dense causal decoders are supported: Llama, Mistral, Qwen, Gemma, Phi, SmolLM, OLMo",
+        )
+    return spec
+
+
+def _beyond_dense(spec: ModelSpec) -> Iterator[str]:
+    """What a model has that a dense causal decoder of like blocks has not."""
+    if spec.encoder is not None or spec.front_end is not None:
+        yield "an encoder"
+    if spec.head.kind != "tokens":
+        yield f"a head of {spec.head.kind}"
+    if spec.final_norm.kind != "rms":
+        yield "layer norms"
+    plain = [dataclasses.replace(b, mixer=dataclasses.replace(b.mixer, window=None, rotary=None))
+             for b in dict.fromkeys(spec.blocks)]  # fmt: skip
+    for block in plain:
+        mixer, ways = block.mixer, block.feed_forward
+        for is_there, name in (
+            (block.cross is not None, "cross attention"),
+            (mixer.mask != "causal", "attention without a causal mask"),
+            (mixer.sinks, "attention sinks"),
+            (mixer.kv_from is not None, "layers that share keys and values"),
+            (ways.kind == "experts", "a mixture of experts"),
+            (ways.kind == "plain", "feed-forward layers without a gate"),
+            (block.norms.kind != "rms", "layer norms"),
+            (block != plain[0], "blocks of different shapes"),
+        ):
+            if is_there:
+                yield name
+    mixers = [block.mixer for block in dict.fromkeys(spec.blocks)]
+    if len({mixer.window for mixer in mixers} - {None}) > 1:
+        yield "windows of different lengths"
+    for is_local in (False, True):
+        turns = {m.rotary for m in mixers if (m.window is not None) == is_local} - {None}
+        if len(turns) > 1:
+            yield "more than two kinds of rotation"
+    if spec.local_rotary is not None and spec.local_rotary.scaling.kind != "default":
+        yield "a scaled rotation of layers with a window"
+
+
+ModelConfig = ModelSpec
 
 
 @dataclass(frozen=True)

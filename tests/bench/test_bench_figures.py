@@ -13,9 +13,10 @@ from hasten.bench import figures as sample_module
 from hasten.bench.figures import Sample, TokenClock, paired_ratio, percentile, stat
 from hasten.bench.measure import measurement_of, with_ceilings
 from hasten.bench.workloads import PromptRing, check, default_text
-from hasten.core import Machine, ModelConfig, Recipe, Workload, as_json
+from hasten.core import Machine, Recipe, Workload, as_json
 from hasten.errors import PeerError, UsageError
 from hasten.speed.cost import Cost, cost, kv_read_bytes
+from specs import changed, spec
 
 values = st.lists(st.floats(0.1, 1e6), min_size=1, max_size=20)
 
@@ -112,7 +113,7 @@ def test_a_workload_that_cannot_be_measured(workload):
     assert caught.value.hint
 
 
-CONFIG = ModelConfig(
+CONFIG = spec(
     architecture="qwen2",
     vocab_size=100,
     hidden_size=16,
@@ -135,9 +136,8 @@ def test_cost_counts_weights_once_and_the_head_once_a_prompt():
 
 
 def test_a_sliding_layer_reads_its_window_only():
-    import dataclasses
 
-    slides = dataclasses.replace(CONFIG, sliding_window=5, sliding_layers=(True, False))
+    slides = changed(CONFIG, sliding_window=5, sliding_layers=(True, False))
     assert kv_read_bytes(slides, 20, False) == kv_read_bytes(CONFIG, 20, False) * (5 + 20) / 40
 
 

@@ -18,8 +18,7 @@ from hasten.compress.export import export
 from hasten.core import Format, Recipe
 from hasten.errors import DiskError, UsageError
 from hasten.models.artifact import load_artifact
-from hasten.models.hf_config import hf_config
-from hasten.models.names import hf_names
+from hasten.models.families import FAMILIES, hf_spec
 from hasten.models.reference import ReferenceDecoder
 from hasten.models.tokenizer import Tokenizer
 from tiny_artifacts import make, mixed, values_of
@@ -66,7 +65,7 @@ def values_in(folder: Path) -> dict[str, np.ndarray]:
 def check_values(folder: Path, artifact: Path, inexact: set[str]) -> None:
     """Every parameter of the artifact is in the folder, exactly but for the named modules."""
     packed = load_artifact(artifact).packed
-    table = hf_names(packed.config.norm_placement)
+    table = FAMILIES[packed.config.architecture].hf_names
     expected: dict[str, np.ndarray] = {name: values_of(linear) for name, linear in packed.linears.items()}
     expected |= packed.vectors
     for name, values in values_in(folder).items():
@@ -93,7 +92,7 @@ def test_every_architecture_keeps_its_values(name: str, format: str, tmp_path: P
     check_values(written.path, folder, rounded)
     values = json.loads((written.path / "config.json").read_text())
     assert values.pop("quantization_config")["quant_method"] == format
-    read, ours = hf_config(values, "config.json").config, load_artifact(folder).packed.config
+    read, ours = hf_spec(values, "config.json"), load_artifact(folder).packed.config
     assert read.rope_scaling.kind == ours.rope_scaling.kind and read.num_layers == ours.num_layers
 
 
@@ -184,7 +183,7 @@ def peer(tmp_path: Path, written: Path, which: str, python: str) -> tuple[np.nda
 def plain_logits(folder: Path, rounded: set[str]) -> np.ndarray:
     """The plain decoder's on the artifact's own values, but for those the format rounds to float16."""
     packed = load_artifact(folder).packed
-    table = hf_names(packed.config.norm_placement)
+    table = FAMILIES[packed.config.architecture].hf_names
     held = {key: values_of(linear) for key, linear in packed.linears.items()}
     for part in (part for name in rounded for part in table.parts(name) or ()):
         held[part] = held[part].astype(np.float16).astype(np.float32)

@@ -10,9 +10,10 @@ from hasten.compress.changed import made_tensor
 from hasten.compress.quantise.awq import awq_scales, input_scales
 from hasten.compress.quantise.gptq import DAMP, Factor, gptq, lost, nearest
 from hasten.compress.quantise.statistics import mean_gram
-from hasten.core import Format, ModelConfig
+from hasten.core import Format
 from hasten.errors import ModelError
 from hasten.weights.packed import integers, pack_integers, pack_linear
+from specs import spec
 
 LAYOUTS = [Format.of(b, g, s) for b in (8, 6, 5, 4) for g in (32, 64) for s in (True, False)]
 
@@ -103,7 +104,7 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
 def test_awq_scales_leave_less_error_than_none() -> None:
     weights = {"q": matrix(), "k": matrix(16, seed=2), "v": matrix(16, seed=3)}
     gram = mean_gram(inputs())
-    config = ModelConfig("llama", 10, 128, 96, 1, 4, 2, 8, 64)
+    config = spec("llama", 10, 128, 96, 1, 4, 2, 8, 64)
     layouts = dict.fromkeys("qkv", Format.of(4))
     scales = awq_scales(weights, config, "qkv", gram, layouts)
 

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from hasten.compress.layer_rules import layer_names, matches, spelled_out
 from hasten.compress.recipe_check import checked, needs_text, notes
 from hasten.compress.recipe_file import parse_recipe, read_recipe, recipe_from, write_recipe
-from hasten.core import Format, ModelConfig, Recipe
+from hasten.core import Format, ModelSpec, Recipe
 from hasten.errors import UsageError
 from hasten.recipe import Distillation, DistilLoss, Method, PruneKind, Pruning
 from hasten.weights.formats import FORMATS
+from specs import spec
 
 
-def shape(**changes: Any) -> ModelConfig:
+def shape(**changes: Any) -> ModelSpec:
     parts = {
         "architecture": "llama",
         "vocab_size": 263,
@@ -31,7 +32,7 @@ def shape(**changes: Any) -> ModelConfig:
         "head_dim": 64,
         "context_length": 128,
     }
-    return ModelConfig(**{**parts, **changes})
+    return spec(**{**parts, **changes})
 
 
 EVERYTHING = """

@@ -12,12 +12,12 @@ from hasten.compress.quantise.fold import GROUPS, READERS, foldable
 from hasten.compress.quantise.rotate import residual_rotation, rotate
 from hasten.compress.quantise.smooth import smooth_layer, smooth_scales
 from hasten.compress.torch_layer import Positions, layer_forward, layer_weights, plain_linear
-from hasten.core import ModelConfig
+from hasten.core import ModelSpec
 from hasten.models.open import open_folder
 from hasten.models.reference import int8_groups
 
 NAMES = sorted(tiny_models.TINY)
-Layer = tuple[ModelConfig, dict[str, torch.Tensor], torch.Tensor]
+Layer = tuple[ModelSpec, dict[str, torch.Tensor], torch.Tensor]
 
 
 def layer(name: str, folder: Path) -> Layer:
@@ -38,7 +38,7 @@ class Maxima(dict[str, torch.Tensor]):
         return plain_linear(name, x, weight, bias)
 
 
-def maxima_of(config: ModelConfig, weights: dict[str, torch.Tensor], x: torch.Tensor) -> Maxima:
+def maxima_of(config: ModelSpec, weights: dict[str, torch.Tensor], x: torch.Tensor) -> Maxima:
     watch = Maxima()
     layer_forward(config, 1, weights, x, Positions.of(config, x.shape[1]), watch)
     return watch

@@ -6,11 +6,9 @@ import json
 from pathlib import Path
 
 from hasten.errors import FormatError, HastenError
+from hasten.models.families import FAMILIES, hf_spec
 from hasten.models.gguf import GgufFile
-from hasten.models.hf_config import hf_config
-from hasten.models.names import hf_names
-from hasten.models.open import gguf_source
-from hasten.models.parameters import fill, parameter_shapes
+from hasten.models.open import fill, gguf_source
 from hasten.weights.blocks import check_finite, dequantize
 from hasten.weights.safetensors_file import parse_safetensors
 from hasten.weights.tensors import SourceTensor
@@ -43,9 +41,9 @@ def safetensors(data: bytes) -> bool:
     try:
         tensors = parse_safetensors(memoryview(data), "fuzz.safetensors")
         _unpack(tensors)
-        translated = hf_config(_WIDTH_4, "config.json")
-        shapes = parameter_shapes(translated.config, translated.biases)
-        filled, _ = fill(tensors, hf_names("pre"), shapes, "fuzz")
+        translated = hf_spec(_WIDTH_4, "config.json")
+        shapes = translated.parameter_shapes()
+        filled, _ = fill(tensors, FAMILIES["llama"].hf_names, shapes, "fuzz")
         _unpack(filled)
     except HastenError as error:
         assert error.message
@@ -56,7 +54,7 @@ def safetensors(data: bytes) -> bool:
 def config(data: bytes) -> bool:
     """A config.json. True: it describes a model."""
     try:
-        hf_config(json.loads(data), "config.json")
+        hf_spec(json.loads(data), "config.json")
     except (ValueError, RecursionError):
         return False  # json.loads: `read_json_object` turns these into a FormatError
     except HastenError as error:

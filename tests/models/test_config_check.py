@@ -1,4 +1,4 @@
-"""Every field of a ModelConfig is in range or refused, whatever file it came from; the decoder checks too."""
+"""Every field of a ModelSpec is in range or refused, whatever file it came from; the decoder checks too."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 from hasten import _native
-from hasten.core import ModelConfig
+from hasten.core import RopeScaling
 from hasten.errors import ModelError
-from hasten.models.config_check import checked
+from hasten.models.families import checked
 from hasten.models.rope import tables
-from hasten.rope_scaling import RopeScaling
 from hasten.runtime.cpu import decoder_config
+from specs import changed, spec
 
-GOOD = ModelConfig(
+GOOD = spec(
     architecture="llama", vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4,
-    num_kv_heads=2, head_dim=8, context_length=128,
+    num_kv_heads=2, head_dim=8, context_length=128, sliding_window=16, sliding_layers=(True, False),
 )  # fmt: skip
 NAN, INF = math.nan, math.inf
 WRONG: dict[str, list[Any]] = {
@@ -27,7 +27,6 @@ WRONG: dict[str, list[Any]] = {
     "vocab_size": [0, -1, 1 << 23],
     "hidden_size": [0, 1 << 21],
     "intermediate_size": [0, -5],
-    "num_layers": [0, 1025],
     "num_heads": [0, 3, 5000],
     "num_kv_heads": [0, 3, -2],
     "head_dim": [0, 1, 7, 1 << 20],
@@ -39,9 +38,7 @@ WRONG: dict[str, list[Any]] = {
     "rotary_dim": [0, 3, 16, -2],
     "rope_theta": [0.0, -1.0, NAN, INF, 1e300],
     "rope_local_theta": [0.0, -1.0, NAN, INF],
-    "rope_layers": [(True,)],
     "sliding_window": [0, -1, 1 << 31],
-    "sliding_layers": [(True,) * 3],
     "query_scale": [0.0, -1.0, NAN, INF, 1e300],
     "attention_softcap": [-1.0, 0.0, NAN, INF],
     "logit_softcap": [-1.0, 0.0, NAN, INF],
@@ -67,14 +64,20 @@ WRONG: dict[str, list[Any]] = {
 
 def test_a_sound_one_passes() -> None:
     assert checked(GOOD, "x") is GOOD
-    capped = replace(GOOD, attention_softcap=50.0, logit_softcap=30.0, query_scale=0.1, sliding_window=4096)
+    capped = changed(GOOD, attention_softcap=50.0, logit_softcap=30.0, query_scale=0.1, sliding_window=4096)
     assert checked(capped, "x") is capped
 
 
 @pytest.mark.parametrize("field, value", [(f, v) for f, values in WRONG.items() for v in values])
 def test_out_of_range(field: str, value: Any) -> None:
     with pytest.raises(ModelError, match=r"config\.json"):
-        checked(replace(GOOD, **{field: value}), "config.json")
+        checked(changed(GOOD, **{field: value}), "config.json")
+
+
+@pytest.mark.parametrize("count", [0, 1025])
+def test_the_number_of_layers(count: int) -> None:
+    with pytest.raises(ModelError, match="num_layers must be from 1 to 1024"):
+        checked(replace(GOOD, blocks=GOOD.blocks[:1] * count), "config.json")
 
 
 def test_what_passes_has_finite_frequencies() -> None:
@@ -82,7 +85,7 @@ def test_what_passes_has_finite_frequencies() -> None:
         for factor in (1e-300, 1.0, 1e300):
             try:
                 config = checked(
-                    replace(GOOD, rope_theta=theta, rope_scaling=RopeScaling("linear", factor=factor)), "x"
+                    changed(GOOD, rope_theta=theta, rope_scaling=RopeScaling("linear", factor=factor)), "x"
                 )
             except ModelError:
                 continue

@@ -1,4 +1,4 @@
-"""GGUF metadata to ModelConfig: what each architecture means, and what is refused."""
+"""GGUF metadata to ModelSpec: what each architecture means, and what is refused."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from gguf_bytes import BOOL, F32, STRING, U32, Gguf, array, floats, scalar, smallest_model
-from hasten.core import ModelConfig
+from hasten.core import ModelSpec
 from hasten.errors import ModelError
+from hasten.models.families import gguf_spec
 from hasten.models.gguf import GgufFile
-from hasten.models.gguf_config import gguf_config
 
 
-def read(model: Gguf) -> ModelConfig:
+def read(model: Gguf) -> ModelSpec:
     file = GgufFile.parse(memoryview(model.build()), "test.gguf")
-    return gguf_config(file.metadata, file.tensors, "test.gguf")
+    return gguf_spec(file.metadata, file.tensors, "test.gguf")
 
 
 def with_keys(architecture: str = "qwen2", layers: int = 1, **values: bytes) -> Gguf:

@@ -1,4 +1,4 @@
-"""config.json of published models to ModelConfig; its twin is transformers' own reading of the same file."""
+"""config.json of published models to ModelSpec; its twin is transformers' own reading of the same file."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hasten.core import ModelConfig
+from hasten.core import ModelSpec
 from hasten.errors import HastenError, ModelError
-from hasten.models.fields import bf16_rounded
-from hasten.models.hf_config import hf_config
+from hasten.models.families import hf_spec
+from hasten.models.families.family import bf16_rounded
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
@@ -98,8 +98,8 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-def read(values: Any) -> ModelConfig:
-    return hf_config(copy.deepcopy(values), "config.json").config
+def read(values: Any) -> ModelSpec:
+    return hf_spec(copy.deepcopy(values), "config.json")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -142,7 +142,7 @@ def test_what_sets_each_apart() -> None:
     assert (gemma.rope_local_theta, gemma.score_scale, gemma.tied_head) == (10_000, 1 / 16, True)
     assert gemma.sliding_layers[:7] == (True,) * 5 + (False, True)
     assert gemma.embed_scale == 34.0  # sqrt(1152) = 33.94, which bf16 does not have
-    assert hf_config(GEMMA3_1B, "x", "F32").config.embed_scale == 1152**0.5
+    assert hf_spec(GEMMA3_1B, "x", "F32").embed_scale == 1152**0.5
     assert (big.rope_scaling.kind, big.rope_scaling.factor, big.num_heads, big.vocab_size) == (
         "linear",
         8,
@@ -160,11 +160,11 @@ def test_what_sets_each_apart() -> None:
 
 
 def test_biases() -> None:
-    assert hf_config(QWEN2, "x").biases == set("qkv")
-    assert hf_config(LLAMA, "x").biases == set()
+    assert set(hf_spec(QWEN2, "x").biases) == set("qkv")
+    assert set(hf_spec(LLAMA, "x").biases) == set()
     both = {**LLAMA, "attention_bias": True, "mlp_bias": True}
-    assert hf_config(both, "x").biases == {"q", "k", "v", "o", "gate", "up", "down"}
-    assert hf_config({**QWEN3, "attention_bias": True}, "x").biases == set("qkvo")
+    assert set(hf_spec(both, "x").biases) == {"q", "k", "v", "o", "gate", "up", "down"}
+    assert set(hf_spec({**QWEN3, "attention_bias": True}, "x").biases) == set("qkvo")
 
 
 def test_rope_parameters_of_both_generations_are_the_same() -> None:

@@ -16,7 +16,7 @@ from hasten import _native
 from hasten.core import Format, Recipe
 from hasten.errors import FormatError, ModelError
 from hasten.models import Source, open_model
-from hasten.models.names import hf_names
+from hasten.models.families import FAMILIES
 from hasten.models.quantized import bit_fields
 from hasten.weights.blocks import check_finite, dequantize
 from hasten.weights.packed import PackedLinear, pack_linear, pack_model
@@ -47,7 +47,7 @@ ACT_ORDER = [
 
 def by_name(matrices: dict[str, Rounded]) -> dict[str, Rounded]:
     """Under canonical names; fused matrices are none of these."""
-    table = hf_names("pre")
+    table = FAMILIES["llama"].hf_names
     return {(table.parts(f"{module}.weight") or ("",))[0]: rounded for module, rounded in matrices.items()}
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 
-from hasten.core import ModelConfig
-from hasten.rope_scaling import RopeScaling
+from hasten.core import RopeScaling
 from hasten.runtime.keys import key_shifts
+from specs import changed, spec
 
-CONFIG = ModelConfig(
+CONFIG = spec(
     architecture="qwen2", vocab_size=11, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4,
     num_kv_heads=2, head_dim=16, context_length=100, rope_theta=1e6,
 )  # fmt: skip
@@ -30,15 +28,15 @@ def test_only_slow_dimensions_are_shifted_and_by_their_bias():
 
 
 def test_what_is_not_rotated_is_shifted_whole():
-    unrotated = key_shifts(dataclasses.replace(CONFIG, rope_layers=(False, True)), VECTORS)
+    unrotated = key_shifts(changed(CONFIG, rope_layers=(False, True)), VECTORS)
     np.testing.assert_array_equal(unrotated["layers.0.key_shift"], BIAS)
-    partial = key_shifts(dataclasses.replace(CONFIG, rotary_dim=4), VECTORS)["layers.0.key_shift"]
+    partial = key_shifts(changed(CONFIG, rotary_dim=4), VECTORS)["layers.0.key_shift"]
     np.testing.assert_array_equal(partial.reshape(2, 16)[:, 4:], BIAS.reshape(2, 16)[:, 4:])
     assert (partial.reshape(2, 16)[:, 0] == 0).all()
 
 
 def test_sliding_layers_go_by_their_own_frequencies():
-    config = dataclasses.replace(
+    config = changed(
         CONFIG, rope_local_theta=1.0001, sliding_window=4, sliding_layers=(True, False),
         rope_scaling=RopeScaling("linear", 1000.0),
     )  # fmt: skip
@@ -49,7 +47,7 @@ def test_sliding_layers_go_by_their_own_frequencies():
 
 @pytest.mark.parametrize("changes", [{"qk_norm": "head"}, {"attention_softcap": 30.0}])
 def test_no_shift_where_attention_would_see_it(changes):
-    assert key_shifts(dataclasses.replace(CONFIG, **changes), VECTORS) == {}
+    assert key_shifts(changed(CONFIG, **changes), VECTORS) == {}
 
 
 def test_no_shift_without_biases():

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from hasten.core import EngineOptions, ModelConfig
+from hasten.core import EngineOptions, ModelSpec
 from hasten.errors import UsageError
 from hasten.machine.memory import MemoryRoom
 from hasten.models.open import open_model
 from hasten.runtime.cpu import KvPlan, kv_plan
+from specs import changed
 
 GB = 1_000_000_000
 PAGE = 16 << 20  # 32 tokens of 512 KB: Llama 2 7B
 
 
 @pytest.fixture
-def llama(tiny_folder) -> ModelConfig:
+def llama(tiny_folder) -> ModelSpec:
     """A model of 512 KB a token and next to no weights."""
     tiny: Path = tiny_folder("llama")
-    return replace(
+    return changed(
         open_model(tiny).config,
         num_layers=32,
         num_heads=32,
@@ -32,18 +32,18 @@ def llama(tiny_folder) -> ModelConfig:
     )
 
 
-def plan(config: ModelConfig, free: float, reserve: float = 0.25, **options: object) -> KvPlan:
+def plan(config: ModelSpec, free: float, reserve: float = 0.25, **options: object) -> KvPlan:
     room = MemoryRoom(lambda: int(free * GB), int(reserve * GB))
     return kv_plan(config, False, EngineOptions(**options), room)  # type: ignore[arg-type]
 
 
-def test_a_large_machine_has_room_for_all_sequences(llama: ModelConfig) -> None:
+def test_a_large_machine_has_room_for_all_sequences(llama: ModelSpec) -> None:
     found = plan(llama, 100)
     assert (found.context, found.pages, found.page_bytes) == (8192, 16 * 256, PAGE)
     assert found.because == "16 sequences of 8192 tokens"
 
 
-def test_a_small_machine_has_as_many_pages_as_fit_beside_the_reserve(llama: ModelConfig) -> None:
+def test_a_small_machine_has_as_many_pages_as_fit_beside_the_reserve(llama: ModelSpec) -> None:
     found = plan(llama, 10)
     assert found.context == 8192 and 256 < found.pages < 16 * 256
     assert found.bytes <= 9.75 * GB < found.bytes + 2 * PAGE
@@ -51,7 +51,7 @@ def test_a_small_machine_has_as_many_pages_as_fit_beside_the_reserve(llama: Mode
 
 
 def test_a_default_context_is_cut_to_what_fits_and_says_so(
-    llama: ModelConfig, caplog: pytest.LogCaptureFixture
+    llama: ModelSpec, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "hasten"):
         found = plan(llama, 3)
@@ -60,7 +60,7 @@ def test_a_default_context_is_cut_to_what_fits_and_says_so(
     assert f"the context is {found.context} tokens and not 8192" in caplog.text
 
 
-def test_a_context_that_was_asked_for_is_refused_with_one_that_fits(llama: ModelConfig) -> None:
+def test_a_context_that_was_asked_for_is_refused_with_one_that_fits(llama: ModelSpec) -> None:
     with pytest.raises(UsageError, match=r"4096 tokens take 2\.15 GB, 1\.7\d GB are free") as refused:
         plan(llama, 2, context=4096)
     fits = int(refused.value.hint.removeprefix("use --context "))
@@ -69,14 +69,14 @@ def test_a_context_that_was_asked_for_is_refused_with_one_that_fits(llama: Model
         plan(llama, 2, context=fits + 1)
 
 
-def test_nothing_fits(llama: ModelConfig) -> None:
+def test_nothing_fits(llama: ModelSpec) -> None:
     for free in (0, 0.2, 0.4):
         with pytest.raises(UsageError, match="keys and values of 8192 tokens") as refused:
             plan(llama, free)
         assert refused.value.hint == "end other programs, or use a smaller model"
 
 
-def test_kv_gb_is_the_users_word_as_far_as_it_is_free(llama: ModelConfig) -> None:
+def test_kv_gb_is_the_users_word_as_far_as_it_is_free(llama: ModelSpec) -> None:
     assert plan(llama, 10, kv_gb=5).pages == 5 * GB // PAGE
     with pytest.raises(UsageError, match=r"20 GB are asked for .* 9\.7\d GB are free") as refused:
         plan(llama, 10, kv_gb=20)
@@ -91,7 +91,7 @@ def test_kv_gb_is_the_users_word_as_far_as_it_is_free(llama: ModelConfig) -> Non
     assert both.value.hint == "use a smaller --context, and no --kv-gb"
 
 
-def test_what_other_models_cache_counts_as_free(llama: ModelConfig) -> None:
+def test_what_other_models_cache_counts_as_free(llama: ModelSpec) -> None:
     """They give it back when this one needs it; what they promised does not count."""
 
     class Other:
@@ -109,12 +109,12 @@ def test_what_other_models_cache_counts_as_free(llama: ModelConfig) -> None:
     assert 38.9 * GB < kv_plan(llama, False, EngineOptions(), room).bytes <= 39 * GB
 
 
-def test_a_limit_of_address_space_counts(llama: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_of_address_space_counts(llama: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hasten.runtime.cpu.address_space_left", lambda: 6 * GB)
     found = plan(llama, 100)
     assert found.context == 8192 and found.bytes <= 5.75 * GB
 
 
-def test_int8_pages_are_smaller(llama: ModelConfig) -> None:
+def test_int8_pages_are_smaller(llama: ModelSpec) -> None:
     room = MemoryRoom(lambda: 10 * GB, GB // 4)
     assert kv_plan(llama, True, EngineOptions(), room).pages > 1.9 * plan(llama, 10).pages

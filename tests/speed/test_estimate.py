@@ -11,12 +11,13 @@ import pytest
 
 import hasten
 from hasten import _native
-from hasten.core import Ceiling, Format, Machine, ModelConfig, Recipe, Stat, Workload
+from hasten.core import Ceiling, Format, Machine, Recipe, Stat, Workload
 from hasten.errors import MachineError, UsageError
 from hasten.speed import Efficiency, estimate
 from hasten.speed.cost import cost, kv_read_bytes, page_bytes
+from specs import changed, spec
 
-TINY = ModelConfig(
+TINY = spec(
     architecture="llama",
     vocab_size=1000,
     hidden_size=64,
@@ -79,7 +80,7 @@ def test_a_large_batch_is_bound_by_arithmetic() -> None:
 
 
 def test_sliding_windows_bound_what_is_read() -> None:
-    sliding = replace(TINY, sliding_window=64, sliding_layers=(True, False))
+    sliding = changed(TINY, sliding_window=64, sliding_layers=(True, False))
     assert kv_read_bytes(sliding, 1000, False) == 2 * 2 * 32 * 2 * (64 + 1000)
     assert kv_read_bytes(sliding, 10, False) == 2 * 2 * 32 * 2 * 20
     full = cost(TINY, Workload(100, 0), Recipe.parse("w8"))

@@ -20,9 +20,10 @@ import pytest
 
 import hasten
 from hasten import _native
-from hasten.core import ModelConfig, Recipe
+from hasten.core import ModelSpec, Recipe, as_json
 from hasten.errors import ArtifactError, DiskError, HastenError, UsageError
 from hasten.models.artifact import load_artifact, save
+from hasten.models.families import hf_spec
 from hasten.models.open import open_model
 from hasten.models.source import Source
 from hasten.runtime.sampling import SamplingOptions
@@ -31,8 +32,10 @@ from hasten.weights import plan as artifact_plan
 from hasten.weights.artifact import is_artifact
 from hasten.weights.packed import PackedModel, pack_model
 from hasten.weights.plan import FILES, PLAN_VERSION, config_from, config_json, format_digest, noun_from, seal
+from specs import flat_of, spec
+from tiny_models import TINY
 
-PLAIN = ModelConfig("llama", 32, 64, 96, 2, 4, 2, 16, 128)
+PLAIN = spec("llama", 32, 64, 96, 2, 4, 2, 16, 128)
 TEXT = [int(t) for t in np.random.default_rng(2).integers(0, 262, 30)]
 
 
@@ -307,10 +310,11 @@ def test_a_field_of_another_version_is_refused_by_its_name(copy: Path) -> None:
 def test_a_config_holds_what_is_not_as_by_default(packed: PackedModel) -> None:
     """A field that is added later is missing in what was written before, and has its default."""
     written = config_json(packed.config)
-    assert "embed_scale" in written and "attention_softcap" not in written
-    assert written["rope_scaling"] == {"kind": "linear", "factor": 8.0}
+    block = written["blocks"][5]
+    assert "embedding" in written and "softcap" not in block["mixer"] and "front_end" not in written
+    assert block["mixer"]["rotary"]["scaling"] == {"kind": "linear", "factor": 8.0}
     assert config_from(json.dumps(written).encode(), "x") == packed.config
-    for needed in ("architecture", "num_layers"):
+    for needed in ("architecture", "blocks"):
         less = {key: value for key, value in written.items() if key != needed}
         with pytest.raises(ArtifactError, match=f"{needed} is missing"):
             config_from(json.dumps(less).encode(), "x")
@@ -319,9 +323,9 @@ def test_a_config_holds_what_is_not_as_by_default(packed: PackedModel) -> None:
 def test_caches_know_the_fields(monkeypatch: pytest.MonkeyPatch) -> None:
     before = format_digest()
     grown = make_dataclass(
-        "ModelConfig", [("sinks", bool, field(default=False))], bases=(ModelConfig,), frozen=True
+        "ModelSpec", [("sinks", bool, field(default=False))], bases=(ModelSpec,), frozen=True
     )
-    monkeypatch.setattr(artifact_plan, "ModelConfig", grown)
+    monkeypatch.setattr(artifact_plan, "ModelSpec", grown)
     assert format_digest() != before and noun_from(grown, config_json(PLAIN), "").sinks is False
 
 
@@ -377,42 +381,84 @@ def test_a_plan_may_lack_what_is_only_told(copy: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("place", "value"),
     [
-        {"num_layers": 6},
-        {"num_layers": 8},
-        {"num_layers": "7"},
-        {"hidden_size": 32},
-        {"vocab_size": -1},
-        {"num_kv_heads": 0},
-        {"num_heads": 3},
-        {"head_dim": 7},
-        {"rope_scaling": 5},
-        {"sliding_layers": [True]},
-        {"norm_placement": "pre"},
-        {"head_dim": 24.0},
-        {"head_dim": True},
-        {"norm_eps": "1e-6"},
-        {"norm_eps": None},
-        {"tied_head": 1},
-        {"activation": "relu"},
-        {"activation": ["silu"]},
-        {"eos_token_ids": 262},
-        {"eos_token_ids": ["262"]},
-        {"sliding_window": [7]},
-        {"query_scale": "0.2"},
-        {"query_scale": 10**400},
-        {"rope_scaling": {"factor": float("inf")}},
-        {"experts": 8},
-        {"rope_scaling": {"stretch": 2}},
+        ("width", 32),
+        ("vocab", -1),
+        ("blocks", []),
+        ("blocks", 7),
+        ("blocks.0.mixer.kv_heads", 0),
+        ("blocks.0.mixer.heads", 3),
+        ("blocks.0.mixer.heads", 8),  # of one layer alone
+        ("blocks.0.mixer.head_dim", 7),
+        ("blocks.0.mixer.head_dim", 24.0),
+        ("blocks.0.mixer.head_dim", True),
+        ("blocks.0.mixer.rotary", 5),
+        ("blocks.0.mixer.rotary", {}),
+        ("blocks.0.mixer.window", [7]),
+        ("blocks.0.mixer.window", 5),  # another one than the other layers'
+        ("blocks.0.mixer.scale", "0.2"),
+        ("blocks.0.mixer.scale", 10**400),
+        ("blocks.0.mixer.sinks", True),  # nothing here runs them
+        ("blocks.0.mixer.mask", "full"),
+        ("blocks.0.mixer.mask", "some"),
+        ("blocks.0.norms.placement", "pre"),
+        ("blocks.0.norms.eps", "1e-6"),
+        ("blocks.0.feed_forward.activation", "relu"),
+        ("blocks.0.feed_forward.activation", ["silu"]),
+        ("blocks.0.feed_forward.kind", "plain"),
+        ("blocks.0.feed_forward.experts", "8"),
+        ("blocks.5.mixer.rotary.scaling", {"factor": float("inf")}),
+        ("blocks.5.mixer.rotary.scaling", {"stretch": 2}),
+        ("head.tied", 1),
+        ("eos_token_ids", 262),
+        ("eos_token_ids", ["262"]),
+        ("experts", 8),
+        ("encoder", {"architecture": "whisper"}),
     ],
     ids=str,
 )
-def test_a_config_that_lies(copy: Path, change: dict[str, Any]) -> None:
+def test_a_config_that_lies(copy: Path, place: str, value: Any) -> None:
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps({**config, **change}))
+    *way, last = place.split(".")
+    inside = config
+    for step in way:
+        inside = inside[int(step)] if isinstance(inside, list) else inside[step]
+    inside[last] = value
+    (copy / "config.json").write_text(json.dumps(config))
     reseal(copy, "config.json")
     refused(copy)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_layers": 6},
+        {"num_layers": 0},
+        {"sliding_layers": [True]},
+        {"tied_head": 1},
+        {"norm_eps": None},
+        {"experts": 8},
+    ],
+    ids=str,
+)
+def test_a_config_of_the_first_version_that_lies(copy: Path, change: dict[str, Any]) -> None:
+    aged(copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, **change}))
+    plan = json.loads((copy / "plan.json").read_text())
+    plan["artifact"]["files"]["config.json"] = as_json(artifact._fingerprint(copy / "config.json", 1))
+    (copy / "plan.json").write_text(json.dumps(plan))
+    refused(copy)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_flat_configurations_of_before_mean_the_same_model(name: str) -> None:
+    """Every kind of model, with the biases that the stored tensors tell."""
+    spec = hf_spec(json.loads(TINY[name].config().to_json_string()), name)
+    flat = as_json(flat_of(spec))
+    assert config_from(json.dumps(flat).encode(), "x", spec.parameter_shapes()) == spec
+    assert config_from(json.dumps(config_json(spec)).encode(), "x") == spec
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"{}", b"7", b"\xff", b"[" * 100_000])

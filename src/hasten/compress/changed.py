@@ -41,10 +41,8 @@ def changed(
         config: the new shape; a function's tensor must have the shape that it gives.
         drop: canonical names of tensors the new model does not have.
     """
-    from hasten.models.parameters import parameter_shapes, present_biases
-
     shape_of = config or source.config
-    shapes = parameter_shapes(shape_of, present_biases({*source.tensors, *values} - drop))
+    shapes = shape_of.parameter_shapes()
     tensors = {name: tensor for name, tensor in source.tensors.items() if name not in drop}
     tensors |= {name: made_tensor(name, shapes[name], value) for name, value in values.items()}
     wrong = {name for name, tensor in tensors.items() if shapes.get(name) != tensor.shape} | (

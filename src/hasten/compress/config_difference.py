@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,12 @@ import numpy as np
 from hasten.core import ModelConfig
 from hasten.models import rope
 
-_UNCOMPARED = (
-    *("bos_token_id", "eos_token_ids"),  # they go with the tokenizer
-    *("rope_theta", "rope_scaling", "rope_local_theta"),  # compared as the frequencies they give
-    *("query_scale", "embed_scale", "rotary_dim", "rope_layers"),  # compared as what they come to
+_COMPARED = (
+    *("architecture", "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"),
+    *("num_kv_heads", "head_dim", "context_length", "norm_eps", "activation", "norm_placement", "qk_norm"),
+    *("sliding_window", "sliding_layers", "attention_softcap", "logit_softcap", "embed_scale", "tied_head"),
 )
+"""What must be equal; rotation is compared as the frequencies it gives, end tokens go with the tokenizer."""
 _EMBED_SCALE_ERROR = 2**-8  # of a scale rounded to bf16; readers differ in whether they round it
 
 
@@ -39,14 +40,13 @@ def difference(ours: ModelConfig, theirs: ModelConfig) -> Difference | None:
 
 
 def _meaning(config: ModelConfig) -> dict[str, Any]:
-    known = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _UNCOMPARED}
+    known: dict[str, Any] = {name: getattr(config, name) for name in _COMPARED}
     window = config.sliding_window
-    if window is not None and (window >= config.context_length or not any(config.sliding_layers)):
+    if window is not None and window >= config.context_length:
         known |= {"sliding_window": None, "sliding_layers": ()}
     known["rotary_dim"] = config.rotary_dim or config.head_dim
     known["rope_layers"] = config.rope_layers or (True,) * config.num_layers
     known["query_scale"] = config.score_scale
-    known["embed_scale"] = config.embed_scale
     turned = rope.tables(config)
     known["rope frequencies"] = turned.global_inv_freq
     known["rope scale"] = turned.global_scale

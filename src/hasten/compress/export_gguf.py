@@ -21,11 +21,9 @@ from hasten.compress import export_gguf_tokenizer as words
 from hasten.compress.export_gguf_config import Factors, config_metadata, refuse
 from hasten.compress.export_result import Exported, Progress, Rounding
 from hasten.models.artifact import Artifact
+from hasten.models.families import FAMILIES
 from hasten.models.gguf import MAGIC
-from hasten.models.gguf_config import FAMILIES
-from hasten.models.names import gguf_names
 from hasten.models.open import interleaved_rows
-from hasten.models.parameters import present_biases
 from hasten.weights.packed import PackedLinear, PackedModel, row_pieces
 from hasten.weights.tensors import TYPES
 
@@ -71,7 +69,7 @@ def plan(artifact: Artifact) -> GgufPlan:
         UsageError, TokenizerError: the format cannot carry something of the model.
     """
     packed, config = artifact.packed, artifact.packed.config
-    biases = present_biases(packed.vectors)
+    biases = packed.config.biases
     metadata, factors = config_metadata(config, biases, artifact.name)
     spoken = words.tokenizer_metadata(artifact.tokenizer, artifact.folder, config.vocab_size)
     metadata |= spoken
@@ -110,7 +108,7 @@ def _tensors(packed: PackedModel) -> tuple[_Tensor, ...]:
     """The file's tensors in the file's order; Phi-3's fused ones take a type that carries all their parts."""
     config = packed.config
     is_phi = config.architecture == "phi3"
-    table = gguf_names(config.norm_placement, is_phi)
+    table = FAMILIES[config.architecture].gguf_names
     modules = [(f"{name}", parts) for name, parts in table.top.items()]
     for layer in range(config.num_layers):
         modules += [

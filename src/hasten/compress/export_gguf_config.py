@@ -1,9 +1,9 @@
-"""A ModelConfig as GGUF metadata: the inverse of hasten.models.gguf_config, checked by it.
+"""A ModelConfig as GGUF metadata: the inverse of hasten.models.families.gguf_metadata, checked by it.
 
 Whatever the format or llama.cpp has no word for (a sliding window in a llama, soft caps, dynamic rope) comes
 back different from the check, and is refused by name before a byte is written.
 
-Source: as hasten.models.gguf_config.
+Source: as hasten.models.families.gguf_metadata.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten.compress.config_difference import difference
-from hasten.core import ModelConfig
+from hasten.core import ModelConfig, RopeScaling, Rotary
 from hasten.errors import HastenError, UsageError
 from hasten.models import rope
+from hasten.models.families import FAMILIES, gguf_spec
 from hasten.models.gguf import GgufMetadata
-from hasten.models.gguf_config import FAMILIES, gguf_config
-from hasten.rope_scaling import RopeScaling
 from hasten.weights.tensors import SourceTensor
 
-ARCHITECTURES = {name: name for name in FAMILIES} | {"mistral": "llama"}
+ARCHITECTURES = {name: family.gguf for name, family in FAMILIES.items()}
 """What GGUF calls each architecture; a Mistral without a window is a llama."""
 
 _BIASES = {"llama": frozenset(("q", "k", "v", "o", "gate", "up", "down")), "qwen2": frozenset("qkv")}
@@ -101,14 +100,19 @@ def _rope(config: ModelConfig) -> tuple[dict[str, Any], Factors]:
     if kind == "yarn":
         return _yarn(scaling, config), {}
     if kind == "llama3":
-        plain, _ = rope.rope_frequencies(replace(config, rope_scaling=RopeScaling()))
-        scaled, _ = rope.rope_frequencies(config)
+        rotary = _rotary(config)
+        plain, _ = rope.frequencies(replace(rotary, scaling=RopeScaling()), config.context)
+        scaled, _ = rope.frequencies(rotary, config.context)
         return {}, {"rope_freqs.weight": (plain / scaled).astype(np.float32)}
     if kind == "longrope":
         return _longrope(scaling, config)
     if kind != "default":
         raise refuse(f"rope scaling of the kind {kind}", "the format has no word for it")
     return {}, {}
+
+
+def _rotary(config: ModelConfig) -> Rotary:
+    return config.rotary or Rotary(config.head_dim)
 
 
 def _yarn(scaling: RopeScaling, config: ModelConfig) -> dict[str, Any]:
@@ -120,7 +124,7 @@ def _yarn(scaling: RopeScaling, config: ModelConfig) -> dict[str, Any]:
     if (scaling.beta_fast, scaling.beta_slow) != (32.0, 1.0):
         found["rope.scaling.yarn_beta_fast"] = float(scaling.beta_fast)
         found["rope.scaling.yarn_beta_slow"] = float(scaling.beta_slow)
-    _, scale = rope.rope_frequencies(config)
+    _, scale = rope.frequencies(_rotary(config), config.context)
     usual = 1.0 + 0.1 * math.log(scaling.factor) if scaling.factor > 1 else 1.0
     if not math.isclose(scale, usual, rel_tol=1e-6):
         found["rope.scaling.attn_factor"] = scale / usual
@@ -129,7 +133,7 @@ def _yarn(scaling: RopeScaling, config: ModelConfig) -> dict[str, Any]:
 
 def _longrope(scaling: RopeScaling, config: ModelConfig) -> tuple[dict[str, Any], Factors]:
     short, long = (np.array(f, np.float32) for f in (scaling.short_factor, scaling.long_factor))
-    _, scale = rope.rope_frequencies(config)
+    _, scale = rope.frequencies(_rotary(config), config.context)
     if scaling.short_factor == scaling.long_factor and scale == 1.0:  # Llama 3 out of a GGUF file
         return {}, {"rope_freqs.weight": short}
     own = {"rope.scaling.attn_factor": float(scale)}
@@ -149,14 +153,14 @@ def _check(config: ModelConfig, values: Mapping[str, Any], factors: Factors) -> 
     for name in ("token_embd.weight", *(() if config.tied_head else ("output.weight",))):
         tensors[name] = SourceTensor(name, (rows, 1), "F16", np.broadcast_to(nothing, 2 * rows))
     try:
-        found = gguf_config(GgufMetadata(kept), tensors, "the exported file")
+        found = gguf_spec(GgufMetadata(kept), tensors, "the exported file")
     except HastenError as wrong:
         raise refuse("this model", wrong.message) from None
     _compare(config, found)
 
 
 def _compare(config: ModelConfig, found: ModelConfig) -> None:
-    named = replace(config, architecture=ARCHITECTURES[config.architecture])
+    named = replace(config, architecture=found.architecture)
     wrong = difference(named, found)
     if wrong is not None:
         raise refuse(wrong.name, f"the model has {wrong.ours}, such a file means {wrong.theirs}")

@@ -15,7 +15,6 @@ from hasten.compress.export_integers import widened
 from hasten.compress.export_result import Exported
 from hasten.errors import MachineError
 from hasten.models.artifact import Artifact
-from hasten.models.parameters import present_biases
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def plan(artifact: Artifact, name: str, package: str, kind: Callable[[str], str]
     """
     packed = artifact.packed
     export_decoder.refuse(packed.config, name)
-    values = config_values(packed.config, present_biases(packed.vectors))
+    values = config_values(packed.config)
     values["dtype"] = values["torch_dtype"] = "float32"
     if find_spec(package) is None:
         raise MachineError(f"--to {name} needs the package {package}", hint=f"pip install {package}")

@@ -21,8 +21,7 @@ from hasten.compress.export_hf_config import config_values, refuse
 from hasten.compress.export_result import Exported, Progress, Rounding
 from hasten.core import ModelConfig
 from hasten.models.artifact import Artifact
-from hasten.models.names import hf_names
-from hasten.models.parameters import present_biases
+from hasten.models.families import FAMILIES
 from hasten.weights.packed import PackedLinear, PackedModel, bf16_bits, integers, row_pieces
 from hasten.weights.safetensors_file import Entry, write_safetensors
 
@@ -87,7 +86,7 @@ def plan(artifact: Artifact, fits: Callable[[Module], bool]) -> HfPlan:
         UsageError: config.json has no word for something of the model.
     """
     packed, config = artifact.packed, artifact.packed.config
-    values = config_values(config, present_biases(packed.vectors))
+    values = config_values(config)
     modules = _modules(packed, fits)
     quantised = [m for m in modules if m.scheme is not None]
     is_half = bool(quantised) and config.architecture != "gemma3"
@@ -165,7 +164,7 @@ def _block(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
     prefix = f"layers.{layer}."
     return {
         f"model.{prefix}{module}": tuple(prefix + part for part in parts)
-        for module, parts in hf_names(config.norm_placement).block.items()
+        for module, parts in FAMILIES[config.architecture].hf_names.block.items()
         if "proj" in module and (len(parts) == 1 or is_phi) and not (set(parts) <= single and len(parts) == 1)
     }
 
@@ -237,7 +236,7 @@ def _values(linear: PackedLinear, first: int, count: int) -> npt.NDArray[np.floa
 def _vectors(made: HfPlan) -> list[Entry]:
     """Norms and biases in the smallest of F16, BF16 and F32 that holds them exactly."""
     config, vectors = made.packed.config, made.packed.vectors
-    table = hf_names(config.norm_placement)
+    table = FAMILIES[config.architecture].hf_names
     names: list[tuple[str, list[str]]] = [("model.norm.weight", ["final_norm"])]
     for layer in range(config.num_layers):
         prefix = f"layers.{layer}."

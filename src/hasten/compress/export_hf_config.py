@@ -1,28 +1,16 @@
-"""A ModelConfig as a Hugging Face config.json: the inverse of hasten.models.hf_config, checked by it.
+"""A model as a Hugging Face config.json: the inverse of models/families/config_json.py, checked by it.
 
 Rope is written in the form of transformers 4 (`rope_theta`, `rope_scaling`), which every reader knows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 from hasten.compress.config_difference import difference
 from hasten.core import ModelConfig
 from hasten.errors import HastenError, UsageError
-from hasten.models.hf_config import hf_config
-
-_CLASSES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gemma3": "Gemma3ForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-    "smollm3": "SmolLM3ForCausalLM",
-    "olmo2": "Olmo2ForCausalLM",
-}
+from hasten.models.families import FAMILIES, hf_spec
 
 
 def refuse(what: str, why: str) -> UsageError:
@@ -30,19 +18,19 @@ def refuse(what: str, why: str) -> UsageError:
     return UsageError(f"a Hugging Face folder cannot carry {what}: {why}", hint="run it with hasten serve")
 
 
-def config_values(config: ModelConfig, biases: Collection[str]) -> dict[str, Any]:
+def config_values(config: ModelConfig) -> dict[str, Any]:
     """The values of config.json, but for the numbers' types.
 
     Args:
         config: the model.
-        biases: linear layers that have one.
 
     Raises:
         UsageError: config.json has no word for something of the model; it is named.
     """
+    biases = config.biases
     is_gemma = config.architecture == "gemma3"
     values: dict[str, Any] = {
-        "architectures": [_CLASSES[config.architecture]],
+        "architectures": [FAMILIES[config.architecture].hf_class],
         "model_type": "gemma3_text" if is_gemma else config.architecture,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -66,7 +54,7 @@ def config_values(config: ModelConfig, biases: Collection[str]) -> dict[str, Any
         values["mlp_bias"] = "gate" in biases
     if is_gemma:
         values |= _gemma(config)
-    _check(config, biases, values)
+    _check(config, values)
     return values
 
 
@@ -125,14 +113,15 @@ def _gemma(config: ModelConfig) -> dict[str, Any]:
     return found
 
 
-def _check(config: ModelConfig, biases: Collection[str], values: dict[str, Any]) -> None:
+def _check(config: ModelConfig, values: dict[str, Any]) -> None:
     """Read the values as a file's and compare what they say with the model."""
     try:
-        found = hf_config(values, "config.json")
+        found = hf_spec(values, "config.json")
     except HastenError as wrong:
         raise refuse("this model", wrong.message) from None
-    if set(found.biases) != set(biases):
-        raise refuse(f"biases of {', '.join(sorted(biases)) or 'none'}", f"{config.architecture} has others")
-    other = difference(config, found.config)
+    if found.biases != config.biases:
+        biases = ", ".join(sorted(config.biases)) or "none"
+        raise refuse(f"biases of {biases}", f"{config.architecture} has others")
+    other = difference(config, found)
     if other is not None:
         raise refuse(other.name, f"the model has {other.ours}, config.json means {other.theirs}")

@@ -26,24 +26,19 @@ def pruned_shape(recipe: Recipe, config: ModelConfig, text: Calibration | None) 
 
 
 def _after(config: ModelConfig, pruning: Pruning) -> ModelConfig:
-    from hasten.compress.prune.ffn import kept_channels
-    from hasten.compress.prune.heads import kept_heads
+    from hasten.compress.prune.ffn import kept_channels, with_channels
+    from hasten.compress.prune.heads import kept_heads, with_heads
     from hasten.compress.prune.layers import kept_layers
     from hasten.compress.prune.width import kept_width
 
     if pruning.kind == "ffn":
-        return replace(config, intermediate_size=kept_channels(config, pruning.amount))
+        return with_channels(config, kept_channels(config, pruning.amount))
     if pruning.kind == "heads":
         plan = kept_heads(config, pruning.amount)
-        return replace(config, num_kv_heads=plan.groups, num_heads=plan.groups * plan.share)
+        return with_heads(config, plan)
     if pruning.kind == "layers":
         count = kept_layers(config, pruning.amount)  # which ones is found later
-        return replace(
-            config,
-            num_layers=count,
-            rope_layers=config.rope_layers[:count],
-            sliding_layers=config.sliding_layers[:count],
-        )
+        return replace(config, blocks=config.blocks[:count])
     if pruning.kind == "width":
-        return replace(config, hidden_size=kept_width(config, pruning.amount))
+        return replace(config, width=kept_width(config, pruning.amount))
     return config

@@ -9,13 +9,12 @@ from typing import Any
 
 from hasten.cache.deferred import Deferred
 from hasten.core import Recipe
-from hasten.errors import ArtifactError, DiskError, HastenError, UsageError
-from hasten.models.config_check import checked
+from hasten.errors import ArtifactError, DiskError, HastenError
+from hasten.models.families import checked
 from hasten.models.locate import Place, ref_of
-from hasten.models.parameters import parameter_shapes, present_biases
 from hasten.models.source import Source, sha256_of
 from hasten.models.tokenizer import Tokenizer
-from hasten.weights.artifact import contradiction, made_from, read_artifact, write_artifact
+from hasten.weights.artifact import made_from, read_artifact, write_artifact
 from hasten.weights.packed import PackedModel
 from hasten.weights.packed_store import Origin, PackedStore, warn_once
 from hasten.weights.plan import AGAIN, CONFIG
@@ -44,11 +43,7 @@ def load_artifact(folder: str | Path) -> Artifact:
         config = checked(stored.config, CONFIG)
     except HastenError as wrong:
         raise ArtifactError(f"{path / CONFIG} cannot be read: {wrong}", hint=AGAIN) from None
-    try:
-        shapes = parameter_shapes(config, present_biases(stored.parts))
-    except (UsageError, LookupError) as wrong:
-        raise contradiction(path, wrong) from None
-    packed = stored.packed(config, shapes)
+    packed = stored.packed(config, config.parameter_shapes())
     source = plan.get("source")
     name = str(source["name"]) if isinstance(source, dict) and "name" in source else path.stem
     return Artifact(name, path, packed, Tokenizer.load(path), plan)

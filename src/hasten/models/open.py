@@ -13,20 +13,20 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten.cache.reading import NotAFile, is_there, open_file
-from hasten.core import ModelConfig
+from hasten.core import ModelSpec
 from hasten.errors import FormatError, ModelError
-from hasten.models.fields import Fields
+from hasten.models.families import FAMILIES, gguf_spec, hf_spec
+from hasten.models.families.config_json import token_ids
+from hasten.models.families.family import Fields, NameTable
 from hasten.models.gguf import GgufFile
-from hasten.models.gguf_config import FAMILIES, gguf_config
-from hasten.models.hf_config import hf_config, token_ids
 from hasten.models.locate import Place, locate
-from hasten.models.names import NameTable, gguf_names, hf_names
-from hasten.models.parameters import Shapes, fill, parameter_shapes, present_biases
 from hasten.models.quantized import Quantization, merged
 from hasten.models.quantized_formats import KEYS, quantization_of, without_quantization
 from hasten.models.source import Source, SourceFile, once
 from hasten.weights.safetensors_file import NOT_A_FILE_HINT, open_safetensors
 from hasten.weights.tensors import SourceTensor
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 if TYPE_CHECKING:
     from hasten.models.tokenizer import Tokenizer
@@ -74,16 +74,11 @@ def gguf_source(file: GgufFile, name: str, files: tuple[SourceFile, ...]) -> Sou
     Raises:
         ModelError, FormatError: as `open_model`.
     """
-    config = gguf_config(file.metadata, file.tensors, file.name)
-    table = gguf_names(config.norm_placement, config.architecture == "phi3")
-    canonical = [part for tensor in file.tensors for part in table.parts(tensor) or ()]
-    biases = present_biases(canonical)
-    if biases & set("qkv") or FAMILIES[config.architecture].has_qkv_bias:
-        biases |= set("qkv")  # metadata does not say; no architecture has one without the others
-    shapes = parameter_shapes(config, biases)
-    tensors, unused = fill(file.tensors, table, shapes, file.name)
-    if FAMILIES[config.architecture].is_permuted:
-        tensors = {key: _unpermuted(tensor, config) for key, tensor in tensors.items()}
+    spec = gguf_spec(file.metadata, file.tensors, file.name)
+    family = FAMILIES[spec.architecture]
+    tensors, unused = fill(file.tensors, family.gguf_names, spec.parameter_shapes(), file.name)
+    if family.is_permuted:
+        tensors = {key: _unpermuted(tensor, spec) for key, tensor in tensors.items()}
 
     def load() -> Tokenizer:
         from hasten.models.tokenizer import Tokenizer
@@ -91,15 +86,15 @@ def gguf_source(file: GgufFile, name: str, files: tuple[SourceFile, ...]) -> Sou
         return Tokenizer.from_gguf(file.metadata)
 
     general = {key: file.metadata[key] for key in file.metadata if key.startswith("general.")}
-    return Source(name, config, tensors, files, unused, once(load), general)
+    return Source(name, spec, tensors, files, unused, once(load), general)
 
 
-def _unpermuted(tensor: SourceTensor, config: ModelConfig) -> SourceTensor:
+def _unpermuted(tensor: SourceTensor, spec: ModelSpec) -> SourceTensor:
     """Give q and k (and their biases) the row order that undoes llama.cpp's permutation."""
-    part = tensor.name.split(".")[2] if tensor.name.startswith("layers.") else ""
+    _, layer, part, *_ = *tensor.name.split("."), "", ""
     if part not in ("q", "k"):
         return tensor
-    return replace(tensor, row_order=interleaved_rows(tensor.rows, config.head_dim))
+    return replace(tensor, row_order=interleaved_rows(tensor.rows, spec.blocks[int(layer)].mixer.head_dim))
 
 
 def interleaved_rows(rows: int, head_dim: int) -> npt.NDArray[np.int64]:
@@ -152,21 +147,21 @@ def open_folder(folder: Path) -> Source:
 
 def _read_folder(
     folder: Path, values: Mapping[str, Any], checkpoint: Checkpoint, quantization: Quantization | None
-) -> tuple[ModelConfig, dict[str, SourceTensor], tuple[str, ...]]:
+) -> tuple[ModelSpec, dict[str, SourceTensor], tuple[str, ...]]:
     where = str(folder / "config.json")
     found = checkpoint.tensors
     embed = next((t.dtype for n, t in found.items() if n.endswith("embed_tokens.weight")), "BF16")
-    translated = hf_config(without_quantization(values) if quantization else values, where, embed)
-    config = _with_generation_ids(translated.config, folder / "generation_config.json")
-    table, shapes = hf_names(config.norm_placement), parameter_shapes(config, translated.biases)
+    spec = hf_spec(without_quantization(values) if quantization else values, where, embed)
+    spec = _with_generation_ids(spec, folder / "generation_config.json")
+    family, shapes = FAMILIES[spec.architecture], spec.parameter_shapes()
     spare: tuple[str, ...] = ()
     if quantization is not None:
-        found, spare = merged(quantization, found, lambda name: _is_one_of(name, table, shapes), str(folder))
-    tensors, unused = fill(found, table, shapes, str(folder))
-    unused += spare
-    if config.architecture == "gemma3":  # stored as weight - 1
+        names = family.hf_names
+        found, spare = merged(quantization, found, lambda name: _is_one_of(name, names, shapes), str(folder))
+    tensors, unused = fill(found, family.hf_names, shapes, str(folder))
+    if family.stored_less_one:
         tensors = {k: replace(t, offset=1.0) if k.endswith("norm") else t for k, t in tensors.items()}
-    return config, tensors, unused
+    return spec, tensors, unused + spare
 
 
 def _is_one_of(name: str, table: NameTable, shapes: Shapes) -> bool:
@@ -174,12 +169,12 @@ def _is_one_of(name: str, table: NameTable, shapes: Shapes) -> bool:
     return all(part in shapes for part in table.parts(name) or ("",))
 
 
-def _with_generation_ids(config: ModelConfig, path: Path) -> ModelConfig:
+def _with_generation_ids(spec: ModelSpec, path: Path) -> ModelSpec:
     """Add the end-of-text ids of generation_config.json, where chat models keep their end of turn."""
     if not is_there(path):
-        return config
+        return spec
     more = token_ids(Fields(read_json_object(path), str(path)), "eos_token_id")
-    return replace(config, eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + more)))
+    return replace(spec, eos_token_ids=tuple(dict.fromkeys(spec.eos_token_ids + more)))
 
 
 def _with_side_file(values: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
@@ -278,3 +273,74 @@ def _sharded(folder: Path, index: Path, integers: bool) -> Checkpoint:
     if missing:
         raise FormatError(f"{index}: tensor {missing[0]!r} is not in {names[missing[0]]}")
     return Checkpoint(tensors, tuple(folder / shard for shard in shards))
+
+
+def fill(
+    tensors: Mapping[str, SourceTensor], table: NameTable, shapes: Shapes, where: str
+) -> tuple[dict[str, SourceTensor], tuple[str, ...]]:
+    """Match the tensors of a file with the parameters of a model; fused ones are split by rows.
+
+    Args:
+        tensors: by the file's names.
+        table: what those names mean.
+        shapes: the parameters, as `ModelSpec.parameter_shapes` gives them.
+        where: what errors call the file.
+
+    Returns:
+        (tensors by canonical name, file names of the unused)
+
+    Raises:
+        ModelError: a tensor is missing, extra, misshapen or there twice; it is named.
+    """
+    filled: dict[str, SourceTensor] = {}
+    unused: list[str] = []
+    extra: list[str] = []
+    for name, tensor in tensors.items():
+        parts = table.parts(name)
+        is_tied_head = parts == ("head",) and "head" not in shapes
+        if is_tied_head or table.ignores(name):
+            unused.append(name)
+        elif parts is None or any(part not in shapes for part in parts):
+            extra.append(name)
+        else:
+            _place(filled, tensor, parts, shapes, where)
+    if extra:
+        raise ModelError(
+            f"{where}: {_listed(extra, 'tensor')} not part of this architecture",
+            hint="the file holds another model than its configuration says, or an unsupported feature",
+        )
+    missing = [name for name in shapes if name not in filled]
+    if missing:
+        raise ModelError(
+            f"{where}: {_listed(missing, 'parameter')} missing",
+            hint="the checkpoint is incomplete: download it again",
+        )
+    return filled, tuple(unused)
+
+
+def _place(
+    filled: dict[str, SourceTensor], tensor: SourceTensor, parts: tuple[str, ...], shapes: Shapes, where: str
+) -> None:
+    """Put one tensor, or each part of a fused one, where it belongs."""
+    rows = sum(shapes[part][0] for part in parts)
+    wanted = (rows, *shapes[parts[0]][1:])
+    if tensor.shape != wanted:
+        raise ModelError(
+            f"{where}: tensor {tensor.name!r} must be {list(wanted)}, got {list(tensor.shape)}",
+            hint="the file does not belong to its configuration",
+        )
+    first = 0
+    for part in parts:
+        if part in filled:
+            raise ModelError(f"{where}: {part!r} is there twice, the second time as {tensor.name!r}")
+        count = shapes[part][0]
+        filled[part] = tensor.part(part, first, count)
+        first += count
+
+
+def _listed(names: list[str], noun: str) -> str:
+    """`tensor 'a' is`, or `12 tensors ('a', 'b', 'c', ...) are`."""
+    if len(names) == 1:
+        return f"{noun} {names[0]!r} is"
+    shown = ", ".join(repr(name) for name in names[:3])
+    return f"{len(names)} {noun}s ({shown}{', ...' if len(names) > 3 else ''}) are"

@@ -46,7 +46,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten.errors import FormatError
-from hasten.models.fields import Fields
+from hasten.models.families.family import Fields
 from hasten.models.quantized import (
     Parts,
     QAndScale,

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from hasten.core import ModelConfig
 from hasten.errors import ModelError, UsageError
 from hasten.models import rope
-from hasten.models.parameters import parameter_shapes
 
 Tokens = Sequence[int] | npt.NDArray[np.integer[Any]]
 ValueHook = Callable[[str, torch.Tensor], torch.Tensor]
@@ -64,7 +63,7 @@ class ReferenceDecoder:
         self._tensors = {
             name: torch.from_numpy(np.ascontiguousarray(t, np.float32)) for name, t in tensors.items()
         }
-        for name, shape in parameter_shapes(config).items():
+        for name, shape in config.parameter_shapes().items():
             if name not in self._tensors:
                 raise ModelError(f"tensor {name!r} is missing")
             if tuple(self._tensors[name].shape) != shape:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hasten.cache import digest
-from hasten.core import ModelConfig
+from hasten.core import ModelSpec
 from hasten.weights.tensors import SourceTensor
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Source:
     """
 
     name: str
-    config: ModelConfig
+    config: ModelSpec
     tensors: dict[str, SourceTensor]
     files: tuple[SourceFile, ...]
     unused: tuple[str, ...]

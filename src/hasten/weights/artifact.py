@@ -206,8 +206,9 @@ def read_artifact(folder: str | Path) -> Stored:
     plan = read_plan(path)
     description = described(plan, str(path / _PLAN), PIECE_BYTES)
     data = _verified(path, description)
-    config = config_from(data[CONFIG].tobytes(), str(path / CONFIG))
-    return Stored(path, plan, description, config, _parts(path, data[WEIGHTS]))
+    parts = _parts(path, data[WEIGHTS])
+    config = config_from(data[CONFIG].tobytes(), str(path / CONFIG), parts)
+    return Stored(path, plan, description, config, parts)
 
 
 def verify_files(folder: str | Path) -> None:

@@ -17,17 +17,33 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from functools import cache
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from hasten.core import ModelConfig, as_json
+from hasten.core import (
+    Activation,
+    Attention,
+    Block,
+    Embedding,
+    FeedForward,
+    Head,
+    ModelSpec,
+    Norm,
+    NormPlacement,
+    Norms,
+    QkNorm,
+    RopeScaling,
+    Rotary,
+    as_json,
+)
 from hasten.errors import ArtifactError, HastenError
 from hasten.weights.formats import FORMATS, Format, FormatParts
 
 PLAN_VERSION = 3
-"""3: formats have names and versions.
+"""3: formats have names and versions, config.json holds a tree of blocks.
 2: defaults are left out, all of `FILES` are listed, and `sha256` covers the description. 1: before 0.2."""
 LAYOUT_VERSION = 1
 """Raised whenever native/layout.h changes what stored bytes mean."""
@@ -129,19 +145,118 @@ def seal(plan: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
 
 
-def config_json(config: ModelConfig) -> dict[str, Any]:
+@dataclass(frozen=True)
+class FlatConfig:
+    """config.json of artifacts before there were blocks: a record of a dense decoder whose layers are alike.
+
+    Nothing is written so any more. Biases are not in it: the stored tensors tell.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    context_length: int
+    norm_eps: float = 1e-6
+    activation: Activation = "silu"
+    norm_placement: NormPlacement = "pre"
+    qk_norm: QkNorm = "none"
+    rotary_dim: int | None = None
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    rope_local_theta: float | None = None
+    rope_layers: tuple[bool, ...] = ()
+    sliding_window: int | None = None
+    sliding_layers: tuple[bool, ...] = ()
+    query_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embed_scale: float = 1.0
+    tied_head: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def spec(self, biases: Iterable[str] = ()) -> ModelSpec:
+        """The model as a tree.
+
+        Args:
+            biases: the linear layers of every block that have one.
+
+        Raises:
+            Mismatch: a list of flags has another length than the model layers.
+        """
+        biased = frozenset(biases)
+        for name, flags in (("rope", self.rope_layers), ("sliding", self.sliding_layers)):
+            if flags and len(flags) != self.num_layers:
+                raise Mismatch(f"{len(flags)} {name} layer flags for {self.num_layers} layers")
+        if not 0 < self.num_layers <= 1 << 16:
+            raise Mismatch(f"num_layers is {self.num_layers}")
+        return ModelSpec(
+            self.architecture,
+            self.vocab_size,
+            self.hidden_size,
+            self.context_length,
+            tuple(self._block(i, biased) for i in range(self.num_layers)),
+            Embedding(self.embed_scale),
+            Norm(self.norm_eps),
+            Head(tied=self.tied_head, softcap=self.logit_softcap),
+            bos_token_id=self.bos_token_id,
+            eos_token_ids=self.eos_token_ids,
+        )
+
+    def _block(self, layer: int, biases: frozenset[str]) -> Block:
+        slides = self.sliding_window is not None and bool(self.sliding_layers) and self.sliding_layers[layer]
+        dim = self.head_dim if self.rotary_dim is None else self.rotary_dim
+        rotary: Rotary | None = Rotary(dim, self.rope_theta, self.rope_scaling)
+        if slides and self.rope_local_theta is not None:
+            rotary = Rotary(dim, self.rope_local_theta)
+        if self.rope_layers and not self.rope_layers[layer]:
+            rotary = None
+        mixer = Attention(
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            window=self.sliding_window if slides else None,
+            rotary=rotary,
+            qk_norm=self.qk_norm,
+            scale=self.query_scale,
+            softcap=self.attention_softcap,
+            biases=tuple(part for part in ("q", "k", "v", "o") if part in biases),
+        )
+        feed_forward = FeedForward(
+            self.intermediate_size,
+            activation=self.activation,
+            biases=tuple(part for part in ("gate", "up", "down") if part in biases),
+        )
+        return Block(mixer, feed_forward, Norms(self.norm_placement, self.norm_eps))
+
+
+def config_json(spec: ModelSpec) -> dict[str, Any]:
     """config.json of an artifact: the fields without a default, and those that differ from theirs."""
-    return _without_defaults(config)
+    return _without_defaults(spec)
 
 
-def config_from(data: bytes, where: str) -> ModelConfig:
-    """The ModelConfig in a config.json. Its types are right; its numbers were not compared with each other.
+def config_from(data: bytes, where: str, tensors: Iterable[str] = ()) -> ModelSpec:
+    """The model in a config.json. Its types are right; its numbers were not compared with each other.
+
+    Args:
+        data: the file's bytes.
+        where: what errors call it.
+        tensors: canonical names of what is stored; they tell the biases of an older artifact.
 
     Raises:
         ArtifactError: it is no JSON, or a field is missing, unknown or of a wrong type.
     """
     try:
-        return noun_from(ModelConfig, json.loads(data), "")
+        values = json.loads(data)
+        if isinstance(values, Mapping) and "blocks" not in values and "num_layers" in values:
+            biases = (name.split(".")[2] for name in tensors if re.fullmatch(r"layers\.\d+\.\w+\.bias", name))
+            return noun_from(FlatConfig, values, "").spec(biases)
+        return noun_from(ModelSpec, values, "")
     except UnknownField as wrong:
         raise ArtifactError(f"{where}: {wrong}", hint=_NEWER) from None
     except (ValueError, RecursionError) as wrong:
@@ -155,7 +270,7 @@ def format_digest() -> str:
     """
     known = [
         [kind.__name__, [(one.name, str(one.type), _default(one)) for one in fields(kind)]]
-        for kind in _nouns(ModelConfig, Stored, StoredRecipe, FormatParts)
+        for kind in _nouns(ModelSpec, Stored, StoredRecipe, FormatParts)
     ]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
 
@@ -165,13 +280,17 @@ def _default(one: Field[Any]) -> str:
     return "" if one.default is MISSING else repr(one.default)
 
 
-def _nouns(*kinds: Any) -> list[Any]:
+def _nouns(*kinds: Any, found: list[Any] | None = None) -> list[Any]:
     """Dataclasses and those that their fields hold."""
-    found: list[Any] = []
+    found = [] if found is None else found
     for kind in kinds:
         if is_dataclass(kind) and kind not in found:
-            inner = [part for hint in get_type_hints(kind).values() for part in (hint, *get_args(hint))]
-            found += [kind, *(one for one in _nouns(*inner) if one not in found)]
+            found.append(kind)
+            for hint in _hints(cast(type, kind)).values():
+                _nouns(hint, *get_args(hint), found=found)
+        else:
+            inner = [one for one in get_args(kind) if is_dataclass(one) or get_args(one)]
+            _nouns(*inner, found=found)
     return found
 
 
@@ -245,7 +364,7 @@ def noun_from(kind: type[T], given: Any, where: str) -> T:
     if not isinstance(given, Mapping):
         raise Mismatch(f"{where or 'the document'} must be an object, got {given!r:.60}")
     assert is_dataclass(kind)
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     inside = f"{where}." if where else ""
     for name, value in given.items():
         if name not in hints and value is not None:
@@ -257,6 +376,11 @@ def noun_from(kind: type[T], given: Any, where: str) -> T:
         elif one.default is MISSING and one.default_factory is MISSING:
             raise Mismatch(f"{inside}{one.name} is missing")
     return kind(**made)
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _typed(value: Any, hint: Any, where: str) -> Any:
@@ -300,5 +424,11 @@ def _without_defaults(noun: Any) -> dict[str, Any]:
         value = getattr(noun, one.name)
         default = one.default_factory() if one.default_factory is not MISSING else one.default
         if default is MISSING or value != default:
-            found[one.name] = _without_defaults(value) if is_dataclass(value) else as_json(value)
+            found[one.name] = _plain_json(value)
     return found
+
+
+def _plain_json(value: Any) -> Any:
+    if is_dataclass(value):
+        return _without_defaults(value)
+    return [_plain_json(one) for one in value] if isinstance(value, tuple) else as_json(value)

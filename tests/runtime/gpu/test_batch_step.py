@@ -18,16 +18,15 @@ if DEVICE == "cpu":
 
     mended_interpreter.mend()
 
-from hasten.core import ModelConfig  # noqa: E402
+from hasten.core import RopeScaling  # noqa: E402
 from hasten.errors import ModelError, UsageError  # noqa: E402
-from hasten.models.parameters import parameter_shapes  # noqa: E402
 from hasten.models.reference import ReferenceDecoder  # noqa: E402
-from hasten.rope_scaling import RopeScaling  # noqa: E402
 from hasten.runtime.gpu import batch_step, batch_weights  # noqa: E402
 from hasten.runtime.gpu.batch_step import PAGE, BatchStep, StepOptions  # noqa: E402
 from hasten.runtime.gpu.batch_tiles import AttentionTile, Tile  # noqa: E402
+from specs import changed, spec  # noqa: E402
 
-LLAMA = ModelConfig(
+LLAMA = spec(
     "llama",
     67,
     64,
@@ -41,20 +40,22 @@ LLAMA = ModelConfig(
 )
 MODELS = {
     "llama": LLAMA,
-    "one layer": replace(LLAMA, num_layers=1),
-    "llama3 rope": replace(
+    "one layer": changed(LLAMA, num_layers=1),
+    "llama3 rope": changed(
         LLAMA,
         rope_scaling=RopeScaling(
             "llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context_length=64
         ),
     ),
-    "qwen3": replace(LLAMA, architecture="qwen3", qk_norm="head", head_dim=16, tied_head=True),
-    "qwen2": replace(LLAMA, architecture="qwen2", num_kv_heads=1),
-    "partial rotary": replace(LLAMA, architecture="phi3", rotary_dim=16),
-    "odd head": replace(LLAMA, architecture="phi3", head_dim=24),
-    "no rotary in layer 1": replace(LLAMA, architecture="smollm3", rope_layers=(True, False)),
-    "window": replace(LLAMA, architecture="mistral", sliding_window=21, sliding_layers=(True, False)),
-    "gemma3": replace(
+    "qwen3": changed(LLAMA, architecture="qwen3", qk_norm="head", head_dim=16, tied_head=True),
+    "qwen2": changed(
+        LLAMA, architecture="qwen2", num_kv_heads=1, biases=("q", "k", "v", "o", "gate", "up", "down")
+    ),
+    "partial rotary": changed(LLAMA, architecture="phi3", rotary_dim=16),
+    "odd head": changed(LLAMA, architecture="phi3", head_dim=24),
+    "no rotary in layer 1": changed(LLAMA, architecture="smollm3", rope_layers=(True, False)),
+    "window": changed(LLAMA, architecture="mistral", sliding_window=21, sliding_layers=(True, False)),
+    "gemma3": changed(
         LLAMA,
         architecture="gemma3",
         activation="gelu_tanh",
@@ -70,7 +71,6 @@ MODELS = {
         tied_head=True,
     ),
 }
-BIASES = {"qwen2": ("q", "k", "v", "o", "gate", "up", "down")}
 SMALL = AttentionTile(split=32, block=16)
 CONTEXT = 96  # tokens: three pages, three splits
 
@@ -78,7 +78,7 @@ CONTEXT = 96  # tokens: three pages, three splits
 def tensors_of(name: str, seed: int = 0) -> dict[str, np.ndarray]:
     """Random tensors, bf16 values, of a size that makes logits differ by units."""
     generator, made = np.random.default_rng(seed), {}
-    for key, shape in parameter_shapes(MODELS[name], BIASES.get(name, ())).items():
+    for key, shape in MODELS[name].parameter_shapes().items():
         noise = generator.standard_normal(shape)
         value = (
             1 + 0.2 * noise
@@ -269,10 +269,10 @@ def test_a_row_of_nan_still_picks_a_token_that_exists() -> None:
 def test_what_is_not_computed_is_refused() -> None:
     with pytest.raises(ModelError, match="olmo2"):
         batch_weights.load(
-            replace(LLAMA, architecture="olmo2", qk_norm="full"), lambda name: None, 64, "bf16", DEVICE
+            changed(LLAMA, architecture="olmo2", qk_norm="full"), lambda name: None, 64, "bf16", DEVICE
         )
     with pytest.raises(ModelError, match="multiples of 32"):
-        batch_weights.load(replace(LLAMA, hidden_size=66), lambda name: None, 64, "bf16", DEVICE)
+        batch_weights.load(changed(LLAMA, hidden_size=66), lambda name: None, 64, "bf16", DEVICE)
     with pytest.raises(ModelError, match="'embed' is missing"):
         batch_weights.load(LLAMA, lambda name: None, 64, "bf16", DEVICE)
     with pytest.raises(UsageError, match="97 tokens"):

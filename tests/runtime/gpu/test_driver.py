@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from hasten.core import ModelConfig
 from hasten.errors import MachineError
 from hasten.runtime.gpu import driver
 from hasten.runtime.gpu.driver import Device, cubin_key, refuse_old_driver, with_defines
 from hasten.runtime.gpu.shape import PRODUCTS, Shape, Tuning, WeightFormat, kernel_source
+from specs import spec
 
 NVCC = [
     "nvcc",
@@ -100,7 +100,7 @@ def test_a_cache_that_cannot_be_written_costs_no_answer(compiled: list[str], tmp
 @pytest.mark.slow
 @pytest.mark.parametrize("fmt", ["bf16", "int4"])
 def test_the_kernel_compiles_without_spills(fmt: str, tmp_path: Path) -> None:
-    config = ModelConfig("qwen3", 151936, 1024, 3072, 28, 16, 8, 128, 40960, qk_norm="head")
+    config = spec("qwen3", 151936, 1024, 3072, 28, 16, 8, 128, 40960, qk_norm="head")
     weights = WeightFormat("int4", 128) if fmt == "int4" else WeightFormat()
     shape = Shape(config, dict.fromkeys(PRODUCTS, weights), tuning=Tuning())
     source = tmp_path / "decode.cu"

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
 
-from hasten.core import ModelConfig
+from hasten.core import ModelSpec
 from hasten.errors import MachineError, ModelError
-from hasten.models.parameters import parameter_shapes
 from hasten.recipe import Format
 from hasten.runtime.gpu.driver import Device
 from hasten.runtime.gpu.persistent import _refuse_device, load_weights, rotation_tables, same_format
 from hasten.runtime.gpu.shape import Shape, WeightFormat
 from hasten.runtime.gpu.tiles import Weights, kept, rounded, tiled
 from hasten.weights.codec import Encoded
+from specs import changed, spec
 
-CONFIG = ModelConfig("qwen2", 263, 64, 96, 2, 4, 2, 16, 256, qk_norm="head")
+CONFIG = spec("qwen2", 263, 64, 96, 2, 4, 2, 16, 256, qk_norm="head")
+WINDOW = {"sliding_window": 7, "sliding_layers": (True, False)}
 INT4 = WeightFormat("int4", 32)
 
 
-def parameters(config: ModelConfig = CONFIG, biases: str = "qkv") -> dict[str, torch.Tensor]:
+def parameters(config: ModelSpec = CONFIG, biases: str = "qkv") -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    shapes = parameter_shapes(config, biases)
+    shapes = changed(config, biases=tuple(biases)).parameter_shapes()
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
@@ -85,7 +84,7 @@ def test_kept_weights_go_to_the_tiles_unrounded() -> None:
 
 
 def test_rotations_of_sliding_layers_are_the_local_ones() -> None:
-    config = dataclasses.replace(CONFIG, rope_theta=1e6, rope_local_theta=1e4, rotary_dim=8)
+    config = changed(CONFIG, rope_theta=1e6, rope_local_theta=1e4, rotary_dim=8, **WINDOW)
     cosines, sines = rotation_tables(config, 5)
     assert cosines.shape == sines.shape == (2, 5, 4)
     np.testing.assert_allclose(cosines[0, 3], np.cos(3 * 1e6 ** -(np.arange(4) / 4)), rtol=1e-6)
@@ -107,6 +106,6 @@ def test_gpus_it_cannot_run_on_are_refused(device: Device, words: str) -> None:
 def test_no_block_is_without_a_tile() -> None:
     shape = Shape(CONFIG, same_format(INT4))
     assert shape.blocks == 8  # of 64 outputs, 8 a tile
-    wide = dataclasses.replace(CONFIG, hidden_size=2048, num_heads=32, num_kv_heads=8)
-    wide = dataclasses.replace(wide, head_dim=64, intermediate_size=4096, vocab_size=32000)
+    wide = changed(CONFIG, hidden_size=2048, num_heads=32, num_kv_heads=8)
+    wide = changed(wide, head_dim=64, intermediate_size=4096, vocab_size=32000)
     assert Shape(wide, same_format(INT4)).blocks == 128

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from hasten.core import ModelConfig
+from hasten.core import ModelSpec
 from hasten.errors import UsageError
 from hasten.runtime.gpu.driver import Device
 from hasten.runtime.gpu.shape import (
@@ -20,10 +20,11 @@ from hasten.runtime.gpu.shape import (
     layer_flags,
     matrix_shape,
 )
+from specs import changed, spec
 
 H200 = Device("NVIDIA H200", (9, 0), 132, 232448)
 BF16 = WeightFormat("bf16")
-LLAMA = ModelConfig(
+LLAMA = spec(
     architecture="llama",
     vocab_size=128256,
     hidden_size=4096,
@@ -36,7 +37,7 @@ LLAMA = ModelConfig(
 )
 
 
-def shape(config: ModelConfig = LLAMA, fmt: WeightFormat = BF16, **tuning: int) -> Shape:
+def shape(config: ModelSpec = LLAMA, fmt: WeightFormat = BF16, **tuning: int) -> Shape:
     return Shape(config, dict.fromkeys(PRODUCTS, fmt), tuning=Tuning(**tuning))  # type: ignore[arg-type]
 
 
@@ -66,7 +67,7 @@ def test_every_name_the_kernel_asks_for_is_defined() -> None:
 )
 def test_a_models_variation_points_reach_the_kernel(change: dict, name: str, value: object) -> None:
     assert shape().defines()[name] != value
-    assert shape(dataclasses.replace(LLAMA, **change)).defines()[name] == value
+    assert shape(changed(LLAMA, **change)).defines()[name] == value
 
 
 def test_biases_reach_the_kernel() -> None:
@@ -76,7 +77,7 @@ def test_biases_reach_the_kernel() -> None:
 
 
 def test_layer_flags_say_what_slides_and_what_rotates() -> None:
-    config = dataclasses.replace(
+    config = changed(
         LLAMA,
         sliding_window=7,
         sliding_layers=(True, False, True, False),
@@ -100,7 +101,7 @@ def test_layer_flags_say_what_slides_and_what_rotates() -> None:
 )
 def test_what_it_cannot_hold_is_refused_by_name(change: dict, words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        shape(dataclasses.replace(LLAMA, **change))
+        shape(changed(LLAMA, **change))
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def test_formats_that_do_not_exist_are_refused(values: dict, words: str) -> None
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4, 8, 16, 32])
 def test_splits_of_all_heads_fit_the_grid(kv_heads: int) -> None:
-    config = dataclasses.replace(LLAMA, num_heads=32 if kv_heads > 4 else kv_heads * 8, num_kv_heads=kv_heads)
+    config = changed(LLAMA, num_heads=32 if kv_heads > 4 else kv_heads * 8, num_kv_heads=kv_heads)
     splits = shape(config).splits
     assert splits * kv_heads <= 128
     assert splits in (1, 2, 4, 8, 16, 32)

@@ -27,6 +27,11 @@ from hasten.weights.tensors import SourceTensor
 _ROWS = ("gate", "up", "gate.bias", "up.bias")
 
 
+def with_channels(config: ModelConfig, count: int) -> ModelConfig:
+    """The model with as many channels in every feed-forward layer."""
+    return config.with_blocks(lambda b: replace(b, feed_forward=replace(b.feed_forward, width=count)))
+
+
 def kept_channels(config: ModelConfig, amount: float) -> int:
     """How many FFN channels stay.
 
@@ -53,7 +58,7 @@ def prune_ffn(
         ModelError: activations that are not finite; the layer is named.
     """
     count = kept_channels(source.config, amount)
-    config = replace(source.config, intermediate_size=count)
+    config = with_channels(source.config, count)
     original = Stream.of(source, calibration)
     ours = original.copy()
     tensors = dict(source.tensors)

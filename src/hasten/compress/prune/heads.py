@@ -36,6 +36,12 @@ class HeadPlan:
     share: int
 
 
+def with_heads(config: ModelConfig, plan: HeadPlan) -> ModelConfig:
+    """The model with the plan's heads in every layer."""
+    heads, groups = plan.groups * plan.share, plan.groups
+    return config.with_blocks(lambda b: replace(b, mixer=replace(b.mixer, heads=heads, kv_heads=groups)))
+
+
 def kept_heads(config: ModelConfig, amount: float) -> HeadPlan:
     """How many heads stay: the plan nearest to the amount, whole groups where both are as near.
 
@@ -92,9 +98,7 @@ def prune_heads(
     """
     old = source.config
     plan = kept_heads(old, amount) if plan is None else plan
-    config = replace(
-        old, num_heads=plan.groups * plan.share, num_kv_heads=plan.groups, query_scale=old.query_scale
-    )
+    config = with_heads(old, plan)
     original = Stream.of(source, calibration)
     ours = original.copy()
     tensors = dict(source.tensors)

@@ -134,10 +134,5 @@ def _without(source: Source, kept: list[int], fits: dict[int, SourceTensor]) -> 
                 new = f"layers.{place}." + name.removeprefix(prefix)
                 changed = fits.get(index) if name == prefix + "down" else None
                 tensors[new] = renamed(changed or tensor, new)
-    shape = replace(
-        config,
-        num_layers=len(kept),
-        rope_layers=tuple(config.rope_layers[i] for i in kept) if config.rope_layers else (),
-        sliding_layers=tuple(config.sliding_layers[i] for i in kept) if config.sliding_layers else (),
-    )
+    shape = replace(config, blocks=tuple(config.blocks[i] for i in kept))
     return replace(source, config=shape, tensors=tensors)

@@ -63,7 +63,7 @@ def prune_vocabulary(
     tables = {name: source.tensors[name] for name in ("embed", "head") if name in source.tensors}
     shape = replace(
         config,
-        vocab_size=len(order),
+        vocab=len(order),
         bos_token_id=None if config.bos_token_id is None else place[config.bos_token_id],
         eos_token_ids=tuple(place[i] for i in config.eos_token_ids),
     )

@@ -58,7 +58,7 @@ def prune_width(
     importance = dimension_importance(source, calibration, lambda done: step(done, total))
     narrow = _Narrow(
         source,
-        replace(source.config, hidden_size=count),
+        replace(source.config, width=count),
         importance.topk(count).indices.sort().values,
         Stream.of(source, calibration),
     )

@@ -79,7 +79,7 @@ def rotate(source: Source, seed: int = 0) -> Source:
         return changed(source, values)  # a single factor commutes with every rotation: it stays in the norm
     head = source.tensors["embed" if config.tied_head else "head"]
     values |= {"head": _columns(head, turn, final), "final_norm": torch.ones_like(weights)}
-    return changed(source, values, config=replace(config, tied_head=False))
+    return changed(source, values, config=replace(config, head=replace(config.head, tied=False)))
 
 
 def _layer(source: Source, layer: int, turn: Orthogonal, heads: Orthogonal) -> dict[str, Values]:
