@@ -37,6 +37,7 @@ from hasten.compress.distil.decoder import Decoder
 from hasten.compress.distil.losses import divergence
 from hasten.compress.distil.result import Distilled, Progress
 from hasten.compress.distil.trainer import Training, distil
+from hasten.compress.prune.ffn import with_channels
 from hasten.compress.torch_layer import tensor_values
 from hasten.core import SCHEMA_VERSION, Budget, Recipe, as_json
 from hasten.errors import HastenError
@@ -134,7 +135,7 @@ def pruned_models(given: argparse.Namespace) -> None:
 def _pruned_source(source: Source, path: Path) -> Source:
     values = torch.load(path, weights_only=True)
     width = len(values["layers.0.gate"])
-    return changed(source, values, config=dataclasses.replace(source.config, intermediate_size=width))
+    return changed(source, values, config=with_channels(source.config, width))
 
 
 def sample(given: argparse.Namespace) -> None:

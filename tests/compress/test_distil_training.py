@@ -31,6 +31,7 @@ from hasten.models.open import open_folder
 from hasten.models.source import Source
 from hasten.recipe import Distillation, DistilLoss
 from hasten.weights.packed import pack_linear, pack_model
+from specs import changed as spec_changed
 
 CPU = torch.device("cpu")
 TEXT = Calibration("noise", np.random.default_rng(0).integers(0, 262, (136, 32)).astype(np.int32))
@@ -63,7 +64,7 @@ def pruned(teacher: Source) -> Source:
         for name in ("gate", "up"):
             values[f"layers.{i}.{name}"] = tensor_values(teacher.tensors[f"layers.{i}.{name}"])[:kept]
         values[f"layers.{i}.down"] = tensor_values(teacher.tensors[f"layers.{i}.down"])[:, :kept]
-    return changed(teacher, values, config=replace(teacher.config, intermediate_size=kept))
+    return changed(teacher, values, config=spec_changed(teacher.config, intermediate_size=kept))
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +140,7 @@ def test_hidden_states_of_another_basis_are_refused(
         student = rotate(teacher)
     elif change == "folded":
         head = tensor_values(teacher.tensors["embed"]) * torch.linspace(0.2, 5, teacher.config.hidden_size)
-        student = changed(teacher, {"head": head}, config=replace(teacher.config, tied_head=False))
+        student = changed(teacher, {"head": head}, config=spec_changed(teacher.config, tied_head=False))
     else:
         other = tiny_models.TINY["llama"]
         student = open_folder(tiny_models.save_folder(other, tmp_path / "other"))
@@ -294,7 +295,7 @@ def test_a_rate_too_high_is_said(run: Run) -> None:
 
 def test_what_cannot_be_distilled_is_refused(run: Run, teacher: Source, tmp_path: Path) -> None:
     shorter = {"embed": tensor_values(teacher.tensors["embed"])[:200]}
-    other = changed(teacher, shorter, config=replace(teacher.config, vocab_size=200))
+    other = changed(teacher, shorter, config=spec_changed(teacher.config, vocab_size=200))
     with pytest.raises(UsageError, match="263 tokens and the student 200"):
         run(steps(1), SHORT, student=other)
     with pytest.raises(UsageError, match="one window"):

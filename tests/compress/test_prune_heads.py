@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from hasten.compress.prune.heads import HeadPlan, kept_heads, prune_heads
 from hasten.compress.torch_layer import tensor_values
 from hasten.errors import UsageError
 from hasten.models.open import open_folder
+from specs import changed as spec_changed
 
 ALIKE = ["llama", "llama-wide", "phi3-sliding", "qwen2", "qwen3-yarn", "smollm3"]
 
@@ -75,10 +75,10 @@ def test_the_rows_of_keys_and_values_follow(tiny_folder: Callable[..., Path]) ->
 
 
 def test_the_plan_is_the_nearest(tiny_folder: Callable[..., Path]) -> None:
-    config = replace(open_folder(tiny_folder("llama")).config, num_heads=14, num_kv_heads=2, head_dim=64)
+    config = spec_changed(open_folder(tiny_folder("llama")).config, num_heads=14, num_kv_heads=2, head_dim=64)
     assert kept_heads(config, 0.25) == HeadPlan(2, 5)
     assert kept_heads(config, 0.5) == HeadPlan(1, 7)
-    config = replace(config, num_heads=32, num_kv_heads=8)
+    config = spec_changed(config, num_heads=32, num_kv_heads=8)
     assert kept_heads(config, 0.25) == HeadPlan(6, 4)
 
 

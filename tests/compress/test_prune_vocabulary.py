@@ -58,7 +58,7 @@ def large(tiny_folder: Callable[..., Path]) -> Source:
     rows = tokenizer.vocab_size + 7
     config = replace(
         source.config,
-        vocab_size=rows,
+        vocab=rows,
         bos_token_id=tokenizer.bos_id,
         eos_token_ids=tokenizer.eos_ids,
     )

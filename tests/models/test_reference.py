@@ -10,6 +10,7 @@ from hasten.errors import ModelError, UsageError
 from hasten.models import Source, open_model
 from hasten.models.reference import ReferenceDecoder, int8_groups
 from hasten.weights.blocks import dequantize
+from specs import changed
 from tiny_models import TINY, Tiny, greedy, logits, prompts
 
 IN_GGUF = [name for name, tiny in TINY.items() if tiny.gguf]
@@ -86,7 +87,7 @@ def test_windows_matter_in_these_tests(name, tiny_folder):
     import dataclasses
 
     source = open_model(tiny_folder(name))
-    wide = dataclasses.replace(source, config=dataclasses.replace(source.config, sliding_window=10_000))
+    wide = dataclasses.replace(source, config=changed(source.config, sliding_window=10_000))
     prompt = prompts()[0]
     difference = reference(source).logits(prompt) - reference(wide).logits(prompt)
     assert difference[: source.config.sliding_window].abs().max() < 1e-4
