@@ -23,7 +23,6 @@ from hasten import _native
 from hasten.core import ModelSpec, Recipe, as_json
 from hasten.errors import ArtifactError, DiskError, HastenError, UsageError
 from hasten.models.artifact import load_artifact, save
-from hasten.models.families import hf_spec
 from hasten.models.open import open_model
 from hasten.models.source import Source
 from hasten.runtime.sampling import SamplingOptions
@@ -32,8 +31,7 @@ from hasten.weights import plan as artifact_plan
 from hasten.weights.artifact import is_artifact
 from hasten.weights.packed import PackedModel, pack_model
 from hasten.weights.plan import FILES, PLAN_VERSION, config_from, config_json, format_digest, noun_from, seal
-from specs import flat_of, spec
-from tiny_models import TINY
+from specs import spec
 
 PLAIN = spec("llama", 32, 64, 96, 2, 4, 2, 16, 128)
 TEXT = [int(t) for t in np.random.default_rng(2).integers(0, 262, 30)]
@@ -450,15 +448,6 @@ def test_a_config_of_the_first_version_that_lies(copy: Path, change: dict[str, A
     plan["artifact"]["files"]["config.json"] = as_json(artifact._fingerprint(copy / "config.json", 1))
     (copy / "plan.json").write_text(json.dumps(plan))
     refused(copy)
-
-
-@pytest.mark.parametrize("name", TINY)
-def test_flat_configurations_of_before_mean_the_same_model(name: str) -> None:
-    """Every kind of model, with the biases that the stored tensors tell."""
-    spec = hf_spec(json.loads(TINY[name].config().to_json_string()), name)
-    flat = as_json(flat_of(spec))
-    assert config_from(json.dumps(flat).encode(), "x", spec.parameter_shapes()) == spec
-    assert config_from(json.dumps(config_json(spec)).encode(), "x") == spec
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"{}", b"7", b"\xff", b"[" * 100_000])
