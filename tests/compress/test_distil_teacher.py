@@ -122,7 +122,7 @@ def test_other_values_or_text_are_another_teacher(source: Source) -> None:
     other = changed(source, {"layers.1.o": tensor_values(source.tensors["layers.1.o"]) * 1.001})
     assert other.content != source.content
     assert replace(source, name="renamed").content == source.content
-    assert replace(source, config=replace(source.config, rope_theta=1.0)).content != source.content
+    assert replace(source, config=spec_changed(source.config, rope_theta=1.0)).content != source.content
     assert TEXT.sha256 != Calibration("noise", TEXT.ids[::-1]).sha256
 
 
