@@ -22,6 +22,7 @@ from hasten.models.open import open_folder
 from hasten.models.reference import ReferenceDecoder
 from hasten.models.source import Source
 from hasten.weights.tensors import SourceTensor
+from specs import changed as spec_changed
 
 CPU = torch.device("cpu")
 TEXT = Calibration("noise", np.random.default_rng(0).integers(0, 262, (7, 16)).astype(np.int32))
