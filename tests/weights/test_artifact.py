@@ -378,7 +378,7 @@ def test_a_plan_may_lack_what_is_only_told(copy: Path) -> None:
     assert hasten.load(copy, threads=1).name == "copy"
 
 
-LIES: list[tuple[str, Any]] = [
+CONFIG_LIES: list[tuple[str, Any]] = [
     ("width", 32), ("vocab", -1), ("blocks", []), ("blocks", 7), ("head.tied", 1), ("experts", 8),
     ("eos_token_ids", 262), ("eos_token_ids", ["262"]), ("encoder", {"architecture": "whisper"}),
     ("blocks.0.mixer.kv_heads", 0), ("blocks.0.mixer.heads", 3), ("blocks.0.mixer.heads", 8),
@@ -394,7 +394,7 @@ LIES: list[tuple[str, Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("place", "value"), LIES, ids=str)
+@pytest.mark.parametrize(("place", "value"), CONFIG_LIES, ids=str)
 def test_a_config_that_lies(copy: Path, place: str, value: Any) -> None:
     config = json.loads((copy / "config.json").read_text())
     *way, last = place.split(".")
