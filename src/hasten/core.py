@@ -395,9 +395,6 @@ def _beyond_dense(spec: ModelSpec) -> Iterator[str]:
         yield "a scaled rotation of layers with a window"
 
 
-ModelConfig = ModelSpec
-
-
 @dataclass(frozen=True)
 class EngineOptions:
     """How the engine runs a model on this machine."""

@@ -18,7 +18,7 @@ DistilLoss = Literal["forward", "reverse", "skewed"]
 
 
 class Shaped(Protocol):
-    """What a recipe asks of a ModelConfig."""
+    """What a recipe asks of a ModelSpec."""
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]: ...
 

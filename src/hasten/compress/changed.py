@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from hasten.core import ModelConfig
+from hasten.core import ModelSpec
 from hasten.models.source import Source
 from hasten.weights.tensors import SourceTensor
 
@@ -30,7 +30,7 @@ def changed(
     source: Source,
     values: Mapping[str, Values],
     *,
-    config: ModelConfig | None = None,
+    config: ModelSpec | None = None,
     drop: frozenset[str] = frozenset(),
 ) -> Source:
     """`source` with some tensors replaced, added or dropped.

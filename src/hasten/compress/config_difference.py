@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hasten.core import ModelConfig
+from hasten.core import ModelSpec
 from hasten.models import rope
 
 _COMPARED = (
@@ -29,7 +29,7 @@ class Difference:
     theirs: Any
 
 
-def difference(ours: ModelConfig, theirs: ModelConfig) -> Difference | None:
+def difference(ours: ModelSpec, theirs: ModelSpec) -> Difference | None:
     """The first thing in which two models differ, None where they compute the same."""
     mine, other = _meaning(ours), _meaning(theirs)
     for name, value in mine.items():
@@ -39,7 +39,7 @@ def difference(ours: ModelConfig, theirs: ModelConfig) -> Difference | None:
     return None
 
 
-def _meaning(config: ModelConfig) -> dict[str, Any]:
+def _meaning(config: ModelSpec) -> dict[str, Any]:
     known: dict[str, Any] = {name: getattr(config, name) for name in _COMPARED}
     window = config.sliding_window
     if window is not None and window >= config.context_length:

@@ -1,6 +1,6 @@
 """A decoder as a graph of plain operations, for formats whose files hold one (OpenVINO, ONNX).
 
-One description serves every architecture, as in the native engine: what differs is in ModelConfig. A format
+One description serves every architecture, as in the native engine: what differs is in ModelSpec. A format
 says its words for the operations (`Graph`), and how weights and the cache of keys and values look in it.
 
 The graph's inputs are `input_ids`, `attention_mask` and `position_ids`, int64 [B, T], [B, S] and [B, T], S
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hasten.core import ModelConfig
+from hasten.core import ModelSpec
 from hasten.errors import UsageError
 from hasten.models import rope
 
@@ -46,7 +46,7 @@ class Graph(Protocol):
     def extended(self, name: str, new: Node) -> Node:
         """Cached [B, K, S - T, D] and new [B, K, T, D] keys or values, together [B, K, S, D] and kept."""
 
-    def attention(self, q: Node, k: Node, v: Node, mask: Node, config: ModelConfig) -> Node:
+    def attention(self, q: Node, k: Node, v: Node, mask: Node, config: ModelSpec) -> Node:
         """q [B, H, T, D], k and v [B, K, S, D], mask [B, 1, T, S]: [B, H, T, D]."""
 
     def call(self, operation: str, *values: Node) -> Node:
@@ -84,7 +84,7 @@ class Graph(Protocol):
         """Of all elements, a scalar."""
 
 
-def refuse(config: ModelConfig, format: str) -> None:
+def refuse(config: ModelSpec, format: str) -> None:
     """Raise UsageError for what no fixed graph computes."""
     if config.rope_scaling.kind == "dynamic":
         raise UsageError(
@@ -94,12 +94,12 @@ def refuse(config: ModelConfig, format: str) -> None:
         )
 
 
-def slides(config: ModelConfig) -> bool:
+def slides(config: ModelSpec) -> bool:
     """Whether some layer looks back on less than the whole context."""
     return config.sliding_window is not None and any(config.sliding_layers)
 
 
-def notes(config: ModelConfig) -> tuple[str, ...]:
+def notes(config: ModelSpec) -> tuple[str, ...]:
     """What a graph leaves out."""
     threshold = rope.tables(config).long_threshold
     if threshold is None:
@@ -107,7 +107,7 @@ def notes(config: ModelConfig) -> tuple[str, ...]:
     return (f"past {threshold:,} tokens LongRoPE's long factors turn new keys alone, as in transformers",)
 
 
-def build(graph: Graph, config: ModelConfig, vectors: dict[str, npt.NDArray[np.float32]]) -> None:
+def build(graph: Graph, config: ModelSpec, vectors: dict[str, npt.NDArray[np.float32]]) -> None:
     """Write a decoder into a graph.
 
     Args:
@@ -119,9 +119,7 @@ def build(graph: Graph, config: ModelConfig, vectors: dict[str, npt.NDArray[np.f
 
 
 class _Decoder:
-    def __init__(
-        self, graph: Graph, config: ModelConfig, vectors: dict[str, npt.NDArray[np.float32]]
-    ) -> None:
+    def __init__(self, graph: Graph, config: ModelSpec, vectors: dict[str, npt.NDArray[np.float32]]) -> None:
         self.graph, self.config, self.vectors = graph, config, vectors
 
     def run(self) -> None:
@@ -250,7 +248,7 @@ def capped(graph: Graph, x: Node, cap: float | None) -> Node:
     return graph.call("Multiply", graph.call("Tanh", graph.call("Divide", x, size)), size)
 
 
-def plain_attention(graph: Graph, q: Node, k: Node, v: Node, mask: Node, config: ModelConfig) -> Node:
+def plain_attention(graph: Graph, q: Node, k: Node, v: Node, mask: Node, config: ModelSpec) -> Node:
     """`Graph.attention` of matrix products, each group of query heads beside its key's head."""
     g, c = graph, config
     times = c.num_heads // c.num_kv_heads

@@ -1,4 +1,4 @@
-"""A ModelConfig as GGUF metadata: the inverse of hasten.models.families.gguf_metadata, checked by it.
+"""A ModelSpec as GGUF metadata: the inverse of hasten.models.families.gguf_metadata, checked by it.
 
 Whatever the format or llama.cpp has no word for (a sliding window in a llama, soft caps, dynamic rope) comes
 back different from the check, and is refused by name before a byte is written.
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten.compress.config_difference import difference
-from hasten.core import ModelConfig, RopeScaling, Rotary
+from hasten.core import ModelSpec, RopeScaling, Rotary
 from hasten.errors import HastenError, UsageError
 from hasten.models import rope
 from hasten.models.families import FAMILIES, gguf_spec
@@ -39,7 +39,7 @@ def refuse(what: str, why: str) -> UsageError:
     )
 
 
-def config_metadata(config: ModelConfig, biases: Iterable[str], name: str) -> tuple[dict[str, Any], Factors]:
+def config_metadata(config: ModelSpec, biases: Iterable[str], name: str) -> tuple[dict[str, Any], Factors]:
     """(metadata, F32 tensors of rope factors) of a model.
 
     Args:
@@ -70,7 +70,7 @@ def config_metadata(config: ModelConfig, biases: Iterable[str], name: str) -> tu
     return values, factors
 
 
-def _shape(config: ModelConfig, architecture: str) -> dict[str, Any]:
+def _shape(config: ModelSpec, architecture: str) -> dict[str, Any]:
     own: dict[str, Any] = {
         "block_count": config.num_layers,
         "context_length": config.context_length,
@@ -92,7 +92,7 @@ def _shape(config: ModelConfig, architecture: str) -> dict[str, Any]:
     return own
 
 
-def _rope(config: ModelConfig) -> tuple[dict[str, Any], Factors]:
+def _rope(config: ModelSpec) -> tuple[dict[str, Any], Factors]:
     """Metadata below `ARCHITECTURE.rope.`, and factors by tensor name."""
     scaling, kind = config.rope_scaling, config.rope_scaling.kind
     if kind == "linear":
@@ -111,11 +111,11 @@ def _rope(config: ModelConfig) -> tuple[dict[str, Any], Factors]:
     return {}, {}
 
 
-def _rotary(config: ModelConfig) -> Rotary:
+def _rotary(config: ModelSpec) -> Rotary:
     return config.rotary or Rotary(config.head_dim)
 
 
-def _yarn(scaling: RopeScaling, config: ModelConfig) -> dict[str, Any]:
+def _yarn(scaling: RopeScaling, config: ModelSpec) -> dict[str, Any]:
     found = {
         "rope.scaling.type": "yarn",
         "rope.scaling.factor": float(scaling.factor),
@@ -131,7 +131,7 @@ def _yarn(scaling: RopeScaling, config: ModelConfig) -> dict[str, Any]:
     return found
 
 
-def _longrope(scaling: RopeScaling, config: ModelConfig) -> tuple[dict[str, Any], Factors]:
+def _longrope(scaling: RopeScaling, config: ModelSpec) -> tuple[dict[str, Any], Factors]:
     short, long = (np.array(f, np.float32) for f in (scaling.short_factor, scaling.long_factor))
     _, scale = rope.frequencies(_rotary(config), config.context)
     if scaling.short_factor == scaling.long_factor and scale == 1.0:  # Llama 3 out of a GGUF file
@@ -142,7 +142,7 @@ def _longrope(scaling: RopeScaling, config: ModelConfig) -> tuple[dict[str, Any]
     return own, {"rope_factors_long.weight": long, "rope_factors_short.weight": short}
 
 
-def _check(config: ModelConfig, values: Mapping[str, Any], factors: Factors) -> None:
+def _check(config: ModelSpec, values: Mapping[str, Any], factors: Factors) -> None:
     """Read the metadata as a file's and compare what it says with the model."""
     kept = {k: float(np.float32(v)) if isinstance(v, float) else v for k, v in values.items()}
     nothing = np.zeros((), np.uint8)
@@ -159,7 +159,7 @@ def _check(config: ModelConfig, values: Mapping[str, Any], factors: Factors) -> 
     _compare(config, found)
 
 
-def _compare(config: ModelConfig, found: ModelConfig) -> None:
+def _compare(config: ModelSpec, found: ModelSpec) -> None:
     named = replace(config, architecture=found.architecture)
     wrong = difference(named, found)
     if wrong is not None:

@@ -19,7 +19,7 @@ from hasten.cache import new_folder
 from hasten.compress.export_folder import MARKER, size_of, write_companions
 from hasten.compress.export_hf_config import config_values, refuse
 from hasten.compress.export_result import Exported, Progress, Rounding
-from hasten.core import ModelConfig
+from hasten.core import ModelSpec
 from hasten.models.artifact import Artifact
 from hasten.models.families import FAMILIES
 from hasten.weights.packed import PackedLinear, PackedModel, bf16_bits, integers, row_pieces
@@ -157,7 +157,7 @@ def _modules(packed: PackedModel, fits: Callable[[Module], bool]) -> tuple[Modul
     return tuple(found)
 
 
-def _block(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
+def _block(config: ModelSpec, layer: int) -> dict[str, tuple[str, ...]]:
     """Modules of one layer -> canonical parts; fused ones for Phi-3 alone."""
     is_phi = config.architecture == "phi3"
     single = {"q", "k", "v", "gate", "up"} if is_phi else set()

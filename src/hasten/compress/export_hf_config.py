@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from hasten.compress.config_difference import difference
-from hasten.core import ModelConfig
+from hasten.core import ModelSpec
 from hasten.errors import HastenError, UsageError
 from hasten.models.families import FAMILIES, hf_spec
 
@@ -18,7 +18,7 @@ def refuse(what: str, why: str) -> UsageError:
     return UsageError(f"a Hugging Face folder cannot carry {what}: {why}", hint="run it with hasten serve")
 
 
-def config_values(config: ModelConfig) -> dict[str, Any]:
+def config_values(config: ModelSpec) -> dict[str, Any]:
     """The values of config.json, but for the numbers' types.
 
     Args:
@@ -58,7 +58,7 @@ def config_values(config: ModelConfig) -> dict[str, Any]:
     return values
 
 
-def _rope(config: ModelConfig) -> dict[str, Any]:
+def _rope(config: ModelSpec) -> dict[str, Any]:
     scaling, kind = config.rope_scaling, config.rope_scaling.kind
     values: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_scaling": None}
     if config.rotary_dim is not None and config.rotary_dim != config.head_dim:
@@ -86,7 +86,7 @@ def _rope(config: ModelConfig) -> dict[str, Any]:
     return {**values, "rope_scaling": own}
 
 
-def _windows(config: ModelConfig) -> dict[str, Any]:
+def _windows(config: ModelSpec) -> dict[str, Any]:
     if config.sliding_window is None:
         is_silent = config.architecture in ("llama", "olmo2", "gemma3")
         return {} if is_silent else {"sliding_window": None, "use_sliding_window": False}
@@ -100,7 +100,7 @@ def _windows(config: ModelConfig) -> dict[str, Any]:
     return found
 
 
-def _gemma(config: ModelConfig) -> dict[str, Any]:
+def _gemma(config: ModelSpec) -> dict[str, Any]:
     scalar = round(config.score_scale**-2, 6)
     found: dict[str, Any] = {
         "hidden_activation": "gelu_pytorch_tanh",
@@ -113,7 +113,7 @@ def _gemma(config: ModelConfig) -> dict[str, Any]:
     return found
 
 
-def _check(config: ModelConfig, values: dict[str, Any]) -> None:
+def _check(config: ModelSpec, values: dict[str, Any]) -> None:
     """Read the values as a file's and compare what they say with the model."""
     try:
         found = hf_spec(values, "config.json")

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 
 from hasten.compress.export_decoder import Array, Node, plain_attention
 from hasten.compress.export_integers import group_of, pairs, parameters, quants
-from hasten.core import ModelConfig
+from hasten.core import ModelSpec
 from hasten.weights.packed import PackedLinear, PackedModel
 
 OPSET, IR = 21, 10
@@ -110,7 +110,7 @@ class OnnxGraph:
             listed.append(helper.make_tensor_value_info(value, TensorProto.FLOAT, sizes))
         return self._named("Concat", [past, new], both, axis=2)
 
-    def attention(self, q: Node, k: Node, v: Node, mask: Node, config: ModelConfig) -> Node:
+    def attention(self, q: Node, k: Node, v: Node, mask: Node, config: ModelSpec) -> Node:
         return plain_attention(self, q, k, v, mask, config)
 
     def call(self, operation: str, *values: Node) -> Node:

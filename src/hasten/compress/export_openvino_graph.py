@@ -16,7 +16,7 @@ from openvino import opset13 as ops
 
 from hasten.compress.export_decoder import Array, Node, plain_attention, slides
 from hasten.compress.export_integers import carrier, group_of, pairs, parameters, quants
-from hasten.core import ModelConfig
+from hasten.core import ModelSpec
 from hasten.weights.packed import PackedLinear, PackedModel
 
 _CALLS: dict[str, Callable[..., Any]] = {
@@ -102,7 +102,7 @@ class OpenVinoGraph:
         self._sinks.append(ov.op.assign(both, variable))
         return both
 
-    def attention(self, q: Node, k: Node, v: Node, mask: Node, config: ModelConfig) -> Node:
+    def attention(self, q: Node, k: Node, v: Node, mask: Node, config: ModelSpec) -> Node:
         # GenAI's paged attention replaces the operation below and leaves sliding windows out without a word;
         # without it, it says that it cannot, and goes on with its other pipeline
         if config.attention_softcap is not None or slides(config):

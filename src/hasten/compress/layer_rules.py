@@ -12,11 +12,11 @@ import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
-from hasten.core import Format, ModelConfig
+from hasten.core import Format, ModelSpec
 from hasten.errors import UsageError
 
 
-def layer_names(config: ModelConfig) -> list[str]:
+def layer_names(config: ModelSpec) -> list[str]:
     """Every matrix a rule may name: the linear layers, and the embedding even where it is no head."""
     return list(dict.fromkeys([*config.linear_shapes(), "embed"]))
 
@@ -42,7 +42,7 @@ def _part_fits(wanted: str, part: str) -> bool:
     return False
 
 
-def spelled_out(rules: Mapping[str, Format], config: ModelConfig, where: str) -> dict[str, Format]:
+def spelled_out(rules: Mapping[str, Format], config: ModelSpec, where: str) -> dict[str, Format]:
     """Layer -> layout for every layer that a rule names, in the model's order.
 
     Raises:
@@ -62,7 +62,7 @@ def spelled_out(rules: Mapping[str, Format], config: ModelConfig, where: str) ->
     return found
 
 
-def _taken(rule: str, names: list[str], config: ModelConfig, where: str) -> frozenset[str]:
+def _taken(rule: str, names: list[str], config: ModelSpec, where: str) -> frozenset[str]:
     taken = matches("embed" if rule == "head" and config.tied_head else rule, names)
     if taken:
         return taken

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from hasten.compress.calibration import Calibration
-from hasten.core import ModelConfig, Recipe
+from hasten.core import ModelSpec, Recipe
 from hasten.recipe import Pruning
 
 
-def pruned_shape(recipe: Recipe, config: ModelConfig, text: Calibration | None) -> ModelConfig:
+def pruned_shape(recipe: Recipe, config: ModelSpec, text: Calibration | None) -> ModelSpec:
     """The shape after all pruning of a recipe; the vocabulary's size shows only when its text was counted.
 
     Raises:
@@ -25,7 +25,7 @@ def pruned_shape(recipe: Recipe, config: ModelConfig, text: Calibration | None) 
     return config
 
 
-def _after(config: ModelConfig, pruning: Pruning) -> ModelConfig:
+def _after(config: ModelSpec, pruning: Pruning) -> ModelSpec:
     from hasten.compress.prune.ffn import kept_channels, with_channels
     from hasten.compress.prune.heads import kept_heads, with_heads
     from hasten.compress.prune.layers import kept_layers

@@ -7,7 +7,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 from hasten.compress.layer_rules import layer_names, matches, spelled_out
-from hasten.core import Format, ModelConfig, Recipe
+from hasten.core import Format, ModelSpec, Recipe
 from hasten.errors import MachineError, UsageError
 
 GROUPS = (128, 64, 32)
@@ -27,7 +27,7 @@ def needs_text(recipe: Recipe) -> bool:
     return calibrated or pruned or recipe.distil is not None
 
 
-def checked(recipe: Recipe, config: ModelConfig) -> Recipe:
+def checked(recipe: Recipe, config: ModelSpec) -> Recipe:
     """The recipe with its rules for layers spelled out, if the model can have it.
 
     Raises:
@@ -48,7 +48,7 @@ def checked(recipe: Recipe, config: ModelConfig) -> Recipe:
     return found
 
 
-def fitted(recipe: Recipe, before: ModelConfig, after: ModelConfig) -> tuple[Recipe, tuple[str, ...]]:
+def fitted(recipe: Recipe, before: ModelSpec, after: ModelSpec) -> tuple[Recipe, tuple[str, ...]]:
     """A recipe that was checked for a model, spelled out for what became of it.
 
     Args:
@@ -77,12 +77,12 @@ def fitted(recipe: Recipe, before: ModelConfig, after: ModelConfig) -> tuple[Rec
     return found, tuple(f"the rule {rule!r} names layers that were pruned away" for rule in gone)
 
 
-def notes(recipe: Recipe, config: ModelConfig) -> tuple[str, ...]:
+def notes(recipe: Recipe, config: ModelSpec) -> tuple[str, ...]:
     """What is no mistake and yet worth saying of a recipe that was checked."""
     return (*_unequal_widths(recipe, config), *_lost_zeros(recipe, config))
 
 
-def _unequal_widths(recipe: Recipe, config: ModelConfig) -> tuple[str, ...]:
+def _unequal_widths(recipe: Recipe, config: ModelSpec) -> tuple[str, ...]:
     unequal = [
         f"layers.{layer} {' '.join(group)}"
         for layer in range(config.num_layers)
@@ -98,7 +98,7 @@ def _unequal_widths(recipe: Recipe, config: ModelConfig) -> tuple[str, ...]:
     )
 
 
-def _lost_zeros(recipe: Recipe, config: ModelConfig) -> tuple[str, ...]:
+def _lost_zeros(recipe: Recipe, config: ModelSpec) -> tuple[str, ...]:
     """Zeros stay zero where each value is rounded to the nearest and the layout has a zero."""
     kinds = [one.kind for one in recipe.prune if one.kind in ("magnitude", "wanda", "sparsegpt")]
     layouts = [recipe.layout_for(name) for name in config.linear_shapes()]
@@ -113,7 +113,7 @@ def _lost_zeros(recipe: Recipe, config: ModelConfig) -> tuple[str, ...]:
     return (f"prune {' and '.join(kinds)}: not all zeros stay zero through {' and '.join(why)}",)
 
 
-def _refuse_without_widths(recipe: Recipe, config: ModelConfig, where: str) -> None:
+def _refuse_without_widths(recipe: Recipe, config: ModelSpec, where: str) -> None:
     """A method or smoothing is for integers: some layer must become some."""
     layouts = [recipe.layout_for(name) for name in config.linear_shapes()]
     if any(layout is not None and layout.bits != 16 for layout in layouts):
@@ -149,7 +149,7 @@ def _refuse_lesson(recipe: Recipe, where: str) -> None:
         )
 
 
-def _refuse_groups(recipe: Recipe, config: ModelConfig, where: str) -> None:
+def _refuse_groups(recipe: Recipe, config: ModelSpec, where: str) -> None:
     wrong = {
         name: (layout, cols)
         for name, (_, cols) in _shapes(config).items()
@@ -181,12 +181,12 @@ def _divides(group: int, layout: Format, cols: int) -> bool:
     return layout.bits == 16 or cols % group == 0 or cols <= group
 
 
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+def _shapes(config: ModelSpec) -> dict[str, tuple[int, int]]:
     shapes = {"embed": (config.vocab_size, config.hidden_size), **config.linear_shapes()}
     return {name: shapes[name] for name in layer_names(config)}
 
 
-def _refuse_rotation(recipe: Recipe, config: ModelConfig, where: str) -> None:
+def _refuse_rotation(recipe: Recipe, config: ModelSpec, where: str) -> None:
     if not recipe.rotate:
         return
     from hasten.compress.quantise.rotate import obstacle

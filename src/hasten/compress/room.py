@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from hasten.cache.store import free_bytes, why_not_writable
-from hasten.core import ModelConfig, Recipe
+from hasten.core import ModelSpec, Recipe
 from hasten.errors import DiskError
 from hasten.models.source import Source
 from hasten.weights.packed import source_layout
@@ -25,7 +25,7 @@ def artifact_bytes(source: Source, recipe: Recipe) -> int:
     return total
 
 
-def statistics_bytes(config: ModelConfig) -> int:
+def statistics_bytes(config: ModelSpec) -> int:
     """Of what each group of matrices reads: half of [inputs, inputs] in fp16."""
     read_once = (".q", ".o", ".gate", ".down", "head", "embed")  # q, k and v read the same, gate and up too
     shapes = config.linear_shapes()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hasten.compress.calibration import Calibration
 from hasten.compress.taken import row_values
 from hasten.compress.torch_layer import Linear, Positions, Weights, layer_forward, layer_weights
-from hasten.core import ModelConfig
+from hasten.core import ModelSpec
 from hasten.errors import ModelError
 from hasten.models.source import Source
 
@@ -27,7 +27,7 @@ class Stream:
     """What every token's hidden state is before the next layer: float32 [B, T, E], 4 bytes E a token."""
 
     name: str  # the model's
-    config: ModelConfig
+    config: ModelSpec
     x: torch.Tensor
     positions: Positions
 

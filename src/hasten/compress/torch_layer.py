@@ -13,7 +13,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from hasten.core import ModelConfig
+from hasten.core import ModelSpec
 from hasten.models import rope
 from hasten.models.source import Source
 from hasten.weights.tensors import SourceTensor
@@ -70,13 +70,13 @@ def layer_weights(
 class Positions:
     """Rotations and masks of T positions, the same for all layers of a kind."""
 
-    config: ModelConfig
+    config: ModelSpec
     cos: Mapping[bool, torch.Tensor]  # by "slides": float32 [T, rotary_dim / 2]
     sin: Mapping[bool, torch.Tensor]
     masks: Mapping[bool, torch.Tensor]  # by "slides": bool [T, T], True where a position may look
 
     @classmethod
-    def of(cls, config: ModelConfig, length: int, device: str | torch.device = "cpu") -> Positions:
+    def of(cls, config: ModelSpec, length: int, device: str | torch.device = "cpu") -> Positions:
         """For sequences of `length` tokens that begin at position 0."""
         tables = rope.tables(config, length)
         is_long = tables.long_threshold is not None and length > tables.long_threshold
@@ -110,7 +110,7 @@ class Positions:
 
 
 def layer_forward(
-    config: ModelConfig,
+    config: ModelSpec,
     index: int,
     weights: Weights,
     x: torch.Tensor,
@@ -140,13 +140,13 @@ def layer_forward(
     return x + (norm("post_mlp_norm", y) if after else y)
 
 
-def normed(config: ModelConfig, weights: Weights, name: str, value: torch.Tensor) -> torch.Tensor:
+def normed(config: ModelSpec, weights: Weights, name: str, value: torch.Tensor) -> torch.Tensor:
     """RMS norm by one of the layer's norms, [..., n], in the value's type."""
     return F.rms_norm(value, value.shape[-1:], weights[name].to(value.dtype), config.norm_eps)
 
 
 def attention(
-    config: ModelConfig,
+    config: ModelSpec,
     index: int,
     weights: Weights,
     x: torch.Tensor,
@@ -159,7 +159,7 @@ def attention(
 
 
 def attended(
-    config: ModelConfig,
+    config: ModelSpec,
     index: int,
     weights: Weights,
     x: torch.Tensor,
@@ -182,7 +182,7 @@ def attended(
 
 
 def _attend(
-    config: ModelConfig, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
+    config: ModelSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
     share = q.shape[2] // k.shape[2]
     q, k, v = (value.transpose(1, 2) for value in (q, k, v))  # [B, H, T, D]
@@ -196,15 +196,13 @@ def _attend(
     return mixed.transpose(1, 2)
 
 
-def mlp(
-    config: ModelConfig, weights: Weights, x: torch.Tensor, linear: Linear = plain_linear
-) -> torch.Tensor:
+def mlp(config: ModelSpec, weights: Weights, x: torch.Tensor, linear: Linear = plain_linear) -> torch.Tensor:
     """The feed-forward part of one layer: normed input [B, T, E] -> what joins the residual, [B, T, E]."""
     return linear("down", activated(config, weights, x, linear), weights["down"], weights.get("down.bias"))
 
 
 def activated(
-    config: ModelConfig, weights: Weights, x: torch.Tensor, linear: Linear = plain_linear
+    config: ModelSpec, weights: Weights, x: torch.Tensor, linear: Linear = plain_linear
 ) -> torch.Tensor:
     """What `down` reads: normed input [B, T, E] -> [B, T, F]."""
     gate = linear("gate", x, weights["gate"], weights.get("gate.bias"))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from hasten.core import EngineOptions, ModelConfig, Recipe, ServingOptions
+from hasten.core import EngineOptions, ModelSpec, Recipe, ServingOptions
 from hasten.engine.request import Request
 from hasten.errors import UsageError
 from hasten.machine.cores import cores
@@ -68,7 +68,7 @@ class LanguageModel:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
-    def config(self) -> ModelConfig:
+    def config(self) -> ModelSpec:
         """The model's shape and variation points."""
         return self.packed.config
 

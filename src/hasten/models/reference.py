@@ -1,6 +1,6 @@
 """The plain decoder in torch and float32: slow, short, and what every fast path is compared with.
 
-It reads nothing but a ModelConfig and tensors by canonical name, computes each sequence as a whole without a
+It reads nothing but a ModelSpec and tensors by canonical name, computes each sequence as a whole without a
 cache, and needs torch (`pip install hasten[compress]`), which the fast CPU path never imports.
 """
 
@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from hasten.core import ModelConfig
+from hasten.core import ModelSpec
 from hasten.errors import ModelError, UsageError
 from hasten.models import rope
 
@@ -38,7 +38,7 @@ class _Rotation:
 
 
 class ReferenceDecoder:
-    """A dense decoder of any architecture that a ModelConfig can describe.
+    """A dense decoder of any architecture that a ModelSpec can describe.
 
     Args:
         config: the model's shape and variation points.
@@ -54,7 +54,7 @@ class ReferenceDecoder:
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: ModelSpec,
         tensors: Mapping[str, npt.NDArray[np.float32]],
         on_value: ValueHook | None = None,
     ) -> None:

@@ -23,7 +23,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hasten.core import Format, ModelConfig, Recipe
+from hasten.core import Format, ModelSpec, Recipe
 from hasten.optimize.candidates import Observer, Progress
 from hasten.optimize.workshop import Built, Workshop
 from hasten.quality.divergence import Reference
@@ -64,7 +64,7 @@ class Group:
     tensors: tuple[str, ...]  # canonical names
 
 
-def groups(config: ModelConfig) -> tuple[Group, ...]:
+def groups(config: ModelSpec) -> tuple[Group, ...]:
     """Every group of a model in the order it is computed: four a layer, then the head."""
     found = [
         Group(f"layers.{layer}.{name}", tuple(f"layers.{layer}.{part}" for part in parts))

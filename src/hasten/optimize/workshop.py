@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
-from hasten.core import EngineOptions, Format, Machine, Measurement, ModelConfig, Recipe, Workload
+from hasten.core import EngineOptions, Format, Machine, Measurement, ModelSpec, Recipe, Workload
 from hasten.errors import UsageError
 from hasten.optimize.calibrated import is_calibrated, is_mixture
 from hasten.optimize.candidates import Observer
@@ -73,7 +73,7 @@ class Workshop:
         return self.source.name
 
     @property
-    def config(self) -> ModelConfig:
+    def config(self) -> ModelSpec:
         """The source's shape."""
         return self.source.config
 

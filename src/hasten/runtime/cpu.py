@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten import _native
-from hasten.core import EngineOptions, ModelConfig
+from hasten.core import EngineOptions, ModelSpec
 from hasten.errors import MachineError, ModelError, UsageError
 from hasten.machine.cores import core_ids, usable_cores
 from hasten.machine.kernels import Format, choose_kernels
@@ -56,9 +56,7 @@ class KvPlan:
         return f"{tokens} tokens in at most {self.bytes / 1e9:.2f} GB ({self.because})"
 
 
-def kv_plan(
-    config: ModelConfig, int8: bool, options: EngineOptions, room: MemoryRoom | None = None
-) -> KvPlan:
+def kv_plan(config: ModelSpec, int8: bool, options: EngineOptions, room: MemoryRoom | None = None) -> KvPlan:
     """Size the pages from what is free now: the weights are in memory already.
 
     No more than `max_sequences` full contexts, no less than one. Free is what the system and the control
@@ -97,7 +95,7 @@ def kv_plan(
     return KvPlan(context, most, size, f"{options.max_sequences} sequences of {context} tokens")
 
 
-def _free_bytes(room: MemoryRoom, config: ModelConfig, options: EngineOptions, one: int) -> int:
+def _free_bytes(room: MemoryRoom, config: ModelSpec, options: EngineOptions, one: int) -> int:
     """Bytes that pages may take; below 0 where not even a step fits. `one`: bytes of a full context."""
     chunk, widths = options.prefill_chunk, config.hidden_size + config.intermediate_size
     step = 4 * (4 * chunk * widths + options.max_sequences * config.vocab_size)  # float32 rows and logits
@@ -124,7 +122,7 @@ def _wanted_plan(kv_gb: float, one: KvPlan, free: int) -> KvPlan:
     return KvPlan(one.context, pages, one.page_bytes, one.because)
 
 
-def decoder_config(config: ModelConfig) -> dict[str, Any]:
+def decoder_config(config: ModelSpec) -> dict[str, Any]:
     """A model's variation points as the native decoder reads them; keys as in native/decoder.h."""
     rope = tables(config)
     none: list[float] = []
@@ -390,7 +388,7 @@ def _threads(wanted: int | None) -> int:
     return wanted
 
 
-def _context(wanted: int | None, config: ModelConfig) -> int:
+def _context(wanted: int | None, config: ModelSpec) -> int:
     if wanted is None:
         return min(config.context_length, _DEFAULT_CONTEXT)
     if wanted < 1:

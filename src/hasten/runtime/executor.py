@@ -19,7 +19,7 @@ from hasten.runtime.pages import CachedSequence, PagePool
 from hasten.runtime.sampling import Choice, Masks, SequenceSampler, TokenLogprob, choose, score
 
 if TYPE_CHECKING:
-    from hasten.core import EngineOptions, ModelConfig
+    from hasten.core import EngineOptions, ModelSpec
     from hasten.weights.packed import PackedLinear, PackedModel
 
 Floats = npt.NDArray[np.float32]
@@ -101,7 +101,7 @@ class Executor(Protocol):
     """A model on a device. One thread at a time: a second one gets a UsageError."""
 
     name: str  # what its results depend on beside the weights: an instruction set, a device
-    config: ModelConfig
+    config: ModelSpec
     context: int  # longest prompt plus answer, tokens
     chunk: int  # prompt tokens in one step
     threads: int

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from hasten.core import ModelConfig
+from hasten.core import ModelSpec
 from hasten.models.rope import Frequencies, tables
 from hasten.weights.packed import PackedLinear, values_of
 
@@ -32,7 +32,7 @@ _FARTHEST = 8
 """Most that a scale's exponent lies from the head's mean: beyond it a dimension is dead, not small."""
 
 
-def key_shifts(config: ModelConfig, vectors: Mapping[str, Floats]) -> dict[str, Floats]:
+def key_shifts(config: ModelSpec, vectors: Mapping[str, Floats]) -> dict[str, Floats]:
     """What to subtract from each layer's rotated keys: `layers.{i}.key_shift` -> float32 [K * D].
 
     Only dimensions that turn by less than a radian over the model's whole context are shifted: there the
@@ -56,7 +56,7 @@ def key_shifts(config: ModelConfig, vectors: Mapping[str, Floats]) -> dict[str, 
     return shifts
 
 
-def _turns(config: ModelConfig, frequencies: Frequencies, rotates: bool) -> Frequencies:
+def _turns(config: ModelSpec, frequencies: Frequencies, rotates: bool) -> Frequencies:
     """How far each dimension of a head turns over the model's context, in radians: [D]."""
     turns = np.zeros(config.head_dim)
     if rotates:
@@ -66,7 +66,7 @@ def _turns(config: ModelConfig, frequencies: Frequencies, rotates: bool) -> Freq
 
 
 def key_scales(
-    config: ModelConfig,
+    config: ModelSpec,
     linears: Mapping[str, PackedLinear],
     vectors: Mapping[str, Floats],
     shifts: Mapping[str, Floats],
@@ -94,7 +94,7 @@ def key_scales(
 
 
 def _sizes(
-    config: ModelConfig,
+    config: ModelSpec,
     layer: int,
     linears: Mapping[str, PackedLinear],
     vectors: Mapping[str, Floats],

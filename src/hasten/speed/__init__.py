@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hasten.core import Estimate, Machine, ModelConfig, Recipe, Workload
+from hasten.core import Estimate, Machine, ModelSpec, Recipe, Workload
 from hasten.errors import MachineError, UsageError
 from hasten.speed.cost import Cost, cost
 
@@ -54,7 +54,7 @@ class Efficiency:
 
 
 def estimate(
-    config: ModelConfig,
+    config: ModelSpec,
     machine: Machine,
     workload: Workload,
     recipe: Recipe,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hasten.core import Machine, ModelConfig, Recipe, Workload
+from hasten.core import Machine, ModelSpec, Recipe, Workload
 from hasten.errors import UsageError
 
 
@@ -40,7 +40,7 @@ class Cost:
 
 
 def cost(
-    config: ModelConfig,
+    config: ModelSpec,
     workload: Workload,
     recipe: Recipe,
     weight_bytes: int | None = None,
@@ -80,7 +80,7 @@ def cost(
     )
 
 
-def recipe_bytes(config: ModelConfig, recipe: Recipe) -> int:
+def recipe_bytes(config: ModelSpec, recipe: Recipe) -> int:
     """Bytes of all linear layers as native/layout.h packs them, padding included.
 
     Raises:
@@ -99,30 +99,30 @@ def recipe_bytes(config: ModelConfig, recipe: Recipe) -> int:
     return total
 
 
-def page_bytes(config: ModelConfig, int8: bool, tokens: int) -> int:
+def page_bytes(config: ModelSpec, int8: bool, tokens: int) -> int:
     """Bytes of one page of keys and values of all layers, as native/kv_cache.h lays it out."""
     return 2 * config.num_layers * config.num_kv_heads * tokens * _head_bytes(config, int8)
 
 
-def _head_bytes(config: ModelConfig, int8: bool) -> int:
+def _head_bytes(config: ModelSpec, int8: bool) -> int:
     """Bytes of a token's key or value of one head: padded to 32 values; int8 has a float scale beside it."""
     dim = -(-config.head_dim // 32) * 32
     return dim + 4 if int8 else 2 * dim
 
 
-def kv_read_bytes(config: ModelConfig, context: float, int8: bool) -> float:
+def kv_read_bytes(config: ModelSpec, context: float, int8: bool) -> float:
     """Bytes of keys and values one decoded token reads at `context` tokens, sliding windows respected."""
     return 2.0 * config.num_kv_heads * _head_bytes(config, int8) * sum(_seen(config, context))
 
 
-def _windows(config: ModelConfig) -> list[float]:
+def _windows(config: ModelSpec) -> list[float]:
     """Tokens each layer may look back on."""
     sliding = config.sliding_layers or (False,) * config.num_layers
     window = config.sliding_window
     return [float(window) if slides and window else float("inf") for slides in sliding]
 
 
-def _seen(config: ModelConfig, context: float) -> list[float]:
+def _seen(config: ModelSpec, context: float) -> list[float]:
     return [min(context, window) for window in _windows(config)]
 
 
@@ -132,7 +132,7 @@ def _seen_by_prompt(window: float, prompt: int) -> float:
     return ramp * (ramp + 1) / 2 + (prompt - ramp) * ramp
 
 
-def _weights(config: ModelConfig, recipe: Recipe, keeps_integers: bool) -> tuple[float, float, float, float]:
+def _weights(config: ModelSpec, recipe: Recipe, keeps_integers: bool) -> tuple[float, float, float, float]:
     """Weights in integers and in bf16 without the head, then the head's."""
     head = "embed" if config.tied_head else "head"
     counts = {(is_head, is_int): 0.0 for is_head in (False, True) for is_int in (False, True)}
@@ -142,7 +142,7 @@ def _weights(config: ModelConfig, recipe: Recipe, keeps_integers: bool) -> tuple
     return counts[False, True], counts[False, False], counts[True, True], counts[True, False]
 
 
-def prompt_flops(config: ModelConfig, start: int, count: int) -> float:
+def prompt_flops(config: ModelSpec, start: int, count: int) -> float:
     """Operations for `count` prompt tokens behind `start` others, head left out; a multiply-add is two."""
     rows, cols = config.linear_shapes()["embed" if config.tied_head else "head"]
     linear = 2.0 * (config.linear_weights - rows * cols) * count

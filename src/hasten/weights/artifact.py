@@ -1,7 +1,7 @@
 """`NAME.hasten/`: a packed model on disk, ready to map and run.
 
     plan.json             everything that is known about it; `artifact` lists the files and checksums
-    config.json           the ModelConfig, but for what is as by default
+    config.json           the ModelSpec, but for what is as by default
     weights.safetensors   matrices as uint8 in the layout of native/layout.h, norms and biases as float32;
                           every tensor starts on 64 bytes
     tokenizer.json ...    what Tokenizer.save writes
@@ -25,7 +25,7 @@ import numpy.typing as npt
 from hasten import _native
 from hasten.cache import new_folder, read_json, write_atomic, write_json
 from hasten.cache.reading import is_there, map_array, read_file
-from hasten.core import ModelConfig, Recipe
+from hasten.core import ModelSpec, Recipe
 from hasten.errors import ArtifactError
 from hasten.machine.cores import usable_cores
 from hasten.machine.memory import memory_room
@@ -55,10 +55,10 @@ class Stored:
     folder: Path
     plan: Mapping[str, Any]
     description: Description
-    config: ModelConfig  # its types are right; its numbers were not compared with each other
+    config: ModelSpec  # its types are right; its numbers were not compared with each other
     parts: Mapping[str, Bytes]  # tensors by canonical name
 
-    def packed(self, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> PackedModel:
+    def packed(self, config: ModelSpec, shapes: Mapping[str, tuple[int, ...]]) -> PackedModel:
         """The model.
 
         Args:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten import _native
-from hasten.core import Format, ModelConfig, Recipe
+from hasten.core import Format, ModelSpec, Recipe
 from hasten.errors import ModelError, UsageError
 from hasten.machine.cores import usable_cores
 from hasten.machine.memory import memory_room
@@ -36,7 +36,7 @@ class Opened(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def config(self) -> ModelConfig: ...
+    def config(self) -> ModelSpec: ...
     @property
     def tensors(self) -> Mapping[str, SourceTensor]: ...
 
@@ -67,7 +67,7 @@ class PackedLinear:
 class PackedModel:
     """A model by one recipe, ready to run. `linears` may be replaced one by one."""
 
-    config: ModelConfig
+    config: ModelSpec
     recipe: Recipe
     linears: dict[str, PackedLinear]  # every key of config.linear_shapes(), and `embed` always
     vectors: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)  # norms and biases

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from hasten.compress.torch_layer import Positions, layer_forward, tensor_values
-from hasten.core import ModelConfig
+from hasten.core import ModelSpec
 from hasten.models.source import Source
 
 Change = Callable[[torch.Tensor], torch.Tensor]
@@ -38,7 +38,7 @@ class Decoder:
         layer: `layer_forward`, or that compiled.
     """
 
-    config: ModelConfig
+    config: ModelSpec
     values: dict[str, torch.Tensor]
     dtype: torch.dtype = torch.float32
     changes: dict[str, tuple[Change, ...]] = field(default_factory=dict)
@@ -114,7 +114,7 @@ class Decoder:
         return head_logits(self.config, hidden, head)
 
 
-def head_logits(config: ModelConfig, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+def head_logits(config: ModelSpec, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     """[R, E] by [V, E] -> [R, V] with the model's soft cap."""
     found = F.linear(hidden, head)
     cap = config.logit_softcap

@@ -21,7 +21,7 @@ from hasten.cache.reading import map_array
 from hasten.compress.calibration import Calibration
 from hasten.compress.distil.decoder import Decoder, head_logits
 from hasten.compress.torch_layer import tensor_values
-from hasten.core import ModelConfig
+from hasten.core import ModelSpec
 from hasten.errors import DiskError, ModelError
 from hasten.models.source import Source
 from hasten.weights.work_store import is_whole, write_checked
@@ -45,7 +45,7 @@ class Teacher(Protocol):
 
 @dataclass
 class _Head:
-    config: ModelConfig
+    config: ModelSpec
     matrix: torch.Tensor  # [V, E]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

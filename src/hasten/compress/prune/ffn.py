@@ -20,19 +20,19 @@ from hasten.compress.prune.multiple import kept_multiple
 from hasten.compress.prune.pruned import PartPruned
 from hasten.compress.stream import Stream, stream_weights
 from hasten.compress.taken import taken_rows
-from hasten.core import ModelConfig
+from hasten.core import ModelSpec
 from hasten.models.source import Source
 from hasten.weights.tensors import SourceTensor
 
 _ROWS = ("gate", "up", "gate.bias", "up.bias")
 
 
-def with_channels(config: ModelConfig, count: int) -> ModelConfig:
+def with_channels(config: ModelSpec, count: int) -> ModelSpec:
     """The model with as many channels in every feed-forward layer."""
     return config.with_blocks(lambda b: replace(b, feed_forward=replace(b.feed_forward, width=count)))
 
 
-def kept_channels(config: ModelConfig, amount: float) -> int:
+def kept_channels(config: ModelSpec, amount: float) -> int:
     """How many FFN channels stay.
 
     Raises:

@@ -21,7 +21,7 @@ from hasten.compress.prune.pruned import PartPruned
 from hasten.compress.stream import Found, Stream, stream_weights
 from hasten.compress.taken import taken_rows
 from hasten.compress.torch_layer import Weights
-from hasten.core import ModelConfig
+from hasten.core import ModelSpec
 from hasten.errors import UsageError
 from hasten.models.source import Source
 
@@ -36,13 +36,13 @@ class HeadPlan:
     share: int
 
 
-def with_heads(config: ModelConfig, plan: HeadPlan) -> ModelConfig:
+def with_heads(config: ModelSpec, plan: HeadPlan) -> ModelSpec:
     """The model with the plan's heads in every layer."""
     heads, groups = plan.groups * plan.share, plan.groups
     return config.with_blocks(lambda b: replace(b, mixer=replace(b.mixer, heads=heads, kv_heads=groups)))
 
 
-def kept_heads(config: ModelConfig, amount: float) -> HeadPlan:
+def kept_heads(config: ModelSpec, amount: float) -> HeadPlan:
     """How many heads stay: the plan nearest to the amount, whole groups where both are as near.
 
     Raises:
@@ -145,7 +145,7 @@ def _moments(original: Stream, ours: Stream, index: int, weights: Weights) -> Mo
     return moments
 
 
-def _kept(gram: torch.Tensor, o: torch.Tensor, config: ModelConfig, plan: HeadPlan) -> torch.Tensor:
+def _kept(gram: torch.Tensor, o: torch.Tensor, config: ModelSpec, plan: HeadPlan) -> torch.Tensor:
     """Query heads that stay, int64 ascending; those of one KV head lie together."""
     share, dim = config.num_heads // config.num_kv_heads, config.head_dim
     columns = torch.arange(config.num_heads * dim)
@@ -163,7 +163,7 @@ def _largest(gram: torch.Tensor, o: torch.Tensor, groups: torch.Tensor, count: i
     return size.topk(count).indices.sort().values
 
 
-def _rows(heads: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+def _rows(heads: torch.Tensor, config: ModelSpec) -> torch.Tensor:
     return (heads[:, None] * config.head_dim + torch.arange(config.head_dim)).flatten()
 
 

@@ -18,7 +18,7 @@ from hasten.compress.prune.mlp_output import from_middle, moments_of, to_middle
 from hasten.compress.prune.pruned import PartPruned
 from hasten.compress.stream import Stream, stream_weights
 from hasten.compress.taken import renamed
-from hasten.core import ModelConfig
+from hasten.core import ModelSpec
 from hasten.errors import UsageError
 from hasten.models.source import Source
 from hasten.weights.tensors import SourceTensor
@@ -26,7 +26,7 @@ from hasten.weights.tensors import SourceTensor
 Step = Callable[[int, int], None]
 
 
-def kept_layers(config: ModelConfig, amount: float) -> int:
+def kept_layers(config: ModelSpec, amount: float) -> int:
     """How many layers stay.
 
     Raises:

@@ -13,7 +13,7 @@ from hasten.compress.prune.pruned import PartPruned, Pruned
 from hasten.compress.prune.single_weights import check_pattern, needs_text, prune_single_weights
 from hasten.compress.prune.vocabulary import prune_vocabulary
 from hasten.compress.prune.width import kept_width, prune_width
-from hasten.core import ModelConfig
+from hasten.core import ModelSpec
 from hasten.errors import UsageError
 from hasten.models.source import Source
 from hasten.recipe import PruneKind, Pruning
@@ -70,7 +70,7 @@ def prune(
     )
 
 
-def check(config: ModelConfig, pruning: Pruning, calibration: Calibration | None) -> None:
+def check(config: ModelSpec, pruning: Pruning, calibration: Calibration | None) -> None:
     """What can be said before any work.
 
     Raises:
@@ -96,7 +96,7 @@ def check(config: ModelConfig, pruning: Pruning, calibration: Calibration | None
         )
 
 
-def _widest_fit(config: ModelConfig, pruning: Pruning) -> int:
+def _widest_fit(config: ModelSpec, pruning: Pruning) -> int:
     """Most inputs of a matrix that is fitted; 1 where none is."""
     if pruning.kind == "vocabulary" or not (pruning.repair or pruning.kind == "sparsegpt"):
         return 1
@@ -105,7 +105,7 @@ def _widest_fit(config: ModelConfig, pruning: Pruning) -> int:
     return max(cols for name, (_, cols) in config.linear_shapes().items() if name.startswith("layers."))
 
 
-def _notes(config: ModelConfig, pruning: Pruning) -> tuple[str, ...]:
+def _notes(config: ModelSpec, pruning: Pruning) -> tuple[str, ...]:
     if pruning.kind == "vocabulary" and pruning.repair:
         return (
             "not repaired: rows that stay are the original's, and no other token stands for one that went",
@@ -145,7 +145,7 @@ def _structured(method: _Structured) -> Callable[[Source, Pruning, Calibration |
     return run
 
 
-_COUNTS: dict[PruneKind, Callable[[ModelConfig, float], object]] = {
+_COUNTS: dict[PruneKind, Callable[[ModelSpec, float], object]] = {
     "ffn": kept_channels,
     "heads": kept_heads,
     "layers": kept_layers,

@@ -19,7 +19,7 @@ from hasten.compress.prune.sparsegpt import sparsegpt
 from hasten.compress.prune.wanda import wanda_mask
 from hasten.compress.stream import Found, Stream, stream_weights
 from hasten.compress.torch_layer import LINEARS, Weights, layer_weights
-from hasten.core import ModelConfig
+from hasten.core import ModelSpec
 from hasten.errors import UsageError
 from hasten.models.source import Source
 from hasten.recipe import Pruning
@@ -28,7 +28,7 @@ _READ_ALIKE = {"q": ("q", "k", "v"), "o": ("o",), "gate": ("gate", "up"), "down"
 """Matrices that read the same inputs, by the first of them."""
 
 
-def check_pattern(config: ModelConfig, pruning: Pruning) -> None:
+def check_pattern(config: ModelSpec, pruning: Pruning) -> None:
     """Whether N:M fits every matrix.
 
     Raises:

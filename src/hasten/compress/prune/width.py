@@ -20,7 +20,7 @@ from hasten.compress.prune.multiple import kept_multiple
 from hasten.compress.prune.pruned import PartPruned
 from hasten.compress.stream import Found, Stream, stream_weights
 from hasten.compress.torch_layer import LINEARS, Weights, tensor_values
-from hasten.core import ModelConfig
+from hasten.core import ModelSpec
 from hasten.models.source import Source
 
 _TURNS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
@@ -28,7 +28,7 @@ _TURNS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 _WRITERS = ("o", "down")  # their rows are hidden dimensions; the others' columns are
 
 
-def kept_width(config: ModelConfig, amount: float) -> int:
+def kept_width(config: ModelSpec, amount: float) -> int:
     """How many hidden dimensions stay.
 
     Raises:
@@ -95,7 +95,7 @@ class _Narrow:
     """The narrow model as it is made, beside the original: `original` and `ours` stand before a layer."""
 
     source: Source
-    config: ModelConfig
+    config: ModelSpec
     kept: torch.Tensor  # int64 [E'], ascending
     original: Stream
 

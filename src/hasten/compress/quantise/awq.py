@@ -16,7 +16,7 @@ import torch
 from hasten.compress.quantise.fold import READERS, Group, fold, foldable, shared_scales
 from hasten.compress.quantise.gptq import lost, nearest
 from hasten.compress.torch_layer import Weights
-from hasten.core import Format, ModelConfig
+from hasten.core import Format, ModelSpec
 
 POWERS = tuple(i / 10 for i in range(10))
 _FARTHEST = 64.0
@@ -36,7 +36,7 @@ def input_scales(gram: torch.Tensor, power: float) -> torch.Tensor:
 
 def awq_scales(
     weights: Weights,
-    config: ModelConfig,
+    config: ModelSpec,
     group: Group,
     gram: torch.Tensor,
     layouts: Mapping[str, Format],
@@ -67,7 +67,7 @@ def awq_scales(
 
 def awq_layer(
     weights: Weights,
-    config: ModelConfig,
+    config: ModelSpec,
     grams: Mapping[Group, torch.Tensor],
     layouts: Mapping[str, Format],
 ) -> tuple[dict[str, torch.Tensor], dict[Group, torch.Tensor]]:

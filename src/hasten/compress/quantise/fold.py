@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 import torch
 
-from hasten.core import ModelConfig
+from hasten.core import ModelSpec
 
 Group = Literal["qkv", "o", "gate_up", "down"]
 """Linear layers that read the same input, in the order they are computed."""
@@ -32,7 +32,7 @@ _NORMS: Mapping[Group, str] = {"qkv": "attn_norm", "gate_up": "mlp_norm"}
 _MAKERS: Mapping[Group, str] = {"o": "v", "down": "up"}
 
 
-def obstacle(config: ModelConfig, group: Group) -> str | None:
+def obstacle(config: ModelSpec, group: Group) -> str | None:
     """Why scales of a group's inputs fold into nothing; None where they fold."""
     if group in _NORMS and config.norm_placement == "post":
         return (
@@ -42,13 +42,13 @@ def obstacle(config: ModelConfig, group: Group) -> str | None:
     return None
 
 
-def foldable(config: ModelConfig, group: Group) -> bool:
+def foldable(config: ModelSpec, group: Group) -> bool:
     """Whether scales of a group's inputs fold; `obstacle` says why not."""
     return obstacle(config, group) is None
 
 
 def shared_scales(
-    weights: Mapping[str, torch.Tensor], config: ModelConfig, group: Group, scales: torch.Tensor
+    weights: Mapping[str, torch.Tensor], config: ModelSpec, group: Group, scales: torch.Tensor
 ) -> torch.Tensor:
     """The scales [cols] that `fold` uses: for `o` equal over the query heads that share a KV head.
 
@@ -62,7 +62,7 @@ def shared_scales(
 
 
 def fold(
-    weights: Mapping[str, torch.Tensor], config: ModelConfig, group: Group, scales: torch.Tensor
+    weights: Mapping[str, torch.Tensor], config: ModelSpec, group: Group, scales: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """One layer with a group's inputs divided by `scales` and its matrices' columns multiplied by them.
 

@@ -24,7 +24,7 @@ import torch
 from hasten.compress.changed import Values, changed
 from hasten.compress.quantise.hadamard import Orthogonal, orthogonal
 from hasten.compress.torch_layer import tensor_values
-from hasten.core import ModelConfig
+from hasten.core import ModelSpec
 from hasten.errors import UsageError
 from hasten.models.source import Source
 from hasten.weights.tensors import SourceTensor
@@ -33,7 +33,7 @@ _READERS = {"q": "attn_norm", "k": "attn_norm", "v": "attn_norm", "gate": "mlp_n
 _WRITERS = ("o", "down")
 
 
-def obstacle(config: ModelConfig) -> str | None:
+def obstacle(config: ModelSpec) -> str | None:
     """Why a model cannot be rotated; None where it can."""
     if config.norm_placement == "pre":
         return None
@@ -43,12 +43,12 @@ def obstacle(config: ModelConfig) -> str | None:
     )
 
 
-def residual_rotation(config: ModelConfig, seed: int = 0) -> Orthogonal:
+def residual_rotation(config: ModelSpec, seed: int = 0) -> Orthogonal:
     """The matrix Q [E, E] that `rotate` turns hidden states by; `because` says what was chosen."""
     return orthogonal(config.hidden_size, seed)
 
 
-def head_rotation(config: ModelConfig, layer: int, seed: int = 0) -> Orthogonal:
+def head_rotation(config: ModelSpec, layer: int, seed: int = 0) -> Orthogonal:
     """The matrix R2 [D, D] that `rotate` turns the values of every head of a layer by."""
     return orthogonal(config.head_dim, seed + 1 + layer)
 

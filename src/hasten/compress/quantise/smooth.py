@@ -21,7 +21,7 @@ import torch
 
 from hasten.compress.quantise.fold import GROUPS, READERS, Group, fold, foldable, shared_scales
 from hasten.compress.torch_layer import Weights
-from hasten.core import ModelConfig
+from hasten.core import ModelSpec
 
 _FARTHEST = 256.0
 """Most that a scale lies from the group's mean: beyond it a channel is dead, not small."""
@@ -49,7 +49,7 @@ def smooth_scales(weights: Weights, group: Group, maximum: torch.Tensor, alpha: 
 
 def smooth_layer(
     weights: Weights,
-    config: ModelConfig,
+    config: ModelSpec,
     maxima: Mapping[str, torch.Tensor],
     alpha: float,
     groups: Collection[Group] = GROUPS,

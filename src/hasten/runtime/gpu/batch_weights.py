@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from hasten.core import ModelConfig
+from hasten.core import ModelSpec
 from hasten.errors import ModelError
 from hasten.models import rope
 
@@ -61,7 +61,7 @@ class Rotation:
 class BatchWeights:
     """All of a model."""
 
-    config: ModelConfig
+    config: ModelSpec
     embed: torch.Tensor  # bf16 [V, E]
     layers: tuple[LayerWeights, ...]
     final_norm: torch.Tensor
@@ -82,13 +82,13 @@ class BatchWeights:
         return sum(m.bytes for m in [*matrices, self.head])
 
 
-def slides(config: ModelConfig, layer: int) -> bool:
+def slides(config: ModelSpec, layer: int) -> bool:
     """Whether a layer looks back on `sliding_window` tokens alone."""
     return config.sliding_window is not None and bool(config.sliding_layers) and config.sliding_layers[layer]
 
 
 def load(
-    config: ModelConfig,
+    config: ModelSpec,
     tensor_of: TensorOf,
     context: int,
     precision: Precision = "bf16",
@@ -114,7 +114,7 @@ def load(
     return BatchWeights(config, embed, layers, maker.norm("final_norm"), head, rotations)
 
 
-def _check(config: ModelConfig, context: int) -> None:
+def _check(config: ModelSpec, context: int) -> None:
     if config.qk_norm == "full" or config.norm_placement == "post":
         raise ModelError(
             f"the batched GPU step does not compute {config.architecture}: norms over all heads together",
@@ -141,7 +141,7 @@ def _check(config: ModelConfig, context: int) -> None:
 class _Maker:
     """Reads tensors by name and makes what the kernels read."""
 
-    def __init__(self, config: ModelConfig, tensor_of: TensorOf, precision: Precision, device: str) -> None:
+    def __init__(self, config: ModelSpec, tensor_of: TensorOf, precision: Precision, device: str) -> None:
         self.config, self.tensor_of, self.precision, self.device = config, tensor_of, precision, device
         self._order = torch.from_numpy(rotary_order(config)).to(device)
 
@@ -194,7 +194,7 @@ class _Maker:
         return heads[:, self._order].flatten(0, 1)
 
 
-def rotary_order(config: ModelConfig) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def rotary_order(config: ModelSpec) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """The order of a head's dimensions in which a rotation always pairs i with i + D/2, int64 [D].
 
     With partial rotary embedding it pairs i with i + rotary_dim / 2 and leaves the rest. Queries and keys may
@@ -207,7 +207,7 @@ def rotary_order(config: ModelConfig) -> np.ndarray[tuple[int], np.dtype[np.int6
     return np.concatenate([first, rest[: len(rest) // 2], second, rest[len(rest) // 2 :]])
 
 
-def _rotations(config: ModelConfig, context: int, device: str) -> dict[str, Rotation]:
+def _rotations(config: ModelSpec, context: int, device: str) -> dict[str, Rotation]:
     tables, half = rope.tables(config), config.head_dim // 2
 
     def rotation(frequencies: rope.Frequencies, scale: float) -> Rotation:

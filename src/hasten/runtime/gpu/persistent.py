@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hasten.core import ModelConfig
+from hasten.core import ModelSpec
 from hasten.errors import MachineError, ModelError, UsageError
 from hasten.models import rope
 from hasten.runtime.gpu.driver import Device, Module, built, current_device, with_defines
@@ -18,7 +18,7 @@ from hasten.runtime.gpu.shape import PAGE, PRODUCTS, ProductName, Shape, WeightF
 from hasten.runtime.gpu.tiles import Weights, interleaved, joined, rounded, tiled
 
 TensorOf = Callable[[str], "torch.Tensor | Weights | None"]
-"""A parameter by canonical name (models/parameters.py), on any device; None: the model has none. Floats are
+"""A parameter by canonical name (`ModelSpec.parameter_shapes`), on any device; None: the model has none. Floats are
 rounded to the product's format; a matrix may also be Weights, which are kept."""
 
 _NORMS = ("attn_norm", "post_attn_norm", "mlp_norm", "post_mlp_norm")
@@ -154,7 +154,7 @@ def _required(tensor_of: TensorOf, name: str, device: str) -> torch.Tensor | Wei
     return found
 
 
-def rotation_tables(config: ModelConfig, positions: int, length: int | None = None) -> tuple[Any, Any]:
+def rotation_tables(config: ModelSpec, positions: int, length: int | None = None) -> tuple[Any, Any]:
     """Cosines and sines, float32 [global, sliding layers][positions][rotary / 2].
 
     Args:

@@ -1,4 +1,4 @@
-"""From a ModelConfig to the persistent kernel's compile-time values, and how its weights are shared out.
+"""From a ModelSpec to the persistent kernel's compile-time values, and how its weights are shared out.
 
 The kernel computes the same layout from the same values (kernels/product.cuh) and tells it, so that a
 difference is an error at load and never a wrong answer.
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from hasten.cache.reading import read_text
-from hasten.core import ModelConfig
+from hasten.core import ModelSpec
 from hasten.errors import UsageError
 from hasten.runtime.gpu.driver import Device
 
@@ -90,7 +90,7 @@ class Tuning:
 class Shape:
     """One kernel: a model, its weight formats, a tuning."""
 
-    config: ModelConfig
+    config: ModelSpec
     formats: Mapping[ProductName, WeightFormat]
     biases: frozenset[str] = frozenset()  # of "q", "k", "v", "o", "gate", "up", "down"
     tuning: Tuning = field(default_factory=Tuning)
@@ -271,7 +271,7 @@ class TileLayout:
         return -(-self.shape[0] // TILE_ROWS)
 
 
-def matrix_shape(config: ModelConfig, name: ProductName) -> tuple[int, int]:
+def matrix_shape(config: ModelSpec, name: ProductName) -> tuple[int, int]:
     """Rows and columns of a product; of gate_up those of one of the two."""
     heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_dim
     return {
@@ -283,13 +283,13 @@ def matrix_shape(config: ModelConfig, name: ProductName) -> tuple[int, int]:
     }[name]
 
 
-def grid_blocks(config: ModelConfig, tuning: Tuning) -> int:
+def grid_blocks(config: ModelSpec, tuning: Tuning) -> int:
     """Blocks of the grid: at most one for every tile of the narrowest product."""
     narrowest = min(matrix_shape(config, name)[0] for name in PRODUCTS)
     return min(tuning.blocks or 128, -(-narrowest // TILE_ROWS))
 
 
-def layer_flags(config: ModelConfig) -> list[int]:
+def layer_flags(config: ModelSpec) -> list[int]:
     """A number a layer: 1 where it slides, 2 where it rotates."""
     slides = config.sliding_layers if config.sliding_window and config.sliding_layers else ()
     return [
@@ -298,7 +298,7 @@ def layer_flags(config: ModelConfig) -> list[int]:
     ]
 
 
-def problems(config: ModelConfig, tuning: Tuning) -> Iterable[str]:
+def problems(config: ModelSpec, tuning: Tuning) -> Iterable[str]:
     """What of a model or a tuning the kernel cannot hold, in words."""
     c = config
     if c.num_heads % c.num_kv_heads:
