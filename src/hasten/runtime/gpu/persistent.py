@@ -18,7 +18,7 @@ from hasten.runtime.gpu.shape import PAGE, PRODUCTS, ProductName, Shape, WeightF
 from hasten.runtime.gpu.tiles import Weights, interleaved, joined, rounded, tiled
 
 TensorOf = Callable[[str], "torch.Tensor | Weights | None"]
-"""A parameter by canonical name (`ModelSpec.parameter_shapes`), on any device; None: the model has none. Floats are
+"""A parameter by canonical name, on any device; None: the model has none. Floats are
 rounded to the product's format; a matrix may also be Weights, which are kept."""
 
 _NORMS = ("attn_norm", "post_attn_norm", "mlp_norm", "post_mlp_norm")
