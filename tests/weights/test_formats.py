@@ -5,16 +5,22 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import hasten
 from hasten import _native
+from hasten.compress.export import export
 from hasten.core import Recipe, as_json
 from hasten.errors import UsageError
+from hasten.models import open_model
+from hasten.models.artifact import save
 from hasten.weights.codec import encode, from_bytes, to_bytes
 from hasten.weights.formats import FORMATS, Format, FormatParts, format_named
-from hasten.weights.packed import integers, pack_integers, pack_linear, values_of
+from hasten.weights.packed import integers, pack_integers, pack_linear, pack_model, values_of
 from hasten.weights.tensors import SourceTensor
 
 SHAPES = [(37, 256), (16, 96), (5, 12), (1, 1), (130, 257)]
@@ -140,3 +146,23 @@ def test_no_kernel_is_said_with_a_way_out() -> None:
 def test_recipes_need_no_numpy() -> None:
     script = "import sys, hasten.recipe as r; r.Recipe.parse('mxfp4'); assert 'numpy' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "fp8-e4m3-block"])
+def test_an_artifact_without_kernels(name: str, tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+    source = open_model(tiny_folder("qwen3"))
+    packed = pack_model(source, Recipe.parse(name), 1)
+    folder = save(tmp_path / "a.hasten", packed, source, {})
+    with pytest.raises(UsageError, match=f"no kernel of the CPU engine reads weights in {name}"):
+        hasten.load(folder, threads=1)
+    with pytest.raises(UsageError, match="cannot become another recipe"):
+        hasten.load(folder, "w4", threads=1)
+    with pytest.raises(UsageError, match=f"weights in {name}"):
+        hasten.load(source.files[0].path.parent, name, threads=1)
+    model = hasten.load(folder, "bf16", threads=1)
+    for key, linear in packed.linears.items():
+        nearest = encode(values_of(linear), FORMATS["bf16"]).values()
+        np.testing.assert_array_equal(values_of(model.packed.linears[key]), nearest)
+    assert np.isfinite(model.logits([5, 9, 40, 2])).all()
+    with pytest.raises(UsageError, match=f"weights in {name}"):
+        export(folder, "gguf", tmp_path / "out.gguf")

@@ -99,6 +99,11 @@ def export(
     say = said or (lambda _: None)
     say("reading the artifact")
     artifact = load_artifact(ref)
+    if table := next((x.layout for x in artifact.packed.linears.values() if x.layout.table), None):
+        raise UsageError(
+            f"{ref} has weights in {table}, which no exporter writes",
+            hint="make one of integers first: hasten compress MODEL --recipe w4 --out NAME.hasten",
+        )
     say(f"checking what {to} can carry")
     module: Any = import_module(format.module)
     plan = module.plan(artifact)

@@ -258,7 +258,8 @@ def load(
     Args:
         ref: an artifact (`NAME.hasten`), a folder with safetensors, a .gguf file, a hub id, or "demo".
         recipe: what to do with the weights, a name ("w4", "w8-head16", "bf16") or a Recipe; None keeps the
-            values the files hold. An artifact has its recipe already.
+            values the files hold. An artifact has its recipe already; one in fp8 or mxfp4, for which the CPU
+            engine has no kernels, is decoded while it loads with "bf16".
         threads: None uses the cores this process may use.
         context: longest prompt plus output in tokens; None is the model's own, at most 8192.
         options: the rest of the engine's options; threads and context above come first.
@@ -276,17 +277,23 @@ def load(
     )
     from hasten.models.artifact import load_artifact
     from hasten.weights.artifact import is_artifact
+    from hasten.weights.packed import decoded
 
     if is_artifact(ref):
         artifact = load_artifact(ref)
-        chosen = artifact.packed.recipe.name
-        if recipe is not None and (recipe if isinstance(recipe, str) else recipe.name) != chosen:
+        chosen, packed = artifact.packed.recipe.name, artifact.packed
+        asked = recipe.name if isinstance(recipe, Recipe) else recipe
+        if asked == "bf16" and any(linear.layout.table for linear in packed.linears.values()):
+            packed = decoded(packed)
+        elif asked not in (None, chosen):
             raise UsageError(
                 f"{ref} is an artifact, packed as {chosen!r} already; it cannot become another recipe",
                 hint="give the source model with --recipe, or drop --recipe",
             )
-        return LanguageModel(artifact.packed, artifact.tokenizer, artifact.name, wanted)
+        return LanguageModel(packed, artifact.tokenizer, artifact.name, wanted)
     parsed = Recipe.parse(recipe) if isinstance(recipe, str) else recipe or Recipe("source")
+    for layout in (parsed.default, parsed.head, *parsed.layers.values()):
+        _ = layout is not None and layout.native  # before minutes of packing
     return _load_source(ref, parsed, wanted, store)
 
 

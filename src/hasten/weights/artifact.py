@@ -75,7 +75,7 @@ class Stored:
                 name: PackedLinear(layout, *_two(shapes[name]), parts.pop(name), checksum=known.get(name))
                 for name, layout in recipe.layers.items()
             }
-            vectors = {name: data.view(np.float32) for name, data in parts.items()}
+            vectors = {name: data.view(np.float32).copy() for name, data in parts.items()}
         except (KeyError, ValueError) as wrong:
             raise contradiction(self.folder, wrong) from None
         _check_sizes(self.folder, linears, vectors, shapes)

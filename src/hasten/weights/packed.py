@@ -19,7 +19,7 @@ from hasten.errors import ModelError, UsageError
 from hasten.machine.cores import usable_cores
 from hasten.machine.memory import memory_room
 from hasten.weights.codec import Encoded, encode, from_bytes, to_bytes
-from hasten.weights.formats import PANEL
+from hasten.weights.formats import FORMATS, PANEL
 from hasten.weights.tensors import Bytes, SourceTensor
 
 Halves = npt.NDArray[np.float16]
@@ -105,6 +105,17 @@ def values_of(linear: PackedLinear) -> npt.NDArray[np.float32]:
         linear.data, *shape, bits, group, symmetric, usable_cores()
     )
     return values
+
+
+def decoded(packed: PackedModel) -> PackedModel:
+    """The same model, its tables of values (fp8, mxfp4) in bf16: for an engine without their kernels."""
+    linears = dict(packed.linears)
+    for name, linear in linears.items():
+        if linear.layout.table:
+            shape = (linear.rows, linear.cols)
+            values = SourceTensor(name, shape, "F32", values_of(linear).reshape(-1).view(np.uint8))
+            linears[name] = pack_linear(values, FORMATS["bf16"])
+    return replace(packed, linears=linears)
 
 
 def source_layout(tensor: SourceTensor) -> Format:
