@@ -37,7 +37,6 @@ ROWS_BAR = {"w4": 1.15, "w4-g128": 1.5, "w4-asym": 1.5, "source": 1.5}  # 8 sequ
 PARTS = ("decode", "long", "start", "memory", "server")
 PROMPT, OUTPUT = 512, 64
 MANY, MANY_PROMPT, MANY_OUTPUT = 8, 64, 48
-LONG = 8000
 MEMORY_TOKENS = 128
 FEWEST = 5  # rounds: the bootstrap of fewer is narrow by chance
 FIRST_TOKEN_S, SERVER_MS = 1.0, 0.3
@@ -282,7 +281,7 @@ class Comparison:
         from hasten.bench.workloads import PromptRing, default_text
 
         given, is_long = self.given, recipe == "w4" and "long" in self.given.only
-        context = LONG + OUTPUT if is_long else PROMPT + OUTPUT
+        context = given.long + OUTPUT if is_long else PROMPT + OUTPUT
         for version in (self.new, self.old):
             version.ask("load", ref=given.model, recipe=recipe, threads=given.threads, context=context)
         ring = PromptRing(self.new.ask("encode", text=default_text()))
@@ -304,8 +303,8 @@ class Comparison:
             what, limit = f"{recipe}: decode, {MANY} together", ROWS_BAR.get(recipe)
             self.ratio_row(what, "tok/s", found["decode"], limit, disturbed=found["disturbed"])
         if is_long:
-            found = run(min(given.rounds, max(FEWEST, given.rounds // 2)), 1, LONG, 2, "prefill")
-            what = f"{recipe}: prefill of {LONG}"
+            found = run(min(given.rounds, max(FEWEST, given.rounds // 2)), 1, given.long, 2, "prefill")
+            what = f"{recipe}: prefill of {given.long}"
             self.ratio_row(what, "tok/s", found["prefill"], 1.4, disturbed=found["disturbed"])
 
     def processes(self, folder: Path) -> None:
@@ -386,6 +385,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=list(PARTS), choices=PARTS)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--long", type=int, default=8000, help="tokens of the long prompt")
     parser.add_argument("--drive", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.drive:

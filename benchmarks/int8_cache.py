@@ -13,7 +13,7 @@ import hasten
 from bar import Bar, Settings, record, say
 from hasten.core import Budget, as_json
 from hasten.quality.divergence import Reference
-from hasten.quality.evaluate import evaluate
+from hasten.quality.judge import evaluate
 from hasten.quality.text import WINDOW, default_text, windows
 
 

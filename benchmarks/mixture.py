@@ -36,7 +36,7 @@ from hasten.optimize.mixture import gentlest, mixture_recipe, predicted_harm
 from hasten.optimize.sensitivity import PROBE, Choice, SensitivityMap, draw, groups, measure_harms
 from hasten.optimize.workshop import Workshop
 from hasten.quality.divergence import Reference
-from hasten.quality.evaluate import evaluate
+from hasten.quality.judge import evaluate
 from hasten.quality.text import default_text, windows
 from hasten.recipe import Method
 

@@ -78,7 +78,7 @@ def _verdict(
     ticker: Ticker,
 ) -> Verdict:
     from hasten.quality.divergence import Reference
-    from hasten.quality.evaluate import evaluate
+    from hasten.quality.judge import evaluate
     from hasten.quality.other_vocabulary import OtherVocabulary, Pieces, same_words
     from hasten.quality.text import windows
 

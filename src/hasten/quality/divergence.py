@@ -56,13 +56,8 @@ class Divergence:
     @classmethod
     def join(cls, parts: Iterable[Divergence]) -> Divergence:
         """One after the other."""
-        several = list(parts)
-        return cls(
-            kl=np.concatenate([p.kl for p in several]),
-            nll_source=np.concatenate([p.nll_source for p in several]),
-            nll=np.concatenate([p.nll for p in several]),
-            agree=np.concatenate([p.agree for p in several]),
-        )
+        columns = zip(*((p.kl, p.nll_source, p.nll, p.agree) for p in parts), strict=True)
+        return cls(*(np.concatenate(column) for column in columns))
 
 
 def divergence_plain(source: Floats, candidate: Floats, targets: npt.NDArray[np.int32]) -> Divergence:
@@ -71,7 +66,7 @@ def divergence_plain(source: Floats, candidate: Floats, targets: npt.NDArray[np.
     Args:
         source: [R, V] logits. candidate: [R, V] logits. targets: [R] ids that came next.
     """
-    p, q = _log_softmax(source), _log_softmax(candidate)  # [R, V]
+    p, q = log_softmax(source), log_softmax(candidate)  # [R, V]
     rows = np.arange(targets.size)
     return Divergence(
         kl=np.maximum((np.exp(p) * (p - q)).sum(axis=-1), 0.0),
@@ -95,11 +90,7 @@ def divergence(
     found = Divergence(
         np.asarray(kl), np.asarray(nll_source), np.asarray(nll), np.asarray(agree, dtype=np.bool_)
     )
-    if not (np.isfinite(found.kl).all() and np.isfinite(found.nll).all()):
-        raise ModelError(
-            "the model's logits are not finite on the evaluation text",
-            hint="check the model's files: hasten eval MODEL",
-        )
+    _need_finite(np.isfinite(found.kl).all() & np.isfinite(found.nll).all())
     return found
 
 
@@ -147,7 +138,21 @@ class Reference:
         return Divergence.join(parts)
 
 
-def _log_softmax(logits: Floats) -> Doubles:
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    normalised: Doubles = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return normalised
+def log_softmax(logits: Floats) -> Doubles:
+    """[R, V] -> [R, V], natural logarithms in float64.
+
+    Raises:
+        ModelError: logits that are not finite.
+    """
+    _need_finite(np.isfinite(logits).all())
+    shifted: Doubles = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return shifted
+
+
+def _need_finite(finite: np.bool_) -> None:
+    if not finite:
+        raise ModelError(
+            "the model's logits are not finite on the evaluation text",
+            hint="check the model's files: hasten eval MODEL",
+        )

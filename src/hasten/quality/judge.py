@@ -8,10 +8,14 @@ verdict.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from hasten.core import Budget, Status, Verdict
-from hasten.quality.divergence import Divergence
+from hasten.quality.divergence import Divergence, Reference, Runnable
+
+Step = Callable[[int, int], None]  # windows done, windows in all
 
 BLOCK = 64
 """Tokens that are drawn together."""
@@ -58,3 +62,23 @@ def ppl_interval(found: Divergence, *, seed: int = 0) -> tuple[float, float]:
     means = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
     low, high = np.quantile(means, (0.025, 0.975))
     return float(np.expm1(low)), float(np.expm1(high))
+
+
+def evaluate(
+    candidate: Runnable, reference: Reference, budget: Budget, step: Step = lambda done, total: None
+) -> Verdict:
+    """Compares every window and judges.
+
+    Args:
+        candidate: the model in question.
+        reference: the source in bf16 over the windows to read.
+        budget: what a perplexity increase is held against.
+        step: told before each window.
+    """
+    total = len(reference.windows)
+    parts = []
+    for index in range(total):
+        step(index, total)
+        parts.append(reference.compare(candidate, index))
+    step(total, total)
+    return judge(Divergence.join(parts), budget)

@@ -21,8 +21,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hasten.errors import ModelError, UsageError
-from hasten.quality.divergence import Divergence, Doubles, Floats, Reference, Runnable
+from hasten.errors import UsageError
+from hasten.quality.divergence import Divergence, Doubles, Reference, Runnable, log_softmax
 from hasten.quality.text import Window
 
 _ROWS = 32
@@ -110,8 +110,8 @@ class OtherVocabulary(Reference):
         for at in range(0, len(written), _ROWS):
             cut = slice(at, min(at + _ROWS, len(written)))
             rows = slice(int(begins[cut.start]) - 1, int(ends[cut.stop - 1]) - 1)
-            ours = _log_softmax(candidate.logits_of(np.ascontiguousarray(hidden[rows])))
-            theirs = _log_softmax(self.logits(index, cut))
+            ours = log_softmax(candidate.logits_of(np.ascontiguousarray(hidden[rows])))
+            theirs = log_softmax(self.logits(index, cut))
             next_ids = ids[rows.start + 1 : rows.stop + 1]
             surprise = -ours[np.arange(next_ids.size), next_ids]
             first = begins[cut] - begins[cut.start]
@@ -133,14 +133,3 @@ class OtherVocabulary(Reference):
             nll=surprise,
             agree=known.firsts[p.argmax(axis=1)] == ours.argmax(axis=1),
         )
-
-
-def _log_softmax(logits: Floats) -> Doubles:
-    if not np.isfinite(logits).all():
-        raise ModelError(
-            "the model's logits are not finite on the evaluation text",
-            hint="check the model's files: hasten eval MODEL",
-        )
-    shifted: Doubles = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return shifted
