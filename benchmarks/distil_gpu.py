@@ -35,9 +35,10 @@ from hasten.compress.calibration import Calibration, cut
 from hasten.compress.changed import changed
 from hasten.compress.distil.decoder import Decoder
 from hasten.compress.distil.losses import divergence
-from hasten.compress.distil.result import Distilled, Progress
+from hasten.compress.distil.result import Distilled
 from hasten.compress.distil.trainer import Training, distil
 from hasten.compress.prune.ffn import with_channels
+from hasten.compress.result import Progress
 from hasten.compress.torch_layer import tensor_values
 from hasten.core import SCHEMA_VERSION, Budget, Recipe, as_json
 from hasten.errors import HastenError

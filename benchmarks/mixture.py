@@ -28,10 +28,10 @@ from hasten.bench.figures import paired_ratio
 from hasten.bench.measure import run_once
 from hasten.bench.workloads import PromptRing
 from hasten.bench.workloads import default_text as bench_text
+from hasten.compress.result import Progress
 from hasten.core import Budget, EngineOptions, Recipe, Verdict, Workload, as_json
 from hasten.errors import HastenError
 from hasten.optimize.calibrated import is_calibrated, split
-from hasten.optimize.candidates import Progress
 from hasten.optimize.mixture import gentlest, mixture_recipe, predicted_harm
 from hasten.optimize.sensitivity import PROBE, Choice, SensitivityMap, draw, groups, measure_harms
 from hasten.optimize.workshop import Workshop

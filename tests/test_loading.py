@@ -15,13 +15,14 @@ import pytest
 
 import hasten
 from hasten.cli import main
+from hasten.compress.result import Progress
 from hasten.core import Format, Recipe, Verdict
 from hasten.errors import ArtifactError, BudgetError, UsageError
 from hasten.loading import load, prepared
 from hasten.models.open import open_model
 from hasten.optimize import calibrated
 from hasten.optimize.calibrated import Asked, Made
-from hasten.optimize.candidates import Candidate, Progress
+from hasten.optimize.candidates import Candidate
 from hasten.optimize.search import Search
 from hasten.weights import packed_store
 from hasten.weights.packed import pack_model

@@ -11,8 +11,8 @@ from hasten.core import Budget, EngineOptions, Recipe
 from hasten.errors import ArtifactError, UsageError
 
 if TYPE_CHECKING:
+    from hasten.compress.result import Observer
     from hasten.engine.model import LanguageModel
-    from hasten.optimize.candidates import Observer
     from hasten.recipe import Method
 
 _MIX = "mix:"
@@ -162,8 +162,8 @@ def _made(
     ref: str | Path, recipe: Recipe, observer: Observer | None, keep: bool, threads: int | None
 ) -> Path:
     """The folder of what a recipe makes of a model: from the store, or made now."""
+    from hasten.compress.result import silent
     from hasten.optimize import calibrated
-    from hasten.optimize.candidates import silent
     from hasten.quality.text import default_text
 
     asked = calibrated.Asked(recipe, default_text())
@@ -181,8 +181,8 @@ def _mixture(
     Its integers are found by GPTQ. Where torch is not installed, and no such mixture was kept before, the
     integers are rounded to nearest, and plan.json says so.
     """
+    from hasten.compress.result import silent
     from hasten.optimize import calibrated
-    from hasten.optimize.candidates import silent
     from hasten.quality.text import default_text
 
     text = default_text()

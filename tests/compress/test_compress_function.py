@@ -19,7 +19,7 @@ from hasten.compress.calibration import Calibration
 from hasten.compress.compress import compress
 from hasten.compress.job import Job, Means
 from hasten.compress.recipe_file import parse_recipe
-from hasten.compress.result import Clock, Progress, silent
+from hasten.compress.result import Progress, StageClock, silent
 from hasten.core import Format, Recipe
 from hasten.errors import DiskError, HastenError, MachineError, ModelError, TokenizerError, UsageError
 from hasten.models import open_model
@@ -96,7 +96,7 @@ def test_all_steps_together(tiny_folder: Callable[..., Path], tmp_path: Path, ca
     )
     names = ["rotate", "prune ffn", "prune magnitude", "distil", "quantise"]
     assert [step.name for step in made.steps] == names
-    assert list(dict.fromkeys(p.step for p in told)) == ["open", *names, "write"]
+    assert list(dict.fromkeys(p.stage for p in told)) == ["open", *names, "write"]
     assert all(step.lines for step in made.steps)
     assert made.source.config.intermediate_size == 64 and not made.source.config.tied_head
     assert made.recipe.layout_for("layers.2.down") == Format.of(6)
@@ -143,7 +143,7 @@ def refused(
     """What is said; nothing may be computed before."""
     told: list[str] = []
     with pytest.raises(HastenError) as error:
-        compress(folder, recipe, calibration, out=out, observer=lambda p: told.append(p.step), **options)
+        compress(folder, recipe, calibration, out=out, observer=lambda p: told.append(p.stage), **options)
     assert set(told) <= {"open"}, told
     return error.value
 
@@ -313,7 +313,7 @@ def test_time_left_counts_what_was_done_here(monkeypatch: pytest.MonkeyPatch) ->
     now = [100.0]
     monkeypatch.setattr("hasten.compress.result.time.monotonic", lambda: now[0])
     told: list[Progress] = []
-    clock = Clock("quantise", told.append)
+    clock = StageClock("quantise", told.append)
     clock(20, 24)  # 20 layers were kept from before
     now[0] += 10
     clock(21, 24, "layers.21")

@@ -34,7 +34,7 @@ torch.set_num_threads(1)
 from hasten.compress.compress import compress
 from hasten.compress.job import Means
 def tell(p):
-    print(p.step, p.done, p.detail, sep='|', flush=True)
+    print(p.stage, p.done, p.detail, sep='|', flush=True)
 compress(sys.argv[1], sys.argv[2], out=sys.argv[3], tokens=1024, means=Means(1, "cpu"), observer=tell)
 """
 

@@ -20,10 +20,11 @@ from hasten.compress.changed import changed
 from hasten.compress.distil import schedule
 from hasten.compress.distil.checkpoint import FILE
 from hasten.compress.distil.decoder import Decoder
-from hasten.compress.distil.result import Distilled, Progress
+from hasten.compress.distil.result import Distilled
 from hasten.compress.distil.student import Student
 from hasten.compress.distil.trainer import Training, distil, held_out
 from hasten.compress.quantise.rotate import rotate
+from hasten.compress.result import Progress
 from hasten.compress.torch_layer import tensor_values
 from hasten.core import Format, Recipe
 from hasten.errors import DiskError, MachineError, ModelError, UsageError

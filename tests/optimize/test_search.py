@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from fakes import FakeWorkshop, one
+from hasten.compress.result import Progress
 from hasten.core import Budget, Goal
 from hasten.errors import BudgetError, UsageError
-from hasten.optimize.candidates import Progress
 from hasten.optimize.result import OptimizeResult
 from hasten.optimize.search import WORKLOADS, Effort, Search, check
 from hasten.quality.text import Text

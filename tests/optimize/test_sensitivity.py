@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from fakes import CONFIG, FakeWorkshop
+from hasten.compress.result import Progress, silent
 from hasten.core import Format, Recipe
 from hasten.optimize.calibrated import split
-from hasten.optimize.candidates import Progress, silent
 from hasten.optimize.sensitivity import (
     CHECKED,
     MENU,

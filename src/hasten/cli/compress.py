@@ -100,7 +100,7 @@ def command(
 def _watcher(ticker: Ticker) -> Observer:
     def watch(progress: Progress) -> None:
         ticker.count(
-            progress.step if progress.total else f"{progress.step} {progress.detail}".strip(),
+            progress.stage if progress.total else f"{progress.stage} {progress.detail}".strip(),
             progress.done,
             progress.total,
             detail=progress.detail if progress.total else "",

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.status import Status
 
+    from hasten.compress.result import Observer, Progress
     from hasten.models.tokenizer import Tokenizer
-    from hasten.optimize.candidates import Candidate, Observer, Progress
+    from hasten.optimize.candidates import Candidate
 
 _QUIET_S = 30.0
 CALIBRATED = "What was calibrated is kept."

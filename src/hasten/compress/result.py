@@ -15,13 +15,17 @@ from hasten.weights.packed import PackedModel
 
 @dataclass(frozen=True)
 class Progress:
-    """One moment of a step."""
+    """One moment of a long piece of work: compressing, distilling, searching."""
 
-    step: str  # "prune ffn", "quantise"
+    stage: str  # "prune ffn", "quantise"; of distilling "teacher", "train"; of a search "recipes"
     detail: str = ""  # what is done just now
     done: int = 0
     total: int = 0  # 0: nobody knows
-    seconds_left: float | None = None  # of this step
+    seconds_left: float | None = None  # of this stage
+    loss: float | None = None
+    tokens_per_s: float | None = None
+    kl: float | None = None  # the last one measured on windows held out
+    candidate: Any = None  # what a search just found: a `hasten.optimize.candidates.Candidate`
 
 
 Observer = Callable[[Progress], None]
@@ -60,7 +64,7 @@ class Compressed:
     notes: tuple[str, ...] = ()
 
 
-class Clock:
+class StageClock:
     """Adds the time left to what a step tells, as if its parts took equally long.
 
     Args:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hasten.compress.calibration import Calibration
 from hasten.compress.job import Job
 from hasten.compress.recipe_check import fitted, notes
-from hasten.compress.result import Clock, Compressed, Step
+from hasten.compress.result import Compressed, StageClock, Step
 from hasten.core import Recipe
 from hasten.machine.memory import peak_rss_bytes
 from hasten.recipe import Pruning
@@ -78,27 +78,27 @@ class _Steps:
         self._step("quantise", lambda clock: self._quantise(final, clock, made))
         return replace(made[0], recipe=replace(self.job.recipe, layers=final.layers))
 
-    def _step(self, name: str, work: Callable[[Clock], Told]) -> None:
-        clock = Clock(name, self.job.observer)
+    def _step(self, name: str, work: Callable[[StageClock], Told]) -> None:
+        clock = StageClock(name, self.job.observer)
         clock(0, 0)
         lines, record = work(clock)
         self.done.append(Step(name, clock.seconds, tuple(lines), record))
 
-    def _rotate(self, clock: Clock) -> Told:
+    def _rotate(self, clock: StageClock) -> Told:
         from hasten.compress.quantise.rotate import residual_rotation, rotate
 
         because = residual_rotation(self.source.config).because
         self.source = rotate(self.source)
         return [f"hidden states turned: {because}"], {}
 
-    def _prune(self, pruning: Pruning, clock: Clock) -> Told:
+    def _prune(self, pruning: Pruning, clock: StageClock) -> Told:
         from hasten.compress.prune.prune import prune
 
         pruned = prune(self.source, pruning, self.job.text, clock)
         self.source = pruned.source
         return pruned.lines(), pruned.record()
 
-    def _distil(self, clock: Clock) -> Told:
+    def _distil(self, clock: StageClock) -> Told:
         from hasten.compress.distil.trainer import Training, distil
 
         job, recipe = self.job, self.job.recipe
@@ -128,7 +128,7 @@ class _Steps:
         recipe = self.job.recipe
         return recipe.method == "rtn" and recipe.smooth is None
 
-    def _quantise(self, recipe: Recipe, clock: Clock, made: list[PackedModel]) -> Told:
+    def _quantise(self, recipe: Recipe, clock: StageClock, made: list[PackedModel]) -> Told:
         threads = self.job.means.threads
         if self._learned is not None and self._learned.integers:
             learned = self._learned.integers

@@ -12,16 +12,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hasten.compress.result import Observer, Progress
 from hasten.core import Budget, Format, Recipe
 from hasten.errors import MachineError
-from hasten.optimize.candidates import Observer, Progress
 from hasten.quality.text import Text, default_text
 from hasten.recipe import Method
 
 if TYPE_CHECKING:
     from hasten.compress.calibration import Calibration
     from hasten.compress.quantise.linears import CalibratedLinears
-    from hasten.compress.result import Progress as Done
     from hasten.models.source import Source
     from hasten.weights.packed import PackedLinear, PackedModel
 
@@ -167,12 +166,12 @@ def compressed(ref: str | Path, asked: Asked, observer: Observer, threads: int |
     return Made(result.packed, result.source, {"compress": plan})
 
 
-def told(observer: Observer) -> Callable[[Done], None]:
+def told(observer: Observer) -> Callable[[Progress], None]:
     """An observer of compressing that passes on what it is told."""
 
-    def tell(done: Done) -> None:
+    def tell(done: Progress) -> None:
         left = "" if done.seconds_left is None else f", {done.seconds_left:.0f} s left"
-        what = f"{done.step}: {done.detail}" if done.detail else done.step
+        what = f"{done.stage}: {done.detail}" if done.detail else done.stage
         observer(Progress("calibrate", what + left, done.done, done.total))
 
     return tell
@@ -251,9 +250,9 @@ class CalibratedWeights:
     @cached_property
     def _linears(self) -> CalibratedLinears:
         from hasten.compress.quantise.linears import CalibratedLinears
-        from hasten.compress.result import Clock
+        from hasten.compress.result import StageClock
 
-        clock = Clock("calibrating", told(self.observer))
+        clock = StageClock("calibrating", told(self.observer))
         return CalibratedLinears(self.source, self.calibration, "gptq", observer=clock)
 
     def linear(self, name: str, layout: Format) -> PackedLinear:

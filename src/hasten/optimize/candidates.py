@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,24 +55,6 @@ def measurement_from(kept: Mapping[str, Any]) -> Measurement:
     stats = ("prefill_tok_per_s", "decode_tok_per_s", "ttft_ms", "tpot_ms")
     nested = {name: Stat(**kept[name]) for name in stats}
     return Measurement(**{**kept, **nested, "workload": Workload(**kept["workload"])})
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One step of a long piece of work."""
-
-    stage: str  # "reference", "recipes", "sensitivity", "mixture", "artifact"
-    detail: str  # "w5: quality"
-    done: int = 0
-    total: int = 0  # 0: no count
-    candidate: Candidate | None = None  # what was just found
-
-
-Observer = Callable[[Progress], None]
-
-
-def silent(progress: Progress) -> None:
-    """The observer that shows nothing."""
 
 
 _SAME = 0.02

@@ -27,9 +27,10 @@ from typing import Any
 
 import numpy as np
 
+from hasten.compress.result import Observer
 from hasten.core import Budget, Recipe
 from hasten.optimize.calibrated import mixture_name, split
-from hasten.optimize.candidates import Candidate, Observer, percent
+from hasten.optimize.candidates import Candidate, percent
 from hasten.optimize.sensitivity import Check, Choice, Harms, Sensitivity, SensitivityMap, draw, measure_harms
 from hasten.optimize.trials import SearchMemory, Trials
 from hasten.optimize.workshop import Built, Workshop

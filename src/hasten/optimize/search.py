@@ -10,19 +10,11 @@ from typing import get_args
 
 import numpy as np
 
+from hasten.compress.result import Observer, Progress, silent
 from hasten.core import Budget, EngineOptions, Estimate, Goal, Plan, Recipe, Workload, as_json
 from hasten.errors import BudgetError, MachineError, UsageError
 from hasten.optimize.calibrated import Made, mixture_name
-from hasten.optimize.candidates import (
-    Candidate,
-    Observer,
-    Progress,
-    choose_candidate,
-    explain,
-    limit_of,
-    silent,
-    spread,
-)
+from hasten.optimize.candidates import Candidate, choose_candidate, explain, limit_of, spread
 from hasten.optimize.mixture import Mixing
 from hasten.optimize.result import (
     Baseline,

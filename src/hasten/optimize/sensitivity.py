@@ -23,8 +23,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from hasten.compress.result import Observer, Progress
 from hasten.core import Format, ModelSpec, Recipe
-from hasten.optimize.candidates import Observer, Progress
 from hasten.optimize.workshop import Built, Workshop
 from hasten.quality.divergence import Reference
 from hasten.quality.text import Window, windows

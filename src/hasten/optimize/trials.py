@@ -13,9 +13,10 @@ from typing import Any
 
 import hasten
 from hasten.cache import cache_dir, read_record, write_record
+from hasten.compress.result import Observer, Progress
 from hasten.core import Budget, Measurement, Recipe, Verdict, Workload, as_json
 from hasten.errors import DiskError
-from hasten.optimize.candidates import Candidate, Observer, Progress, measurement_from, verdict_from
+from hasten.optimize.candidates import Candidate, measurement_from, verdict_from
 from hasten.optimize.workshop import Built, Workshop
 from hasten.quality.divergence import Divergence, Reference
 from hasten.quality.judge import judge

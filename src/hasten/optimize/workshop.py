@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
+from hasten.compress.result import Observer
 from hasten.core import EngineOptions, Format, Machine, Measurement, ModelSpec, Recipe, Workload
 from hasten.errors import UsageError
 from hasten.optimize.calibrated import is_calibrated, is_mixture
-from hasten.optimize.candidates import Observer
 from hasten.quality.divergence import Runnable
 from hasten.quality.text import Encoder, Text
 from hasten.recipe import Method

@@ -1,10 +1,10 @@
-"""What distillation tells while it runs and what it gives."""
+"""What distillation gives."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from hasten.core import as_json
 from hasten.models.source import Source
@@ -20,26 +20,6 @@ class Point:
     seconds: float  # of training so far
     loss: float | None  # mean since the last point; None before the first step
     kl: float  # mean KL(teacher || student) on windows held out, nats a token
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One step of the work."""
-
-    stage: Literal["teacher", "train"]
-    done: int  # windows, or steps
-    total: int
-    loss: float | None = None
-    tokens_per_s: float | None = None
-    seconds_left: float | None = None
-    kl: float | None = None  # the last one measured
-
-
-Observer = Callable[[Progress], None]
-
-
-def silent(progress: Progress) -> None:
-    """The observer that shows nothing."""
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ from hasten.compress.calibration import Calibration
 from hasten.compress.distil import losses, schedule
 from hasten.compress.distil.checkpoint import Checkpoint
 from hasten.compress.distil.decoder import Decoder
-from hasten.compress.distil.result import Distilled, Observer, Point, Progress, silent
+from hasten.compress.distil.result import Distilled, Point
 from hasten.compress.distil.student import Layouts, Student
 from hasten.compress.distil.teacher import Teacher, cached_teacher, live_teacher
+from hasten.compress.result import Observer, Progress, silent
 from hasten.compress.torch_layer import layer_forward, tensor_values
 from hasten.errors import MachineError, ModelError, UsageError
 from hasten.models.source import Source
@@ -114,7 +115,7 @@ def distil(
             how.dtype,
             place,
             batch_tokens=how.micro_tokens,
-            step=lambda done, total: observer(Progress("teacher", done, total)),
+            step=lambda done, total: observer(Progress("teacher", done=done, total=total)),
         )
     trainer = _Trainer(pupil, master, calibration, options, how, _Run(run, folder, seconds, observer))
     if checkpoint is not None:
@@ -284,14 +285,17 @@ class _Trainer:
         loss = sum(self._losses) / len(self._losses) if self._losses else None
         self._losses.clear()
         self.curve.append(Point(self.step, self.tokens, self.spent, loss, kl))
-        self.run.observer(Progress("train", self.step, self.steps, loss, None, None, kl))
+        self.run.observer(Progress("train", done=self.step, total=self.steps, loss=loss, kl=kl))
 
     def _tell(self, loss: float, done: int) -> None:
         spent = max(self.spent - self._began, 1e-9)
         left = spent / done * (self.steps - self.step)
         left = left if self.run.seconds is None else max(0.0, min(left, self.run.seconds - self.spent))
         speed = done * self.size * self.length / spent
-        self.run.observer(Progress("train", self.step, self.steps, loss, speed, left, self.curve[-1].kl))
+        kl = self.curve[-1].kl
+        self.run.observer(
+            Progress("train", "", self.step, self.steps, left, loss=loss, tokens_per_s=speed, kl=kl)
+        )
 
 
 def held_out(windows: int) -> range:
