@@ -153,7 +153,7 @@ OTHERS = (
     "machine/",
     "bench/peers/",
     "bench/control_group.py",
-    "bench/server_process.py",
+    "bench/process.py",
     "engine/grammar_child.py",
 )  # files of /proc and /sys, or a peer wrote them
 LOADS = ("torch.load", "np.load", "json.load", "pickle.load")
