@@ -25,13 +25,13 @@ import numpy as np
 
 from bar import RESULTS, say
 from hasten import _native
-from hasten.compress.export import FORMATS, export
 from hasten.core import SCHEMA_VERSION
+from hasten.export.exporters import FORMATS, export
 from hasten.models.artifact import load_artifact
 from hasten.quality.divergence import divergence
 from hasten.quality.text import default_text
 
-SCRIPT = Path(__file__).parents[1] / "tests" / "compress" / "peer_logits.py"
+SCRIPT = Path(__file__).parents[1] / "tests" / "export" / "peer_logits.py"
 FIRST = 5000  # characters of the text that are passed over
 
 

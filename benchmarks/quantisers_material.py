@@ -14,8 +14,8 @@ import numpy as np
 
 from bar import say
 from hasten.compress.calibration import Calibration, cut
-from hasten.compress.export import export
 from hasten.core import Recipe
+from hasten.export.exporters import export
 from hasten.models.artifact import save
 from hasten.models.open import open_model
 from hasten.models.source import sha256_of

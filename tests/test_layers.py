@@ -17,6 +17,7 @@ LAYERS = [
     {"weights"},  # how numbers are stored, of no matter what model
     {"models"},
     {"quality", "speed"},  # judge whatever has hidden states and logits; predict what a shape costs
+    {"export"},  # the same weights in another engine's format
     {"compress"},  # below runtime, which runs what was packed
     {"runtime"},
     {"engine"},

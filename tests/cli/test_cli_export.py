@@ -97,8 +97,8 @@ def test_it_imports_no_torch() -> None:
     import subprocess
 
     code = (
-        "import sys, hasten.cli.export, hasten.compress.export_gguf, hasten.compress.export_gptq, "
-        "hasten.compress.export_compressed_tensors, hasten.compress.export_openvino, "
-        "hasten.compress.export_onnx; sys.exit(any(m in sys.modules for m in ('torch', 'openvino', 'onnx')))"
+        "import sys, hasten.cli.export, hasten.export.gguf, hasten.export.gptq, "
+        "hasten.export.compressed_tensors, hasten.export.openvino, "
+        "hasten.export.onnx; sys.exit(any(m in sys.modules for m in ('torch', 'openvino', 'onnx')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

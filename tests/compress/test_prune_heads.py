@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from prune_models import distance, text
 
 from hasten.compress.changed import changed
 from hasten.compress.moments import Moments, fitted
@@ -15,6 +14,7 @@ from hasten.compress.prune.heads import HeadPlan, kept_heads, prune_heads
 from hasten.compress.torch_layer import tensor_values
 from hasten.errors import UsageError
 from hasten.models.open import open_folder
+from prune_models import distance, text
 from specs import changed as spec_changed
 
 ALIKE = ["llama", "llama-wide", "phi3-sliding", "qwen2", "qwen3-yarn", "smollm3"]

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from prune_models import distance, text
 
 from hasten.compress.changed import changed
 from hasten.compress.prune.layers import influence, kept_layers, prune_layers
@@ -15,6 +14,7 @@ from hasten.compress.torch_layer import tensor_values
 from hasten.errors import UsageError
 from hasten.models.open import open_folder
 from hasten.models.source import Source
+from prune_models import distance, text
 
 
 def without_effect(source: Source, layer: int) -> Source:

@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from prune_models import hidden
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
@@ -27,6 +26,7 @@ from hasten.models.source import Source, once
 from hasten.models.text_stream import TokenizerFields
 from hasten.models.tokenizer import Tokenizer
 from hasten.quality.text import default_text
+from prune_models import hidden
 
 SENTENCE = "the engine reads the weights and the weights are read again"
 

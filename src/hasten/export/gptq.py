@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hasten.compress import export_hf as hf
-from hasten.compress.export_compressed_tensors import packed_words
-from hasten.compress.export_hf import HfPlan, Module, Scheme
-from hasten.compress.export_result import Exported, Progress
+from hasten.export import huggingface as hf
+from hasten.export.compressed_tensors import packed_words
+from hasten.export.exporters import Exported, Progress
+from hasten.export.huggingface import HfPlan, Module, Scheme
 from hasten.models.artifact import Artifact
 from hasten.weights.safetensors_file import Entry
 
@@ -47,7 +47,7 @@ def write(made: HfPlan, path: Path, progress: Progress) -> Exported:
     """Write the folder: all of it or nothing.
 
     Raises:
-        DiskError, UsageError: as `hasten.compress.export_hf.write`.
+        DiskError, UsageError: as `hasten.export.huggingface.write`.
     """
     return hf.write(made, path, progress, NAME, quantization_config(made), _encode)
 

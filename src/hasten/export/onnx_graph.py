@@ -14,12 +14,14 @@ import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto, helper
 
-from hasten.compress.export_decoder import Array, Node, plain_attention
-from hasten.compress.export_integers import group_of, pairs, parameters, quants
 from hasten.core import ModelSpec
+from hasten.export.graph import Array, Node, plain_attention
+from hasten.export.huggingface import group_of, pairs, parameters, quants
 from hasten.weights.packed import PackedLinear, PackedModel
 
 OPSET, IR = 21, 10
+
+
 _TYPES = {
     "i4": TensorProto.INT4,
     "u4": TensorProto.UINT4,
@@ -30,7 +32,11 @@ _TYPES = {
     "float32": TensorProto.FLOAT,
     "int64": TensorProto.INT64,
 }
+
+
 _ROWS = ".rows"  # a use of a matrix: looking rows up
+
+
 _CALLS = {"Subtract": "Sub", "Multiply": "Mul", "Divide": "Div", "LessEqual": "LessOrEqual"}
 
 
@@ -46,7 +52,7 @@ class Initializer:
 
 
 class OnnxGraph:
-    """`hasten.compress.export_decoder.Graph`; a node is the name of a value."""
+    """`hasten.export.graph.Graph`; a node is the name of a value."""
 
     def __init__(self, packed: PackedModel, stored: dict[str, str]) -> None:
         self._packed, self._stored = packed, stored

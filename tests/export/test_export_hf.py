@@ -14,9 +14,9 @@ import pytest
 from safetensors.torch import load_file
 
 import hasten
-from hasten.compress.export import export
 from hasten.core import Format, Recipe
 from hasten.errors import DiskError, UsageError
+from hasten.export.exporters import export
 from hasten.models.artifact import load_artifact
 from hasten.models.families import FAMILIES, hf_spec
 from hasten.models.reference import ReferenceDecoder

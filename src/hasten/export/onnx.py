@@ -15,18 +15,27 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from hasten.cache import new_folder, write_atomic
-from hasten.compress import export_decoder, export_graph
-from hasten.compress.export_folder import MARKER, write_companions
-from hasten.compress.export_graph import GraphPlan
-from hasten.compress.export_integers import carrier
-from hasten.compress.export_result import Exported, Progress
+from hasten.export import graph as graphs
+from hasten.export.exporters import MARKER, Exported, Progress, write_companions
+from hasten.export.graph import GraphPlan
+from hasten.export.huggingface import carrier
 from hasten.models.artifact import Artifact
 
 NAME = "onnx"
+
+
 MODEL = "model.onnx"
+
+
 DATA = "model.onnx_data"
+
+
 _ALIGN = 4096  # pages, so that a reader may map a tensor
+
+
 _INLINE = 1024  # bytes of a tensor that lies in the graph
+
+
 _EXACT = (
     "onnxruntime multiplies in int8 where weights have blocks: session option "
     "session.qdq_matmulnbits_accuracy_level=1 keeps activations floats"
@@ -46,7 +55,7 @@ def plan(artifact: Artifact) -> GraphPlan:
         found = carrier(linears[name].layout)
         return found.replace("4", "8") if name == "embed" else found  # Gather takes no 4-bit integers
 
-    return export_graph.plan(artifact, NAME, "onnx", kind)
+    return graphs.plan(artifact, NAME, "onnx", kind)
 
 
 def write(made: GraphPlan, path: Path, progress: Progress) -> Exported:
@@ -59,15 +68,15 @@ def write(made: GraphPlan, path: Path, progress: Progress) -> Exported:
         write_companions(fresh, made.artifact, made.values)
         _write_model(made, fresh, progress)
     is_plain = all(kind == "bf16" for kind in made.stored.values())
-    return export_graph.exported(made, NAME, path, *([] if is_plain else [_EXACT]))
+    return graphs.exported(made, NAME, path, *([] if is_plain else [_EXACT]))
 
 
 def _write_model(made: GraphPlan, folder: Path, progress: Progress) -> None:
-    from hasten.compress.export_onnx_graph import OnnxGraph
+    from hasten.export.onnx_graph import OnnxGraph
 
     packed = made.artifact.packed
     graph = OnnxGraph(packed, dict(made.stored))
-    export_decoder.build(graph, packed.config, packed.vectors)
+    graphs.build(graph, packed.config, packed.vectors)
     tensors: list[Any] = []
 
     def put(file: BinaryIO) -> None:
@@ -94,7 +103,7 @@ def _tensor(one: Any, file: BinaryIO) -> Any:
     """A constant as a TensorProto: small ones hold their bytes, others say where in `file` they are."""
     from onnx import StringStringEntryProto, TensorProto
 
-    from hasten.compress.export_onnx_graph import type_of
+    from hasten.export.onnx_graph import type_of
 
     data = np.ascontiguousarray(one.data()).reshape(-1).view(np.uint8)
     tensor = TensorProto(data_type=type_of(one.kind), dims=one.shape)

@@ -14,9 +14,9 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
 
-from hasten.compress.export_decoder import Array, Node, plain_attention, slides
-from hasten.compress.export_integers import carrier, group_of, pairs, parameters, quants
 from hasten.core import ModelSpec
+from hasten.export.graph import Array, Node, plain_attention, slides
+from hasten.export.huggingface import carrier, group_of, pairs, parameters, quants
 from hasten.weights.packed import PackedLinear, PackedModel
 
 _CALLS: dict[str, Callable[..., Any]] = {
@@ -34,11 +34,13 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "And": ops.logical_and,
     "Where": ops.select,
 }
+
+
 _TYPES = {"i4": ov.Type.i4, "u4": ov.Type.u4, "i8": ov.Type.i8, "u8": ov.Type.u8, "bf16": ov.Type.bf16}
 
 
 class OpenVinoGraph:
-    """`hasten.compress.export_decoder.Graph`; `model` gives the whole when it is built."""
+    """`hasten.export.graph.Graph`; `model` gives the whole when it is built."""
 
     def __init__(self, packed: PackedModel, done: Callable[[], None]) -> None:
         self._packed, self._done = packed, done

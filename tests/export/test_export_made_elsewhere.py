@@ -8,19 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from compressed_tensors.quantization import QuantizationConfig
-from prune_models import text
 from test_export_graph import PEERS, near, plain, run
 from test_export_hf import check_values
 
 import hasten
-from hasten.compress.export import FORMATS, export
 from hasten.compress.prune.prune import prune
 from hasten.compress.quantise.rotate import rotate
 from hasten.core import Recipe
+from hasten.export.exporters import FORMATS, export
 from hasten.models import open_model
 from hasten.models.artifact import save
 from hasten.recipe import Pruning
 from hasten.weights.packed import pack_model
+from prune_models import text
 from quantized_folders import Packing, quantised_folder
 from tiny_artifacts import make, mixed
 from tiny_models import TINY, prompts, save_folder

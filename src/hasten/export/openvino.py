@@ -15,20 +15,25 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from hasten.cache import new_folder
-from hasten.compress import export_decoder, export_graph
-from hasten.compress.export_folder import MARKER, write_companions
-from hasten.compress.export_graph import GraphPlan
-from hasten.compress.export_integers import carrier
-from hasten.compress.export_result import Exported, Progress
 from hasten.errors import DiskError
+from hasten.export import graph as graphs
+from hasten.export.exporters import MARKER, Exported, Progress, write_companions
+from hasten.export.graph import GraphPlan
+from hasten.export.huggingface import carrier
 from hasten.models.artifact import Artifact
 
 NAME = "openvino"
+
+
 MODEL = "openvino_model"
+
+
 _NO_TOKENIZER = (
     "no tokenizer of GenAI's own (openvino and optimum-intel need none): pip install openvino-tokenizers "
     "transformers, export again"
 )
+
+
 _CONVERT = """
 import sys, openvino
 from openvino_tokenizers import convert_tokenizer
@@ -37,6 +42,8 @@ made = convert_tokenizer(AutoTokenizer.from_pretrained(sys.argv[1]), with_detoke
 for name, model in zip(("openvino_tokenizer", "openvino_detokenizer"), made):
     openvino.serialize(model, f"{sys.argv[1]}/{name}.xml", f"{sys.argv[1]}/{name}.bin")
 """
+
+
 _SLIDES = (
     "attention is written out, because OpenVINO GenAI's paged attention leaves sliding windows out without a "
     "word: so it refuses the model, and LLMPipeline takes its other way by itself"
@@ -51,8 +58,8 @@ def plan(artifact: Artifact) -> GraphPlan:
         MachineError: openvino is not installed.
     """
     linears, config = artifact.packed.linears, artifact.packed.config
-    made = export_graph.plan(artifact, NAME, "openvino", lambda name: carrier(linears[name].layout))
-    return replace(made, notes=(*made.notes, _SLIDES)) if export_decoder.slides(config) else made
+    made = graphs.plan(artifact, NAME, "openvino", lambda name: carrier(linears[name].layout))
+    return replace(made, notes=(*made.notes, _SLIDES)) if graphs.slides(config) else made
 
 
 def write(made: GraphPlan, path: Path, progress: Progress) -> Exported:
@@ -66,13 +73,13 @@ def write(made: GraphPlan, path: Path, progress: Progress) -> Exported:
         write_companions(fresh, artifact, made.values)
         _write_model(made, fresh, progress)
         lacks = _write_tokenizer(fresh)
-    return export_graph.exported(made, NAME, path, *([lacks] if lacks else []))
+    return graphs.exported(made, NAME, path, *([lacks] if lacks else []))
 
 
 def _write_model(made: GraphPlan, folder: Path, progress: Progress) -> None:
     import openvino
 
-    from hasten.compress.export_openvino_graph import OpenVinoGraph
+    from hasten.export.openvino_graph import OpenVinoGraph
 
     packed = made.artifact.packed
     done = 0
@@ -83,7 +90,7 @@ def _write_model(made: GraphPlan, folder: Path, progress: Progress) -> None:
         progress(done, len(packed.linears))
 
     graph = OpenVinoGraph(packed, count)
-    export_decoder.build(graph, packed.config, packed.vectors)
+    graphs.build(graph, packed.config, packed.vectors)
     try:
         openvino.serialize(graph.model(made.artifact.name), folder / f"{MODEL}.xml", folder / f"{MODEL}.bin")
         openvino.Core().read_model(folder / f"{MODEL}.xml")  # it does not say itself that the disk is full

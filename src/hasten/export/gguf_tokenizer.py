@@ -22,7 +22,11 @@ from hasten.models.sentencepiece import SPACE, PieceType
 from hasten.models.tokenizer import Tokenizer
 
 _HINT = "--to compressed-tensors carries tokenizer.json as it is"
+
+
 _UNNAMED = "default"  # GGUF's word for "not told", which llama.cpp warns about; "gpt-2" cuts alike
+
+
 _PROBES = (
     "The quick brown fox doesn't jump over 13 lazy dogs, 2048 times; it's 3.14159 o'clock.",
     "def f(x: int) -> str:\n    return f'{x:>8}'  # \t tabs\n\n\n\n"
@@ -32,10 +36,14 @@ _PROBES = (
     "\u041f\u0440\u0438\u0432\u0435\u0442! \u3053\u3093\u306b \u0645\u0631\u062d \U0001f600\U0001f680",
     "HTTPServer2 camelCase snake_case 100,000.00 $5.00 a+b=c x**2 [[[]]] ... !!! ---",
 )
+
+
 _EDGES = {
     "begin with a blank": (" x", "   leading", "\u2581a \u2581\u2581 b"),
     "are not in Unicode's composed form (NFC)": ("e\u0301", "\ufb01"),
 }
+
+
 """What only some readers of the format do as the model's own tokenizer; a difference is told, not refused."""
 
 

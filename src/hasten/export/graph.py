@@ -6,24 +6,37 @@ says its words for the operations (`Graph`), and how weights and the cache of ke
 The graph's inputs are `input_ids`, `attention_mask` and `position_ids`, int64 [B, T], [B, S] and [B, T], S
 the cached tokens and the new ones; its output `logits` is float32 [B, T, V]. Which key a query sees is
 counted in cached places, padded ones left out, so batches may be padded on the left.
+
+What the formats that hold a graph (OpenVINO, ONNX) share: the plan, and what is said of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from hasten.core import ModelSpec
-from hasten.errors import UsageError
+from hasten.errors import MachineError, UsageError
+from hasten.export.exporters import Exported, size_of
+from hasten.export.huggingface import config_values, widened
 from hasten.models import rope
+from hasten.models.artifact import Artifact
 
 MASKED = -65504.0
+
+
 """Added to the score of a key that must not be seen: float16's least, so that no format makes it infinite."""
 
+
 Node = Any
+
+
 Array = npt.NDArray[Any]
 
 
@@ -258,3 +271,50 @@ def plain_attention(graph: Graph, q: Node, k: Node, v: Node, mask: Node, config:
     scores = capped(g, g.call("MatMul", q, k), c.attention_softcap)
     weights = g.softmax(g.call("Add", scores, g.unsqueeze(mask, 1)))
     return g.reshape(g.call("MatMul", weights, g.unsqueeze(v, 2)), (0, c.num_heads, -1, c.head_dim))
+
+
+@dataclass(frozen=True)
+class GraphPlan:
+    """Everything about the folder but the graph and its weights."""
+
+    artifact: Artifact
+    values: dict[str, Any]  # config.json
+    stored: Mapping[str, str]  # matrix -> stored type
+    notes: tuple[str, ...]
+
+
+def plan(artifact: Artifact, name: str, package: str, kind: Callable[[str], str]) -> GraphPlan:
+    """Decide what the folder will hold; reads no weights.
+
+    Args:
+        artifact: the model.
+        name: the format.
+        package: that writes it.
+        kind: matrix -> stored type.
+
+    Raises:
+        UsageError: a graph or config.json has no word for something of the model.
+        MachineError: the package is not installed.
+    """
+    packed = artifact.packed
+    refuse(packed.config, name)
+    values = config_values(packed.config)
+    values["dtype"] = values["torch_dtype"] = "float32"
+    if find_spec(package) is None:
+        raise MachineError(f"--to {name} needs the package {package}", hint=f"pip install {package}")
+    stored = {matrix: kind(matrix) for matrix in packed.linears}
+    said = [*notes(packed.config)]
+    wide, more = widened(packed.linears, stored)
+    if wide:
+        said.append(f"{wide} matrices of 4 to 6 bits lie in 8: {more / 1e6:,.1f} MB more, the same values")
+    return GraphPlan(artifact, values, stored, tuple(said))
+
+
+def exported(made: GraphPlan, name: str, path: Path, *notes: str) -> Exported:
+    """What was written: nothing is rounded."""
+    kinds = [
+        f"{kind}-g{made.artifact.packed.linears[matrix].layout.group}" if kind != "bf16" else kind
+        for matrix, kind in made.stored.items()
+    ]
+    carried = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+    return Exported(name, path, size_of(path), carried, (), (*made.notes, *notes))

@@ -3,6 +3,16 @@
 Integer weights go as integers of 4 or 8 bits with an fp16 scale a group: 5 and 6 bits fit 8 exactly. Modules
 that engines fuse (q, k and v; gate and up) get one scheme, the widest of theirs. What is no symmetric integer
 layout (a minimum, groups of 16, bf16), the embedding and the head go as floats, as readers expect them.
+
+A model as a Hugging Face config.json: the inverse of models/families/config_json.py, checked by it.
+
+Rope is written in the form of transformers 4 (`rope_theta`, `rope_scaling`), which every reader knows.
+
+Which integer type of a graph format carries a layout, and a matrix's rows in it.
+
+4 bits go as i4 or u4, 5, 6 and 8 as i8 or u8, bf16 as bf16: every value is kept. A symmetric layout is signed
+and has no zero point; one with a minimum is unsigned, and its minimum stays a number of its own, because no
+integer zero point gives it: x (s u + m) = x (s u) + (sums of x by group) m.
 """
 
 from __future__ import annotations
@@ -16,17 +26,28 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten.cache import new_folder
-from hasten.compress.export_folder import MARKER, size_of, write_companions
-from hasten.compress.export_hf_config import config_values, refuse
-from hasten.compress.export_result import Exported, Progress, Rounding
-from hasten.core import ModelSpec
+from hasten.core import Format, ModelSpec
+from hasten.errors import HastenError, UsageError
+from hasten.export.exporters import (
+    MARKER,
+    Exported,
+    Progress,
+    Rounding,
+    difference,
+    size_of,
+    write_companions,
+)
 from hasten.models.artifact import Artifact
-from hasten.models.families import FAMILIES
+from hasten.models.families import FAMILIES, hf_spec
 from hasten.weights.packed import PackedLinear, PackedModel, bf16_bits, integers, row_pieces
 from hasten.weights.safetensors_file import Entry, write_safetensors
 
 WEIGHTS = "model.safetensors"
+
+
 _FUSED = (("q", "k", "v"), ("gate", "up"))
+
+
 _HALF_MAX = 65504.0
 
 
@@ -283,3 +304,176 @@ def _roundings(made: HfPlan) -> Iterator[Rounding]:
             error, squares = made.losses[module.name]
             relative = (error / squares) ** 0.5 if squares else 0.0
             yield Rounding(f"{module.name}.weight", module.dtype, relative)
+
+
+def refuse(what: str, why: str) -> UsageError:
+    """The error for what a Hugging Face folder cannot carry."""
+    return UsageError(f"a Hugging Face folder cannot carry {what}: {why}", hint="run it with hasten serve")
+
+
+def config_values(config: ModelSpec) -> dict[str, Any]:
+    """The values of config.json, but for the numbers' types.
+
+    Args:
+        config: the model.
+
+    Raises:
+        UsageError: config.json has no word for something of the model; it is named.
+    """
+    biases = config.biases
+    is_gemma = config.architecture == "gemma3"
+    values: dict[str, Any] = {
+        "architectures": [FAMILIES[config.architecture].hf_class],
+        "model_type": "gemma3_text" if is_gemma else config.architecture,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.context_length,
+        "rms_norm_eps": config.norm_eps,
+        "hidden_act": "silu" if config.activation == "silu" else "gelu_pytorch_tanh",
+        "tie_word_embeddings": config.tied_head,
+        "attention_bias": "q" in biases and config.architecture != "qwen2",
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(config.eos_token_ids) or None,
+        "pad_token_id": None,
+        "use_cache": True,
+    }
+    values |= _rope(config) | _windows(config)
+    if config.architecture in ("llama", "smollm3"):
+        values["mlp_bias"] = "gate" in biases
+    if is_gemma:
+        values |= _gemma(config)
+    _check(config, values)
+    return values
+
+
+def _rope(config: ModelSpec) -> dict[str, Any]:
+    scaling, kind = config.rope_scaling, config.rope_scaling.kind
+    values: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_scaling": None}
+    if config.rotary_dim is not None and config.rotary_dim != config.head_dim:
+        values["partial_rotary_factor"] = config.rotary_dim / config.head_dim
+    if config.rope_layers:
+        values["no_rope_layers"] = [int(flag) for flag in config.rope_layers]
+    if kind == "default":
+        return values
+    own: dict[str, Any] = {"rope_type": kind, "type": kind}
+    if kind != "longrope":
+        own["factor"] = scaling.factor
+    if scaling.original_context_length is not None:
+        own["original_max_position_embeddings"] = scaling.original_context_length
+        if config.architecture == "phi3":
+            values["original_max_position_embeddings"] = scaling.original_context_length
+    if kind == "llama3":
+        own |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+    if kind == "yarn":
+        own |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow, "truncate": scaling.truncate}
+    if kind == "longrope":
+        own |= {"short_factor": list(scaling.short_factor), "long_factor": list(scaling.long_factor)}
+    for name in ("attention_factor", "mscale", "mscale_all_dim"):
+        if getattr(scaling, name) is not None:
+            own[name] = getattr(scaling, name)
+    return {**values, "rope_scaling": own}
+
+
+def _windows(config: ModelSpec) -> dict[str, Any]:
+    if config.sliding_window is None:
+        is_silent = config.architecture in ("llama", "olmo2", "gemma3")
+        return {} if is_silent else {"sliding_window": None, "use_sliding_window": False}
+    kinds = ["sliding_attention" if slides else "full_attention" for slides in config.sliding_layers]
+    found: dict[str, Any] = {"sliding_window": config.sliding_window}
+    if config.architecture in ("qwen2", "qwen3", "smollm3"):
+        first = next((i for i, slides in enumerate(config.sliding_layers) if slides), config.num_layers)
+        found |= {"use_sliding_window": True, "layer_types": kinds, "max_window_layers": first}
+    if config.architecture == "gemma3":
+        found["layer_types"] = kinds
+    return found
+
+
+def _gemma(config: ModelSpec) -> dict[str, Any]:
+    scalar = round(config.score_scale**-2, 6)
+    found: dict[str, Any] = {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": int(scalar) if scalar.is_integer() else scalar,  # transformers wants an int
+        "attn_logit_softcapping": config.attention_softcap,
+        "final_logit_softcapping": config.logit_softcap,
+    }
+    if config.rope_local_theta is not None:
+        found["rope_local_base_freq"] = config.rope_local_theta
+    return found
+
+
+def _check(config: ModelSpec, values: dict[str, Any]) -> None:
+    """Read the values as a file's and compare what they say with the model."""
+    try:
+        found = hf_spec(values, "config.json")
+    except HastenError as wrong:
+        raise refuse("this model", wrong.message) from None
+    if found.biases != config.biases:
+        biases = ", ".join(sorted(config.biases)) or "none"
+        raise refuse(f"biases of {biases}", f"{config.architecture} has others")
+    other = difference(config, found)
+    if other is not None:
+        raise refuse(other.name, f"the model has {other.ours}, config.json means {other.theirs}")
+
+
+Halves = npt.NDArray[np.float16]
+
+
+def carrier(layout: Format) -> str:
+    """i4, u4, i8, u8 or bf16."""
+    if layout.bits == 16:
+        return "bf16"
+    return ("i" if layout.symmetric else "u") + ("4" if layout.bits == 4 else "8")
+
+
+def group_of(linear: PackedLinear) -> int:
+    """Inputs that share a scale; a matrix of fewer inputs than its layout's group has one."""
+    return min(linear.layout.group, linear.cols)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """fp16 [rows, groups] of a matrix: scales, and minimums where the layout has them."""
+
+    scales: Halves
+    minimums: Halves | None
+
+
+def parameters(linear: PackedLinear) -> Parameters:
+    """Scales and minimums of a whole matrix of integers."""
+    found = [integers(linear, first, count) for first, count in row_pieces(linear)]
+    minimums = [one.minimums for one in found if one.minimums is not None]
+    return Parameters(
+        np.concatenate([one.scales for one in found]), np.concatenate(minimums) if minimums else None
+    )
+
+
+def quants(linear: PackedLinear) -> Iterator[tuple[slice, npt.NDArray[np.generic]]]:
+    """(rows, values) of a matrix, some rows at a time: int8, uint8 or bf16's bits, [rows, cols]."""
+    for first, count in row_pieces(linear):
+        rows = slice(first, first + count)
+        if linear.layout.bits == 16:
+            yield rows, bf16_bits(linear, first, count)
+        else:
+            found = integers(linear, first, count)
+            yield rows, found.signed if linear.layout.symmetric else found.codes
+
+
+def pairs(values: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
+    """4-bit values, two a byte, the first lowest; an odd one out has a zero beside it. uint8, flat."""
+    u = np.ascontiguousarray(values).reshape(-1).view(np.uint8) & np.uint8(15)
+    if len(u) % 2:
+        u = np.append(u, np.uint8(0))
+    return np.asarray(u[::2] | (u[1::2] << np.uint8(4)), np.uint8)
+
+
+def widened(linears: Mapping[str, PackedLinear], stored: Mapping[str, str]) -> tuple[int, int]:
+    """(matrices, bytes more) where integers go to a wider type than their own bits."""
+    wide = [
+        linears[name] for name, kind in stored.items() if kind[1:] == "8" and linears[name].layout.bits < 8
+    ]
+    return len(wide), sum(x.rows * x.cols * (8 - x.layout.bits) // 8 for x in wide)

@@ -14,10 +14,10 @@ import pytest
 
 import hasten
 from hasten import _native
-from hasten.compress.export import export
-from hasten.compress.export_gguf_blocks import carrier, encoded
 from hasten.core import Format, Recipe
 from hasten.errors import DiskError, TokenizerError, UsageError
+from hasten.export.exporters import export
+from hasten.export.gguf import carrier, encoded
 from hasten.models import open_model
 from hasten.models.artifact import load_artifact, save
 from hasten.models.tokenizer import Tokenizer

@@ -1,0 +1,506 @@
+"""`--to gguf`: one file for llama.cpp and what is built on it, tokenizer and chat template included.
+
+Source: the GGUF specification, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, and the tensor
+names and row orders of llama.cpp's converter.
+
+Packed matrices as blocks of GGUF tensors: which type carries a layout, and its bytes.
+
+Integer layouts keep their integers, scales and minimums:
+
+    4 bits  Q4_0, with a minimum Q4_1      6 and 8 bits  Q8_0 (more bytes for 6 bits, the same values)
+    5 bits  Q5_0, with a minimum Q5_1      bf16          BF16
+
+A group of 64 or 128 becomes blocks of 32 that repeat its scale. What no type carries (groups of 16, 6 or 8
+bits with a minimum) is rounded to F16, and rows that blocks of 32 do not divide go as F32, exactly.
+
+Source: ggml's block structures and dequantize_row functions (ggml-common.h, ggml-quants.c).
+
+A ModelSpec as GGUF metadata: the inverse of hasten.models.families.gguf_metadata, checked by it.
+
+Whatever the format or llama.cpp has no word for (a sliding window in a llama, soft caps, dynamic rope) comes
+back different from the check, and is refused by name before a byte is written.
+
+Source: as hasten.models.families.gguf_metadata.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from hasten.cache import write_atomic
+from hasten.core import Format, ModelSpec, RopeScaling, Rotary
+from hasten.errors import HastenError, UsageError
+from hasten.export import gguf_tokenizer as words
+from hasten.export.exporters import Exported, Progress, Rounding, difference
+from hasten.models import rope
+from hasten.models.artifact import Artifact
+from hasten.models.families import FAMILIES, gguf_spec
+from hasten.models.gguf import MAGIC, GgufMetadata
+from hasten.models.open import interleaved_rows
+from hasten.weights.codec import Encoded
+from hasten.weights.packed import PackedLinear, PackedModel, bf16_bits, integers, row_pieces
+from hasten.weights.tensors import TYPES, SourceTensor
+
+_ALIGN = 32  # general.alignment's default
+
+
+_VERSION = 3
+
+
+_U32, _I32, _F32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9  # value types of the specification
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """One tensor of the file: whose rows it holds, one parameter's after another's."""
+
+    name: str
+    kind: str
+    parts: tuple[str, ...]  # canonical names
+    rows: int
+    cols: int  # 0: a vector of `rows`
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rows, self.cols) if self.cols else (self.rows,)
+
+    @property
+    def bytes(self) -> int:
+        return TYPES[self.kind].bytes_of(self.shape)
+
+
+@dataclass(frozen=True)
+class GgufPlan:
+    """Everything about the file but the weights' bytes."""
+
+    artifact: Artifact
+    metadata: dict[str, Any]
+    tensors: tuple[_Tensor, ...]
+    factors: Factors
+    notes: tuple[str, ...]
+
+
+def plan(artifact: Artifact) -> GgufPlan:
+    """Decide what the file will hold; reads no weights.
+
+    Raises:
+        UsageError, TokenizerError: the format cannot carry something of the model.
+    """
+    packed, config = artifact.packed, artifact.packed.config
+    biases = packed.config.biases
+    metadata, factors = config_metadata(config, biases, artifact.name)
+    spoken = words.tokenizer_metadata(artifact.tokenizer, artifact.folder, config.vocab_size)
+    metadata |= spoken
+    notes = words.check(artifact.tokenizer, metadata)
+    return GgufPlan(artifact, metadata, _tensors(packed), factors, notes)
+
+
+def write(plan: GgufPlan, path: Path, progress: Progress) -> Exported:
+    """Write the file: all of it or nothing.
+
+    Raises:
+        DiskError: full, read-only or forbidden disk.
+        UsageError: a value that fits no type of the format.
+    """
+    rounding: list[Rounding] = []
+
+    def put(file: BinaryIO) -> None:
+        header = _header(plan)
+        file.write(header + bytes(-len(header) % _ALIGN))
+        for done, tensor in enumerate(plan.tensors):
+            progress(done, len(plan.tensors))
+            loss = _write_tensor(file, plan.artifact.packed, tensor)
+            if not is_exact(tensor.kind):
+                rounding.append(Rounding(tensor.name, tensor.kind, loss))
+            file.write(bytes(-tensor.bytes % _ALIGN))
+        for values in plan.factors.values():
+            file.write(values.tobytes() + bytes(-values.nbytes % _ALIGN))
+
+    write_atomic(path, put)
+    kinds = [tensor.kind for tensor in plan.tensors if tensor.cols]
+    carried = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+    return Exported("gguf", path, path.stat().st_size, carried, tuple(rounding), plan.notes)
+
+
+def _tensors(packed: PackedModel) -> tuple[_Tensor, ...]:
+    """The file's tensors in the file's order; Phi-3's fused ones take a type that carries all their parts."""
+    config = packed.config
+    is_phi = config.architecture == "phi3"
+    table = FAMILIES[config.architecture].gguf_names
+    modules = [(f"{name}", parts) for name, parts in table.top.items()]
+    for layer in range(config.num_layers):
+        modules += [
+            (f"blk.{layer}.{name}", tuple(f"layers.{layer}.{part}" for part in parts))
+            for name, parts in table.block.items()
+            if (name != "attn_qkv" and not (is_phi and name in ("attn_q", "attn_k", "attn_v", "ffn_gate")))
+            or (is_phi and name == "attn_qkv")
+        ]
+    found = []
+    for name, parts in modules:
+        if all(part in packed.linears for part in parts):
+            found.append(_matrix(f"{name}.weight", parts, [packed.linears[part] for part in parts]))
+        elif parts[0] in packed.vectors:
+            found.append(_Tensor(f"{name}.weight", "F32", parts, len(packed.vectors[parts[0]]), 0))
+        biases = tuple(f"{part}.bias" for part in parts)
+        if all(bias in packed.vectors for bias in biases):
+            rows = sum(len(packed.vectors[bias]) for bias in biases)
+            found.append(_Tensor(f"{name}.bias", "F32", biases, rows, 0))
+    left = {*packed.linears, *packed.vectors} - {part for tensor in found for part in tensor.parts}
+    assert not left, left
+    return tuple(found)
+
+
+def _matrix(name: str, parts: tuple[str, ...], linears: Sequence[PackedLinear]) -> _Tensor:
+    cols = linears[0].cols
+    kind = carrier([linear.layout for linear in linears], cols)
+    return _Tensor(name, kind, parts, sum(linear.rows for linear in linears), cols)
+
+
+def _header(plan: GgufPlan) -> bytes:
+    infos = [(t.name, t.shape, t.kind, t.bytes) for t in plan.tensors]
+    infos += [(name, values.shape, "F32", values.nbytes) for name, values in plan.factors.items()]
+    parts = [MAGIC, struct.pack("<IQQ", _VERSION, len(infos), len(plan.metadata))]
+    parts += [_string(key) + _value(value) for key, value in plan.metadata.items()]
+    at = 0
+    for name, shape, kind, size in infos:
+        dims = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
+        parts.append(_string(name) + dims + struct.pack("<IQ", TYPES[kind].ggml_id, at))
+        at += -(-size // _ALIGN) * _ALIGN
+    return b"".join(parts)
+
+
+def _string(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def _value(value: Any) -> bytes:
+    """A metadata value with its type in front."""
+    if isinstance(value, bool):
+        return struct.pack("<I?", _BOOL, value)
+    if isinstance(value, int):
+        return struct.pack("<II", _U32, value)
+    if isinstance(value, float):
+        return struct.pack("<If", _F32, value)
+    if isinstance(value, str):
+        return struct.pack("<I", _STRING) + _string(value)
+    if isinstance(value, np.ndarray):
+        kind = _F32 if value.dtype == np.float32 else _I32
+        assert value.dtype in (np.float32, np.int32)
+        return struct.pack("<IIQ", _ARRAY, kind, len(value)) + value.tobytes()
+    return struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + b"".join(map(_string, value))
+
+
+def _write_tensor(file: BinaryIO, packed: PackedModel, tensor: _Tensor) -> float:
+    """Write all rows; gives the relative rounding error."""
+    lost = squares = 0.0
+    for part in tensor.parts:
+        order = _row_order(part, packed)
+        if not tensor.cols:
+            values = packed.vectors[part]
+            file.write(np.ascontiguousarray(values if order is None else values[order]).data)
+            continue
+        linear = packed.linears[part]
+        pieces = [(0, linear.rows)] if order is not None else row_pieces(linear)
+        for first, count in pieces:
+            try:
+                data, error, square = encoded(linear, tensor.kind, first, count)
+            except OverflowError:
+                raise refuse(part, "a value is larger than F16's 65504") from None
+            file.write(np.ascontiguousarray(data if order is None else data[order]).data)
+            lost, squares = lost + error, squares + square
+    return (lost / squares) ** 0.5 if squares else 0.0
+
+
+def _row_order(part: str, packed: PackedModel) -> npt.NDArray[np.int64] | None:
+    """Which row of ours is each row of the file's: q and k of llama lie for interleaved rotation."""
+    config = packed.config
+    name = part.split(".")[2] if part.startswith("layers.") else ""
+    architecture = "llama" if config.architecture == "mistral" else config.architecture
+    if name not in ("q", "k") or not FAMILIES[architecture].is_permuted:
+        return None
+    heads = config.num_heads if name == "q" else config.num_kv_heads
+    return np.argsort(interleaved_rows(heads * config.head_dim, config.head_dim))
+
+
+BLOCK = 32
+
+
+Bytes = npt.NDArray[np.uint8]
+
+
+_BY_BITS = {4: "Q4_0", 5: "Q5_0", 6: "Q8_0", 8: "Q8_0"}
+
+
+_WITH_MINIMUM = {4: "Q4_1", 5: "Q5_1"}
+
+
+_BITS = {"Q4_0": 4, "Q5_0": 5, "Q8_0": 8}
+
+
+_HALF_MAX = 65504.0
+
+
+def carrier(layouts: Sequence[Format], cols: int) -> str:
+    """The smallest GGUF type that carries all of some layouts; several where a tensor is made of several.
+
+    Exact, but for "F16": see `is_exact`.
+    """
+    if all(layout.bits == 16 for layout in layouts):
+        return "BF16"
+    if cols % BLOCK:
+        return "F32"
+    blocked = all(layout.bits != 16 and layout.group % BLOCK == 0 for layout in layouts)
+    most = max(layout.bits for layout in layouts)
+    if blocked and all(layout.symmetric for layout in layouts):
+        return _BY_BITS[most]
+    if blocked and not any(layout.symmetric for layout in layouts) and len({x.bits for x in layouts}) == 1:
+        return _WITH_MINIMUM.get(most, "F16")
+    return "F16"
+
+
+def is_exact(kind: str) -> bool:
+    """Whether a type of `carrier` keeps every value; float ones must be measured."""
+    return kind != "F16"
+
+
+def row_bytes(kind: str, cols: int) -> int:
+    """Bytes of one row."""
+    return TYPES[kind].bytes_of((1, cols))
+
+
+def encoded(linear: PackedLinear, kind: str, first: int, count: int) -> tuple[Bytes, float, float]:
+    """Rows of a matrix as bytes of a GGUF tensor.
+
+    Args:
+        kind: what `carrier` gave.
+        first: a multiple of 16.
+
+    Returns:
+        (uint8 [rows, row_bytes], squared rounding error, squared values)
+
+    Raises:
+        OverflowError: a value does not fit F16.
+    """
+    if linear.layout.bits == 16:
+        bits = bf16_bits(linear, first, count)
+        if kind == "BF16":
+            return bits.view(np.uint8), 0.0, 0.0
+        return _floats((bits.astype(np.uint32) << 16).view(np.float32), kind)
+    found = integers(linear, first, count)
+    if kind in ("F16", "F32"):
+        return _floats(found.values(), kind)
+    return (_with_minimum if found.minimums is not None else _symmetric)(found, kind), 0.0, 0.0
+
+
+def _floats(values: npt.NDArray[np.float32], kind: str) -> tuple[Bytes, float, float]:
+    if kind == "F32":
+        return np.ascontiguousarray(values).view(np.uint8), 0.0, 0.0
+    if np.abs(values).max(initial=0.0) > _HALF_MAX:
+        raise OverflowError
+    rounded = values.astype(np.float16)
+    error = rounded.astype(np.float64) - values
+    return rounded.view(np.uint8), float(np.square(error).sum()), float(np.square(values, dtype=float).sum())
+
+
+def _blocks(found: Encoded, kind: str) -> tuple[Bytes, npt.NDArray[np.int64]]:
+    """Empty blocks uint8 [rows, blocks, bytes], and the group that each block lies in."""
+    rows, cols = found.codes.shape
+    count = cols // BLOCK
+    return np.empty((rows, count, TYPES[kind].block_bytes), np.uint8), (
+        np.arange(count) * BLOCK // found.layout.group
+    )
+
+
+def _put(blocks: Bytes, at: int, values: npt.NDArray[np.generic]) -> int:
+    """Copy values [rows, blocks, n] to bytes `at` on; gives where they end."""
+    data = np.ascontiguousarray(values).view(np.uint8)
+    blocks[..., at : at + data.shape[-1]] = data
+    return at + int(data.shape[-1])
+
+
+def _symmetric(found: Encoded, kind: str) -> Bytes:
+    """d, then d * (u - zero): Q8_0 as int8, Q4_0 and Q5_0 unsigned with zeros of 8 and 16."""
+    blocks, group = _blocks(found, kind)
+    at = _put(blocks, 0, found.scales[:, group, None])
+    quants = found.signed.reshape(*blocks.shape[:2], BLOCK)
+    if kind == "Q8_0":
+        _put(blocks, at, quants)
+    else:
+        _put_low(blocks, at, (quants + (1 << (_BITS[kind] - 1))).astype(np.uint8), kind == "Q5_0")
+    return blocks.reshape(len(blocks), -1)
+
+
+def _with_minimum(found: Encoded, kind: str) -> Bytes:
+    """d, m, then d * u + m."""
+    assert found.minimums is not None
+    blocks, group = _blocks(found, kind)
+    at = _put(blocks, 0, found.scales[:, group, None])
+    at = _put(blocks, at, found.minimums[:, group, None])
+    _put_low(blocks, at, found.codes.reshape(*blocks.shape[:2], BLOCK), kind == "Q5_1")
+    return blocks.reshape(len(blocks), -1)
+
+
+def _put_low(blocks: Bytes, at: int, u: Bytes, has_fifth: bool) -> None:
+    """The fifth bits as one little-endian word of 32, then nibbles: value j low and value j + 16 high."""
+    if has_fifth:
+        at = _put(blocks, at, np.packbits(u >> 4, axis=-1, bitorder="little"))
+    low = u & 15
+    _put(blocks, at, low[..., : BLOCK // 2] | (low[..., BLOCK // 2 :] << 4))
+
+
+ARCHITECTURES = {name: family.gguf for name, family in FAMILIES.items()}
+
+
+"""What GGUF calls each architecture; a Mistral without a window is a llama."""
+
+
+_BIASES = {"llama": frozenset(("q", "k", "v", "o", "gate", "up", "down")), "qwen2": frozenset("qkv")}
+
+
+_BF16 = 32  # llama.cpp's llama_ftype MOSTLY_BF16; of mixed files no number is true
+
+
+Factors = dict[str, npt.NDArray[np.float32]]
+
+
+def refuse(what: str, why: str) -> UsageError:
+    """The error for what GGUF cannot carry."""
+    return UsageError(
+        f"gguf cannot carry {what}: {why}", hint="--to compressed-tensors carries every architecture"
+    )
+
+
+def config_metadata(config: ModelSpec, biases: Iterable[str], name: str) -> tuple[dict[str, Any], Factors]:
+    """(metadata, F32 tensors of rope factors) of a model.
+
+    Args:
+        config: the model.
+        biases: linear layers that have one.
+        name: what the file calls the model.
+
+    Raises:
+        UsageError: GGUF, or the program that reads it, cannot say something of the model; it is named.
+    """
+    architecture = ARCHITECTURES.get(config.architecture)
+    if architecture is None:
+        raise refuse(f"the architecture {config.architecture}", f"known are {', '.join(ARCHITECTURES)}")
+    strange = sorted(set(biases) - _BIASES.get(architecture, frozenset()))
+    if strange:
+        raise refuse(f"the biases of {', '.join(strange)}", f"{architecture} in GGUF has none there")
+    values: dict[str, Any] = {
+        "general.architecture": architecture,
+        "general.type": "model",
+        "general.name": name,
+        "general.file_type": _BF16,
+        "general.quantization_version": 2,
+    }
+    own = _shape(config, architecture)
+    scaling, factors = _rope(config)
+    values |= {f"{architecture}.{key}": value for key, value in {**own, **scaling}.items()}
+    _check(config, values, factors)
+    return values, factors
+
+
+def _shape(config: ModelSpec, architecture: str) -> dict[str, Any]:
+    own: dict[str, Any] = {
+        "block_count": config.num_layers,
+        "context_length": config.context_length,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_heads,
+        "attention.head_count_kv": config.num_kv_heads,
+        "attention.layer_norm_rms_epsilon": float(config.norm_eps),
+        "rope.freq_base": float(config.rope_theta),
+        "rope.dimension_count": config.rotary_dim or config.head_dim,
+        "vocab_size": config.vocab_size,
+    }
+    if config.head_dim * config.num_heads != config.hidden_size or architecture == "gemma3":
+        own |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
+    if architecture == "gemma3" and config.sliding_window is not None:
+        own["attention.sliding_window"] = config.sliding_window
+    if architecture == "phi3":
+        own["attention.sliding_window"] = 0
+    return own
+
+
+def _rope(config: ModelSpec) -> tuple[dict[str, Any], Factors]:
+    """Metadata below `ARCHITECTURE.rope.`, and factors by tensor name."""
+    scaling, kind = config.rope_scaling, config.rope_scaling.kind
+    if kind == "linear":
+        return {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling.factor)}, {}
+    if kind == "yarn":
+        return _yarn(scaling, config), {}
+    if kind == "llama3":
+        rotary = _rotary(config)
+        plain, _ = rope.frequencies(replace(rotary, scaling=RopeScaling()), config.context)
+        scaled, _ = rope.frequencies(rotary, config.context)
+        return {}, {"rope_freqs.weight": (plain / scaled).astype(np.float32)}
+    if kind == "longrope":
+        return _longrope(scaling, config)
+    if kind != "default":
+        raise refuse(f"rope scaling of the kind {kind}", "the format has no word for it")
+    return {}, {}
+
+
+def _rotary(config: ModelSpec) -> Rotary:
+    return config.rotary or Rotary(config.head_dim)
+
+
+def _yarn(scaling: RopeScaling, config: ModelSpec) -> dict[str, Any]:
+    found = {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": float(scaling.factor),
+        "rope.scaling.original_context_length": scaling.original_context_length or config.context_length,
+    }
+    if (scaling.beta_fast, scaling.beta_slow) != (32.0, 1.0):
+        found["rope.scaling.yarn_beta_fast"] = float(scaling.beta_fast)
+        found["rope.scaling.yarn_beta_slow"] = float(scaling.beta_slow)
+    _, scale = rope.frequencies(_rotary(config), config.context)
+    usual = 1.0 + 0.1 * math.log(scaling.factor) if scaling.factor > 1 else 1.0
+    if not math.isclose(scale, usual, rel_tol=1e-6):
+        found["rope.scaling.attn_factor"] = scale / usual
+    return found
+
+
+def _longrope(scaling: RopeScaling, config: ModelSpec) -> tuple[dict[str, Any], Factors]:
+    short, long = (np.array(f, np.float32) for f in (scaling.short_factor, scaling.long_factor))
+    _, scale = rope.frequencies(_rotary(config), config.context)
+    if scaling.short_factor == scaling.long_factor and scale == 1.0:  # Llama 3 out of a GGUF file
+        return {}, {"rope_freqs.weight": short}
+    own = {"rope.scaling.attn_factor": float(scale)}
+    if scaling.original_context_length:
+        own["rope.scaling.original_context_length"] = scaling.original_context_length
+    return own, {"rope_factors_long.weight": long, "rope_factors_short.weight": short}
+
+
+def _check(config: ModelSpec, values: Mapping[str, Any], factors: Factors) -> None:
+    """Read the metadata as a file's and compare what it says with the model."""
+    kept = {k: float(np.float32(v)) if isinstance(v, float) else v for k, v in values.items()}
+    nothing = np.zeros((), np.uint8)
+    rows = config.vocab_size
+    tensors = {
+        name: SourceTensor(name, value.shape, "F32", value.view(np.uint8)) for name, value in factors.items()
+    }
+    for name in ("token_embd.weight", *(() if config.tied_head else ("output.weight",))):
+        tensors[name] = SourceTensor(name, (rows, 1), "F16", np.broadcast_to(nothing, 2 * rows))
+    try:
+        found = gguf_spec(GgufMetadata(kept), tensors, "the exported file")
+    except HastenError as wrong:
+        raise refuse("this model", wrong.message) from None
+    _compare(config, found)
+
+
+def _compare(config: ModelSpec, found: ModelSpec) -> None:
+    named = replace(config, architecture=found.architecture)
+    wrong = difference(named, found)
+    if wrong is not None:
+        raise refuse(wrong.name, f"the model has {wrong.ours}, such a file means {wrong.theirs}")
