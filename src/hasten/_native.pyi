@@ -88,17 +88,6 @@ def unpack_rows(
     row_ids: NDArray[np.int32],
 ) -> NDArray[np.float32]: ...
 def dequantize_ggml(data: NDArray[np.uint8], dtype: str, n: int, threads: int = 1) -> NDArray[np.float32]: ...
-def sample(
-    logits: NDArray[np.float32],
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    seed: int,
-    positions: NDArray[np.int64],
-    threads: int = 1,
-) -> NDArray[np.int32]: ...
-
 class SequenceSampler:
     def __init__(
         self,

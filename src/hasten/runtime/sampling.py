@@ -160,7 +160,8 @@ class Choice:
 
     tokens: list[int]  # the drafts that were drawn, and one more
     logprobs: list[TokenLogprob]  # one a token, if asked for
-    drafted: int = 0  # drafts that were verified: fewer than proposed where a grammar forbids the rest
+    # drafts that were verified: fewer than proposed where a grammar forbids the rest
+    drafted: int = field(default=0, compare=False)
     error: str = ""  # why the token after `tokens` cannot be chosen; the sequence cannot go on
 
 
