@@ -88,6 +88,7 @@ def unpack_rows(
     row_ids: NDArray[np.int32],
 ) -> NDArray[np.float32]: ...
 def dequantize_ggml(data: NDArray[np.uint8], dtype: str, n: int, threads: int = 1) -> NDArray[np.float32]: ...
+
 class SequenceSampler:
     def __init__(
         self,
