@@ -149,6 +149,8 @@ class Version:
     """One of the two: a process that keeps a model, and the command line."""
 
     def __init__(self, name: str, python: str) -> None:
+        from hasten.bench.worker import die_with_parent
+
         self.name = name
         self.python = python
         self.environment = dict(os.environ)
@@ -156,7 +158,12 @@ class Version:
             self.environment.pop("PYTHONPATH", None)
         command = [python, "-P", __file__, "--drive"]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self.environment
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=self.environment,
+            preexec_fn=die_with_parent,  # a stopped process would outlive a comparison that is killed
         )
         self.about = self.ask("about")
 
