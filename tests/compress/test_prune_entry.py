@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from prune_models import hidden, text
 
 from hasten.compress.calibration import Calibration
 from hasten.compress.prune.prune import prune
 from hasten.errors import UsageError
 from hasten.models.open import open_folder
 from hasten.recipe import Pruning
+from prune_models import hidden, text
 
 SMALLER = {"ffn": 0.25, "heads": 0.5, "layers": 0.4, "width": 0.4, "vocabulary": 0.01}
 

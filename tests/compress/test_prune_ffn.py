@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from prune_models import NAMES, distance, text
 
 from hasten.compress.changed import changed
 from hasten.compress.moments import Moments, fitted
@@ -17,6 +16,7 @@ from hasten.compress.prune.least_loss import least_loss
 from hasten.compress.torch_layer import tensor_values
 from hasten.errors import ModelError, UsageError
 from hasten.models.open import open_folder
+from prune_models import NAMES, distance, text
 
 
 @pytest.mark.parametrize("name", NAMES)

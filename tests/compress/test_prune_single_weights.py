@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from prune_models import distance, text
 
 from hasten.compress.moments import gram_error
 from hasten.compress.prune.magnitude import magnitude_mask
@@ -19,6 +18,7 @@ from hasten.compress.torch_layer import LINEARS, tensor_values
 from hasten.errors import UsageError
 from hasten.models.open import open_folder
 from hasten.recipe import Pruning
+from prune_models import distance, text
 
 KINDS = ["magnitude", "wanda", "sparsegpt"]
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from prune_models import NAMES, text
 
 from hasten.compress.changed import changed
 from hasten.compress.prune.width import dimension_importance, kept_width, prune_width
@@ -19,6 +18,7 @@ from hasten.errors import UsageError
 from hasten.models.open import open_folder
 from hasten.models.source import Source
 from hasten.weights.packed import pack_model
+from prune_models import NAMES, text
 
 
 def logits(source: Source, ids: np.ndarray) -> np.ndarray:
