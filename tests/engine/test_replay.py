@@ -71,6 +71,10 @@ def live(
             request = Request(prompt, max_new_tokens=int(rng.integers(1, 40)), sampling=sampling)
             arrived = clock()
             running[engine.add(request)] = ((chat[1:], list(prompt)), request, [], arrived)
+        # pages on their way from disk arrive first: who waits for how long, and so what is found where, would
+        # else depend on the machine
+        while any(engine._keeper.is_reading(one) for one in engine._scheduler.waiting):
+            engine._keeper.wait_for_disk(0.01)
         outputs = engine.step()
         if engine._keeper._disk is not None:  # pages that wait to be written are found too
             engine._keeper._disk.flush()
