@@ -147,7 +147,7 @@ class FakeWorkshop:
     def identity(self) -> dict[str, Any]:
         return {"seed": self.seed, "kept": self.kept_bits}
 
-    def machine(self) -> Machine:
+    def machine(self, ceilings: bool = True) -> Machine:
         return Machine("fake <cpu>", ("scalar",), 2, None, None, None, None)
 
     def tokenizer(self) -> LetterTokenizer:

@@ -171,7 +171,7 @@ class Search:
     @cached_property
     def memory(self) -> SearchMemory:
         """What earlier runs found on the same source, text and machine."""
-        machine = self.workshop.machine()
+        machine = self.workshop.machine(ceilings=False)  # `mix:P%` times nothing and needs none
         key = {
             "source": self.workshop.identity(),
             "text": self.text.sha256,
