@@ -50,6 +50,7 @@ def drive() -> None:
     """Answer questions on stdin, one line of JSON each, with the hasten that this Python imports."""
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a library prints must not break the lines
+    sys.path.remove(str(Path(__file__).parent))  # none of these scripts is a module that hasten imports
     model: Any = None
     for line in sys.stdin:
         question = json.loads(line)
@@ -114,14 +115,14 @@ def tokens(model: Any, prompts: list[list[int]], output: int) -> Iterator[tuple[
     import hasten
 
     sampling = hasten.SamplingOptions(temperature=0.0, ignore_eos=True)
-    if len(prompts) == 1 and hasattr(model, "stream"):
+    if not hasattr(model, "stream_batch"):  # its `stream` would guess tokens: another comparison
+        yield from engine_tokens(model, prompts, output, sampling)
+    elif len(prompts) == 1:
         for _ in model.stream(prompts[0], output, sampling):
             yield 0, 1
-    elif hasattr(model, "stream_batch"):
+    else:
         for which, _ in model.stream_batch(prompts, output, sampling):
             yield which, 1
-    else:
-        yield from engine_tokens(model, prompts, output, sampling)
 
 
 def engine_tokens(
@@ -156,9 +157,8 @@ class Version:
         self.environment = dict(os.environ)
         if name == "old":  # it must find its own installed package
             self.environment.pop("PYTHONPATH", None)
-        command = [python, "-P", __file__, "--drive"]
         self._process = subprocess.Popen(
-            command,
+            [python, __file__, "--drive"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -183,8 +183,12 @@ class Version:
         """A `hasten` command as a whole process: wall time, peak memory, output."""
         from whole_process import process
 
-        command = [self.python, "-P", "-m", "hasten"]
-        return process(command, *arguments, environment=self.environment)
+        command = [
+            self.python,
+            "-m",
+            "hasten",
+        ]  # run elsewhere: `-m` looks for modules in the folder it runs in
+        return process(command, *arguments, cwd=Path(tempfile.gettempdir()), environment=self.environment)
 
     def close(self) -> None:
         """End the process."""

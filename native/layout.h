@@ -4,14 +4,17 @@
 // of `group` inputs (cols padded with zeros to a multiple of max(group, 32)). Blocks of a panel follow one another, so
 // one thread reads one panel as a single stream. Inside a block rows are interleaved so that 64 bytes feed 16 rows:
 //
-//   bits 16   per 2 inputs:  [16 rows][2] bf16                                                      = 64 bytes, no
-//   scales bits 8    per 4 inputs:  [16 rows][4] u8, u = q + 128                                           = 64 bytes
-//   bits 4-6  nibble plane, per 8 inputs j: byte row*4+t holds the low four bits of u at input 8j+t (low nibble) and
-//             at input 8j+4+t (high nibble)                                                         = 64 bytes
-//   bits 5    then a plane of bit 4: per 4 inputs i, bit row*4+t of one little-endian 64-bit word   = 8 bytes
-//   bits 6    then a plane of bits 4-5: per 16 inputs, byte row*4+t holds two bits for each of the four steps of
-//             4 inputs, step s at bits 2s and 2s+1                                                  = 64 bytes
-//   scales    16 fp16, one a row; then, asymmetric only, 16 fp16 minimums.
+// clang-format off
+//   bits 16   per 2 inputs: [16 rows][2] bf16; no scales                                  64 bytes
+//   bits 8    per 4 inputs: [16 rows][4] u8, u = q + 128                                  64 bytes
+//   bits 4-6  plane of nibbles, per 8 inputs j: byte row*4+t holds the low four bits
+//             of u at input 8j+t (low nibble) and at input 8j+4+t (high nibble)           64 bytes
+//   bits 5    then a plane of bit 4, per 4 inputs: bit row*4+t of one little-endian
+//             64-bit word                                                                  8 bytes
+//   bits 6    then a plane of bits 4 and 5, per 16 inputs: byte row*4+t holds two bits
+//             of each of the four steps of 4 inputs, step s at bits 2s and 2s+1           64 bytes
+//   scales    16 fp16, one a row; then, asymmetric only, 16 fp16 minimums
+// clang-format on
 //
 // Value: symmetric  scale * (u - 2^(bits-1));  asymmetric  scale * u + minimum.
 #pragma once

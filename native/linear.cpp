@@ -9,7 +9,8 @@ namespace hasten {
 
 void Activations::reserve(int tokens, int cols) {
   const size_t n = static_cast<size_t>(tokens) * round_up(cols, 128);
-  if (n <= q_.size()) return;
+  if (n <= bf16_.size()) return;  // the last one to grow: what an allocation error cut short is made up for
+  pool().quiesce();               // late workers still read the buffers that move now
   q_.resize(n);
   scale_.resize(n / 32);
   nsum_.resize(n / 32);

@@ -18,9 +18,8 @@ constexpr int kTile = 6;      // rows of a tile: 12 registers of sums
 constexpr int kRows = 48;     // rows whose scores are held at a time: with 256 tokens, 48 KB, which stay in L2
 constexpr int kFewRows = 12;  // up to here, turning keys and values into floats costs more than it saves
 
-struct Scratch {
-  HugeVector<float> q, k, v;
-};
+// Floats of a part, reused by the next one: queries, then keys, then values.
+using Scratch = HugeVector<float>;
 
 // The pairs of bf16 of [pairs][16][2] as floats [2 * pairs][16].
 void to_panel(const bf16* from, int pairs, float* out) {
@@ -43,23 +42,23 @@ struct Work {
   Work(const AttendPart& part, Scratch& scratch) : a(part), tokens(part.pages * kPageTokens) {
     const int d = a.head_dim;
     const size_t queries = static_cast<size_t>(a.rows) * d, panel = static_cast<size_t>(kPartTokens) * d;
-    if (scratch.q.size() < queries) scratch.q.resize(queries);
-    for (size_t i = 0; i < queries; i += 8) _mm256_storeu_ps(scratch.q.data() + i, bf16_to_floats(a.q + i));
-    q = scratch.q.data();
+    const bool panels = a.rows > kFewRows;
+    const size_t floats = queries + (panels ? 2 * panel : 0);
+    if (scratch.size() < floats) scratch.resize(floats);
+    float* const keys = scratch.data() + queries;
+    float* const values = keys + panel;
+    for (size_t i = 0; i < queries; i += 8) _mm256_storeu_ps(scratch.data() + i, bf16_to_floats(a.q + i));
+    q = scratch.data();
     k = v = nullptr;
-    if (a.rows <= kFewRows) return;
-    if (scratch.k.size() < panel) {
-      scratch.k.resize(panel);
-      scratch.v.resize(panel);
-    }
+    if (!panels) return;
     for (int page = 0; page < a.pages; page++) {
-      to_panel(a.k[page], d, scratch.k.data() + static_cast<size_t>(page) * kPageTokens * d);
+      to_panel(a.k[page], d, keys + static_cast<size_t>(page) * kPageTokens * d);
       for (int dim = 0; dim < d; dim += 16)
         to_panel(a.v[page] + dim * kPageTokens, kPageTokens / 2,
-                 scratch.v.data() + static_cast<size_t>(dim) * tokens + page * kPageTokens * 16);
+                 values + static_cast<size_t>(dim) * tokens + page * kPageTokens * 16);
     }
-    k = scratch.k.data();
-    v = scratch.v.data();
+    k = keys;
+    v = values;
   }
 };
 

@@ -22,7 +22,7 @@ from hasten.errors import HastenError
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 
-_first: list[int] = []  # the first signal that asked for the end
+_first: list[int] = []  # the first signal that asked for the end and was not outlived
 _on_its_way: list[bool] = []  # not empty: a signal that Python dropped is sent again and has not come yet
 
 
@@ -58,11 +58,17 @@ def exit_code(stop: KeyboardInterrupt) -> int:
     return 0 if isinstance(stop, Terminated) else INTERRUPTED
 
 
-def first(number: int) -> int:
+def first_signal(number: int) -> int:
     """The signal that decides how this process ends: `number`, unless another one came before it."""
     if not _first:
         _first.append(number)
     return _first[0]
+
+
+def outlived() -> None:
+    """The process goes on after a signal, as a chat does after Ctrl-C: later errors are not its doing."""
+    _first.clear()
+    _on_its_way.clear()
 
 
 def listen_for_sigterm() -> None:
@@ -106,7 +112,7 @@ def _obeyed() -> KeyboardInterrupt:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    first(number)
+    first_signal(number)
     if frame is not None and frame.f_code.co_filename.startswith("<frozen importlib"):
         _send_again(
             number

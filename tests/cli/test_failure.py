@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 
 import pytest
 
+from hasten import stopping
 from hasten.cli.frame import guarded
 from hasten.stopping import Terminated
 
@@ -39,6 +41,7 @@ def send():
     time.sleep(0.001)  # the signal is handled here, in a file that is named like the import machinery
     os.kill(os.getpid(), signal.{two})
 ''', "<frozen importlib._bootstrap>", "exec"))
+from hasten import stopping
 from hasten.cli.frame import guarded
 def verb():
     send()
@@ -60,6 +63,17 @@ def test_the_first_signal_decides_though_it_is_raised_later(one: str, two: str, 
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert ended.returncode == code, ended.stderr
     assert "stopped" in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_an_error_after_a_signal_that_ended_one_answer_is_told() -> None:
+    """A chat goes on after Ctrl-C; what fails in it later is no consequence of that signal."""
+    stopping.first_signal(signal.SIGINT)
+    try:
+        assert stopping.stop_of(RuntimeError("a library dropped the signal")) is not None
+        stopping.outlived()
+        assert stopping.stop_of(RuntimeError("a fault of its own")) is None
+    finally:
+        stopping.outlived()
 
 
 def test_a_second_signal_while_the_first_is_said_keeps_its_code() -> None:

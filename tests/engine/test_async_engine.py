@@ -124,6 +124,22 @@ def test_refusals_are_raised(run: Callable[..., None]) -> None:
     run(body, max_waiting=1)
 
 
+def test_an_error_of_one_grammar_is_not_the_end_of_the_engine(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(engine: AsyncEngine) -> None:
+        def fail(grammar: Grammar) -> None:
+            raise RuntimeError("out of stack")
+
+        monkeypatch.setattr(engine.engine.compiler(), "compile", fail)
+        with pytest.raises(RuntimeError, match="out of stack") as caught:
+            await all_of(engine.stream(request(1, grammar=Grammar("regex", "a+"))))
+        assert not isinstance(caught.value, EngineClosed)
+        await all_of(engine.stream(request(2)))
+
+    run(body)
+
+
 def test_draining_ends_what_runs_and_takes_nothing_new(
     model: LanguageModel, run: Callable[..., None]
 ) -> None:

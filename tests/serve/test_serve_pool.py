@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -188,12 +189,42 @@ def test_an_engine_that_fails_again_and_again_gets_ever_more_time(monkeypatch: p
     waits = []
     for _ in range(9):
         now[0] += max(0.0, falls.wait_s)
-        falls.note()
+        falls.begin()
+        now[0] += 20  # what the load takes is no time that the engine ran
+        falls.end()
         waits.append(falls.wait_s)
     assert waits == [1, 2, 4, 8, 16, 32, 60, 60, 60]
     now[0] += pool._FORGOTTEN_S
-    falls.note()
+    falls.begin()
     assert falls.count == 1
+
+
+def test_a_model_that_comes_back_takes_no_place_from_one_that_is_loading(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pool, "_LOOK_S", 0.02)
+    loads: list[str] = []
+    began, go = threading.Event(), threading.Event()
+    engines = {"a": StandInEngine("a"), "b": StandInEngine("b")}
+
+    def load(ref: str) -> Any:
+        loads.append(ref)
+        if ref == "b":
+            began.set()
+            assert go.wait(10)
+        return StandInModel(ref), engines[ref]
+
+    with serving(ServeOptions(port=0, log=False, max_loaded=1), engines, load) as server:
+        asked = threading.Thread(target=server.ask, args=(PATH, chat(model="b")), daemon=True)
+        asked.start()
+        assert began.wait(10)  # a has left its place to b
+        known: ModelPool = server.server.service.pool
+        known._down.add("a")
+        time.sleep(0.2)  # ten looks
+        go.set()
+        asked.join(10)
+        wait_for(lambda: not known._down)
+        assert loads == ["a", "b"] and not engines["b"].closed
 
 
 def test_two_models_that_share_one_place_both_get_on() -> None:

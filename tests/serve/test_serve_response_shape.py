@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
 from running_server import Running
 from stand_in_engine import ByteTokenizer, logprob
 
 from hasten.engine.request import Output
 from hasten.models.tool_calls import ArgumentsDelta, CallStarted, TextDelta
 from hasten.serve.endpoints.responses import ResponseShape
-from hasten.serve.shape import TokenTexts, dumped
+from hasten.serve.shape import TokenTexts, dumped, joined
 
 
 class Reader:
@@ -48,6 +49,14 @@ def output(text: str, finish: Any = None) -> Output:
     return Output(
         "a", 0, tuple(text.encode()), text, tuple(logprob(i, 0) for i in text.encode()), finish_reason=finish
     )
+
+
+def test_what_one_writer_refuses_the_other_writes() -> None:
+    """A whole number of more than 64 bits, in a document with parts that are JSON already."""
+    value = {"seed": 1 << 70, "parts": joined(['{"a":1}', "2"])}
+    assert dumped(value) == b'{"seed":1180591620717411303424,"parts":[{"a":1},2]}'
+    with pytest.raises(TypeError, match="object has no JSON form"):
+        dumped({"seed": 1 << 70, "thing": object()})
 
 
 def tokens(document: dict[str, Any]) -> list[str]:

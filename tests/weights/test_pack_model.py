@@ -15,7 +15,7 @@ from hasten.errors import ModelError, UsageError
 from hasten.models.open import open_model
 from hasten.models.source import Source
 from hasten.weights.blocks import dequantize
-from hasten.weights.packed import PackedModel, pack_linear, pack_model
+from hasten.weights.packed import PackedModel, pack_linear, pack_model, values_of
 from hasten.weights.tensors import SourceTensor
 
 
@@ -181,6 +181,20 @@ def test_rounding_error_is_measured(untied: Source) -> None:
     ]
     assert all(e is not None for e in errors)
     assert 0.002 < errors[0] < errors[1] < errors[2] < errors[3] < 0.12
+
+
+@pytest.mark.parametrize("recipe", ["fp8-e4m3", "mxfp4"])
+def test_tables_of_matrices_whose_rows_change_places(
+    tiny_gguf: Callable[..., tuple[Path, object]], recipe: str
+) -> None:
+    """Llama's GGUF files hold the rows of q and k in another order than the engine."""
+    source = open_model(tiny_gguf("llama-wide")[0])
+    assert any(tensor.row_order is not None for tensor in source.tensors.values())
+    packed, plain = pack_model(source, Recipe.parse(recipe), 1), pack_model(source, Recipe.parse("source"), 1)
+    for name, linear in packed.linears.items():
+        exact = values_of(plain.linears[name])
+        off = np.sqrt(np.square(values_of(linear) - exact).sum() / np.square(exact).sum())
+        assert off == pytest.approx(linear.relative_error, rel=1e-3, abs=1e-6) and off < 0.2, name
 
 
 def test_a_matrix_narrower_than_a_group() -> None:

@@ -22,6 +22,7 @@ from hasten.cli.flags import (
     optional,
 )
 from hasten.errors import HastenError, UsageError
+from hasten.stopping import outlived
 
 if TYPE_CHECKING:
     from hasten.engine.model import LanguageModel
@@ -122,6 +123,7 @@ def _typed() -> Iterator[str]:
         try:
             yield input("> ").strip()
         except KeyboardInterrupt:
+            outlived()
             note("\n(/exit or Ctrl-D leaves)")
         except EOFError:
             note("")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hasten.core import as_json
 from hasten.errors import UsageError
+from hasten.stopping import outlived
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -257,6 +258,7 @@ def speak(
     except KeyboardInterrupt:
         if not patient:
             raise
+        outlived()
         answer.stopped = True
     _write(answer, text.flush(), aloud)
     return answer

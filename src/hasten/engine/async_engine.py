@@ -157,7 +157,9 @@ class AsyncEngine:
         try:
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(self._reader, compiler.compile, grammar)
-        except RuntimeError as error:  # the reader was shut down
+        except RuntimeError as error:
+            if self._state == "open":  # an error of this grammar's own
+                raise
             raise EngineClosed("the engine was closed", hint="start it again") from error
         finally:
             self._unread.release()

@@ -24,7 +24,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from hasten.serve.log import Forward
 from hasten.serve.problem import Problem
-from hasten.stopping import first
+from hasten.stopping import first_signal
 
 if TYPE_CHECKING:
     from hasten.engine.async_engine import AsyncEngine
@@ -302,6 +302,6 @@ class Server(uvicorn.Server):
                 signal.signal(one, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.stopped_by = self.stopped_by or first(sig)
+        self.stopped_by = first_signal(sig)
         self.force_exit = self.should_exit  # the second time is meant
         self.should_exit = True

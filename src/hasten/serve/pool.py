@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from hasten.serve.log import Log
 
 
-_LOOK_S = 0.2  # between looks whether an engine failed
-_MOST_WAIT_S = 60.0
-_FORGOTTEN_S = 300.0  # a model that ran for so long starts over when its engine fails
+_LOOK_S = 1.0  # between looks whether an engine failed
+_MOST_WAIT_S = 60.0  # between two loads of a model whose engine fails again and again
+_FORGOTTEN_S = 300.0  # an engine that ran for so long is loaded again at once when it fails
 
 Loader = Callable[[str], "tuple[LanguageModel, AsyncEngine]"]
 
@@ -75,20 +75,23 @@ class Served:
 
 @dataclass(eq=False)
 class _Falls:
-    """How often a model's engine failed lately: the first time it is loaded again at once, then later."""
+    """How often a model's engine failed lately. After the first failure the model is loaded again at once,
+    after the next ones later and later: a model that cannot run must not load for ever."""
 
     count: int = 0
-    last: float = 0.0  # when it was loaded again
+    last: float = 0.0  # when the last load ended
 
-    def note(self) -> None:
-        """It is loaded again now."""
-        now = time.monotonic()
-        self.count = 1 + (self.count if now - self.last < _FORGOTTEN_S else 0)
-        self.last = now
+    def begin(self) -> None:
+        """The model is loaded again now."""
+        self.count = 1 + (self.count if time.monotonic() - self.last < _FORGOTTEN_S else 0)
+
+    def end(self) -> None:
+        """A load ended: what it took does not count as time that the engine ran."""
+        self.last = time.monotonic()
 
     @property
     def wait_s(self) -> float:
-        """Seconds until it may be loaded again."""
+        """Seconds until the model may be loaded again."""
         if self.count == 0:
             return 0.0
         return self.last + min(_MOST_WAIT_S, 2.0 ** (self.count - 1)) - time.monotonic()
@@ -170,6 +173,8 @@ class ModelPool:
         while True:
             await asyncio.sleep(_LOOK_S)
             for name in [*self._down, *(name for name, one in self._loaded.items() if one.engine.failed)]:
+                if self._placing.locked():
+                    continue  # a load is under way, and may need the place: look again later
                 if name not in self._loaded and len(self._loaded) >= self._most:
                     self._down.discard(name)  # others took its place: it comes back when it is asked for
                 elif name not in self._loading and self._falls.setdefault(name, _Falls()).wait_s <= 0:
@@ -178,7 +183,7 @@ class ModelPool:
     def _revive(self, name: str) -> asyncio.Task[Served]:
         self._down.add(name)
         falls = self._falls.setdefault(name, _Falls())
-        falls.note()
+        falls.begin()
         self._say("reloading", "error", model=name, failures=falls.count)
         return self._start_loading(name)
 
@@ -262,6 +267,7 @@ class ModelPool:
             self._say("load_failed", "error", model=name, error=str(error))
             raise
         finally:
+            self._falls.setdefault(name, _Falls()).end()
             self._loading.pop(name, None)
 
     async def _placed(self, name: str) -> Served:

@@ -32,16 +32,19 @@ FLOOR = -9999.0
 
 
 def dumped(value: Any) -> bytes:
-    """Compact JSON in UTF-8.
-
-    Raises:
-        ValueError: it holds a number that is not finite.
-    """
+    """Compact JSON in UTF-8. A number that is not finite is written as null, as orjson does."""
     try:
         return orjson.dumps(value)
     except TypeError:  # whole numbers of more than 64 bits, and texts that are no UTF-8
-        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=_prepared)
         return text.encode("utf-8", "replace")
+
+
+def _prepared(value: Any) -> Any:
+    """What `joined` made ready, for the writer that does not know it."""
+    if isinstance(value, orjson.Fragment):
+        return json.loads(orjson.dumps(value))
+    raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
 def dumps(value: Any) -> str:

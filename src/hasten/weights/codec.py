@@ -5,6 +5,7 @@ Slow and short. The native packer (native/pack.cpp) must give the same codes and
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,17 +163,17 @@ def _encode_table(values: Floats, kind: Format) -> Encoded:
     largest = float(np.nanmax(table))
     peaks = _block_peaks(np.abs(values), kind)
     if kind.scale == "e8m0":  # the peak's power of two, less the largest element's (MX 1.0, section 6.3)
-        exponent = np.floor(np.log2(np.maximum(peaks, 2.0**-126))) - np.floor(np.log2(largest))
+        exponent = np.frexp(np.maximum(peaks, np.float32(2.0**-126)))[1] - math.frexp(largest)[1]
         scales = np.clip(exponent + 127, 0, 254).astype(np.uint8)
     else:
         scales = np.where(peaks > 0, peaks / np.float32(largest), np.float32(1)).astype(np.float32)
     order = np.argsort(table)[: int(np.isfinite(table).sum())]  # numbers before NaN
     order = order[np.append(True, np.diff(table[order]) > 0)]  # one of the two zeros
     codes = np.empty((rows, cols), np.uint8)
-    spread = _scale_values(scales, kind)
+    spread = _spread(_scale_values(scales, kind), kind, rows, cols)
     for first in range(0, rows, _ROWS):
         part = values[first : first + _ROWS]
-        scaled = part / _spread(spread, kind, rows, cols)[first : first + _ROWS]
+        scaled = part / spread[first : first + _ROWS]
         codes[first : first + _ROWS] = order[_nearest(scaled, table[order], order)]
     return Encoded(kind, codes, scales)
 

@@ -6,6 +6,7 @@ native/layout.h, and norms and biases in float32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -169,28 +170,30 @@ def pack_linear(
 def _relative(tensor: SourceTensor, layout: Format, data: npt.NDArray[np.uint8], threads: int) -> float:
     rows, cols = tensor.shape
     raw, dtype, order = tensor.data, tensor.dtype, tensor.row_order
-    if dtype not in _FLOATS:  # through float32: another width than the file's own
+    if dtype not in _FLOATS and not layout.table:  # through float32: another width than the file's own
         raw = _native.dequantize_ggml(raw, dtype, rows * cols, threads).view(np.uint8)
         dtype = "F32"
     if layout.table:
-        values = vector(replace(tensor, name=tensor.name)).reshape(rows, cols)
+        values = finite_values(tensor)
         found = encode(values, layout)
         data[:] = to_bytes(found)
         squares = float(np.square(values, dtype=np.float64).sum())
-        loss = float(np.square(values - found.values(), dtype=np.float64).sum()), squares
+        squared_error = float(np.square(values - found.values(), dtype=np.float64).sum())
     else:
-        loss = _native.pack(raw, dtype, rows, cols, *layout.native, data, order, tensor.offset, threads)
-    squared_error, squares = loss[0], loss[1]
+        squared_error, squares = _native.pack(
+            raw, dtype, rows, cols, *layout.native, data, order, tensor.offset, threads
+        )
     return float((squared_error / squares) ** 0.5) if squares > 0 else 0.0
 
 
-def vector(tensor: SourceTensor) -> npt.NDArray[np.float32]:
-    """A norm or bias as float32 [n].
+def finite_values(tensor: SourceTensor) -> npt.NDArray[np.float32]:
+    """A tensor's values in its own shape: float32, rows in the engine's order, its offset added.
 
     Raises:
         ModelError: a value is not finite; the tensor is named.
     """
-    values = _native.dequantize_ggml(tensor.data, tensor.dtype, int(np.prod(tensor.shape)), 1)
+    values = _native.dequantize_ggml(tensor.data, tensor.dtype, math.prod(tensor.shape), 1)
+    values = values.reshape(tensor.shape)
     if tensor.row_order is not None:
         values = values[tensor.row_order]
     if tensor.offset:
@@ -198,7 +201,7 @@ def vector(tensor: SourceTensor) -> npt.NDArray[np.float32]:
     if not np.isfinite(values).all():
         at = int(np.flatnonzero(~np.isfinite(values))[0])
         raise ModelError(
-            f"{tensor.name}: value {at} is {values[at]}, not a finite number",
+            f"{tensor.name}: value {at} is {values.flat[at]}, not a finite number",
             hint="the file is damaged or the model diverged: get it again",
         )
     return np.ascontiguousarray(values, np.float32)
@@ -233,7 +236,9 @@ def pack_model(source: Opened, recipe: Recipe, threads: int | None = None) -> Pa
     for (name, tensor), start, size in zip(matrices.items(), starts, sizes, strict=False):
         part = memory[int(start) : int(start) + size]
         linears[name] = pack_linear(tensor, recipe.layout_for(name), part, threads)
-    vectors = {name: vector(tensor) for name, tensor in source.tensors.items() if len(tensor.shape) == 1}
+    vectors = {
+        name: finite_values(tensor) for name, tensor in source.tensors.items() if len(tensor.shape) == 1
+    }
     return PackedModel(source.config, recipe, linears, vectors)
 
 
@@ -312,7 +317,7 @@ def _unpacked(data: Bytes, layout: Format) -> Bytes:
 
 
 def pack_integers(name: str, found: Encoded) -> PackedLinear:
-    """Encoded, scales and minimums into a matrix of the engine; every value is kept.
+    """Integers, scales and minimums into a matrix of the engine; every value is kept.
 
     Raises:
         ModelError: a scale is not finite; the matrix is named.

@@ -23,7 +23,7 @@ from hasten.core import Recipe
 from hasten.errors import UsageError
 from hasten.models.source import Source
 from hasten.weights.formats import format_named
-from hasten.weights.packed import PackedLinear, PackedModel, pack_linear, vector
+from hasten.weights.packed import PackedLinear, PackedModel, finite_values, pack_linear
 
 _VERSION = 2
 _KIND = f"layers {_VERSION}"
@@ -73,7 +73,7 @@ class _Pass:
         self._work = _Work.of(self.folder, self.source, self.recipe, self.text)
         self._statistics = self._collected()
         linears: dict[str, PackedLinear] = {}
-        vectors = {n: vector(t) for n, t in self.source.tensors.items() if len(t.shape) == 1}
+        vectors = {n: finite_values(t) for n, t in self.source.tensors.items() if len(t.shape) == 1}
         self._streams: Streams | None = None
         for index in range(layers + 1):
             self.observer(index, layers + 1, f"layer {index}" if index < layers else "the head")
