@@ -381,7 +381,8 @@ def compare(given: argparse.Namespace) -> int:
         both.close()
     print(f"{'':<44}{'new':>9}{'old':>9}{'':<7}{'ratio or figure':>25}{'n':>4}{'bad':>4}  bar")
     settings = Settings(given.model, "", given.threads, given.rounds, None, None)
-    say(f"written: {record('against_old', settings, both.rows, both.details)}")
+    parts = "" if set(given.only) == set(PARTS) else "_" + "_".join(given.only)
+    say(f"written: {record('against_old' + parts, settings, both.rows, both.details)}")
     return int(any(row.verdict == "MISS" for row in both.rows))
 
 
