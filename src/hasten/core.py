@@ -418,6 +418,10 @@ class EngineOptions:
             "default: max_sequences full contexts, less where memory is short"
         },
     )
+    device: str = field(
+        default="cpu",
+        metadata={"help": "what computes: cpu, or reference (plain NumPy, slow, to compare with)"},
+    )
 
 
 CachePolicy = Literal["lru", "lfu", "s3fifo", "cost"]

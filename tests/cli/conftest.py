@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import hasten.runtime.executor  # noqa: F401  before `model` puts a stand-in for what it imports
 from hasten.errors import UsageError
 
 END = 256

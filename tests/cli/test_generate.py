@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from hasten.cli import main
+from hasten.core import EngineOptions
 
 
 def test_stdout_carries_the_continuation_alone(model: Any, capsys: Any) -> None:
@@ -21,9 +22,20 @@ def test_stdout_carries_the_continuation_alone(model: Any, capsys: Any) -> None:
         "recipe": "w8",
         "threads": 2,
         "context": None,
-        "options": None,
+        "options": EngineOptions(),
         "store": True,
     }
+
+
+def test_the_device_is_handed_on_and_must_be_there(model: Any, capsys: Any) -> None:
+    assert main(["generate", "m", "-p", "x", "--device", "reference"]) == 0
+    assert model.loaded.pop("options") == EngineOptions(device="reference")
+    model.loaded.clear()
+    for verb in (["generate", "m", "-p", "x"], ["chat", "m"], ["serve", "m"]):
+        assert main([*verb, "--device", "abacus"]) == 2
+        err = capsys.readouterr().err
+        assert "no device 'abacus'" in err and "cpu, reference" in err
+    assert not model.loaded
 
 
 def test_raw_uses_no_template_and_dash_reads_stdin(model: Any, stdin: Any, capsys: Any) -> None:

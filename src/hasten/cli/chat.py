@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from hasten.cli.console import note, speak, watched
 from hasten.cli.flags import (
     ContextOption,
+    DeviceOption,
     MinPOption,
     ModelArgument,
     NewTokensOption,
@@ -21,6 +22,7 @@ from hasten.cli.flags import (
     TopPOption,
     optional,
 )
+from hasten.core import EngineOptions
 from hasten.errors import HastenError, UsageError
 from hasten.stopping import outlived
 
@@ -46,6 +48,7 @@ def command(
     seed: SeedOption = 0,
     threads: ThreadsOption = None,
     context: ContextOption = None,
+    device: DeviceOption = "cpu",
 ) -> None:
     """Talk with a model in the terminal.
 
@@ -57,7 +60,14 @@ def command(
 
     sampling = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     with watched() as observer:
-        running = load(model, recipe=recipe, threads=threads, context=context, observer=observer)
+        running = load(
+            model,
+            recipe,
+            threads=threads,
+            context=context,
+            options=EngineOptions(device=device),
+            observer=observer,
+        )
     if sys.stdin.isatty():
         note(f"{running.name} [{running.recipe.name}]. {HELP}")
     conversation = Conversation(running, sampling, max_new_tokens, system)

@@ -45,6 +45,7 @@ RECIPE = (
 )
 ModelArgument = Annotated[str, argument("MODEL", MODEL)]
 RecipeOption = Annotated[str | None, optional("--recipe", "R", RECIPE)]
+DeviceOption = Annotated[str, given("--device", "NAME", help_of(EngineOptions, "device"))]
 ThreadsOption = Annotated[int | None, optional("--threads", "N", help_of(EngineOptions, "threads"), min=1)]
 ContextOption = Annotated[int | None, optional("--context", "N", help_of(EngineOptions, "context"), min=1)]
 JsonOption = Annotated[bool, optional("--json", None, "Print one JSON document on stdout.")]

@@ -11,6 +11,7 @@ import typer
 from hasten.cli.console import CALIBRATED, Answer, emit, note, read_stdin, speak, watched
 from hasten.cli.flags import (
     ContextOption,
+    DeviceOption,
     JsonOption,
     MinPOption,
     ModelArgument,
@@ -23,7 +24,7 @@ from hasten.cli.flags import (
     TopPOption,
     optional,
 )
-from hasten.core import SCHEMA_VERSION
+from hasten.core import SCHEMA_VERSION, EngineOptions
 from hasten.errors import UsageError
 
 KEPT = f"The text so far is on stdout. {CALIBRATED}"
@@ -52,6 +53,7 @@ def command(
     raw: RawOption = False,
     threads: ThreadsOption = None,
     context: ContextOption = None,
+    device: DeviceOption = "cpu",
     json: JsonOption = False,
 ) -> None:
     """Continue one prompt and print the continuation.
@@ -68,7 +70,14 @@ def command(
     sampling = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     started = time.perf_counter()
     with watched() as observer:
-        running = load(model, recipe=recipe, threads=threads, context=context, observer=observer)
+        running = load(
+            model,
+            recipe,
+            threads=threads,
+            context=context,
+            options=EngineOptions(device=device),
+            observer=observer,
+        )
     load_s = time.perf_counter() - started
     tokenizer = running.tokenizer
     ids = tokenizer.encode(text) if raw else tokenizer.encode_chat([{"role": "user", "content": text}])

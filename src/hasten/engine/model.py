@@ -15,7 +15,7 @@ from hasten.core import EngineOptions, ModelSpec, Recipe, ServingOptions
 from hasten.engine.request import Request
 from hasten.errors import UsageError
 from hasten.machine.cores import cores
-from hasten.runtime.executor import open_executor
+from hasten.runtime.executor import check_device, open_executor
 from hasten.runtime.pages import CachedSequence
 from hasten.runtime.sampling import SamplingOptions
 from hasten.runtime.tokens import token_ids
@@ -54,13 +54,12 @@ class LanguageModel:
         tokenizer: Tokenizer,
         name: str,
         options: EngineOptions,
-        device: str = "cpu",
     ) -> None:
         self.name = name
         self.packed = packed
         self.tokenizer = tokenizer
         self.options = options
-        self.executor = open_executor(device, packed, options)
+        self.executor = open_executor(packed, options)
 
     def __getattr__(self, name: str) -> Any:  # of what is not there
         if name in ("executor", "packed"):
@@ -275,6 +274,7 @@ def load(
         threads=threads if threads is not None else base.threads,
         context=context if context is not None else base.context,
     )
+    check_device(wanted.device)
     from hasten.models.artifact import load_artifact
     from hasten.weights.artifact import is_artifact
     from hasten.weights.packed import decoded

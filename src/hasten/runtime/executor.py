@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from hasten.errors import UsageError
 from hasten.runtime.pages import CachedSequence, PagePool
 from hasten.runtime.sampling import Choice, Masks, SequenceSampler, TokenLogprob, choose, score
 
@@ -156,9 +157,22 @@ class Executor(Protocol):
         ...
 
 
-def open_executor(device: str, packed: PackedModel, options: EngineOptions) -> Executor:
-    """A model on the device of this name in `EXECUTORS`."""
-    module, _, kind = EXECUTORS[device].partition(":")
+def check_device(name: str) -> None:
+    """Raises UsageError where `EXECUTORS` has no such device."""
+    if name not in EXECUTORS:
+        raise UsageError(
+            f"there is no device {name!r}", hint=f"use --device with one of: {', '.join(EXECUTORS)}"
+        )
+
+
+def open_executor(packed: PackedModel, options: EngineOptions) -> Executor:
+    """A model on the device that the options name.
+
+    Raises:
+        UsageError: `EXECUTORS` has no such device.
+    """
+    check_device(options.device)
+    module, _, kind = EXECUTORS[options.device].partition(":")
     executor: Executor = getattr(import_module(module), kind)(packed, options)
     return executor
 
