@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from hasten.core import ModelSpec
+from hasten.models.rope import rotations
 from hasten.weights.plan import FlatConfig
 
 
@@ -16,7 +17,7 @@ def spec(*args: Any, biases: tuple[str, ...] = (), **values: Any) -> ModelSpec:
 
 def changed(model: ModelSpec, **values: Any) -> ModelSpec:
     """The same decoder with other figures, by the names of `FlatConfig` and `biases`."""
-    biases = values.pop("biases", model.biases)
+    biases = values.pop("biases", model.blocks[0].biases)
     known = flat_of(model)
     if values.get("num_layers", len(model.blocks)) != len(model.blocks):
         known = replace(known, rope_layers=(), sliding_layers=())
@@ -24,5 +25,18 @@ def changed(model: ModelSpec, **values: Any) -> ModelSpec:
 
 
 def flat_of(model: ModelSpec) -> FlatConfig:
-    """The record of before there were blocks."""
-    return FlatConfig(**{one.name: getattr(model, one.name) for one in fields(FlatConfig)})
+    """The record of before there were blocks: a dense decoder's, alike in the rest."""
+    mixer, ways, norms = model.blocks[0].mixer, model.blocks[0].feed_forward, model.blocks[0].norms
+    rotary, local = rotations(model)
+    rotates = tuple(block.mixer.rotary is not None for block in model.blocks)
+    windows = tuple(block.mixer.window for block in model.blocks)
+    return FlatConfig(
+        model.architecture, model.vocab, model.width, ways.width, len(model.blocks),
+        mixer.heads, mixer.kv_heads, mixer.head_dim, model.context, model.final_norm.eps,
+        ways.activation, norms.placement, mixer.qk_norm, None if rotary.dim == mixer.head_dim else rotary.dim,
+        rotary.theta, rotary.scaling, None if local is None else local.theta, () if all(rotates) else rotates,
+        next((window for window in windows if window is not None), None),
+        () if set(windows) == {None} else tuple(window is not None for window in windows),
+        mixer.scale, mixer.softcap, model.head.softcap, model.embedding.scale, model.head.tied,
+        model.bos_token_id, model.eos_token_ids,
+    )  # fmt: skip

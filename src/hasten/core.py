@@ -8,7 +8,7 @@ heads, `K` KV heads, `D` head size, `E` model width, `F` feed-forward width, `V`
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -153,6 +153,17 @@ class Block:
         cross = () if self.cross is None else tuple(f"cross.{name}" for name in self.cross.biases)
         return (*self.mixer.biases, *cross, *self.feed_forward.biases)
 
+    def with_biases(self, names: Iterable[str]) -> Block:
+        """The same block where these of its linear layers have a bias, and no others."""
+        wanted = set(names)
+        mixer, ways = (tuple(name for name in part.linears(1) if name in wanted)
+                       for part in (self.mixer, self.feed_forward))  # fmt: skip
+        return dataclasses.replace(
+            self,
+            mixer=dataclasses.replace(self.mixer, biases=mixer),
+            feed_forward=dataclasses.replace(self.feed_forward, biases=ways),
+        )
+
     def vectors(self, width: int) -> dict[str, int]:
         """Norms and biases: name -> length."""
         found: dict[str, int] = {}
@@ -259,6 +270,14 @@ class ModelSpec:
         shapes["final_norm"] = (self.width,)
         return shapes
 
+    def share(self, name: str) -> float:
+        """The share of tokens that go through a linear layer: 1 but for experts, who get even shares."""
+        _, _, part = name.partition(".experts.")
+        if not part:
+            return 1.0
+        ways = self.blocks[int(name.split(".")[1])].feed_forward
+        return ways.chosen / ways.experts
+
     @property
     def weights_stored(self) -> int:
         """Weights of all linear layers, of every expert, the head included and the embedding table not."""
@@ -267,12 +286,8 @@ class ModelSpec:
     @property
     def weights_read(self) -> int:
         """Weights read for one decoded token: of experts, those that the token goes through."""
-        total = self.vocab * self.width
-        for block in self.blocks:
-            ways = block.feed_forward
-            skipped = max(ways.experts - ways.chosen, 0) * 3 * ways.width * self.width
-            total += sum(rows * cols for rows, cols in block.linears(self.width).values()) - skipped
-        return total
+        shapes = self.linear_shapes().items()
+        return round(sum(rows * cols * self.share(name) for name, (rows, cols) in shapes))
 
     # Figures of models whose blocks are alike, by their old names: for parts that run no others (`dense`).
     vocab_size = _Figure[int](lambda spec: spec.vocab)
@@ -285,7 +300,6 @@ class ModelSpec:
     num_kv_heads = _Figure[int](lambda spec: spec.blocks[0].mixer.kv_heads)
     head_dim = _Figure[int](lambda spec: spec.blocks[0].mixer.head_dim)
     qk_norm = _Figure[QkNorm](lambda spec: spec.blocks[0].mixer.qk_norm)
-    query_scale = _Figure["float | None"](lambda spec: spec.blocks[0].mixer.scale)
     score_scale = _Figure[float](lambda spec: spec.blocks[0].mixer.score_scale)
     attention_softcap = _Figure["float | None"](lambda spec: spec.blocks[0].mixer.softcap)
     norm_placement = _Figure[NormPlacement](lambda spec: spec.blocks[0].norms.placement)
@@ -302,39 +316,27 @@ class ModelSpec:
         mixers = [block.mixer for block in self.blocks if block.mixer.rotary is not None]
         return next((m.rotary for m in mixers if m.window is None), mixers[0].rotary if mixers else None)
 
-    @property
-    def local_rotary(self) -> Rotary | None:
-        """How layers with a window turn, where that is a way of their own."""
-        found = (block.mixer.rotary for block in self.blocks if block.mixer.window is not None)
-        return next((rotary for rotary in found if rotary is not None and rotary != self.rotary), None)
-
-    @property
-    def rotary_dim(self) -> int | None:
-        """Leading values of a head that turn; None: all."""
-        return None if self.rotary is None or self.rotary.dim == self.head_dim else self.rotary.dim
-
+    local_rotary = _Figure["Rotary | None"](
+        lambda spec: next((b.mixer.rotary for b in spec.blocks if b.mixer.window is not None
+                           and b.mixer.rotary not in (None, spec.rotary)), None)
+    )  # fmt: skip
+    rotary_dim = _Figure["int | None"](
+        lambda s: None if s.rotary is None or s.rotary.dim == s.head_dim else s.rotary.dim
+    )
     rope_theta = _Figure[float](lambda spec: spec.rotary.theta if spec.rotary else 10_000.0)
     rope_scaling = _Figure[RopeScaling](lambda spec: spec.rotary.scaling if spec.rotary else RopeScaling())
-    rope_local_theta = _Figure["float | None"](
-        lambda spec: spec.local_rotary.theta if spec.local_rotary else None
+    rope_local_theta = _Figure["float | None"](lambda s: s.local_rotary.theta if s.local_rotary else None)
+    rope_layers = _Figure["tuple[bool, ...]"](
+        lambda s: (
+            () if all(b.mixer.rotary for b in s.blocks) else tuple(bool(b.mixer.rotary) for b in s.blocks)
+        )
     )
-
-    @property
-    def rope_layers(self) -> tuple[bool, ...]:
-        """Which layers turn; empty: all."""
-        flags = tuple(block.mixer.rotary is not None for block in self.blocks)
-        return () if all(flags) else flags
-
-    @property
-    def sliding_window(self) -> int | None:
-        """Tokens that layers with a window look back on, None where no layer has one."""
-        return next((b.mixer.window for b in self.blocks if b.mixer.window is not None), None)
-
-    @property
-    def sliding_layers(self) -> tuple[bool, ...]:
-        """Which layers have a window; empty: none."""
-        flags = tuple(block.mixer.window is not None for block in self.blocks)
-        return flags if any(flags) else ()
+    sliding_window = _Figure["int | None"](
+        lambda s: next((b.mixer.window for b in s.blocks if b.mixer.window), None)
+    )
+    sliding_layers = _Figure["tuple[bool, ...]"](
+        lambda s: tuple(bool(b.mixer.window) for b in s.blocks) if s.sliding_window else ()
+    )
 
     def kv_bytes_per_token(self, bytes_per_value: float = 2.0) -> int:
         """KV cache bytes one token of context costs over all layers that keep keys and values."""
@@ -380,6 +382,7 @@ def _beyond_dense(spec: ModelSpec) -> Iterator[str]:
             (ways.kind == "experts", "a mixture of experts"),
             (ways.kind == "plain", "feed-forward layers without a gate"),
             (block.norms.kind != "rms", "layer norms"),
+            (block.norms.eps != spec.final_norm.eps, "norms with another epsilon than the final norm's"),
             (block != plain[0], "blocks of different shapes"),
         ):
             if is_there:
@@ -387,11 +390,13 @@ def _beyond_dense(spec: ModelSpec) -> Iterator[str]:
     mixers = [block.mixer for block in dict.fromkeys(spec.blocks)]
     if len({mixer.window for mixer in mixers} - {None}) > 1:
         yield "windows of different lengths"
-    for is_local in (False, True):
-        turns = {m.rotary for m in mixers if (m.window is not None) == is_local} - {None}
-        if len(turns) > 1:
-            yield "more than two kinds of rotation"
-    if spec.local_rotary is not None and spec.local_rotary.scaling.kind != "default":
+    turns, local = ({m.rotary for m in mixers if m.rotary and (m.window is not None) == has_window}
+                    for has_window in (False, True))  # fmt: skip
+    if len(turns) > 1 or len(local) > 1:
+        yield "more than two kinds of rotation"
+    if len({rotary.dim for rotary in turns | local}) > 1:
+        yield "layers that turn different numbers of dimensions"
+    if turns and any(rotary.scaling.kind != "default" for rotary in local - turns):
         yield "a scaled rotation of layers with a window"
 
 

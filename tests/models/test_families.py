@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hasten.core import Attention, Block, FeedForward, ModelSpec, Rotary, as_json, dense
+from hasten.core import Attention, Block, FeedForward, ModelSpec, Norms, Rotary, as_json, dense
 from hasten.errors import ModelError
 from hasten.models import families, open_model
 from hasten.models.families import FAMILIES, hf_spec
@@ -97,6 +97,13 @@ BEYOND: list[tuple[Block | None, dict[str, Any], str]] = [
     (Block(replace(MIXER, kv_from=0), WAYS), {}, "layers that share keys and values"),
     (Block(replace(MIXER, heads=8), WAYS), {}, "blocks of different shapes"),
     (Block(MIXER, WAYS, cross=MIXER), {}, "cross attention"),
+    (Block(MIXER, WAYS, Norms(eps=1e-5)), {}, "norms with another epsilon than the final norm's"),
+    (Block(MIXER, WAYS, Norms(kind="layer")), {}, "layer norms"),
+    (
+        Block(replace(MIXER, window=9, rotary=Rotary(8)), WAYS),
+        {},
+        "layers that turn different numbers of dimensions",
+    ),
     (Block(MIXER, FeedForward(96, "plain")), {}, "feed-forward layers without a gate"),
     (Block(MIXER, FeedForward(96, "experts", experts=4, chosen=2)), {}, "a mixture of experts"),
     (None, {"encoder": spec("llama", 9, 64, 96, 1, 4, 2, 16, 128)}, "an encoder"),

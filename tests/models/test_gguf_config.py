@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 
 from gguf_bytes import BOOL, F32, STRING, U32, Gguf, array, floats, scalar, smallest_model
-from hasten.core import ModelSpec
 from hasten.errors import ModelError
 from hasten.models.families import gguf_spec
 from hasten.models.gguf import GgufFile
+from hasten.weights.plan import FlatConfig
+from specs import flat_of
 
 
-def read(model: Gguf) -> ModelSpec:
+def read(model: Gguf) -> FlatConfig:
     file = GgufFile.parse(memoryview(model.build()), "test.gguf")
-    return gguf_spec(file.metadata, file.tensors, "test.gguf")
+    return flat_of(gguf_spec(file.metadata, file.tensors, "test.gguf"))
 
 
 def with_keys(architecture: str = "qwen2", layers: int = 1, **values: bytes) -> Gguf:

@@ -13,6 +13,8 @@ from hasten.core import ModelSpec
 from hasten.errors import HastenError, ModelError
 from hasten.models.families import hf_spec
 from hasten.models.families.family import bf16_rounded
+from hasten.weights.plan import FlatConfig
+from specs import flat_of
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
@@ -102,6 +104,10 @@ def read(values: Any) -> ModelSpec:
     return hf_spec(copy.deepcopy(values), "config.json")
 
 
+def flat(values: Any) -> FlatConfig:
+    return flat_of(read(values))
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_agrees_with_transformers(name: str) -> None:
     from transformers import AutoConfig
@@ -109,7 +115,7 @@ def test_agrees_with_transformers(name: str) -> None:
     values = copy.deepcopy(PUBLISHED[name])
     twin = AutoConfig.for_model(values.pop("model_type"), **values)  # type: ignore[arg-type]
     twin = getattr(twin, "text_config", twin)
-    ours = read(PUBLISHED[name])
+    ours = flat(PUBLISHED[name])
 
     assert ours.vocab_size == twin.vocab_size
     assert (ours.hidden_size, ours.intermediate_size) == (twin.hidden_size, twin.intermediate_size)
@@ -136,35 +142,47 @@ def test_agrees_with_transformers(name: str) -> None:
 
 
 def test_what_sets_each_apart() -> None:
-    llama, gemma, big = read(LLAMA), read(GEMMA3_1B), read(GEMMA3_4B)
+    llama, gemma, big = flat(LLAMA), flat(GEMMA3_1B), flat(GEMMA3_4B)
     assert llama.eos_token_ids == (128001, 128008, 128009) and llama.rope_scaling.factor == 32
     assert (gemma.norm_placement, gemma.qk_norm, gemma.activation) == ("sandwich", "head", "gelu_tanh")
-    assert (gemma.rope_local_theta, gemma.score_scale, gemma.tied_head) == (10_000, 1 / 16, True)
+    assert (gemma.rope_local_theta, gemma.query_scale, gemma.tied_head) == (10_000, 1 / 16, True)
     assert gemma.sliding_layers[:7] == (True,) * 5 + (False, True)
     assert gemma.embed_scale == 34.0  # sqrt(1152) = 33.94, which bf16 does not have
-    assert hf_spec(GEMMA3_1B, "x", "F32").embed_scale == 1152**0.5
+    assert hf_spec(GEMMA3_1B, "x", "F32").embedding.scale == 1152**0.5
     assert (big.rope_scaling.kind, big.rope_scaling.factor, big.num_heads, big.vocab_size) == (
         "linear",
         8,
         8,
         262208,
     )
-    assert (read(OLMO2).norm_placement, read(OLMO2).qk_norm) == ("post", "full")
-    assert read(SMOLLM3).rope_layers == (True, True, True, False) * 9
-    assert (read(PHI4_MINI).rotary_dim, read(PHI3_128K).rotary_dim) == (96, None)
-    assert read({**QWEN3, "num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 8,
+    assert (flat(OLMO2).norm_placement, flat(OLMO2).qk_norm) == ("post", "full")
+    assert flat(SMOLLM3).rope_layers == (True, True, True, False) * 9
+    assert (flat(PHI4_MINI).rotary_dim, flat(PHI3_128K).rotary_dim) == (96, None)
+    assert flat({**QWEN3, "num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 8,
                  "max_window_layers": 2}).sliding_layers == (False, False, True, True)  # fmt: skip
     without = {k: v for k, v in MISTRAL.items() if k != "sliding_window"}
-    assert read(without).sliding_window == 4096  # what transformers assumes
-    assert read({**MISTRAL, "sliding_window": None}).sliding_window is None
+    assert flat(without).sliding_window == 4096  # what transformers assumes
+    assert flat({**MISTRAL, "sliding_window": None}).sliding_window is None
+
+
+def test_the_whole_of_gemma_3_speaks_for_its_text_half() -> None:
+    """Gemma 3 with images has its end tokens and the tied head beside `text_config`, not in it."""
+    whole = read({**GEMMA3_4B, "eos_token_id": [1, 106], "tie_word_embeddings": False})
+    assert whole.eos_token_ids == (1, 106) and not whole.head.tied
+    assert read(GEMMA3_4B).eos_token_ids == (1,) and read(GEMMA3_4B).head.tied
+
+
+def test_phi_3_counts_from_4096_where_it_does_not_say() -> None:
+    silent = {k: v for k, v in PHI3_128K.items() if k != "original_max_position_embeddings"}
+    assert flat(silent).rope_scaling.original_context_length == 4096
 
 
 def test_biases() -> None:
-    assert set(hf_spec(QWEN2, "x").biases) == set("qkv")
-    assert set(hf_spec(LLAMA, "x").biases) == set()
+    assert set(hf_spec(QWEN2, "x").blocks[0].biases) == set("qkv")
+    assert set(hf_spec(LLAMA, "x").blocks[0].biases) == set()
     both = {**LLAMA, "attention_bias": True, "mlp_bias": True}
-    assert set(hf_spec(both, "x").biases) == {"q", "k", "v", "o", "gate", "up", "down"}
-    assert set(hf_spec({**QWEN3, "attention_bias": True}, "x").biases) == set("qkvo")
+    assert set(hf_spec(both, "x").blocks[0].biases) == {"q", "k", "v", "o", "gate", "up", "down"}
+    assert set(hf_spec({**QWEN3, "attention_bias": True}, "x").blocks[0].biases) == set("qkvo")
 
 
 def test_rope_parameters_of_both_generations_are_the_same() -> None:
@@ -255,7 +273,7 @@ KEYS = sorted({key for values in PUBLISHED.values() for key in values} | {"rope_
 )
 def test_any_json_gives_a_config_or_our_error(name: str, changes: dict[str, Any]) -> None:
     try:
-        config = read({**PUBLISHED[name], **changes})
+        config = flat({**PUBLISHED[name], **changes})
     except HastenError:
         return
     assert config.num_layers <= 1024 and config.num_heads % config.num_kv_heads == 0

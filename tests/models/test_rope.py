@@ -33,9 +33,10 @@ def test_tables_are_those_of_transformers(name, length):
     nested = theirs.model_type == "gemma3_text"
     layer_type = {"layer_type": "full_attention"} if nested else {}
     parameters = theirs.rope_parameters["full_attention"] if nested else theirs.rope_parameters
-    frequencies, scale = rope.frequencies(ours.rotary, ours.context, length)
+    rotary, _ = rope.rotations(ours)
+    frequencies, scale = rope.frequencies(rotary, ours.context, length)
     if parameters["rope_type"] == "default":
-        dim = ours.rotary_dim or ours.head_dim
+        dim = rotary.dim
         wanted, wanted_scale = parameters["rope_theta"] ** -(np.arange(0, dim, 2) / dim), 1.0
     else:
         make = ROPE_INIT_FUNCTIONS[parameters["rope_type"]]

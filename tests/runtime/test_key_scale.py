@@ -11,6 +11,7 @@ import tiny_models
 from hasten.core import EngineOptions, Recipe
 from hasten.engine.model import load_packed
 from hasten.models.open import open_folder
+from hasten.models.rope import rotations
 from hasten.models.source import Source
 from hasten.runtime import cpu
 from hasten.runtime.keys import key_scales, key_shifts
@@ -31,12 +32,12 @@ def scales_of(packed: PackedModel) -> dict[str, np.ndarray]:
 def test_they_are_powers_of_two_equal_where_dimensions_turn_together(name: str, tmp_path: Path) -> None:
     _, packed = packed_as("bf16-kv8", name, tmp_path)
     config, found = packed.config, scales_of(packed)
-    assert len(found) == config.num_layers
-    half = (config.rotary_dim or config.head_dim) // 2
-    for layer in range(config.num_layers):
-        scale = found[f"layers.{layer}.key_scale"].reshape(config.num_kv_heads, config.head_dim)
+    assert len(found) == len(config.blocks)
+    for layer, mixer in enumerate(block.mixer for block in config.blocks):
+        scale = found[f"layers.{layer}.key_scale"].reshape(mixer.kv_heads, mixer.head_dim)
         assert (np.frexp(scale)[0] == 0.5).all()
-        if not config.rope_layers or config.rope_layers[layer]:
+        if mixer.rotary is not None:
+            half = mixer.rotary.dim // 2
             np.testing.assert_array_equal(scale[:, :half], scale[:, half : 2 * half])
 
 
@@ -44,7 +45,7 @@ def test_they_are_powers_of_two_equal_where_dimensions_turn_together(name: str, 
 def test_attention_cannot_see_them(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With bf16 keys a power of two changes no bit."""
     source, packed = packed_as("bf16", name, tmp_path)
-    ids = tiny_models.prompts()[0][: source.config.context_length]
+    ids = tiny_models.prompts()[0][: source.config.context]
     plain = load_packed(packed, source, EngineOptions(threads=1)).logits(ids)
     monkeypatch.setattr(cpu, "key_shifts", lambda *_: {**key_shifts(*_), **uneven(packed)})
     np.testing.assert_array_equal(load_packed(packed, source, EngineOptions(threads=1)).logits(ids), plain)
@@ -53,10 +54,9 @@ def test_attention_cannot_see_them(name: str, tmp_path: Path, monkeypatch: pytes
 def uneven(packed: PackedModel) -> dict[str, np.ndarray]:
     """Random powers of two, equal in each pair."""
     config, rng = packed.config, np.random.default_rng(0)
-    half = (config.rotary_dim or config.head_dim) // 2
-    found = {}
-    for layer in range(config.num_layers):
-        scale = np.exp2(rng.integers(-3, 4, (config.num_kv_heads, config.head_dim))).astype(np.float32)
+    half, found = rotations(config)[0].dim // 2, {}
+    for layer, mixer in enumerate(block.mixer for block in config.blocks):
+        scale = np.exp2(rng.integers(-3, 4, (mixer.kv_heads, mixer.head_dim))).astype(np.float32)
         scale[:, half : 2 * half] = scale[:, :half]
         found[f"layers.{layer}.key_scale"] = scale.reshape(-1)
     return found

@@ -12,6 +12,7 @@ from hasten.core import EngineOptions, Recipe
 from hasten.engine.model import load_packed
 from hasten.machine.cores import usable_cores
 from hasten.models import Source, open_model
+from hasten.models.rope import rotations
 from hasten.quality.text import default_text
 from hasten.weights.blocks import dequantize
 from hasten.weights.packed import pack_model
@@ -30,12 +31,14 @@ def in_transformers(source: Source) -> Any:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    c = source.config
+    c, block = source.config, source.config.blocks[0]
+    theta, size = rotations(c)[0].theta, block.mixer.head_dim
     config = Qwen2Config(
-        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads,
-        max_position_embeddings=c.context_length, rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied_head,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+        vocab_size=c.vocab, hidden_size=c.width, intermediate_size=block.feed_forward.width,
+        num_hidden_layers=len(c.blocks),
+        num_attention_heads=block.mixer.heads, num_key_value_heads=block.mixer.kv_heads,
+        max_position_embeddings=c.context, rms_norm_eps=c.final_norm.eps, tie_word_embeddings=c.head.tied,
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
     )  # fmt: skip
     with torch.device("meta"):
         model = Qwen2ForCausalLM(config)
@@ -51,7 +54,7 @@ def in_transformers(source: Source) -> Any:
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     model.tie_weights()
-    inverse = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
+    inverse = theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
     model.model.rotary_emb.inv_freq = inverse.float()  # a buffer: `meta` left it empty
     return model.eval()
 
@@ -80,7 +83,7 @@ def test_mean_divergence_from_float32_is_small(recipe, limit, reference):
     import torch
 
     source, windows, states = reference
-    head = torch.from_numpy(dequantize(source.tensors["embed" if source.config.tied_head else "head"]))
+    head = torch.from_numpy(dequantize(source.tensors[source.config.head_name]))
     engine = load_packed(pack_model(source, Recipe.parse(recipe)), source, EngineOptions(max_sequences=1))
     divergences, agreements = [], []
     for window, state in zip(windows, states, strict=True):

@@ -11,10 +11,22 @@ import pytest
 
 import hasten
 from hasten import _native
-from hasten.core import Ceiling, Format, Machine, Recipe, Stat, Workload
+from hasten.core import (
+    Attention,
+    Block,
+    Ceiling,
+    FeedForward,
+    Format,
+    Machine,
+    ModelSpec,
+    Recipe,
+    Rotary,
+    Stat,
+    Workload,
+)
 from hasten.errors import MachineError, UsageError
 from hasten.speed import Efficiency, estimate
-from hasten.speed.cost import cost, kv_read_bytes, page_bytes
+from hasten.speed.cost import cost, kv_read_bytes, page_bytes, prompt_flops, read_bytes
 from specs import changed, spec
 
 TINY = spec(
@@ -87,6 +99,44 @@ def test_sliding_windows_bound_what_is_read() -> None:
     less = cost(sliding, Workload(100, 0), Recipe.parse("w8"))
     assert full.prompt_attention_ops == 4 * 64 * 2 * 5050
     assert less.prompt_attention_ops == 4 * 64 * (5050 + 64 * 65 / 2 + 36 * 64)
+
+
+def test_a_mixture_of_experts_reads_what_its_tokens_choose() -> None:
+    """2 of 8 experts a token, and one that every token goes through."""
+    mixer = Attention(4, 2, 32, rotary=Rotary(32))
+    mixed = ModelSpec(
+        "mixed", 128, 64, 4096, (Block(mixer, FeedForward(96, "experts", experts=8, chosen=2, shared=1)),)
+    )
+    expert, rest = 3 * 96 * 64, 2 * 128 * 64 + 2 * 64 * 64 + 8 * 64 + 128 * 64
+    recipe = Recipe.parse("bf16")
+
+    def read(tokens: int) -> int:
+        return read_bytes(mixed, recipe, tokens)
+
+    router = 2 * (16 - 8) * 64  # its 8 rows are padded to 16
+    assert read(1) == 2 * (rest + (1 + 2) * expert) + router
+    assert read(2) == 2 * rest + 2 * (1 + 8 * (1 - 0.75**2)) * expert + router
+    assert read(10**6) == 2 * (rest + (1 + 8) * expert) + router
+    asked = cost(mixed, Workload(1000, 0, batch=2), recipe)
+    assert asked.weight_bytes == read(2)
+    assert asked.bf16_ops == 2 * 2 * mixed.weights_read < 2 * 2 * mixed.weights_stored
+    assert prompt_flops(mixed, 0, 10) == 20 * (mixed.weights_read - 128 * 64) + 4 * 4 * 32 * 55
+    slow = replace(MACHINE, bf16_tflops=1e6)  # nothing but reading takes time
+    prompt = estimate(mixed, slow, Workload(1000, 0, batch=2), recipe, efficiency=replace(FULL, step_us=0))
+    assert prompt.prefill_tok_per_s == pytest.approx(1000 * 50e9 / read(1000), rel=1e-3)
+
+
+def test_blocks_of_different_shapes_are_counted_one_by_one() -> None:
+    """A wide block of 8 KV heads, then one that reads the first one's keys and values over a window of 10."""
+    wide, narrow = Attention(16, 8, 32), Attention(4, 1, 32, window=10, kv_from=0)
+    blocks = (Block(wide, FeedForward(64)), Block(narrow, FeedForward(32)))
+    model = ModelSpec("two", 100, 64, 4096, blocks)
+    assert page_bytes(model, False, 16) == 16 * 2 * 8 * 64  # the second block keeps none
+    assert page_bytes(model, True, 16) == 16 * 2 * 8 * 36
+    assert kv_read_bytes(model, 100, False) == 2 * 64 * (8 * 100 + 1 * 10)
+    asked = cost(model, Workload(100, 0), Recipe.parse("w8"))
+    assert asked.attention_ops == 4 * 32 * (16 * 100 + 4 * 10)
+    assert asked.prompt_attention_ops == 4 * 32 * (16 * 5050 + 4 * (55 + 90 * 10))
 
 
 def test_mixed_recipes_and_int8_keys() -> None:

@@ -37,6 +37,18 @@ class RopeTables:
     long_scale: float
 
 
+def rotations(spec: ModelSpec) -> tuple[Rotary, Rotary | None]:
+    """How layers turn: (those without a window, those with one where that is a way of their own).
+
+    Where all layers that turn have a window, the first is how they do; where none turns, it means nothing.
+    """
+    mixers = [block.mixer for block in spec.blocks if block.mixer.rotary is not None]
+    everywhere = sorted(mixers, key=lambda mixer: mixer.window is not None)
+    main = everywhere[0].rotary if everywhere else None
+    main = main or Rotary(spec.blocks[0].mixer.head_dim)
+    return main, next((m.rotary for m in mixers if m.window is not None and m.rotary != main), None)
+
+
 def tables(spec: ModelSpec, length: int | None = None) -> RopeTables:
     """Frequencies of all layers of a model with at most two kinds of rotation.
 
@@ -47,14 +59,19 @@ def tables(spec: ModelSpec, length: int | None = None) -> RopeTables:
     Raises:
         ModelError: the scaling parameters do not fit the rotary dimensions or each other.
     """
-    rotary = spec.rotary or Rotary(spec.head_dim)  # nothing rotates: any will do
+    rotary, own = rotations(spec)
     found, scale = frequencies(rotary, spec.context, length)
-    local = None if spec.local_rotary is None else frequencies(spec.local_rotary, spec.context)[0]
-    scaling, threshold, beyond = rotary.scaling, None, None
-    if scaling.kind == "longrope" and scaling.long_factor and scaling.long_factor != scaling.short_factor:
-        threshold = _original(rotary, spec.context)
-        beyond, _ = frequencies(rotary, spec.context, threshold + 1)
+    local = None if own is None else frequencies(own, spec.context)[0]
+    threshold = long_threshold(rotary, spec.context)
+    beyond = None if threshold is None else frequencies(rotary, spec.context, threshold + 1)[0]
     return RopeTables(found, local, scale, beyond, threshold, scale)
+
+
+def long_threshold(rotary: Rotary, context: int) -> int | None:
+    """Tokens past which LongRoPE turns by other factors; None where nothing changes."""
+    scaling = rotary.scaling
+    changes = scaling.kind == "longrope" and scaling.long_factor not in ((), scaling.short_factor)
+    return _original(rotary, context) if changes else None
 
 
 def frequencies(rotary: Rotary, context: int, length: int | None = None) -> tuple[Frequencies, float]:

@@ -23,8 +23,8 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from hasten.core import ModelSpec
-from hasten.models.rope import Frequencies, tables
+from hasten.core import Attention, ModelSpec
+from hasten.models.rope import Frequencies, frequencies
 from hasten.weights.packed import PackedLinear, values_of
 
 Floats = npt.NDArray[np.float32]
@@ -39,28 +39,21 @@ def key_shifts(config: ModelSpec, vectors: Mapping[str, Floats]) -> dict[str, Fl
     shift never makes a key larger than its bias did. Models without key biases, with a norm after them, or
     with a soft-cap on scores (which does see a shift) get none.
     """
-    if config.qk_norm != "none" or config.attention_softcap is not None:
-        return {}
-    rope = tables(config)
     shifts = {}
-    for layer in range(config.num_layers):
-        bias = vectors.get(f"layers.{layer}.k.bias")
-        if bias is None:
+    for layer, block in enumerate(config.blocks):
+        mixer, bias = block.mixer, vectors.get(f"layers.{layer}.k.bias")
+        if bias is None or mixer.qk_norm != "none" or mixer.softcap is not None:
             continue
-        slides = bool(config.sliding_layers) and config.sliding_layers[layer]
-        local = rope.local_inv_freq if slides else None
-        rotates = not config.rope_layers or config.rope_layers[layer]
-        turns = _turns(config, rope.global_inv_freq if local is None else local, rotates)
-        still = bias.reshape(config.num_kv_heads, config.head_dim) * (turns < 1)
+        still = bias.reshape(mixer.kv_heads, mixer.head_dim) * (_turns(mixer, config.context) < 1)
         shifts[f"layers.{layer}.key_shift"] = np.ascontiguousarray(still.reshape(-1), np.float32)
     return shifts
 
 
-def _turns(config: ModelSpec, frequencies: Frequencies, rotates: bool) -> Frequencies:
+def _turns(mixer: Attention, context: int) -> Frequencies:
     """How far each dimension of a head turns over the model's context, in radians: [D]."""
-    turns = np.zeros(config.head_dim)
-    if rotates:
-        angle = frequencies * config.context_length
+    turns = np.zeros(mixer.head_dim)
+    if mixer.rotary is not None:
+        angle = frequencies(mixer.rotary, context)[0] * context
         turns[: 2 * len(angle)] = np.concatenate([angle, angle])
     return turns
 
@@ -79,11 +72,12 @@ def key_scales(
         vectors: norms and biases.
         shifts: what is taken off the keys before (`key_shifts`).
     """
-    half = len(tables(config).global_inv_freq)
     scales = {}
-    for layer in range(config.num_layers):
-        size = _sizes(config, layer, linears, vectors, shifts).reshape(config.num_kv_heads, config.head_dim)
-        if not config.rope_layers or config.rope_layers[layer]:
+    for layer, block in enumerate(config.blocks):
+        mixer, shape = block.mixer, (block.mixer.kv_heads, block.mixer.head_dim)
+        size = _sizes(mixer, f"layers.{layer}.", linears, vectors, shifts).reshape(shape)
+        if mixer.rotary is not None:
+            half = mixer.rotary.dim // 2
             pairs = (size[:, :half] + size[:, half : 2 * half]) / 2
             size[:, :half] = size[:, half : 2 * half] = pairs
         exponents = np.log2(np.maximum(size, 1e-30)) / 2  # sizes are squares
@@ -94,17 +88,16 @@ def key_scales(
 
 
 def _sizes(
-    config: ModelSpec,
-    layer: int,
+    mixer: Attention,
+    prefix: str,
     linears: Mapping[str, PackedLinear],
     vectors: Mapping[str, Floats],
     shifts: Mapping[str, Floats],
 ) -> Floats:
     """Mean square of each dimension of the keys, as the weights let expect it: [K * D]."""
-    prefix = f"layers.{layer}."
     norm = vectors.get(prefix + "k_norm")
     if norm is not None:  # keys are normed after the matrix: a head's, or all heads'
-        return np.tile(norm**2, config.num_kv_heads * config.head_dim // norm.size).astype(np.float32)
+        return np.tile(norm**2, mixer.kv_heads * mixer.head_dim // norm.size).astype(np.float32)
     weight = values_of(linears[prefix + "k"])
     before = vectors.get(prefix + "attn_norm")
     found: Floats = np.square(weight if before is None else weight * before).sum(axis=1)

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 from hasten.core import Estimate, Machine, ModelSpec, Recipe, Workload
 from hasten.errors import MachineError, UsageError
-from hasten.speed.cost import Cost, cost
+from hasten.speed.cost import Cost, cost, read_bytes
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ def estimate(
         machine: with measured ceilings.
         workload: prompt and output in tokens, sequences at once.
         recipe: layouts of the weights, kind of the KV cache.
-        weight_bytes: bytes of linear weights read a token; None: as the recipe packs them.
+        weight_bytes: bytes of linear weights a step reads; None: as the recipe packs them, of a mixture
+            those experts that the step's tokens choose.
         efficiency: fractions of the ceilings; None: the defaults of `Efficiency`.
         isa: take this instruction set's ceilings instead of the machine's best.
 
@@ -89,7 +90,8 @@ def estimate(
     t_read = (asked.weight_bytes + asked.kv_bytes) / read
     t_compute, t_prompt = _compute_seconds(asked, machine, reach, isa)
     fixed = reach.step_us * 1e-6
-    prefill_s = max(t_prompt, asked.weight_bytes / read) + fixed
+    prompt_bytes = read_bytes(config, recipe, workload.prompt) if weight_bytes is None else weight_bytes
+    prefill_s = max(t_prompt, prompt_bytes / read) + fixed
     return Estimate(
         decode_tok_per_s=workload.batch / (max(t_read, t_compute) + fixed),
         prefill_tok_per_s=workload.prompt / prefill_s,

@@ -78,8 +78,13 @@ class PackedModel:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of linear layers that one decoded token reads, head included."""
-        return sum(linear.bytes for linear in self._read().values())
+        """Bytes of linear layers that one decoded token reads, the head and chosen experts included."""
+        return round(sum(linear.bytes * self.config.share(name) for name, linear in self._read().items()))
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all matrices, of every expert and of the embedding table: what they take in memory."""
+        return sum(linear.bytes for linear in self.linears.values())
 
     @property
     def bits_per_weight(self) -> float:

@@ -189,18 +189,18 @@ class FlatConfig:
         Raises:
             Mismatch: a list of flags has another length than the model layers.
         """
-        biased = frozenset(biases)
         for name, flags in (("rope", self.rope_layers), ("sliding", self.sliding_layers)):
             if flags and len(flags) != self.num_layers:
                 raise Mismatch(f"{len(flags)} {name} layer flags for {self.num_layers} layers")
         if not 0 < self.num_layers <= 1 << 16:
             raise Mismatch(f"num_layers is {self.num_layers}")
+        biased = frozenset(biases)
         return ModelSpec(
             self.architecture,
             self.vocab_size,
             self.hidden_size,
             self.context_length,
-            tuple(self._block(i, biased) for i in range(self.num_layers)),
+            tuple(self._block(i).with_biases(biased) for i in range(self.num_layers)),
             Embedding(self.embed_scale),
             Norm(self.norm_eps),
             Head(tied=self.tied_head, softcap=self.logit_softcap),
@@ -208,7 +208,7 @@ class FlatConfig:
             eos_token_ids=self.eos_token_ids,
         )
 
-    def _block(self, layer: int, biases: frozenset[str]) -> Block:
+    def _block(self, layer: int) -> Block:
         slides = self.sliding_window is not None and bool(self.sliding_layers) and self.sliding_layers[layer]
         dim = self.head_dim if self.rotary_dim is None else self.rotary_dim
         rotary: Rotary | None = Rotary(dim, self.rope_theta, self.rope_scaling)
@@ -225,13 +225,8 @@ class FlatConfig:
             qk_norm=self.qk_norm,
             scale=self.query_scale,
             softcap=self.attention_softcap,
-            biases=tuple(part for part in ("q", "k", "v", "o") if part in biases),
         )
-        feed_forward = FeedForward(
-            self.intermediate_size,
-            activation=self.activation,
-            biases=tuple(part for part in ("gate", "up", "down") if part in biases),
-        )
+        feed_forward = FeedForward(self.intermediate_size, activation=self.activation)
         return Block(mixer, feed_forward, Norms(self.norm_placement, self.norm_eps))
 
 

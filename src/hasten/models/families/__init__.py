@@ -16,10 +16,12 @@ from hasten.errors import ModelError
 from hasten.models.families import config_json, gguf_metadata
 from hasten.models.families.family import Family, Fields
 from hasten.models.families.gemma3 import GEMMA3
-from hasten.models.families.llama import LLAMA, MISTRAL, SMOLLM3
+from hasten.models.families.llama import LLAMA
+from hasten.models.families.mistral import MISTRAL
 from hasten.models.families.olmo2 import OLMO2
 from hasten.models.families.phi3 import PHI3
 from hasten.models.families.qwen import QWEN2, QWEN3
+from hasten.models.families.smollm3 import SMOLLM3
 from hasten.models.gguf import GgufMetadata
 from hasten.models.rope import frequencies
 
@@ -28,6 +30,7 @@ FAMILIES: dict[str, Family] = {
     family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3, PHI3, SMOLLM3, OLMO2)
 }
 """By `ModelSpec.architecture`."""
+_OF_THE_WHOLE = ("tie_word_embeddings", "bos_token_id", "eos_token_id")
 
 
 def hf_spec(values: Any, where: str, embed_dtype: str = "BF16") -> ModelSpec:
@@ -47,8 +50,9 @@ def hf_spec(values: Any, where: str, embed_dtype: str = "BF16") -> ModelSpec:
     family = next((f for f in FAMILIES.values() if name in (f.model_types or (f.name,))), None)
     if family is None:
         raise _unsupported(name, where)
-    if name in family.nested_types:
-        values = Fields(values, where).mapping("text_config")
+    if name in family.nested_types:  # the whole model's word counts for its text half too
+        whole = {key: values[key] for key in _OF_THE_WHOLE if values.get(key) is not None}
+        values = {**Fields(values, where).mapping("text_config"), **whole}
     fields = Fields(values, where, defaults=family.defaults)
     return checked(config_json.decoder(fields, family, embed_dtype), where)
 

@@ -24,7 +24,7 @@ from hasten.core import (
     Rotary,
 )
 from hasten.errors import ModelError
-from hasten.models.families.family import Family, Fields, LayerKinds, biased, refuse
+from hasten.models.families.family import Family, Fields, LayerKinds, refuse
 
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -59,12 +59,10 @@ def decoder(fields: Fields, family: Family, embed_dtype: str) -> ModelSpec:
         fields.integer("num_key_value_heads", heads),
         head_dim,
         qk_norm=family.qk_norm,
-        biases=biased(biases, ("q", "k", "v", "o")),
     )
     feed_forward = FeedForward(
         fields.integer("intermediate_size"),
         activation=activation_of(fields.text("hidden_act", "silu"), fields.where),
-        biases=biased(biases, ("gate", "up", "down")),
     )
     spec = ModelSpec(
         architecture=family.name,
@@ -80,7 +78,7 @@ def decoder(fields: Fields, family: Family, embed_dtype: str) -> ModelSpec:
         bos_token_id=fields.integer("bos_token_id", None, low=0),
         eos_token_ids=token_ids(fields, "eos_token_id"),
     )
-    return family.hf_finish(spec, fields, embed_dtype)
+    return family.hf_finish(spec.with_blocks(lambda b: b.with_biases(biases)), fields, embed_dtype)
 
 
 def activation_of(name: str, where: str) -> Activation:

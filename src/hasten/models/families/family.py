@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,10 @@ from hasten.errors import ModelError
 
 Flags = tuple[bool, ...]
 """One a layer."""
+
+ATTENTION_BIAS: dict[str, tuple[str, ...]] = {"attention_bias": ("q", "k", "v", "o")}
+MLP_BIAS: dict[str, tuple[str, ...]] = {"mlp_bias": ("gate", "up", "down")}
+"""Keys of a config.json -> the linear layers that have a bias where the key is true."""
 
 _REQUIRED: Any = object()
 
@@ -324,12 +328,6 @@ class LayerKinds:
             mixer = replace(attention, window=own, rotary=turn if rotates else None)
             found.append(Block(mixer, feed_forward, norms))
         return tuple(found)
-
-
-def biased(parts: Iterable[str], of: Sequence[str]) -> tuple[str, ...]:
-    """Those of some linear layers that have a bias, in their order."""
-    wanted = set(parts)
-    return tuple(part for part in of if part in wanted)
 
 
 def layer_types(fields: Fields, layers: int) -> Flags | None:

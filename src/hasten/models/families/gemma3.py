@@ -6,8 +6,7 @@ from dataclasses import replace
 
 from hasten.core import Block, Embedding, Head, ModelSpec, Rotary
 from hasten.models.families.config_json import activation_of
-from hasten.models.families.family import Family, Fields, Flags, bf16_rounded, layer_types
-from hasten.models.families.llama import ATTENTION_BIAS
+from hasten.models.families.family import ATTENTION_BIAS, Family, Fields, Flags, bf16_rounded, layer_types
 
 _LAYERS_OF_27B = 62
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from hasten.core import Attention, FeedForward, Head, ModelSpec, Norm, Norms, RopeScaling, Rotary
 from hasten.errors import ModelError
-from hasten.models.families.family import Family, Fields, LayerKinds, biased, refuse
+from hasten.models.families.family import Family, Fields, LayerKinds, refuse
 from hasten.models.gguf import GgufMetadata
 from hasten.weights.tensors import SourceTensor
 
@@ -46,11 +46,8 @@ def decoder(fields: Fields, family: Family, metadata: GgufMetadata, tensors: Ten
         qk_norm=family.qk_norm,
         scale=fields.number("attention.scale", 0.0, low=-1.0) or None,
         softcap=fields.number("attn_logit_softcapping", 0.0, low=-1.0) or None,
-        biases=biased(biases, ("q", "k", "v", "o")),
     )
-    feed_forward = FeedForward(
-        _uniform(fields, "feed_forward_length"), biases=biased(biases, ("gate", "up", "down"))
-    )
+    feed_forward = FeedForward(_uniform(fields, "feed_forward_length"))
     context = fields.integer("context_length", high=1 << 31)
     kinds = _layer_kinds(fields, family, tensors, layers, head_dim, context)
     softcap = fields.number("final_logit_softcapping", 0.0, low=-1.0) or None
@@ -66,6 +63,7 @@ def decoder(fields: Fields, family: Family, metadata: GgufMetadata, tensors: Ten
         eos_token_ids=_eos_ids(metadata),
     )
     embed = tensors.get("token_embd.weight")
+    spec = spec.with_blocks(lambda block: block.with_biases(biases))
     return family.gguf_finish(spec, fields, "BF16" if embed is None else embed.dtype)
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from hasten.core import Rotary
-from hasten.models.families.family import Family, Fields, own_local_theta
-from hasten.models.families.llama import ATTENTION_BIAS
+from hasten.models.families.family import ATTENTION_BIAS, Family, Fields, own_local_theta
 
 
 def _local_theta(fields: Fields, rotary: Rotary) -> float | None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from hasten.models.families.family import Family, Fields, Flags, layer_types
-from hasten.models.families.llama import ATTENTION_BIAS
+from hasten.models.families.family import ATTENTION_BIAS, Family, Fields, Flags, layer_types
 
 
 def _slides(fields: Fields, layers: int) -> Flags:
