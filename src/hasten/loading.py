@@ -56,9 +56,9 @@ def load(
         BudgetError: no mixture is within `mix:P%`.
     """
     from hasten.engine.model import load as load_plain
-    from hasten.runtime.executor import check_device
+    from hasten.runtime.executor import choose_device
 
-    check_device((options or EngineOptions()).device)
+    choose_device((options or EngineOptions()).device)
     place, plain = prepared(ref, recipe, observer, store=store, threads=threads)
     try:
         return load_plain(place, recipe=plain, threads=threads, context=context, options=options, store=store)

@@ -34,10 +34,10 @@ def command(
     Prints one line with the address when requests are answered. SIGTERM or Ctrl-C stops it: what runs then
     gets --drain-s seconds to finish. Without --api-key everybody who reaches the address is let in.
     """
-    from hasten.runtime.executor import check_device
+    from hasten.runtime.executor import choose_device
 
     engine = fill(EngineOptions, flags)
-    check_device(engine.device)
+    choose_device(engine.device)
     from hasten.serve.pool import names_of
     from hasten.serve.server import ServeSetup, serve
 

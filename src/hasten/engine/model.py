@@ -15,7 +15,7 @@ from hasten.core import EngineOptions, ModelSpec, Recipe, ServingOptions
 from hasten.engine.request import Request
 from hasten.errors import UsageError
 from hasten.machine.cores import cores
-from hasten.runtime.executor import check_device, open_executor
+from hasten.runtime.executor import choose_device, open_executor
 from hasten.runtime.pages import CachedSequence
 from hasten.runtime.sampling import SamplingOptions
 from hasten.runtime.tokens import token_ids
@@ -267,6 +267,7 @@ def load(
     Raises:
         ModelError, FormatError, ArtifactError: the model is missing, damaged or of an unsupported kind.
         UsageError: an unknown recipe, a recipe with an artifact, or options out of range.
+        MachineError: `options.device` is "cuda", and there is no usable GPU.
     """
     base = options or EngineOptions()
     wanted = replace(
@@ -274,7 +275,7 @@ def load(
         threads=threads if threads is not None else base.threads,
         context=context if context is not None else base.context,
     )
-    check_device(wanted.device)
+    wanted = replace(wanted, device=choose_device(wanted.device)[0])
     from hasten.models.artifact import load_artifact
     from hasten.weights.artifact import is_artifact
     from hasten.weights.packed import decoded
@@ -293,7 +294,7 @@ def load(
         return LanguageModel(packed, artifact.tokenizer, artifact.name, wanted)
     parsed = Recipe.parse(recipe) if isinstance(recipe, str) else recipe or Recipe("source")
     for layout in (parsed.default, parsed.head, *parsed.layers.values()):
-        _ = layout is not None and layout.native  # before minutes of packing
+        _ = wanted.device != "cuda" and layout is not None and layout.native  # before minutes of packing
     return _load_source(ref, parsed, wanted, store)
 
 

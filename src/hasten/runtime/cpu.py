@@ -18,7 +18,7 @@ from hasten.machine.cores import core_ids, usable_cores
 from hasten.machine.kernels import Format, choose_kernels
 from hasten.machine.memory import MemoryRoom, address_space_left, memory_room
 from hasten.models.rope import tables
-from hasten.runtime.executor import Part, PartResult, Ticket, finish
+from hasten.runtime.executor import Part, PartResult, Ticket, admit, finish
 from hasten.runtime.keys import key_scales, key_shifts
 from hasten.runtime.pages import CachedSequence, PageMemory, PagePool
 from hasten.runtime.tokens import Ids, token_ids
@@ -68,7 +68,7 @@ def kv_plan(config: ModelSpec, int8: bool, options: EngineOptions, room: MemoryR
     """
     room = room or memory_room()
     tokens, size = _native.PAGE_TOKENS, page_bytes(config, int8, _native.PAGE_TOKENS)
-    context = _context(options.context, config)
+    context = context_of(options.context, config)
     longest = -(-context // tokens)
     free = _free_bytes(room, config, options, longest * size)
     fitting = max(0, free // size * tokens)
@@ -167,7 +167,7 @@ class CpuExecutor:
     def __init__(self, packed: PackedModel, options: EngineOptions) -> None:
         config = packed.config
         self.config = config
-        self.threads = _threads(options.threads)
+        self.threads = threads_of(options.threads)
         self.chunk = max(1, options.prefill_chunk)
         if options.max_sequences < 1:
             raise UsageError(
@@ -307,7 +307,8 @@ class CpuExecutor:
         """
         tokens = np.concatenate([token_ids(ids, self.config.vocab_size) for _, ids in batch])
         self.pool.refuse_others()
-        self._check(batch)
+        for sequence, ids in batch:
+            admit(self, sequence, len(ids))
         for sequence, ids in batch:
             self.pool.grow(sequence, sequence.length + len(ids))
         table = np.zeros((len(batch), max(len(sequence.pages) for sequence, _ in batch)), np.int32)
@@ -325,23 +326,6 @@ class CpuExecutor:
         for sequence, ids in batch:
             sequence.length += len(ids)
         return hidden
-
-    def _check(self, batch: Sequence[tuple[CachedSequence, Sequence[int] | Ids]]) -> None:
-        for sequence, ids in batch:
-            if sequence.length == 0 and sequence.kv_class is None:
-                sequence.kv_class = self.kv_class(len(ids), True)
-            if sequence.length == 0 or sequence.weights is None:
-                sequence.weights = self.weights_version
-            elif sequence.weights != self.weights_version:
-                raise UsageError(
-                    "weights were replaced since this text was begun: its keys and values are of others",
-                    hint="begin the text again",
-                )
-            if sequence.length + len(ids) > self.context:
-                raise UsageError(
-                    f"{sequence.length + len(ids)} tokens do not fit the context of {self.context}",
-                    hint="shorten the prompt, or load the model with a larger --context",
-                )
 
     def head(self, hidden: Floats) -> Floats:
         """float32 [R, E] hidden states -> float32 [R, V] logits."""
@@ -376,7 +360,8 @@ def _integer_matrices(packed: PackedModel) -> Iterator[tuple[Format, int, int]]:
             yield layout.native, linear.cols, linear.data.nbytes
 
 
-def _threads(wanted: int | None) -> int:
+def threads_of(wanted: int | None) -> int:
+    """How many threads an executor uses."""
     if wanted is None:
         return usable_cores()
     allowed = len(core_ids())
@@ -388,7 +373,8 @@ def _threads(wanted: int | None) -> int:
     return wanted
 
 
-def _context(wanted: int | None, config: ModelSpec) -> int:
+def context_of(wanted: int | None, config: ModelSpec) -> int:
+    """Longest sequence of an executor, tokens."""
     if wanted is None:
         return min(config.context_length, _DEFAULT_CONTEXT)
     if wanted < 1:

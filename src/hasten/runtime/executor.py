@@ -7,6 +7,7 @@ Logits (float32 [R, V], 600 KB a row with a vocabulary of 150,000) do not leave 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hasten.errors import UsageError
+from hasten.errors import MachineError, UsageError
 from hasten.runtime.pages import CachedSequence, PagePool
 from hasten.runtime.sampling import Choice, Masks, SequenceSampler, TokenLogprob, choose, score
 
@@ -29,9 +30,11 @@ Bytes = npt.NDArray[np.uint8]
 EXECUTORS = {
     "cpu": "hasten.runtime.cpu:CpuExecutor",
     "reference": "hasten.runtime.reference:ReferenceExecutor",
+    "cuda": "hasten.runtime.gpu.executor:GpuExecutor",
 }
 """Devices by name. A new one is a file with a class that implements `Executor`, and a line here."""
 
+log = logging.getLogger("hasten.runtime")
 _SCORED_ROWS = 32  # positions whose logits exist at a time: 19 MB with a vocabulary of 150,000
 _NO_FAULTS = (KeyboardInterrupt, SystemExit, GeneratorExit)  # they end the process, not one answer
 
@@ -157,12 +160,32 @@ class Executor(Protocol):
         ...
 
 
-def check_device(name: str) -> None:
-    """Raises UsageError where `EXECUTORS` has no such device."""
-    if name not in EXECUTORS:
+def choose_device(wanted: str) -> tuple[str, str]:
+    """(device, why) of a name in `EXECUTORS`, or of "auto": a GPU that can be used, else the CPU.
+
+    Raises:
+        UsageError: `EXECUTORS` has no such device.
+        MachineError: "cuda" is asked for, and torch or a usable GPU is missing.
+    """
+    if wanted != "auto" and wanted not in EXECUTORS:
         raise UsageError(
-            f"there is no device {name!r}", hint=f"use --device with one of: {', '.join(EXECUTORS)}"
+            f"there is no device {wanted!r}", hint=f"use --device with one of: {', '.join(EXECUTORS)}, auto"
         )
+    if wanted not in ("auto", "cuda"):
+        return wanted, "as asked for"
+    from hasten.machine.probe import gpus
+    from hasten.runtime.gpu.driver import current_device
+
+    try:
+        found = "cuda", current_device().name if wanted == "cuda" or gpus() else ""
+    except MachineError as why:
+        if wanted == "cuda":
+            raise
+        found = "cpu", why.message
+    if not found[1]:
+        found = "cpu", "no GPU answers nvidia-smi here"
+    log.info("--device %s is %s: %s", wanted, *found)
+    return found
 
 
 def open_executor(packed: PackedModel, options: EngineOptions) -> Executor:
@@ -170,11 +193,42 @@ def open_executor(packed: PackedModel, options: EngineOptions) -> Executor:
 
     Raises:
         UsageError: `EXECUTORS` has no such device.
+        MachineError: it cannot be used here, or a library that it needs is not installed.
     """
-    check_device(options.device)
-    module, _, kind = EXECUTORS[options.device].partition(":")
-    executor: Executor = getattr(import_module(module), kind)(packed, options)
+    device, _ = choose_device(options.device)
+    module, _, kind = EXECUTORS[device].partition(":")
+    try:
+        executor: Executor = getattr(import_module(module), kind)(packed, options)
+    except ModuleNotFoundError as missing:
+        if missing.name not in ("torch", "triton"):
+            raise
+        raise MachineError(
+            f"--device {device} needs {missing.name}, which is not installed",
+            hint="pip install 'hasten[gpu]', or use --device cpu",
+        ) from missing
     return executor
+
+
+def admit(executor: Executor, sequence: CachedSequence, tokens: int) -> None:
+    """Before so many more tokens of a sequence are computed.
+
+    Raises:
+        UsageError: it would outgrow the context, or was computed with weights that were replaced.
+    """
+    if sequence.length == 0 and sequence.kv_class is None:
+        sequence.kv_class = executor.kv_class(tokens, True)
+    if sequence.length == 0 or sequence.weights is None:
+        sequence.weights = executor.weights_version
+    elif sequence.weights != executor.weights_version:
+        raise UsageError(
+            "weights were replaced since this text was begun: its keys and values are of others",
+            hint="begin the text again",
+        )
+    if sequence.length + tokens > executor.context:
+        raise UsageError(
+            f"{sequence.length + tokens} tokens do not fit the context of {executor.context}",
+            hint="shorten the prompt, or load the model with a larger --context",
+        )
 
 
 def finish(executor: Executor, parts: Sequence[Part], rows: Sequence[Floats]) -> list[PartResult]:

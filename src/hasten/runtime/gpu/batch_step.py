@@ -1,4 +1,7 @@
-"""The decode step of 2 to 64 rows: five kernels a layer, a CUDA graph a batch size, tokens fed on the device.
+"""The decode step of 2 to 256 rows: a CUDA graph a batch size, tokens fed on the device.
+
+Up to 64 rows a layer is five kernels of our own. More rows take the library's products, which are as fast
+there, and our attention; `plain.py` has what lies between.
 
 Every row is one sequence's newest token. The host writes a row's token, position and pages when a sequence
 joins, gives it more pages when it needs them, and reads tokens as late as it likes: `step` neither waits nor
@@ -19,8 +22,12 @@ from hasten.errors import UsageError
 from hasten.runtime.gpu import batch_attention, batch_products
 from hasten.runtime.gpu.batch_tiles import AttentionTile, Product, Tile, attention_tile, tile
 from hasten.runtime.gpu.batch_weights import BatchWeights, Matrix, slides
+from hasten.runtime.gpu.plain import PagedCache
+from hasten.runtime.gpu.plain_kernels import KernelStep
+from hasten.runtime.gpu.shape import PAGE
 
-PAGE = 32  # tokens
+MOST_ROWS = 256
+OWN_ROWS = 64  # up to which our own products are used
 _PEAKS = 4  # a layer's inputs: of qkv, o, gate_up, down
 _ROUNDS_ITSELF = 16  # rows up to which an fp8 product rounds its inputs itself
 _L2_LAYER = 48 << 20  # bytes of a layer's weights up to which programs that start early gain by prefetching
@@ -32,8 +39,8 @@ class StepOptions:
     """How a step runs.
 
     Attributes:
-        rows: the largest batch, at most 64.
-        pages: of KV cache, PAGE tokens each; page 0 upwards.
+        rows: the largest batch, at most 256.
+        pages: of KV cache, PAGE tokens each, where the step makes its own.
         context: the longest sequence, tokens.
         keep_logits: write float32 logits too; greedy decoding does not need them.
         early: how early a kernel may start (`batch_products.wait_for_previous`); None: what is best here.
@@ -101,10 +108,14 @@ class BatchStep:
         options: StepOptions,
         tiles: Callable[[Product, int], Tile] | None = None,
         attention: Callable[[int], AttentionTile] | None = None,
+        cache: PagedCache | None = None,
     ) -> None:
-        """`tiles` (of padded rows) and `attention` (of rows) override the choice; benchmarks use it."""
-        if not 1 <= options.rows <= 64:
-            raise UsageError(f"a batched step has 1 to 64 rows, got {options.rows}")
+        """`tiles` (of padded rows) and `attention` (of rows) override the choice; benchmarks use it.
+
+        `cache` holds keys and values; None makes one.
+        """
+        if not 1 <= options.rows <= MOST_ROWS:
+            raise UsageError(f"a batched step has 1 to {MOST_ROWS} rows, got {options.rows}")
         self.weights, self.options = weights, options
         self._tiles, self._attention = tiles, attention
         c, device = weights.config, weights.embed.device
@@ -114,9 +125,9 @@ class BatchStep:
         self.positions = torch.full((m,), -1, dtype=ints, device=device)
         self.table = torch.zeros(m, math.ceil(options.context / PAGE), dtype=ints, device=device)
         self.emitted = torch.full((m, options.ring), -1, dtype=ints, device=device)
-        cache = (options.pages, c.num_kv_heads, PAGE, c.head_dim)
-        self.keys = [torch.zeros(cache, dtype=torch.bfloat16, device=device) for _ in range(c.num_layers)]
-        self.values = [torch.zeros(cache, dtype=torch.bfloat16, device=device) for _ in range(c.num_layers)]
+        cache = cache or PagedCache(c, options.pages, str(device))
+        self.keys, self.values = list(cache.keys.unbind(0)), list(cache.values.unbind(0))
+        self._plain = KernelStep(weights, cache)
         self._is_fp8 = weights.layers[0].o.scales is not None
         self.buffers = self._make_buffers(m)
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
@@ -177,7 +188,7 @@ class BatchStep:
         if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
             return 0
         size = sum(matrix.bytes for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down))
-        return 2 if rows <= 16 and size <= _L2_LAYER else 1
+        return 2 if rows <= 16 and size <= _L2_LAYER else int(rows <= OWN_ROWS)
 
     def _choose(self, m: int) -> dict[Product, Tile]:
         """Tiles of all products."""
@@ -191,7 +202,8 @@ class BatchStep:
         }
         if self._tiles is not None:
             return {product: self._tiles(product, m) for product in sizes}
-        return {p: tile(p, n, k, rows=m, is_fp8=self._is_fp8) for p, (n, k) in sizes.items()}
+        is_fp8 = {p: self._is_fp8 if p != "head" else self.weights.head.scales is not None for p in sizes}
+        return {p: tile(p, n, k, rows=m, is_fp8=is_fp8[p]) for p, (n, k) in sizes.items()}
 
     def step(self, rows: int, context: int) -> None:
         """One token for each of the first `rows` rows, none of which has more than `context` tokens after it.
@@ -226,6 +238,9 @@ class BatchStep:
 
     def run(self, shape: Shape) -> None:
         """Launch one step's kernels, one by one."""
+        if shape.rows > OWN_ROWS:
+            self._run_wide(shape)
+            return
         self.begin(shape)
         self.look_up(shape)
         for layer in range(self.weights.config.num_layers):
@@ -236,6 +251,29 @@ class BatchStep:
             self.down(shape, layer)
         self.head(shape)
         self.pick(shape)
+
+    @torch.inference_mode()
+    def _run_wide(self, shape: Shape) -> None:
+        """The same with the library's products."""
+        b, m = self.buffers, shape.rows
+        self.look_up(shape)
+
+        def attend(layer: int, q: torch.Tensor) -> torch.Tensor:
+            b.queries[:m] = q.flatten(1)
+            self.attention(shape, layer)
+            return b.attended[:m]
+
+        angles = {name: (cos[:m], sin[:m]) for name, (cos, sin) in b.angles.items()}
+        x = self._plain.layers(self.tokens[:m].long(), angles, b.places[:m], attend)
+        b.residual[:m] = x
+        logits = self._plain.logits(self._plain.final(x))
+        if b.logits is not None:
+            b.logits[:m] = logits
+        is_live = self.positions[:m] >= 0
+        self.tokens[:m] = torch.where(is_live, logits.argmax(-1).int(), self.tokens[:m])
+        self.positions[:m] += is_live
+        place = (self.positions[:m, None] % self.options.ring).clamp(min=0).long()
+        self.emitted[:m].scatter_(1, place, self.tokens[:m, None])
 
     # ---- one method a kernel -------------------------------------------------------------------------------
 
@@ -276,19 +314,20 @@ class BatchStep:
 
     def attention(self, shape: Shape, layer: int) -> None:
         """Attention of a layer over the rows' pages."""
-        c, b, t = self.weights.config, self.buffers, shape.attention
+        c, b, t, m = self.weights.config, self.buffers, shape.attention, shape.padded
         window = c.sliding_window or 0 if slides(c, layer) else 0
         seen = min(shape.context, window + t.split) if window else shape.context
         splits = math.ceil(seen / t.split)
         share, dims = c.num_heads // c.num_kv_heads, _power(c.head_dim)
         slots = shape.rows * c.num_kv_heads * splits * share
+        peaks = self._peaks(shape, layer, 1) if m <= OWN_ROWS else None
         batch_attention.attend[(c.num_kv_heads, shape.rows, splits)](
             b.queries, self.keys[layer], self.values[layer], self.table, self.positions, b.attended,
-            self._peaks(shape, layer, 1), self._parts("attended", slots * dims), self._parts("tops", slots),
+            peaks, self._parts("attended", slots * dims), self._parts("tops", slots),
             self._parts("totals", slots), b.row_arrivals, c.score_scale, c.attention_softcap or 0.0,
             TABLE=self.table.shape[1], HEADS=c.num_heads, KV=c.num_kv_heads, D=c.head_dim, DIMS=dims,
             GROUP=max(16, _power(share)), MERGED=_power(share), PAGE=PAGE, SPLIT=t.split, SPLITS=splits,
-            BLOCK=t.block, WINDOW=window, M=shape.padded, SOFTCAP=c.attention_softcap is not None,
+            BLOCK=t.block, WINDOW=window, M=m, SOFTCAP=c.attention_softcap is not None,
             num_warps=t.warps, num_stages=t.stages, **_early(shape),
         )  # fmt: skip
 
@@ -340,8 +379,11 @@ class BatchStep:
         c, b, head, t = self.weights.config, self.buffers, self.weights.head, shape.tiles["head"]
         squares, arguments = self._squares(shape.tiles["down"]), self._product(shape, "head")
         del arguments["SPLITS"]  # a head has tiles enough
+        inputs = self._inputs(shape, b.hidden, c.num_layers, 0)
+        if head.scales is None:
+            inputs, arguments["ROUND"] = (b.hidden, None), False
         batch_products.project_head[(math.ceil(c.vocab_size / t.rows),)](
-            head.values, *self._inputs(shape, b.hidden, c.num_layers, 0), head.scales, b.squares[0], b.logits,
+            head.values, *inputs, head.scales, b.squares[0], b.logits,
             b.best, b.best_id, c.norm_eps, c.logit_softcap or 0.0, E=c.hidden_size, V=c.vocab_size,
             ROWS=t.rows, SQUARES=squares, SQUARES_BLOCK=_power(squares), SOFTCAP=c.logit_softcap is not None,
             **arguments,
@@ -409,7 +451,7 @@ def _early(shape: Shape) -> dict[str, Any]:
 
 
 def _padded(rows: int) -> int:
-    """Rows with padding: the kernels' tiles have 16, 32 or 64."""
+    """Rows with padding: the kernels' tiles have 16, 32 or 64, buffers up to 256."""
     return max(16, _power(rows))
 
 

@@ -75,6 +75,38 @@ class BatchWeights:
             return "none"
         return "local" if slides(c, layer) and "local" in self.rotations else "global"
 
+    def place(self, name: str) -> tuple[Matrix, slice]:
+        """Where a linear layer is, by canonical name: a fused matrix and its rows of it."""
+        if name == self.config.head_name:
+            return self.head, slice(None)
+        _, layer, member = name.split(".")
+        c, own = self.config, self.layers[int(layer)]
+        heads, kept, feed = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.intermediate_size
+        fused, first, count = {
+            "q": (own.qkv, 0, heads),
+            "k": (own.qkv, heads, kept),
+            "v": (own.qkv, heads + kept, kept),
+            "o": (own.o, 0, c.hidden_size),
+            "gate": (own.gate_up, 0, feed),
+            "up": (own.gate_up, feed, feed),
+            "down": (own.down, 0, c.hidden_size),
+        }[member]
+        return fused, slice(first, first + count)
+
+    def replace(self, name: str, values: torch.Tensor) -> None:
+        """Put other values [rows, cols] in a linear layer's place."""
+        if name == "embed":
+            self.embed.copy_(values)
+            if not self.config.tied_head:
+                return
+        matrix, rows = self.place(name)
+        precision: Precision = "bf16" if matrix.scales is None else "fp8"
+        maker = _Maker(self.config, {name: values}.get, precision, str(self.embed.device))
+        made = maker.matrix([name])
+        matrix.values[rows] = made.values
+        if matrix.scales is not None and made.scales is not None:
+            matrix.scales[rows] = made.scales
+
     @property
     def bytes(self) -> int:
         """Bytes of weights one step reads."""
@@ -93,6 +125,7 @@ def load(
     context: int,
     precision: Precision = "bf16",
     device: str = "cuda",
+    head_precision: Precision | None = None,
 ) -> BatchWeights:
     """Fuse, round and place a model's tensors.
 
@@ -100,7 +133,8 @@ def load(
         tensor_of: canonical name -> tensor of any float dtype on any device, matrices [outputs, inputs]; None
             for a bias that does not exist.
         context: the longest sequence there may be, tokens.
-        precision: of all linear layers and the head; embeddings stay bf16.
+        precision: of all linear layers; embeddings stay bf16.
+        head_precision: of the head, if it is another.
 
     Raises:
         ModelError: the model has parts that these kernels do not compute.
@@ -108,7 +142,7 @@ def load(
     _check(config, context)
     maker = _Maker(config, tensor_of, precision, device)
     embed = maker.plain("embed").to(torch.bfloat16)
-    head = maker.matrix(["embed"] if config.tied_head else ["head"])
+    head = maker.matrix([config.head_name], head_precision)
     layers = tuple(maker.layer(i) for i in range(config.num_layers))
     rotations = _rotations(config, context, device)
     return BatchWeights(config, embed, layers, maker.norm("final_norm"), head, rotations)
@@ -134,7 +168,7 @@ def _check(config: ModelSpec, context: int) -> None:
     if scaling.kind in ("dynamic", "longrope") and context > original:
         raise ModelError(
             f"rope scaling {scaling.kind!r} past {original} tokens depends on a sequence's length",
-            hint=f"ask for a context of at most {original}",
+            hint=f"use --context {original} or less, or --device cpu",
         )
 
 
@@ -154,7 +188,7 @@ class _Maker:
     def norm(self, name: str) -> torch.Tensor:
         return self.plain(name).float().contiguous()
 
-    def matrix(self, names: list[str]) -> Matrix:
+    def matrix(self, names: list[str], precision: Precision | None = None) -> Matrix:
         """Several matrices below one another; rows of q and k in rotary order."""
         rows = torch.cat([self._ordered(name, self.plain(name)) for name in names])
         biases = [self.tensor_of(name + ".bias") for name in names]
@@ -166,7 +200,7 @@ class _Maker:
             ]
             ordered = [self._ordered(n, p.float()) for n, p in zip(names, parts, strict=True)]
             bias = torch.cat(ordered).contiguous()
-        if self.precision == "bf16":
+        if (precision or self.precision) == "bf16":
             return Matrix(rows.to(torch.bfloat16).contiguous(), None, bias)
         scales = (rows.float().abs().amax(-1) / _E4M3_MAX).clamp_min(torch.finfo(torch.float32).tiny)
         return Matrix((rows.float() / scales[:, None]).to(torch.float8_e4m3fn).contiguous(), scales, bias)

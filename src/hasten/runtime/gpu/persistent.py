@@ -13,7 +13,9 @@ import torch
 from hasten.core import ModelSpec
 from hasten.errors import MachineError, ModelError, UsageError
 from hasten.models import rope
+from hasten.runtime.gpu.batch_weights import BatchWeights, Matrix
 from hasten.runtime.gpu.driver import Device, Module, built, current_device, with_defines
+from hasten.runtime.gpu.plain import PagedCache, upload
 from hasten.runtime.gpu.shape import PAGE, PRODUCTS, ProductName, Shape, WeightFormat, kernel_source
 from hasten.runtime.gpu.tiles import Weights, interleaved, joined, rounded, tiled
 
@@ -77,6 +79,41 @@ def load_weights(shape: Shape, tensor_of: TensorOf, device: str = "cuda") -> Dev
         ) from error
 
 
+def tiled_copy(fused: BatchWeights) -> DeviceWeights:
+    """The weights of the batched step in this kernel's order, as well.
+
+    Raises:
+        UsageError: the kernel, or the layout of keys and values that both share, does not hold this model.
+        MachineError: they do not fit beside the others.
+    """
+    c, first = fused.config, fused.layers[0]
+    if c.head_dim % 64 or c.rotary_dim is not None:
+        raise UsageError("the persistent kernel pads or turns the heads of this model in its own way")
+    found = {"qkv": first.qkv, "o": first.o, "gate_up": first.gate_up, "down": first.down, "head": fused.head}
+    formats: dict[ProductName, WeightFormat] = {name: _format_of(found[name]) for name in PRODUCTS}
+    return load_weights(Shape(c, formats, frozenset(c.biases)), lambda name: _part_of(fused, name))
+
+
+def _format_of(matrix: Matrix) -> WeightFormat:
+    return WeightFormat("bf16" if matrix.scales is None else "fp8")
+
+
+def _part_of(fused: BatchWeights, name: str) -> torch.Tensor | Weights | None:
+    """A parameter by canonical name, out of the fused ones."""
+    if name in ("embed", "final_norm"):
+        found: torch.Tensor = getattr(fused, name)
+        return found
+    layer, _, member = name.removesuffix(".bias").rpartition(".")
+    if member.endswith("norm"):
+        norm: torch.Tensor | None = getattr(fused.layers[int(layer.split(".")[1])], member)
+        return norm
+    matrix, rows = fused.place(name.removesuffix(".bias"))
+    if name.endswith(".bias"):
+        return None if matrix.bias is None else matrix.bias[rows]
+    scales = None if matrix.scales is None else matrix.scales[rows]
+    return Weights(_format_of(matrix), matrix.values[rows], scales)
+
+
 def _load_weights(shape: Shape, tensor_of: TensorOf, device: str) -> DeviceWeights:
     c, found = shape.config, dict[str, torch.Tensor]()
     for name in PRODUCTS[:-1]:
@@ -84,7 +121,8 @@ def _load_weights(shape: Shape, tensor_of: TensorOf, device: str) -> DeviceWeigh
             _add_layer(found, shape, name, layer, lambda part: _device(tensor_of, part, device))
     embedding = _required(tensor_of, "embed", device)
     head = embedding if c.tied_head else _required(tensor_of, "head", device)
-    found["embedding"] = _floats(embedding).to(torch.bfloat16).contiguous()
+    is_kept = isinstance(embedding, torch.Tensor) and embedding.dtype == torch.bfloat16
+    found["embedding"] = (embedding if is_kept else _floats(embedding).to(torch.bfloat16)).contiguous()
     weights = head if isinstance(head, Weights) else rounded(head, shape.formats["head"])
     _add_matrix(found, "head", 0, 1, [weights], shape)
     for norm in (*_NORMS, "q_norm", "k_norm"):
@@ -176,27 +214,34 @@ class PersistentDecoder:
 
     Args:
         weights: on the device.
-        positions: longest sequence, tokens; KV pages for it are allocated here.
+        positions: longest sequence, tokens.
         pages: page table of the sequence, page numbers; default: in order.
+        cache: keys and values; None: they are allocated here.
 
     Raises:
         MachineError: the GPU is too old or too small.
     """
 
-    def __init__(self, weights: DeviceWeights, positions: int, pages: list[int] | None = None) -> None:
+    def __init__(
+        self,
+        weights: DeviceWeights,
+        positions: int,
+        pages: list[int] | None = None,
+        cache: PagedCache | None = None,
+    ) -> None:
         self.shape = weights.shape
         self.weights = weights
         self.device = current_device()
         _refuse_device(self.device, self.shape.blocks)
         self.positions = -(-positions // PAGE) * PAGE
         count = self.positions // PAGE
-        self._held = max(pages or [0, count - 1]) + 1
-        self._buffers = self._allocate(pages or list(range(count)))
+        self._held = max(pages or [0, count - 1]) + 1 if cache is None else cache.keys.shape[1]
+        self._buffers = self._allocate(pages or list(range(count)), cache)
         self._kernel, self._threads = self._build()
         self._arguments = self._pointers()
         self.position = 0
 
-    def _allocate(self, pages: list[int]) -> dict[str, torch.Tensor]:
+    def _allocate(self, pages: list[int], cache: PagedCache | None) -> dict[str, torch.Tensor]:
         c = self.shape.config
         kv = (c.num_layers, self._held, c.num_kv_heads, PAGE, self.shape.padded_head)
         cosines, sines = (torch.from_numpy(t) for t in rotation_tables(c, self.positions, self.positions))
@@ -215,11 +260,12 @@ class PersistentDecoder:
         found = {f"{k}_words": torch.zeros(n + 2, dtype=torch.int64) for k, n in words.items()}
         found |= {"cosines": cosines, "sines": sines, "pages": torch.tensor(pages, dtype=torch.int32)}
         found |= {"state": torch.zeros(4, dtype=torch.int32), "logits": torch.zeros(c.vocab_size)}
-        found["tokens"] = torch.zeros(self.positions + 1, dtype=torch.int32)
         found["trace"] = torch.zeros(self.shape.blocks * (c.num_layers + 1) * 16, dtype=torch.int32)
         on_device = {k: t.cuda() for k, t in found.items()}
+        on_device["tokens"] = torch.zeros(self.positions + 1, dtype=torch.int32).pin_memory()
         for name in ("keys", "values"):  # zeros: what was never written must be finite
-            on_device[name] = torch.zeros(kv, dtype=torch.bfloat16, device="cuda")
+            given = None if cache is None else getattr(cache, name)
+            on_device[name] = torch.zeros(kv, dtype=torch.bfloat16, device="cuda") if given is None else given
         return on_device
 
     def _build(self) -> tuple[Any, int]:
@@ -255,8 +301,13 @@ class PersistentDecoder:
 
     @property
     def tokens(self) -> torch.Tensor:
-        """int32 [positions + 1] on the device: what was chosen for each position."""
+        """int32 [positions + 1]: what was chosen for each position. On the host, written by the device."""
         return self._buffers["tokens"]
+
+    @property
+    def pages(self) -> torch.Tensor:
+        """int32 [positions / 32] on the device: the sequence's page table."""
+        return self._buffers["pages"]
 
     @property
     def trace(self) -> torch.Tensor:
@@ -269,7 +320,8 @@ class PersistentDecoder:
             raise UsageError(f"position {position} is outside the {self.positions} positions held")
         if not 0 <= token < self.shape.config.vocab_size:
             raise UsageError(f"token ids are below {self.shape.config.vocab_size}, got {token}")
-        self._buffers["state"][:2] = torch.tensor([token, position], dtype=torch.int32)
+        state = self._buffers["state"]
+        state[:2] = upload(np.array([token, position], np.int32), state.device)
         self.position = position
 
     def step(self) -> None:

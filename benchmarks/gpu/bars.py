@@ -1,0 +1,336 @@
+"""The bars of decoding on a GPU, measured through `Engine` in one run.
+
+    python benchmarks/gpu/bars.py [--only TEXT] [--saturated]    # four to ten minutes on an H200
+
+Random weights at real shapes, context 512, greedy, tokens detokenised and delivered; medians of steps. Every
+bar is a row of benchmarks/results/gpu-bars.json, also those that nothing here measures: they say why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import multiprocessing
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from datetime import date
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from batch_models import MODELS, random_tensor
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+
+from hasten.core import EngineOptions, Recipe, ServingOptions
+from hasten.engine.model import LanguageModel
+from hasten.engine.request import Request
+from hasten.models.tokenizer import Tokenizer
+from hasten.runtime.executor import Draw, Part
+from hasten.runtime.gpu.chain import Row
+from hasten.runtime.gpu.executor import GpuExecutor, Tensors
+from hasten.runtime.pages import CachedSequence
+from hasten.runtime.sampling import SamplingOptions, SequenceSampler
+from hasten.weights.packed import PackedModel
+
+RESULTS = Path(__file__).parents[1] / "results" / "gpu-bars.json"
+GREEDY = SamplingOptions(ignore_eos=True)
+CONTEXT = 1024  # tokens a sequence may have
+PROMPT = 512
+GEMM = {"bf16": 750e12, "fp8": 1350e12}  # FLOP/s measured on such a machine
+DECODE = {
+    "0.6B bf16": (1800, 12_000, 30_000),
+    "8B bf16": (262, 3_500, 11_000),
+    "8B fp8": (410, 5_200, 15_000),
+}
+"""Bars of 1, 16 and 64 sequences, tok/s."""
+SATURATED = {"8B bf16": 11_000, "8B fp8": 16_000}
+NO_ARTIFACT, NO_DEMO = "no 8B artifact on the machine", "the demo model is not on the machine"
+UNMEASURED = [
+    (
+        "8B int4 groups of 128, batch 1",
+        500,
+        "tok/s",
+        "the executor loads bf16 and fp8 alone: gpu-persistent.json",
+    ),
+    ("process start to first token, 8B artifact, cubins cached", 8, "s", NO_ARTIFACT),
+    ("process start to first token, 8B artifact, first ever", 20, "s", NO_ARTIFACT),
+    (
+        "every architecture against transformers on the GPU",
+        1,
+        "share",
+        "tests/runtime/gpu compares with the CPU",
+    ),
+    ("demo model, GPU bf16 against CPU bf16, tokens before the first tie", 0.95, "share", NO_DEMO),
+]
+
+
+@cache
+def words(count: int) -> Tokenizer:
+    """A tokenizer of as many words as a model has tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: i for i, letter in enumerate(alphabet)}
+    backend = Backend(models.BPE(vocab | {f"Ġw{i:x}": i for i in range(len(vocab), count)}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    with tempfile.TemporaryDirectory() as folder:
+        backend.save(f"{folder}/tokenizer.json")
+        return Tokenizer.from_folder(folder)
+
+
+@contextmanager
+def opened(model: str, precision: str, sequences: int, context: int = CONTEXT) -> Iterator[LanguageModel]:
+    """A model of random weights behind the engine."""
+    config = MODELS[model]
+    packed = PackedModel(config, Recipe(precision), {})
+    options = EngineOptions(1, context, sequences, 8192, device="cuda")
+    tensors = Tensors(lambda name: random_tensor(config, name, "cuda"), precision, precision)  # type: ignore[arg-type]
+    running = LanguageModel.__new__(LanguageModel)
+    running.name, running.packed, running.options, running.device = model, packed, options, "cuda"
+    running.tokenizer = words(config.vocab_size)
+    began = time.perf_counter()
+    running.executor = GpuExecutor(packed, options, tensors=tensors)
+    print(
+        f"{model} {precision}: ready in {time.perf_counter() - began:.1f} s, {running.executor.summary}",
+        flush=True,
+    )
+    try:
+        yield running
+    finally:
+        running.close()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def requests(model: LanguageModel, count: int, prompt: int, output: int, seed: int = 1) -> list[Request]:
+    ids = np.random.default_rng(seed).integers(300, model.config.vocab_size, (count, prompt))
+    return [Request(tuple(one), output, GREEDY, id=f"{seed}.{i}") for i, one in enumerate(ids.tolist())]
+
+
+def decode_times(model: LanguageModel, count: int, output: int, seed: int) -> tuple[list[float], float]:
+    """Seconds of each step in which all sequences got a token, and seconds spent outside the executor."""
+    times = []
+    with model.engine(ServingOptions(prefix_cache=False, speculate=False)) as engine:
+        for request in requests(model, count, PROMPT, output, seed):
+            engine.add(request)
+        last = None
+        before = 0.0
+        while engine.busy:
+            outputs = engine.step()
+            now = time.perf_counter()
+            if len(outputs) == count and all(one.token_ids for one in outputs):
+                if last is not None:
+                    times.append(now - last)
+                else:
+                    before = engine.counters.schedule_s
+                last = now
+            else:
+                last = None
+        outside = (engine.counters.schedule_s - before) / max(1, len(times))
+    return times[8:], outside
+
+
+def bare_step(model: LanguageModel, count: int, steps: int = 64) -> float:
+    """Seconds of a step of the device alone: launched one behind another, nothing read."""
+    executor: Any = model.executor
+    executor._chain = None
+    rows, per = executor._rows(count), -(-CONTEXT // 32)
+    state = [Row(1000 + i, PROMPT, list(range(i * per, (i + 1) * per))) for i in range(count)]
+    found = []
+    for _ in range(4):
+        rows.start(state)
+        torch.cuda.synchronize()
+        begin, end = torch.cuda.Event(True), torch.cuda.Event(True)
+        begin.record()
+        for n in range(steps):
+            rows.launch(PROMPT + 1 + n)
+        end.record()
+        torch.cuda.synchronize()
+        found.append(begin.elapsed_time(end) / 1e3 / steps)
+    return statistics.median(found[1:])
+
+
+class Bars:
+    """The record, written anew after every row."""
+
+    def __init__(self, path: Path) -> None:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        self.path = path
+        self.value: dict[str, Any] = {
+            "machine": f"{torch.cuda.get_device_name()}, torch {torch.__version__}",
+            "date": date.today().isoformat(),
+            "commit": commit.stdout.strip() or None,
+            "command": " ".join(["python", "benchmarks/gpu/bars.py", *sys.argv[1:]]),
+            "bars": [],
+        }
+
+    def add(
+        self, name: str, value: float | None, bar: float, unit: str, at_most: bool = False, **more: Any
+    ) -> None:
+        """A row; `value` None: it was not measured, and `why` is among `more`."""
+        is_good = value is not None and (value <= bar if at_most else value >= bar)
+        row = {"name": name, "value": value, "bar": bar, "unit": unit, "pass": is_good, **more}
+        self.value["bars"].append(row)
+        print(json.dumps(row), flush=True)
+        self.path.write_text(json.dumps(self.value, indent=1) + "\n")
+
+
+def decode(bars: Bars, model: LanguageModel, label: str, count: int, bar: float) -> None:
+    """Tokens a second of `count` sequences, and what of it is the host's."""
+    decode_times(model, count, 16, 2)  # compiles and captures
+    runs = [decode_times(model, count, 72, seed) for seed in (3, 4, 5)]
+    times, outside = [one for found, _ in runs for one in found], statistics.median(run[1] for run in runs)
+    step, bare = statistics.median(times), bare_step(model, count)
+    bars.add(
+        f"{label}, batch {count}", count / step, bar, "tok/s", step_us=step * 1e6, bare_us=bare * 1e6,
+        python_us=outside * 1e6, mean_us=statistics.mean(times) * 1e6,
+    )  # fmt: skip
+    waits, name = max(0.0, step - bare), f"host time a step that the GPU waits for, {label}, batch {count}"
+    if count == 1:
+        bars.add(name, waits * 1e6, 10, "us", at_most=True)
+    elif count == 64:
+        bars.add(name, waits / step, 0.05, "share", at_most=True)
+
+
+def prefill(bars: Bars, model: LanguageModel, label: str, precision: str) -> None:
+    """The rate of one prompt of 8k tokens, products of layers alone counted as work."""
+    executor: Any = model.executor
+    config, tokens = model.config, 8192
+    sampler = SequenceSampler(GREEDY, [], config.vocab_size)
+    ids = np.random.default_rng(5).integers(300, config.vocab_size, tokens).tolist()
+    times = []
+    for _ in range(4):
+        sequence = CachedSequence()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        executor.collect(executor.submit([Part(sequence, ids, True, draws=(Draw(sampler, tokens),))]))
+        times.append(time.perf_counter() - began)
+        executor.pool.truncate(sequence, 0)
+    seconds = statistics.median(times[1:])
+    flops = 2 * (config.weights_read - config.vocab * config.width) * tokens
+    flops += 2 * 2 * tokens * tokens // 2 * config.num_heads * config.head_dim * config.num_layers
+    bars.add(f"{label} prefill of 8k tokens", flops / seconds / GEMM[precision], 0.65, "of the GEMM rate",
+             seconds=seconds, tok_s=tokens / seconds)  # fmt: skip
+
+
+def long_context(bars: Bars, model: LanguageModel, name: str, bandwidth: float) -> None:
+    """Batch 1 at 32k tokens of context: bytes of weights, keys and values over the copy bandwidth."""
+    with model.engine(ServingOptions(prefix_cache=False, speculate=False)) as engine:
+        (request,) = requests(model, 1, 32768, 96, 7)
+        engine.add(request)
+        times, last = [], None
+        while engine.busy:
+            outputs, now = engine.step(), time.perf_counter()
+            if outputs and last is not None:
+                times.append(now - last)
+            last = now if outputs else None
+    step = statistics.median(times[8:])
+    executor: Any = model.executor
+    read = executor._weights.bytes + model.config.kv_bytes_per_token() * 32768
+    bars.add(name, read / bandwidth / step, 0.75, "of copy bandwidth",
+             step_us=step * 1e6, tok_s=1 / step)  # fmt: skip
+
+
+def saturated(bars: Bars, model: LanguageModel, label: str, bar: float, count: int) -> None:
+    """Output tokens a second of many requests of 1,000 in, 1,000 out."""
+    began = time.perf_counter()
+    made = 0
+    with model.engine(ServingOptions(prefix_cache=False, speculate=False, max_waiting=count)) as engine:
+        for output in engine.run(requests(model, count, 1000, 1000, 11)):
+            made += len(output.token_ids)
+    seconds = time.perf_counter() - began
+    bars.add(
+        f"{label}, {count} requests of 1,000 in / 1,000 out", made / seconds, bar, "tok/s", seconds=seconds
+    )
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a copy of 4 GB."""
+    source = torch.randn(2**31, device="cuda", dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(10):
+        begin, end = torch.cuda.Event(True), torch.cuda.Event(True)
+        begin.record()
+        target.copy_(source)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    return 2 * source.numel() * 2 / (statistics.median(times) / 1e3)
+
+
+def guarded(bars: Bars, name: str, bar: float, work: Callable[[], None]) -> None:
+    """One measurement; what goes wrong is its row."""
+    try:
+        work()
+    except Exception as error:  # noqa: BLE001 - the other rows go on
+        traceback.print_exc(limit=6)
+        bars.add(name, None, bar, "", why=repr(error)[:300])
+
+
+def compile_beforehand(wanted: list[list[str]]) -> None:
+    """Kernels into Triton's cache by many processes; one process would wait for each in turn."""
+    from batch_step import Job, compile_all
+
+    jobs = [
+        Job(model, precision, rows, early=2 if model == "0.6B" and rows <= 16 else 1)
+        for model, precision in wanted
+        for rows in (16, 64)
+    ]
+    with ProcessPoolExecutor(12, mp_context=multiprocessing.get_context("spawn")) as pool:
+        compile_all(pool, jobs)
+
+
+def measure(bars: Bars, label: str, rows: tuple[float, ...], saturating: int) -> None:
+    """Everything of one model in one precision."""
+    name, precision = label.split()
+    with opened(name, precision, 64) as model:
+        for count, bar in zip((1, 16, 64), rows, strict=True):
+            guarded(bars, f"{label}, batch {count}", bar, partial(decode, bars, model, label, count, bar))
+    if name != "8B":
+        return
+    with opened(name, precision, 2, 33_792) as model:
+        guarded(bars, f"{label} prefill of 8k tokens", 0.65, partial(prefill, bars, model, label, precision))
+        if precision == "bf16":
+            bandwidth = bars.value["copy_bytes_per_s"]
+            name = "8B bf16, batch 1, 32k context"
+            guarded(bars, name, 0.75, partial(long_context, bars, model, name, bandwidth))
+    bar, name = SATURATED[label], f"{label}, 500 requests of 1,000 in / 1,000 out"
+    if not saturating:
+        bars.add(name, None, bar, "tok/s", why="not asked for: --saturated 500")
+        return
+    with opened("8B", precision, 256, 2048) as model:
+        guarded(bars, name, bar, partial(saturated, bars, model, label, bar, saturating))
+
+
+def main() -> None:
+    """Measure what was asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="models whose label has this text: 0.6B, 8B bf16, 8B fp8")
+    parser.add_argument("--saturated", type=int, default=0, metavar="N", help="also so many long requests")
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    chosen = {label: rows for label, rows in DECODE.items() if options.only in label}
+    compile_beforehand([label.split() for label in chosen])
+    bars = Bars(options.json)
+    bars.value["copy_bytes_per_s"] = copy_bandwidth()
+    torch.cuda.empty_cache()
+    for label, rows in chosen.items():
+        measure(bars, label, rows, options.saturated)
+    for name, bar, unit, why in UNMEASURED:
+        bars.add(name, None, bar, unit, why=why)
+
+
+if __name__ == "__main__":
+    main()

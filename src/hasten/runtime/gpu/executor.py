@@ -1,0 +1,429 @@
+"""Runs a packed model on a GPU: own kernels for decode, the library's for prompts.
+
+A step goes one of three ways, all over the same pages of keys and values:
+
+- sequences that each get a greedy token: a `Chain`, which runs a step ahead of the host; one sequence in the
+  persistent kernel, 2 to 256 in the batched step's graphs;
+- a few rows of any kind (sampled tokens, drafts to verify, the end of a prompt): the batched step, a row a
+  token, and sampling on the host from logits that cross;
+- more rows: plain torch.
+
+The three round differently, so two equal requests may differ where two logits tie within rounding. In plain
+torch on a CPU (`device="cpu"`) the same executor runs without a GPU: tests compare it with the CPU engine.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hasten.core import EngineOptions, dense
+from hasten.errors import HastenError, MachineError, UsageError
+from hasten.runtime.cpu import KvPlan, context_of, threads_of
+from hasten.runtime.executor import Draw, Part, PartResult, Ticket, admit, finish
+from hasten.runtime.gpu.batch_weights import BatchWeights, Precision, TensorOf, load
+from hasten.runtime.gpu.chain import SIZES, BatchRows, Chain, OneRow, Pending, PlainRows, Row, Rows, to_host
+from hasten.runtime.gpu.driver import current_device
+from hasten.runtime.gpu.plain import PagedCache, PlainStep, Span, upload
+from hasten.runtime.gpu.shape import PAGE
+from hasten.runtime.pages import CachedSequence, PagePool
+from hasten.runtime.sampling import Choice
+from hasten.runtime.tokens import Ids, token_ids
+from hasten.weights.packed import PackedLinear, PackedModel, bf16_bits, values_of
+
+Floats = npt.NDArray[np.float32]
+_FEW = 64  # rows that one sequence may have in the batched step, whose attention takes each by itself
+_LEAST_CHUNK = 2048  # prompt tokens a step: a GPU is not busy with the CPU's 512
+_RESERVE = 2 << 30  # bytes of the device that pages leave free: products' workspaces, activations of a chunk
+
+_log = logging.getLogger("hasten.runtime")
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Where weights come from, and the precision they get."""
+
+    of: TensorOf
+    precision: Precision = "bf16"
+    head: Precision = "bf16"
+
+
+def tensors_of(packed: PackedModel) -> Tensors:
+    """A packed model's parameters; fp8 stays fp8 where all layers are, everything else becomes bf16."""
+    names = set(packed.config.linear_shapes()) - {packed.config.head_name}
+    in_fp8 = all(packed.linears[name].layout.name.startswith("fp8") for name in names)
+    head_in_fp8 = packed.linears[packed.config.head_name].layout.name.startswith("fp8")
+    widths = {packed.linears[name].layout.bits for name in names}
+    if not in_fp8 and widths != {16}:
+        _log.info("the GPU has batched kernels for bf16 and fp8: weights of %s bits become bf16", widths)
+
+    def tensor(name: str) -> torch.Tensor | None:
+        if name in packed.linears:
+            return _values(packed.linears[name])
+        found = packed.vectors.get(name)
+        return None if found is None else torch.from_numpy(np.array(found))
+
+    return Tensors(tensor, "fp8" if in_fp8 else "bf16", "fp8" if in_fp8 and head_in_fp8 else "bf16")
+
+
+def _values(linear: PackedLinear) -> torch.Tensor:
+    if linear.layout.bits == 16:
+        return torch.from_numpy(bf16_bits(linear).view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(values_of(linear))
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What a launch gives for some parts of a step, on its way to the host."""
+
+    tokens: Pending | None  # chosen behind rows
+    firsts: Mapping[int, int]  # parts that read them: number -> the row of `Part.first_row`
+    hidden: Pending | None = None  # float32 [rows, E], final, of the others from `first_row` on
+    others: Sequence[int] = ()
+
+
+class GpuExecutor:
+    """A model on a GPU. Not for several threads at once: a second one gets a UsageError.
+
+    Args:
+        packed: the model; nothing of it is used after loading, but its shape.
+        options: threads (for sampling), context and batch limits; `kv_gb` is of the device's memory.
+        device: "cuda", or "cpu" for the plain twin.
+        tensors: other weights than the packed ones.
+
+    Raises:
+        MachineError: there is no usable GPU, or too little memory on it.
+        ModelError: the model has parts that no kernel here computes; they are named.
+        UsageError: options out of range, or keys and values in int8.
+    """
+
+    def __init__(
+        self,
+        packed: PackedModel,
+        options: EngineOptions,
+        device: str = "cuda",
+        tensors: Tensors | None = None,
+    ) -> None:
+        config = self.config = dense(packed.config, "the GPU engine")
+        if packed.recipe.kv == "int8":
+            raise UsageError(
+                "the GPU engine keeps keys and values in bf16, and the recipe asks for int8",
+                hint="use a recipe without -kv8, or --device cpu",
+            )
+        self.threads = threads_of(options.threads)
+        self.context = context_of(options.context, config)
+        self.page_tokens, self.weights_version = PAGE, 0
+        self._device = device
+        self.name = "torch"
+        if device == "cuda":
+            found = current_device()
+            self.name = f"cuda {found.architecture}"
+        least = 1 if device == "cpu" else _LEAST_CHUNK
+        self.chunk = max(options.prefill_chunk, least)
+        self._weights = self._load(tensors or tensors_of(packed))
+        self._tiled = self._tile() if device == "cuda" else None
+        self._limit = next((n for n in SIZES if n >= max(options.max_sequences, _FEW)), SIZES[-1])
+        self.kv = self._plan(options)
+        # one more for each row ahead of its sequence, and one for rows that idle
+        self.cache = PagedCache(config, self.kv.pages + self._limit + 1, device)
+        self.pool = PagePool(self.kv.pages, PAGE)
+        self._plain = self._in_torch()
+        self._rows_in_torch = PlainRows(self._plain)
+        self._none = np.zeros((0, config.hidden_size), np.float32)
+        self._one: OneRow | None = None
+        self._batch: BatchRows | None = None
+        self._chain: Chain | None = None
+        if device == "cuda":
+            self._make_kernels()
+
+    # ---- loading -------------------------------------------------------------------------------------------
+
+    def _load(self, tensors: Tensors) -> BatchWeights:
+        try:
+            return load(self.config, tensors.of, self.context, tensors.precision, self._device, tensors.head)
+        except torch.OutOfMemoryError as error:
+            free, total = torch.cuda.mem_get_info()
+            raise MachineError(
+                f"the weights do not fit: {free / 1e9:.1f} of {total / 1e9:.1f} GB of GPU memory are free",
+                hint="use --recipe fp8, a smaller model, or --device cpu",
+            ) from error
+
+    def _tile(self) -> Any:
+        """The weights as the persistent kernel streams them, too, where it runs and there is room."""
+        from hasten.runtime.gpu.persistent import tiled_copy
+
+        free, _ = torch.cuda.mem_get_info()
+        if torch.cuda.get_device_capability()[0] != 9 or free < 2 * self._weights.bytes:
+            _log.info("no persistent kernel for one sequence: it needs an H100 or H200, and memory")
+            return None
+        try:
+            return tiled_copy(self._weights)
+        except HastenError as why:
+            _log.info("no persistent kernel for one sequence: %s", why)
+            return None
+
+    def _in_torch(self) -> PlainStep:
+        if self._device == "cpu":
+            return PlainStep(self._weights, self.cache)
+        from hasten.runtime.gpu.plain_kernels import KernelStep
+
+        return KernelStep(self._weights, self.cache)
+
+    def _make_kernels(self) -> None:
+        from hasten.runtime.gpu.batch_step import BatchStep, StepOptions
+
+        options = StepOptions(self._limit, 0, self.context)
+        self._batch = BatchRows(BatchStep(self._weights, options, cache=self.cache))
+        if self._tiled is not None:
+            from hasten.runtime.gpu.persistent import PersistentDecoder
+
+            self._one = OneRow(PersistentDecoder(self._tiled, self.context, cache=self.cache))
+
+    def _plan(self, options: EngineOptions) -> KvPlan:
+        """Pages for `max_sequences` full contexts, or for what the device has free."""
+        if options.max_sequences < 1:
+            raise UsageError(f"{options.max_sequences} sequences at once", hint="use max_sequences=1 or more")
+        size, longest = self.config.kv_bytes_per_token() * PAGE, -(-self.context // PAGE)
+        pages = longest * options.max_sequences
+        because = f"{options.max_sequences} sequences of {self.context} tokens"
+        if options.kv_gb is not None:
+            pages, because = int(options.kv_gb * 1e9) // size, "--kv-gb"
+        if self._device == "cuda":
+            free = torch.cuda.mem_get_info()[0] - _RESERVE
+            fitting, what = free // size - self._limit - 1, f"{free / 1e9:.2f} GB of the GPU are free"
+            if pages > fitting and options.kv_gb is not None:
+                raise UsageError(f"{options.kv_gb} GB are asked for keys and values, {what}", hint="use less")
+            if pages > fitting:
+                pages, because = fitting, what
+        if pages < longest:
+            raise UsageError(
+                f"{max(pages, 0) * PAGE} tokens of keys and values fit ({because}), "
+                f"and a context has {self.context}",
+                hint=f"use --context {pages * PAGE}"
+                if pages > 0
+                else "use a larger --kv-gb or a smaller model",
+            )
+        return KvPlan(self.context, pages, size, because)
+
+    def replace(self, name: str, linear: PackedLinear) -> None:
+        """Put another matrix in a linear layer's place; what was computed before cannot be continued."""
+        self._weights.replace(name, _values(linear))
+        self._chain, self.weights_version = None, self.weights_version + 1
+        self._one = self._tiled = None  # its copy is of other weights
+
+    # ---- a step --------------------------------------------------------------------------------------------
+
+    def submit(self, parts: Sequence[Part]) -> Ticket:
+        """Begin a step: everything is launched when this returns, often the step after it too."""
+        self.pool.refuse_others()
+        self._admit(parts)
+        with self.pool.computing():
+            chain, self._chain = self._chain, None
+            rows = self._known_ahead(chain, parts)
+            if chain is not None and rows:
+                results = [_Result(chain.pending, rows)]
+                chain.keep(list(rows.values()))
+                rest = [i for i in range(len(parts)) if i not in rows]
+                results += [self._compute(parts, rest, is_plain=True)] if rest else []
+            else:
+                chain, results = self._begin(parts)
+                rest = [] if chain else list(range(len(parts)))
+            for part in parts:
+                part.sequence.length += len(part.tokens) + len(part.drafts)
+            if chain is not None and chain.rows is self._rows(len(chain)):
+                # a prompt that ends here joins the others in the next step, which then begins anew
+                is_joined = any(parts[i].draws for i in rest)
+                self._chain = chain if not is_joined and chain.run_ahead() else None
+        return Ticket(tuple(parts), results)
+
+    def _known_ahead(self, chain: Chain | None, parts: Sequence[Part]) -> dict[int, int]:
+        """Parts whose results are computed ahead: number -> row. None, if another than prompts is new."""
+        if chain is None:
+            return {}
+        rows = chain.find({i: part for i, part in enumerate(parts) if _is_step(part)})
+        rest = [part for i, part in enumerate(parts) if i not in rows]
+        return {} if any(len(part.tokens) + len(part.drafts) == 1 for part in rest) else rows
+
+    def _begin(self, parts: Sequence[Part]) -> tuple[Chain | None, list[_Result]]:
+        """Launch a step of which nothing is known."""
+        if parts and all(_is_step(part) for part in parts):
+            rows = self._rows(len(parts))
+            if len(parts) <= rows.limit:
+                chain = Chain(rows, parts, self.cache, self.kv.pages, self.context)
+                return chain, [_Result(chain.pending, {i: i for i in range(len(parts))})]
+        return None, [
+            self._compute(parts, group, is_plain)
+            for group, is_plain in _groups(parts, 0 if self._batch is None else self._limit)
+        ]
+
+    def _rows(self, count: int) -> Rows:
+        """What decodes so many sequences."""
+        if count == 1 and self._one is not None:
+            return self._one
+        return self._batch or self._rows_in_torch
+
+    def _admit(self, parts: Sequence[Part]) -> None:
+        """Check a step and give its sequences pages."""
+        for part in parts:
+            total = len(part.tokens) + len(part.drafts)
+            if total != 1:
+                token_ids(part.tokens, self.config.vocab_size)
+            admit(self, part.sequence, total)
+            self.pool.grow(part.sequence, part.sequence.length + total)
+            first, last = part.sequence.length, part.sequence.length + total - 1
+            self.pool.wrote(part.sequence.pages[first // PAGE : last // PAGE + 1])
+
+    def _compute(self, parts: Sequence[Part], group: Sequence[int], is_plain: bool) -> _Result:
+        """Launch some parts together: tokens of those that are greedy, hidden states of the others."""
+        ids: list[int] = []
+        spans, starts = [], {}
+        for i in group:
+            part, starts[i] = parts[i], len(ids)
+            ids += [*part.tokens, *part.drafts]
+            spans.append(Span(part.sequence.length, len(ids) - starts[i], part.sequence.pages))
+        ends = {i: starts[i] + span.count for i, span in zip(group, spans, strict=True)}
+        greedy = [i for i in group if _is_greedy(parts[i])]
+        others = [i for i in group if i not in set(greedy)]
+        if is_plain or self._batch is None:
+            residual, tokens = self._plain.run(np.array(ids, np.int32), spans), None
+        else:
+            rows = [Row(ids[starts[i] + n], s.past + n, s.pages)
+                    for i, s in zip(group, spans, strict=True) for n in range(s.count)]  # fmt: skip
+            self._batch.start(rows)
+            tokens = self._batch.launch(max(s.past + s.count for s in spans))
+            residual = self._batch.step.buffers.residual
+        firsts = {i: starts[i] + parts[i].first_row for i in greedy}
+        if tokens is None and (wanted := [row for i in greedy for row in range(firsts[i], ends[i])]):
+            place = {row: at for at, row in enumerate(wanted)}
+            firsts = {i: place.get(first, 0) for i, first in firsts.items()}
+            tokens = to_host(self._plain.logits(self._final(residual, wanted)).argmax(-1))
+        wanted = [row for i in others for row in range(starts[i] + parts[i].first_row, ends[i])]
+        hidden = to_host(self._final(residual, wanted)) if wanted else None
+        return _Result(tokens, firsts, hidden, others)
+
+    def _final(self, residual: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        return self._plain.final(residual[upload(np.array(rows, np.int64), residual.device)])
+
+    def collect(self, ticket: Ticket) -> list[PartResult]:
+        """See `Executor.collect`."""
+        parts, found = ticket.parts, [PartResult() for _ in ticket.parts]
+        with self.pool.computing():
+            others: list[int] = []
+            rows: list[Floats] = []
+            for result in ticket.state:
+                tokens = result.tokens.read() if result.tokens is not None else []
+                for i, first in result.firsts.items():
+                    draws = range(len(parts[i].draws))
+                    found[i].choices = [_choice(parts[i], which, tokens, first) for which in draws]
+                hidden = self._none if result.hidden is None else result.hidden.wait().numpy()
+                at = 0
+                for i in result.others:
+                    count = len(parts[i].tokens) + len(parts[i].drafts) - parts[i].first_row
+                    rows.append(hidden[at : at + count])
+                    at += count
+                others += result.others
+            for i, one in zip(others, finish(self, [parts[i] for i in others], rows), strict=True):
+                found[i] = one
+        return found
+
+    def hidden(self, sequence: CachedSequence, tokens: Sequence[int] | Ids) -> Floats:
+        """Hidden states float32 [T, E] of all tokens of an empty sequence, computed as an answer's."""
+        found = [self._none]
+        for at in range(0, len(tokens), self.chunk):
+            some = tuple(int(token) for token in tokens[at : at + self.chunk])
+            part = Part(sequence, some, hidden=len(some))
+            result = self.collect(self.submit([part]))[0]
+            assert result.hidden is not None
+            found.append(result.hidden)
+        return np.concatenate(found)
+
+    def head(self, hidden: Floats) -> Floats:
+        """float32 [R, E] hidden states -> float32 [R, V] logits."""
+        rows = torch.from_numpy(np.ascontiguousarray(hidden, np.float32)).to(self._device)
+        logits: Floats = self._plain.logits(rows).float().cpu().numpy()
+        return logits
+
+    # ---- pages ---------------------------------------------------------------------------------------------
+
+    def kv_class(self, tokens: int, as_prompt: bool) -> str:
+        """One class: prompts and answers differ by rounding alone, and rotations never change here."""
+        return ""
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of `read_page`: keys and values of `page_tokens` tokens, all layers."""
+        return self.kv.page_bytes
+
+    @property
+    def summary(self) -> str:
+        """How much memory keys and values may take, and why."""
+        return self.kv.summary
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy a page of keys and values, all layers."""
+        self.cache.copy([source], [target])
+        self.pool.wrote([target])
+
+    def read_page(self, page: int) -> npt.NDArray[np.uint8]:
+        """A copy of one page's keys and values, all layers: uint8 [page_bytes]."""
+        return self.cache.read(page)
+
+    def write_page(self, page: int, data: npt.NDArray[np.uint8]) -> None:
+        """Put what `read_page` gave, uint8 [page_bytes], into a page of this executor or one just like it."""
+        self.cache.write(page, data)
+        self.pool.wrote([page])
+
+
+def _is_plain(draw: Draw) -> bool:
+    """Whether the largest logit is all that decides."""
+    o = draw.sampler.options
+    is_untouched = (
+        not o.logit_bias and o.repetition_penalty == 1 and not (o.presence_penalty or o.frequency_penalty)
+    )
+    return o.temperature == 0 and is_untouched and draw.masks is None and draw.logprobs is None
+
+
+def _is_greedy(part: Part) -> bool:
+    """Whether tokens are all that is wanted, and the largest logits decide them."""
+    return part.hidden == 0 and part.scored is None and all(_is_plain(draw) for draw in part.draws)
+
+
+def _is_step(part: Part) -> bool:
+    """Whether a sequence gets its next greedy token, and nothing else."""
+    return len(part.draws) == 1 and len(part.tokens) == 1 and not part.drafts and _is_greedy(part)
+
+
+def _choice(part: Part, which: int, tokens: Sequence[int], first: int) -> Choice:
+    """One answer's tokens: the drafts that are the largest logits' too, and one more."""
+    drafts = part.drafts if which == 0 else ()
+    taken = [tokens[first]]
+    for n, draft in enumerate(drafts):
+        if draft != taken[n]:
+            break
+        taken.append(tokens[first + n + 1])
+    return Choice(taken, [], len(drafts))
+
+
+def _groups(parts: Sequence[Part], most: int) -> Iterator[tuple[list[int], bool]]:
+    """The parts in few launches: small ones in the batched step, `most` rows at a time, others in torch."""
+    counts = [len(part.tokens) + len(part.drafts) for part in parts]
+    few = min(most, _FEW if sum(counts) <= most else _FEW // 8)
+    small: list[int] = []
+    for i in sorted(range(len(parts)), key=lambda i: counts[i]):
+        if counts[i] > few:
+            break
+        if sum(counts[j] for j in small) + counts[i] > most:
+            yield small, False
+            small = []
+        small.append(i)
+    if small:
+        yield small, False
+    large = [i for i, count in enumerate(counts) if count > few]
+    if large:
+        yield large, True

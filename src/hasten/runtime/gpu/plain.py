@@ -1,0 +1,265 @@
+"""A model over paged keys and values in plain torch, on any device: prompts, and the twin of the own kernels.
+
+On a GPU the products are the library's (cuBLAS in bf16, `_scaled_mm` in e4m3) and attention is torch's
+`scaled_dot_product_attention`; on a CPU everything is computed in float32 from the same bf16 values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from hasten.core import ModelSpec
+from hasten.runtime.gpu.batch_weights import BatchWeights, Matrix, slides
+from hasten.runtime.gpu.shape import PAGE
+
+Angles = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+Attend = Callable[[int, torch.Tensor], torch.Tensor]
+"""(layer, queries [N, H, D]) -> [N, H D]."""
+_QUERIES = 256  # rows of attention whose scores exist at a time
+_E4M3_MAX = 448.0
+
+
+class PagedCache:
+    """Keys and values, bf16 [layers, pages, K, PAGE, D] each: the layout that every kernel reads."""
+
+    def __init__(self, config: ModelSpec, pages: int, device: str) -> None:
+        shape = (config.num_layers, pages, config.num_kv_heads, PAGE, config.head_dim)
+        # zeros: what was never written must be finite
+        self.keys = torch.zeros(shape, dtype=torch.bfloat16, device=device)
+        self.values = torch.zeros(shape, dtype=torch.bfloat16, device=device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.keys.device
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy pages, all layers."""
+        if not sources:
+            return
+        pairs = upload(np.array([sources, targets], np.int64), self.device)
+        for part in (self.keys, self.values):
+            part.index_copy_(1, pairs[1], part.index_select(1, pairs[0]))
+
+    def read(self, page: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """One page's bytes, all layers: keys, then values."""
+        both = torch.stack((self.keys[:, page], self.values[:, page]))
+        return both.view(torch.uint8).cpu().numpy().reshape(-1)
+
+    def write(self, page: int, data: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+        """Put what `read` gave into a page."""
+        one = self.keys[:, page]
+        found = torch.from_numpy(np.array(data, np.uint8)).view(torch.bfloat16).view(2, *one.shape)
+        self.keys[:, page], self.values[:, page] = found.to(self.device)
+
+
+def upload(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
+    """A small array on the device, without waiting: the driver keeps a copy of what is on its way."""
+    return torch.from_numpy(array).to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A sequence's rows of a step: `count` tokens behind the `past` ones that its pages hold already."""
+
+    past: int
+    count: int
+    pages: Sequence[int]  # of all of them
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A product's inputs [N, K]: bf16, or e4m3 with scales float32 [N, 1]."""
+
+    values: torch.Tensor
+    scales: torch.Tensor | None = None
+
+
+class PlainStep:
+    """Computes any step: prompt chunks, single tokens, drafts, ragged and together."""
+
+    def __init__(self, weights: BatchWeights, cache: PagedCache) -> None:
+        self.weights, self.cache = weights, cache
+        self.is_fp8 = weights.layers[0].o.scales is not None
+
+    @torch.inference_mode()
+    def run(self, tokens: np.ndarray[Any, np.dtype[np.int32]], spans: Sequence[Span]) -> torch.Tensor:
+        """The residual stream behind the last layer, float32 [N, E]; keys and values join the cache.
+
+        Args:
+            tokens: int32 [N], those of all spans one after another.
+        """
+        w, device = self.weights, self.cache.device
+        positions = np.concatenate([np.arange(s.past, s.past + s.count) for s in spans])
+        pages = [np.asarray(s.pages)[np.arange(s.past, s.past + s.count) // PAGE] for s in spans]
+        places = np.concatenate(pages) * PAGE + positions % PAGE
+        ids, at, to = upload(np.stack((tokens, positions, places)), device)
+        tables = [upload(np.asarray(s.pages[: -(-(s.past + s.count) // PAGE)]), device) for s in spans]
+        angles = {name: (r.cos[at], r.sin[at]) for name, r in w.rotations.items()}
+
+        def attend(layer: int, q: torch.Tensor) -> torch.Tensor:
+            mixed, first = [], 0
+            for span, table in zip(spans, tables, strict=True):
+                mixed.append(self._attend(layer, q[first : first + span.count], span, table))
+                first += span.count
+            return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
+
+        return self.layers(ids, angles, to, attend)
+
+    def layers(self, ids: torch.Tensor, angles: Angles, places: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """All layers over token ids int64 [N]: the residual stream, float32 [N, E].
+
+        Args:
+            angles: cosines and sines [N, D / 2] of each rotation.
+            places: where keys and values go, page * PAGE + token in it, [N]; -1 for a row without a sequence.
+            attend: mixes values for a layer's queries [N, H, D]: [N, H D].
+        """
+        w = self.weights
+        x, y, post = w.embed[ids].float() * w.config.embed_scale, None, None
+        for i, layer in enumerate(w.layers):
+            x, inputs = self.add_and_norm(x, y, post, layer.attn_norm)
+            q = self.heads(i, multiply(layer.qkv, inputs), angles[w.rotation_of(i)], places)
+            y = multiply(layer.o, self.round(attend(i, q)))
+            x, inputs = self.add_and_norm(x, y, layer.post_attn_norm, layer.mlp_norm)
+            y = multiply(layer.down, self.activate(multiply(layer.gate_up, inputs)))
+            post = layer.post_mlp_norm
+        return x if y is None else x + (y if post is None else self._norm(y, post))
+
+    # ---- what lies between the products -------------------------------------------------------------------
+
+    def add_and_norm(
+        self, x: torch.Tensor, y: torch.Tensor | None, post: torch.Tensor | None, gamma: torch.Tensor
+    ) -> tuple[torch.Tensor, Inputs]:
+        """x + y, y through a norm of its own where `post` is given, and the next product's normed inputs."""
+        if y is not None:
+            x = x + (y if post is None else self._norm(y, post))
+        return x, self.round(self._norm(x, gamma))
+
+    def activate(self, both: torch.Tensor) -> Inputs:
+        """activation(gate) * up of [N, 2 F]."""
+        gate, up = both.float().chunk(2, -1)
+        is_silu = self.weights.config.activation == "silu"
+        return self.round((F.silu(gate) if is_silu else F.gelu(gate, approximate="tanh")) * up)
+
+    def round(self, x: torch.Tensor) -> Inputs:
+        """Inputs of a product as its kernels take them."""
+        return rounded(x, self.is_fp8)
+
+    def heads(
+        self,
+        layer: int,
+        qkv: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        places: torch.Tensor,
+    ) -> torch.Tensor:
+        """Queries bf16 [N, H, D] of a layer's [N, (H + 2 K) D]; keys and values join the cache."""
+        c, w = self.weights.config, self.weights.layers[layer]
+        q, k, v = qkv.unflatten(-1, (-1, c.head_dim)).split([c.num_heads, c.num_kv_heads, c.num_kv_heads], 1)
+        cos, sin = (one[:, None] for one in angles)
+        turned = []
+        for part, gamma in ((q, w.q_norm), (k, w.k_norm)):
+            one = part.float() if gamma is None else self._norm(part, gamma)
+            a, b = one.chunk(2, -1)
+            turned.append(torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(torch.bfloat16))
+        page, slot = places // PAGE, places % PAGE
+        self.cache.keys[layer][page, :, slot] = turned[1]
+        self.cache.values[layer][page, :, slot] = v.to(torch.bfloat16)
+        return turned[0]
+
+    @torch.inference_mode()
+    def final(self, residual: torch.Tensor) -> torch.Tensor:
+        """The final norm: float32 [R, E]."""
+        return self._norm(residual, self.weights.final_norm)
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The head, with its soft-cap: hidden states float32 [R, E] -> float32 [R, V]."""
+        head, cap = self.weights.head, self.weights.config.logit_softcap
+        if hidden.is_cuda and head.scales is None:  # bf16 sums would make ties of what is none
+            found = torch.mm(hidden.to(torch.bfloat16), head.values.t(), out_dtype=torch.float32)
+        else:
+            found = multiply(head, rounded(hidden, head.scales is not None)).float()
+        return found if cap is None else torch.tanh(found / cap) * cap
+
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], weight, self.weights.config.norm_eps)
+
+    def _attend(self, layer: int, q: torch.Tensor, span: Span, table: torch.Tensor) -> torch.Tensor:
+        """A span's queries [T, H, D] over its pages: [T, H D]."""
+        c, total = self.weights.config, span.past + span.count
+        window = c.sliding_window if slides(c, layer) else None
+        if window is not None and total <= window:
+            window = None
+        k, v = (
+            part[layer][table].transpose(0, 1).flatten(1, 2)[:, :total]
+            for part in (self.cache.keys, self.cache.values)
+        )  # [K, S, D]
+        if q.is_cuda and window is None and c.attention_softcap is None:
+            return _library_attention(q, k, v, c.score_scale, span.past)
+        return _written_out(q, k, v, c, span.past, window)
+
+
+def rounded(x: torch.Tensor, is_fp8: bool) -> Inputs:
+    """Inputs [N, K] as bf16, and further as e4m3 with a scale a row."""
+    values = x.to(torch.bfloat16)
+    if not is_fp8:
+        return Inputs(values)
+    peak = values.abs().amax(-1, keepdim=True).float().clamp_min(1e-30)
+    return Inputs((values.float() * (_E4M3_MAX / peak)).to(torch.float8_e4m3fn), peak / _E4M3_MAX)
+
+
+def multiply(matrix: Matrix, inputs: Inputs) -> torch.Tensor:
+    """Inputs [N, K] times a matrix [M, K]: bf16 [N, M] on a GPU, else float32."""
+    x, w, bias = inputs.values, matrix.values, matrix.bias
+    if not x.is_cuda:
+        out = F.linear(x.float(), w.float())
+        if inputs.scales is not None and matrix.scales is not None:
+            out = out * inputs.scales * matrix.scales
+    elif inputs.scales is None or matrix.scales is None:
+        out = F.linear(x, w)
+    else:
+        scales = matrix.scales[None]
+        out = torch._scaled_mm(x, w.t(), inputs.scales, scales, out_dtype=torch.bfloat16)
+    return out if bias is None else out + bias
+
+
+def _library_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, past: int
+) -> torch.Tensor:
+    """Causal attention where the last query stands at the last key."""
+    from torch.nn.attention.bias import causal_lower_right
+
+    one, keys, values = q.transpose(0, 1)[None], k[None], v[None]
+    if past == 0 or len(q) == 1:
+        found = F.scaled_dot_product_attention(
+            one, keys, values, is_causal=past == 0 and len(q) > 1, scale=scale, enable_gqa=True
+        )
+    else:
+        found = F.scaled_dot_product_attention(
+            one, keys, values, causal_lower_right(len(q), k.shape[1]), scale=scale, enable_gqa=True
+        )
+    return found[0].transpose(0, 1).flatten(1)
+
+
+def _written_out(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, c: ModelSpec, past: int, window: int | None
+) -> torch.Tensor:
+    """The same in float32 with windows and soft-caps, some queries at a time."""
+    keys, values, place = k.float(), v.float(), torch.arange(k.shape[1], device=q.device)
+    found = []
+    for first in range(0, len(q), _QUERIES):
+        some = q[first : first + _QUERIES].float().unflatten(1, (c.num_kv_heads, -1))  # [T, K, G, D]
+        scores = torch.einsum("tkgd,ksd->kgts", some, keys) * c.score_scale
+        if c.attention_softcap is not None:
+            scores = torch.tanh(scores / c.attention_softcap) * c.attention_softcap
+        back = (past + first + torch.arange(len(some), device=q.device))[:, None] - place
+        hidden = back < 0 if window is None else (back < 0) | (back >= window)
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        found.append(torch.einsum("kgts,ksd->tkgd", weights, values).flatten(1))
+    return torch.cat(found)

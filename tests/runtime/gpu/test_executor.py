@@ -1,0 +1,216 @@
+"""The GPU executor against the CPU's, on tiny models: in plain torch, and on a GPU where there is one.
+
+Logits differ by rounding (`BF16` of the spread); tokens must be equal where the CPU's own margin says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from hasten.core import EngineOptions, Recipe, ServingOptions  # noqa: E402
+from hasten.engine.model import LanguageModel, load_packed  # noqa: E402
+from hasten.engine.request import Request  # noqa: E402
+from hasten.errors import MachineError, ModelError, UsageError  # noqa: E402
+from hasten.models import Source, open_model  # noqa: E402
+from hasten.runtime import executor as executors  # noqa: E402
+from hasten.runtime.executor import Draw, Part  # noqa: E402
+from hasten.runtime.gpu import executor as gpu  # noqa: E402
+from hasten.runtime.gpu.shape import PAGE  # noqa: E402
+from hasten.runtime.pages import CachedSequence  # noqa: E402
+from hasten.runtime.sampling import SamplingOptions, SequenceSampler  # noqa: E402
+from hasten.weights.packed import PackedModel, pack_model  # noqa: E402
+from tiny_models import prompts  # noqa: E402
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gemma3-capped", "phi3-sliding", "smollm3"]
+BF16 = 0.03  # of the logits' spread: two ways of rounding activations
+GREEDY = SamplingOptions(ignore_eos=True)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where `--device cuda` computes in a test."""
+    monkeypatch.setitem(executors.EXECUTORS, "cuda", f"{__name__}:{request.param.title()}Twin")
+    monkeypatch.setattr(executors, "choose_device", lambda wanted: (wanted, "in a test"))
+    return str(request.param)
+
+
+class CpuTwin(gpu.GpuExecutor):
+    """In plain torch."""
+
+    def __init__(self, packed: PackedModel, options: EngineOptions) -> None:
+        super().__init__(packed, options, "cpu")
+
+
+class CudaTwin(gpu.GpuExecutor):
+    """On the GPU."""
+
+
+@contextmanager
+def running(
+    source: Source, device: str = "cuda", recipe: str = "bf16", **options: Any
+) -> Iterator[LanguageModel]:
+    wanted = {"threads": 1, "context": min(512, source.config.context_length), "device": device}
+    model = load_packed(
+        pack_model(source, Recipe.parse(recipe), 1), source, EngineOptions(**(wanted | options))
+    )
+    try:
+        yield model
+    finally:
+        model.close()
+
+
+def answers(model: LanguageModel, requests: Sequence[Request], **options: Any) -> list[list[int]]:
+    """Tokens of each request, all run together."""
+    found: dict[str, list[int]] = {str(i): [] for i in range(len(requests))}
+    named = [Request(**{**vars(one), "id": str(i)}) for i, one in enumerate(requests)]
+    with model.engine(ServingOptions(**options)) as engine:
+        for output in engine.run(named):
+            found[output.request_id] += output.token_ids
+    return list(found.values())
+
+
+def fitting(source: Source, room: int) -> list[list[int]]:
+    return [prompt for prompt in prompts() if len(prompt) + room <= source.config.context_length]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_logits_and_greedy_tokens_are_the_cpu_engines(
+    name: str, device: str, tiny_folder: Callable[..., Path]
+) -> None:
+    source = open_model(tiny_folder(name))
+    count = min(24, source.config.context_length - len(prompts()[0]))
+    with running(source, "cpu") as cpu, running(source) as other:
+        for prompt in fitting(source, 0):
+            wanted, got = cpu.logits(prompt), other.logits(prompt)
+            assert np.sqrt(np.mean((got - wanted) ** 2)) < BF16 * wanted.std()
+        first = list(prompts()[0])
+        assert list(other.stream(first, count, GREEDY)) == list(cpu.stream(first, count, GREEDY))
+
+
+def is_greedy(model: LanguageModel, prompt: Sequence[int], tokens: Sequence[int]) -> bool:
+    """Whether each token has the largest logit after those before it, or ties with it within rounding."""
+    logits = model.logits([*prompt, *tokens])[len(prompt) - 1 : -1]
+    short = logits.max(1) - np.take_along_axis(logits, np.array(tokens)[:, None], 1)[:, 0]
+    return bool((short < 2 * BF16 * logits.std()).all())
+
+
+def test_chunks_pages_and_company_change_nothing(device: str, tiny_folder: Callable[..., Path]) -> None:
+    source = open_model(tiny_folder("qwen3"))
+    requests = [Request(tuple(prompt), 40 + 7 * i, GREEDY) for i, prompt in enumerate(fitting(source, 70))]
+    with running(source, max_sequences=8) as model:
+        found = [[answers(model, [one], speculate=False)[0] for one in requests]]
+        found += [answers(model, requests, speculate=False), answers(model, requests)]
+        model.executor.chunk = 7
+        found.append(answers(model, requests, prefix_cache=False))
+        for one in found:
+            for request, tokens in zip(requests, one, strict=True):
+                assert len(tokens) == request.max_new_tokens
+                assert is_greedy(model, request.prompt, tokens)
+
+
+def test_more_rows_than_own_products_take(device: str, tiny_folder: Callable[..., Path]) -> None:
+    source = open_model(tiny_folder("llama"))
+    prompts = np.random.default_rng(2).integers(0, 262, (70, 30)).tolist()
+    requests = [Request(tuple(prompt), 12, GREEDY) for prompt in prompts]
+    with running(source, context=64, max_sequences=70) as model:
+        for prompt, tokens in zip(prompts, answers(model, requests, speculate=False), strict=True):
+            assert is_greedy(model, prompt, tokens)
+
+
+def test_sampling_draws_what_the_cpu_engine_draws(device: str, tiny_folder: Callable[..., Path]) -> None:
+    source = open_model(tiny_folder("llama"))
+    sampling = SamplingOptions(0.9, top_p=0.9, seed=3, ignore_eos=True, repetition_penalty=1.2)
+    request = Request(tuple(prompts()[0]), 24, sampling, logprobs=2)
+    with running(source, "cpu") as cpu, running(source) as other:
+        assert answers(other, [request]) == answers(cpu, [request])
+
+
+def decode(executor: Any, sequence: CachedSequence, tokens: list[int], count: int) -> list[int]:
+    """So many steps of one token each, as the engine asks for them."""
+    sampler = SequenceSampler(GREEDY, [], executor.config.vocab_size)
+    for _ in range(count):
+        new = tokens[sequence.length :]
+        part = Part(sequence, new, draws=(Draw(sampler, len(tokens)),))
+        (result,) = executor.collect(executor.submit([part]))
+        tokens += result.choices[0].tokens
+        executor.pool.truncate(sequence, len(tokens) - 1)
+    return tokens
+
+
+def test_a_step_ahead_leaves_no_trace(device: str, tiny_folder: Callable[..., Path]) -> None:
+    """A sequence that runs ahead over page borders and is interrupted gets the tokens it would get alone."""
+    source = open_model(tiny_folder("qwen3"))
+    start = [int(token) for token in prompts()[0][:5]]
+    with running(source) as model:
+        executor: Any = model.executor
+        free, whole = executor.pool.free, CachedSequence()
+        wanted = decode(executor, whole, [*start], 2 * PAGE)
+        assert executor._chain is not None, "nothing ran ahead"
+        assert is_greedy(model, start, wanted[5:])
+        one, other = CachedSequence(), CachedSequence()
+        first = decode(executor, one, [*start], PAGE - 5)
+        decode(executor, other, [9, 8, 7], 3)  # the step ahead of the first is thrown away
+        assert decode(executor, one, first, 2 * PAGE - (PAGE - 5)) == wanted
+        for sequence in (whole, one, other):
+            executor.pool.truncate(sequence, 0)
+        assert executor.pool.free == free
+
+
+def test_a_replaced_layer_counts_from_the_next_step(device: str, tiny_folder: Callable[..., Path]) -> None:
+    source = open_model(tiny_folder("llama"))
+    w4 = pack_model(source, Recipe.parse("w4"), 1)
+    with running(source) as model, running(source, recipe="w4") as wanted:
+        before = model.logits(prompts()[0])
+        for name, linear in w4.linears.items():
+            model.replace(name, linear)
+        after, right = model.logits(prompts()[0]), wanted.logits(prompts()[0])
+        assert np.abs(after - before).max() > 0.1
+        assert np.sqrt(np.mean((after - right) ** 2)) < BF16 * right.std()
+
+
+def test_pages_travel(device: str, tiny_folder: Callable[..., Path]) -> None:
+    source = open_model(tiny_folder("llama"))
+    with running(source) as model:
+        executor: Any = model.executor
+        sequence = CachedSequence()
+        executor.hidden(sequence, list(range(PAGE)))
+        data = executor.read_page(sequence.pages[0])
+        assert data.nbytes == executor.page_bytes and data.any()
+        executor.pool.ensure(1)
+        page = executor.pool.take()
+        executor.write_page(page, data)
+        assert np.array_equal(executor.read_page(page), data)
+
+
+def test_what_it_cannot_do_is_named(device: str, tiny_folder: Callable[..., Path]) -> None:
+    with pytest.raises(ModelError, match="olmo2") as olmo, running(open_model(tiny_folder("olmo2"))):
+        pass
+    assert "--device cpu" in olmo.value.hint
+    with pytest.raises(ModelError, match="longrope") as phi, running(open_model(tiny_folder("phi3"))):
+        pass
+    assert "--context 16" in phi.value.hint
+    llama = open_model(tiny_folder("llama"))
+    with pytest.raises(UsageError, match="int8") as kv8, running(llama, recipe="w8-kv8"):
+        pass
+    assert "--device cpu" in kv8.value.hint
+    with pytest.raises(UsageError, match="a context has") as small, running(llama, context=512, kv_gb=1e-5):
+        pass
+    assert small.value.hint
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_cuda_is_refused_and_auto_takes_the_cpu(tiny_folder: Callable[..., Path]) -> None:
+    with pytest.raises(MachineError, match="no usable GPU") as wrong:
+        executors.choose_device("cuda")
+    assert "--device cpu" in wrong.value.hint
+    device, because = executors.choose_device("auto")
+    assert device == "cpu" and because
