@@ -82,7 +82,7 @@ setattr(home, name, pressed)
 CALLS = [
     "hasten.weights.artifact:_sums",
     "hasten.models.folder_tokenizer:_stored_fields",
-    "hasten.runtime.cpu:CpuExecutor._check",
+    "hasten.runtime.executor:admit",
     "hasten.runtime.cpu:CpuExecutor.head",
     "hasten.runtime.executor:choose",
     "hasten.cli.console:_write",

@@ -231,13 +231,19 @@ def admit(executor: Executor, sequence: CachedSequence, tokens: int) -> None:
         )
 
 
-def finish(executor: Executor, parts: Sequence[Part], rows: Sequence[Floats]) -> list[PartResult]:
+def finish(
+    executor: Executor,
+    parts: Sequence[Part],
+    rows: Sequence[Floats],
+    head: Callable[[Floats], Floats] | None = None,
+) -> list[PartResult]:
     """Everything behind the final norm: scores of prompts, then the next tokens of all answers in one call.
 
     Args:
         executor: whose head is used.
         parts: of the step.
         rows: float32 [tokens + drafts - first_row, E] of each part: hidden states from `Part.first_row` on.
+        head: gives logits of hidden states; None: the executor's.
     """
     results = [_read(executor, part, mine) for part, mine in zip(parts, rows, strict=True)]
     places: list[tuple[int, int]] = []
@@ -260,7 +266,7 @@ def finish(executor: Executor, parts: Sequence[Part], rows: Sequence[Floats]) ->
             logprobs.append(draw.logprobs)
             places.append((at, which))
     if places:
-        logits = executor.head(hidden[0] if len(hidden) == 1 else np.concatenate(hidden))
+        logits = (head or executor.head)(hidden[0] if len(hidden) == 1 else np.concatenate(hidden))
         chosen = choose(logits, samplers, drafts, positions, masks, logprobs, threads=executor.threads)
         for (at, which), choice in zip(places, chosen, strict=True):
             results[at].choices[which] = choice

@@ -97,10 +97,13 @@ def test_logits_and_greedy_tokens_are_the_cpu_engines(
 
 
 def is_greedy(model: LanguageModel, prompt: Sequence[int], tokens: Sequence[int]) -> bool:
-    """Whether each token has the largest logit after those before it, or ties with it within rounding."""
+    """Whether each token has the largest logit after those before it, or ties with it within rounding.
+
+    A token drawn blindly falls short by 2 to 3 times the spread.
+    """
     logits = model.logits([*prompt, *tokens])[len(prompt) - 1 : -1]
     short = logits.max(1) - np.take_along_axis(logits, np.array(tokens)[:, None], 1)[:, 0]
-    return bool((short < 2 * BF16 * logits.std()).all())
+    return bool((short < 10 * BF16 * logits.std()).all() and np.median(short) == 0)
 
 
 def test_chunks_pages_and_company_change_nothing(device: str, tiny_folder: Callable[..., Path]) -> None:

@@ -63,7 +63,7 @@ def to_host(tensor: torch.Tensor) -> Pending:
         return Pending(tensor)
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     host.copy_(tensor, non_blocking=True)
-    event = torch.cuda.Event()
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()
     return Pending(host, event)
 
@@ -144,7 +144,7 @@ class OneRow:
 
     def launch(self, length: int) -> Pending:
         """See `Rows`."""
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self.decoder.step()
         event.record()
         return Pending(self.decoder.tokens[length : length + 1], event)

@@ -15,7 +15,7 @@ torch on a CPU (`device="cpu"`) the same executor runs without a GPU: tests comp
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +32,11 @@ from hasten.runtime.gpu.chain import SIZES, BatchRows, Chain, OneRow, Pending, P
 from hasten.runtime.gpu.driver import current_device
 from hasten.runtime.gpu.plain import PagedCache, PlainStep, Span, upload
 from hasten.runtime.gpu.shape import PAGE
+from hasten.runtime.gpu.tiles import Weights, kept
 from hasten.runtime.pages import CachedSequence, PagePool
 from hasten.runtime.sampling import Choice
 from hasten.runtime.tokens import Ids, token_ids
-from hasten.weights.packed import PackedLinear, PackedModel, bf16_bits, values_of
+from hasten.weights.packed import PackedLinear, PackedModel, bf16_bits, integers, values_of
 
 Floats = npt.NDArray[np.float32]
 _FEW = 64  # rows that one sequence may have in the batched step, whose attention takes each by itself
@@ -47,29 +48,41 @@ _log = logging.getLogger("hasten.runtime")
 
 @dataclass(frozen=True)
 class Tensors:
-    """Where weights come from, and the precision they get."""
+    """Where weights come from, and the precision they get.
+
+    `tiles` are the linear layers in a format that the persistent kernel alone reads: one sequence is decoded
+    with them, and prompts and batches with the same values in bf16.
+    """
 
     of: TensorOf
     precision: Precision = "bf16"
     head: Precision = "bf16"
+    tiles: Callable[[str], Weights] | None = None
 
 
 def tensors_of(packed: PackedModel) -> Tensors:
     """A packed model's parameters; fp8 stays fp8 where all layers are, everything else becomes bf16."""
-    names = set(packed.config.linear_shapes()) - {packed.config.head_name}
-    in_fp8 = all(packed.linears[name].layout.name.startswith("fp8") for name in names)
-    head_in_fp8 = packed.linears[packed.config.head_name].layout.name.startswith("fp8")
-    widths = {packed.linears[name].layout.bits for name in names}
-    if not in_fp8 and widths != {16}:
-        _log.info("the GPU has batched kernels for bf16 and fp8: weights of %s bits become bf16", widths)
+    linears, head = packed.linears, packed.config.head_name
+    layouts = {linears[name].layout for name in packed.config.linear_shapes() if name != head}
+    in_fp8 = all(layout.name.startswith("fp8") for layout in layouts)
+    head_in_fp8 = in_fp8 and linears[head].layout.name.startswith("fp8")
+    are_integers = len(layouts) == 1 and linears[head].layout.is_integer and next(iter(layouts)).is_integer
 
     def tensor(name: str) -> torch.Tensor | None:
-        if name in packed.linears:
-            return _values(packed.linears[name])
+        if name in linears:
+            return _values(linears[name])
         found = packed.vectors.get(name)
         return None if found is None else torch.from_numpy(np.array(found))
 
-    return Tensors(tensor, "fp8" if in_fp8 else "bf16", "fp8" if in_fp8 and head_in_fp8 else "bf16")
+    def tile(name: str) -> Weights:
+        return kept(integers(linears[name]))
+
+    return Tensors(
+        tensor,
+        "fp8" if in_fp8 else "bf16",
+        "fp8" if head_in_fp8 else "bf16",
+        tile if are_integers else None,
+    )
 
 
 def _values(linear: PackedLinear) -> torch.Tensor:
@@ -86,6 +99,7 @@ class _Result:
     firsts: Mapping[int, int]  # parts that read them: number -> the row of `Part.first_row`
     hidden: Pending | None = None  # float32 [rows, E], final, of the others from `first_row` on
     others: Sequence[int] = ()
+    logits: Pending | None = None  # float32 [1, V] of a single row, instead of hidden states
 
 
 class GpuExecutor:
@@ -126,8 +140,9 @@ class GpuExecutor:
             self.name = f"cuda {found.architecture}"
         least = 1 if device == "cpu" else _LEAST_CHUNK
         self.chunk = max(options.prefill_chunk, least)
-        self._weights = self._load(tensors or tensors_of(packed))
-        self._tiled = self._tile() if device == "cuda" else None
+        tensors = tensors or tensors_of(packed)
+        self._weights = self._load(tensors)
+        self._tiled = self._tile(tensors) if device == "cuda" else None
         self._limit = next((n for n in SIZES if n >= max(options.max_sequences, _FEW)), SIZES[-1])
         self.kv = self._plan(options)
         # one more for each row ahead of its sequence, and one for rows that idle
@@ -154,7 +169,7 @@ class GpuExecutor:
                 hint="use --recipe fp8, a smaller model, or --device cpu",
             ) from error
 
-    def _tile(self) -> Any:
+    def _tile(self, tensors: Tensors) -> Any:
         """The weights as the persistent kernel streams them, too, where it runs and there is room."""
         from hasten.runtime.gpu.persistent import tiled_copy
 
@@ -163,7 +178,7 @@ class GpuExecutor:
             _log.info("no persistent kernel for one sequence: it needs an H100 or H200, and memory")
             return None
         try:
-            return tiled_copy(self._weights)
+            return tiled_copy(self._weights, tensors.tiles)
         except HastenError as why:
             _log.info("no persistent kernel for one sequence: %s", why)
             return None
@@ -257,6 +272,11 @@ class GpuExecutor:
             if len(parts) <= rows.limit:
                 chain = Chain(rows, parts, self.cache, self.kv.pages, self.context)
                 return chain, [_Result(chain.pending, {i: i for i in range(len(parts))})]
+        if len(parts) == 1 and self._one is not None and _is_one_row(parts[0]):
+            sequence = parts[0].sequence
+            self._one.start([Row(parts[0].tokens[0], sequence.length, sequence.pages)])
+            self._one.launch(sequence.length + 1)
+            return None, [_Result(None, {}, None, [0], to_host(self._one.decoder.logits[None]))]
         return None, [
             self._compute(parts, group, is_plain)
             for group, is_plain in _groups(parts, 0 if self._batch is None else self._limit)
@@ -316,19 +336,25 @@ class GpuExecutor:
         with self.pool.computing():
             others: list[int] = []
             rows: list[Floats] = []
+            logits: Floats | None = None
             for result in ticket.state:
                 tokens = result.tokens.read() if result.tokens is not None else []
                 for i, first in result.firsts.items():
                     draws = range(len(parts[i].draws))
                     found[i].choices = [_choice(parts[i], which, tokens, first) for which in draws]
                 hidden = self._none if result.hidden is None else result.hidden.wait().numpy()
+                if result.logits is not None:
+                    logits = result.logits.wait().numpy()
+                    hidden = np.zeros((1, 0), np.float32)
                 at = 0
                 for i in result.others:
                     count = len(parts[i].tokens) + len(parts[i].drafts) - parts[i].first_row
                     rows.append(hidden[at : at + count])
                     at += count
                 others += result.others
-            for i, one in zip(others, finish(self, [parts[i] for i in others], rows), strict=True):
+            head = self.head if logits is None else lambda hidden: logits
+            chosen = finish(self, [parts[i] for i in others], rows, head)
+            for i, one in zip(others, chosen, strict=True):
                 found[i] = one
         return found
 
@@ -346,7 +372,7 @@ class GpuExecutor:
     def head(self, hidden: Floats) -> Floats:
         """float32 [R, E] hidden states -> float32 [R, V] logits."""
         rows = torch.from_numpy(np.ascontiguousarray(hidden, np.float32)).to(self._device)
-        logits: Floats = self._plain.logits(rows).float().cpu().numpy()
+        logits: Floats = to_host(self._plain.logits(rows)).wait().numpy()
         return logits
 
     # ---- pages ---------------------------------------------------------------------------------------------
@@ -396,7 +422,13 @@ def _is_greedy(part: Part) -> bool:
 
 def _is_step(part: Part) -> bool:
     """Whether a sequence gets its next greedy token, and nothing else."""
-    return len(part.draws) == 1 and len(part.tokens) == 1 and not part.drafts and _is_greedy(part)
+    return _is_one_row(part) and _is_greedy(part)
+
+
+def _is_one_row(part: Part) -> bool:
+    """Whether one token of one answer is drawn, whatever decides it."""
+    rows = len(part.tokens) + len(part.drafts)
+    return rows == 1 and len(part.draws) == 1 and part.hidden == 0 and part.scored is None
 
 
 def _choice(part: Part, which: int, tokens: Sequence[int], first: int) -> Choice:

@@ -79,19 +79,29 @@ def load_weights(shape: Shape, tensor_of: TensorOf, device: str = "cuda") -> Dev
         ) from error
 
 
-def tiled_copy(fused: BatchWeights) -> DeviceWeights:
+def tiled_copy(fused: BatchWeights, stored: Callable[[str], Weights] | None = None) -> DeviceWeights:
     """The weights of the batched step in this kernel's order, as well.
+
+    Args:
+        stored: linear layers in a narrower format of their own, by canonical name; None: `fused` has them.
 
     Raises:
         UsageError: the kernel, or the layout of keys and values that both share, does not hold this model.
+        ModelError: formats differ from layer to layer.
         MachineError: they do not fit beside the others.
     """
-    c, first = fused.config, fused.layers[0]
+    c, linears = fused.config, fused.config.linear_shapes()
     if c.head_dim % 64 or c.rotary_dim is not None:
         raise UsageError("the persistent kernel pads or turns the heads of this model in its own way")
-    found = {"qkv": first.qkv, "o": first.o, "gate_up": first.gate_up, "down": first.down, "head": fused.head}
-    formats: dict[ProductName, WeightFormat] = {name: _format_of(found[name]) for name in PRODUCTS}
-    return load_weights(Shape(c, formats, frozenset(c.biases)), lambda name: _part_of(fused, name))
+
+    def part(name: str) -> torch.Tensor | Weights | None:
+        return stored(name) if stored is not None and name in linears else _part_of(fused, name)
+
+    formats: dict[ProductName, WeightFormat] = {}
+    for product in PRODUCTS:
+        first = part(c.head_name if product == "head" else f"layers.0.{_MEMBERS[product][0]}")
+        formats[product] = first.format if isinstance(first, Weights) else WeightFormat()
+    return load_weights(Shape(c, formats, frozenset(c.biases)), part)
 
 
 def _format_of(matrix: Matrix) -> WeightFormat:
@@ -121,8 +131,10 @@ def _load_weights(shape: Shape, tensor_of: TensorOf, device: str) -> DeviceWeigh
             _add_layer(found, shape, name, layer, lambda part: _device(tensor_of, part, device))
     embedding = _required(tensor_of, "embed", device)
     head = embedding if c.tied_head else _required(tensor_of, "head", device)
-    is_kept = isinstance(embedding, torch.Tensor) and embedding.dtype == torch.bfloat16
-    found["embedding"] = (embedding if is_kept else _floats(embedding).to(torch.bfloat16)).contiguous()
+    if isinstance(embedding, torch.Tensor) and embedding.dtype == torch.bfloat16:
+        found["embedding"] = embedding.contiguous()
+    else:
+        found["embedding"] = _floats(embedding).to(torch.bfloat16).contiguous()
     weights = head if isinstance(head, Weights) else rounded(head, shape.formats["head"])
     _add_matrix(found, "head", 0, 1, [weights], shape)
     for norm in (*_NORMS, "q_norm", "k_norm"):

@@ -160,7 +160,8 @@ class PlainStep:
     ) -> torch.Tensor:
         """Queries bf16 [N, H, D] of a layer's [N, (H + 2 K) D]; keys and values join the cache."""
         c, w = self.weights.config, self.weights.layers[layer]
-        q, k, v = qkv.unflatten(-1, (-1, c.head_dim)).split([c.num_heads, c.num_kv_heads, c.num_kv_heads], 1)
+        every, keys = qkv.view(len(qkv), -1, c.head_dim), c.num_heads + c.num_kv_heads
+        q, k, v = every[:, : c.num_heads], every[:, c.num_heads : keys], every[:, keys:]
         cos, sin = (one[:, None] for one in angles)
         turned = []
         for part, gamma in ((q, w.q_norm), (k, w.k_norm)):
@@ -197,7 +198,7 @@ class PlainStep:
         if window is not None and total <= window:
             window = None
         k, v = (
-            part[layer][table].transpose(0, 1).flatten(1, 2)[:, :total]
+            part[layer].transpose(0, 1).index_select(1, table).flatten(1, 2)[:, :total]
             for part in (self.cache.keys, self.cache.values)
         )  # [K, S, D]
         if q.is_cuda and window is None and c.attention_softcap is None:
@@ -254,7 +255,8 @@ def _written_out(
     keys, values, place = k.float(), v.float(), torch.arange(k.shape[1], device=q.device)
     found = []
     for first in range(0, len(q), _QUERIES):
-        some = q[first : first + _QUERIES].float().unflatten(1, (c.num_kv_heads, -1))  # [T, K, G, D]
+        some = q[first : first + _QUERIES].float()
+        some = some.reshape(len(some), c.num_kv_heads, -1, c.head_dim)  # [T, K, G, D]
         scores = torch.einsum("tkgd,ksd->kgts", some, keys) * c.score_scale
         if c.attention_softcap is not None:
             scores = torch.tanh(scores / c.attention_softcap) * c.attention_softcap

@@ -70,35 +70,39 @@ def round_rows(x, out, scales, K: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def place_heads(qkv, cos, sin, places, q_norm, k_norm, queries, keys, values, eps, HEADS: tl.constexpr,
-                KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr):  # fmt: skip
-    """Norm and turn a row's head; queries to [N, H, D], keys and values to pages. Grid: (rows, H + 2 K)."""
-    row, h, i = tl.program_id(0), tl.program_id(1), tl.arange(0, HALF)
-    inside = i < D // 2
+                KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr,
+                GROUP: tl.constexpr):  # fmt: skip
+    """Norm and turn `GROUP` heads of a row; queries to [N, H, D], keys and values to pages.
+
+    Grid: (rows, groups of the H + 2 K heads). A program a head took 240 us for 8,192 rows of 48 heads.
+    """
+    row, i = tl.program_id(0), tl.arange(0, HALF)[None, :]
+    h = tl.program_id(1) * GROUP + tl.arange(0, GROUP)[:, None]
+    inside = (i < D // 2) & (h < HEADS + 2 * KV)
     at = qkv + (row.to(tl.int64) * (HEADS + 2 * KV) + h) * D + i
     a = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(at + D // 2, mask=inside, other=0.0).to(tl.float32)
-    if h < HEADS + KV:
-        gamma = q_norm
-        if h >= HEADS:
-            gamma = k_norm
-        if gamma is not None:
-            r = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / D + eps)
-            a = a * r * tl.load(gamma + i, mask=inside, other=0.0)
-            b = b * r * tl.load(gamma + D // 2 + i, mask=inside, other=0.0)
-        c = tl.load(cos + row * (D // 2) + i, mask=inside, other=0.0)
-        s = tl.load(sin + row * (D // 2) + i, mask=inside, other=0.0)
-        a, b = a * c - b * s, b * c + a * s
-    to, stored = queries + (row.to(tl.int64) * HEADS + h) * D + i, inside
-    if h >= HEADS:
-        place = tl.load(places + row).to(tl.int64)
-        cache = keys
-        if h >= HEADS + KV:
-            cache = values
-        at_page = place // PAGE * KV + (h - HEADS) % KV
-        to = cache + (at_page * PAGE + place % PAGE) * D + i
-        stored = inside & (place >= 0)  # a row without a sequence has no page
-    tl.store(to, a.to(tl.bfloat16), mask=stored)
-    tl.store(to + D // 2, b.to(tl.bfloat16), mask=stored)
+    first, second = a, b
+    if q_norm is not None:
+        is_key = h >= HEADS
+        r = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / D + eps)[:, None]
+        first = a * r * tl.load(tl.where(is_key, k_norm + i, q_norm + i), mask=inside, other=0.0)
+        second = b * r * tl.load(tl.where(is_key, k_norm + i, q_norm + i) + D // 2, mask=inside, other=0.0)
+    c = tl.load(cos + row * (D // 2) + i, mask=i < D // 2, other=0.0)
+    s = tl.load(sin + row * (D // 2) + i, mask=i < D // 2, other=0.0)
+    is_value = h >= HEADS + KV
+    low = tl.where(is_value, a, first * c - second * s).to(tl.bfloat16)
+    high = tl.where(is_value, b, second * c + first * s).to(tl.bfloat16)
+    to = queries + (row.to(tl.int64) * HEADS + h) * D + i
+    tl.store(to, low, mask=inside & (h < HEADS))
+    tl.store(to + D // 2, high, mask=inside & (h < HEADS))
+    place = tl.load(places + row).to(tl.int64)
+    offset = ((place // PAGE * KV + (h - HEADS) % KV) * PAGE + place % PAGE) * D + i
+    kept = inside & (h >= HEADS) & (place >= 0)  # a row without a sequence has no page
+    tl.store(keys + offset, low, mask=kept & (h < HEADS + KV))
+    tl.store(keys + offset + D // 2, high, mask=kept & (h < HEADS + KV))
+    tl.store(values + offset, low, mask=kept & is_value)
+    tl.store(values + offset + D // 2, high, mask=kept & is_value)
 
 
 class KernelStep(PlainStep):
@@ -147,10 +151,11 @@ class KernelStep(PlainStep):
         c: ModelSpec = self.weights.config
         w: LayerWeights = self.weights.layers[layer]
         queries = torch.empty(len(qkv), c.num_heads, c.head_dim, dtype=torch.bfloat16, device=qkv.device)
-        place_heads[(len(qkv), c.num_heads + 2 * c.num_kv_heads)](
+        group = min(16, _power(c.num_heads + 2 * c.num_kv_heads))
+        place_heads[(len(qkv), triton.cdiv(c.num_heads + 2 * c.num_kv_heads, group))](
             qkv, *angles, places, w.q_norm, w.k_norm, queries, self.cache.keys[layer],
             self.cache.values[layer], c.norm_eps, HEADS=c.num_heads, KV=c.num_kv_heads, D=c.head_dim,
-            HALF=_power(c.head_dim // 2), PAGE=PAGE, num_warps=1,
+            HALF=_power(c.head_dim // 2), PAGE=PAGE, GROUP=group, num_warps=4,
         )  # fmt: skip
         return queries
 
