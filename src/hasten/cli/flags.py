@@ -12,7 +12,7 @@ from typing import Annotated, Any, Optional, get_args, get_origin, get_type_hint
 
 import typer
 
-from hasten.core import DeviceName, EngineOptions
+from hasten.core import EngineOptions
 from hasten.errors import UsageError
 
 
@@ -48,7 +48,6 @@ RecipeOption = Annotated[str | None, optional("--recipe", "R", RECIPE)]
 DeviceOption = Annotated[str, given("--device", "NAME", help_of(EngineOptions, "device"))]
 ThreadsOption = Annotated[int | None, optional("--threads", "N", help_of(EngineOptions, "threads"), min=1)]
 ContextOption = Annotated[int | None, optional("--context", "N", help_of(EngineOptions, "context"), min=1)]
-DeviceOption = Annotated[DeviceName, given("--device", "D", help_of(EngineOptions, "device"))]
 JsonOption = Annotated[bool, optional("--json", None, "Print one JSON document on stdout.")]
 TextOption = Annotated[
     Path | None,

@@ -176,14 +176,15 @@ def choose_device(wanted: str) -> tuple[str, str]:
     from hasten.machine.probe import gpus
     from hasten.runtime.gpu.driver import current_device
 
-    try:
-        found = "cuda", current_device().name if wanted == "cuda" or gpus() else ""
-    except MachineError as why:
-        if wanted == "cuda":
-            raise
-        found = "cpu", why.message
-    if not found[1]:
+    if wanted == "auto" and not gpus():
         found = "cpu", "no GPU answers nvidia-smi here"
+    else:
+        try:
+            found = "cuda", current_device().name
+        except MachineError as why:
+            if wanted == "cuda":
+                raise
+            found = "cpu", why.message
     log.info("--device %s is %s: %s", wanted, *found)
     return found
 
