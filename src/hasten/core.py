@@ -425,10 +425,7 @@ class EngineOptions:
     )
     device: str = field(
         default="cpu",
-        metadata={
-            "help": "what computes: cpu, cuda, auto (an NVIDIA GPU where there is one that can be used), "
-            "or reference (plain NumPy, slow, to compare with)"
-        },
+        metadata={"help": "what computes: cpu, cuda, auto (a GPU where it can), or reference (NumPy, slow)"},
     )
 
 
