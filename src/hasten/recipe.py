@@ -164,8 +164,8 @@ class Recipe:
         """
         text = name.strip()
         table = next((one for one in TABLE_NAMES if text == one or text.startswith(f"{one}-")), None)
-        base, *options = (table, *text[len(table) + 1 :].split("-")) if table else text.split("-")
-        options = [option for option in options if option or not table]
+        base = table or text.split("-")[0]
+        options = text[len(base) :].split("-")[1:]
         match = re.fullmatch(r"bf16|source|w([8654])", base)
         if match is None and table is None:
             raise UsageError(f"unknown recipe {name!r}", hint=f"use {NAMES_HINT}")
@@ -202,7 +202,7 @@ class Recipe:
 _METHODS = ("hqq", "awq", "gptq", "best")
 NAMES_HINT = (
     "source, bf16, w8, w6, w5 or w4, with -g64, -g128, -asym, -head8, -kv8, "
-    "-hqq, -awq, -gptq or -best appended; mix:1%; or a recipe file"
+    f"-hqq, -awq, -gptq or -best appended; {', '.join(reversed(TABLE_NAMES))}; mix:1%; or a recipe file"
 )
 
 

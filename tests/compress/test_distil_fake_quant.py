@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import tiny_models
 from hasten import _native
 from hasten.compress.changed import made_tensor
+from hasten.compress.distil.decoder import Decoder
 from hasten.compress.distil.fake_quant import Grid, integer_tensor
+from hasten.compress.distil.student import Student
 from hasten.compress.torch_layer import tensor_values
 from hasten.core import Format
 from hasten.errors import UsageError
+from hasten.models.open import open_folder
+from hasten.weights.formats import FORMATS
 from hasten.weights.packed import PackedLinear, pack_linear
 from hasten.weights.tensors import SourceTensor
 
@@ -131,6 +137,13 @@ def test_fewer_inputs_than_a_group() -> None:
     torch.testing.assert_close(
         tensor_values(integer_tensor("w", grid.integers(tensor_values(tensor)))), wanted
     )
+
+
+def test_small_floats_are_not_trained_through_integers(tmp_path: Path) -> None:
+    source = open_folder(tiny_models.save_folder(tiny_models.TINY["llama"], tmp_path))
+    model = Decoder.of(source, torch.float32, CPU)
+    layouts = {"layers.0.down": FORMATS["mxfp4"], "layers.0.up": FORMATS["fp8-e4m3"], "embed": Format.of(4)}
+    assert set(Student.of(source, model, layouts=layouts.get).grids) == {"embed"}
 
 
 def test_a_group_that_does_not_divide_is_refused() -> None:

@@ -30,7 +30,8 @@ from hasten.models.artifact import load_artifact, save
 from hasten.models.open import open_folder
 from hasten.models.source import Source
 from hasten.recipe import Method
-from hasten.weights.packed import PackedModel, pack_model
+from hasten.weights.formats import FORMATS
+from hasten.weights.packed import PackedModel, pack_linear, pack_model
 
 METHODS = ("w4-hqq", "w4-gptq", "w4-awq", "w4-awq-gptq", "w4-best")
 
@@ -94,6 +95,19 @@ def test_every_architecture_keeps_its_output(name: str, method: str, tmp_path: P
     recipe = replace(Recipe.parse("w6-head8"), method=method)  # 4 bits make noise of some of these
     plain = divergence(source, pack_model(source, Recipe.parse("w6-head8")))
     assert divergence(source, quantise(source, recipe, text())) < 1.3 * plain  # a wrong fold: ten times
+
+
+@pytest.mark.parametrize("method", ["hqq", "awq-gptq", "best"])
+def test_small_floats_among_integers_are_rounded_to_the_nearest(method: Method, tmp_path: Path) -> None:
+    """Commands refuse such a recipe; no method may take 8-bit floats for integers all the same."""
+    source = opened("qwen2", tmp_path)
+    names = {"layers.0.o": "fp8-e4m3", "layers.1.up": "mxfp4", "embed": "mxfp4"}
+    layers = {name: FORMATS[layout] for name, layout in names.items()}
+    found = quantise(source, Recipe("r", Format.of(4), layers=layers, method=method), text())
+    assert {name: one.layout.name for name, one in found.linears.items() if one.layout.table} == names
+    for name in ("embed",) if "awq" in method else names:  # AWQ scales the others first
+        wanted = pack_linear(source.tensors[name], layers[name])
+        assert np.array_equal(found.linears[name].data, wanted.data), name
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -16,7 +16,7 @@ from hasten.compress.recipe_file import parse_recipe, read_recipe, recipe_from, 
 from hasten.core import Format, ModelSpec, Recipe
 from hasten.errors import UsageError
 from hasten.recipe import Distillation, DistilLoss, Method, PruneKind, Pruning
-from hasten.weights.formats import FORMATS
+from hasten.weights.formats import FORMATS, TABLE_NAMES
 from specs import spec
 
 
@@ -281,6 +281,26 @@ def test_what_excludes_each_other() -> None:
     with pytest.raises(UsageError, match="olmo2"):
         checked(Recipe("r", Format.of(4), rotate=True), shape(architecture="olmo2", norm_placement="post"))
     checked(Recipe("r", Format.of(4), rotate=True), shape())
+
+
+@pytest.mark.parametrize("name", TABLE_NAMES)
+def test_small_floats_need_no_groups_and_take_no_method(name: str) -> None:
+    small = FORMATS[name]
+    plain = Recipe("r", small, head=Format.of(8))
+    assert checked(plain, shape()).default == small  # groups of 0 are the whole row
+    asked: dict[str, dict[str, Any]] = {
+        "method gptq": {"method": "gptq"},
+        "method best": {"method": "best"},
+        "smooth 0.5": {"smooth": 0.5},
+        "distil": {"distil": Distillation()},
+    }
+    for what, change in asked.items():
+        one_layer = Recipe("r", Format.of(4), layers={"layers.1.down": small})
+        for recipe, where in ((plain, "layers.0.q"), (one_layer, "layers.1.down")):
+            with pytest.raises(UsageError, match=f"{what} is for integer weights") as error:
+                checked(dataclasses.replace(recipe, **change), shape())
+            assert f"{where} is stored as {name}, whose values are floats" in error.value.message
+            assert f"leave {what.split()[0]} out" in str(error.value.hint)
 
 
 def test_unequal_widths_in_one_projection_are_a_note() -> None:

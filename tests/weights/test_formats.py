@@ -132,9 +132,10 @@ def test_names() -> None:
 def test_recipes_of_tables() -> None:
     assert Recipe.parse("mxfp4-head8").head is FORMATS["w8"]
     assert Recipe.parse("fp8-e4m3-block-kv8").kv == "int8"
-    for name in ("mxfp4-gptq", "fp8-e4m3-g64", "mxfp4-asym", "mxfp48"):
-        with pytest.raises(UsageError):
+    for name in ("mxfp4-gptq", "fp8-e4m3-g64", "mxfp4-asym", "mxfp48", "mxfp4-"):
+        with pytest.raises(UsageError) as error:
             Recipe.parse(name)
+        assert "fp8-e4m3" in str(error.value.hint) and "mxfp4" in str(error.value.hint)
 
 
 def test_no_kernel_is_said_with_a_way_out() -> None:

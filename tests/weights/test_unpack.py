@@ -1,4 +1,4 @@
-"""Encoded out of packed matrices mean what the native unpacker says."""
+"""Integers out of packed matrices mean what the native unpacker says."""
 
 from __future__ import annotations
 

@@ -37,6 +37,7 @@ def checked(recipe: Recipe, config: ModelSpec) -> Recipe:
     """
     where = f"recipe {recipe.name}"
     found = replace(recipe, layers=spelled_out(recipe.layers, config, where))
+    _refuse_tables(found, config, where)
     _refuse_without_widths(found, config, where)
     _refuse_lesson(found, where)
     if not any(one.kind in ("ffn", "heads", "width") for one in recipe.prune):  # else columns change yet
@@ -116,14 +117,31 @@ def _lost_zeros(recipe: Recipe, config: ModelSpec) -> tuple[str, ...]:
 def _refuse_without_widths(recipe: Recipe, config: ModelSpec, where: str) -> None:
     """A method or smoothing is for integers: some layer must become some."""
     layouts = [recipe.layout_for(name) for name in config.linear_shapes()]
-    if any(layout is not None and layout.bits != 16 for layout in layouts):
-        return
-    asked = [] if recipe.method == "rtn" else [f"method {recipe.method}"]
-    asked += [f"smooth {recipe.smooth}"] if recipe.smooth is not None else []
-    if asked:
+    asked = _asked_of_integers(recipe)
+    if asked and not any(layout is not None and layout.is_integer for layout in layouts):
         raise UsageError(
             f"{where}: {' and '.join(asked)} is for integer weights, and every layer stays in floats",
             hint="give default: w4, or leave it out",
+        )
+
+
+def _asked_of_integers(recipe: Recipe) -> list[str]:
+    asked = [] if recipe.method == "rtn" else [f"method {recipe.method}"]
+    return asked + ([f"smooth {recipe.smooth}"] if recipe.smooth is not None else [])
+
+
+def _refuse_tables(recipe: Recipe, config: ModelSpec, where: str) -> None:
+    """Methods, smoothing and distilling find integers; small floats are rounded to the nearest alone."""
+    asked = _asked_of_integers(recipe) + (["distil"] if recipe.distil is not None else [])
+    layouts = {name: recipe.layout_for(name) for name in _shapes(config)}
+    tables = {name: layout for name, layout in layouts.items() if layout is not None and layout.table}
+    if asked and tables:
+        name, layout = next(iter(tables.items()))
+        raise UsageError(
+            f"{where}: {' and '.join(asked)} is for integer weights, and {name} is stored as {layout}, whose "
+            "values are floats",
+            hint=f"leave {' and '.join(word.split()[0] for word in asked)} out, or use integers: w8 or w4 "
+            f"instead of {layout}",
         )
 
 
@@ -178,7 +196,7 @@ def _groups_that_do(wrong: Mapping[str, tuple[Format, int]]) -> str:
 
 
 def _divides(group: int, layout: Format, cols: int) -> bool:
-    return layout.bits == 16 or cols % group == 0 or cols <= group
+    return not layout.is_integer or cols % group == 0 or cols <= group
 
 
 def _shapes(config: ModelSpec) -> dict[str, tuple[int, int]]:

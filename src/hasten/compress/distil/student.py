@@ -17,7 +17,7 @@ from hasten.models.source import Source
 from hasten.weights.codec import Encoded
 
 Layouts = Callable[[str], Format | None]
-"""The layout a matrix is trained through, by canonical name; None or 16 bits: as it is."""
+"""The layout a matrix is trained through, by canonical name; None or floats: as it is."""
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Student:
             if keep_zeros and is_linear:
                 changes.append(_Zeros(value.detach() != 0))
             layout = layouts(name) if layouts is not None and value.ndim == 2 else None
-            if layout is not None and layout.bits != 16:
+            if layout is not None and layout.is_integer:
                 grids[name] = Grid.of(source.tensors[name], layout, model.device)
                 scales |= {f"{name}.{key}": value for key, value in grids[name].learning().items()}
                 changes.append(grids[name])

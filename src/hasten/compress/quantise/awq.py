@@ -49,7 +49,7 @@ def awq_scales(
         config: the model's.
         group: a foldable one.
         gram: second moments of what it reads, [cols, cols].
-        layouts: of each matrix of the group; those of 16 bits have no say.
+        layouts: of each matrix of the group; floats have no say.
         powers: tried; 0 is no scaling.
     """
     best, least = torch.ones(len(gram)), float("inf")
@@ -57,7 +57,7 @@ def awq_scales(
         scales = shared_scales(weights, config, group, input_scales(gram, power))
         error = 0.0
         for name in READERS[group]:
-            if layouts[name].bits != 16:
+            if layouts[name].is_integer:
                 found = torch.from_numpy(nearest(weights[name] * scales, layouts[name], name).values())
                 error += lost(gram, weights[name], found / scales)
         if error < least:
@@ -83,7 +83,7 @@ def awq_layer(
     """
     new, scaled = dict(weights), dict(grams)
     for group, gram in grams.items():
-        if foldable(config, group) and any(layouts[name].bits != 16 for name in READERS[group]):
+        if foldable(config, group) and any(layouts[name].is_integer for name in READERS[group]):
             scales = awq_scales(new, config, group, gram, layouts)
             new = fold(new, config, group, scales)
             scaled[group] = gram / scales / scales[:, None]

@@ -58,7 +58,7 @@ def nearest(weight: torch.Tensor, layout: Format, name: str = "the matrix") -> E
 
 
 def gptq(weight: torch.Tensor, factor: Factor, layout: Format, name: str = "the matrix") -> Encoded:
-    """Encoded for a matrix whose inputs have the moments of `factor`.
+    """Integers for a matrix whose inputs have the moments of `factor`.
 
     Args:
         weight: float32 [rows, cols].

@@ -38,7 +38,7 @@ _CHUNK = 1 << 18
 
 
 def hqq(weight: torch.Tensor, layout: Format, name: str = "the matrix") -> Encoded:
-    """Encoded with scales, and minimums where the layout has them, that leave a small error in |.|^0.7.
+    """Integers with scales, and minimums where the layout has them, that leave a small error in |.|^0.7.
 
     Args:
         weight: float32 [rows, cols].
@@ -49,7 +49,7 @@ def hqq(weight: torch.Tensor, layout: Format, name: str = "the matrix") -> Encod
         ModelError: a value is not finite or does not fit the layout.
         UsageError: the layout's group does not divide the columns.
     """
-    assert layout.bits != 16, "bf16 has nothing to find"
+    assert layout.is_integer, f"{layout} has no integers to find"
     start = integers(pack_linear(made_tensor(name, tuple(weight.shape), weight.float()), layout))
     rows, cols = weight.shape
     group = min(layout.group, cols)

@@ -58,7 +58,7 @@ def layer_alone(
     linears: dict[str, PackedLinear] = {}
     for group in GROUPS:
         is_gptq = recipe.method in ("gptq", "awq-gptq")
-        narrow = any(layouts[name].bits != 16 for name in READERS[group])
+        narrow = any(layouts[name].is_integer for name in READERS[group])
         factor = factor_of(grams[group], f"layers.{index}.{group}") if is_gptq and narrow else None
         for name in READERS[group]:
             full = f"layers.{index}.{name}"
@@ -132,8 +132,8 @@ def changed_vectors(
 def _integers(
     weight: torch.Tensor, layout: Format, recipe: Recipe, factor: Factor | None, full: str
 ) -> Encoded | None:
-    """None where nothing is to be found: 16 bits, or a layout the source's values are kept in."""
-    if layout.bits == 16 or recipe.layout_for(full) is None or recipe.method == "rtn":
+    """None where nothing is to be found: floats, or a layout the source's values are kept in."""
+    if not layout.is_integer or recipe.layout_for(full) is None or recipe.method == "rtn":
         return None
     if recipe.method == "hqq":
         return hqq(weight, layout, full)

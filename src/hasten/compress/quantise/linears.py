@@ -28,7 +28,7 @@ _VERSION = 1
 def head_alone(source: Source, recipe: Recipe, name: str, statistics: Statistics) -> PackedLinear:
     """The LM head, or a tied embedding, by GPTQ on the source's own final states; plain from 8 bits on."""
     layout = recipe.layout_for(name)
-    if layout is None or layout.bits >= 8:
+    if layout is None or not layout.is_integer or layout.bits >= 8:
         return pack_linear(source.tensors[name], layout)
     weight = tensor_values(source.tensors[name])
     gram = statistics.layer(source.config.num_layers).grams[HEAD]
@@ -73,7 +73,7 @@ class CalibratedLinears:
         """
         touch(self._folder)
         tensor = self._source.tensors[name]
-        if self._method == "rtn" or layout.bits >= 8:
+        if self._method == "rtn" or not layout.is_integer or layout.bits >= 8:
             return pack_linear(tensor, layout)
         kept = self._read(name, layout)
         if kept is not None:

@@ -79,7 +79,7 @@ def sequential_layer(
     linears: dict[str, PackedLinear] = {}
     for group in GROUPS:
         inputs = Inputs(there.inputs(group, run), here.inputs(group, ours))
-        names = [n for n in READERS[group] if layouts[n].bits != 16 and recipe.layout_for(_full(index, n))]
+        names = [n for n in READERS[group] if layouts[n].is_integer and recipe.layout_for(_full(index, n))]
         aim = _Aim.of(inputs, f"layers.{index}.{group}") if names else None
         for name in READERS[group]:
             full = _full(index, name)
@@ -97,7 +97,7 @@ def sequential_layer(
 def sequential_head(source: Source, recipe: Recipe, name: str, streams: Streams) -> PackedLinear:
     """The LM head, or a tied embedding, for the hidden states it will get."""
     layout = recipe.layout_for(name)
-    if layout is None or layout.bits >= 8:  # nothing to win that costs a minute
+    if layout is None or not layout.is_integer or layout.bits >= 8:  # nothing to win that costs a minute
         return pack_linear(source.tensors[name], layout)
     weight = tensor_values(source.tensors[name])
     inputs = Inputs(final_states(source, streams.full), final_states(source, streams.ours))

@@ -60,7 +60,7 @@ class Weights:
 
 
 def kept(found: Encoded) -> Weights:
-    """Encoded of an artifact or a quantised checkpoint, values as they are; 5, 6, 8 bits become int8."""
+    """Codes of an artifact or a quantised checkpoint, values as they are; 5, 6, 8 bits become int8."""
     bits = found.layout.bits
     fmt = WeightFormat("int4" if bits == 4 else "int8", found.layout.group, found.minimums is not None)
     codes = torch.from_numpy(np.array(found.codes))
