@@ -32,13 +32,12 @@ import distil_text
 from bar import say
 from hasten.cache import write_atomic, write_json
 from hasten.compress.calibration import Calibration, cut
-from hasten.compress.changed import changed
-from hasten.compress.distil.decoder import Decoder
 from hasten.compress.distil.losses import divergence
-from hasten.compress.distil.result import Distilled
-from hasten.compress.distil.trainer import Training, distil
+from hasten.compress.distil.teacher import Decoder
+from hasten.compress.distil.trainer import Distilled, Training, distil
 from hasten.compress.prune.ffn import with_channels
 from hasten.compress.result import Progress
+from hasten.compress.source_tensors import changed
 from hasten.compress.torch_layer import tensor_values
 from hasten.core import SCHEMA_VERSION, Budget, Recipe, as_json
 from hasten.errors import HastenError
@@ -176,7 +175,7 @@ def pruned(given: argparse.Namespace) -> None:
 
 def quantised(given: argparse.Namespace) -> None:
     """Distil the model through the rounding of a recipe's layouts."""
-    from hasten.compress.distil.fake_quant import Grid, integer_tensor
+    from hasten.compress.distil.student import Grid, integer_tensor
 
     source, recipe = open_model(given.model), Recipe.parse(given.recipe)
     rounded = changed(source, {})

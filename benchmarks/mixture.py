@@ -38,7 +38,6 @@ from hasten.optimize.workshop import Workshop
 from hasten.quality.divergence import Reference
 from hasten.quality.judge import evaluate
 from hasten.quality.text import default_text, windows
-from hasten.recipe import Method
 
 TOKENS = 8192
 MAP_SECONDS = 150.0
@@ -51,7 +50,7 @@ RUNS_WORKLOAD = Workload(prompt=64, output=96)
 class Mixtures:
     """The model, and what both parts need of it."""
 
-    def __init__(self, settings: Settings, method: Method) -> None:
+    def __init__(self, settings: Settings, method: str) -> None:
         self.settings, self.method = settings, method
         self.text = default_text()
         self.workshop = Workshop(settings.model, EngineOptions(threads=settings.threads))

@@ -6,9 +6,11 @@ import numpy as np
 
 import tiny_models
 from hasten.compress.calibration import Calibration
+from hasten.compress.prune.prune import PartPruned, pruner_of, silent
 from hasten.core import EngineOptions, Recipe
 from hasten.engine.model import load_packed
 from hasten.models.source import Source
+from hasten.recipe import Pruning
 from hasten.weights.packed import pack_model
 
 NAMES = sorted(tiny_models.TINY)
@@ -18,6 +20,13 @@ def text(sequences: int = 16, length: int = 24) -> Calibration:
     """Random ids; 24 tokens fit the shortest context of the tiny models."""
     ids = np.random.default_rng(0).integers(0, tiny_models.VOCAB - 1, (sequences, length))
     return Calibration("random", ids.astype(np.int32))
+
+
+def taken(
+    kind: str, source: Source, amount: float, calibration: Calibration | None, repair: bool = True
+) -> tuple[Source, list[PartPruned]]:
+    """One kind of pruning by itself, with as much text as the test gives."""
+    return pruner_of(kind).run(source, Pruning(kind, amount, repair=repair), calibration, silent)
 
 
 def hidden(source: Source, ids: np.ndarray) -> np.ndarray:

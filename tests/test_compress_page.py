@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import get_args
 
@@ -15,7 +15,7 @@ from hasten.compress.recipe_check import checked
 from hasten.compress.recipe_file import parse_recipe
 from hasten.core import Recipe
 from hasten.models import open_model
-from hasten.recipe import Distillation, DistilLoss, Method, PruneKind, Pruning
+from hasten.recipe import METHODS, PRUNINGS, Distillation, DistilLoss, MethodEntry, PruneEntry, Pruning
 
 PAGE = Path(__file__).parents[1] / "docs" / "compress.md"
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -45,9 +45,29 @@ def test_tables_are_those_of_the_program(noun: type) -> None:
     assert mark + table(noun) in TEXT, f"put this below {mark}\n{table(noun)}"
 
 
-def test_every_method_kind_and_key_is_described() -> None:
+def methods(table: Mapping[str, MethodEntry]) -> str:
+    """The methods as Markdown."""
+    rows = ["| `method` | how integers are found | text |", "| --- | --- | --- |"]
+    rows += [f"| `{name}` | {one.help} | {'yes' if one.reads else 'no'} |" for name, one in table.items()]
+    return "\n".join(rows)
+
+
+def prunings(table: Mapping[str, PruneEntry]) -> str:
+    """What can be pruned as Markdown."""
+    rows = ["| kind | removes | faster here |", "| --- | --- | --- |"]
+    rows += [
+        f"| `{n}` | {one.help} | {'no' if one.takes == 'weights' else 'yes'} |" for n, one in table.items()
+    ]
+    return "\n".join(rows)
+
+
+def test_methods_and_prunings_are_those_of_the_program() -> None:
+    for text in (methods(METHODS), prunings(PRUNINGS)):
+        assert text + "\n\n" in TEXT, f"put this table into docs/compress.md:\n{text}"
+
+
+def test_every_key_is_described() -> None:
     rows = {match[1] for match in re.finditer(r"^\| `([\w-]+)` \|", TEXT, re.MULTILINE)}
-    assert rows >= {*get_args(Method), *get_args(PruneKind)}
     assert rows >= {item.name for item in dataclasses.fields(Recipe)}
     assert all(loss in TEXT for loss in get_args(DistilLoss))
 

@@ -31,18 +31,15 @@ LAYERS = [
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 MODULE_COMPRESSION = {  # imported by none but hasten.compress.module, when it is called
     "module",
-    "module_prune",
-    "module_state",
-    "module_step",
+    "module_layers",
     "compressed_module",
-    "int8_linear",
     "memo_cache",
 }
-LANGUAGE_MODELS = {"torch_layer", "torch_file", "changed", "stream", "moments", "taken"} | {
+LANGUAGE_MODELS = {"torch_layer", "torch_machine", "source_tensors", "stream"} | {
     "quantise",
     "prune",
     "distil",
-}  # imported when one is compressed; torch_file imports torch inside its functions
+}  # imported when one is compressed
 BELOW_ALL = {"_native"}  # the compiled module imports nothing of ours
 ALLOWED = {
     ("core", "errors"),

@@ -359,7 +359,7 @@ class TestCalibrated:
         assert "head" not in differ  # and 8 bits are rounded
 
     def test_a_mixture_stopped_half_way_goes_on(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        from hasten.compress.quantise import linears
+        from hasten.compress.quantise import layerwise as linears
 
         made_linears: list[str] = []
         real, stop_after = linears.gptq, [5]

@@ -13,7 +13,6 @@ from hasten.errors import ArtifactError, UsageError
 if TYPE_CHECKING:
     from hasten.compress.result import Observer
     from hasten.engine.model import LanguageModel
-    from hasten.recipe import Method
 
 _MIX = "mix:"
 _TOKENS = 8192  # a mixture is judged on: what `hasten eval` reads unless told otherwise
@@ -189,7 +188,7 @@ def _mixture(
 
     text = default_text()
 
-    def asked(method: Method) -> calibrated.Asked:
+    def asked(method: str) -> calibrated.Asked:
         recipe = Recipe(calibrated.mixture_name(budget), method=method)
         return calibrated.Asked(recipe, text, {"mix": budget.max_ppl_increase, "judged": _TOKENS})
 

@@ -3,17 +3,92 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, cast, get_args
+from typing import Literal, Protocol, get_args
 
 from hasten.errors import UsageError
 from hasten.weights.formats import FORMATS, TABLE_NAMES, Format
 
-Method = Literal["rtn", "hqq", "awq", "gptq", "awq-gptq", "best"]
-"""How integers are found: docs/compress.md. All but rtn and hqq need calibration text."""
 
-PruneKind = Literal["magnitude", "wanda", "sparsegpt", "ffn", "heads", "layers", "width", "vocabulary"]
+@dataclass(frozen=True)
+class MethodEntry:
+    """What is known of a method before its file is loaded, which takes torch."""
+
+    place: str  # "module:Class", an implementation of `hasten.compress.quantise.method.Method`
+    help: str
+    reads: Literal["", "moments", "states"] = ""
+    """Of the calibration text: nothing; second moments of what each layer reads in the source, kept on disk;
+    or the hidden states of the source and of what is quantised, layer after layer."""
+    head_bits: int = 0  # at least, for the head, where a recipe's name gives it none
+
+
+@dataclass(frozen=True)
+class PruneEntry:
+    """What is known of a kind of pruning before its file is loaded, which takes torch."""
+
+    place: str  # "module:Class", an implementation of `hasten.compress.prune.prune.Pruner`
+    help: str  # what goes
+    takes: Literal["weights", "channels", "width", "layers", "words"]
+    """Single weights, which become zeros; inputs of matrices; hidden dimensions; whole layers; tokens."""
+    blind: bool = False  # chooses without text: reads it to repair alone
+
+
+_QUANTISE, _PRUNE = "hasten.compress.quantise", "hasten.compress.prune"
+METHODS = {
+    "rtn": MethodEntry(
+        f"{_QUANTISE}.method:Nearest", "to the nearest, scales searched for the least squared error"
+    ),
+    "hqq": MethodEntry(
+        f"{_QUANTISE}.hqq:Hqq",
+        "scales and minimums found with a loss that gives outliers little weight (HQQ)",
+    ),
+    "awq": MethodEntry(
+        f"{_QUANTISE}.awq:Awq",
+        "important channels are scaled up, the layer before them is scaled down by the same factors, large "
+        "values are clipped (AWQ)",
+        reads="moments",
+    ),
+    "gptq": MethodEntry(
+        f"{_QUANTISE}.gptq:Gptq",
+        "one column after another; columns that are not rounded yet compensate the error (GPTQ)",
+        reads="moments",
+    ),
+    "awq-gptq": MethodEntry(
+        f"{_QUANTISE}.awq:AwqGptq", "scaled by the first, rounded by the second", reads="moments"
+    ),
+    "best": MethodEntry(
+        f"{_QUANTISE}.sequential:Best", "what measured best at 4 bits", reads="states", head_bits=8
+    ),
+}
+"""How integers are found. A new one is a file with a class that implements `Method`, and a line here."""
+
+PRUNINGS = {
+    "magnitude": PruneEntry(
+        f"{_PRUNE}.single_weights:Magnitude", "the smallest weights", "weights", blind=True
+    ),
+    "wanda": PruneEntry(
+        f"{_PRUNE}.single_weights:Wanda",
+        "weights whose product with the size of their input is smallest (Wanda)",
+        "weights",
+    ),
+    "sparsegpt": PruneEntry(
+        f"{_PRUNE}.single_weights:SparseGpt",
+        "weights whose removal the other weights can compensate best (SparseGPT)",
+        "weights",
+    ),
+    "ffn": PruneEntry(f"{_PRUNE}.ffn:Channels", "feed-forward channels", "channels"),
+    "heads": PruneEntry(
+        f"{_PRUNE}.heads:Heads", "attention heads, the same number in each layer", "channels"
+    ),
+    "layers": PruneEntry(
+        f"{_PRUNE}.layers:Layers", "the layers that change the hidden states least", "layers"
+    ),
+    "width": PruneEntry(f"{_PRUNE}.width:Width", "hidden dimensions", "width"),
+    "vocabulary": PruneEntry(f"{_PRUNE}.vocabulary:Words", "words that the text does not use", "words"),
+}
+"""What can be taken out. A new one is a file with a class that implements `Pruner`, and a line here."""
+
 DistilLoss = Literal["forward", "reverse", "skewed"]
 
 
@@ -25,13 +100,9 @@ class Shaped(Protocol):
 
 @dataclass(frozen=True)
 class Pruning:
-    """One kind of weights to take out.
+    """One kind of weights to take out: single ones become zeros, all else makes a smaller dense model."""
 
-    `magnitude`, `wanda` and `sparsegpt` set single weights to zero, all of a layer or `pattern` (N of every M
-    inputs stay); the others make a smaller dense model.
-    """
-
-    kind: PruneKind = field(metadata={"help": "what goes"})
+    kind: str = field(metadata={"help": "what goes", "table": PRUNINGS})
     amount: float = field(
         default=0.25, metadata={"help": "fraction that goes: weights, channels, heads, ..."}
     )
@@ -43,13 +114,13 @@ class Pruning:
     )
 
     def __post_init__(self) -> None:
-        _one_of("kind of pruning", self.kind, get_args(PruneKind))
+        one_of("kind of pruning", self.kind, PRUNINGS)
         if not 0 < self.amount < 1:
             raise UsageError(
                 f"prune {self.kind}: amount is a fraction between 0 and 1, got {self.amount!r}",
                 hint="use 0.25 for a quarter",
             )
-        if self.pattern is not None and self.kind not in ("magnitude", "wanda", "sparsegpt"):
+        if self.pattern is not None and PRUNINGS[self.kind].takes != "weights":
             raise UsageError(
                 f"prune {self.kind}: a pattern is for single weights, and {self.kind} takes whole parts out",
                 hint="drop pattern, or use kind: wanda",
@@ -82,7 +153,7 @@ class Distillation:
     seed: int = field(default=0, metadata={"help": "of the order of texts"})
 
     def __post_init__(self) -> None:
-        _one_of("distillation loss", self.loss, get_args(DistilLoss))
+        one_of("distillation loss", self.loss, get_args(DistilLoss))
         ranges = {
             "skew": 0 <= self.skew < 1,
             "temperature": self.temperature > 0,
@@ -114,14 +185,14 @@ class Recipe:
     head: Format | None = None  # None: as default
     layers: Mapping[str, Format] = field(default_factory=dict)
     kv: Literal["bf16", "int8"] = "bf16"
-    method: Method = "rtn"
+    method: str = field(default="rtn", metadata={"table": METHODS})
     rotate: bool = False  # Hadamard rotation of the hidden states, folded into the weights
     smooth: float | None = None  # SmoothQuant's alpha: how much of the activations' range goes to the weights
     prune: tuple[Pruning, ...] = ()  # in this order, before anything is quantised
     distil: Distillation | None = None  # after pruning, before quantisation
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, get_args(Method))
+        one_of("method", self.method, METHODS)
         if self.smooth is not None and not 0 < self.smooth < 1:
             raise UsageError(
                 f"recipe {self.name}: smooth lies between 0 and 1, got {self.smooth!r}",
@@ -168,9 +239,10 @@ class Recipe:
         options = text[len(base) :].split("-")[1:]
         match = re.fullmatch(r"bf16|source|w([8654])", base)
         if match is None and table is None:
-            raise UsageError(f"unknown recipe {name!r}", hint=f"use {NAMES_HINT}")
+            raise UsageError(f"unknown recipe {name!r}", hint=f"use {names_hint()}")
         bits = int(match.group(1) or 16) if match else 16
-        group, head_bits, symmetric, method, kv = 32, None, True, "rtn", "bf16"
+        group, head_bits, symmetric, words, kv = 32, None, True, list[str](), "bf16"
+        named = {frozenset(one.split("-") if one != "rtn" else ()): one for one in METHODS}
         for option in options:
             if (m := re.fullmatch(r"g(32|64|128)", option)) and bits != 16:
                 group = int(m.group(1))
@@ -180,12 +252,15 @@ class Recipe:
                 symmetric = False
             elif option == "kv8":
                 kv = "int8"
-            elif option in _METHODS and bits != 16:
-                method = "awq-gptq" if {option, method} == {"awq", "gptq"} else option
+            elif bits != 16 and any({*words, option} <= parts for parts in named):
+                words.append(option)
             else:
-                raise UsageError(f"recipe {name!r}: cannot read {option!r}", hint=f"use {NAMES_HINT}")
-        if method == "best" and head_bits is None:
-            head_bits = max(8, bits)
+                raise UsageError(f"recipe {name!r}: cannot read {option!r}", hint=f"use {names_hint()}")
+        method = named.get(frozenset(words))
+        if method is None:
+            raise UsageError(f"recipe {name!r}: cannot read {'-'.join(words)!r}", hint=f"use {names_hint()}")
+        if (least := METHODS[method].head_bits) and head_bits is None:
+            head_bits = max(least, bits)
         default = None if base == "source" else Format.of(bits, group, symmetric)
         if table is not None:
             default = FORMATS[table]
@@ -195,17 +270,25 @@ class Recipe:
             default=default,
             head=head,
             kv="int8" if kv == "int8" else "bf16",
-            method=cast("Method", method),
+            method=method,
         )
 
 
-_METHODS = ("hqq", "awq", "gptq", "best")
-NAMES_HINT = (
-    "source, bf16, w8, w6, w5 or w4, with -g64, -g128, -asym, -head8, -kv8, "
-    f"-hqq, -awq, -gptq or -best appended; {', '.join(reversed(TABLE_NAMES))}; mix:1%; or a recipe file"
-)
+def appended_methods() -> str:
+    """What says the method in a recipe's name: `-hqq, -awq, -gptq, -awq-gptq or -best`."""
+    *others, last = [f"-{name}" for name in METHODS if name != "rtn"]
+    return f"{', '.join(others)} or {last}"
 
 
-def _one_of(what: str, got: str, known: tuple[str, ...]) -> None:
+def names_hint() -> str:
+    """Every part that a recipe's name may have, for people."""
+    return (
+        f"source, bf16, w8, w6, w5 or w4, with -g64, -g128, -asym, -head8, -kv8, {appended_methods()} "
+        f"appended; {', '.join(reversed(TABLE_NAMES))}; mix:1%; or a recipe file"
+    )
+
+
+def one_of(what: str, got: str, known: Iterable[str]) -> None:
+    """Refuse a name that is not among the known ones."""
     if got not in known:
         raise UsageError(f"unknown {what} {got!r}", hint=f"use one of {', '.join(known)}")

@@ -21,7 +21,7 @@ from hasten.cli import main
 from hasten.cli.cache import SUBCOMMANDS
 from hasten.cli.frame import subparser_of
 from hasten.cli.reference import reference
-from hasten.compress.torch_file import write_state
+from hasten.compress.torch_machine import write_state
 from hasten.core import EngineOptions
 from hasten.weights.work_store import WorkStore
 

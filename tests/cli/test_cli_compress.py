@@ -113,7 +113,7 @@ def test_ctrl_c_says_how_to_go_on(
     def stop(*arguments: Any, **options: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hasten.compress.steps.pack_model", stop)
+    monkeypatch.setattr("hasten.compress.compress.pack_model", stop)
     assert main(["compress", model, "--recipe", "w4"]) == 130
     assert "run the same command again to go on from there" in capsys.readouterr().err
     assert not list(Path().glob("*.hasten"))

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hasten.compress.calibration import FEWEST, cut
-from hasten.compress.calibration_text import calibration_from
+from hasten.compress.calibration import FEWEST, calibration_from, cut
 from hasten.errors import MachineError, TokenizerError, UsageError
 from hasten.models import open_model
 from hasten.models.tokenizer import Tokenizer
@@ -250,7 +249,7 @@ def test_a_dataset_that_cannot_be_read(datasets: Any, monkeypatch: pytest.Monkey
     with pytest.raises(UsageError, match="0 tokens"):
         calibration_from("owner/name", Bytes())
     monkeypatch.setitem(sys.modules, "datasets", None)
-    monkeypatch.setattr("hasten.compress.calibration_text.find_spec", lambda name: None)
+    monkeypatch.setattr("hasten.compress.calibration.find_spec", lambda name: None)
     with pytest.raises(MachineError, match="there is no file owner/name") as error:
         calibration_from("owner/name", Bytes())
     assert "pip install datasets" in str(error.value.hint)

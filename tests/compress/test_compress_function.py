@@ -247,11 +247,11 @@ def test_a_small_disk_is_said_first(
 ) -> None:
     made = compress(tiny_folder("llama-wide"), "w4", out=tmp_path / "a.hasten")
     need = sum(linear.bytes for linear in made.packed.linears.values())
-    monkeypatch.setattr("hasten.compress.room.free_bytes", lambda path: need - 1)
+    monkeypatch.setattr("hasten.compress.job.free_bytes", lambda path: need - 1)
     said = refused(tiny_folder("llama-wide"), "w4", out=tmp_path / "b.hasten")
     assert isinstance(said, DiskError) and "MB are free there" in said.message and "--out" in str(said.hint)
     compress(tiny_folder("llama-wide"), "w4")  # nothing is written
-    monkeypatch.setattr("hasten.compress.room.free_bytes", lambda path: need)
+    monkeypatch.setattr("hasten.compress.job.free_bytes", lambda path: need)
     compress(tiny_folder("llama-wide"), "w4", out=tmp_path / "b.hasten")
     lesson = Recipe("r", Format.of(4), distil=Distillation(tokens=TOKENS))
     assert isinstance(refused(tiny_folder("llama-wide"), lesson, tokens=TOKENS), DiskError)
@@ -325,7 +325,7 @@ def test_time_left_counts_what_was_done_here(monkeypatch: pytest.MonkeyPatch) ->
 def test_modules_go_to_their_own_verb() -> None:
     import torch
 
-    from hasten.compress.module_recipe import ModuleRecipe
+    from hasten.compress.module import ModuleRecipe
 
     module = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
     made = hasten.compress(module, ModuleRecipe(bits=8), torch.rand(1, 64))

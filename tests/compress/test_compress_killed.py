@@ -76,10 +76,9 @@ def test_killed_while_distilling(tiny_folder: Callable[..., Path], tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "method"), [("w4-gptq", "layer_alone"), ("w4-best", "sequential_layer")])
+@pytest.mark.parametrize("recipe", ["w4-gptq", "w4-best"])
 def test_killed_at_a_layer(
     recipe: str,
-    method: str,
     tiny_folder: Callable[..., Path],
     tmp_path: Path,
     cache: Path,
@@ -89,13 +88,13 @@ def test_killed_at_a_layer(
     from hasten.compress.quantise import layerwise
 
     folder, computed = tiny_folder("llama"), []
-    real = getattr(layerwise, method)
+    real = layerwise.packed_layer
 
-    def counted(source: Any, asked: Any, index: int, *rest: Any) -> Any:
-        computed.append(index)
-        return real(source, asked, index, *rest)
+    def counted(source: Any, asked: Any, method: Any, layer: Any) -> Any:
+        computed.append(layer.index)
+        return real(source, asked, method, layer)
 
-    monkeypatch.setattr(layerwise, method, counted)
+    monkeypatch.setattr(layerwise, "packed_layer", counted)
     killed(folder, recipe, tmp_path / "killed.hasten", ("quantise", "layer 2"))
     assert list(cache.glob("compress/runs/*"))
     again = sums(run(folder, recipe))

@@ -11,10 +11,9 @@ import torch
 
 import tiny_models
 from hasten import _native
-from hasten.compress.changed import made_tensor
-from hasten.compress.distil.decoder import Decoder
-from hasten.compress.distil.fake_quant import Grid, integer_tensor
-from hasten.compress.distil.student import Student
+from hasten.compress.distil.student import Grid, Student, integer_tensor
+from hasten.compress.distil.teacher import Decoder
+from hasten.compress.source_tensors import made_tensor
 from hasten.compress.torch_layer import tensor_values
 from hasten.core import Format
 from hasten.errors import UsageError

@@ -16,15 +16,13 @@ import torch
 
 import tiny_models
 from hasten.compress.calibration import Calibration
-from hasten.compress.changed import changed
-from hasten.compress.distil import schedule
-from hasten.compress.distil.checkpoint import FILE
-from hasten.compress.distil.decoder import Decoder
-from hasten.compress.distil.result import Distilled
+from hasten.compress.distil import trainer as schedule
 from hasten.compress.distil.student import Student
-from hasten.compress.distil.trainer import Training, distil, held_out
+from hasten.compress.distil.teacher import Decoder
+from hasten.compress.distil.trainer import FILE, Distilled, Training, distil, held_out
 from hasten.compress.quantise.rotate import rotate
 from hasten.compress.result import Progress
+from hasten.compress.source_tensors import changed
 from hasten.compress.torch_layer import tensor_values
 from hasten.core import Format, Recipe
 from hasten.errors import DiskError, MachineError, ModelError, UsageError
@@ -349,12 +347,12 @@ def test_the_rate_rises_and_falls() -> None:
 
 def test_every_window_is_read_once_a_pass_in_another_order() -> None:
     passes = [
-        np.concatenate([schedule.batch(step, 12, 4, seed=5) for step in range(first, first + 3)])
+        np.concatenate([schedule.windows_of(step, 12, 4, seed=5) for step in range(first, first + 3)])
         for first in (0, 3)
     ]
     for order in passes:
         assert sorted(order.tolist()) == list(range(12))
     assert passes[0].tolist() != passes[1].tolist()
-    across = np.concatenate([schedule.batch(step, 12, 5, seed=5) for step in range(5)])
+    across = np.concatenate([schedule.windows_of(step, 12, 5, seed=5) for step in range(5)])
     assert across[:24].tolist() == [*passes[0].tolist(), *passes[1].tolist()]
     assert not set(held_out(136)) & set(range(128)) and list(held_out(2)) == [1]

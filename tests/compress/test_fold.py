@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import tiny_models
-from hasten.compress.quantise.fold import GROUPS, READERS, fold, foldable, obstacle, shared_scales
-from hasten.compress.torch_layer import Positions, layer_forward, layer_weights
+from hasten.compress.quantise.fold import fold, foldable, obstacle, shared_scales
+from hasten.compress.torch_layer import GROUPS, READERS, Positions, layer_forward, layer_weights
 from hasten.models.open import open_folder
 from hasten.models.source import Source
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from hasten.compress.changed import made_tensor
 from hasten.compress.quantise.awq import awq_scales, input_scales
 from hasten.compress.quantise.gptq import DAMP, Factor, gptq, lost, nearest
 from hasten.compress.quantise.statistics import mean_gram
+from hasten.compress.source_tensors import made_tensor
 from hasten.core import Format
 from hasten.errors import ModelError
 from hasten.weights.packed import integers, pack_integers, pack_linear
@@ -114,8 +114,7 @@ def test_awq_scales_leave_less_error_than_none() -> None:
 
     assert error(scales) < 0.9 * error(torch.ones(128))
     assert error(scales) == pytest.approx(min(error(input_scales(gram, p / 10)) for p in range(10)))
-    nothing = dict.fromkeys("qkv", Format.of(16))
-    assert (awq_scales(weights, config, "qkv", gram, nothing) == 1).all()
+    assert (awq_scales(weights, config, "qkv", gram, {}) == 1).all()  # nothing becomes integers
 
 
 def test_nearest_is_what_packing_stores() -> None:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from hasten.compress.changed import made_tensor
 from hasten.compress.quantise.hqq import POWER, TURNS, hqq
+from hasten.compress.source_tensors import made_tensor
 from hasten.compress.torch_layer import tensor_values
 from hasten.core import Format
 from hasten.errors import ModelError, UsageError

@@ -15,21 +15,18 @@ from safetensors.torch import load_file, save_file
 import tiny_models
 from hasten import _native
 from hasten.compress.calibration import Calibration, work_key
-from hasten.compress.changed import changed
-from hasten.compress.quantise.layerwise import quantise
-from hasten.compress.quantise.linears import CalibratedLinears
-from hasten.compress.quantise.staged import StagedLayer, settle
-from hasten.compress.quantise.statistics import HEAD, Statistics
+from hasten.compress.quantise.layerwise import CalibratedLinears, quantise
+from hasten.compress.quantise.statistics import HEAD, StagedLayer, Statistics, settle
+from hasten.compress.source_tensors import changed
 from hasten.compress.stream import Stream, stream_weights
-from hasten.compress.torch_file import write_state
 from hasten.compress.torch_layer import tensor_values
+from hasten.compress.torch_machine import write_state
 from hasten.core import Format, Recipe
 from hasten.engine.model import LanguageModel, load_packed
 from hasten.errors import DiskError, ModelError, UsageError
 from hasten.models.artifact import load_artifact, save
 from hasten.models.open import open_folder
 from hasten.models.source import Source
-from hasten.recipe import Method
 from hasten.weights.formats import FORMATS
 from hasten.weights.packed import PackedModel, pack_linear, pack_model
 
@@ -98,7 +95,7 @@ def test_every_architecture_keeps_its_output(name: str, method: str, tmp_path: P
 
 
 @pytest.mark.parametrize("method", ["hqq", "awq-gptq", "best"])
-def test_small_floats_among_integers_are_rounded_to_the_nearest(method: Method, tmp_path: Path) -> None:
+def test_small_floats_among_integers_are_rounded_to_the_nearest(method: str, tmp_path: Path) -> None:
     """Commands refuse such a recipe; no method may take 8-bit floats for integers all the same."""
     source = opened("qwen2", tmp_path)
     names = {"layers.0.o": "fp8-e4m3", "layers.1.up": "mxfp4", "embed": "mxfp4"}
@@ -112,7 +109,7 @@ def test_small_floats_among_integers_are_rounded_to_the_nearest(method: Method, 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("method", ["rtn", "hqq", "awq", "gptq", "awq-gptq", "best"])
-def test_layers_narrower_than_their_group(method: Method, symmetric: bool, tmp_path: Path) -> None:
+def test_layers_narrower_than_their_group(method: str, symmetric: bool, tmp_path: Path) -> None:
     """64 and 96 inputs under groups of 128: one group holds a row, filled up as plain rounding does."""
     source = opened("qwen2", tmp_path)
     assert max(cols for _, cols in source.config.linear_shapes().values()) < 128
@@ -311,7 +308,7 @@ def test_a_full_disk_leaves_what_was_finished(tmp_path: Path, monkeypatch: pytes
 
     from hasten.cache import write_atomic
 
-    monkeypatch.setattr("hasten.compress.torch_file.write_atomic", full)
+    monkeypatch.setattr("hasten.compress.torch_machine.write_atomic", full)
     with pytest.raises(DiskError):
         quantise(source, recipe, text(), folder=work)
     monkeypatch.undo()

@@ -13,10 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from hasten.compress import int8_linear
-from hasten.compress.int8_linear import Int8Linear
-from hasten.compress.module import compress_module
-from hasten.compress.module_recipe import ModuleRecipe
+from hasten.compress import module_layers
+from hasten.compress.module import ModuleRecipe, compress_module
+from hasten.compress.module_layers import Int8Linear
 from hasten.errors import MachineError, ModelError, UsageError
 
 
@@ -96,7 +95,7 @@ def test_without_vnni_weights_stay_where_sums_are_exact(monkeypatch: pytest.Monk
     full = Int8Linear(linear)
     state, saved = full.state_dict(), io.BytesIO()
     torch.save(full, saved)
-    monkeypatch.setattr(int8_linear, "exact_levels", lambda: 64)
+    monkeypatch.setattr(module_layers, "exact_levels", lambda: 64)
     reduced = Int8Linear(linear)
     assert int(reduced.weight_int8.abs().max()) == 64
     assert relative(run(reduced, X), run(linear, X)) < 0.03
@@ -111,7 +110,7 @@ def test_without_vnni_weights_stay_where_sums_are_exact(monkeypatch: pytest.Monk
 def test_sums_are_exact_on_every_kind_of_processor() -> None:
     """oneDNN limited to AVX2: products of full int8 values saturate there, which the probe must notice."""
     code = (
-        "import torch; from hasten.compress.int8_linear import exact_levels as most; n = most();"
+        "import torch; from hasten.compress.module_layers import exact_levels as most; n = most();"
         "a = torch.full((3, 784), 127, dtype=torch.int8); b = torch.full((5, 784), n, dtype=torch.int8);"
         "assert (torch._int_mm(a, b.t()) == 127 * n * 784).all(); print(n)"
     )
@@ -321,7 +320,7 @@ def test_lazy_layers_have_their_shape_by_then() -> None:
 def test_importing_needs_no_torch_and_its_absence_is_said() -> None:
     code = (
         "import sys; import hasten.compress.module as m\n"
-        "from hasten.compress.module_recipe import ModuleRecipe\n"
+        "from hasten.compress.module import ModuleRecipe\n"
         "assert 'torch' not in sys.modules; m.find_spec = lambda name: None\n"
         "try: m.compress_module(object(), ModuleRecipe(), None)\n"
         "except Exception as e: print(type(e).__name__, e.hint)"

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from hasten.compress.changed import changed
-from hasten.compress.moments import Moments, fitted
-from hasten.compress.prune.ffn import kept_channels, prune_ffn
-from hasten.compress.prune.least_loss import least_loss
+from hasten.compress.prune.ffn import Channels, least_loss
+from hasten.compress.source_tensors import changed
+from hasten.compress.stream import Moments, fitted
 from hasten.compress.torch_layer import tensor_values
 from hasten.errors import ModelError, UsageError
 from hasten.models.open import open_folder
-from prune_models import NAMES, distance, text
+from hasten.recipe import Pruning
+from prune_models import NAMES, distance, taken, text
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -24,8 +24,8 @@ def test_every_architecture_runs_pruned_and_repair_brings_it_nearer(
     name: str, tiny_folder: Callable[..., Path]
 ) -> None:
     source = open_folder(tiny_folder(name))
-    cut, _ = prune_ffn(source, 0.25, text(), repair=False)
-    repaired, parts = prune_ffn(source, 0.25, text(), repair=True)
+    cut, _ = taken("ffn", source, 0.25, text(), repair=False)
+    repaired, parts = taken("ffn", source, 0.25, text(), repair=True)
     width = 192 if name == "llama-wide" else 64
     assert cut.config.intermediate_size == repaired.config.intermediate_size == width
     assert repaired.tensors["layers.1.down"].shape == (source.config.hidden_size, width)
@@ -45,8 +45,8 @@ def test_channels_that_say_nothing_new_go_without_a_trace(tiny_folder: Callable[
             values[64:] = values[:32]
             doubled[f"layers.{layer}.{name}"] = values
     source = changed(source, doubled)
-    repaired, parts = prune_ffn(source, 1 / 3, text(), repair=True)
-    cut, _ = prune_ffn(source, 1 / 3, text(), repair=False)
+    repaired, parts = taken("ffn", source, 1 / 3, text(), repair=True)
+    cut, _ = taken("ffn", source, 1 / 3, text(), repair=False)
     ids = text(1).ids[0]
     assert distance(repaired, source, ids) < 0.05
     assert distance(cut, source, ids) > 0.2
@@ -55,7 +55,7 @@ def test_channels_that_say_nothing_new_go_without_a_trace(tiny_folder: Callable[
 
 def test_kept_rows_are_the_files_own_bytes(tiny_folder: Callable[..., Path]) -> None:
     source = open_folder(tiny_folder("llama-odd"))  # with biases
-    pruned, _ = prune_ffn(source, 0.3, text(), repair=True)
+    pruned, _ = taken("ffn", source, 0.3, text(), repair=True)
     for name in ("gate", "up"):
         before = tensor_values(source.tensors[f"layers.0.{name}"])
         bias = tensor_values(source.tensors[f"layers.0.{name}.bias"])
@@ -109,10 +109,10 @@ def test_an_amount_that_leaves_or_takes_nothing_is_refused(
 ) -> None:
     config = open_folder(tiny_folder("llama")).config
     with pytest.raises(UsageError, match=message) as refused:
-        kept_channels(config, amount)
+        Channels().after(config, Pruning("ffn", amount))
     low, high = (float(word) for word in refused.value.hint.split() if word[0] == "0")
-    assert kept_channels(config, low) == 64
-    assert kept_channels(config, high) == 32
+    assert Channels().after(config, Pruning("ffn", low)).intermediate_size == 64
+    assert Channels().after(config, Pruning("ffn", high)).intermediate_size == 32
 
 
 def test_values_that_are_not_finite_name_the_layer(tiny_folder: Callable[..., Path]) -> None:
@@ -120,4 +120,4 @@ def test_values_that_are_not_finite_name_the_layer(tiny_folder: Callable[..., Pa
     broken = tensor_values(source.tensors["layers.1.up"])
     broken[3, 5] = torch.nan
     with pytest.raises(ModelError, match=r"layers\.1 gives"):
-        prune_ffn(changed(source, {"layers.1.up": broken}), 0.25, text(), repair=True)
+        taken("ffn", changed(source, {"layers.1.up": broken}), 0.25, text(), repair=True)

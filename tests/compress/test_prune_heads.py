@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from hasten.compress.changed import changed
-from hasten.compress.moments import Moments, fitted
-from hasten.compress.prune.heads import HeadPlan, kept_heads, prune_heads
+from hasten.compress.prune.heads import HeadPlan, Heads, kept_heads
+from hasten.compress.source_tensors import changed
+from hasten.compress.stream import Moments, fitted
 from hasten.compress.torch_layer import tensor_values
 from hasten.errors import UsageError
 from hasten.models.open import open_folder
-from prune_models import distance, text
+from hasten.recipe import Pruning
+from prune_models import distance, taken, text
 from specs import changed as spec_changed
 
 ALIKE = ["llama", "llama-wide", "phi3-sliding", "qwen2", "qwen3-yarn", "smollm3"]
@@ -25,8 +26,8 @@ def test_half_the_heads_go_and_repair_brings_the_rest_nearer(
     name: str, tiny_folder: Callable[..., Path]
 ) -> None:
     source = open_folder(tiny_folder(name))
-    cut, _ = prune_heads(source, 0.5, text(), repair=False)
-    repaired, parts = prune_heads(source, 0.5, text(), repair=True)
+    cut, _ = taken("heads", source, 0.5, text(), repair=False)
+    repaired, parts = taken("heads", source, 0.5, text(), repair=True)
     assert repaired.config.num_heads == source.config.num_heads // 2
     assert all(part.error_after < part.error_before for part in parts)
     ids = text(1).ids[0]
@@ -54,14 +55,16 @@ def test_heads_that_add_nothing_go_without_a_trace(
         plan, amount = HeadPlan(2, 1), 0.5
     else:
         plan = HeadPlan(1, 2)
-    pruned, _ = prune_heads(source, amount, text(), repair, plan=plan)
+    pruned, _ = Heads(plan).run(
+        source, Pruning("heads", amount, repair=repair), text(), lambda done, total: None
+    )
     assert (pruned.config.num_heads, pruned.config.num_kv_heads) == (plan.groups * plan.share, plan.groups)
     assert distance(pruned, source, text(1).ids[0]) < 0.02
 
 
 def test_the_rows_of_keys_and_values_follow(tiny_folder: Callable[..., Path]) -> None:
     source = open_folder(tiny_folder("qwen2"))  # with biases on q, k, v
-    pruned, _ = prune_heads(source, 0.5, text(), repair=True)
+    pruned, _ = taken("heads", source, 0.5, text(), repair=True)
     dim = source.config.head_dim
     kept = tensor_values(pruned.tensors["layers.1.k"])
     whole = tensor_values(source.tensors["layers.1.k"])

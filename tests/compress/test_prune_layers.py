@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from hasten.compress.changed import changed
-from hasten.compress.prune.layers import influence, kept_layers, prune_layers
+from hasten.compress.prune.layers import influence, kept_layers
+from hasten.compress.source_tensors import changed
 from hasten.compress.torch_layer import tensor_values
 from hasten.errors import UsageError
 from hasten.models.open import open_folder
 from hasten.models.source import Source
-from prune_models import distance, text
+from prune_models import distance, taken, text
 
 
 def without_effect(source: Source, layer: int) -> Source:
@@ -32,7 +32,7 @@ def test_a_layer_without_effect_goes_without_a_trace(
     """Also where layers differ: rotated or not, sliding or not. With repair there is nothing to fit."""
     source = without_effect(open_folder(tiny_folder(name)), layer)
     config = source.config
-    pruned, parts = prune_layers(source, 1 / config.num_layers, text(), repair)
+    pruned, parts = taken("layers", source, 1 / config.num_layers, text(), repair)
     left = [i for i in range(config.num_layers) if i != layer]
     assert [part.kept for part in parts] == [int(i in left) for i in range(config.num_layers)]
     assert pruned.config.num_layers == len(left)
@@ -43,8 +43,8 @@ def test_a_layer_without_effect_goes_without_a_trace(
 @pytest.mark.parametrize("name", ["llama", "qwen2", "llama-odd", "smollm3"])
 def test_repair_adds_what_the_missing_layers_did(name: str, tiny_folder: Callable[..., Path]) -> None:
     source = open_folder(tiny_folder(name))
-    cut, _ = prune_layers(source, 0.5, text(), repair=False)
-    repaired, parts = prune_layers(source, 0.5, text(), repair=True)
+    cut, _ = taken("layers", source, 0.5, text(), repair=False)
+    repaired, parts = taken("layers", source, 0.5, text(), repair=True)
     fitted = [part for part in parts if part.error_after is not None]
     assert fitted and all(part.error_after < part.error_before for part in fitted)
     ids = text(1).ids[0]
@@ -60,7 +60,7 @@ def test_influence_is_one_minus_the_cosine(tiny_folder: Callable[..., Path]) -> 
 
 def test_a_normed_mlp_is_not_repaired(tiny_folder: Callable[..., Path]) -> None:
     source = open_folder(tiny_folder("gemma3"))
-    repaired, parts = prune_layers(source, 0.3, text(), repair=True)
+    repaired, parts = taken("layers", source, 0.3, text(), repair=True)
     assert all(part.error_after is None for part in parts)
     kept = [i for i, part in enumerate(parts) if part.kept]
     for place, index in enumerate(kept):
@@ -81,10 +81,10 @@ def test_an_amount_that_leaves_or_takes_nothing_is_refused(tiny_folder: Callable
 def test_a_gap_at_the_start_is_crossed_and_the_next_one_repaired(tiny_folder: Callable[..., Path]) -> None:
     """The first layer and one in the middle go: only the one before the second gap can be fitted."""
     source = without_effect(open_folder(tiny_folder("smollm3")), 0)
-    repaired, parts = prune_layers(source, 0.4, text(), repair=True)
+    repaired, parts = taken("layers", source, 0.4, text(), repair=True)
     assert parts[0].kept == 0 and sum(part.kept for part in parts) == 3
     other = next(i for i in range(1, 5) if not parts[i].kept)
     assert [i for i, part in enumerate(parts) if part.error_after is not None] == [other - 1]
-    cut, _ = prune_layers(source, 0.4, text(), repair=False)
+    cut, _ = taken("layers", source, 0.4, text(), repair=False)
     ids = text(1).ids[0]
     assert distance(repaired, source, ids) < distance(cut, source, ids)

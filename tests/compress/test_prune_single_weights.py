@@ -8,17 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from hasten.compress.moments import gram_error
-from hasten.compress.prune.magnitude import magnitude_mask
-from hasten.compress.prune.mask import keep_mask
-from hasten.compress.prune.single_weights import check_pattern, prune_single_weights
-from hasten.compress.prune.sparsegpt import DAMPING, sparsegpt
-from hasten.compress.prune.wanda import wanda_mask
+from hasten.compress.prune.prune import pruner_of, silent
+from hasten.compress.prune.single_weights import (
+    DAMPING,
+    Magnitude,
+    Wanda,
+    check_pattern,
+    keep_mask,
+    sparsegpt,
+)
+from hasten.compress.stream import gram_error
 from hasten.compress.torch_layer import LINEARS, tensor_values
 from hasten.errors import UsageError
 from hasten.models.open import open_folder
 from hasten.recipe import Pruning
-from prune_models import distance, text
+from prune_models import distance, taken, text
 
 KINDS = ["magnitude", "wanda", "sparsegpt"]
 
@@ -39,8 +43,8 @@ def test_the_zeros_are_as_many_as_asked_and_repair_helps(
     kind: str, pattern: tuple[int, int] | None, repair: bool, tiny_folder: Callable[..., Path]
 ) -> None:
     source = open_folder(tiny_folder("qwen2"))
-    pruning = Pruning(kind, 0.5, pattern, repair)  # type: ignore[arg-type]
-    pruned, parts = prune_single_weights(source, pruning, text())
+    pruning = Pruning(kind, 0.5, pattern, repair)
+    pruned, parts = pruner_of(kind).run(source, pruning, text(), silent)
     assert len(parts) == len(LINEARS) * source.config.num_layers
     for part in parts:
         values = tensor_values(pruned.tensors[part.name])
@@ -52,7 +56,7 @@ def test_the_zeros_are_as_many_as_asked_and_repair_helps(
         assert (part.error_after is not None) == repair
         assert not repair or part.error_after < part.error_before
     if repair:
-        cut, _ = prune_single_weights(source, Pruning(kind, 0.5, pattern, False), text())  # type: ignore[arg-type]
+        cut, _ = pruner_of(kind).run(source, Pruning(kind, 0.5, pattern, False), text(), silent)
         ids = text(1).ids[0]
         assert distance(pruned, source, ids) < distance(cut, source, ids)
 
@@ -60,11 +64,12 @@ def test_the_zeros_are_as_many_as_asked_and_repair_helps(
 def test_masks_by_hand() -> None:
     weight = torch.tensor([[1.0, -4.0, 3.0, 2.0], [10.0, 20.0, -30.0, 40.0]])
     half = Pruning("magnitude", 0.5)
-    assert magnitude_mask(weight, half).tolist() == [[False] * 4, [True] * 4]  # the matrix as a whole
-    pairs = Pruning("magnitude", 0.5, (1, 2))
-    assert magnitude_mask(weight, pairs).tolist() == [[False, True, True, False], [False, True, False, True]]
+    whole, _ = Magnitude().chosen(weight, None, half)
+    assert whole.tolist() == [[False] * 4, [True] * 4]  # the matrix as a whole
+    by_pairs, _ = Magnitude().chosen(weight, None, Pruning("magnitude", 0.5, (1, 2)))
+    assert by_pairs.tolist() == [[False, True, True, False], [False, True, False, True]]
     gram = torch.diag(torch.tensor([100.0, 1.0, 1.0, 9.0]))
-    found = wanda_mask(weight, gram, Pruning("wanda", 0.5))  # |w| * |x|: 10 4 3 6 and 100 20 30 120
+    found = Wanda().chosen(weight, gram, Pruning("wanda", 0.5))[0]  # |w| * |x|: 10 4 3 6 and 100 20 30 120
     assert found.tolist() == [[True, False, False, True], [True, False, False, True]]
 
 
@@ -106,8 +111,8 @@ def test_blocks_change_nothing_for_a_given_mask(columns: int) -> None:
 def test_each_method_beats_the_one_before() -> None:
     weight, gram = sample()
     half = Pruning("wanda", 0.5)
-    size = gram_error(gram, weight, weight * magnitude_mask(weight, half))
-    known = gram_error(gram, weight, weight * wanda_mask(weight, gram, half))
+    size = gram_error(gram, weight, weight * Magnitude().chosen(weight, None, half)[0])
+    known = gram_error(gram, weight, weight * Wanda().chosen(weight, gram, half)[0])
     chosen = gram_error(gram, weight, sparsegpt(weight, gram, half))
     assert chosen < known < size
 
@@ -130,7 +135,7 @@ def test_a_pattern_that_does_not_divide_is_refused(tiny_folder: Callable[..., Pa
 
 def test_magnitude_alone_needs_no_text(tiny_folder: Callable[..., Path]) -> None:
     source = open_folder(tiny_folder("llama"))
-    pruned, parts = prune_single_weights(source, Pruning("magnitude", 0.5, repair=False), None)
+    pruned, parts = taken("magnitude", source, 0.5, None, repair=False)
     kept = tensor_values(pruned.tensors["layers.0.up"])
     whole = tensor_values(source.tensors["layers.0.up"])
     assert torch.equal(kept[kept != 0], whole[kept != 0])

@@ -16,9 +16,8 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from hasten.compress.calibration import Calibration
-from hasten.compress.changed import changed
-from hasten.compress.prune.smaller_tokenizer import Vocabulary
-from hasten.compress.prune.vocabulary import prune_vocabulary
+from hasten.compress.prune.vocabulary import Vocabulary
+from hasten.compress.source_tensors import changed
 from hasten.compress.torch_layer import tensor_values
 from hasten.errors import UsageError
 from hasten.models.open import open_folder
@@ -26,7 +25,7 @@ from hasten.models.source import Source, once
 from hasten.models.text_stream import TokenizerFields
 from hasten.models.tokenizer import Tokenizer
 from hasten.quality.text import default_text
-from prune_models import hidden
+from prune_models import hidden, taken
 
 SENTENCE = "the engine reads the weights and the weights are read again"
 
@@ -73,7 +72,7 @@ def corpus(source: Source) -> Calibration:
 
 
 def test_what_the_corpus_says_is_written_as_before(large: Source) -> None:
-    smaller, parts = prune_vocabulary(large, 0.25, corpus(large))
+    smaller, parts = taken("vocabulary", large, 0.25, corpus(large))
     before, after = large.tokenizer(), smaller.tokenizer()
     assert smaller.config.vocab_size == after.vocab_size == round(0.75 * large.config.vocab_size)
     assert [(part.kept, part.total) for part in parts] == [(after.vocab_size, large.config.vocab_size)]
@@ -87,7 +86,7 @@ def test_what_the_corpus_says_is_written_as_before(large: Source) -> None:
 
 
 def test_rows_and_ends_follow_their_tokens(large: Source) -> None:
-    smaller, _ = prune_vocabulary(large, 0.3, corpus(large))
+    smaller, _ = taken("vocabulary", large, 0.3, corpus(large))
     before, after = large.tokenizer(), smaller.tokenizer()
     for table in ("embed", "head"):
         old, new = (tensor_values(one.tensors[table]) for one in (large, smaller))
@@ -115,12 +114,12 @@ def _smallest(large: Source) -> Source:
     """Hardly more than the bytes."""
     if id(large) not in _MADE:
         amount = 1 - 262 / large.config.vocab_size
-        _MADE[id(large)] = prune_vocabulary(large, amount, corpus(large))[0]
+        _MADE[id(large)] = taken("vocabulary", large, amount, corpus(large))[0]
     return _MADE[id(large)]
 
 
 def test_a_saved_tokenizer_loads_again(large: Source, tmp_path: Path) -> None:
-    smaller, _ = prune_vocabulary(large, 0.3, corpus(large))
+    smaller, _ = taken("vocabulary", large, 0.3, corpus(large))
     smaller.tokenizer().save(tmp_path)
     loaded = Tokenizer.load(tmp_path)
     assert loaded.encode(SENTENCE) == smaller.tokenizer().encode(SENTENCE)
@@ -129,16 +128,16 @@ def test_a_saved_tokenizer_loads_again(large: Source, tmp_path: Path) -> None:
 
 def test_more_than_can_go_is_refused(large: Source) -> None:
     with pytest.raises(UsageError, match="special ones and single bytes alone are 258") as refused:
-        prune_vocabulary(large, 0.9, corpus(large))
+        taken("vocabulary", large, 0.9, corpus(large))
     most = float(refused.value.hint.split()[-1])
-    prune_vocabulary(large, most - 0.003, corpus(large))
+    taken("vocabulary", large, most - 0.003, corpus(large))
 
 
 def test_tokenizers_of_other_kinds_are_refused(large: Source) -> None:
     backend = Backend(models.Unigram([("a", -1.0), ("b", -2.0)]))
     unigram = Tokenizer(lambda: backend, TokenizerFields(vocab_size=2))
     with pytest.raises(UsageError, match="of kind Unigram") as refused:
-        prune_vocabulary(replace(large, load_tokenizer=once(lambda: unigram)), 0.3, corpus(large))
+        taken("vocabulary", replace(large, load_tokenizer=once(lambda: unigram)), 0.3, corpus(large))
     assert refused.value.hint is not None
 
 
@@ -150,7 +149,7 @@ def test_posts_that_name_tokens_are_renumbered(large: Source) -> None:
     start = first.id_of("<|start|>")
     backend.post_processor = TemplateProcessing("<|start|> $A", None, [("<|start|>", start)])
     framed = replace(large, load_tokenizer=once(lambda: Tokenizer(lambda: backend, first.fields)))
-    smaller = prune_vocabulary(framed, 0.3, corpus(large))[0].tokenizer()
+    smaller = taken("vocabulary", framed, 0.3, corpus(large))[0].tokenizer()
     assert smaller.encode("a")[0] == smaller.id_of("<|start|>") != start
     assert json.loads(smaller.to_json())["post_processor"]["special_tokens"]["<|start|>"]["ids"] == [
         smaller.id_of("<|start|>")

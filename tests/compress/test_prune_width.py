@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from hasten.compress.changed import changed
-from hasten.compress.prune.width import dimension_importance, kept_width, prune_width
+from hasten.compress.prune.width import Width, dimension_importance
+from hasten.compress.source_tensors import changed
 from hasten.compress.torch_layer import tensor_values
 from hasten.core import EngineOptions, Recipe
 from hasten.engine.model import load_packed
 from hasten.errors import UsageError
 from hasten.models.open import open_folder
 from hasten.models.source import Source
+from hasten.recipe import Pruning
 from hasten.weights.packed import pack_model
-from prune_models import NAMES, text
+from prune_models import NAMES, taken, text
 
 
 def logits(source: Source, ids: np.ndarray) -> np.ndarray:
@@ -37,9 +38,10 @@ def off(ours: Source, theirs: Source) -> float:
 def test_narrow_models_run_and_repair_brings_them_nearer(name: str, tiny_folder: Callable[..., Path]) -> None:
     source = open_folder(tiny_folder(name))
     width = source.config.hidden_size
-    cut, _ = prune_width(source, 0.4, text(), repair=False)
-    repaired, parts = prune_width(source, 0.4, text(), repair=True)
-    assert cut.config.hidden_size == repaired.config.hidden_size == kept_width(source.config, 0.4) < width
+    cut, _ = taken("width", source, 0.4, text(), repair=False)
+    repaired, parts = taken("width", source, 0.4, text(), repair=True)
+    left = Width().after(source.config, Pruning("width", 0.4)).hidden_size
+    assert cut.config.hidden_size == repaired.config.hidden_size == left < width
     assert all(part.error_after < part.error_before for part in parts)
     assert 0 < off(repaired, source) < off(cut, source)
 
@@ -47,7 +49,7 @@ def test_narrow_models_run_and_repair_brings_them_nearer(name: str, tiny_folder:
 @pytest.mark.parametrize("name", ["gemma3", "olmo2"])
 def test_normed_outputs_run_too(name: str, tiny_folder: Callable[..., Path]) -> None:
     source = open_folder(tiny_folder(name))
-    repaired, parts = prune_width(source, 0.4, text(), repair=True)
+    repaired, parts = taken("width", source, 0.4, text(), repair=True)
     assert all(part.error_after < part.error_before for part in parts)
     assert np.isfinite(logits(repaired, text(1).ids[0])).all()
 
@@ -71,7 +73,7 @@ def test_dimensions_that_are_always_zero_go(repair: bool, tiny_folder: Callable[
     importance = dimension_importance(source, text(), lambda done: None)
     assert (importance[silent] == 0).all()
     assert (importance[silent + 1] > 0).all()
-    pruned, _ = prune_width(source, 0.5, text(), repair)
+    pruned, _ = taken("width", source, 0.5, text(), repair)
     assert torch.equal(
         tensor_values(pruned.tensors["embed"]), tensor_values(source.tensors["embed"])[:, silent + 1]
     )
@@ -82,6 +84,6 @@ def test_dimensions_that_are_always_zero_go(repair: bool, tiny_folder: Callable[
 def test_an_amount_that_leaves_nothing_is_refused(tiny_folder: Callable[..., Path]) -> None:
     config = open_folder(tiny_folder("llama")).config
     with pytest.raises(UsageError, match="leaves no hidden dimension"):
-        kept_width(config, 0.9)
+        Width().after(config, Pruning("width", 0.9))
     with pytest.raises(UsageError, match="takes no hidden dimension out"):
-        kept_width(config, 0.1)
+        Width().after(config, Pruning("width", 0.1))

@@ -10,12 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hasten.compress.layer_rules import layer_names, matches, spelled_out
-from hasten.compress.recipe_check import checked, needs_text, notes
+from hasten.compress.recipe_check import checked, layer_names, matches, needs_text, notes, spelled_out
 from hasten.compress.recipe_file import parse_recipe, read_recipe, recipe_from, write_recipe
 from hasten.core import Format, ModelSpec, Recipe
 from hasten.errors import UsageError
-from hasten.recipe import Distillation, DistilLoss, Method, PruneKind, Pruning
+from hasten.recipe import METHODS, PRUNINGS, Distillation, DistilLoss, Pruning
 from hasten.weights.formats import FORMATS, TABLE_NAMES
 from specs import spec
 
@@ -92,11 +91,11 @@ LAYOUTS = st.sampled_from(sorted(FORMATS.values(), key=str))
 PATTERNS = st.tuples(st.integers(1, 4), st.integers(5, 8))
 PRUNINGS = st.builds(
     Pruning,
-    st.sampled_from(("magnitude", "wanda", "sparsegpt")),
+    st.sampled_from([kind for kind, entry in PRUNINGS.items() if entry.takes == "weights"]),
     st.floats(0.01, 0.99),
     st.none() | PATTERNS,
     st.booleans(),
-) | st.builds(Pruning, st.sampled_from(get_args(PruneKind)), st.floats(1e-9, 0.99))
+) | st.builds(Pruning, st.sampled_from(sorted(PRUNINGS)), st.floats(1e-9, 0.99))
 DISTILLATIONS = st.builds(
     Distillation,
     loss=st.sampled_from(get_args(DistilLoss)),
@@ -118,7 +117,7 @@ NAMES = st.text(min_size=1, max_size=12).filter(lambda text: text.isprintable())
         st.none() | LAYOUTS,
         st.dictionaries(NAMES, LAYOUTS, max_size=3),
         st.sampled_from(("bf16", "int8")),
-        st.sampled_from(get_args(Method)),
+        st.sampled_from(sorted(METHODS)),
         st.booleans(),
         st.none() | st.floats(0.01, 0.99),
         st.lists(PRUNINGS, max_size=3).map(tuple),

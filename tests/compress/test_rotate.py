@@ -10,9 +10,8 @@ import pytest
 import torch
 
 import tiny_models
-from hasten.compress.changed import changed
-from hasten.compress.quantise.hadamard import orthogonal
-from hasten.compress.quantise.rotate import head_rotation, residual_rotation, rotate
+from hasten.compress.quantise.rotate import head_rotation, orthogonal, residual_rotation, rotate
+from hasten.compress.source_tensors import changed
 from hasten.compress.torch_layer import tensor_values
 from hasten.core import Recipe
 from hasten.errors import UsageError

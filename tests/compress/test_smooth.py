@@ -8,10 +8,9 @@ import pytest
 import torch
 
 import tiny_models
-from hasten.compress.quantise.fold import GROUPS, READERS, foldable
+from hasten.compress.quantise.fold import foldable, smooth_layer, smooth_scales
 from hasten.compress.quantise.rotate import residual_rotation, rotate
-from hasten.compress.quantise.smooth import smooth_layer, smooth_scales
-from hasten.compress.torch_layer import Positions, layer_forward, layer_weights, plain_linear
+from hasten.compress.torch_layer import GROUPS, READERS, Positions, layer_forward, layer_weights, plain_linear
 from hasten.core import ModelSpec
 from hasten.models.open import open_folder
 from hasten.models.reference import int8_groups

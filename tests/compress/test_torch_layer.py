@@ -10,7 +10,7 @@ import torch
 
 import tiny_models
 from hasten.compress.calibration import cut
-from hasten.compress.changed import changed
+from hasten.compress.source_tensors import changed
 from hasten.compress.torch_layer import Positions, layer_forward, layer_weights, tensor_values
 from hasten.errors import UsageError
 from hasten.models.open import open_folder

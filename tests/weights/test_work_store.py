@@ -13,9 +13,9 @@ import torch
 import tiny_models
 from hasten.compress.calibration import Calibration
 from hasten.compress.compress import compress
-from hasten.compress.quantise.linears import CalibratedLinears
+from hasten.compress.quantise.layerwise import CalibratedLinears
 from hasten.compress.quantise.statistics import Statistics
-from hasten.compress.torch_file import write_state
+from hasten.compress.torch_machine import write_state
 from hasten.core import Format, Recipe
 from hasten.errors import UsageError
 from hasten.models.artifact import find_packed, keep_packed

@@ -11,6 +11,7 @@ from hasten.cli.console import Ticker, emit, note
 from hasten.cli.flags import JsonOption, ThreadsOption, argument, given, optional
 from hasten.core import SCHEMA_VERSION
 from hasten.errors import UsageError
+from hasten.recipe import appended_methods
 
 if TYPE_CHECKING:
     from hasten.compress.result import Compressed, Observer, Progress
@@ -25,8 +26,8 @@ RecipeOption = Annotated[
     given(
         "--recipe",
         "FILE|NAME",
-        "A YAML file (docs/compress.md), or a name: w8, w6, w5, w4, with -g64, -g128, -asym, -head8, "
-        "-kv8, -hqq, -awq, -gptq or -best appended.",
+        "A YAML file (docs/compress.md; it may prune and distil, too), or a name: w8, w6, w5, w4, with -g64, "
+        f"-g128, -asym, -head8, -kv8, {appended_methods()} appended.",
     ),
 ]
 OutOption = Annotated[

@@ -14,6 +14,7 @@ import typer
 
 from hasten.core import EngineOptions
 from hasten.errors import UsageError
+from hasten.recipe import appended_methods
 
 
 def help_of(noun: type, name: str) -> str:
@@ -39,8 +40,8 @@ def optional(flag: str, metavar: str | None, help: str, **more: Any) -> Any:
 
 MODEL = "A .hasten artifact, a GGUF file, a Hugging Face folder, a hub id (Qwen/Qwen3-0.6B), or demo."
 RECIPE = (
-    "How weights are stored: source, bf16, w8, w6, w5, w4, with -g64, -g128, -head8, -kv8, -gptq "
-    "appended; w4-best; mix:1% (the best mixture within +1 %); or a recipe file. "
+    f"How weights are stored: source, bf16, w8, w6, w5, w4, with -g64, -g128, -head8, -kv8, "
+    f"{appended_methods()} appended; mix:1% (the best mixture within +1 %); or a recipe file. "
     "Default: the artifact's recipe, or the file's own values."
 )
 ModelArgument = Annotated[str, argument("MODEL", MODEL)]

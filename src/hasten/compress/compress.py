@@ -1,35 +1,186 @@
-"""`hasten.compress`: a model through every step of a recipe, to an artifact."""
+"""`hasten.compress`: a model through the steps of a recipe: rotate, prune, distil, quantise; an artifact."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from hasten.compress.calibration import TOKENS
+from hasten.compress.calibration import TOKENS, Calibration
 from hasten.compress.job import Job, Means
+from hasten.compress.recipe_check import fitted, notes
 from hasten.compress.recipe_file import recipe_from, write_recipe
-from hasten.compress.result import Compressed, Observer, Progress, silent
-from hasten.compress.steps import carried_out
+from hasten.compress.result import Compressed, Observer, Progress, StageClock, Step, silent
 from hasten.core import Recipe, as_json
 from hasten.errors import UsageError
+from hasten.machine.memory import peak_rss_bytes
 from hasten.models.artifact import save
 from hasten.models.open import open_model
+from hasten.recipe import PRUNINGS, Pruning
 from hasten.weights.artifact import is_artifact
+from hasten.weights.packed import PackedModel, pack_model
 
 if TYPE_CHECKING:
     from hasten.compress.compressed_module import CompressedModule
-    from hasten.compress.module import Inputs, Module
-    from hasten.compress.module_recipe import ModuleRecipe
+    from hasten.compress.distil.trainer import Distilled
+    from hasten.compress.module import Inputs, Module, ModuleRecipe
+
+Told = tuple[list[str], dict[str, Any]]
+"""What a step says of itself: lines for people, and the record."""
+
+
+def carried_out(job: Job) -> Compressed:
+    """A job through every step; nothing is written but what a stopped run goes on from.
+
+    Raises:
+        ModelError: a weight, an activation or the loss of distilling is not finite; the layer is named.
+        UsageError: a part of the recipe turns out not to fit the model.
+        MachineError, DiskError: no such device; the work folder cannot be written.
+    """
+    began = time.monotonic()
+    steps = _Steps(job)
+    with _threads(job):
+        packed = steps.run()
+    found = list(steps.notes) + list(notes(packed.recipe, steps.source.config))
+    return Compressed(
+        None,
+        packed,
+        steps.source,
+        packed.recipe,
+        packed.bits_per_weight,
+        time.monotonic() - began,
+        peak_rss_bytes(),
+        tuple(steps.done),
+        None if job.text is None else _text_record(job.text),
+        tuple(found),
+    )
+
+
+class _Steps:
+    """One run: `source` is the model as it is by now."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.source = job.source
+        self.done: list[Step] = []
+        self.notes: list[str] = []
+        self._learned: Distilled | None = None
+
+    def run(self) -> PackedModel:
+        """All of them; the packed model."""
+        recipe = self.job.recipe
+        if recipe.rotate:
+            self._step("rotate", self._rotate)
+        for pruning in recipe.prune:
+            self._step(f"prune {pruning.kind}", partial(self._prune, pruning))
+        if recipe.distil is not None:
+            self._step("distil", self._distil)
+        final, gone = fitted(self.job.asked, self.job.source.config, self.source.config)
+        self.notes += gone
+        final = replace(final, rotate=False, prune=(), distil=None)
+        made: list[PackedModel] = []
+        self._step("quantise", lambda clock: self._quantise(final, clock, made))
+        return replace(made[0], recipe=replace(self.job.recipe, layers=final.layers))
+
+    def _step(self, name: str, work: Callable[[StageClock], Told]) -> None:
+        clock = StageClock(name, self.job.observer)
+        clock(0, 0)
+        lines, record = work(clock)
+        self.done.append(Step(name, clock.seconds, tuple(lines), record))
+
+    def _rotate(self, clock: StageClock) -> Told:
+        from hasten.compress.quantise.rotate import residual_rotation, rotate
+
+        because = residual_rotation(self.source.config).because
+        self.source = rotate(self.source)
+        return [f"hidden states turned: {because}"], {}
+
+    def _prune(self, pruning: Pruning, clock: StageClock) -> Told:
+        from hasten.compress.prune.prune import prune
+
+        pruned = prune(self.source, pruning, self.job.text, clock)
+        self.source = pruned.source
+        return pruned.lines(), pruned.record()
+
+    def _distil(self, clock: StageClock) -> Told:
+        from hasten.compress.distil.trainer import Training, distil
+
+        job, recipe = self.job, self.job.recipe
+        assert recipe.distil is not None and job.lesson is not None
+        layouts = (
+            fitted(job.asked, job.source.config, self.source.config)[0] if self._through_layouts else None
+        )
+        sparse = any(PRUNINGS[one.kind].takes == "weights" for one in recipe.prune)
+        self._learned = distil(
+            job.source,
+            self.source,
+            job.lesson,
+            recipe.distil,
+            folder=job.folder / "distil",
+            layouts=None if layouts is None else layouts.layout_for,
+            device=job.means.device,
+            seconds=job.means.distil_seconds,
+            training=Training(keep_zeros=sparse),
+            observer=lambda p: clock(p.done, p.total, _lesson(p), p.seconds_left),
+        )
+        self.source = self._learned.source
+        return self._learned.lines(), self._learned.record()
+
+    @property
+    def _through_layouts(self) -> bool:
+        """Whether distilling trains the integers themselves: where no other method finds them."""
+        recipe = self.job.recipe
+        return recipe.method == "rtn" and recipe.smooth is None
+
+    def _quantise(self, recipe: Recipe, clock: StageClock, made: list[PackedModel]) -> Told:
+        threads = self.job.means.threads
+        if self._learned is not None and self._learned.integers:
+            learned = self._learned.integers
+            matrices = [n for n, t in self.source.tensors.items() if len(t.shape) == 2 and n not in learned]
+            kept = {name: layout for name in matrices if (layout := recipe.layout_for(name)) is not None}
+            as_trained = replace(recipe, default=None, head=None, layers=kept)
+            made.append(pack_model(self.source, as_trained, threads))
+            said = f"{len(learned)} matrices stored as they were trained"
+        elif recipe.is_plain:
+            made.append(pack_model(self.source, recipe, threads))
+            said = "each value rounded to the nearest, scales searched"
+        else:
+            from hasten.compress.quantise.layerwise import quantise
+
+            folder = self.job.folder / "layers"
+            made.append(quantise(self.source, recipe, self.job.text, observer=clock, folder=folder))
+            said = f"integers found by {recipe.method}"
+        return [f"{said}: {made[0].bits_per_weight:.2f} bits a weight"], {}
+
+
+def _lesson(progress: Any) -> str:
+    """A moment of distilling in words."""
+    parts = ["the teacher reads" if progress.stage == "teacher" else "training"]
+    parts += [f"loss {progress.loss:.4f}"] if progress.loss is not None else []
+    parts += [f"held-out KL {progress.kl:.4f}"] if progress.kl is not None else []
+    parts += [f"{progress.tokens_per_s:,.0f} tokens/s"] if progress.tokens_per_s is not None else []
+    return ", ".join(parts)
+
+
+def _text_record(text: Calibration) -> dict[str, Any]:
+    return {"name": text.name, "tokens": text.tokens, "sha256": text.sha256}
+
+
+def _threads(job: Job) -> contextlib.AbstractContextManager[None]:
+    if job.recipe.is_plain:
+        return contextlib.nullcontext()
+    from hasten.compress.torch_machine import torch_threads
+
+    return torch_threads(job.means.threads)
 
 
 @overload
-def compress(
-    model: Module,
-    recipe: ModuleRecipe,
-    calibration: Inputs,
-) -> CompressedModule: ...
+def compress(model: Module, recipe: ModuleRecipe, calibration: Inputs) -> CompressedModule: ...
 @overload
 def compress(
     model: str | Path,

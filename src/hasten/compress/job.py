@@ -1,8 +1,7 @@
-"""A model and all that will be done to it, looked at before any work."""
+"""A model and all that will be done to it, and the room that takes on disk, looked at before any work."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from dataclasses import dataclass, replace
@@ -10,18 +9,83 @@ from pathlib import Path
 
 import hasten
 from hasten.cache.folders import refuse_foreign, tree_bytes
-from hasten.compress.calibration import Calibration
-from hasten.compress.calibration_text import calibration_from
-from hasten.compress.prune_check import pruned_shape
-from hasten.compress.recipe_check import checked, fitted, needs_text
+from hasten.cache.store import free_bytes, why_not_writable
+from hasten.compress.calibration import Calibration, calibration_from, statistics_bytes, work_key
+from hasten.compress.recipe_check import checked, fitted, needs_text, pruned_shape, reads_moments
 from hasten.compress.recipe_file import write_recipe
 from hasten.compress.result import Observer
-from hasten.compress.room import artifact_bytes, refuse_small_disk, work_bytes
 from hasten.core import Recipe
-from hasten.errors import UsageError
+from hasten.errors import DiskError, UsageError
 from hasten.models.artifact import refuse_other_model
 from hasten.models.source import Source
+from hasten.recipe import METHODS
+from hasten.weights.packed import source_layout
 from hasten.weights.work_store import WorkStore
+
+_STATE_BYTES = 2 * 12
+"""Of a checkpoint, for each number that learns: the number and two moments; the last one stays meanwhile."""
+
+
+def artifact_bytes(source: Source, recipe: Recipe) -> int:
+    """Bytes of the matrices by a recipe; what is pruned counts, as it is not known yet how much it is."""
+    total = 0
+    for name, tensor in source.tensors.items():
+        if len(tensor.shape) == 2:
+            layout = recipe.layout_for(name) or source_layout(tensor)
+            total += layout.bytes_of(*tensor.shape)
+    return total
+
+
+def work_bytes(source: Source, recipe: Recipe, tokens: int, distil_tokens: int) -> int:
+    """Bytes that lie in the cache at most: finished layers, second moments, a checkpoint of distilling."""
+    layers = 0 if recipe.is_plain else artifact_bytes(source, recipe)
+    layers += statistics_bytes(source.config) if reads_moments(recipe) else 0
+    if METHODS[recipe.method].reads == "states":  # of the source and of what is quantised
+        layers += 2 * 4 * source.config.hidden_size * tokens
+    if recipe.distil is None:
+        return layers
+    states = 4 * source.config.hidden_size * distil_tokens
+    learning = source.config.linear_weights
+    if (rank := recipe.distil.lora) is not None:
+        learning = sum(rank * (rows + cols) for rows, cols in source.config.linear_shapes().values())
+    return layers + states + _STATE_BYTES * learning
+
+
+def refuse_small_disk(needs: dict[Path, int]) -> None:
+    """Compare what will be written with what is free, one disk at a time.
+
+    Args:
+        needs: folder, there or not yet -> bytes.
+
+    Raises:
+        DiskError: a disk has too little room.
+    """
+    by_disk: dict[int | None, list[Path]] = {}
+    for folder in needs:
+        by_disk.setdefault(_disk(folder), []).append(folder)
+    for folder in needs:
+        if (why := why_not_writable(folder)) is not None:
+            raise DiskError(
+                f"{folder} cannot be written: {why}",
+                hint="choose another place with --out DIR or HASTEN_CACHE=DIR",
+            )
+    for folders in by_disk.values():
+        need, free = sum(needs[folder] for folder in folders), free_bytes(folders[0])
+        if free is not None and free < need:
+            raise DiskError(
+                f"{' and '.join(map(str, folders))} would take about {need / 1e6:,.0f} MB, and "
+                f"{free / 1e6:,.0f} MB are free there",
+                hint="free some space, or choose another disk with --out DIR or HASTEN_CACHE=DIR",
+            )
+
+
+def _disk(path: Path) -> int | None:
+    for folder in (path, *path.parents):
+        try:
+            return os.stat(folder).st_dev  # noqa: PTH116
+        except OSError:
+            continue
+    return None
 
 
 @dataclass(frozen=True)
@@ -76,21 +140,19 @@ class Job:
                 hint="leave --calibration out, or use w4-best",
             )
         if found.distil is not None:
-            _refuse_lesson(lesson, means)
+            from hasten.compress.distil.trainer import refuse_short
+            from hasten.compress.torch_machine import device_of
+
+            device_of(means.device)
+            refuse_short(lesson)
         fitted(recipe, source.config, pruned_shape(found, source.config, text))
         return cls(source, recipe, found, text, lesson, means, observer)
 
     @property
     def folder(self) -> Path:
         """What is kept until the model is done: by the model's content, recipe, text and version."""
-        texts = [one.sha256 for one in (self.text, self.lesson) if one is not None]
-        key = [
-            hasten.__version__,
-            self.source.content,
-            write_recipe(replace(self.recipe, name="")),
-            texts,
-        ]
-        return WorkStore().place("runs", hashlib.sha256(repr(key).encode()).hexdigest()[:32])
+        recipe, lesson = write_recipe(replace(self.recipe, name="")), self.lesson and self.lesson.sha256
+        return WorkStore().place("runs", work_key(self.source, self.text, hasten.__version__, recipe, lesson))
 
     def check_disk(self, out: Path | None, force: bool = False) -> None:
         """Refuse an artifact that has no place, and make room in the cache for the work.
@@ -121,13 +183,3 @@ class Job:
     def clean(self) -> None:
         """Remove what was kept to go on from."""
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _refuse_lesson(lesson: Calibration | None, means: Means) -> None:
-    from hasten.compress.quantise.torch_machine import refuse_device
-
-    refuse_device(means.device)
-    if lesson is None or len(lesson.ids) < 2:
-        raise UsageError(
-            "distil: one window of text cannot be trained on and held out", hint="give more calibration text"
-        )

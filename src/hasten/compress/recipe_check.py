@@ -1,17 +1,119 @@
-"""What a recipe asks of a model, looked at before any work."""
+"""What a recipe asks of a model, looked at before any work, and its rules for layers spelled out.
+
+A rule such as `layers.*.down`, `layers.0-3.q,k,v` or `head` has parts with dots between as a layer's name.
+Each is one name or several with commas between; `*` stands for anything, `3-7` for these numbers, both ends
+included. Where two rules meet, the one that names fewer of the other's layers wins: one that takes a part of
+what the other takes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
-from hasten.compress.layer_rules import layer_names, matches, spelled_out
 from hasten.core import Format, ModelSpec, Recipe
 from hasten.errors import MachineError, UsageError
+from hasten.recipe import METHODS, PRUNINGS
+
+if TYPE_CHECKING:
+    from hasten.compress.calibration import Calibration
+
+
+def layer_names(config: ModelSpec) -> list[str]:
+    """Every matrix a rule may name: the linear layers, and the embedding even where it is no head."""
+    return list(dict.fromkeys([*config.linear_shapes(), "embed"]))
+
+
+def matches(rule: str, names: Iterable[str]) -> frozenset[str]:
+    """The names that a rule stands for."""
+    wanted = rule.strip().split(".")
+    return frozenset(name for name in names if _fits(wanted, name.split(".")))
+
+
+def _fits(wanted: list[str], parts: list[str]) -> bool:
+    pairs = zip(wanted, parts, strict=False)
+    return len(wanted) == len(parts) and all(_part_fits(want, part) for want, part in pairs)
+
+
+def _part_fits(wanted: str, part: str) -> bool:
+    for one in wanted.split(","):
+        span = re.fullmatch(r"(\d+)-(\d+)", one.strip())
+        if span and part.isdecimal() and int(span[1]) <= int(part) <= int(span[2]):
+            return True
+        if fnmatchcase(part, one.strip()):
+            return True
+    return False
+
+
+def spelled_out(rules: Mapping[str, Format], config: ModelSpec, where: str) -> dict[str, Format]:
+    """Layer -> layout for every layer that a rule names, in the model's order.
+
+    Raises:
+        UsageError: a rule that names no layer (the nearest names are shown), or two rules that give a layer
+            different layouts and neither is the narrower one.
+    """
+    names = layer_names(config)
+    taken = {rule: _taken(rule, names, config, where) for rule in rules}
+    found: dict[str, Format] = {}
+    for name in names:
+        mine = [rule for rule in rules if name in taken[rule]]
+        narrowest = [rule for rule in mine if not any(taken[other] < taken[rule] for other in mine)]
+        if len({rules[rule] for rule in narrowest}) > 1:
+            raise _contradiction(name, narrowest, rules, where)
+        if narrowest:
+            found[name] = rules[narrowest[0]]
+    return found
+
+
+def _taken(rule: str, names: list[str], config: ModelSpec, where: str) -> frozenset[str]:
+    taken = matches("embed" if rule == "head" and config.tied_head else rule, names)
+    if taken:
+        return taken
+    near = _nearest(rule, names)
+    raise UsageError(
+        f"{where}: {rule!r} names no layer of this model, which has {config.num_layers} "
+        f"(layers.0 to layers.{config.num_layers - 1})",
+        hint=f"near it: {', '.join(near)}",
+    )
+
+
+def _nearest(rule: str, names: list[str]) -> list[str]:
+    """Real names like a rule: by its last part where that exists, else by its letters."""
+    last = [name for name in names if name.rsplit(".", 1)[-1] == rule.rsplit(".", 1)[-1]]
+    plain = re.sub(r"[*,]|(?<=\d)-\d+", "", rule).replace("..", ".0.")
+    return difflib.get_close_matches(plain, last or names, n=3, cutoff=0.4) or [*names[:2], names[-1]]
+
+
+def _contradiction(name: str, rules: list[str], layouts: Mapping[str, Format], where: str) -> UsageError:
+    first = rules[0]
+    other = next(rule for rule in rules if layouts[rule] != layouts[first])
+    return UsageError(
+        f"{where}: contradictory rules for {name}: {first!r} says {layouts[first]}, "
+        f"{other!r} says {layouts[other]}, and neither is a part of the other",
+        hint=f"add a rule for what both name, such as {name}: {layouts[first]}",
+    )
+
+
+def pruned_shape(recipe: Recipe, config: ModelSpec, text: Calibration | None) -> ModelSpec:
+    """The shape after all pruning of a recipe; the vocabulary's size shows only when its text was counted.
+
+    Raises:
+        UsageError: nothing would be left or taken, a pattern does not divide, too little calibration text.
+    """
+    if recipe.prune:
+        from hasten.compress.prune.prune import check
+
+        for pruning in recipe.prune:
+            config = check(config, pruning, text)
+    return config
+
 
 GROUPS = (128, 64, 32)
-_DATA_FREE = ("rtn", "hqq")
 
 
 def needs_torch(recipe: Recipe) -> bool:
@@ -21,10 +123,18 @@ def needs_torch(recipe: Recipe) -> bool:
 
 def needs_text(recipe: Recipe) -> bool:
     """Whether calibration text is read."""
-    from_text = ("wanda", "sparsegpt", "ffn", "heads", "layers", "width", "vocabulary")
-    pruned = any(one.kind in from_text or one.repair for one in recipe.prune)
-    calibrated = recipe.method not in _DATA_FREE or recipe.smooth is not None
-    return calibrated or pruned or recipe.distil is not None
+    pruned = any(one.repair or not PRUNINGS[one.kind].blind for one in recipe.prune)
+    return reads_text(recipe) or pruned or recipe.distil is not None
+
+
+def reads_text(recipe: Recipe) -> bool:
+    """Whether finding integers reads calibration text."""
+    return METHODS[recipe.method].reads != "" or recipe.smooth is not None
+
+
+def reads_moments(recipe: Recipe) -> bool:
+    """Whether finding integers looks at the source's own activations."""
+    return METHODS[recipe.method].reads == "moments" or recipe.smooth is not None
 
 
 def checked(recipe: Recipe, config: ModelSpec) -> Recipe:
@@ -40,7 +150,9 @@ def checked(recipe: Recipe, config: ModelSpec) -> Recipe:
     _refuse_tables(found, config, where)
     _refuse_without_widths(found, config, where)
     _refuse_lesson(found, where)
-    if not any(one.kind in ("ffn", "heads", "width") for one in recipe.prune):  # else columns change yet
+    if not any(
+        PRUNINGS[one.kind].takes in ("channels", "width") for one in recipe.prune
+    ):  # else columns change yet
         _refuse_groups(found, config, where)
     if needs_torch(recipe):
         if find_spec("torch") is None:
@@ -101,7 +213,7 @@ def _unequal_widths(recipe: Recipe, config: ModelSpec) -> tuple[str, ...]:
 
 def _lost_zeros(recipe: Recipe, config: ModelSpec) -> tuple[str, ...]:
     """Zeros stay zero where each value is rounded to the nearest and the layout has a zero."""
-    kinds = [one.kind for one in recipe.prune if one.kind in ("magnitude", "wanda", "sparsegpt")]
+    kinds = [one.kind for one in recipe.prune if PRUNINGS[one.kind].takes == "weights"]
     layouts = [recipe.layout_for(name) for name in config.linear_shapes()]
     why = [f"method {recipe.method}"] if recipe.method != "rtn" else []
     why += (
@@ -147,10 +259,10 @@ def _refuse_tables(recipe: Recipe, config: ModelSpec, where: str) -> None:
 
 def _refuse_lesson(recipe: Recipe, where: str) -> None:
     """Teacher and student must speak of the same things."""
-    kinds = {one.kind for one in recipe.prune}
+    taken = {PRUNINGS[one.kind].takes for one in recipe.prune}
     if recipe.distil is None:
         return
-    if "vocabulary" in kinds:
+    if "words" in taken:
         raise UsageError(
             f"{where}: a model whose vocabulary was pruned has no words for what its teacher says",
             hint="distil without pruning the vocabulary, and prune that afterwards",
@@ -160,7 +272,7 @@ def _refuse_lesson(recipe: Recipe, where: str) -> None:
             f"{where}: rotate turns hidden states into another basis, in which the teacher's say nothing",
             hint="leave hidden out of distil, or leave rotate out",
         )
-    if "width" in kinds and recipe.distil.hidden:
+    if "width" in taken and recipe.distil.hidden:
         raise UsageError(
             f"{where}: hidden states of a pruned width cannot be compared with the teacher's",
             hint="leave hidden out of distil",

@@ -1,13 +1,7 @@
 """Recipes as YAML files: docs/compress.md lists the keys.
 
-default: w4
-head: w8
-method: gptq
-layers:
-  layers.*.down: w6
-  layers.0-1.q,k,v: {bits: 8, group: 64}
-prune:
-  - {kind: ffn, amount: 0.25}
+YAML as people read it, the core schema of YAML 1.2, every key once: PyYAML follows YAML 1.1, in which `2:4`
+is the number 124, `5e-5` a text and `no` false; and it keeps the last of two equal keys without a word.
 """
 
 from __future__ import annotations
@@ -15,17 +9,96 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import yaml
+
 from hasten.cache.reading import is_there, read_text_stream
 from hasten.core import Format, Recipe
 from hasten.errors import UsageError
 from hasten.recipe import Distillation, Pruning
 from hasten.weights.formats import FORMATS, FormatParts
+
+_KINDS = {
+    "null": (r"~|null|Null|NULL|", "~nN\0"),
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?[0-9]+", "-+0123456789"),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+}
+_RESOLVERS: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+for _kind, (_form, _firsts) in _KINDS.items():
+    for _first in _firsts:
+        _entry = (f"tag:yaml.org,2002:{_kind}", re.compile(f"(?:{_form})$"))
+        _RESOLVERS.setdefault("" if _first == "\0" else _first, []).append(_entry)
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers = _RESOLVERS
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key.start_mark)
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value!r} is there twice", key.start_mark
+                )
+            seen.add(key.value)
+        made: dict[Any, Any] = super().construct_mapping(node, deep)
+        return made
+
+
+class _Dumper(yaml.SafeDumper):
+    yaml_implicit_resolvers = _RESOLVERS
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _whole(loader: Any, node: Any) -> int:
+    return int(node.value)  # YAML 1.1 would read 010 as eight
+
+
+def _real(loader: Any, node: Any) -> float:
+    return float(node.value.replace(".inf", "inf").replace(".nan", "nan").lower())
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole)
+_Loader.add_constructor("tag:yaml.org,2002:float", _real)
+
+
+def load_yaml(text: str, where: str) -> Any:
+    """The value of a document.
+
+    Raises:
+        UsageError: the text is no YAML, or a key is there twice; the line is named.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as wrong:
+        mark = getattr(wrong, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark is not None else ""
+        what = getattr(wrong, "problem", None) or str(wrong).splitlines()[0]
+        raise UsageError(f"{where}{place}: {what}", hint="see docs/compress.md for an example") from None
+    except RecursionError:
+        raise UsageError(
+            f"{where} is nested too deeply", hint="see docs/compress.md for an example"
+        ) from None
+
+
+def dump_yaml(value: Any) -> str:
+    """A document that `load_yaml` reads back as the same value."""
+    return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100))
+
 
 T = TypeVar("T")
 _SUFFIXES = (".yaml", ".yml")
@@ -87,26 +160,20 @@ def parse_recipe(text: str, name: str = "recipe", where: str = "recipe") -> Reci
     Raises:
         UsageError: as `read_recipe`.
     """
-    from hasten.compress.recipe_yaml import load_yaml
 
     given = _mapping(load_yaml(text, where), where)
     if not given:
         raise UsageError(f"{where} is empty", hint="say at least: default: w4")
-    hints = get_type_hints(Recipe)
-    _refuse_unknown(given, hints, where)
+    _refuse_unknown(given, get_type_hints(Recipe), where)
     values: dict[str, Any] = {"name": name}
     for key, value in given.items():
-        values[key] = (
-            _READ[key](value, f"{where}: {key}")
-            if key in _READ
-            else _typed(value, hints[key], f"{where}: {key}")
-        )
+        place = f"{where}: {key}"
+        values[key] = _READ[key](value, place) if key in _READ else _field(Recipe, key, value, place)
     return _made(Recipe, values, where)
 
 
 def write_recipe(recipe: Recipe) -> str:
     """The YAML text that `parse_recipe` reads back as an equal recipe."""
-    from hasten.compress.recipe_yaml import dump_yaml
 
     plain = {key: value for key, value in _changes(recipe).items() if key != "name"}
     document: dict[str, Any] = {"name": recipe.name, "default": _layout_text(recipe.default)}
@@ -171,8 +238,7 @@ def _integers(value: Any, where: str) -> Format:
     layout = _layout(value, where)
     if layout is None:
         raise UsageError(
-            f"{where}: source is only for default",
-            hint="leave the key out to follow default, or use bf16",
+            f"{where}: source is only for default", hint="leave the key out to follow default, or use bf16"
         )
     return layout
 
@@ -213,10 +279,20 @@ _READ = {"default": _layout, "head": _integers, "layers": _layers, "prune": _pru
 
 def _filled(kind: type[T], given: Mapping[Any, Any], where: str) -> T:
     """A dataclass from a mapping: every key known, every value of its field's type."""
-    hints = get_type_hints(kind)
-    _refuse_unknown(given, hints, where)
-    values = {key: _typed(value, hints[key], f"{where}: {key}") for key, value in given.items()}
-    return _made(kind, values, where)
+    _refuse_unknown(given, get_type_hints(kind), where)
+    return _made(
+        kind, {key: _field(kind, key, value, f"{where}: {key}") for key, value in given.items()}, where
+    )
+
+
+def _field(kind: type[Any], key: str, value: Any, where: str) -> Any:
+    """`value` if a field of a dataclass can have it: of its type, or a name in its table."""
+    table = {one.name: one.metadata.get("table") for one in dataclasses.fields(kind)}[key]
+    return (
+        _typed(value, get_type_hints(kind)[key], where)
+        if table is None
+        else _one_of(value, tuple(table), where)
+    )
 
 
 def _made(kind: type[T], values: Mapping[str, Any], where: str) -> T:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,20 @@ Weights = Mapping[str, torch.Tensor]
 Linear = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """(short name, input [..., cols], weight [rows, cols], bias [rows] or None) -> [..., rows]."""
 
-LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+Group = Literal["qkv", "o", "gate_up", "down"]
+"""Linear layers that read the same input, in the order they are computed."""
+
+GROUPS: tuple[Group, ...] = get_args(Group)
+
+READERS: Mapping[Group, tuple[str, ...]] = {
+    "qkv": ("q", "k", "v"),
+    "o": ("o",),
+    "gate_up": ("gate", "up"),
+    "down": ("down",),
+}
+"""Short names of a group's matrices."""
+
+LINEARS = tuple(name for names in READERS.values() for name in names)
 """Short names of a layer's matrices in the order they are computed."""
 
 
@@ -52,10 +66,7 @@ def tensor_values(
 
 
 def layer_weights(
-    source: Source,
-    index: int,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
+    source: Source, index: int, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> dict[str, torch.Tensor]:
     """All parameters of one layer by short name, unpacked now: 4 bytes a weight in float32."""
     prefix = f"layers.{index}."

@@ -16,11 +16,10 @@ from hasten.compress.result import Observer, Progress
 from hasten.core import Budget, Format, Recipe
 from hasten.errors import MachineError
 from hasten.quality.text import Text, default_text
-from hasten.recipe import Method
 
 if TYPE_CHECKING:
     from hasten.compress.calibration import Calibration
-    from hasten.compress.quantise.linears import CalibratedLinears
+    from hasten.compress.quantise.layerwise import CalibratedLinears
     from hasten.models.source import Source
     from hasten.weights.packed import PackedLinear, PackedModel
 
@@ -145,9 +144,9 @@ def compressed(ref: str | Path, asked: Asked, observer: Observer, threads: int |
         ModelError, DiskError: the model cannot be opened, the disk is full.
     """
     from hasten.compress.calibration import TOKENS, cut
+    from hasten.compress.compress import carried_out
     from hasten.compress.job import Job, Means
     from hasten.compress.recipe_check import needs_text
-    from hasten.compress.steps import carried_out
     from hasten.models.open import open_model
 
     source = open_model(ref)
@@ -192,7 +191,7 @@ def _temporary(made: Made) -> Path:
 INSTALL = "pip install 'hasten[compress]'"
 
 
-def is_calibrated(layout: Format, method: Method) -> bool:
+def is_calibrated(layout: Format, method: str) -> bool:
     """Whether a mixture's integers of this layout come from calibration: 8 bits round as well without."""
     return method != "rtn" and layout.bits < 8
 
@@ -249,11 +248,11 @@ class CalibratedWeights:
 
     @cached_property
     def _linears(self) -> CalibratedLinears:
-        from hasten.compress.quantise.linears import CalibratedLinears
+        from hasten.compress.quantise.layerwise import CalibratedLinears
         from hasten.compress.result import StageClock
 
         clock = StageClock("calibrating", told(self.observer))
-        return CalibratedLinears(self.source, self.calibration, "gptq", observer=clock)
+        return CalibratedLinears(self.source, self.calibration, observer=clock)
 
     def linear(self, name: str, layout: Format) -> PackedLinear:
         """One matrix by GPTQ, as if all others were the source's own; computed once, then read."""

@@ -35,7 +35,6 @@ from hasten.optimize.sensitivity import Check, Choice, Harms, Sensitivity, Sensi
 from hasten.optimize.trials import SearchMemory, Trials
 from hasten.optimize.workshop import Built, Workshop
 from hasten.quality.text import Text
-from hasten.recipe import Method
 from hasten.weights.formats import format_named
 
 _STEPS = 8192
@@ -142,7 +141,7 @@ def keeps_all(recipe: Recipe) -> bool:
 
 
 def mixture_recipe(
-    name: str, sensitivities: Sequence[Sensitivity], choices: Sequence[Choice], method: Method = "rtn"
+    name: str, sensitivities: Sequence[Sensitivity], choices: Sequence[Choice], method: str = "rtn"
 ) -> Recipe:
     """The recipe that gives each group its choice."""
     layers = {
@@ -178,7 +177,7 @@ def fit_mixture(
 
 
 def refine_mixture(
-    drawn: SensitivityMap, found: Candidate, budget: Budget, attempt: Try, tokens: int, method: Method
+    drawn: SensitivityMap, found: Candidate, budget: Budget, attempt: Try, tokens: int, method: str
 ) -> Candidate:
     """The lightest mixture by a better method that costs more, from where another one's search ended.
 
@@ -299,7 +298,7 @@ class Mixing:
     calibrated: str | None = None  # what calibrated integers depend on; None: there are none
 
     @property
-    def method(self) -> Method:
+    def method(self) -> str:
         """How the mixture's integers are found: calibrated where that is possible."""
         return "rtn" if self.calibrated is None else "gptq"
 

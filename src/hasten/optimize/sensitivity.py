@@ -28,7 +28,6 @@ from hasten.core import Format, ModelSpec, Recipe
 from hasten.optimize.workshop import Built, Workshop
 from hasten.quality.divergence import Reference
 from hasten.quality.text import Window, windows
-from hasten.recipe import Method
 
 UNIFORM = ("source", "w8", "w6", "w5", "w5-head8", "w4-head8", "w4")
 """Recipes tried on every model, widest first; the mixture comes after them and is calibrated by them."""
@@ -147,7 +146,7 @@ class SensitivityMap:
 
     groups: tuple[Sensitivity, ...]
     checks: tuple[Check, ...] = ()
-    method: Method = "rtn"
+    method: str = "rtn"
 
     @property
     def error(self) -> float | None:
@@ -174,7 +173,7 @@ def measure_harms(
     *,
     seconds: float,
     observer: Observer,
-    method: Method = "rtn",
+    method: str = "rtn",
 ) -> Harms:
     """Harm of every group, in the order they are computed, and of some at other widths.
 
@@ -210,7 +209,7 @@ def draw(
     workshop: Workshop,
     harms: Harms,
     *,
-    method: Method = "rtn",
+    method: str = "rtn",
 ) -> SensitivityMap:
     """The map from what was measured: noise raised to a floor, other widths scaled.
 
@@ -245,7 +244,7 @@ class _Bench:
     workshop: Workshop
     base: Built
     reference: Reference
-    method: Method
+    method: str
     start: float  # KL of the unharmed model itself, nats
 
     def harm(self, group: Group, layout: Format) -> float:

@@ -15,7 +15,6 @@ from hasten.errors import UsageError
 from hasten.optimize.calibrated import is_calibrated, is_mixture
 from hasten.quality.divergence import Runnable
 from hasten.quality.text import Encoder, Text
-from hasten.recipe import Method
 
 if TYPE_CHECKING:
     from hasten.engine.model import LanguageModel
@@ -148,9 +147,7 @@ class Workshop:
 
         return load_packed(packed, self.source, self.options)
 
-    def swap(
-        self, model: Built, tensors: Sequence[str], layout: Format | None, method: Method = "rtn"
-    ) -> None:
+    def swap(self, model: Built, tensors: Sequence[str], layout: Format | None, method: str = "rtn") -> None:
         """Packs single tensors anew and puts them in place."""
         from hasten.weights.packed import pack_linear
 

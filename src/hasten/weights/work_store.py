@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten import _native
-from hasten.cache import cache_dir, digest, read_json, write_atomic, write_record
+from hasten.cache import cache_dir, read_json, write_atomic, write_record
 from hasten.cache.folders import Held, clean, last_change, limit_bytes, make_room, tree_bytes, vanish
 from hasten.cache.reading import open_file, read_array
 from hasten.cache.store import is_whole_record
@@ -143,10 +143,7 @@ def _damage(path: Path) -> str | None:
         return None if is_whole_record(path) else f"{path} is no record, or its checksum is wrong"
     if path.suffix == ".states":
         return None if is_whole(path) else f"{path}: its checksum differs"
-    record = read_json(path.with_name(path.name + ".json"))  # a matrix
-    value = record.get("value") if isinstance(record, dict) else None
-    vouched = value.get("sha256") if isinstance(value, dict) else None
-    return None if digest(path) == vouched else f"{path}: its checksum differs, or is missing"
+    return f"{path} has no checksum: it is from another version"
 
 
 def checksum(data: npt.NDArray[Any]) -> bytes:

@@ -9,26 +9,151 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from hasten.cache.reading import is_there
 from hasten.compress.calibration import Calibration
-from hasten.compress.distil import losses, schedule
-from hasten.compress.distil.checkpoint import Checkpoint
-from hasten.compress.distil.decoder import Decoder
-from hasten.compress.distil.result import Distilled, Point
+from hasten.compress.distil import losses
 from hasten.compress.distil.student import Layouts, Student
-from hasten.compress.distil.teacher import Teacher, cached_teacher, live_teacher
+from hasten.compress.distil.teacher import Decoder, Teacher, cached_teacher, live_teacher
 from hasten.compress.result import Observer, Progress, silent
 from hasten.compress.torch_layer import layer_forward, tensor_values
-from hasten.errors import MachineError, ModelError, UsageError
+from hasten.compress.torch_machine import device_of, whole_state, write_state
+from hasten.core import as_json
+from hasten.errors import ModelError, UsageError
 from hasten.models.source import Source
 from hasten.recipe import Distillation
+from hasten.weights.codec import Encoded
+
+WARM_UP = 0.03
+"""Part of a run's steps in which the rate rises, 100 steps at most."""
+FLOOR = 0.05
+"""Part of the highest rate that a run ends with."""
+
+
+def rate(step: int, steps: int, progress: float) -> float:
+    """Part of the highest learning rate: up a line by steps, down a cosine by progress.
+
+    The two are told apart because a time limit counts what is no step (compiling, loading): moments that have
+    seen nothing must not begin at the full rate.
+
+    Source: cosine annealing without restarts, Loshchilov and Hutter 2017 (arXiv:1608.03983).
+
+    Args:
+        step: steps done. steps: in all. progress: part of the run that is over, 0..1, by steps or by time.
+    """
+    rising = max(1, min(100, math.ceil(WARM_UP * steps)))
+    falling = FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return min(1.0, (step + 1) / rising) * falling
+
+
+def windows_of(step: int, windows: int, size: int, seed: int) -> npt.NDArray[np.int64]:
+    """Which windows step `step` reads, [size]: shuffled anew for each pass over the text.
+
+    A function of the step alone, so that a run that goes on reads what it would have read.
+    """
+    places = np.arange(step * size, (step + 1) * size)
+    epochs, inside = np.divmod(places, windows)
+    orders = {e: np.random.default_rng([seed, e]).permutation(windows) for e in np.unique(epochs).tolist()}
+    return np.array([orders[e][i] for e, i in zip(epochs.tolist(), inside.tolist(), strict=True)], np.int64)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One place of the curve."""
+
+    step: int
+    tokens: int  # trained on so far
+    seconds: float  # of training so far
+    loss: float | None  # mean since the last point; None before the first step
+    kl: float  # mean KL(teacher || student) on windows held out, nats a token
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """A student that has learned.
+
+    `source` has its values: float ones in the type they were computed in, and those of layers trained in a
+    layout as that layout's integers, so that packing them with no layout named gives what was trained.
+    """
+
+    source: Source
+    curve: tuple[Point, ...]
+    tokens: int  # trained on, repeats counted
+    seconds: float  # of training, interrupted runs together
+    integers: Mapping[str, Encoded] = field(default_factory=dict, repr=False)  # of layers with a layout
+
+    def lines(self) -> list[str]:
+        """The report as text."""
+        first, last = self.curve[0], self.curve[-1]
+        return [
+            f"distil: {self.tokens:,} tokens in {self.seconds:,.0f} s",
+            f"KL to the teacher on held-out text: {first.kl:.4f} before, {last.kl:.4f} after",
+        ]
+
+    def record(self) -> dict[str, Any]:
+        """The report as JSON: the curve."""
+        return {"tokens": self.tokens, "seconds": self.seconds, "curve": [as_json(p) for p in self.curve]}
+
+
+FILE = "distil.checkpoint"
+_KIND = "distillation 1"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One place of a run; 12 bytes a number that learns."""
+
+    run: str  # digest of everything that decides what the run computes
+    step: int
+    seconds: float  # of training so far
+    curve: tuple[Point, ...]
+    learning: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]
+
+    def write(self, folder: Path) -> Path:
+        """Replace the one in the folder.
+
+        Raises:
+            DiskError: full, read-only or forbidden disk; the one before is untouched.
+        """
+        curve = [vars(point) for point in self.curve]
+        return write_state(folder / FILE, _KIND, {**vars(self), "curve": curve})
+
+    @classmethod
+    def read(cls, folder: Path, run: str) -> Checkpoint | None:
+        """The one in the folder, None where there is none.
+
+        Raises:
+            UsageError: it belongs to another run.
+            ModelError: it cannot be read.
+        """
+        path = folder / FILE
+        if not is_there(path):
+            return None
+        try:
+            state = whole_state(path, _KIND)
+            curve = tuple(Point(**point) for point in state.pop("curve"))
+            found = cls(curve=curve, **state)
+        except Exception as error:  # noqa: BLE001  torch.load raises whatever a damaged file makes it
+            raise ModelError(
+                f"{path} cannot be read: {type(error).__name__}: {error}"[:300],
+                hint=f"remove it to begin anew: rm {path}",
+            ) from None
+        if found.run != run:
+            raise UsageError(
+                f"{path} belongs to a distillation of other models, text or settings",
+                hint=f"choose another folder, or remove it to begin anew: rm {path}",
+            )
+        return found
+
 
 HELD_OUT = 8
 """Most windows set aside for the curve."""
@@ -94,7 +219,7 @@ def distil(
         DiskError: the disk is full, read-only or not ours.
     """
     how = training or Training()
-    place = _device(device)
+    place = device_of(device)
     how = replace(how, dtype=how.dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32))
     _check(teacher, student, calibration, options)
     assert how.dtype is not None
@@ -191,7 +316,7 @@ class _Trainer:
         if not self.curve:
             self._measure()
         while self.progress < 1 or not self.step:  # a limit shorter than the first look still gives a step
-            loss = self._learn(schedule.batch(self.step, self.windows, self.size, self.options.seed))
+            loss = self._learn(windows_of(self.step, self.windows, self.size, self.options.seed))
             self.step += 1
             self._losses.append(loss)
             self._tick()
@@ -240,7 +365,7 @@ class _Trainer:
                 f"distil: at step {self.step + 1} of {self.steps} the loss is {total}, its gradient {norm}",
                 hint=f"use a lower rate, such as learning_rate: {self.options.learning_rate / 4:g}",
             )
-        share = schedule.rate(self.step, self.steps, self.progress)
+        share = rate(self.step, self.steps, self.progress)
         for group in self._optimizer.param_groups:
             group["lr"] = group["highest"] * share
         self._optimizer.step()
@@ -314,14 +439,6 @@ def _optimizer(student: Student, highest: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=is_fused)
 
 
-def _device(name: str | torch.device | None) -> torch.device:
-    there = torch.cuda.is_available()
-    place = torch.device(name if name is not None else "cuda" if there else "cpu")
-    if place.type == "cuda" and not there:
-        raise MachineError("distil: torch sees no GPU here", hint="use device cpu, or install torch for CUDA")
-    return place
-
-
 def _heads_apart(teacher: Source, student: Source) -> float:
     """Relative difference of some rows of the LM heads, which say what a hidden state means."""
     rows = []
@@ -349,10 +466,15 @@ def _check(teacher: Source, student: Source, text: Calibration, options: Distill
             f"distil: the student reads hidden states in another basis: the heads differ by {apart:.0%}",
             hint="leave hidden: out where the student was rotated, folded or is no copy of its teacher",
         )
-    if len(text.ids) < 2:
+    refuse_short(text)
+
+
+def refuse_short(text: Calibration | None) -> None:
+    """Raise a UsageError where a text is too short to train on and hold out."""
+    if text is None or len(text.ids) < 2:
         raise UsageError(
             "distil: one window of text cannot be trained on and held out",
-            hint="give more text, or shorter windows",
+            hint="give more calibration text, or shorter windows",
         )
 
 

@@ -8,22 +8,19 @@ costs +73 % perplexity instead of +8 %, as a few windows of text go wrong altoge
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
 from hasten.compress.calibration import Calibration
-from hasten.compress.changed import made_tensor
-from hasten.compress.moments import Moments, fitted
-from hasten.compress.prune.multiple import MULTIPLE
-from hasten.compress.prune.pruned import PartPruned
-from hasten.compress.stream import Found, Stream, stream_weights
-from hasten.compress.taken import taken_rows
+from hasten.compress.prune.prune import MULTIPLE, Observer, PartPruned, Parts, Pruner
+from hasten.compress.source_tensors import made_tensor, taken_rows
+from hasten.compress.stream import Found, Moments, Stream, refit, stream_weights
 from hasten.compress.torch_layer import Weights
 from hasten.core import ModelSpec
 from hasten.errors import UsageError
 from hasten.models.source import Source
+from hasten.recipe import Pruning
 
 _AFTER = ("gate", "up", "down")
 
@@ -74,57 +71,55 @@ def kept_heads(config: ModelSpec, amount: float) -> HeadPlan:
     )
 
 
-def prune_heads(
-    source: Source,
-    amount: float,
-    calibration: Calibration,
-    repair: bool,
-    step: Callable[[int, int], None] = lambda done, total: None,
-    plan: HeadPlan | None = None,
-) -> tuple[Source, list[PartPruned]]:
-    """Take heads out of every layer, one layer after another, and fit `o` to what is left.
+class Heads(Pruner):
+    """`heads`: take heads out of every layer, one layer after another, and fit `o` to what is left.
 
     Args:
-        source: the model.
-        amount: fraction of the query heads that go.
-        calibration: what importance and fit are measured on.
-        repair: whether `o` is fitted.
-        step: told (layers done, layers in all).
         plan: what stays; None is the plan nearest to the amount.
-
-    Raises:
-        UsageError: the amount leaves no head, or all; or a norm over all heads together.
-        ModelError: activations that are not finite; the layer is named.
     """
-    old = source.config
-    plan = kept_heads(old, amount) if plan is None else plan
-    config = with_heads(old, plan)
-    original = Stream.of(source, calibration)
-    ours = original.copy()
-    tensors = dict(source.tensors)
-    parts = []
-    for index in range(config.num_layers):
-        step(index, config.num_layers)
-        weights = stream_weights(source, index)
-        moments = _moments(original, ours, index, weights)
-        heads = _kept(moments.gram, weights["o"].float(), old, plan)
-        queries, keys = (
-            _rows(heads, old),
-            _rows(heads[:: plan.share] // (old.num_heads // old.num_kv_heads), old),
-        )
-        o, before, after = _output(moments, weights["o"].float(), queries, repair)
-        prefix = f"layers.{index}."
-        for name, rows in (("q", queries), ("k", keys), ("v", keys)):
-            for full in (name, f"{name}.bias"):
-                if prefix + full in tensors:
-                    tensors[prefix + full] = taken_rows(source.tensors[prefix + full], rows)
-                    weights[full] = weights[full][rows]
-        tensors[prefix + "o"] = made_tensor(prefix + "o", tuple(o.shape), o)
-        weights["o"] = o.to(weights["o"].dtype)
-        parts.append(PartPruned(f"layers.{index}", len(heads), old.num_heads, before, after))
-        ours.advance(index, weights)
-    step(config.num_layers, config.num_layers)
-    return replace(source, config=config, tensors=tensors), parts
+
+    unit = "query heads"
+    because = "smaller q, k, v and o; the KV cache shrinks where whole KV groups go"
+
+    def __init__(self, plan: HeadPlan | None = None) -> None:
+        self.plan = plan
+
+    def after(self, config: ModelSpec, pruning: Pruning) -> ModelSpec:
+        return with_heads(config, kept_heads(config, pruning.amount))
+
+    def run(self, source: Source, pruning: Pruning, text: Calibration | None, step: Observer) -> Parts:
+        assert text is not None
+        old = source.config
+        plan = self.plan or kept_heads(old, pruning.amount)
+        config = with_heads(old, plan)
+        original = Stream.of(source, text)
+        ours = original.copy()
+        tensors = dict(source.tensors)
+        parts = []
+        for index in range(config.num_layers):
+            step(index, config.num_layers)
+            weights = stream_weights(source, index)
+            moments = _moments(original, ours, index, weights)
+            heads = _kept(moments.gram, weights["o"].float(), old, plan)
+            queries = _rows(heads, old)
+            keys = _rows(heads[:: plan.share] // (old.num_heads // old.num_kv_heads), old)
+            cut = weights["o"].float()[:, queries]
+            o, before, after = refit(moments.kept(queries), cut, pruning.repair)
+            prefix = f"layers.{index}."
+            for name, rows in (("q", queries), ("k", keys), ("v", keys)):
+                for full in (name, f"{name}.bias"):
+                    if prefix + full in tensors:
+                        tensors[prefix + full] = taken_rows(source.tensors[prefix + full], rows)
+                        weights[full] = weights[full][rows]
+            tensors[prefix + "o"] = made_tensor(prefix + "o", tuple(o.shape), o)
+            weights["o"] = o.to(weights["o"].dtype)
+            parts.append(PartPruned(f"layers.{index}", len(heads), old.num_heads, before, after))
+            ours.advance(index, weights)
+        step(config.num_layers, config.num_layers)
+        return replace(source, config=config, tensors=tensors), parts
+
+    def inputs(self, config: ModelSpec) -> int:
+        return config.num_heads * config.head_dim
 
 
 def _moments(original: Stream, ours: Stream, index: int, weights: Weights) -> Moments:
@@ -165,16 +160,3 @@ def _largest(gram: torch.Tensor, o: torch.Tensor, groups: torch.Tensor, count: i
 
 def _rows(heads: torch.Tensor, config: ModelSpec) -> torch.Tensor:
     return (heads[:, None] * config.head_dim + torch.arange(config.head_dim)).flatten()
-
-
-def _output(
-    moments: Moments, o: torch.Tensor, kept: torch.Tensor, repair: bool
-) -> tuple[torch.Tensor, float, float | None]:
-    """`o` for the heads that stay, bfloat16 [E, n], and its error as cut and as fitted."""
-    left = moments.kept(kept)
-    cut = o[:, kept]
-    before = left.error(cut)
-    if not repair:
-        return cut.bfloat16(), before, None
-    fit = fitted(left, cut).bfloat16()
-    return fit, before, left.error(fit.float())

@@ -12,18 +12,15 @@ from dataclasses import replace
 import torch
 
 from hasten.compress.calibration import Calibration
-from hasten.compress.changed import made_tensor
-from hasten.compress.moments import fitted
-from hasten.compress.prune.mlp_output import from_middle, moments_of, to_middle
-from hasten.compress.prune.pruned import PartPruned
-from hasten.compress.stream import Stream, stream_weights
-from hasten.compress.taken import renamed
+from hasten.compress.prune.ffn import moments_of, to_middle
+from hasten.compress.prune.prune import Observer, PartPruned, Parts, Pruner
+from hasten.compress.source_tensors import made_tensor, renamed
+from hasten.compress.stream import Stream, refit, stream_weights
 from hasten.core import ModelSpec
 from hasten.errors import UsageError
 from hasten.models.source import Source
+from hasten.recipe import Pruning
 from hasten.weights.tensors import SourceTensor
-
-Step = Callable[[int, int], None]
 
 
 def kept_layers(config: ModelSpec, amount: float) -> int:
@@ -45,40 +42,42 @@ def kept_layers(config: ModelSpec, amount: float) -> int:
     )
 
 
-def prune_layers(
-    source: Source,
-    amount: float,
-    calibration: Calibration,
-    repair: bool,
-    step: Step = lambda done, total: None,
-) -> tuple[Source, list[PartPruned]]:
-    """Take the layers of least influence out.
+class Layers(Pruner):
+    """`layers`: take the layers of least influence out.
 
     Models whose MLP output is normed before it is added (Gemma 3, OLMo 2) are not repaired: the norm would
     undo what is added to `down`.
-
-    Raises:
-        UsageError: the amount leaves no layer, or all.
-        ModelError: activations that are not finite; the layer is named.
     """
-    config = source.config
-    count = kept_layers(config, amount)
-    passes = 2 if repair and config.norm_placement == "pre" else 1
-    total = passes * config.num_layers
-    found = influence(source, calibration, lambda done: step(done, total))
-    kept = found.topk(count).indices.sort().values.tolist()
-    fits: dict[int, SourceTensor] = {}
-    errors: dict[int, tuple[float, float]] = {}
-    if passes == 2:
-        fits, errors = _repaired(
-            source, calibration, kept, lambda done: step(config.num_layers + done, total)
-        )
-    step(total, total)
-    parts = [
-        PartPruned(f"layers.{index}", int(index in kept), 1, *errors.get(index, (None, None)))
-        for index in range(config.num_layers)
-    ]
-    return _without(source, kept, fits), parts
+
+    unit = "layers"
+
+    def after(self, config: ModelSpec, pruning: Pruning) -> ModelSpec:
+        count = kept_layers(config, pruning.amount)  # which ones is found later
+        return replace(config, blocks=config.blocks[:count])
+
+    def run(self, source: Source, pruning: Pruning, text: Calibration | None, step: Observer) -> Parts:
+        assert text is not None
+        config = source.config
+        count = kept_layers(config, pruning.amount)
+        passes = 2 if pruning.repair and config.norm_placement == "pre" else 1
+        total = passes * config.num_layers
+        found = influence(source, text, lambda done: step(done, total))
+        kept = found.topk(count).indices.sort().values.tolist()
+        fits: dict[int, SourceTensor] = {}
+        errors: dict[int, tuple[float, float | None]] = {}
+        if passes == 2:
+            fits, errors = _repaired(source, text, kept, lambda done: step(config.num_layers + done, total))
+        step(total, total)
+        parts = [
+            PartPruned(f"layers.{index}", int(index in kept), 1, *errors.get(index, (None, None)))
+            for index in range(config.num_layers)
+        ]
+        return _without(source, kept, fits), parts
+
+    def notes(self, config: ModelSpec, pruning: Pruning) -> tuple[str, ...]:
+        if config.norm_placement == "pre" or not pruning.repair:
+            return ()
+        return ("not repaired: a norm behind the MLP would undo what `down` is given to add",)
 
 
 def influence(source: Source, calibration: Calibration, step: Callable[[int], None]) -> torch.Tensor:
@@ -95,7 +94,7 @@ def influence(source: Source, calibration: Calibration, step: Callable[[int], No
 
 def _repaired(
     source: Source, calibration: Calibration, kept: list[int], step: Callable[[int], None]
-) -> tuple[dict[int, SourceTensor], dict[int, tuple[float, float]]]:
+) -> tuple[dict[int, SourceTensor], dict[int, tuple[float, float | None]]]:
     """`down` of every layer before a gap, and the error of what it should add, before and after."""
     original = Stream.of(source, calibration)
     ours = original.copy()
@@ -116,10 +115,10 @@ def _repaired(
         wanted = original.x - ours.x - weights.get("down.bias", torch.zeros(()))
         moments = moments_of(original, inputs, wanted)
         down = weights["down"].float()
-        fit = fitted(moments, down).bfloat16()
-        errors[index] = moments.error(down), moments.error(fit.float())
+        fit, before, after = refit(moments, down, repair=True)
+        errors[index] = before, after
         fits[index] = made_tensor(f"layers.{index}.down", tuple(fit.shape), fit)
-        from_middle(ours, weights | {"down": fit.to(inputs.dtype)}, inputs)
+        ours.join("down", weights | {"down": fit.to(inputs.dtype)}, inputs)
     return fits, errors
 
 

@@ -14,61 +14,52 @@ import torch
 import torch.nn.functional as F
 
 from hasten.compress.calibration import Calibration
-from hasten.compress.changed import Values, changed
-from hasten.compress.moments import Moments, fitted
-from hasten.compress.prune.multiple import kept_multiple
-from hasten.compress.prune.pruned import PartPruned
-from hasten.compress.stream import Found, Stream, stream_weights
-from hasten.compress.torch_layer import LINEARS, Weights, tensor_values
+from hasten.compress.prune.prune import Observer, PartPruned, Parts, Pruner, kept_multiple
+from hasten.compress.source_tensors import Values, changed
+from hasten.compress.stream import Found, Moments, Stream, fitted, refit, stream_weights
+from hasten.compress.torch_layer import LINEARS, READERS, Weights, tensor_values
 from hasten.core import ModelSpec
 from hasten.models.source import Source
+from hasten.recipe import Pruning
 
-_TURNS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
+_TURNS = tuple(READERS.values())
 """Matrices in the order they are fitted; those of one turn read the same."""
 _WRITERS = ("o", "down")  # their rows are hidden dimensions; the others' columns are
 
 
-def kept_width(config: ModelSpec, amount: float) -> int:
-    """How many hidden dimensions stay.
-
-    Raises:
-        UsageError: none of them, or all.
-    """
-    return kept_multiple("width", "hidden dimension", config.hidden_size, amount)
-
-
-def prune_width(
-    source: Source,
-    amount: float,
-    calibration: Calibration,
-    repair: bool,
-    step: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[Source, list[PartPruned]]:
-    """Take hidden dimensions out of the whole model.
+class Width(Pruner):
+    """`width`: take hidden dimensions out of the whole model.
 
     A tied head is not fitted: it is the embedding.
-
-    Raises:
-        UsageError: the amount leaves no dimension, or all.
-        ModelError: activations that are not finite; the layer is named.
     """
-    count = kept_width(source.config, amount)
-    layers = source.config.num_layers
-    total = 2 * layers
-    importance = dimension_importance(source, calibration, lambda done: step(done, total))
-    narrow = _Narrow(
-        source,
-        replace(source.config, width=count),
-        importance.topk(count).indices.sort().values,
-        Stream.of(source, calibration),
-    )
-    parts = []
-    for index in range(layers):
-        step(layers + index, total)
-        parts.append(narrow.layer(index, repair))
-    narrow.ends(repair)
-    step(total, total)
-    return changed(source, narrow.values, config=narrow.config), parts
+
+    unit = "hidden dimensions"
+
+    def after(self, config: ModelSpec, pruning: Pruning) -> ModelSpec:
+        return replace(config, width=kept_multiple(pruning, "hidden dimension", config.hidden_size))
+
+    def run(self, source: Source, pruning: Pruning, text: Calibration | None, step: Observer) -> Parts:
+        assert text is not None
+        config, layers = self.after(source.config, pruning), source.config.num_layers
+        total = 2 * layers
+        importance = dimension_importance(source, text, lambda done: step(done, total))
+        narrow = _Narrow(
+            source,
+            config,
+            importance.topk(config.hidden_size).indices.sort().values,
+            Stream.of(source, text),
+        )
+        parts = []
+        for index in range(layers):
+            step(layers + index, total)
+            parts.append(narrow.layer(index, pruning.repair))
+        narrow.ends(pruning.repair)
+        step(total, total)
+        return changed(source, narrow.values, config=narrow.config), parts
+
+    def notes(self, config: ModelSpec, pruning: Pruning) -> tuple[str, ...]:
+        is_tied = pruning.repair and config.tied_head
+        return ("the head is not repaired: it is tied to the embedding",) if is_tied else ()
 
 
 def dimension_importance(
@@ -108,12 +99,11 @@ class _Narrow:
         """Make one layer; both streams move behind it."""
         theirs = stream_weights(self.source, index)
         ours = {name: self._cut(name, value) for name, value in theirs.items()}
-        errors: tuple[float | None, float | None] = (None, None)
+        errors: list[float | None] = [None, None]
         for turn, names in enumerate(_TURNS if repair else ()):
             moments = self._moments(index, theirs, ours, turn)
             prior = torch.cat([ours[name].float() for name in names])
-            fit = fitted(moments, prior).bfloat16()
-            errors = moments.error(prior), moments.error(fit.float())  # those of `down` remain
+            fit, *errors = refit(moments, prior, repair=True)  # errors of `down` remain
             for name, part in zip(names, torch.split(fit, [len(ours[n]) for n in names]), strict=True):
                 ours[name] = part.to(ours[name].dtype)
         self.original.advance(index, theirs)

@@ -10,12 +10,14 @@ anyway.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
-from hasten.compress.quantise.fold import READERS, Group, fold, foldable, shared_scales
-from hasten.compress.quantise.gptq import lost, nearest
-from hasten.compress.torch_layer import Weights
+from hasten.compress.quantise.fold import evened, fold, foldable, shared_scales
+from hasten.compress.quantise.gptq import Gptq, lost, nearest
+from hasten.compress.quantise.method import Layer, Method, Rounded, divided
+from hasten.compress.torch_layer import READERS, Group, Weights
 from hasten.core import Format, ModelSpec
 
 POWERS = tuple(i / 10 for i in range(10))
@@ -26,12 +28,7 @@ _FARTHEST = 64.0
 def input_scales(gram: torch.Tensor, power: float) -> torch.Tensor:
     """The inputs' sizes to a power, [cols], their geometric mean 1."""
     size = gram.diagonal().clamp(min=0).sqrt()
-    alive = size > 0
-    if not bool(alive.any()):
-        return torch.ones_like(size)
-    logs = power * size.clamp(min=1e-30).log()
-    scales = (logs - logs[alive].mean()).exp().clamp(1 / _FARTHEST, _FARTHEST)
-    return torch.where(alive, scales, 1.0)
+    return evened(power * size.clamp(min=1e-30).log(), size > 0, _FARTHEST)
 
 
 def awq_scales(
@@ -49,7 +46,7 @@ def awq_scales(
         config: the model's.
         group: a foldable one.
         gram: second moments of what it reads, [cols, cols].
-        layouts: of each matrix of the group; floats have no say.
+        layouts: of matrices that become integers; others have no say.
         powers: tried; 0 is no scaling.
     """
     best, least = torch.ones(len(gram)), float("inf")
@@ -57,7 +54,7 @@ def awq_scales(
         scales = shared_scales(weights, config, group, input_scales(gram, power))
         error = 0.0
         for name in READERS[group]:
-            if layouts[name].is_integer:
+            if name in layouts:
                 found = torch.from_numpy(nearest(weights[name] * scales, layouts[name], name).values())
                 error += lost(gram, weights[name], found / scales)
         if error < least:
@@ -65,26 +62,33 @@ def awq_scales(
     return best
 
 
-def awq_layer(
-    weights: Weights,
-    config: ModelSpec,
-    grams: Mapping[Group, torch.Tensor],
-    layouts: Mapping[str, Format],
-) -> tuple[dict[str, torch.Tensor], dict[Group, torch.Tensor]]:
-    """One layer scaled for its layouts, and the moments of its inputs as they are then.
+def scaled(layer: Layer) -> Layer:
+    """A layer scaled for its layouts, and the moments of its inputs as they are then.
 
     Groups whose scales fold into nothing stay as they are.
-
-    Args:
-        weights: the layer by short name, float32.
-        config: the model's.
-        grams: second moments of each group's inputs.
-        layouts: of each matrix.
     """
-    new, scaled = dict(weights), dict(grams)
-    for group, gram in grams.items():
-        if foldable(config, group) and any(layouts[name].is_integer for name in READERS[group]):
-            scales = awq_scales(new, config, group, gram, layouts)
-            new = fold(new, config, group, scales)
-            scaled[group] = gram / scales / scales[:, None]
-    return new, scaled
+    weights, grams = layer.weights, dict(layer.grams)
+    for group, gram in layer.grams.items():
+        if layer.rounded(group) and foldable(layer.config, group):
+            scales = awq_scales(weights, layer.config, group, gram, layer.layouts)
+            weights = fold(weights, layer.config, group, scales)
+            grams[group] = divided(gram, scales)
+    return replace(layer, weights=weights, grams=grams)
+
+
+class Awq(Method):
+    """`awq`: scaled, then rounded to the nearest."""
+
+    scales = True
+
+    def layer(self, layer: Layer) -> Rounded:
+        return Rounded({}, scaled(layer).weights)
+
+
+class AwqGptq(Gptq):
+    """`awq-gptq`: scaled, then rounded by GPTQ."""
+
+    scales = True
+
+    def layer(self, layer: Layer) -> Rounded:
+        return super().layer(scaled(layer))

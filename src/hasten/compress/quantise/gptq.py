@@ -13,8 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hasten.compress.changed import made_tensor
+from hasten.compress.quantise.method import Head, Layer, Method, Rounded
+from hasten.compress.source_tensors import made_tensor
+from hasten.compress.torch_layer import GROUPS
 from hasten.core import Format
+from hasten.errors import ModelError
 from hasten.weights.codec import Encoded
 from hasten.weights.packed import integers, pack_linear
 
@@ -106,6 +109,37 @@ def _rounded(weight: torch.Tensor, factor: Factor, start: Encoded, part: slice) 
     found = torch.empty_like(u)
     found[order] = u
     return found.T.contiguous().to(torch.uint8)
+
+
+class Gptq(Method):
+    """`gptq`: each group of matrices by the second moments of what it reads in the source."""
+
+    def layer(self, layer: Layer) -> Rounded:
+        found = {}
+        for group in GROUPS:
+            if names := layer.rounded(group):
+                factor = factor_of(layer.grams[group], layer.name(group))
+                for name in names:
+                    found[name] = gptq(layer.weights[name], factor, layer.layouts[name], layer.name(name))
+        return Rounded(found, layer.weights)
+
+    def head(self, head: Head) -> Encoded:
+        return gptq(head.weight(), factor_of(head.moments(), head.name), head.layout, head.name)
+
+
+def factor_of(gram: torch.Tensor, what: str) -> Factor:
+    """The inverse of second moments.
+
+    Raises:
+        ModelError: they cannot be inverted, which damped moments of finite activations always can.
+    """
+    try:
+        return Factor.of(gram)
+    except RuntimeError:  # torch.linalg.LinAlgError is one
+        raise ModelError(
+            f"{what}: the second moments of its inputs cannot be inverted",
+            hint="the activations on this text are not finite or beyond float32: use another --calibration",
+        ) from None
 
 
 def lost(gram: torch.Tensor, weight: torch.Tensor, found: torch.Tensor) -> float:

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hasten.compress.changed import made_tensor
+from hasten.compress.quantise.gptq import nearest
+from hasten.compress.quantise.method import Layer, Method, Rounded
 from hasten.core import Format
 from hasten.weights.codec import Encoded
-from hasten.weights.packed import integers, pack_linear
 
 POWER = 0.7
 """p of the paper's code."""
@@ -50,7 +50,7 @@ def hqq(weight: torch.Tensor, layout: Format, name: str = "the matrix") -> Encod
         UsageError: the layout's group does not divide the columns.
     """
     assert layout.is_integer, f"{layout} has no integers to find"
-    start = integers(pack_linear(made_tensor(name, tuple(weight.shape), weight.float()), layout))
+    start = nearest(weight, layout, name)
     rows, cols = weight.shape
     group = min(layout.group, cols)
     scales, minimums = start.scales.copy(), None if start.minimums is None else start.minimums.copy()
@@ -66,6 +66,15 @@ def hqq(weight: torch.Tensor, layout: Format, name: str = "the matrix") -> Encod
             lows[:] = found.minimum[..., 0].half().numpy()
         u[part] = _levels(w, found, layout).reshape(-1, cols).numpy() + _offset(layout)
     return Encoded(layout, u, scales, minimums)
+
+
+class Hqq(Method):
+    """`hqq`: every matrix alone."""
+
+    def layer(self, layer: Layer) -> Rounded:
+        layouts = layer.layouts.items()
+        found = {name: hqq(layer.weights[name], layout, layer.name(name)) for name, layout in layouts}
+        return Rounded(found, layer.weights)
 
 
 @dataclass(frozen=True)

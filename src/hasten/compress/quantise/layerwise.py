@@ -4,27 +4,36 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from hasten.compress.calibration import Calibration, work_key
-from hasten.compress.quantise.layer_methods import (
+from hasten.compress.quantise.gptq import Factor, factor_of, gptq
+from hasten.compress.quantise.method import (
+    Head,
     QuantisedLayer,
-    layer_alone,
-    needs_statistics,
+    Streams,
+    layer_to_round,
+    method_named,
+    packed_layer,
 )
-from hasten.compress.quantise.linears import head_alone
-from hasten.compress.quantise.sequential import Streams, sequential_head, sequential_layer
-from hasten.compress.quantise.statistics import Observer, Statistics
+from hasten.compress.quantise.sequential import advance_through
+from hasten.compress.quantise.statistics import HEAD, Observer, Statistics, readers_of
+from hasten.compress.recipe_check import reads_moments, reads_text
 from hasten.compress.stream import Stream
-from hasten.compress.torch_file import read_state, write_state
-from hasten.core import Recipe
+from hasten.compress.torch_layer import tensor_values
+from hasten.compress.torch_machine import read_state, write_state
+from hasten.core import Format, Recipe
 from hasten.errors import UsageError
 from hasten.models.source import Source
+from hasten.recipe import METHODS
 from hasten.weights.formats import format_named
-from hasten.weights.packed import PackedLinear, PackedModel, finite_values, pack_linear
+from hasten.weights.packed import PackedLinear, PackedModel, finite_values, pack_integers, pack_linear
+from hasten.weights.work_store import WorkStore, touch
 
+_LINEARS = "gptq 2"
 _VERSION = 2
 _KIND = f"layers {_VERSION}"
 
@@ -42,7 +51,7 @@ def quantise(
     Args:
         source: the model.
         recipe: layouts and method; its other steps were done before.
-        calibration: the text; None for methods that read none (rtn, hqq).
+        calibration: the text; None for methods that read none.
         observer: told before each layer.
         folder: where finished layers are kept until the model is done; None keeps nothing.
 
@@ -51,7 +60,7 @@ def quantise(
         ModelError: a weight or an activation is not finite; the layer is named.
         DiskError: full, read-only or forbidden disk; what was finished before stays.
     """
-    if calibration is None and (recipe.method not in ("rtn", "hqq") or recipe.smooth is not None):
+    if calibration is None and reads_text(recipe):
         raise UsageError(
             f"recipe {recipe.name} needs calibration text", hint="give --calibration FILE, or method: hqq"
         )
@@ -72,6 +81,7 @@ class _Pass:
         layers = self.source.config.num_layers
         self._work = _Work.of(self.folder, self.source, self.recipe, self.text)
         self._statistics = self._collected()
+        self._method = method_named(self.recipe.method)
         linears: dict[str, PackedLinear] = {}
         vectors = {n: finite_values(t) for n, t in self.source.tensors.items() if len(t.shape) == 1}
         self._streams: Streams | None = None
@@ -87,7 +97,7 @@ class _Pass:
         return PackedModel(self.source.config, self.recipe, linears, vectors)
 
     def _collected(self) -> Statistics | None:
-        if not needs_statistics(self.recipe) or self.text is None:
+        if not reads_moments(self.recipe) or self.text is None:
             return None
         found = Statistics(self.source, self.text)
         found.collect(self.observer)
@@ -95,9 +105,9 @@ class _Pass:
 
     def _layer(self, index: int) -> QuantisedLayer:
         statistics = None if self._statistics is None else self._statistics.layer(index)
-        if self.recipe.method != "best":
-            return layer_alone(self.source, self.recipe, index, statistics)
-        return sequential_layer(self.source, self.recipe, index, self._at(index), statistics)
+        streams = self._at(index) if METHODS[self.recipe.method].reads == "states" else None
+        layer = layer_to_round(self.source, self.recipe, index, statistics, streams)
+        return packed_layer(self.source, self.recipe, self._method, layer)
 
     def _at(self, index: int) -> Streams:
         """Both streams before a layer: where they are, as kept by a run that was stopped, or at the start."""
@@ -111,8 +121,6 @@ class _Pass:
 
     def _catch_up(self, index: int) -> None:
         """Run both streams through layers that were finished, where their states were lost."""
-        from hasten.compress.quantise.replay import advance_through
-
         assert self._streams is not None
         for before in range(index):
             done = self._work.read(before)
@@ -121,18 +129,26 @@ class _Pass:
 
     def _outside(self) -> QuantisedLayer:
         """The embedding and the head."""
-        config = self.source.config
-        found: dict[str, PackedLinear] = {}
-        for name in ("embed",) if config.tied_head else ("embed", "head"):
-            reads_states = name == "head" or config.tied_head
-            if reads_states and self.recipe.method == "best":
-                streams = self._at(config.num_layers)
-                found[name] = sequential_head(self.source, self.recipe, name, streams)
-            elif reads_states and self._statistics is not None and "gptq" in self.recipe.method:
-                found[name] = head_alone(self.source, self.recipe, name, self._statistics)
-            else:
-                found[name] = pack_linear(self.source.tensors[name], self.recipe.layout_for(name))
+        tied = self.source.config.tied_head
+        found: dict[str, PackedLinear] = {} if tied else {"embed": self._plainly("embed")}
+        name = "embed" if tied else "head"
+        layout = self.recipe.layout_for(name)
+        integers = None
+        if layout is not None and layout.is_integer and layout.bits < 8:
+            head = Head(self.source, name, layout, self._head_moments, self._head_streams)
+            integers = self._method.head(head)
+        found[name] = self._plainly(name) if integers is None else pack_integers(name, integers)
         return QuantisedLayer(found, {})
+
+    def _plainly(self, name: str) -> PackedLinear:
+        return pack_linear(self.source.tensors[name], self.recipe.layout_for(name))
+
+    def _head_moments(self) -> torch.Tensor:
+        assert self._statistics is not None
+        return self._statistics.layer(self.source.config.num_layers).grams[HEAD]
+
+    def _head_streams(self) -> Streams:
+        return self._at(self.source.config.num_layers)
 
 
 @dataclass(frozen=True)
@@ -153,10 +169,7 @@ class _Work:
         state = None if self.folder is None else read_state(self.folder / f"layer-{index}.pt", _KIND)
         if state is None:
             return None
-        linears = {
-            name: PackedLinear(format_named(layout), rows, cols, data.numpy(), error)
-            for name, (layout, rows, cols, data, error) in state["linears"].items()
-        }
+        linears = {name: _linear(kept) for name, kept in state["linears"].items()}
         return QuantisedLayer(linears, state["vectors"])
 
     def write(self, index: int, done: QuantisedLayer, streams: Streams | None) -> None:
@@ -166,16 +179,7 @@ class _Work:
         if streams is not None:
             states = {"next": index + 1, "full": streams.full.x, "ours": streams.ours.x}
             write_state(self.folder / "streams.pt", _KIND, states)
-        linears = {
-            name: (
-                one.layout.name,
-                one.rows,
-                one.cols,
-                torch.from_numpy(one.data),
-                one.relative_error,
-            )
-            for name, one in done.linears.items()
-        }
+        linears = {name: _plain(one) for name, one in done.linears.items()}
         state = {"linears": linears, "vectors": dict(done.vectors)}
         write_state(self.folder / f"layer-{index}.pt", _KIND, state)
 
@@ -186,3 +190,73 @@ class _Work:
             return False
         streams.full.x, streams.ours.x = state["full"], state["ours"]
         return True
+
+
+class CalibratedLinears:
+    """Single matrices as GPTQ finds them, each as if all others were the source's own: for mixtures.
+
+    Args:
+        source: the model.
+        calibration: the text; read once, when the first matrix is asked for.
+        observer: told while the text is read.
+    """
+
+    def __init__(
+        self, source: Source, calibration: Calibration, observer: Observer = lambda done, total, now: None
+    ) -> None:
+        self._source, self._observer = source, observer
+        self._store = WorkStore()
+        self._folder = self._store.place("linears", work_key(source, calibration, "linears", _LINEARS))
+        self._has_room = False
+        self._statistics = Statistics(source, calibration)
+        self._collected = False
+        self._factor: tuple[tuple[int | None, str], Factor] | None = None
+
+    def linear(self, name: str, layout: Format) -> PackedLinear:
+        """One matrix by canonical name; to the nearest from 8 bits on.
+
+        Raises:
+            ModelError: a weight or an activation is not finite; the layer is named.
+            DiskError: full, read-only or forbidden disk.
+            UsageError: HASTEN_CACHE_GB is no number.
+        """
+        touch(self._folder)
+        tensor = self._source.tensors[name]
+        if not layout.is_integer or layout.bits >= 8:
+            return pack_linear(tensor, layout)
+        path = self._folder / f"{name}.{layout}.pt"
+        kept = read_state(path, _LINEARS)
+        if kept is not None and tuple(kept["matrix"][:3]) == (layout.name, *tensor.shape):
+            return _linear(kept["matrix"])
+        with torch.no_grad():
+            weight = tensor_values(tensor)
+            found = pack_integers(name, gptq(weight, self._factor_for(name), layout, name))
+        self._make_room()
+        write_state(path, _LINEARS, {"matrix": _plain(found)})
+        return found
+
+    def _factor_for(self, name: str) -> Factor:
+        layer, group, _ = readers_of(name)
+        if self._factor is None or self._factor[0] != (layer, group):
+            if not self._collected:
+                self._statistics.collect(self._observer)
+                self._collected = True
+            index = self._source.config.num_layers if layer is None else layer
+            gram = self._statistics.layer(index).grams[group]
+            self._factor = (layer, group), factor_of(gram, name)
+        return self._factor[1]
+
+    def _make_room(self) -> None:
+        if not self._has_room:
+            self._store.make_room(self._folder, self._source.config.linear_weights)  # each at 2 widths or so
+            self._store.mark(self._folder, self._source.name)
+            self._has_room = True
+
+
+def _plain(one: PackedLinear) -> tuple[Any, ...]:
+    return one.layout.name, one.rows, one.cols, torch.from_numpy(one.data), one.relative_error
+
+
+def _linear(kept: tuple[Any, ...]) -> PackedLinear:
+    layout, rows, cols, data, error = kept
+    return PackedLinear(format_named(layout), rows, cols, data.numpy(), error)

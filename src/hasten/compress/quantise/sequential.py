@@ -14,33 +14,18 @@ from dataclasses import dataclass
 
 import torch
 
-from hasten.compress.quantise.fold import GROUPS, READERS
-from hasten.compress.quantise.gptq import DAMP, Factor, gptq
-from hasten.compress.quantise.layer_methods import (
-    QuantisedLayer,
-    adapted,
-    changed_vectors,
-    factor_of,
-    kept_as,
-)
-from hasten.compress.quantise.staged import StagedLayer
-from hasten.compress.quantise.statistics import LayerStatistics, final_states, mean_gram
-from hasten.compress.stream import Stream, fast_type, in_fast_type
-from hasten.compress.torch_layer import tensor_values
-from hasten.core import Recipe
+from hasten.compress.quantise.gptq import DAMP, Factor, factor_of, gptq
+from hasten.compress.quantise.method import Head, Layer, Method, QuantisedLayer, Rounded, Streams
+from hasten.compress.quantise.statistics import StagedLayer, final_states, mean_gram, settle
+from hasten.compress.stream import fast_type, in_fast_type
+from hasten.compress.torch_layer import GROUPS, LINEARS, layer_weights
+from hasten.core import Format
 from hasten.models.source import Source
-from hasten.weights.packed import PackedLinear, pack_integers, pack_linear
+from hasten.weights.codec import Encoded
+from hasten.weights.packed import values_of
 
 AIM = 0.5
 """How far a matrix moves towards the least-squares fit before it is rounded."""
-
-
-@dataclass
-class Streams:
-    """Hidden states of the source and of the quantised model before the next layer."""
-
-    full: Stream
-    ours: Stream
 
 
 @dataclass(frozen=True)
@@ -57,52 +42,32 @@ class Inputs:
         return mean_gram(ours), (full.T @ ours).div_(len(ours))
 
 
-def sequential_layer(
-    source: Source, recipe: Recipe, index: int, streams: Streams, statistics: LayerStatistics | None
-) -> QuantisedLayer:
-    """A layer quantised for the inputs it will get; both streams move on through it.
+class Best(Method):
+    """`best`: every matrix for the inputs that it will get."""
 
-    Args:
-        source: the model.
-        recipe: of method `best`.
-        index: which layer.
-        streams: before the layer.
-        statistics: of the source's activations, for `smooth`.
+    def layer(self, layer: Layer) -> Rounded:
+        """Both streams move on through the layer."""
+        streams = layer.streams
+        assert streams is not None
+        run = in_fast_type(layer.weights)
+        ours = dict(run)
+        there, here = StagedLayer(streams.full, layer.index), StagedLayer(streams.ours, layer.index)
+        found = {}
+        for group in GROUPS:
+            inputs = Inputs(there.inputs(group, run), here.inputs(group, ours))
+            if names := layer.rounded(group):
+                aim = _Aim.of(inputs, layer.name(group))
+                for name in names:
+                    found[name] = aim.rounded(layer.weights[name], layer.layouts[name], layer.name(name))
+                    ours[name] = torch.from_numpy(found[name].values()).to(fast_type())
+            there.pass_on(group, run, inputs.full)
+            here.pass_on(group, ours, inputs.ours)
+        return Rounded(found, layer.weights)
 
-    Raises:
-        ModelError: a weight or an activation is not finite; the layer is named.
-    """
-    weights, layouts, _ = adapted(source, recipe, index, statistics)
-    run = in_fast_type(weights)
-    ours = dict(run)
-    there, here = StagedLayer(streams.full, index), StagedLayer(streams.ours, index)
-    linears: dict[str, PackedLinear] = {}
-    for group in GROUPS:
-        inputs = Inputs(there.inputs(group, run), here.inputs(group, ours))
-        names = [n for n in READERS[group] if layouts[n].is_integer and recipe.layout_for(_full(index, n))]
-        aim = _Aim.of(inputs, f"layers.{index}.{group}") if names else None
-        for name in READERS[group]:
-            full = _full(index, name)
-            if aim is None or name not in names:
-                linears[full] = kept_as(source, recipe, full, weights[name], None)
-                continue
-            found = gptq(aim.moved(weights[name]), aim.factor, layouts[name], full)
-            linears[full] = pack_integers(full, found)
-            ours[name] = torch.from_numpy(found.values()).to(fast_type())
-        there.pass_on(group, run, inputs.full)
-        here.pass_on(group, ours, inputs.ours)
-    return QuantisedLayer(linears, changed_vectors(source, index, weights))
-
-
-def sequential_head(source: Source, recipe: Recipe, name: str, streams: Streams) -> PackedLinear:
-    """The LM head, or a tied embedding, for the hidden states it will get."""
-    layout = recipe.layout_for(name)
-    if layout is None or not layout.is_integer or layout.bits >= 8:  # nothing to win that costs a minute
-        return pack_linear(source.tensors[name], layout)
-    weight = tensor_values(source.tensors[name])
-    inputs = Inputs(final_states(source, streams.full), final_states(source, streams.ours))
-    aim = _Aim.of(inputs, name)
-    return pack_integers(name, gptq(aim.moved(weight), aim.factor, layout, name))
+    def head(self, head: Head) -> Encoded:
+        streams = head.streams()
+        full, ours = (final_states(head.source, stream) for stream in (streams.full, streams.ours))
+        return _Aim.of(Inputs(full, ours), head.name).rounded(head.weight(), head.layout, head.name)
 
 
 class _Aim:
@@ -110,7 +75,7 @@ class _Aim:
 
     def __init__(self, shift: torch.Tensor, factor: Factor) -> None:
         self._shift = shift  # [cols, cols]: s (C H^-1 - 1)
-        self.factor = factor
+        self._factor = factor
 
     @classmethod
     def of(cls, inputs: Inputs, what: str) -> _Aim:
@@ -123,9 +88,18 @@ class _Aim:
         fit.diagonal().sub_(1)
         return cls(fit.mul_(AIM), factor)
 
-    def moved(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight + weight @ self._shift
+    def rounded(self, weight: torch.Tensor, layout: Format, name: str) -> Encoded:
+        return gptq(weight + weight @ self._shift, self._factor, layout, name)
 
 
-def _full(index: int, name: str) -> str:
-    return f"layers.{index}.{name}"
+def advance_through(source: Source, index: int, done: QuantisedLayer, streams: Streams) -> None:
+    """Both streams through a finished layer, the source's with its own matrices."""
+    prefix = f"layers.{index}."
+    weights = layer_weights(source, index)
+    ours = dict(weights)
+    for name, value in done.vectors.items():
+        ours[name.removeprefix(prefix)] = value
+    for name in LINEARS:
+        ours[name] = torch.from_numpy(values_of(done.linears[prefix + name]))
+    for stream, used in ((streams.full, weights), (streams.ours, ours)):
+        settle(StagedLayer(stream, index), in_fast_type(used))

@@ -15,16 +15,88 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from hasten.compress.calibration import Calibration, work_key
-from hasten.compress.moments import symmetric_add
-from hasten.compress.quantise.fold import GROUPS, Group
-from hasten.compress.quantise.staged import StagedLayer
-from hasten.compress.room import statistics_bytes
-from hasten.compress.stream import Stream, stream_weights
-from hasten.compress.torch_file import read_state, write_state
-from hasten.compress.torch_layer import tensor_values
+from hasten.compress.calibration import Calibration, statistics_bytes, work_key
+from hasten.compress.stream import Stream, stream_linear, stream_weights, symmetric_add
+from hasten.compress.torch_layer import GROUPS, READERS, Group, Weights, activated, attended, tensor_values
+from hasten.compress.torch_machine import read_state, write_state
+from hasten.errors import ModelError
 from hasten.models.source import Source
 from hasten.weights.work_store import WorkStore, touch
+
+
+class StagedLayer:
+    """One stream through one layer in four stages: each matrix may be changed before it is used.
+
+    What quantising one layer after another needs: the inputs of `o` are there only once q, k and v are
+    settled. Every product is computed once.
+
+    Args:
+        stream: the hidden states before the layer; moved on as stages pass.
+        index: which layer.
+    """
+
+    def __init__(self, stream: Stream, index: int) -> None:
+        self._stream, self._index = stream, index
+        self._inner: torch.Tensor | None = None  # inputs of `o` or `down`, [B, T, cols]
+
+    def inputs(self, group: Group, weights: Weights) -> torch.Tensor:
+        """What a group's matrices read: float32 [B, T, cols].
+
+        Raises:
+            ModelError: a value is not finite; the layer is named.
+        """
+        found = self._inner
+        if found is None:
+            found = self._normed("attn_norm" if group == "qkv" else "mlp_norm", weights)
+        if not torch.isfinite(found).all():
+            raise ModelError(
+                f"{self._stream.name}: what layers.{self._index}.{group} reads is not finite on the "
+                "calibration text",
+                hint=f"the weights of layers.{self._index} or before are damaged: get the model again",
+            )
+        return found
+
+    def pass_on(self, group: Group, weights: Weights, inputs: torch.Tensor) -> None:
+        """Through a group's matrices.
+
+        Args:
+            group: the stage; stages pass in the order of `GROUPS`.
+            weights: the layer's.
+            inputs: what `inputs` gave.
+        """
+        config, positions = self._stream.config, self._stream.positions
+        if group == "qkv":
+            self._inner = self._each(
+                inputs, lambda x: attended(config, self._index, weights, x, positions, stream_linear)
+            )
+        elif group == "gate_up":
+            self._inner = self._each(inputs, lambda x: activated(config, weights, x, stream_linear))
+        else:
+            self._stream.join(group, weights, inputs)
+            self._inner = None
+
+    def _normed(self, name: str, weights: Weights) -> torch.Tensor:
+        norm = weights.get(name)
+        if norm is None:  # norms come after the blocks
+            return self._stream.x.clone()
+        return F.rms_norm(self._stream.x, norm.shape, norm, self._stream.config.norm_eps)
+
+    def _each(self, inputs: torch.Tensor, work: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        out: torch.Tensor | None = None
+        for rows in self._stream.batches():
+            found = work(inputs[rows])
+            if out is None:
+                out = torch.empty(*inputs.shape[:2], found.shape[-1])
+            out[rows] = found
+        assert out is not None, "calibration has at least one window"
+        return out
+
+
+def settle(layer: StagedLayer, weights: Weights) -> None:
+    """All stages with the weights as they are."""
+    for group in GROUPS:
+        layer.pass_on(group, weights, layer.inputs(group, weights))
+
 
 Observer = Callable[[int, int, str], object]
 """(layers done, layers in all, what is done now)."""
@@ -147,8 +219,7 @@ def readers_of(name: str) -> tuple[int | None, Group | str, str]:
     if not name.startswith("layers."):
         return None, HEAD, name
     _, layer, short = name.split(".")
-    group: dict[str, Group] = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
-    return int(layer), group.get(short, short), short
+    return int(layer), next(group for group, names in READERS.items() if short in names), short
 
 
 def _packed(found: LayerStatistics) -> dict[str, Any]:

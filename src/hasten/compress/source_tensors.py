@@ -1,4 +1,4 @@
-"""A source with other values: what pruning, rotating and distilling make of a model."""
+"""A source with other values and parts of tensors: what pruning, rotating and distilling make of a model."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from hasten.compress.torch_layer import tensor_values
 from hasten.core import ModelSpec
 from hasten.models.source import Source
-from hasten.weights.tensors import SourceTensor
+from hasten.weights.tensors import TYPES, Bytes, SourceTensor
 
 Values = torch.Tensor | Callable[[], torch.Tensor]
 
@@ -26,25 +27,18 @@ def made_tensor(name: str, shape: tuple[int, ...], values: Values) -> SourceTens
     return SourceTensor(name, shape, "F32", lambda: _bytes(values().float()))
 
 
-def changed(
-    source: Source,
-    values: Mapping[str, Values],
-    *,
-    config: ModelSpec | None = None,
-    drop: frozenset[str] = frozenset(),
-) -> Source:
-    """`source` with some tensors replaced, added or dropped.
+def changed(source: Source, values: Mapping[str, Values], *, config: ModelSpec | None = None) -> Source:
+    """`source` with some tensors replaced or added.
 
     Args:
         source: the model.
         values: canonical name -> torch values, or a function that makes them (float32) when they are read.
         config: the new shape; a function's tensor must have the shape that it gives.
-        drop: canonical names of tensors the new model does not have.
     """
     shape_of = config or source.config
     shapes = shape_of.parameter_shapes()
-    tensors = {name: tensor for name, tensor in source.tensors.items() if name not in drop}
-    tensors |= {name: made_tensor(name, shapes[name], value) for name, value in values.items()}
+    made = {name: made_tensor(name, shapes[name], value) for name, value in values.items()}
+    tensors = source.tensors | made
     wrong = {name for name, tensor in tensors.items() if shapes.get(name) != tensor.shape} | (
         shapes.keys() - tensors.keys()
     )
@@ -60,3 +54,31 @@ def _bytes(values: torch.Tensor) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
     kept = values.detach().cpu().contiguous()
     kept = kept.view(torch.int16) if kept.dtype == torch.bfloat16 else kept.float()
     return np.ascontiguousarray(kept.numpy()).reshape(-1).view(np.uint8)
+
+
+def taken_rows(tensor: SourceTensor, rows: torch.Tensor) -> SourceTensor:
+    """Rows of a matrix or elements of a vector, int64 [n], in their file's own format: not one value changes.
+
+    Costs the bytes of the rows; nothing where the tensor is made when it is read.
+    """
+    picked = rows.numpy()
+    order = picked if tensor.row_order is None else tensor.row_order[picked]
+    row_bytes = TYPES[tensor.dtype].bytes_of(tensor.shape) // tensor.rows
+
+    def cut() -> Bytes:
+        return np.ascontiguousarray(tensor.data.reshape(tensor.rows, row_bytes)[order]).reshape(-1)
+
+    shape = (len(picked), *tensor.shape[1:])
+    data = cut if tensor.is_made else cut()
+    return SourceTensor(tensor.name, shape, tensor.dtype, data, offset=tensor.offset)
+
+
+def renamed(tensor: SourceTensor, name: str) -> SourceTensor:
+    """The same tensor under another name, sharing its bytes."""
+    data = (lambda: tensor.data) if tensor.is_made else tensor.data
+    return SourceTensor(name, tensor.shape, tensor.dtype, data, tensor.row_order, tensor.offset)
+
+
+def row_values(tensor: SourceTensor, rows: torch.Tensor) -> torch.Tensor:
+    """Some rows of a matrix, int64 [n] -> float32 [n, cols]; the others are not unpacked."""
+    return tensor_values(taken_rows(tensor, rows))
