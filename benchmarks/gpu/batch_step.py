@@ -30,6 +30,7 @@ from batch_models import CONTEXT, random_weights
 
 from hasten.runtime.gpu.batch_step import BatchStep, StepOptions
 from hasten.runtime.gpu.batch_tiles import AttentionTile, Product, Tile
+from hasten.speed.cost import page_bytes
 
 BARS = {("0.6B", "bf16"): (12_000, 30_000), ("8B", "bf16"): (3_500, 11_000), ("8B", "fp8"): (5_200, 15_000)}
 FIRST, STEPS, ROUNDS = 512, 32, 5
@@ -247,7 +248,7 @@ def measure(model: str, precision: str, weights: Any, choice: Choice | None) -> 
     steps = {level: new_step(weights, choice, early=level) for level in (0, 1, 2)}
     with_logits = new_step(weights, choice, keep_logits=True)
     for rows in SIZES:
-        kv = rows * (FIRST + STEPS // 2) * c.kv_bytes_per_token()
+        kv = rows * (FIRST + STEPS // 2) * page_bytes(c, False, 1)
         row: dict[str, Any] = {
             "model": model,
             "precision": precision,

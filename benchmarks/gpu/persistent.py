@@ -30,6 +30,7 @@ from persistent_models import REAL, TINY, Parameters, Twin, reference
 from hasten.runtime.gpu.driver import Device, built, current_device, with_defines
 from hasten.runtime.gpu.persistent import PersistentDecoder, load_weights, same_format
 from hasten.runtime.gpu.shape import PAGE, Shape, Tuning, WeightFormat, kernel_source
+from hasten.speed.cost import page_bytes
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu-persistent.json"
 BF16, FP8, INT8 = WeightFormat("bf16"), WeightFormat("fp8"), WeightFormat("int8", 128)
@@ -248,7 +249,7 @@ def run(v: Variant, weights: Any, parameters: Parameters, bandwidth: float) -> d
         return row | {"cycles": where_time_goes(decoder, v.context), "good": True}
     row |= check(v, decoder, parameters)
     row |= measure(decoder, v.context)
-    read = weights.streamed_bytes + config.kv_bytes_per_token() * v.context
+    read = weights.streamed_bytes + page_bytes(config, False, 1) * v.context
     row |= {"tok_s": 1e6 / row["us"], "bytes": read, "limit_us": read / bandwidth * 1e6}
     return row | {"of_limit": row["limit_us"] / row["us"]}
 

@@ -316,16 +316,10 @@ class ModelSpec:
         mixers = [block.mixer for block in self.blocks if block.mixer.rotary is not None]
         return next((m.rotary for m in mixers if m.window is None), mixers[0].rotary if mixers else None)
 
-    local_rotary = _Figure["Rotary | None"](
-        lambda spec: next((b.mixer.rotary for b in spec.blocks if b.mixer.window is not None
-                           and b.mixer.rotary not in (None, spec.rotary)), None)
-    )  # fmt: skip
     rotary_dim = _Figure["int | None"](
         lambda s: None if s.rotary is None or s.rotary.dim == s.head_dim else s.rotary.dim
     )
-    rope_theta = _Figure[float](lambda spec: spec.rotary.theta if spec.rotary else 10_000.0)
     rope_scaling = _Figure[RopeScaling](lambda spec: spec.rotary.scaling if spec.rotary else RopeScaling())
-    rope_local_theta = _Figure["float | None"](lambda s: s.local_rotary.theta if s.local_rotary else None)
     rope_layers = _Figure["tuple[bool, ...]"](
         lambda s: (
             () if all(b.mixer.rotary for b in s.blocks) else tuple(bool(b.mixer.rotary) for b in s.blocks)
@@ -337,11 +331,6 @@ class ModelSpec:
     sliding_layers = _Figure["tuple[bool, ...]"](
         lambda s: tuple(bool(b.mixer.window) for b in s.blocks) if s.sliding_window else ()
     )
-
-    def kv_bytes_per_token(self, bytes_per_value: float = 2.0) -> int:
-        """KV cache bytes one token of context costs over all layers that keep keys and values."""
-        own = [block.mixer for block in self.blocks if block.mixer.kv_from is None]
-        return int(2 * sum(m.kv_heads * m.head_dim for m in own) * bytes_per_value)
 
 
 def dense(spec: ModelSpec, part: str) -> ModelSpec:

@@ -419,7 +419,7 @@ def _shape(config: ModelSpec, architecture: str) -> dict[str, Any]:
         "attention.head_count": config.num_heads,
         "attention.head_count_kv": config.num_kv_heads,
         "attention.layer_norm_rms_epsilon": float(config.norm_eps),
-        "rope.freq_base": float(config.rope_theta),
+        "rope.freq_base": float(rope.rotations(config)[0].theta),
         "rope.dimension_count": config.rotary_dim or config.head_dim,
         "vocab_size": config.vocab_size,
     }

@@ -39,6 +39,7 @@ from hasten.export.exporters import (
 )
 from hasten.models.artifact import Artifact
 from hasten.models.families import FAMILIES, hf_spec
+from hasten.models.rope import rotations
 from hasten.weights.packed import PackedLinear, PackedModel, bf16_bits, integers, row_pieces
 from hasten.weights.safetensors_file import Entry, write_safetensors
 
@@ -353,7 +354,7 @@ def config_values(config: ModelSpec) -> dict[str, Any]:
 
 def _rope(config: ModelSpec) -> dict[str, Any]:
     scaling, kind = config.rope_scaling, config.rope_scaling.kind
-    values: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_scaling": None}
+    values: dict[str, Any] = {"rope_theta": rotations(config)[0].theta, "rope_scaling": None}
     if config.rotary_dim is not None and config.rotary_dim != config.head_dim:
         values["partial_rotary_factor"] = config.rotary_dim / config.head_dim
     if config.rope_layers:
@@ -401,8 +402,8 @@ def _gemma(config: ModelSpec) -> dict[str, Any]:
         "attn_logit_softcapping": config.attention_softcap,
         "final_logit_softcapping": config.logit_softcap,
     }
-    if config.rope_local_theta is not None:
-        found["rope_local_base_freq"] = config.rope_local_theta
+    if (local := rotations(config)[1]) is not None:
+        found["rope_local_base_freq"] = local.theta
     return found
 
 
