@@ -204,7 +204,8 @@ class GpuExecutor:
         """Pages for `max_sequences` full contexts, or for what the device has free."""
         if options.max_sequences < 1:
             raise UsageError(f"{options.max_sequences} sequences at once", hint="use max_sequences=1 or more")
-        size, longest = self.config.kv_bytes_per_token() * PAGE, -(-self.context // PAGE)
+        values = sum(block.mixer.kv_heads * block.mixer.head_dim for block in self.config.blocks)
+        size, longest = 2 * 2 * values * PAGE, -(-self.context // PAGE)  # keys and values in bf16
         pages = longest * options.max_sequences
         because = f"{options.max_sequences} sequences of {self.context} tokens"
         if options.kv_gb is not None:
