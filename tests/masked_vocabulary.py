@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from hasten.engine.grammar import Grammar, GrammarCompiler, GrammarState
+from hasten.engine.grammar import Grammar
+from hasten.engine.grammar_compiler import GrammarCompiler, GrammarState
 from hasten.models.tokenizer import Tokenizer
 
 PADDING = 45  # rows of the head that no token has

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from hasten.engine.grammar import GrammarCompiler
+from hasten.engine.grammar_compiler import GrammarCompiler
 from hasten.engine.model import LanguageModel
 from hasten.engine.request import Output, Request
 from hasten.runtime.pages import CachedSequence

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from plain_engine import gather, plain, random_prompt
 import hasten
 from hasten.core import EngineOptions
 from hasten.engine.async_engine import AsyncEngine, EngineClosed
+from hasten.engine.grammar import Grammar
 from hasten.engine.model import LanguageModel
 from hasten.engine.request import Output, Request
 from hasten.errors import UsageError
@@ -225,5 +227,29 @@ def test_refusals_are_counted_at_once(engine: AsyncEngine) -> None:
         with pytest.raises(UsageError):
             await all_of(engine.stream(Request(random_prompt(0, 600))))
         await until(lambda: engine.stats().refused == 1)
+
+    go(body())
+
+
+def test_grammars_that_wait_hear_that_the_engine_closed(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an error, not as a cancelled task: the one that is being read, and those behind it."""
+    entered, leave = threading.Event(), threading.Event()
+
+    def waits(_: Grammar) -> None:
+        entered.set()
+        assert leave.wait(20)
+
+    monkeypatch.setattr(engine.engine.compiler(), "compile", waits)
+
+    async def body() -> None:
+        asked = (replace(request(seed), grammar=Grammar("regex", f"a{seed}")) for seed in range(3))
+        tasks = [asyncio.create_task(all_of(engine.stream(one))) for one in asked]
+        await asyncio.to_thread(entered.wait)
+        await engine.close(drain=False)
+        leave.set()
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(result, EngineClosed)
 
     go(body())

@@ -13,9 +13,9 @@ from plain_engine import gather, plain, random_prompt
 import hasten
 from hasten.core import EngineOptions, ServingOptions
 from hasten.engine.engine import Engine
-from hasten.engine.fair_share import FairShare
 from hasten.engine.model import LanguageModel
 from hasten.engine.request import Output, Request
+from hasten.engine.scheduler import FairShare
 from hasten.errors import DeadlineError, QueueFull, UsageError
 from hasten.runtime.sampling import SamplingOptions
 

@@ -15,10 +15,11 @@ from plain_engine import gather, plain, random_prompt
 import hasten
 from hasten.core import EngineOptions, ServingOptions
 from hasten.engine import async_engine
-from hasten.engine.answer import Answer
+from hasten.engine.answer import Answer, AnswerText, PromptResults
 from hasten.engine.async_engine import AsyncEngine, EngineClosed
 from hasten.engine.engine import Engine
-from hasten.engine.grammar import Grammar, GrammarState
+from hasten.engine.grammar import Grammar
+from hasten.engine.grammar_compiler import GrammarState
 from hasten.engine.keep import PrefixKeeper
 from hasten.engine.model import LanguageModel
 from hasten.engine.request import Output, Request
@@ -103,9 +104,9 @@ PLACES: dict[str, tuple[Any, str, Callable[..., bool]]] = {
     "reserve": (PrefixKeeper, "reserve", of("bad")),
     "publish": (PrefixKeeper, "publish", of("bad")),
     "fork": (PrefixKeeper, "fork", of("bad")),
-    "stop texts and text": (Answer, "_push", lambda answer, _: answer.request.id == "bad"),
+    "stop texts and text": (AnswerText, "push", lambda text, _: text.request.id == "bad"),
     "output": (Answer, "take", lambda answer, _: answer.request.id == "bad"),
-    "prompt logprobs": (Answer, "read_prompt", lambda answer, *rest: answer.request.id == "bad"),
+    "prompt logprobs": (PromptResults, "read", lambda results, *rest: results.request.id == "bad"),
 }
 
 

@@ -14,10 +14,11 @@ from plain_engine import gather, plain, random_prompt
 import hasten
 from hasten.core import EngineOptions, ServingOptions
 from hasten.engine.engine import Engine
-from hasten.engine.forecast import Forecast
-from hasten.engine.grammar import Grammar, GrammarState
+from hasten.engine.grammar import Grammar
+from hasten.engine.grammar_compiler import GrammarState
 from hasten.engine.model import LanguageModel
 from hasten.engine.request import Output, Pooling, Request
+from hasten.engine.scheduler import Forecast
 from hasten.errors import UsageError
 from hasten.runtime.sampling import SamplingOptions
 

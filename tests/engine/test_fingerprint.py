@@ -13,7 +13,7 @@ import pytest
 
 import hasten
 from hasten.core import EngineOptions, Recipe
-from hasten.engine.fingerprint import fingerprint
+from hasten.engine.loaded import fingerprint
 from hasten.engine.model import LanguageModel, load_packed
 from hasten.models.artifact import save
 from hasten.models.open import open_model

@@ -19,13 +19,17 @@ from plain_engine import random_prompt
 import hasten
 from hasten.core import EngineOptions
 from hasten.engine.async_engine import AsyncEngine
-from hasten.engine.grammar import Grammar, GrammarCompiler
+from hasten.engine.grammar import Grammar, tool_grammar
 from hasten.engine.grammar_child import COMPILE_STACK
-from hasten.engine.grammar_source import LIMITS
-from hasten.engine.grammar_trial import GrammarTrial, shared_trial, with_large_stack
+from hasten.engine.grammar_compiler import (
+    LIMITS,
+    GrammarCompiler,
+    GrammarTrial,
+    shared_trial,
+    with_large_stack,
+)
 from hasten.engine.model import LanguageModel
 from hasten.engine.request import Request
-from hasten.engine.tool_grammar import tool_grammar
 from hasten.errors import QueueFull, UsageError
 from hasten.runtime.sampling import SamplingOptions
 
@@ -194,8 +198,8 @@ def test_several_threads_may_try_at_once() -> None:
 
 def test_the_child_ends_with_its_parent() -> None:
     program = (
-        "from hasten.engine.grammar_source import LIMITS\n"
-        "from hasten.engine.grammar_trial import shared_trial\n"
+        "from hasten.engine.grammar_compiler import LIMITS\n"
+        "from hasten.engine.grammar_compiler import shared_trial\n"
         "from llguidance import LLMatcher\n"
         "shared_trial(LIMITS).reason_against(LLMatcher.grammar_from_lark('start: \"x\"'))\n"
         "print(shared_trial(LIMITS)._process.pid, flush=True)\n"

@@ -13,11 +13,9 @@ import pytest
 import hasten
 from hasten.cache.kv_folder import HEADER_BYTES
 from hasten.core import EngineOptions, ServingOptions
-from hasten.engine import keep
 from hasten.engine.engine import Engine
-from hasten.engine.replay import SETTLE_PAGES, replay
 from hasten.engine.request import Request
-from hasten.engine.trace import Trace, TraceModel, TraceRequest, TraceWriter, read_trace
+from hasten.engine.trace import Trace, TraceModel, TraceRequest, TraceWriter, read_trace, replay
 from hasten.errors import UsageError
 from hasten.runtime.sampling import SamplingOptions
 
@@ -186,7 +184,3 @@ def test_disk_holds_what_memory_does_not() -> None:
 def test_less_memory_than_a_page_is_refused() -> None:
     with pytest.raises(UsageError, match="no page"):
         replay(trace_of(made([1, 2], 0, 1)), "lru", 10)
-
-
-def test_settling_goes_in_the_engines_pieces() -> None:
-    assert keep._SETTLE_PAGES == SETTLE_PAGES

@@ -8,7 +8,7 @@ from itertools import product
 
 import pytest
 
-from hasten.engine.draft_controller import Acceptance, StepTimes, bucket_of, choose
+from hasten.engine.speculate import Acceptance, StepTimes, bucket_of, choose
 
 ALWAYS = 1
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hasten.engine.tool_grammar import tool_grammar
+from hasten.engine.grammar import tool_grammar
 from hasten.errors import UsageError
 from hasten.models import gguf_tokenizer
 from hasten.models.tokenizer import Tokenizer

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hasten.engine.request import Output, Request, Usage
-from hasten.engine.stats import EngineStats
+from hasten.engine.request import EngineStats, Output, Request, Usage
 from hasten.errors import DeadlineError, HastenError, QueueFull, TokenizerError
 from hasten.models.tool_calls import ToolStyle, tool_style
 from hasten.runtime.sampling import TokenLogprob

@@ -16,7 +16,7 @@ PATH = "/v1/chat/completions"
 
 @pytest.fixture
 def remembering(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr("hasten.engine.fingerprint.fingerprint", lambda model: model.name)
+    monkeypatch.setattr("hasten.engine.loaded.fingerprint", lambda model: model.name)
     with serving(ServeOptions(port=0, log=False, response_cache_ttl=0.5), {"a": StandInEngine()}) as server:
         yield server
 

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import pytest
 
-from hasten.speed import article_speed, dimensions, worked_example
+from hasten.speed import article_speed
+
+PRINTED = 0.0000833  # "s a sample, that is, 83.3 ms"
+GIVEN = {
+    "p": 100,
+    "e": 0.8,
+    "r": 100,
+    "d": 2,
+    "c": 0.9,
+}  # R = 100 MB/s, D = 2 s; P is R's value, none is stated
 
 
 def test_the_worked_example_does_not_compute() -> None:
-    example = worked_example()
-    assert example.as_written == pytest.approx(8.0e-8, rel=1e-3)
-    assert example.as_stated == pytest.approx(8.0e-6, rel=1e-3)
-    assert example.printed / example.as_written == pytest.approx(
-        1041, rel=1e-2
-    )  # a thousand times off, at least
-    assert example.printed * 1e6 == pytest.approx(83.3)  # microseconds, not milliseconds
+    as_written = article_speed(m=1000 * 10**6, **GIVEN)
+    assert as_written == pytest.approx(8.0e-8, rel=1e-3)
+    assert article_speed(m=10 * 10**6, **GIVEN) == pytest.approx(8.0e-6, rel=1e-3)  # as stated: ten million
+    assert PRINTED / as_written == pytest.approx(1041, rel=1e-2)  # a thousand times off, at least
+    assert pytest.approx(83.3) == PRINTED * 1e6  # microseconds, not milliseconds
 
 
 def test_its_sum_adds_parameters_to_bytes() -> None:
-    parameters, transfer = dimensions()
-    assert parameters == {"parameter": 1}
-    assert transfer == {"byte": 1}
+    """M counts parameters; R * D / C is bytes a second times seconds over a fraction."""
+    rate, time = {"byte": 1, "second": -1}, {"second": 1}
+    product = {unit: rate.get(unit, 0) + time.get(unit, 0) for unit in {**rate, **time}}
+    assert {unit: power for unit, power in product.items() if power} == {"byte": 1} != {"parameter": 1}
+    numbers = {"p": 1.0, "e": 1.0, "c": 1.0}
+    assert 1 / article_speed(m=3, r=2, d=5, **numbers) == pytest.approx(3 + 2 * 5)  # and they are added
 
 
 def test_a_faster_link_makes_it_slower() -> None:

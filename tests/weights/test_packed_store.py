@@ -20,7 +20,7 @@ import hasten
 from hasten.cache import deferred
 from hasten.compress.compress import compress
 from hasten.core import EngineOptions, Format, Recipe
-from hasten.engine.fingerprint import fingerprint
+from hasten.engine.loaded import fingerprint
 from hasten.engine.model import LanguageModel
 from hasten.errors import DiskError, UsageError
 from hasten.weights import packed_store

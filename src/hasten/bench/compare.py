@@ -16,7 +16,7 @@ from hasten.bench.peers import PEERS, EngineSpec, Peer, parse
 from hasten.bench.process import WorkerProcess
 from hasten.core import Machine, Measurement, Workload
 from hasten.errors import HastenError, PeerError, UsageError
-from hasten.speed.cost import Cost
+from hasten.speed import Cost
 
 PREPARE_LIMIT_S = 7200.0
 LOAD_LIMIT_S = 1200.0

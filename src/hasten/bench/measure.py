@@ -19,7 +19,7 @@ from hasten.bench import workloads
 from hasten.bench.figures import Sample, TokenClock, stat, steady
 from hasten.core import Machine, Measurement, ServingOptions, Workload
 from hasten.machine.memory import peak_rss_bytes
-from hasten.speed.cost import Cost, cost
+from hasten.speed import Cost, cost
 
 if TYPE_CHECKING:
     from hasten.engine.model import LanguageModel
@@ -141,7 +141,7 @@ def rates_of(sample: Sample) -> tuple[float, float]:
 
 
 def with_ceilings(measurement: Measurement, cost: Cost, machine: Machine) -> Measurement:
-    """The measurement with its fractions of the machine's ceilings (formulas: `hasten.speed.cost`)."""
+    """The measurement with its fractions of the machine's ceilings (formulas: `hasten.speed`)."""
     workload = measurement.workload
     return dataclasses.replace(
         measurement,

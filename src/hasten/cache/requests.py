@@ -162,7 +162,7 @@ class ResponseCache:
         """Names a request and all its answer depends on; None where another answer could be as right.
 
         Args:
-            model_fingerprint: of `hasten.engine.fingerprint`.
+            model_fingerprint: of `hasten.engine.loaded`.
             request: the body of the request, as JSON values, and what else the answer depends on (the route).
         """
         if not is_deterministic(request):

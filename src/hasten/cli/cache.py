@@ -23,8 +23,7 @@ from hasten.core import SCHEMA_VERSION, CachePolicy, as_json
 from hasten.errors import UsageError
 
 if TYPE_CHECKING:
-    from hasten.engine.replay import ReplayResult
-    from hasten.engine.trace import Trace
+    from hasten.engine.trace import ReplayResult, Trace
 
 KEPT = "What was removed is gone, the rest is as it was."
 KIND = "Only this kind, repeatable: packed, compress, kv, demo, exports or records."
@@ -412,12 +411,11 @@ def replay(
     Runs the engine's own bookkeeping of pages without a model. Tokens found are counted; the time to first
     token they save is predicted from what a prompt token took in the recording.
     """
-    from hasten.engine import replay as engine
-    from hasten.engine.trace import read_trace
+    from hasten.engine import trace as engine
 
     policies = _policies(policy)
     disks = [int(size * 1e9) for size in _sizes(disk_gb, "--disk-gb")]
-    found = read_trace(trace, model)
+    found = engine.read_trace(trace, model)
     ram = [int(size * 1e9) for size in _sizes(ram_gb, "--ram-gb")] if ram_gb is not None else []
     ram = ram or [found.model.kv_pages * found.model.page_bytes]
     each = [(name, memory, disk) for disk in disks for memory in ram for name in policies]

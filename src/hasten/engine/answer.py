@@ -1,4 +1,4 @@
-"""One answer while it is made: its tokens, what of them is computed, and everything that follows it along."""
+"""One answer while it is made: its tokens, what of them is computed, and what follows it along."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import numpy.typing as npt
 
 from hasten.engine.prefix import Chain
 from hasten.engine.request import FinishReason, Output, Request, Usage
-from hasten.engine.stop import StopTexts
 from hasten.runtime.executor import PartResult
 from hasten.runtime.pages import CachedSequence
-from hasten.runtime.sampling import Choice, Masks, SamplingOptions, SequenceSampler, TokenLogprob
+from hasten.runtime.sampling import Choice, Masks, SequenceSampler, TokenLogprob
 
 if TYPE_CHECKING:
     from hasten.cache.kv_disk import Reading
-    from hasten.engine.grammar import GrammarState
+    from hasten.engine.grammar_compiler import GrammarState
     from hasten.engine.speculate import Draft
     from hasten.models.tokenizer import Tokenizer
 
@@ -26,16 +25,141 @@ Floats = npt.NDArray[np.float32]
 
 
 @dataclass
-class Clock:
-    """When things happened to an answer, seconds; None: not yet."""
+class Tally:
+    """When things happened to an answer, in seconds, and what it has cost. None: not yet."""
 
     arrived: float
-    started: float | None = None
-    first: float | None = None
+    started: float | None = None  # first computed
+    first: float | None = None  # first token
+    hit_tokens: int = 0  # of the prompt, found in the prefix cache
+    drafted: int = 0
+    accepted: int = 0
+    preemptions: int = 0
 
     def since_ms(self, moment: float | None) -> float | None:
         """Milliseconds from arrival to a moment."""
         return None if moment is None else 1000 * (moment - self.arrived)
+
+
+class PromptResults:
+    """What a prompt's rows gave: log-probabilities, an embedding. A row is read once, though a preempted
+    prompt is computed several times."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.logprobs: list[TokenLogprob | None] = []
+        self.read_tokens = 0  # the prompt's tokens whose rows were read
+        self._sum: npt.NDArray[np.float64] | None = None  # [E], of the hidden states read
+
+    @property
+    def every_row(self) -> bool:
+        """Whether the hidden states of all of the prompt are still wanted, not only the last."""
+        wanted = self.request.prompt_logprobs is not None or self.request.pooling == "mean"
+        return wanted and self.read_tokens < len(self.request.prompt)
+
+    def read(self, start: int, count: int, result: PartResult) -> None:
+        """Take in the rows of prompt tokens `start` to `start + count`; rows that were read are left out.
+
+        Raises:
+            HastenError: a logit is NaN.
+        """
+        before, self.read_tokens = self.read_tokens, max(self.read_tokens, start + count)
+        if self.request.pooling == "mean" and result.hidden is not None:
+            fresh = result.hidden[max(0, before - start) : len(self.request.prompt) - start]
+            total = fresh.sum(axis=0, dtype=np.float64)
+            self._sum = total if self._sum is None else self._sum + total
+        if self.request.prompt_logprobs is None:
+            return
+        if isinstance(result.scores, BaseException):
+            raise result.scores
+        if start == 0 and before == 0:
+            self.logprobs.append(None)  # nothing comes before the first token
+        self.logprobs += result.scores
+
+    def embedding(self, result: PartResult) -> Floats | None:
+        """The prompt's embedding float32 [E], if one was asked for; `result` is its last part's."""
+        if self.request.pooling == "mean" and self._sum is not None:
+            mean: Floats = (self._sum / len(self.request.prompt)).astype(np.float32)
+            return mean
+        if self.request.pooling == "last" and result.hidden is not None:
+            last: Floats = result.hidden[-1].copy()
+            return last
+        return None
+
+    def share(self, other: PromptResults) -> None:
+        """Give another answer to the same prompt what was read."""
+        other.logprobs, other.read_tokens = list(self.logprobs), self.read_tokens
+
+    def whole_logprobs(self) -> tuple[TokenLogprob | None, ...] | None:
+        """The log-probabilities, once, when all are there."""
+        if len(self.logprobs) != len(self.request.prompt):
+            return None
+        whole, self.logprobs = tuple(self.logprobs), []
+        return whole
+
+
+class StopTexts:
+    """Finds stop texts in a stream, across the borders of its pieces.
+
+    Holds back what may still become a stop text, so that no part of one is shown.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._longest = max(map(len, stops), default=0)
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, str | None]:
+        """New text -> (what may be shown, the stop text that ended it or None)."""
+        if not self._stops:
+            return text, None
+        text = self._held + text
+        found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            at, stop = min(found, key=lambda one: (one[0], -len(one[1])))
+            self._held = ""
+            return text[:at], stop
+        keep = self._possible(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], None
+
+    def _possible(self, text: str) -> int:
+        """Length of the longest end of `text` that some stop text begins with."""
+        for size in range(min(self._longest - 1, len(text)), 0, -1):
+            end = text[-size:]
+            if any(stop.startswith(end) for stop in self._stops):
+                return size
+        return 0
+
+    def flush(self) -> str:
+        """What was held back when the text ended another way."""
+        held, self._held = self._held, ""
+        return held
+
+
+class AnswerText:
+    """The text of an answer's tokens, up to the stop text, stop token or end token that ends it."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
+        self.request = request
+        self.stop: str | int | None = None  # the stop text or token that ended it, if one did
+        self._text = tokenizer.stream(request.skip_special, request.keep_special)
+        self._stops = StopTexts(request.stop)
+        self._eos = frozenset(() if request.sampling.ignore_eos else tokenizer.eos_ids)
+        self._ends = self._eos.union(request.stop_token_ids)
+
+    def push(self, token: int) -> tuple[str, bool]:
+        """A token -> (new text, whether the answer ends with it)."""
+        if token in self._ends:
+            self.stop = None if token in self._eos else token
+            return self.rest(), True
+        shown, self.stop = self._stops.push(self._text.push(token))
+        return shown, self.stop is not None
+
+    def rest(self) -> str:
+        """Text held back, when no more tokens come."""
+        shown, stop = self._stops.push(self._text.flush())
+        return shown if stop is not None else shown + self._stops.flush()
 
 
 class Answer:
@@ -43,43 +167,37 @@ class Answer:
 
     `tokens` are the prompt and the answer so far. The first `prompt_tokens` of them are computed as prompt,
     the rest as answer, however often they are computed: where the two take different kernels, an answer
-    that was thrown out and computed again is the same to the bit.
+    that was preempted and computed again is the same to the bit.
     """
 
     def __init__(
         self,
         request: Request,
         index: int,
-        clock: Clock,
+        arrived: float,
         tokenizer: Tokenizer,
         vocab_size: int,
         grammar: GrammarState | None = None,
     ) -> None:
         self.request = request
         self.index = index
-        self.clock = clock
+        self.deadline = arrived + (request.deadline_ms or float("inf")) / 1000
         self.tokens: list[int] = list(request.prompt)
         self.prompt_tokens = len(request.prompt)
-        self.cached = CachedSequence()
-        self.chain: Chain | None = None  # set when it is first scheduled
-        self.published = 0  # full pages that were offered to the prefix cache
-        self.sampler = SequenceSampler(self.sampling, request.prompt, vocab_size)
-        self.deadline = clock.arrived + (request.deadline_ms or float("inf")) / 1000
+        sampling = replace(request.sampling, seed=(request.sampling.seed + index) % 2**64)
+        self.sampler = SequenceSampler(sampling, request.prompt, vocab_size)
         self.grammar = grammar
         self.draft: Draft | None = None
-        self.hit_tokens = self.drafted = self.accepted = self.preemptions = 0
-        self.stop: str | int | None = None  # what ended it, if a stop text or token did
-        self.reading: Reading | None = None  # pages of its prompt on their way from disk
         self.siblings: list[Answer] = []  # wait for this one's prompt
-        self.prompt_logprobs: list[TokenLogprob | None] = []
-        self.pooled: npt.NDArray[np.float64] | None = None  # [E], summed over the prompt so far
+        self.tally = Tally(arrived)
+        self.text = AnswerText(request, tokenizer)
+        self.results = PromptResults(request)
         self.is_first_pass = True  # its prompt was not computed to its end yet
-        self.prompt_read = 0  # prompt tokens in these two: once is enough, however often they are computed
-        self._text = tokenizer.stream(request.skip_special, request.keep_special)
-        self._stops = StopTexts(request.stop)
-        eos = () if request.sampling.ignore_eos else tokenizer.eos_ids
-        self._ends = frozenset((*eos, *request.stop_token_ids))
-        self._eos = frozenset(eos)
+        # its pages, which PrefixKeeper gives
+        self.cached = CachedSequence()
+        self.chain = Chain(b"", 0)  # of no root: replaced when the answer is first scheduled
+        self.published = 0  # full pages that were offered to the prefix cache
+        self.reading: Reading | None = None  # pages of its prompt on their way from disk
 
     @property
     def made(self) -> int:
@@ -101,56 +219,10 @@ class Answer:
         """Whether the next token to compute is prompt."""
         return self.cached.length < self.prompt_tokens
 
-    @property
-    def every_row(self) -> bool:
-        """Whether the hidden states of all of the prompt are wanted still, not only the last."""
-        wanted = self.request.prompt_logprobs is not None or self.request.pooling == "mean"
-        return wanted and self.prompt_read < len(self.request.prompt)
-
-    @property
-    def sampling(self) -> SamplingOptions:
-        """The request's options with this answer's own seed."""
-        options = self.request.sampling
-        return replace(options, seed=(options.seed + self.index) % 2**64) if self.index else options
-
     def first_masks(self) -> Masks:
         """What its grammar allows as the first token: uint32 [1, ceil(V / 32)]."""
         assert self.grammar is not None, "an answer without a grammar has no masks"
         return self.grammar.masks([])
-
-    def read_prompt(self, start: int, count: int, result: PartResult) -> None:
-        """Take in what prompt tokens `start` to `start + count` gave; what was read before is left out.
-
-        Raises:
-            HastenError: a logit is NaN.
-        """
-        read, self.prompt_read = self.prompt_read, max(self.prompt_read, start + count)
-        if self.request.pooling == "mean" and result.hidden is not None:
-            fresh = result.hidden[max(0, read - start) : len(self.request.prompt) - start]
-            total = fresh.sum(axis=0, dtype=np.float64)
-            self.pooled = total if self.pooled is None else self.pooled + total
-        if self.request.prompt_logprobs is None:
-            return
-        if isinstance(result.scores, BaseException):
-            raise result.scores
-        if start == 0 and read == 0:
-            self.prompt_logprobs.append(None)  # nothing comes before the first token
-        self.prompt_logprobs += result.scores
-
-    def embedding(self, result: PartResult) -> Floats | None:
-        """The prompt's embedding float32 [E], if one was asked for; `result` is its last part's."""
-        if self.request.pooling == "mean" and self.pooled is not None:
-            mean: Floats = (self.pooled / len(self.request.prompt)).astype(np.float32)
-            return mean
-        if self.request.pooling == "last" and result.hidden is not None:
-            last: Floats = result.hidden[-1].copy()
-            return last
-        return None
-
-    def share_prompt(self) -> None:
-        """What the prompt gave is the same for all of n."""
-        for one in self.siblings:
-            one.prompt_logprobs, one.prompt_read = list(self.prompt_logprobs), self.prompt_read
 
     def take(self, choice: Choice) -> tuple[list[int], list[TokenLogprob], FinishReason | None, str]:
         """Add what was drawn, up to where the answer ends: (tokens, logprobs, how it ended, new text)."""
@@ -160,28 +232,14 @@ class Answer:
         for token in choice.tokens:
             taken.append(token)
             self.tokens.append(token)
-            finish, piece = self._push(token)
-            text.append(piece)
-            if finish is not None:
+            shown, ends = self.text.push(token)
+            text.append(shown)
+            if ends or self.left == 0:
+                finish = "stop" if ends else "length"
                 break
+        if finish == "length":
+            text.append(self.text.rest())
         return taken, choice.logprobs[: len(taken)], finish, "".join(text)
-
-    def _push(self, token: int) -> tuple[FinishReason | None, str]:
-        if token in self._ends:
-            self.stop = None if token in self._eos else token
-            return "stop", self.rest()
-        shown, stop = self._stops.push(self._text.push(token))
-        if stop is not None:
-            self.stop = stop
-            return "stop", shown
-        if self.left == 0:
-            return "length", shown + self.rest()
-        return None, shown
-
-    def rest(self) -> str:
-        """Text held back, when no more tokens come."""
-        shown, stop = self._stops.push(self._text.flush())
-        return shown if stop is not None else shown + self._stops.flush()
 
     def output(
         self,
@@ -194,34 +252,30 @@ class Answer:
         embedding: Floats | None = None,
     ) -> Output:
         """News of this answer; the first carries the prompt's logprobs, the last the usage."""
-        prompt_logprobs = None
-        if len(self.prompt_logprobs) == len(self.request.prompt):
-            prompt_logprobs = tuple(self.prompt_logprobs)
-            self.prompt_logprobs = []
         return Output(
             request_id=self.request.id,
             index=self.index,
             token_ids=tuple(tokens),
             text=text,
             logprobs=tuple(logprobs),
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs=self.results.whole_logprobs(),
             finish_reason=finish,
-            stop=self.stop if finish == "stop" else None,
+            stop=self.text.stop if finish == "stop" else None,
             error=error,
             embedding=embedding,
-            usage=self.usage(now) if finish is not None else None,
+            usage=self._usage(now) if finish is not None else None,
         )
 
-    def usage(self, now: float) -> Usage:
-        """What the answer has cost up to now."""
+    def _usage(self, now: float) -> Usage:
+        tally = self.tally
         return Usage(
             prompt_tokens=len(self.request.prompt),
-            cached_tokens=self.hit_tokens,
+            cached_tokens=tally.hit_tokens,
             output_tokens=self.made,
-            drafted_tokens=self.drafted,
-            accepted_tokens=self.accepted,
-            preemptions=self.preemptions,
-            queue_ms=self.clock.since_ms(self.clock.started) or 0.0,
-            ttft_ms=self.clock.since_ms(self.clock.first),
-            e2e_ms=1000 * (now - self.clock.arrived),
+            drafted_tokens=tally.drafted,
+            accepted_tokens=tally.accepted,
+            preemptions=tally.preemptions,
+            queue_ms=tally.since_ms(tally.started) or 0.0,
+            ttft_ms=tally.since_ms(tally.first),
+            e2e_ms=1000 * (now - tally.arrived),
         )

@@ -16,14 +16,13 @@ from uuid import uuid4
 
 from hasten.core import ServingOptions
 from hasten.engine.engine import Engine
-from hasten.engine.request import Output, Request
-from hasten.engine.stats import EngineStats
+from hasten.engine.request import EngineStats, Output, Request
 from hasten.errors import HastenError, QueueFull
 from hasten.machine.memory import LOOK_S, memory_room
 
 if TYPE_CHECKING:
     from hasten.engine.grammar import Grammar
-    from hasten.engine.model import LanguageModel
+    from hasten.engine.loaded import LoadedModel
 
 _log = logging.getLogger(__name__)
 _MOST_UNREAD = 32  # grammars that wait: each may take some seconds
@@ -34,8 +33,13 @@ class EngineClosed(HastenError):
     """The engine was closed, or its thread failed, before the request was done."""
 
 
+def _closed() -> EngineClosed:
+    return EngineClosed("the engine was closed", hint="start it again")
+
+
 def _told(wrong: BaseException) -> Exception:
-    """What an asyncio task may raise: a native library's panic is no `Exception` and would end its loop."""
+    """An error that an asyncio task may raise. A native library's panic is no `Exception`: a task that raised
+    it would end the event loop."""
     return wrong if isinstance(wrong, Exception) else HastenError(f"a fault of the engine: {wrong!r}")
 
 
@@ -75,7 +79,7 @@ class AsyncEngine:
         options: caches, speculation, queue.
     """
 
-    def __init__(self, model: LanguageModel, options: ServingOptions | None = None) -> None:
+    def __init__(self, model: LoadedModel, options: ServingOptions | None = None) -> None:
         self.model = model
         self._engine = Engine(model, options)
         self._listeners: dict[str, _Listener] = {}
@@ -145,7 +149,7 @@ class AsyncEngine:
                     self._order(lambda: self._cancel(request.id, listener))
 
     async def _read(self, grammar: Grammar) -> None:
-        """Have a grammar compiled, which may take seconds, in a thread of its own; others go on meanwhile."""
+        """Compile a grammar in the reader's thread. It may take seconds; other requests go on meanwhile."""
         compiler = self._engine.compiler()
         if compiler.knows(grammar):
             compiler.compile(grammar)  # raises where it was refused
@@ -154,20 +158,25 @@ class AsyncEngine:
             raise QueueFull(
                 f"{_MOST_UNREAD} grammars wait to be read", hint="ask again later", retry_after_s=1.0
             )
+
+        def compile_it() -> None:
+            if self._state != "open":
+                raise _closed()
+            compiler.compile(grammar)
+
         try:
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._reader, compiler.compile, grammar)
+            await asyncio.get_running_loop().run_in_executor(self._reader, compile_it)
         except RuntimeError as error:
-            if self._state == "open":  # an error of this grammar's own
-                raise
-            raise EngineClosed("the engine was closed", hint="start it again") from error
+            if self._state == "open":
+                raise  # a fault of this grammar alone
+            raise _closed() from error  # the reader takes nothing new
         finally:
             self._unread.release()
 
     async def close(self, drain: bool = True) -> None:
         """Take nothing new; end what runs (drain: when it is done) and the thread. The model stays open."""
         self._finish(drain)
-        self._reader.shutdown(wait=False, cancel_futures=True)
+        self._reader.shutdown(wait=False)  # grammars that wait are refused, not cancelled: their tasks go on
         await asyncio.to_thread(self._thread.join)
 
     def _finish(self, drain: bool) -> None:
@@ -181,13 +190,13 @@ class AsyncEngine:
     def _order(self, order: Callable[[], None]) -> None:
         with self._wake:
             if self._thread_ended:
-                raise EngineClosed("the engine was closed", hint="start it again")
+                raise _closed()
             self._orders.append(order)
             self._wake.notify()
 
     def _add(self, request: Request, listener: _Listener) -> None:
         if self._state == "closed":
-            listener.put([EngineClosed("the engine was closed", hint="start it again")])
+            listener.put([_closed()])
             return
         try:
             self._engine.add(request)
@@ -202,7 +211,7 @@ class AsyncEngine:
             self._tell(self._engine.news())  # its end must not reach the next one of that id
 
     def _run(self) -> None:
-        failure = EngineClosed("the engine was closed", hint="start it again")
+        failure = _closed()
         try:
             while self._next():
                 outputs = self._engine.step()

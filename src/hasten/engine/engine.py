@@ -9,26 +9,22 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hasten.core import ServingOptions
-from hasten.engine.admission import Admission
-from hasten.engine.answer import Answer, Clock
-from hasten.engine.batch import Work
-from hasten.engine.forecast import Forecast
+from hasten.engine.answer import Answer
 from hasten.engine.keep import PrefixKeeper
-from hasten.engine.planner import Planner
-from hasten.engine.request import FinishReason, Output, Request
-from hasten.engine.scheduler import Scheduler
+from hasten.engine.request import EngineStats, FinishReason, Output, Request
+from hasten.engine.scheduler import Admission, Forecast, Planner, Scheduler, Work
 from hasten.engine.speculate import Speculator
-from hasten.engine.stats import Counters, EngineStats
 from hasten.errors import HastenError
 from hasten.runtime.executor import PartResult
 from hasten.runtime.sampling import Choice, Masks
 
 if TYPE_CHECKING:
-    from hasten.engine.grammar import GrammarCompiler
-    from hasten.engine.model import LanguageModel
+    from hasten.engine.grammar_compiler import GrammarCompiler
+    from hasten.engine.loaded import LoadedModel
 
 log = logging.getLogger(__name__)
 
@@ -49,15 +45,15 @@ class Engine:
         UsageError: another engine's prefix cache is open on this model.
     """
 
-    def __init__(self, model: LanguageModel, options: ServingOptions | None = None) -> None:
+    def __init__(self, model: LoadedModel, options: ServingOptions | None = None) -> None:
         self.model = model
         self.options = options or ServingOptions()
-        self.counters = Counters()
-        self.forecast = Forecast()
+        self.counters = EngineStats()
+        self.forecast = forecast = Forecast()
         self._executor = model.executor
         self._scheduler = Scheduler(model.options.max_sequences)
         self._speculator = Speculator() if self.options.speculate else None
-        self._keeper = PrefixKeeper(model, self.options, self.counters, self.forecast)
+        self._keeper = PrefixKeeper(model, self.options, self.counters, lambda: forecast.prefill_s)
         self._admission = Admission(model, self.options, self._scheduler, self.forecast)
         self._planner = Planner(
             self._executor, self._scheduler, self._keeper, self._speculator, self.counters, self._alone
@@ -109,14 +105,14 @@ class Engine:
         tokenizer, vocab = self.model.tokenizer, self.model.config.vocab_size
         now = time.perf_counter()
         return [
-            Answer(request, index, Clock(now), tokenizer, vocab, start() if start else None)
+            Answer(request, index, now, tokenizer, vocab, start() if start else None)
             for index in range(request.n)
         ]
 
     def compiler(self) -> GrammarCompiler:
         """What reads grammars for this model; built when the first one comes."""
         if self._grammars is None:
-            from hasten.engine.grammar import GrammarCompiler
+            from hasten.engine.grammar_compiler import GrammarCompiler
 
             self._grammars = GrammarCompiler(self.model.tokenizer, self.model.config.vocab_size)
         return self._grammars
@@ -224,17 +220,18 @@ class Engine:
         """Share what was computed; give its answer, and siblings that waited for the prompt, their tokens."""
         answer, outputs = work.answer, []
         if work.is_prompt:
-            if answer.every_row:
-                answer.read_prompt(answer.cached.length - work.count, work.count, result)
+            if answer.results.every_row:
+                answer.results.read(answer.cached.length - work.count, work.count, result)
             self._keeper.publish(answer)
             self.counters.prompt_tokens += work.count
             self._scheduler.share.serve(answer.request.client, work.count, 0)
         if not work.completes:
             return []
-        answer.share_prompt()
+        for sibling in answer.siblings:
+            answer.results.share(sibling.results)
         answer.is_first_pass = False
         if answer.request.max_new_tokens == 0:
-            return self._end_all(answer, now, "length", embedding=answer.embedding(result))
+            return self._end_all(answer, now, "length", embedding=answer.results.embedding(result))
         drawn = work.drawn()
         self._fork(answer)
         for one, choice in zip(drawn, result.choices, strict=True):
@@ -247,7 +244,7 @@ class Engine:
     def _fork(self, leader: Answer) -> None:
         """Siblings go on from a computed prompt at once where there is room; the others wait for a place."""
         for sibling in leader.siblings:
-            sibling.clock.started = leader.clock.started
+            sibling.tally.started = leader.tally.started
             has_slot = len(self._scheduler.running) < self._scheduler.slots
             if has_slot and self._keeper.fork(leader, sibling):
                 sibling.is_first_pass = False
@@ -263,8 +260,8 @@ class Engine:
         if choice.error and finish is None:
             refused = answer.grammar.failure if answer.grammar is not None else None
             finish, error = "error", refused.message if refused is not None else choice.error
-        if tokens and answer.clock.first is None:
-            answer.clock.first = now
+        if tokens and answer.tally.first is None:
+            answer.tally.first = now
         # The newest token is not computed yet. Without a new token all known ones are, and stay: a shared
         # page must not be cut, its owner would keep it under a second key.
         self._executor.pool.truncate(answer.cached, len(answer.tokens) - bool(tokens))
@@ -282,8 +279,8 @@ class Engine:
 
     def _count(self, answer: Answer, drafted: int, made: int) -> None:
         counters = self.counters
-        answer.drafted += drafted
-        answer.accepted += max(0, made - 1)
+        answer.tally.drafted += drafted
+        answer.tally.accepted += max(0, made - 1)
         counters.drafted_tokens += drafted
         counters.accepted_tokens += max(0, made - 1)
         counters.output_tokens += made
@@ -449,13 +446,13 @@ class Engine:
     def stats(self) -> EngineStats:
         """What the engine holds now and has done since it started."""
         scheduler, pool = self._scheduler, self._executor.pool
-        return EngineStats(
+        return replace(
+            self.counters,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             kv_pages=pool.pages,
             kv_pages_used=pool.pages - pool.free,
             kv_pages_cached=self._keeper.cached_pages,
-            **vars(self.counters),
         )
 
     def close(self) -> None:

@@ -1,38 +1,44 @@
-"""What an answer must match: JSON schemas, regular expressions, grammars and choices, on llguidance.
+"""What an answer must match, as the text that llguidance compiles: `Grammar`, and `tool_grammar`.
 
-llguidance (https://github.com/guidance-ai/llguidance, MIT) walks the vocabulary's trie with a lexer of
-regular expression derivatives and an Earley parser; a mask of 150,000 tokens takes it 0.02 to 0.2 ms. It
-releases the interpreter lock while it compiles and while it makes masks.
+Sources are checked here: their size, their nesting, and keywords that llguidance would pass over.
 """
 
 from __future__ import annotations
 
+import json
 import re
-import threading
-import time
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-
-from hasten.errors import HastenError, MachineError, UsageError
-
-if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
-
-    from hasten.models.tokenizer import Tokenizer
+from hasten.errors import UsageError
+from hasten.models.tool_calls import ToolStyle
 
 GrammarKind = Literal["json_schema", "json_object", "regex", "lark", "choice", "structural"]
-MaskRows = npt.NDArray[np.uint32]
+ToolChoice = Literal["none", "auto", "required"] | Mapping[str, Any]
 
-_KEPT = 64  # compiled grammars a model keeps
-_PROBE = 4  # tokens taken on trial: an expression that explodes does so within the first
-_SLOW_S = 0.020  # processor time of one mask; a hundred times the usual
-_TOO_MUCH = ("too big", "too many", "too complex", "toocomplex", "fuel", "current row", "too large")
-_SIMPLER = "make it simpler: fewer alternatives, shorter repetitions"
+MAX_BYTES = 256 << 10
+MAX_NESTING = 100  # levels of JSON; llguidance reads 128 with its own around them
+# A small model left to itself can write spaces for ever; this much indents 30 levels.
+WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
+ANY_OBJECT = {"type": "object"}
+
+_SCHEMAS = {"items", "additionalProperties", "additionalItems", "propertyNames", "contains", "not"}
+_SCHEMAS |= {"if", "then", "else", "unevaluatedItems", "unevaluatedProperties", "contentSchema"}
+_SCHEMA_LISTS = {"allOf", "anyOf", "oneOf", "prefixItems", "items"}
+_SCHEMA_MAPS = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
+_RULES = {"type", "enum", "const", "multipleOf", "maximum", "minimum", "exclusiveMaximum"}
+_RULES |= {"exclusiveMinimum", "maxLength", "minLength", "pattern", "maxItems", "minItems", "uniqueItems"}
+_RULES |= {"maxContains", "minContains", "maxProperties", "minProperties", "required", "dependentRequired"}
+_RULES |= {"format", "$ref", "$dynamicRef", "$recursiveRef", "dependencies"}
+_NOTES = {"$schema", "$id", "$anchor", "$dynamicAnchor", "$vocabulary", "$comment", "id", "title"}
+_NOTES |= {"description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly"}
+_NOTES |= {"contentEncoding", "contentMediaType", "discriminator", "externalDocs", "xml"}
+_KNOWN = _SCHEMAS | _SCHEMA_LISTS | _SCHEMA_MAPS | _RULES | _NOTES
+
+MAX_TOOLS = 128
+_NAME = re.compile(r"[\w.:/-]{1,128}", re.ASCII)
+_NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 @dataclass(frozen=True)
@@ -48,263 +54,250 @@ class Grammar:
     source: str = ""
 
 
-class GrammarCompiler:
-    """Grammars for one model's vocabulary. For several threads at once.
+def source_of(grammar: Grammar) -> str:
+    """The text that llguidance compiles.
+
+    Raises:
+        UsageError: the source is too long, too deep, no Unicode or JSON, or a schema has an unknown keyword.
+    """
+    from llguidance import LLMatcher, regex_to_lark
+
+    _check_text(grammar.source)
+    match grammar.kind:
+        case "json_schema":
+            schema = _parsed(grammar.source)
+            _check_schema(schema)
+            return LLMatcher.grammar_from_json_schema(json.dumps(_with_options(schema)))
+        case "json_object":
+            return LLMatcher.grammar_from_json_schema(json.dumps(_with_options(ANY_OBJECT)))
+        case "choice":
+            return LLMatcher.grammar_from_lark(_choice(grammar.source))
+        case "regex":
+            # \d means 0 to 9, as in JSON schemas, not the digits of all scripts
+            return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(grammar.source, 'd')}/")
+        case "lark" | "structural":
+            return LLMatcher.grammar_from_lark(grammar.source)
+    raise UsageError(
+        f"unknown kind of grammar {grammar.kind!r}", hint="use json_schema, regex, lark or choice"
+    )
+
+
+def _check_text(source: str) -> None:
+    try:
+        size = len(source.encode())
+    except UnicodeEncodeError as error:
+        raise UsageError(f"the grammar is no Unicode: {error.reason} at character {error.start}") from None
+    if size > MAX_BYTES:
+        raise UsageError(
+            f"the grammar has {size} bytes, the limit is {MAX_BYTES}",
+            hint="send a shorter one: leave out descriptions and examples",
+        )
+
+
+def _parsed(source: str) -> Any:
+    try:
+        return json.loads(source)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(
+            f"the schema is no JSON: {error}", hint='send a JSON schema such as {"type": "object"}'
+        ) from None
+
+
+def _check_schema(schema: Any) -> None:
+    """Walk a JSON schema's nested schemas.
+
+    llguidance refuses what it knows and lacks (`not`, `uniqueItems`); what it does not know it would pass
+    over, as the standard wants of annotations. A misspelt `requierd` is none: both are refused by name.
+    """
+    _check_depth(schema)
+    waiting = [(schema, 1)]
+    while waiting:
+        here, depth = waiting.pop()
+        if depth > MAX_NESTING // 2:
+            raise UsageError(
+                f"the JSON schema nests deeper than {MAX_NESTING // 2} schemas",
+                hint="name parts with $defs and $ref",
+            )
+        if not isinstance(here, Mapping):
+            continue  # true, false, or what llguidance names as wrong
+        for key, value in here.items():
+            if key not in _KNOWN and not key.startswith("x-"):
+                raise UsageError(
+                    f"the JSON schema has the keyword {key[:80]!r}, which is not supported",
+                    hint="leave it out, or begin it with x- if it is a remark",
+                )
+            waiting.extend((inner, depth + 1) for inner in _nested(key, value))
+
+
+def _check_depth(value: Any) -> None:
+    """Of any JSON, constants and examples too: what reads and writes it calls itself level by level."""
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > MAX_NESTING:
+            raise UsageError(
+                f"the JSON schema nests deeper than {MAX_NESTING} levels",
+                hint="name parts with $defs and $ref",
+            )
+        lists = [one.values() if isinstance(one, Mapping) else one for one in level if _holds(one)]
+        level = [inner for held in lists for inner in held if _holds(inner)]
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(value, Mapping | list | tuple)
+
+
+def _nested(key: str, value: Any) -> Iterable[Any]:
+    if key in _SCHEMA_LISTS and isinstance(value, list):
+        return value
+    if key in _SCHEMA_MAPS and isinstance(value, Mapping):
+        return value.values()
+    return (value,) if key in _SCHEMAS else ()
+
+
+def _with_options(schema: Any) -> Any:
+    """A schema with the options that llguidance reads from the schema itself."""
+    if not isinstance(schema, Mapping):
+        return schema
+    return {**schema, "x-guidance": {"whitespace_pattern": WHITESPACE}}
+
+
+def _choice(source: str) -> str:
+    choices = _parsed(source)
+    if not isinstance(choices, list) or not choices or not all(isinstance(c, str) for c in choices):
+        raise UsageError("a choice must be a JSON list of texts", hint='for example ["yes", "no"]')
+    texts = [text for text in dict.fromkeys(choices) if text]
+    alternatives = " | ".join(_quoted(text) for text in texts)
+    if not texts:
+        return 'start: ""\n'
+    return f"start: CHOICE{'?' * ('' in choices)}\nCHOICE: {alternatives}\n"
+
+
+def _quoted(text: str) -> str:
+    """A text as a literal of a Lark grammar."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def tool_grammar(
+    tools: Sequence[Mapping[str, Any]],
+    tool_choice: ToolChoice = "auto",
+    parallel: bool = True,
+    style: ToolStyle | None = None,
+) -> Grammar | None:
+    """What an answer must match so that it calls tools as it was told to.
 
     Args:
-        tokenizer: whose tokens the masks speak of; read at the first grammar (0.6 s for 150,000 tokens).
-        vocab_size: V, rows of the model's head; ids that the tokenizer lacks are never allowed.
+        tools: as OpenAI's API: `{"type": "function", "function": {"name", "description", "parameters"}}`.
+        tool_choice: "none" and "auto" force nothing; "required" forces a call of any function, and
+            `{"type": "function", "function": {"name": ...}}` one of that function.
+        parallel: whether several calls may come; Llama's models make one at most.
+        style: the model's way, `tokenizer.tool_style(architecture)`.
+
+    Returns:
+        None where nothing is forced.
+
+    Raises:
+        UsageError: the tools or the choice are not what they must be; a schema has what is not supported.
     """
-
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
-        self._vocabulary: LLTokenizer | None = None
-        self._kept: OrderedDict[Grammar, CompiledGrammar | UsageError] = OrderedDict()
-        self._lock = threading.Lock()
-        self._building = threading.Lock()  # the vocabulary, which takes longer than a look at what is kept
-
-    def compile(self, grammar: Grammar) -> CompiledGrammar:
-        """A grammar ready to start answers with; the last 64 are kept, refused ones too.
-
-        It is compiled on trial first, in another process: see `grammar_trial`. The work of masks is bounded
-        by llguidance's own counters; a grammar whose masks each take longer than 20 ms of processor time all
-        the same would hold up every answer of a step, and is refused too.
-
-        Raises:
-            UsageError: the grammar is not valid, uses what is not supported, matches nothing or is too big.
-            MachineError: llguidance is not installed, or there is no room for the trial.
-        """
-        kept: CompiledGrammar | UsageError
-        with self._lock:
-            found = self._kept.get(grammar)
-            if found is not None:
-                self._kept.move_to_end(grammar)
-        if found is not None:
-            kept = found
-        else:
-            try:
-                kept = self._compile(grammar)
-            except UsageError as refused:
-                kept = refused
-            with self._lock:
-                self._kept[grammar] = kept
-                while len(self._kept) > _KEPT:
-                    self._kept.popitem(last=False)
-        if isinstance(kept, UsageError):
-            raise UsageError(kept.message, hint=kept.hint)
-        return kept
-
-    def knows(self, grammar: Grammar) -> bool:
-        """Whether `compile` has its answer ready."""
-        with self._lock:
-            return grammar in self._kept
-
-    def _compile(self, grammar: Grammar) -> CompiledGrammar:
-        try:
-            from llguidance import LLMatcher
-        except ImportError as error:
-            raise MachineError(
-                f"structured output needs the package llguidance: {error}",
-                hint='pip install "hasten[serve]"',
-            ) from error
-        from hasten.engine.grammar_source import LIMITS, limits, source_of
-        from hasten.engine.grammar_trial import shared_trial, with_large_stack
-
-        source, vocabulary = source_of(grammar), self._get_vocabulary()
-        reason = shared_trial(LIMITS).reason_against(source)
-        if reason:
-            raise _refusal(grammar, reason)
-
-        def compiled() -> CompiledGrammar:
-            matcher = LLMatcher(vocabulary, source, log_level=0, limits=limits())
-            if matcher.is_error():
-                raise _refusal(grammar, matcher.get_error())
-            made = CompiledGrammar(grammar, matcher, self._vocab_size, self._tokenizer.eos_ids)
-            made.probe()
-            return made
-
-        try:
-            return with_large_stack(compiled)
-        except (HastenError, KeyboardInterrupt):
-            raise
-        except BaseException as panic:  # noqa: BLE001  a panic of the library, which is no Exception
-            raise _refusal(grammar, f"the grammar library fails on it: {panic}") from None
-
-    def _get_vocabulary(self) -> LLTokenizer:
-        with self._building:
-            if self._vocabulary is None:
-                from hasten.engine.grammar_vocabulary import vocabulary_of
-
-                self._vocabulary = vocabulary_of(self._tokenizer, self._vocab_size)
-            return self._vocabulary
+    functions = checked_tools(tools)
+    chosen = _chosen(functions, tool_choice)
+    if not chosen:
+        return None
+    return Grammar("structural", _grammar(chosen, parallel, style or ToolStyle()))
 
 
-class CompiledGrammar:
-    """One grammar over one vocabulary; made by `GrammarCompiler.compile`."""
+def checked_tools(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The functions' argument schemas by name.
 
-    def __init__(
-        self, grammar: Grammar, matcher: LLMatcher, vocab_size: int, eos_ids: tuple[int, ...]
-    ) -> None:
-        self.grammar = grammar
-        self.vocab_size = vocab_size
-        self.eos_ids = frozenset(index for index in eos_ids if index < vocab_size)
-        self._matcher = matcher
-        self.end_row: MaskRows = np.zeros((vocab_size + 31) // 32, np.uint32)
-        for token in self.eos_ids:
-            self.end_row[token >> 5] |= np.uint32(1 << (token & 31))
-
-    def start(self) -> GrammarState:
-        """The state before the first token of an answer; microseconds, the compiled parts are shared."""
-        return GrammarState(self)
-
-    def new_matcher(self) -> LLMatcher:
-        """llguidance's matcher before the first token."""
-        return self._matcher.deep_copy()
-
-    def probe(self) -> None:
-        """Take a few tokens on trial.
-
-        Raises:
-            UsageError: nothing matches, or the first steps are already too much work.
-        """
-        state = self.start()
-        times = []
-        for _ in range(_PROBE):
-            started = time.thread_time()
-            row = state.masks(())[0]
-            times.append(time.thread_time() - started)
-            if state.failure:
-                raise state.failure
-            if state.finished:
-                return
-            allowed = np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little"))
-            state.accept([int(allowed[-1])])
-        if state.failure:
-            raise state.failure
-        if min(times) > _SLOW_S:
-            raise _refusal(self.grammar, f"too many choices, each token takes {1000 * min(times):.0f} ms")
+    Raises:
+        UsageError: a tool is not a described function, has no proper name, or the name of another.
+    """
+    if not isinstance(tools, Sequence) or isinstance(tools, (str, bytes)) or len(tools) > MAX_TOOLS:
+        raise UsageError(f"tools must be a list of at most {MAX_TOOLS} functions", hint=_EXAMPLE)
+    functions: dict[str, Any] = {}
+    for tool in tools:
+        function = tool.get("function") if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or tool.get("type") != "function":
+            kind = tool.get("type") if isinstance(tool, Mapping) else type(tool).__name__
+            raise UsageError(f"a tool of type {str(kind)[:40]!r} is not supported", hint=_EXAMPLE)
+        name, schema = function.get("name"), function.get("parameters")
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise UsageError(
+                f"a function has the name {str(name)[:80]!r}",
+                hint="use 1 to 128 letters, digits and any of _ . : / -",
+            )
+        if name in functions:
+            raise UsageError(f"two functions are named {name!r}", hint="give each function its own name")
+        if schema is not None and not isinstance(schema, Mapping):
+            raise UsageError(f"the parameters of {name!r} are no JSON schema", hint=_EXAMPLE)
+        functions[name] = _of_object(name, schema) if schema else _NO_ARGUMENTS
+    return functions
 
 
-class GrammarState:
-    """How far one answer has come in its grammar. One thread at a time."""
-
-    def __init__(self, compiled: CompiledGrammar) -> None:
-        self._compiled = compiled
-        self._matcher = compiled.new_matcher()
-        self._accepted: list[int] = []
-        self._ended = False
-        self.failure: UsageError | None = None  # why the answer cannot go on
-
-    @property
-    def finished(self) -> bool:
-        """Whether only an end token is left, or has come; an empty match shows with its first mask."""
-        return self._ended or (self._matcher.is_stopped() and not self._matcher.is_error())
-
-    def masks(self, drafts: Sequence[int]) -> MaskRows:
-        """Which tokens may come now, and after each draft.
-
-        Args:
-            drafts: tokens that may come next, in order. The first that the grammar forbids, or that ends the
-                answer, cuts the rest.
-
-        Returns:
-            uint32 [1 + k, ceil(V / 32)], k <= len(drafts); bit i of word w is token 32 w + i. End tokens are
-            allowed exactly where the grammar is matched, and nothing else is where it can only end. Where the
-            answer cannot go on there is one empty row, and `failure` says why: the grammar needs more work
-            than its limits allow, no token spells what it asks, or a token came that it forbids.
-        """
-        rows: MaskRows = np.zeros((1 + len(drafts), (self._compiled.vocab_size + 31) // 32), np.uint32)
-        reason = "" if self.failure else self._fill(rows[0])
-        if reason:
-            self.failure = _refusal(self._compiled.grammar, reason)
-        if self.failure:
-            rows[0] = 0
-            return rows[:1]
-        if np.array_equal(rows[0], self._compiled.end_row):
-            self._ended = True
-        used = 0
-        while used < len(drafts) and self._take(rows[used], drafts[used], rows[used + 1]):
-            used += 1
-        if self._matcher.is_error():
-            self._restore()
-        elif used:
-            self._matcher.rollback(used)
-        return rows[: used + 1]
-
-    def accept(self, tokens: Sequence[int]) -> None:
-        """Go on by tokens that came, an end token among them perhaps.
-
-        A token that no mask allowed is kept as `failure`.
-        """
-        for token in tokens:
-            if token in self._compiled.eos_ids:
-                self._ended = True
-            if self._ended or self.failure:
-                return
-            if not self._matcher.try_consume_tokens([int(token)]):
-                reason = self._matcher.get_error() or f"token {token} is not allowed here"
-                self.failure = _refusal(self._compiled.grammar, reason)
-                return
-            self._accepted.append(int(token))
-
-    def forced(self) -> list[int]:
-        """Tokens that the grammar leaves no choice about from here on, in order: drafts that cost nothing."""
-        if self.finished or self.failure or self._matcher.is_error():
-            return []
-        return self._matcher.compute_ff_tokens()
-
-    def _fill(self, row: MaskRows) -> str:
-        """Write one mask; the reason where there is none."""
-        if self.finished:
-            row[:] = self._compiled.end_row
-            return ""
-        self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
-        if self._matcher.is_error():
-            return self._matcher.get_error()
-        return "" if row.any() else "NoExtension"
-
-    def _take(self, row: MaskRows, token: int, after: MaskRows) -> bool:
-        """Consume a draft that `row` allows and write the mask after it; False cuts the drafts here."""
-        if not 0 <= token < self._compiled.vocab_size or token in self._compiled.eos_ids or self._ended:
-            return False
-        if not int(row[token >> 5]) >> (token & 31) & 1:
-            return False
-        if not self._matcher.try_consume_tokens([int(token)]):
-            return False
-        if self._fill(after):
-            if not self._matcher.is_error():
-                self._matcher.rollback(1)
-            return False
-        return True
-
-    def _restore(self) -> None:
-        """A draft used its work up; the state before it is built again from the accepted tokens."""
-        self._matcher = self._compiled.new_matcher()
-        self._matcher.consume_tokens(self._accepted)
+def _of_object(name: str, schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Arguments are an object, whether or not the schema says so."""
+    if schema.get("type", "object") != "object":
+        raise UsageError(f"the parameters of {name!r} are no object", hint=_EXAMPLE)
+    return schema if "$ref" in schema else {"type": "object", **schema}
 
 
-def _refusal(grammar: Grammar, reason: str) -> UsageError:
-    """llguidance's words as an error of ours: what is wrong and what to do."""
-    what = {
-        "json_schema": "the JSON schema",
-        "json_object": "the JSON object",
-        "regex": "the regular expression",
-        "lark": "the grammar",
-        "choice": "the choice",
-        "structural": "the tools' grammar",
-    }[grammar.kind]
-    first = " ".join(re.split("<state>|<backtrace>", reason)[0].replace("<non-verbose/>", "").split())
-    if len(first) > 300:
-        first = first[:200] + " ... " + first[-80:]
-    if "NoExtension" in first:
-        return UsageError(
-            f"{what} cannot be matched: nothing, or no token of this model, may come next",
-            hint="look for contradictions and for references that only lead back to themselves",
+_EXAMPLE = 'send tools like {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}'
+
+
+def _chosen(functions: dict[str, Any], choice: ToolChoice) -> dict[str, Any]:
+    if choice in ("none", "auto"):
+        return {}
+    if choice == "required":
+        if functions:
+            return functions
+        raise UsageError(
+            'tool_choice is "required", but there are no tools', hint='send tools, or use "auto"'
         )
-    if any(sign in first.lower() for sign in _TOO_MUCH):
-        return UsageError(f"{what} needs too much work: {first}", hint=_SIMPLER)
-    return UsageError(
-        f"{what} cannot be used: {first}",
-        hint="leave out what is named, or see https://github.com/guidance-ai/llguidance/tree/main/docs",
-    )
+    function = choice.get("function") if isinstance(choice, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str) or not isinstance(choice, Mapping) or choice.get("type") != "function":
+        raise UsageError(
+            f"tool_choice is {str(choice)[:80]!r}",
+            hint='use "none", "auto", "required" or {"type": "function", "function": {"name": "f"}}',
+        )
+    if name not in functions:
+        known = ", ".join(functions) or "none"
+        raise UsageError(
+            f"tool_choice names {name[:80]!r}, which is none of the tools", hint=f"known are: {known[:200]}"
+        )
+    return {name: functions[name]}
+
+
+def _grammar(functions: dict[str, Any], parallel: bool, style: ToolStyle) -> str:
+    opening, closing = _mark(style.opening, style), _mark(style.closing or "", style)
+    shape, several = {
+        "hermes": (f'{opening} "\\n" call "\\n" {closing}', f'("\\n" {opening} "\\n" call "\\n" {closing})*'),
+        "hermes_list": (f'{opening} "[" call', f'(", " call)* "]" {closing}'),
+        "phi": (f'{opening} "[" call', f'(", " call)* "]" {closing}'),
+        "llama": ("call", ""),
+        "mistral": (f"{opening} {_quoted(' [' if style.spaced else '[')} call", '(", " call)* "]"'),
+        "mistral_args": (f"{opening} call", f"({opening} call)*"),
+    }[style.name]
+    if not parallel:
+        several = re.sub(r"\(.*\)\*", "", several)
+    rules = [f"start: {shape} {several}".rstrip()]
+    rules.append("call: " + " | ".join(f"call_{index}" for index in range(len(functions))))
+    for index, (name, schema) in enumerate(functions.items()):
+        try:
+            _check_schema(schema)
+        except UsageError as error:
+            raise UsageError(f"the function {name!r}: {error.message}", hint=error.hint) from None
+        arguments = f"%json {json.dumps(_with_options(schema))}"
+        if style.name == "mistral_args":
+            rules.append(f"call_{index}: {_quoted(name)} {_mark('[ARGS]', style)} {arguments}")
+        else:
+            before = f'{{"name": {json.dumps(name)}, "{style.arguments_key}": '
+            rules.append(f'call_{index}: {_quoted(before)} {arguments} "}}"')
+    return "\n".join(rules) + "\n"
+
+
+def _mark(mark: str, style: ToolStyle) -> str:
+    """A mark in Lark: special tokens by id, others by spelling."""
+    if mark in style.special:
+        return f"<[{style.special[mark]}]>"
+    return _quoted(mark) if mark else ""

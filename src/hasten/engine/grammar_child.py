@@ -1,4 +1,4 @@
-"""The program of the process that compiles grammars on trial; `hasten.engine.grammar_trial` starts it.
+"""The program of the process that compiles grammars on trial; `hasten.engine.grammar_compiler` starts it.
 
 It may die of a grammar: that is what it is for. Each grammar gets a smaller stack, less memory and less
 processor time than the server has for the same work, so a grammar that is read here is read there too. It

@@ -5,30 +5,26 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
-from hasten.cache.kv_disk import KvAhead
+from hasten.cache.folders import remember_folder
+from hasten.cache.kv_disk import KvAhead, KvDisk
 from hasten.cache.policy import new_policy
 from hasten.core import ServingOptions
 from hasten.engine.answer import Answer
-from hasten.engine.forecast import Forecast
-from hasten.engine.prefix import Chain, Match, PrefixCache, root_key
-from hasten.engine.stats import Counters
+from hasten.engine.loaded import LoadedModel, fingerprint
+from hasten.engine.prefix import SETTLE_PAGES, Chain, Match, PrefixCache, root_key
+from hasten.engine.request import EngineStats
 from hasten.errors import UsageError
 from hasten.runtime.executor import Part
 from hasten.runtime.pages import CachedSequence
-from hasten.speed.cost import prompt_flops
-
-if TYPE_CHECKING:
-    from hasten.cache.kv_disk import KvDisk
-    from hasten.engine.model import LanguageModel
+from hasten.speed import prompt_flops
 
 log = logging.getLogger(__name__)
 
 _LEAST_WAIT_S = 0.05  # for pages from disk, however fast they are computed
 _MOST_WAIT_S = 10.0
 _UNKNOWN_S = 0.01  # to compute a token, before the first was
-_SETTLE_PAGES = 2  # computed at a time while nothing else is to do: who comes then waits at most for these
 _COST_FLOPS = 1e12  # a second's; only the proportions between pages matter
 
 
@@ -41,13 +37,17 @@ class PrefixKeeper:
     """
 
     def __init__(
-        self, model: LanguageModel, options: ServingOptions, counters: Counters, forecast: Forecast
+        self,
+        model: LoadedModel,
+        options: ServingOptions,
+        counters: EngineStats,
+        token_s: Callable[[], float | None],  # to compute a prompt token; None: not measured yet
     ) -> None:
         self._executor = model.executor
         self._pool = model.executor.pool
         self._counters = counters
         self._weights_version = self._executor.weights_version
-        self._forecast = forecast
+        self._token_s = token_s
         self._disk = _disk(model, options)
         self._ahead = KvAhead(self._disk) if self._disk is not None else None
         self._prefix: PrefixCache | None = None
@@ -106,7 +106,7 @@ class PrefixKeeper:
         They are waited for as long as computing them would take, as far as that is known. Whether they come
         in time changes nothing but when the answer comes.
         """
-        if self._ahead is None or not answer.request.prefix_cache or answer.every_row:
+        if self._ahead is None or not answer.request.prefix_cache or answer.results.every_row:
             return
         try:
             self._ask_disk(answer, self._ahead)
@@ -116,14 +116,13 @@ class PrefixKeeper:
     def _ask_disk(self, answer: Answer, ahead: KvAhead) -> None:
         assert self._prefix is not None, "pages are kept on disk only beside a prefix cache"
         self._cover(answer, self._executor.kv_class(len(answer.tokens), True))
-        assert answer.chain is not None
         size = self._pool.page_tokens
         full = answer.chain.keys[: (min(len(answer.tokens), self._shareable(answer)) - 1) // size]
         keys = [key for key in full if key not in self._prefix and not ahead.has(key)]
         if answer.reading is not None:
             ahead.ask_more(answer.reading, keys)
             return
-        page_s = size * (self._forecast.prefill_s or _UNKNOWN_S)
+        page_s = size * (self._token_s() or _UNKNOWN_S)
         worth = min(max(_LEAST_WAIT_S, len(keys) * page_s), _MOST_WAIT_S)
         if keys and ahead.seconds(len(keys)) <= worth:
             answer.reading = ahead.ask(keys, time.monotonic() + worth)
@@ -173,7 +172,7 @@ class PrefixKeeper:
         answer.published = found.tokens // size
         self._pool.grow(answer.cached, known)
         if self._is_first(answer):
-            answer.hit_tokens = found.tokens
+            answer.tally.hit_tokens = found.tokens
             self._counters.prefix_hit_tokens += found.tokens
             self._counters.disk_hit_tokens += found.disk_tokens
             self._counters.prefix_query_tokens += known
@@ -181,12 +180,12 @@ class PrefixKeeper:
 
     def _is_first(self, answer: Answer) -> bool:
         """Whether its prompt is computed for the first time: hits are counted then, and only then."""
-        return answer.preemptions == 0 and answer.is_first_pass
+        return answer.tally.preemptions == 0 and answer.is_first_pass
 
     def next_keys(self, answer: Answer, tokens: int) -> list[bytes]:
         """The keys of the pages that a prompt's next `tokens` tokens fill."""
         size, start = self._pool.page_tokens, answer.cached.length
-        if self._prefix is None or answer.chain is None or not answer.in_prompt:
+        if self._prefix is None or not answer.in_prompt:
             return []
         return answer.chain.keys[start // size : max((start + tokens) // size, start // size + 1)]
 
@@ -206,21 +205,20 @@ class PrefixKeeper:
         self._pool.grow(answer.cached, known)
         answer.published = found.tokens // self._pool.page_tokens
         if self._is_first(answer):
-            answer.hit_tokens += gained
+            answer.tally.hit_tokens += gained
             self._counters.prefix_hit_tokens += gained
             self._counters.disk_hit_tokens += found.disk_tokens
 
     def _match(self, answer: Answer) -> Match:
         self._cover(answer, self._executor.kv_class(len(answer.tokens), True))
-        assert answer.chain is not None
-        if self._prefix is None or not answer.request.prefix_cache or answer.every_row:
+        if self._prefix is None or not answer.request.prefix_cache or answer.results.every_row:
             return Match()
         return self._prefix.match(answer.tokens[: self._shareable(answer)], answer.chain)
 
     def _cover(self, answer: Answer, kv_class: str) -> None:
         """Bring an answer's keys up to what of it can be shared; `kv_class`: of its pages."""
         root = root_key(answer.request.salt, kv_class)
-        if answer.chain is None or answer.chain.root != root:
+        if answer.chain.root != root:
             answer.chain, answer.published = Chain(root, self._pool.page_tokens), 0
         answer.chain.cover(answer.tokens, self._shareable(answer))
 
@@ -245,7 +243,6 @@ class PrefixKeeper:
             return
         # Its last token may be past LongRoPE's threshold already, and is not computed: these pages are not.
         self._cover(answer, answer.cached.kv_class or "")
-        assert answer.chain is not None
         self._prefix.publish(answer.tokens, answer.chain, answer.cached.pages, answer.published, end)
         answer.published = end
 
@@ -261,9 +258,8 @@ class PrefixKeeper:
         if rest:
             sibling.cached.pages.append(self._pool.take())
             self._executor.copy_page(leader.cached.pages[full], sibling.cached.pages[full])
-        assert leader.chain is not None
         sibling.chain, sibling.published = leader.chain.copy(), leader.published
-        sibling.hit_tokens = leader.hit_tokens
+        sibling.tally.hit_tokens = leader.tally.hit_tokens
         return True
 
     def release(self, answer: Answer) -> None:
@@ -291,7 +287,7 @@ class PrefixKeeper:
     def _keep_tail(self, tokens: list[int], answer: Answer) -> None:
         """Share the last page of an answer that ended, which is not full."""
         at, rest = divmod(len(tokens), self._pool.page_tokens)
-        if self._prefix is not None and answer.chain is not None and rest and at >= answer.published:
+        if self._prefix is not None and rest and at >= answer.published:
             self._prefix.publish_tail(tokens, answer.chain, answer.cached.pages[at])
 
     @property
@@ -310,7 +306,7 @@ class PrefixKeeper:
         chain.cover(tokens, len(tokens))
         found = self._prefix.match(tokens, chain)
         sequence = CachedSequence(found.pages, found.tokens, kv_class)
-        end = min(len(tokens), (found.tokens // size + _SETTLE_PAGES) * size)
+        end = min(len(tokens), (found.tokens // size + SETTLE_PAGES) * size)
         try:
             missing = -(-end // size) - len(sequence.pages)
             if end - found.tokens <= 1 or not self._pool.ensure(missing):
@@ -340,13 +336,9 @@ class PrefixKeeper:
         self._ahead = self._disk = None
 
 
-def _disk(model: LanguageModel, options: ServingOptions) -> KvDisk | None:
+def _disk(model: LoadedModel, options: ServingOptions) -> KvDisk | None:
     if options.kv_disk is None or not options.prefix_cache:
         return None
-    from hasten.cache.folders import remember_folder
-    from hasten.cache.kv_disk import KvDisk
-    from hasten.engine.fingerprint import fingerprint
-
     remember_folder("kv", options.kv_disk)
     limit = int(options.kv_disk_gb * 1e9)
     return KvDisk(options.kv_disk, limit, fingerprint(model), model.executor.page_bytes, options.cache_policy)

@@ -1,4 +1,4 @@
-"""A model that runs: `load` opens it, `LanguageModel` generates, scores and gives hidden states."""
+"""`load` opens a model; `LanguageModel` generates with it."""
 
 from __future__ import annotations
 
@@ -6,27 +6,19 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-import numpy.typing as npt
-
-from hasten.core import EngineOptions, ModelSpec, Recipe, ServingOptions
+from hasten.core import EngineOptions, Recipe, ServingOptions
+from hasten.engine.engine import Engine
+from hasten.engine.loaded import LoadedModel
 from hasten.engine.request import Request
 from hasten.errors import UsageError
-from hasten.machine.cores import cores
-from hasten.runtime.executor import choose_device, open_executor
-from hasten.runtime.pages import CachedSequence
+from hasten.runtime.executor import choose_device
 from hasten.runtime.sampling import SamplingOptions
-from hasten.runtime.tokens import token_ids
 
 if TYPE_CHECKING:
-    from hasten.engine.engine import Engine
     from hasten.models.source import Source
-    from hasten.models.tokenizer import Tokenizer
-    from hasten.weights.packed import PackedLinear, PackedModel
-
-Floats = npt.NDArray[np.float32]
+    from hasten.weights.packed import PackedModel
 
 
 @dataclass(frozen=True)
@@ -41,67 +33,12 @@ class Completion:
     decode_tok_per_s: float | None  # None: fewer than two tokens
 
 
-class LanguageModel:
-    """A packed model, its tokenizer and the engine that runs it. Made by `hasten.load`.
+class LanguageModel(LoadedModel):
+    """A loaded model that generates. Made by `hasten.load`.
 
     Not for several threads at once: while one computes, a second one gets a UsageError. Load one model for
     each thread, or share one through `AsyncEngine` or `hasten serve`.
     """
-
-    def __init__(
-        self,
-        packed: PackedModel,
-        tokenizer: Tokenizer,
-        name: str,
-        options: EngineOptions,
-    ) -> None:
-        self.name = name
-        self.packed = packed
-        self.tokenizer = tokenizer
-        self.options = options
-        self.executor = open_executor(packed, options)
-
-    def __getattr__(self, name: str) -> Any:  # of what is not there
-        if name in ("executor", "packed"):
-            raise UsageError("the model is closed", hint="load it again with hasten.load")
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-    @property
-    def config(self) -> ModelSpec:
-        """The model's shape and variation points."""
-        return self.packed.config
-
-    @property
-    def recipe(self) -> Recipe:
-        """What was done to the weights."""
-        return self.packed.recipe
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Mean stored bits over the linear layers, scales and head included."""
-        return self.packed.bits_per_weight
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of linear layers one decoded token reads."""
-        return self.packed.weight_bytes
-
-    @property
-    def threads(self) -> int:
-        """Threads the engine uses."""
-        return self.executor.threads
-
-    @property
-    def context(self) -> int:
-        """Longest prompt plus output, tokens."""
-        return self.executor.context
-
-    @property
-    def placement(self) -> dict[str, Any]:
-        """What was decided about this machine when the model was loaded, and why: for logs."""
-        because = cores().because if self.options.threads is None else ""
-        why = {"threads_because": because} if because else {}
-        return {"threads": self.threads, **why, "context": self.context, "kv_cache": self.executor.summary}
 
     def generate(
         self,
@@ -174,8 +111,6 @@ class LanguageModel:
         Raises:
             UsageError: another engine's prefix cache is open on this model.
         """
-        from hasten.engine.engine import Engine
-
         return Engine(self, options)
 
     def stream(
@@ -195,48 +130,6 @@ class LanguageModel:
         """
         request = Request(tuple(ids), max_new_tokens, sampling or SamplingOptions())
         return self.engine(ServingOptions(prefix_cache=False)).tokens(request)
-
-    def hidden(self, tokens: Sequence[int] | npt.NDArray[np.int32]) -> Floats:
-        """Hidden states of every token of a text read from an empty cache.
-
-        Args:
-            tokens: int32 [T].
-
-        Returns:
-            float32 [T, E], after the final norm.
-
-        Raises:
-            UsageError: more tokens than the context, or what is no id of the vocabulary.
-        """
-        sequence, ids = CachedSequence(), token_ids(tokens, self.config.vocab_size)
-        try:
-            return self.executor.hidden(sequence, ids)
-        finally:
-            self.executor.pool.truncate(sequence, 0)
-
-    def logits_of(self, hidden: Floats) -> Floats:
-        """float32 [R, E] hidden states -> float32 [R, V] logits, soft-capped where the model does."""
-        return self.executor.head(hidden)
-
-    def logits(self, tokens: Sequence[int] | npt.NDArray[np.int32]) -> Floats:
-        """float32 [T, V]: what the model predicts after each token of a text. Mind the T x V floats."""
-        return self.logits_of(self.hidden(tokens))
-
-    def replace(self, name: str, linear: PackedLinear) -> None:
-        """Run with another matrix in a linear layer's place.
-
-        An open engine computes the texts that it continues anew.
-
-        Raises:
-            UsageError: an engine with a prefix cache is open on this model, or another thread is computing.
-        """
-        self.executor.replace(name, linear)
-        self.packed.linears[name] = linear
-
-    def close(self) -> None:
-        """Give weights and cache back; a second call does nothing. Whatever else is asked is a UsageError."""
-        for part in ("executor", "packed"):
-            self.__dict__.pop(part, None)
 
 
 def load(

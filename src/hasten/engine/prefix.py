@@ -22,6 +22,10 @@ from hasten.runtime.pages import PagePool
 
 Bytes = npt.NDArray[np.uint8]
 
+SETTLE_PAGES = 2
+"""Pages of an ended answer that are computed at a time, as prompt, while nothing else is to do. A request
+that comes then waits for these at most."""
+
 
 class PageMemory(Protocol):
     """Where pages lie: the executor, or nothing at all when a trace is replayed."""

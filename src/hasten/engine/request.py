@@ -1,4 +1,4 @@
-"""What is asked of the engine, and what comes back."""
+"""What is asked of the engine, what comes back, and what it tells of itself in numbers."""
 
 from __future__ import annotations
 
@@ -97,3 +97,29 @@ class Output:
     error: str = ""  # with finish_reason "error" and "deadline"
     embedding: npt.NDArray[np.float32] | None = None  # float32 [E], not normalised
     usage: Usage | None = None  # with finish_reason
+
+
+@dataclass
+class EngineStats:
+    """What is in the engine now, and sums since it started."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_pages: int = 0
+    kv_pages_used: int = 0  # by sequences or the prefix cache
+    kv_pages_cached: int = 0  # by the prefix cache
+    prefix_query_tokens: int = 0  # prompt tokens looked up in the prefix cache
+    prefix_hit_tokens: int = 0  # and found, those on disk included
+    disk_hit_tokens: int = 0
+    prompt_tokens: int = 0  # computed
+    output_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    requests: int = 0
+    cancelled: int = 0
+    refused: int = 0
+    batch: int = 0  # sequences in the last step
+    schedule_s: float = 0.0  # spent beside computing: choosing, bookkeeping, publishing
+    step_s: float = 0.0  # all of it

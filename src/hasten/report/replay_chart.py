@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from hasten.engine.replay import ReplayResult
+from hasten.engine.trace import ReplayResult
 from hasten.report.page import text
 
 _WIDTH, _HEIGHT = 640, 400

@@ -22,7 +22,7 @@ from hasten.runtime.executor import Part, PartResult, Ticket, admit, finish
 from hasten.runtime.keys import key_scales, key_shifts
 from hasten.runtime.pages import CachedSequence, PageMemory, PagePool
 from hasten.runtime.tokens import Ids, token_ids
-from hasten.speed.cost import page_bytes
+from hasten.speed import page_bytes
 from hasten.weights.packed import PackedLinear, PackedModel
 
 Floats = npt.NDArray[np.float32]

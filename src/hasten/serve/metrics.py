@@ -17,8 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from hasten.engine.request import Output, Usage
 
 if TYPE_CHECKING:
-    from hasten.engine.request import Usage
-    from hasten.engine.stats import EngineStats
+    from hasten.engine.request import EngineStats, Usage
     from hasten.serve.call import Call
 
 

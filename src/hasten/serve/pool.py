@@ -22,7 +22,7 @@ from hasten.serve.shape import TokenTexts
 if TYPE_CHECKING:
     from hasten.engine.async_engine import AsyncEngine
     from hasten.engine.model import LanguageModel
-    from hasten.engine.stats import EngineStats
+    from hasten.engine.request import EngineStats
     from hasten.serve.log import Log
 
 
@@ -48,7 +48,7 @@ class Served:
     @cached_property
     def fingerprint(self) -> str:
         """What answers depend on besides the request; a pass over the weights where it is not known yet."""
-        from hasten.engine.fingerprint import fingerprint
+        from hasten.engine.loaded import fingerprint
 
         return fingerprint(self.model)
 

@@ -281,7 +281,7 @@ def offered(tools: Tools | None, choice: ToolChoice) -> Tools | None:
 
 def plan_of(served: Served, tools: Tools, choice: ToolChoice, parallel: bool) -> ToolPlan:
     """The plan for tools that are offered."""
-    from hasten.engine.tool_grammar import tool_grammar
+    from hasten.engine.grammar import tool_grammar
 
     model = served.model
     style = model.tokenizer.tool_style(model.config.architecture)

@@ -19,8 +19,7 @@ QUERIES = [target["expr"] for panel in PANELS for target in panel["targets"]]
 @pytest.fixture(scope="module")
 def reported() -> dict[str, set[str]]:
     """Name of every series the server reports -> its labels: a real page, after one answer of everything."""
-    from hasten.engine.request import Usage
-    from hasten.engine.stats import EngineStats
+    from hasten.engine.request import EngineStats, Usage
     from hasten.serve.metrics import Metrics
 
     class Engines:

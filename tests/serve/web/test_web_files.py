@@ -139,7 +139,7 @@ def test_colours_can_be_told_apart(front: str, back: str, least: float, theme: i
 def test_the_page_asks_for_engine_figures_that_exist() -> None:
     from dataclasses import fields
 
-    from hasten.engine.stats import EngineStats
+    from hasten.engine.request import EngineStats
 
     read = set(re.findall(r'\bs\.at\(-1\)\.(\w+)|(?:gained|rate)\(s, "(\w+)"', SCRIPTS["/web/live.js"]))
     names = {name for pair in read for name in pair if name}

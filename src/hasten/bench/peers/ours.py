@@ -10,7 +10,7 @@ from hasten.bench.figures import Sample
 from hasten.bench.load import Answer
 from hasten.bench.peers import EngineSpec
 from hasten.core import Workload
-from hasten.speed.cost import Cost
+from hasten.speed import Cost
 
 if TYPE_CHECKING:
     from hasten.engine.engine import Engine
