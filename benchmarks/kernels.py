@@ -95,7 +95,7 @@ def load_native(package: Path) -> Any:
 
 def choose(native: Any, fmt: tuple[int, int, bool], threads: int) -> list[str]:
     """Measure and take ways as hasten does when a model is loaded."""
-    from hasten.machine.kernels import measure_ways
+    from hasten.machine.probe import measure_ways
 
     if fmt[0] == 16:
         return []

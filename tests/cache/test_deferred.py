@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from hasten.cache.deferred import Deferred, flush
+from hasten.cache.store import Deferred, flush
 from hasten.errors import DiskError
 
 
@@ -71,7 +71,7 @@ def test_what_goes_wrong_is_logged(error: Exception, caplog: Any) -> None:
 SCRIPT = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
-from hasten.cache.deferred import Deferred
+from hasten.cache.store import Deferred
 class Owner: pass
 owner = Owner()
 def work():
@@ -105,7 +105,7 @@ TIDY = """
 import sys, time
 from pathlib import Path
 from hasten.cache import write_atomic
-from hasten.cache.deferred import Deferred
+from hasten.cache.store import Deferred
 class Owner: pass
 owner = Owner()
 def parts(file):

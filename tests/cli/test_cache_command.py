@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import hasten
-from hasten.cache import deferred, folders, write_record
+from hasten.cache import folders, store, write_record
 from hasten.cache.folders import known_folders, remember_folder
 from hasten.cli import main
 from hasten.cli.cache import SUBCOMMANDS
@@ -37,7 +37,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_folder: Callable
     monkeypatch.delenv("HASTEN_CACHE_GB", raising=False)
     for _ in range(2):
         hasten.load(tiny_folder("qwen3"), "w4", options=EngineOptions(threads=1, context=32, max_sequences=1))
-        deferred.flush()
+        store.flush()
     write_record(folder / "optimize" / "x.json", {"a": 1}, 2)
     (folder / "bench" / "model").mkdir(parents=True)
     (folder / "bench" / "model" / "q8_0.gguf").write_bytes(bytes(1000))

@@ -180,7 +180,7 @@ def test_work_that_was_put_off_is_given_up() -> None:
         """
 import time
 import hasten.cli as cli
-from hasten.cache.deferred import Deferred
+from hasten.cache.store import Deferred
 class Owner: pass
 owner = Owner()
 def work():

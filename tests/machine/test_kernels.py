@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from hasten import _native
-from hasten.machine import kernels
-from hasten.machine.kernels import LEAST_BYTES, choose_kernels, measure_ways
+from hasten.machine import probe
+from hasten.machine.probe import LEAST_BYTES, choose_kernels, measure_ways
 
-TABLE = dict(kernels.KNOWN)  # as it is shipped: tests see an empty one
+TABLE = dict(probe.KNOWN)  # as it is shipped: tests see an empty one
 W4 = (4, 32, True)
 W6 = (6, 32, True)
 
@@ -50,7 +50,7 @@ class Stopwatch:
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("HASTEN_CACHE", str(tmp_path))
-    monkeypatch.setattr(kernels, "KNOWN", {})
+    monkeypatch.setattr(probe, "KNOWN", {})
     yield
     _native.forget_ways()
 
@@ -76,7 +76,7 @@ def test_what_was_measured_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         counted.append(fmt)
         return wanted
 
-    monkeypatch.setattr(kernels, "measure_ways", measured)
+    monkeypatch.setattr(probe, "measure_ways", measured)
     large = [(W4, 896, LEAST_BYTES), (W6, 896, LEAST_BYTES // 2), (W6, 128, LEAST_BYTES)]
     assert choose_kernels(large[:1], 2) == {W4: wanted}
     assert _native.way_for(*W4, 1) == wanted[0]
@@ -89,7 +89,7 @@ def test_what_was_measured_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_small_model_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "measure_ways", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(probe, "measure_ways", lambda *_: pytest.fail("timed"))
     assert choose_kernels([(W4, 64, 1000), (W6, 64, LEAST_BYTES - 1)], 2) == {}
     assert choose_kernels([], 2) == {}
     assert list(tmp_path.iterdir()) == []
@@ -110,9 +110,9 @@ def test_the_table_of_processors_names_ways_that_exist(known: tuple[str, str]) -
 
 def test_a_known_processor_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     known = tuple(_native.int_ways()[0] for _ in _native.row_classes())
-    monkeypatch.setattr(kernels, "measure_ways", lambda *_: pytest.fail("timed"))
-    monkeypatch.setattr(kernels, "processor_id", lambda: "Some 1 2 3")
-    monkeypatch.setattr(kernels, "KNOWN", {("Some 1 2 3", _native.isa()): known})
+    monkeypatch.setattr(probe, "measure_ways", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(probe, "processor_id", lambda: "Some 1 2 3")
+    monkeypatch.setattr(probe, "KNOWN", {("Some 1 2 3", _native.isa()): known})
     assert choose_kernels([(W4, 896, LEAST_BYTES)], 2) == {W4: known}
 
 
@@ -123,7 +123,7 @@ def test_a_cache_that_cannot_be_written_costs_time_only(
     blocked.write_text("")
     monkeypatch.setenv("HASTEN_CACHE", str(blocked / "below"))
     wanted = tuple(_native.int_ways()[0] for _ in _native.row_classes())
-    monkeypatch.setattr(kernels, "measure_ways", lambda *_: wanted)
+    monkeypatch.setattr(probe, "measure_ways", lambda *_: wanted)
     assert choose_kernels([(W4, 896, LEAST_BYTES)], 2) == {W4: wanted}
 
 

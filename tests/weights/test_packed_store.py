@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import hasten
-from hasten.cache import deferred
+from hasten.cache.store import flush
 from hasten.compress.compress import compress
 from hasten.core import EngineOptions, Format, Recipe
 from hasten.engine.loaded import fingerprint
@@ -39,7 +39,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.delenv("HASTEN_CACHE_GB", raising=False)
     monkeypatch.setattr(packed_store, "_said", set())
     yield tmp_path / "cache" / "packed"
-    deferred.flush()
+    flush()
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def start(ref: Path, recipe: str | Recipe | None = "w4", **options: Any) -> LanguageModel:
     """Load, and what was put off is done."""
     model = hasten.load(ref, recipe, options=OPTIONS, **options)
-    deferred.flush()
+    flush()
     return model
 
 
@@ -389,7 +389,7 @@ def test_matrices_replaced_before_it_is_kept(folder: Path, opened: list[str]) ->
     wanted = fingerprint(model)
     old = model.packed.linears["layers.0.up"]
     model.replace("layers.0.up", PackedLinear(old.layout, old.rows, old.cols, np.zeros_like(old.data)))
-    deferred.flush()
+    flush()
     assert fingerprint(start(folder)) == wanted and len(opened) == 1
 
 
@@ -397,7 +397,7 @@ def test_a_source_that_changes_while_it_is_packed(folder: Path, cache: Path, cap
     settle(folder)
     hasten.load(folder, "w4", options=OPTIONS, threads=1)
     change_weights(folder)
-    deferred.flush()
+    flush()
     if PackedStore(cache).entries():  # kept before the change: then it must not be found
         assert fingerprint(start(folder)) == fingerprint(
             hasten.load(folder, "w4", options=OPTIONS, store=False)

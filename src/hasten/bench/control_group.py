@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hasten.errors import MachineError
-from hasten.machine.cgroup import folders
+from hasten.machine.cores import group_folders
 
 _PERIOD_US = 100_000
 
@@ -82,7 +82,7 @@ def control_group(*, memory_bytes: int | None = None, cpus: float | None = None)
 
 @contextmanager
 def _part(controller: str, limit: Callable[[Path], None]) -> Iterator[Path]:
-    made = next(filter(None, (_made(parent, limit) for parent in folders(controller))), None)
+    made = next(filter(None, (_made(parent, limit) for parent in group_folders(controller))), None)
     if made is None:
         raise MachineError(
             f"no control group for {controller} can be made here",

@@ -1,31 +1,43 @@
 """Files that are written whole or not at all, their digests, and JSON records that know when they are stale.
 
 A crash, a full disk or Ctrl-C at any point leaves the file that was there before, never half of the new one.
+
+`Deferred` is work, such as writing a packed model, that is put off until nobody is likely to wait for it.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import ctypes
 import errno
 import hashlib
 import json
+import logging
 import os
 import secrets
 import shutil
 import sys
+import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from hasten.cache.reading import open_raw, read_file
 from hasten.core import SCHEMA_VERSION, as_json
-from hasten.errors import DiskError
+from hasten.errors import DiskError, HastenError
 
 _CHUNK_BYTES = 1 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 _SHAPE = {errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP}
 _BROKEN = {errno.EIO}
+_TIDY_S = 5.0  # a disk that hangs is not waited for longer
+
+_log = logging.getLogger("hasten.cache")
+_pending: set[Deferred] = set()
 
 
 def cache_dir() -> Path:
@@ -254,3 +266,91 @@ def _plain(key: Mapping[str, Any]) -> Any:
 
 def _checksum(kept: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+class GivenUp(BaseException):
+    """Raised inside work that is given up, so that it leaves nothing half done behind."""
+
+
+class Deferred:
+    """One piece of work for a thread of its own, at low priority.
+
+    It begins when `owner` is gone, when the process ends, when `flush` is called, or after `delay_s`,
+    whichever is first. The process waits for it; Ctrl-C while it waits gives the work up: `GivenUp` is
+    raised inside it. What the work raises otherwise is logged.
+
+    Args:
+        work: what to do.
+        owner: who used the machine so far; only watched.
+        delay_s: seconds.
+    """
+
+    def __init__(self, work: Callable[[], object], owner: object, delay_s: float = 20.0) -> None:
+        self._work: Callable[[], object] | None = work
+        self._delay_s = delay_s
+        self._go = threading.Event()
+        self._ended = threading.Event()  # join() takes a thread for dead once it was interrupted
+        weakref.finalize(owner, self._go.set).atexit = False
+        self._thread = threading.Thread(target=self._run, name="hasten-deferred", daemon=True)
+        _pending.add(self)
+        self._thread.start()
+
+    def _run(self) -> None:
+        self._go.wait(self._delay_s)
+        if sys.platform == "linux":  # there a thread has its own priority
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        try:
+            work = self._work
+            if work is not None:
+                work()
+        except GivenUp:
+            pass
+        except HastenError as error:
+            _log.warning("%s", error.message)
+        except Exception as error:  # noqa: BLE001  nobody else is there to hear of it
+            _log.warning("work put off failed: %s: %s", type(error).__name__, error)
+        finally:
+            self._work = None
+            _pending.discard(self)
+            self._ended.set()
+
+    def finish(self) -> None:
+        """Do it now, and return when it is done."""
+        self._go.set()
+        while not self._ended.wait(0.1):  # a signal that comes just before a wait begins does not end it
+            pass
+
+    def give_up(self) -> None:
+        """End it at its next line of Python, and return when it has tidied up, or after some seconds."""
+        self._work = None
+        self._go.set()
+        thread = ctypes.c_ulong(self._thread.ident or 0)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(GivenUp))
+        until = time.monotonic() + _TIDY_S
+        while not self._ended.is_set() and (left := until - time.monotonic()) > 0:
+            with contextlib.suppress(KeyboardInterrupt):
+                self._ended.wait(left)
+
+
+def flush() -> None:
+    """Do all work that was put off, and return when it is done. Ctrl-C gives it up.
+
+    Raises:
+        KeyboardInterrupt: it was given up; none of it runs any more.
+    """
+    try:
+        for deferred in tuple(_pending):
+            deferred.finish()
+    except KeyboardInterrupt:
+        for deferred in tuple(_pending):
+            deferred.give_up()
+        raise
+
+
+def _at_exit() -> None:
+    with contextlib.suppress(KeyboardInterrupt):
+        flush()
+
+
+atexit.register(_at_exit)

@@ -53,13 +53,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _to_the_end(arguments: list[str]) -> int:
-    """Run the verb, then what it put off (`hasten.cache.deferred`), which Ctrl-C gives up."""
+    """Run the verb, then what it put off (`hasten.cache.store`), which Ctrl-C gives up."""
     from hasten.stopping import insist
 
     try:
         code = _dispatch(arguments)
     finally:
-        put_off = sys.modules.get("hasten.cache.deferred")
+        put_off = sys.modules.get("hasten.cache.store")
         if put_off is not None:
             put_off.flush()
     insist()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hasten.cache.deferred import Deferred
+from hasten.cache.store import Deferred
 from hasten.core import Recipe
 from hasten.errors import ArtifactError, DiskError, HastenError
 from hasten.models.families import checked

@@ -15,8 +15,8 @@ from hasten import _native
 from hasten.core import EngineOptions, ModelSpec
 from hasten.errors import MachineError, ModelError, UsageError
 from hasten.machine.cores import core_ids, usable_cores
-from hasten.machine.kernels import Format, choose_kernels
 from hasten.machine.memory import MemoryRoom, address_space_left, memory_room
+from hasten.machine.probe import Format, choose_kernels
 from hasten.models.rope import tables
 from hasten.runtime.executor import Part, PartResult, Ticket, admit, finish
 from hasten.runtime.keys import key_scales, key_shifts
