@@ -1,9 +1,9 @@
-"""Imports go down only: errors, core < cache < ... < cli (CONTRIBUTING.md)."""
+"""Imports go down only: errors, core < cache < ... < cli (CONTRIBUTING.md), and no files form a circle."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import hasten
@@ -124,6 +124,74 @@ def test_the_test_catches_what_it_is_for() -> None:
     assert not wrong_edges("from hasten.core import Recipe\nimport numpy", "hasten.models")
     assert not wrong_edges("from . import tokenizer", "hasten.models")
     assert not wrong_edges("from .peers import llama", "hasten.bench")
+
+
+def modules() -> dict[str, Path]:
+    """Every module but `hasten` itself: its table of names imports nothing until a name is used."""
+    named = {}
+    for path, package in files():
+        is_package = path.name == "__init__.py"
+        is_single = package.split(".")[-1] == path.stem and path.parent == PACKAGE
+        named[package if is_package or is_single else f"{package}.{path.stem}"] = path
+    return named
+
+
+def edges(source: str, package: str, known: Iterable[str]) -> set[str]:
+    """The modules of `known` that a file in `package` imports: anywhere, for type checkers too."""
+    found = set()
+    for name in imported(ast.parse(source), package):
+        parts = name.split(".")
+        prefixes = (".".join(parts[:length]) for length in range(len(parts), 1, -1))
+        found.update([next((prefix for prefix in prefixes if prefix in known), "")])
+    return found - {""}
+
+
+def circles(imports: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that import each other, directly or through others.
+
+    A module that imports none of the others, or that none of them imports, is in no circle: such modules are
+    left out until none remains.
+    """
+    left = {name: {other for other in others if other != name} for name, others in imports.items()}
+    while True:
+        targets = set().union(*left.values())
+        loose = {name for name, others in left.items() if not others or name not in targets}
+        if not loose:
+            break
+        left = {name: others - loose for name, others in left.items() if name not in loose}
+    rest, found = set(left), []
+    while rest:
+        reached = {min(rest)}
+        while new := {other for name in reached for other in left[name]} - reached:
+            reached |= new
+        found.append(sorted(reached & rest))
+        rest -= reached
+    return found
+
+
+def test_no_two_files_import_each_other() -> None:
+    """Imports inside functions and under `if TYPE_CHECKING` count.
+
+    Not counted: modules that a registry names as text (`EXECUTORS`), which import what the registry's file
+    defines.
+    """
+    known = modules()
+    where = dict(files())
+    imports = {name: edges(path.read_text(), where[path], known) for name, path in known.items()}
+    assert sum(map(len, imports.values())) > len(known), "imports are not seen"
+    found = circles(imports)
+    assert not found, f"break the circle: move what both need into a file below: {found}"
+
+
+def test_circles_are_seen() -> None:
+    known = ("hasten.a", "hasten.b", "hasten.c", "hasten.c.d")
+    assert edges("def f():\n    from hasten.a import x", "hasten.c", known) == {"hasten.a"}
+    assert edges("if TYPE_CHECKING:\n    from hasten.c import d", "hasten.b", known) == {"hasten.c.d"}
+    assert edges("from . import d\nfrom .d import name", "hasten.c", known) == {"hasten.c.d"}
+    assert edges("from hasten.c import name\nimport numpy", "hasten.a", known) == {"hasten.c"}
+    assert circles({"a": {"b"}, "b": {"a"}, "c": {"a"}, "d": set()}) == [["a", "b"]]
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"d"}, "d": {"b"}}) == [["b", "c", "d"]]
+    assert not circles({"a": {"b", "c"}, "b": {"c"}, "c": set(), "d": {"a"}})
 
 
 def test_the_serving_path_imports_no_torch() -> None:

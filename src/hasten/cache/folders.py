@@ -302,6 +302,14 @@ def _number(text: str) -> float:
     raise UsageError(f"{VARIABLE} is {text!r}, not a number of gigabytes", hint=f"export {VARIABLE}=20")
 
 
+def entries_in(store: Path) -> list[Path]:
+    """The folders in a store, damaged ones too; hidden ones are work under way."""
+    try:
+        return sorted(p for p in store.iterdir() if p.is_dir() and not p.name.startswith("."))
+    except OSError:
+        return []
+
+
 def make_room(held: Iterable[Held], need: int, limit: int, drop: Callable[[Path], object]) -> list[Held]:
     """Drop what was not used for longest until `need` more bytes fit the limit.
 

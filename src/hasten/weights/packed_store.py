@@ -24,19 +24,19 @@ from typing import Any, TypeVar
 
 import hasten
 from hasten.cache import cache_dir, digest, read_json, read_record, write_record
-from hasten.cache.folders import Held, chosen_limit, clean, limit_bytes, make_room, stage, tree_bytes, vanish
+from hasten.cache.folders import Held, chosen_limit, clean, entries_in, limit_bytes, make_room, stage, vanish
 from hasten.cache.reading import FileStates, add_byte, look
 from hasten.cache.store import why_not_writable
 from hasten.core import Recipe, as_json
 from hasten.errors import ArtifactError, DiskError
 from hasten.weights.artifact import verify_files
 from hasten.weights.plan import LAYOUT_VERSION, PLAN_VERSION, format_digest
-from hasten.weights.work_store import WorkStore
+from hasten.weights.work_store import PACKED_USED, WorkStore, packed_held
 
 T = TypeVar("T")
 Files = Callable[[], Iterable[Path]]
 SWITCH = "HASTEN_CACHE_PACKED"
-_ENTRY, _USED, _PLAN = "entry.json", "used", "plan.json"
+_ENTRY, _PLAN = "entry.json", "plan.json"
 
 _ELSEWHERE = "HASTEN_CACHE=DIR names another folder, HASTEN_CACHE_PACKED=0 keeps none"
 
@@ -243,7 +243,7 @@ class PackedStore:
             made = fresh / folder.name
             about = {**write(made, content.files), "made": time.time(), "plan_sha256": digest(made / _PLAN)}
             write_record(made / _ENTRY, key, about)
-            (made / _USED).touch()
+            (made / PACKED_USED).touch()
             try:
                 made.rename(folder)
             except OSError:
@@ -271,14 +271,11 @@ class PackedStore:
 
     def entries(self) -> list[Path]:
         """The folders of all entries, damaged ones included."""
-        try:
-            return sorted(p for p in self.models.iterdir() if p.is_dir() and not p.name.startswith("."))
-        except OSError:
-            return []
+        return entries_in(self.models)
 
     def held(self) -> list[Held]:
         """All entries with their sizes and times of last use."""
-        return [Held(entry, tree_bytes(entry), _last_used(entry)) for entry in self.entries()]
+        return packed_held(self.folder)
 
     def held_together(self) -> list[Held]:
         """All that shares the limit: the entries, and what compressing keeps beside them."""
@@ -330,7 +327,7 @@ class PackedStore:
         except (ArtifactError, OSError) as wrong:
             _drop_damaged(entry, seen, wrong)
             return None
-        add_byte(entry / _USED)
+        add_byte(entry / PACKED_USED)
         return found
 
     def _knows_size(self, size: int) -> bool:
@@ -384,10 +381,3 @@ def _key(content: str, recipe: Recipe, made_with: Mapping[str, Any] | None = Non
 
 def _name(key: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _last_used(entry: Path) -> float:
-    for file in (entry / _USED, entry):
-        with contextlib.suppress(OSError):
-            return file.stat().st_mtime
-    return 0.0

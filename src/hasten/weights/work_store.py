@@ -17,7 +17,6 @@ import logging
 import os
 import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -26,7 +25,16 @@ import numpy.typing as npt
 
 from hasten import _native
 from hasten.cache import cache_dir, read_json, write_atomic, write_record
-from hasten.cache.folders import Held, clean, last_change, limit_bytes, make_room, tree_bytes, vanish
+from hasten.cache.folders import (
+    Held,
+    clean,
+    entries_in,
+    last_change,
+    limit_bytes,
+    make_room,
+    tree_bytes,
+    vanish,
+)
 from hasten.cache.reading import open_file, read_array
 from hasten.cache.store import is_whole_record
 
@@ -37,6 +45,7 @@ IN_USE_S = 6 * 3600.0
 STALE_S = 7 * 86400.0
 """After so long nobody comes back to a run that was stopped."""
 _USED = "used.json"
+PACKED_USED = "used"  # in an entry of packed weights: its time is that of the last use
 _PIECE = 1 << 22  # bytes that one checksum covers
 _SUM = 8  # bytes of the checksum that ends a file
 
@@ -66,15 +75,13 @@ class WorkStore:
         Raises:
             UsageError: HASTEN_CACHE_GB is no number.
         """
-        from hasten.weights.packed_store import PackedStore
-
         touch(entry)
         for part in PARTS:
             clean(self.folder / part)
         for held in self.held():
             if held.path.parent.name == "runs" and time.time() - held.last_used > STALE_S:
                 _drop(held.path)
-        together = [*self.held(), *PackedStore(self.folder.parent / "packed").held()]
+        together = [*self.held(), *packed_held(self.folder.parent / "packed")]
         limit = limit_bytes(self.folder, sum(one.bytes for one in together))
         make_room(together, min(need, limit), limit, _drop)
 
@@ -90,17 +97,10 @@ class WorkStore:
         """Everything, with sizes and times of last use."""
         now = time.time()
         found = []
-        for entry in self._entries():
+        for entry in [entry for part in PARTS for entry in entries_in(self.folder / part)]:
             last = last_change(entry)
             found.append(Held(entry, tree_bytes(entry), last, in_use=now - last < IN_USE_S))
         return found
-
-    def _entries(self) -> Iterator[Path]:
-        for part in PARTS:
-            with contextlib.suppress(OSError):
-                yield from sorted(
-                    p for p in (self.folder / part).iterdir() if p.is_dir() and not p.name.startswith(".")
-                )
 
     def model(self, entry: Path) -> str | None:
         """The model that something belongs to; None where that is not known."""
@@ -118,6 +118,18 @@ class WorkStore:
             if (wrong := _damage(path)) is not None:
                 return wrong
         return None
+
+
+def packed_held(folder: Path) -> list[Held]:
+    """What `PackedStore` keeps in `folder`, with sizes and times of last use: both share one limit."""
+    return [Held(entry, tree_bytes(entry), _packed_used(entry)) for entry in entries_in(folder / "models")]
+
+
+def _packed_used(entry: Path) -> float:
+    for file in (entry / PACKED_USED, entry):
+        with contextlib.suppress(OSError):
+            return file.stat().st_mtime
+    return 0.0
 
 
 def touch(entry: Path) -> None:
