@@ -86,7 +86,7 @@ class Bench:
         full = len(tokens) // SIZE
         self.cache.publish(tokens, chain, sequence.pages, found.tokens // SIZE, full)
         if tail:
-            self.cache.publish_tail(tokens, chain, sequence.pages[-1])
+            self.cache.publish_tail(tokens, chain, sequence.pages)
         self.pool.truncate(sequence, 0)
         return found
 

@@ -13,7 +13,7 @@ from hasten.cache.policy import new_policy
 from hasten.core import ServingOptions
 from hasten.engine.answer import Answer
 from hasten.engine.loaded import LoadedModel, fingerprint
-from hasten.engine.prefix import SETTLE_PAGES, Chain, Match, PrefixCache, root_key
+from hasten.engine.prefix import Chain, Match, PrefixCache, root_key
 from hasten.engine.request import EngineStats
 from hasten.errors import UsageError
 from hasten.runtime.executor import Part
@@ -277,18 +277,14 @@ class PrefixKeeper:
                 self.publish(answer)
                 computed = min(answer.cached.length, len(answer.tokens))
                 if computed <= self._shareable(answer):
-                    self._keep_tail(answer.tokens[:computed], answer)
+                    if computed // self._pool.page_tokens >= answer.published:
+                        tokens = answer.tokens[:computed]
+                        self._prefix.publish_tail(tokens, answer.chain, answer.cached.pages)
                 elif answer.request.prefix_cache:
                     self._unsettled.append((answer.tokens, answer.request.salt))
         finally:
             self.release(answer)
             self._stop_reading(answer)
-
-    def _keep_tail(self, tokens: list[int], answer: Answer) -> None:
-        """Share the last page of an answer that ended, which is not full."""
-        at, rest = divmod(len(tokens), self._pool.page_tokens)
-        if self._prefix is not None and rest and at >= answer.published:
-            self._prefix.publish_tail(tokens, answer.chain, answer.cached.pages[at])
 
     @property
     def unsettled(self) -> int:
@@ -300,26 +296,16 @@ class PrefixKeeper:
         if not self._unsettled or self._prefix is None:
             return False
         tokens, salt = self._unsettled.pop()
-        size = self._pool.page_tokens
         kv_class = self._executor.kv_class(len(tokens), True)
-        chain = Chain(root_key(salt, kv_class), size)
-        chain.cover(tokens, len(tokens))
-        found = self._prefix.match(tokens, chain)
-        sequence = CachedSequence(found.pages, found.tokens, kv_class)
-        end = min(len(tokens), (found.tokens // size + SETTLE_PAGES) * size)
-        try:
-            missing = -(-end // size) - len(sequence.pages)
-            if end - found.tokens <= 1 or not self._pool.ensure(missing):
-                return bool(self._unsettled)
-            part = Part(sequence, tokens[found.tokens : end], as_prompt=True)
+
+        def compute(sequence: CachedSequence, end: int) -> None:
+            sequence.kv_class = kv_class
+            part = Part(sequence, tokens[sequence.length : end], as_prompt=True)
             self._executor.collect(self._executor.submit([part]))
-            self._prefix.publish(tokens, chain, sequence.pages, found.tokens // size, end // size)
-            if end < len(tokens):
-                self._unsettled.append((tokens, salt))
-            elif end % size:
-                self._prefix.publish_tail(tokens, chain, sequence.pages[-1])
-        finally:
-            self._pool.truncate(sequence, 0)
+
+        _, done = self._prefix.settle(tokens, root_key(salt, kv_class), compute)
+        if not done:
+            self._unsettled.append((tokens, salt))
         return bool(self._unsettled)
 
     def close(self) -> None:

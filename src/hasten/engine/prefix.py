@@ -1,10 +1,10 @@
-"""The prefix cache: pages of computed prompts, found again by what stands in them and before them.
+"""The prefix cache: pages of computed prompts, found again by their tokens and all tokens before them.
 
-A full page's key is a hash of its tokens and of the key before it, down to a root that names model, recipe
-and salt: equal keys mean equal keys and values, to the bit. Every page here was computed as prompt (or the
-machine computes answers the same way), so that reading it gives what computing it would give. Source of the
-scheme: vLLM's automatic prefix caching; of partly shared pages: SGLang's radix tree (Zheng et al. 2024),
-here without the tree.
+A full page's key is a hash of its tokens and of the previous page's key. The first page follows a root, which
+names the salt and the class of the pages: equal keys mean equal keys and values, to the bit. A page of an
+answer is kept only where the executor computes answers and prompts alike, so a page read from here holds what
+computing it as prompt would give. Source of the scheme: vLLM's automatic prefix caching; of partly shared
+pages: SGLang's radix tree (Zheng et al. 2024), here without the tree.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten.cache.policy import Policy
-from hasten.runtime.pages import PagePool
+from hasten.runtime.pages import CachedSequence, PagePool
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -27,28 +27,23 @@ SETTLE_PAGES = 2
 that comes then waits for these at most."""
 
 
-class PageMemory(Protocol):
-    """Where pages lie: the executor, or nothing at all when a trace is replayed."""
+class PageAccess(Protocol):
+    """Reads, writes and copies pages: the executor does, and a stand-in without memory when a trace is
+    replayed."""
 
     @property
     def page_bytes(self) -> int: ...
-
     def copy_page(self, source: int, target: int) -> None: ...
-
     def read_page(self, page: int) -> Bytes: ...
-
     def write_page(self, page: int, data: Bytes) -> None: ...
 
 
 class PageDisk(Protocol):
-    """The tier below: `hasten.cache.kv_disk.KvAhead`. Nothing here may wait for a disk."""
+    """The tier below: `hasten.cache.kv_disk.KvAhead`, whose methods never wait for a disk."""
 
     def has(self, key: bytes) -> bool: ...
-
     def knows(self, key: bytes) -> bool: ...
-
     def read(self, key: bytes, out: Bytes) -> bool: ...
-
     def write(self, key: bytes, data: Bytes, cost: float, parent: bytes) -> None: ...
 
 
@@ -112,10 +107,10 @@ class PrefixCache:
     """Pages found by key, each owned by the cache beside the sequences that use it.
 
     Args:
-        pool: whose pages these are; its `reclaim` is set to this cache's. memory: reads, writes and copies
-        pages. policy: which page goes first when one is needed. A page goes only if no sequence uses it and
-        no cached
-            page stands behind it.
+        pool: the pool of the pages; its `reclaim` is set to this cache's.
+        memory: reads, writes and copies pages.
+        policy: which page is evicted first. Only a page that no sequence uses and that no cached page follows
+            is evicted.
         cost: seconds to compute `count` tokens behind `start` others.
         disk: None, or the tier that keeps pages over restarts.
     """
@@ -123,7 +118,7 @@ class PrefixCache:
     def __init__(
         self,
         pool: PagePool,
-        memory: PageMemory,
+        memory: PageAccess,
         policy: Policy,
         cost: Callable[[int, int], float],
         disk: PageDisk | None = None,
@@ -229,15 +224,47 @@ class PrefixCache:
                 cost, parent = self._cost(at * size, size), chain.before(at)
                 self._disk.write(key, self._memory.read_page(pages[at]), cost, parent)
 
-    def publish_tail(self, tokens: Sequence[int], chain: Chain, page: int) -> None:
-        """Keep the last page of a sequence that ended, which is not full."""
-        size = self._pool.page_tokens
-        at = len(tokens) // size
-        raw = np.asarray(tokens[at * size :], np.int32).tobytes()
+    def publish_tail(self, tokens: Sequence[int], chain: Chain, pages: Sequence[int]) -> None:
+        """Keep the last page of a sequence that ended, where that page is not full."""
+        at, rest = divmod(len(tokens), self._pool.page_tokens)
+        if not rest:
+            return
+        raw = np.asarray(tokens[-rest:], np.int32).tobytes()
         key = child_key(chain.before(at), raw)
-        if raw and key not in self._entries:
-            self._pool.share(page)
-            self._insert(key, _Entry(page, chain.before(at), raw), at * size)
+        if key not in self._entries:
+            self._pool.share(pages[at])
+            self._insert(key, _Entry(pages[at], chain.before(at), raw), at * self._pool.page_tokens)
+
+    def settle(
+        self, tokens: Sequence[int], root: bytes, compute: Callable[[CachedSequence, int], None]
+    ) -> tuple[int, bool]:
+        """Compute the next `SETTLE_PAGES` pages of an ended text as prompt and keep them.
+
+        Args:
+            tokens: the whole text.
+            root: of its keys.
+            compute: computes the tokens up to a length behind those that a sequence holds; it gets the pages
+                from the pool.
+
+        Returns:
+            Tokens computed, and whether nothing is left to do for this text.
+        """
+        chain, size = Chain(root, self._pool.page_tokens), self._pool.page_tokens
+        chain.cover(tokens, len(tokens))
+        found = self.match(tokens, chain)
+        sequence = CachedSequence(found.pages, found.tokens)
+        end = min(len(tokens), (found.tokens // size + SETTLE_PAGES) * size)
+        try:
+            missing = -(-end // size) - len(sequence.pages)
+            if end - found.tokens <= 1 or not self._pool.ensure(missing):
+                return 0, True
+            compute(sequence, end)
+            self.publish(tokens, chain, sequence.pages, found.tokens // size, end // size)
+            if end == len(tokens):
+                self.publish_tail(tokens, chain, sequence.pages)
+        finally:
+            self._pool.truncate(sequence, 0)
+        return end - found.tokens, end == len(tokens)
 
     def _insert(self, key: bytes, entry: _Entry, start: int) -> _Entry:
         self._entries[key] = entry

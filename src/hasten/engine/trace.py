@@ -36,7 +36,7 @@ from hasten.cache.kv_folder import HEADER_BYTES
 from hasten.cache.policy import Shelf, new_policy
 from hasten.cache.reading import read_stream
 from hasten.core import CachePolicy
-from hasten.engine.prefix import SETTLE_PAGES, Bytes, Chain, Match, PrefixCache, root_key
+from hasten.engine.prefix import Bytes, Chain, Match, PrefixCache, root_key
 from hasten.errors import DiskError, FormatError, UsageError
 from hasten.runtime.pages import CachedSequence, PagePool
 from hasten.speed import prompt_flops
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 TRACE_VERSION = 1
 DISK_READ_BYTES_PER_S = 2e9  # assumed where nothing was measured: a page that is not in the system's cache
+_ROOT = root_key("", "")  # marks tell salts apart already
 _LARGEST = 1 << 32  # bytes of a trace: all of it is read
 _HINT = "record one with: hasten serve MODEL --record TRACE.jsonl"
 Marks = npt.NDArray[np.int32]
@@ -518,7 +519,7 @@ class _Books:
         prompt, sequence = running.tokens[: running.prompt_tokens], running.sequence
         texts = [prompt + output.tolist() for output in running.request.outputs if len(output) > 1]
         if (self._model.shares_answers or not texts) and self._has_room(sequence, len(running.tokens)):
-            self._tail(running.tokens, running.chain, sequence)
+            self._prefix.publish_tail(running.tokens, running.chain, sequence.pages)
         self._pool.truncate(sequence, 0)
         if not self._model.shares_answers:
             self._unsettled.extend(texts)
@@ -537,18 +538,7 @@ class _Books:
 
     def _settle(self, tokens: list[int]) -> tuple[int, bool]:
         """The next pages of an answer, computed as prompt: (how many tokens, whether that was all)."""
-        size, chain = self._pool.page_tokens, self._chain(tokens)
-        found = self._prefix.match(tokens, chain)
-        sequence = CachedSequence(found.pages, found.tokens)
-        end = min(len(tokens), (found.tokens // size + SETTLE_PAGES) * size)
-        more = end - found.tokens > 1 and self._pool.ensure(-(-end // size) - len(sequence.pages))
-        if more:
-            self._pool.grow(sequence, end)
-            self._publish(tokens, chain, sequence, found.tokens, end)
-            if end == len(tokens):
-                self._tail(tokens, chain, sequence)
-        self._pool.truncate(sequence, 0)
-        return (end - found.tokens if more else 0), (not more or end == len(tokens))
+        return self._prefix.settle(tokens, _ROOT, self._pool.grow)
 
     def _take(self, tokens: list[int], chain: Chain, reads: bool) -> tuple[CachedSequence, Match] | None:
         """Pages for all of a text, found ones first, and one more for each other; None: there are too few."""
@@ -569,12 +559,7 @@ class _Books:
         self._prefix.publish(tokens, chain, sequence.pages, start // size, end // size)
         sequence.length = end
 
-    def _tail(self, tokens: list[int], chain: Chain, sequence: CachedSequence) -> None:
-        size = self._pool.page_tokens
-        if len(tokens) % size:
-            self._prefix.publish_tail(tokens, chain, sequence.pages[len(tokens) // size])
-
     def _chain(self, tokens: list[int]) -> Chain:
-        chain = Chain(root_key("", ""), self._pool.page_tokens)
+        chain = Chain(_ROOT, self._pool.page_tokens)
         chain.cover(tokens, len(tokens))
         return chain
