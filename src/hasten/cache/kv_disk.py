@@ -23,9 +23,9 @@ from hasten.core import CachePolicy
 
 _QUEUE_BYTES = 128 << 20  # copies that may wait to be written
 _QUEUE_PAGES = 4  # at least, however large a page
-_RESCAN_S = 60.0  # what other processes did is looked up that often, while pages are written
-_RESCAN_PART = 32  # and whenever this process has written such a part of the limit
-_IDLE_S = 1.0  # and when it has nothing to write for so long
+_RESCAN_S = 60.0  # the folder is scanned for other processes' pages so often, while pages are written
+_RESCAN_PART = 32  # and when this process has written limit / 32
+_IDLE_S = 1.0  # and when it had nothing to write for so long
 _REST_S = 30.0  # after the system refused a write, none is tried for so long
 _SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN}
 _NICE = 10  # of the writing thread: answering comes first
@@ -55,8 +55,8 @@ class KvDisk:
     """Pages under keys that name all that a page depends on; see `KvFolder` for the files.
 
     `has` and `read` wait for the disk, `knows` and `write` never do. A thread of its own, at low priority,
-    writes, makes room and looks after the folder. What goes wrong with the folder is logged once and the
-    engine goes on without: nothing here raises.
+    writes, makes room and scans the folder. An error of the folder is logged once, and the engine goes on
+    without the tier: nothing here raises.
 
     Args:
         folder: made if it is missing.
@@ -187,7 +187,7 @@ class KvDisk:
         try:
             self._scan()
             self._serve()
-        finally:  # nobody waits for a thread that ended
+        finally:  # `flush` must not wait for a thread that ended
             with self._changed:
                 self._closed, self._busy = True, False
                 self._queue.clear()
@@ -270,18 +270,18 @@ class KvDisk:
 
 @dataclass(eq=False)
 class Reading:
-    """Pages of one text, read in order until one is missing. `until`: the latest moment worth waiting for."""
+    """Pages of one text that are read in order until one is missing."""
 
-    until: float  # time.monotonic(), seconds
+    until: float  # nobody waits for them after this moment of time.monotonic()
     keys: deque[bytes] = field(default_factory=deque)  # not read yet
     asked: set[bytes] = field(default_factory=set)
-    done: bool = True  # nothing of it is on its way
+    done: bool = True  # no page is on its way
 
 
 class KvAhead:
-    """Pages on their way from a tier that may be slow, or hang; whoever asks goes on meanwhile.
+    """Reads pages ahead in a thread of its own, since a disk may be slow or hang.
 
-    Its methods never touch the disk. They are for one thread, beside the reading thread.
+    No method waits for the disk. All are for one thread, beside the reading thread.
 
     Args:
         disk: read by one thread.
@@ -321,7 +321,7 @@ class KvAhead:
             self._changed.notify_all()
 
     def drop(self, reading: Reading) -> None:
-        """Read no further; what arrived for nobody else is forgotten."""
+        """Read no further; pages that arrived and that no other reading wants are dropped."""
         with self._changed:
             reading.done = True
             reading.keys.clear()
@@ -334,7 +334,7 @@ class KvAhead:
             self._changed.notify_all()
 
     def seconds(self, pages: int) -> float:
-        """How long reading so many pages takes, as far as is known: 0 before the first one."""
+        """Seconds that reading so many pages is expected to take: 0 before the first one."""
         since = self._reads_since
         running = 0.0 if since is None else time.monotonic() - since
         return pages * max(self._page_s, running)
@@ -400,7 +400,7 @@ class KvAhead:
                     continue
             try:
                 self._fetch(reading, key)
-            except Exception:  # nobody may wait for a thread that ended
+            except Exception:  # the thread must go on: answers wait for it
                 log.exception("reading ahead failed")
                 reading.keys.clear()
                 self._reads_since = None

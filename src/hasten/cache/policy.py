@@ -1,4 +1,4 @@
-"""Which entry of a full cache goes first: one interface, four answers, and the books of one tier.
+"""Which entry of a full cache is evicted first: four policies with one interface, and the shelf of one tier.
 
 A new policy is a class here and a line in `POLICIES`.
 """

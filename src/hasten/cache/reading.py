@@ -1,7 +1,7 @@
 """How every file is opened for reading: a file and nothing else, so that no named pipe makes a program wait.
 
-Opening a named pipe waits for somebody who writes into it, and a device may have no end. Whoever puts one in
-place of a model's file must get an error and not a program that hangs. Texts that a user hands over once
+Opening a named pipe waits for a writer, and a device may have no end. Where one stands in place of a model's
+file, the user must get an error and not a program that hangs. Texts that a user hands over once
 (calibration text, a recipe, a trace) may come through a pipe: `read_stream` is for them.
 """
 

@@ -1,4 +1,4 @@
-"""One answer while it is made: its tokens, what of them is computed, and what follows it along."""
+"""One answer while it is made: its tokens, its pages, its text and what it cost."""
 
 from __future__ import annotations
 

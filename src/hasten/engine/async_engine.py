@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from hasten.engine.loaded import LoadedModel
 
 _log = logging.getLogger(__name__)
-_MOST_UNREAD = 32  # grammars that wait: each may take some seconds
-_SETTLE_AFTER_S = 0.2  # of idleness: a client that asks again at once must not wait for work that could wait
+_MOST_UNREAD = 32  # grammars that wait to be compiled, some seconds each
+_SETTLE_AFTER_S = 0.2  # idle time before `tidy`: a client that asks again at once does not wait for it
 
 
 class EngineClosed(HastenError):
@@ -52,10 +52,10 @@ class _Listener:
         self.news: list[Output | BaseException] = []
 
     def put(self, news: list[Output | BaseException]) -> bool:
-        """From any thread: hand news over. False: its loop is closed, nobody listens any more."""
+        """Hand news to the task, from any thread. False: the task's event loop is closed."""
         try:
             self.loop.call_soon_threadsafe(self._arrive, news)
-        except Exception:  # noqa: BLE001  a closed loop, or a broken one: nobody hears anything here
+        except Exception:  # noqa: BLE001  a closed or broken loop: the news cannot be delivered
             return False
         return True
 
@@ -64,7 +64,7 @@ class _Listener:
         self.ready.set()
 
     def take(self) -> tuple[list[Output], BaseException | None]:
-        """All that came, and what ended it."""
+        """The outputs that came, and the error that ended the request, if one did."""
         news, self.news = self.news, []
         self.ready.clear()
         failure = next((one for one in news if isinstance(one, BaseException)), None)
@@ -75,7 +75,7 @@ class AsyncEngine:
     """An Engine in a thread of its own. All methods may be called from any thread or loop.
 
     Args:
-        model: nobody else may run it meanwhile.
+        model: no other code may run it while the engine is open.
         options: caches, speculation, queue.
     """
 
@@ -96,7 +96,7 @@ class AsyncEngine:
 
     @property
     def engine(self) -> Engine:
-        """The engine itself; only its options and the model may be read from here."""
+        """The engine that the thread steps. Other threads may only read its options and its model."""
         return self._engine
 
     def stats(self) -> EngineStats:
@@ -120,7 +120,7 @@ class AsyncEngine:
                     yield output
 
     async def batches(self, request: Request) -> AsyncGenerator[list[Output], None]:
-        """As `stream`, all outputs that wait at once: for whoever passes them on in one piece.
+        """As `stream`, but in lists: all outputs that came since the last list.
 
         Raises:
             UsageError, QueueFull, DeadlineError: with the first output, as `Engine.add`.
@@ -205,19 +205,19 @@ class AsyncEngine:
             listener.put([_told(refused)])
 
     def _cancel(self, request_id: str, listener: _Listener) -> None:
-        if self._listeners.get(request_id) is listener:  # else it ended, or the id is another one's
+        if self._listeners.get(request_id) is listener:  # else it ended, or another request has its id
             del self._listeners[request_id]
             self._engine.cancel(request_id)
-            self._tell(self._engine.news())  # its end must not reach the next one of that id
+            self._tell(self._engine.news())  # its last output must not reach the next request of that id
 
     def _run(self) -> None:
         failure = _closed()
         try:
             while self._next():
                 outputs = self._engine.step()
-                self._stats = self._engine.stats()  # whoever hears of an output finds it counted
+                self._stats = self._engine.stats()  # first: outputs that a task gets are counted then
                 self._tell(outputs)
-        except BaseException as wrong:  # noqa: BLE001  whoever waits must hear of it, whatever it was
+        except BaseException as wrong:  # noqa: BLE001  every waiting task must get an error, whatever failed
             failure = EngineClosed(
                 f"the engine failed ({type(wrong).__name__}) and has stopped; its log says more",
                 hint="ask again: a server loads the model anew",
@@ -227,7 +227,7 @@ class AsyncEngine:
             self._end(failure)
 
     def _end(self, failure: EngineClosed) -> None:
-        """The thread ends: whoever waits hears why, whoever comes is refused, the pages come back."""
+        """End the thread: waiting tasks get `failure`, new requests are refused, the pages are given back."""
         with self._wake:
             self._state, self._thread_ended = "closed", True
         for listener in self._listeners.values():
@@ -235,7 +235,7 @@ class AsyncEngine:
         self._listeners.clear()
         if failure.__cause__ is not None:
             _log.error("the engine stopped", exc_info=failure.__cause__)
-        for order in self._orders:  # what came in the meantime hears it too
+        for order in self._orders:  # requests that came meanwhile are refused too
             with contextlib.suppress(Exception):
                 order()
         try:
@@ -244,7 +244,7 @@ class AsyncEngine:
             _log.exception("the engine could not give everything back")
 
     def _next(self) -> bool:
-        """Follow orders and wait for work; False when it is time to stop."""
+        """Run the orders of other threads, and wait until a step has work; False: the thread shall end."""
         idle_since = time.monotonic()
         while True:
             with self._wake:
@@ -256,7 +256,7 @@ class AsyncEngine:
                     patience = _SETTLE_AFTER_S - (time.monotonic() - idle_since)
                     if patience > 0 and self._engine.untidy:
                         self._wake.wait(patience)
-                    elif not self._engine.untidy:  # others may need what the prefix cache holds
+                    elif not self._engine.untidy:  # wake up to give memory back where other programs need it
                         self._wake.wait(LOOK_S if self._engine.holds_memory else None)
             for order in orders:
                 order()

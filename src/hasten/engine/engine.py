@@ -1,4 +1,4 @@
-"""The engine for many users: requests come and go, every step computes a little of each."""
+"""The engine for many requests at once: every step computes a little of each."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_DISK_WAIT_S = 0.005  # at a time, with nothing else to do: what comes in meanwhile waits for it
+_DISK_WAIT_S = 0.005  # a wait for pages from disk while nothing can run; a request that comes then waits too
 
 
 class Engine:
@@ -38,7 +38,7 @@ class Engine:
     cached or drafted. One thread at a time; `hasten.engine.async_engine.AsyncEngine` is for servers.
 
     Args:
-        model: stays the caller's, who must not run it otherwise while the engine has requests.
+        model: the caller closes it, and must not run it otherwise while the engine has requests.
         options: caches, speculation, queue.
 
     Raises:
@@ -95,7 +95,7 @@ class Engine:
             raise
         answers[0].siblings = answers[1:]
         self._answers[request.id] = answers
-        self._mail.pop(request.id, None)  # of one that ended: its outputs are all there
+        self._mail.pop(request.id, None)  # of an earlier request with this id, which has ended
         self._scheduler.arrive(answers[0])
         self._keeper.read_ahead(answers[0])
         return request.id
@@ -110,7 +110,7 @@ class Engine:
         ]
 
     def compiler(self) -> GrammarCompiler:
-        """What reads grammars for this model; built when the first one comes."""
+        """The compiler of grammars for this model, built for the first one."""
         if self._grammars is None:
             from hasten.engine.grammar_compiler import GrammarCompiler
 
@@ -131,20 +131,20 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether a step has anything to do or to tell."""
+        """Whether a step has work to do or outputs to give."""
         return bool(self._answers or self._unclaimed)
 
     def step(self) -> list[Output]:
         """Compute a little of every running request: prompt chunks and answer tokens, mixed.
 
         Returns:
-            What is new, also of requests that ended since the last step; nothing if nothing is there to do.
+            New outputs, also of requests that were cancelled since the last step.
         """
         self._post(self._advance())
         return self.news()
 
     def news(self) -> list[Output]:
-        """What is new without a step: of requests that were cancelled."""
+        """Outputs that need no step: those of requests that were cancelled."""
         outputs, self._unclaimed = self._unclaimed, []
         return outputs
 
@@ -171,9 +171,9 @@ class Engine:
 
     @contextlib.contextmanager
     def _alone(self, answer: Answer) -> Iterator[None]:
-        """What fails inside belongs to this answer: it ends with an error, all others go on.
+        """An error inside this context ends this answer; all others go on.
 
-        Panics of native libraries are caught too: they are no `Exception`.
+        Panics of native libraries, which are no `Exception`, are caught too.
         """
         try:
             yield
@@ -187,7 +187,7 @@ class Engine:
             self._post(self._end_all(answer, time.perf_counter(), "error", error=error))
 
     def _refuse_late(self, now: float) -> list[Output]:
-        """End what cannot keep its deadline any more."""
+        """End the answers that cannot keep their deadline any more."""
         timed = (one for one in self._scheduler.answers() if one.request.deadline_ms is not None)
         late = [answer for answer in timed if self._admission.is_late(answer, now)]
         return [
@@ -197,7 +197,7 @@ class Engine:
         ]
 
     def _end_stuck(self, now: float) -> list[Output]:
-        """Nothing runs and the first in line still gets no pages: others than this engine hold the memory."""
+        """End the first waiting answer if it gets no pages though nothing runs: others hold the memory."""
         scheduler, pool = self._scheduler, self._executor.pool
         if scheduler.running or not scheduler.waiting:
             return []
@@ -209,7 +209,7 @@ class Engine:
         return self._end_all(first, now, "error", error=error)
 
     def _start_masks(self, works: list[Work]) -> dict[int, Callable[[], Masks]]:
-        """Grammar masks, made while the model computes."""
+        """Start making the grammars' masks, in a thread, while the model computes."""
         return {
             id(work): self._mask_maker.submit(work.answer.grammar.masks, work.drafts).result
             for work in works
@@ -217,7 +217,7 @@ class Engine:
         }
 
     def _after(self, work: Work, result: PartResult, now: float) -> list[Output]:
-        """Share what was computed; give its answer, and siblings that waited for the prompt, their tokens."""
+        """Share the pages a work computed, and give their tokens to its answer and to waiting siblings."""
         answer, outputs = work.answer, []
         if work.is_prompt:
             if answer.results.every_row:
@@ -242,7 +242,7 @@ class Engine:
         return outputs
 
     def _fork(self, leader: Answer) -> None:
-        """Siblings go on from a computed prompt at once where there is room; the others wait for a place."""
+        """Let siblings go on from the computed prompt where there is room; the others wait for a place."""
         for sibling in leader.siblings:
             sibling.tally.started = leader.tally.started
             has_slot = len(self._scheduler.running) < self._scheduler.slots
@@ -254,7 +254,7 @@ class Engine:
         leader.siblings = []
 
     def _publish(self, answer: Answer, choice: Choice, now: float) -> Output:
-        """Give an answer its new tokens, and forget the drafts that were wrong."""
+        """Give an answer its new tokens, and forget the pages of rejected drafts."""
         tokens, logprobs, finish, text = answer.take(choice)  # with an error, the drafts that held before it
         error = ""
         if choice.error and finish is None:
@@ -262,8 +262,8 @@ class Engine:
             finish, error = "error", refused.message if refused is not None else choice.error
         if tokens and answer.tally.first is None:
             answer.tally.first = now
-        # The newest token is not computed yet. Without a new token all known ones are, and stay: a shared
-        # page must not be cut, its owner would keep it under a second key.
+        # The newest token is not computed yet. Without a new token all known ones are computed and stay: a
+        # shared page must not be cut, or the cache would hold it under a second key.
         self._executor.pool.truncate(answer.cached, len(answer.tokens) - bool(tokens))
         self._count(answer, choice.drafted, len(tokens))
         if answer.draft is not None and self._speculator is not None:
@@ -297,15 +297,15 @@ class Engine:
             self._speculator.observe(rows, len(decodes), seconds)
 
     def _end_all(self, leader: Answer, now: float, finish: FinishReason, **news: Any) -> list[Output]:
-        """An answer and those that wait for its prompt are over."""
+        """End an answer and the siblings that wait for its prompt."""
         there = self._answers.get(leader.request.id, ())
         answers = [one for one in (leader, *leader.siblings) if one in there]
         return [self._end(one, one.output(now, finish=finish, **news)) for one in answers]
 
     def _end(self, answer: Answer, output: Output) -> Output:
-        """An answer is over: its pages, its place and its id are free again.
+        """End an answer: its pages, its place and its id are free again.
 
-        What is kept of it for others may fail; that changes nothing for it.
+        An error while its pages and text are kept for others is logged and does not change its output.
         """
         self._scheduler.leave(answer)
         others = self._answers[answer.request.id]
@@ -335,7 +335,7 @@ class Engine:
         """
         mail: deque[Output] = deque()
         outputs = self._deliver(self._add_for(request, mail), mail, deque())
-        next(outputs)  # begun, it is closed when it goes, even if nobody ever asks for an output
+        next(outputs)  # run it to its first yield: a generator that began is closed when it is dropped
         return outputs
 
     def tokens(self, request: Request) -> Iterator[int]:
@@ -378,7 +378,7 @@ class Engine:
         """Outputs from `mail`; `left`: the answers of each request that go on; `coming`: requests to add."""
         most = min(self._scheduler.slots, self.options.max_waiting)
         try:
-            yield Output("", 0)  # for whoever begins it
+            yield Output("", 0)  # for `next`, which starts this generator
             while left or coming:
                 while coming and len(self._scheduler.waiting) < most:
                     left |= self._add_for(coming.popleft(), mail)
@@ -398,7 +398,7 @@ class Engine:
                 self._forget_mail(name, mail)
 
     def _forget_mail(self, name: str, mail: deque[Output]) -> None:
-        if self._mail.get(name) is mail:  # else another request has the id by now
+        if self._mail.get(name) is mail:  # else another request has this id now
             del self._mail[name]
 
     def _post(self, outputs: list[Output]) -> None:
@@ -414,7 +414,7 @@ class Engine:
         return self._executor.pool.held_bytes() > 0
 
     def spare_memory(self) -> None:
-        """Now and then, give cached pages back if the machine runs short of memory; in need, let fewer run.
+        """Look, at most every second, whether memory is short: give cached pages back, then preempt answers.
 
         A preempted answer goes on when there is room again. The last one that runs may use the reserve.
         """
@@ -430,7 +430,7 @@ class Engine:
         return self._keeper.unsettled > 0
 
     def tidy(self) -> bool:
-        """Do a little of what can wait: for when nothing else is to do. False: nothing is left.
+        """Do a little work that can wait, while nothing else is to do. False: nothing is left.
 
         On machines whose prompts and answers take different kernels (AMX), answers are computed once more as
         the prompt they will be in the next turn: see `PrefixKeeper.settle`.

@@ -1,4 +1,4 @@
-"""Gives answers their pages, and keeps what was computed for those who begin the same."""
+"""The pages of all answers: given, shared with answers that begin alike, taken back, read from disk."""
 
 from __future__ import annotations
 
@@ -83,8 +83,10 @@ class PrefixKeeper:
         return self._weights_version != self._executor.weights_version
 
     def start_anew(self) -> None:
-        """Drop everything that is kept; no answer may have pages. The disk tier, which names the weights that
-        were loaded, is left from now on."""
+        """Drop all kept pages; no answer may have pages now.
+
+        The disk tier is closed: its fingerprint names the weights that were loaded.
+        """
         self._weights_version = self._executor.weights_version
         self._unsettled.clear()
         if self._prefix is not None:
@@ -103,8 +105,8 @@ class PrefixKeeper:
     def read_ahead(self, answer: Answer) -> None:
         """Ask the disk for pages of a waiting answer that are not in memory, if reading them is worth it.
 
-        They are waited for as long as computing them would take, as far as that is known. Whether they come
-        in time changes nothing but when the answer comes.
+        The answer waits for them as long as computing them would take, where that is known. The answer is the
+        same whether they come in time or not.
         """
         if self._ahead is None or not answer.request.prefix_cache or answer.results.every_row:
             return
@@ -130,16 +132,16 @@ class PrefixKeeper:
             ahead.doubt()
 
     def is_reading(self, answer: Answer) -> bool:
-        """Whether an answer had better wait for pages on their way from disk."""
+        """Whether an answer shall wait for pages on their way from disk."""
         reading = answer.reading
         if reading is None or time.monotonic() >= reading.until:
             return False
-        if reading.done:  # what left memory since it asked is read too
+        if reading.done:  # ask for pages that were evicted from memory since then
             self.read_ahead(answer)
         return not reading.done
 
     def wait_for_disk(self, seconds: float) -> None:
-        """Until a page arrives, or that long: nothing else is to do."""
+        """Wait until a page arrives, at most so long; for when nothing can run."""
         if self._ahead is not None:
             self._ahead.wait(seconds)
 
@@ -179,7 +181,7 @@ class PrefixKeeper:
         return True
 
     def _is_first(self, answer: Answer) -> bool:
-        """Whether its prompt is computed for the first time: hits are counted then, and only then."""
+        """Whether its prompt is computed for the first time: only then are hits counted."""
         return answer.tally.preemptions == 0 and answer.is_first_pass
 
     def next_keys(self, answer: Answer, tokens: int) -> list[bytes]:
@@ -216,7 +218,7 @@ class PrefixKeeper:
         return self._prefix.match(answer.tokens[: self._shareable(answer)], answer.chain)
 
     def _cover(self, answer: Answer, kv_class: str) -> None:
-        """Bring an answer's keys up to what of it can be shared; `kv_class`: of its pages."""
+        """Compute the keys of an answer's pages that may be shared. `kv_class`: the class of its pages."""
         root = root_key(answer.request.salt, kv_class)
         if answer.chain.root != root:
             answer.chain, answer.published = Chain(root, self._pool.page_tokens), 0
@@ -241,7 +243,7 @@ class PrefixKeeper:
         end = computed // self._pool.page_tokens
         if self._prefix is None or end <= answer.published:
             return
-        # Its last token may be past LongRoPE's threshold already, and is not computed: these pages are not.
+        # The class is that of the pages: the last token, not computed yet, may already belong to another one.
         self._cover(answer, answer.cached.kv_class or "")
         self._prefix.publish(answer.tokens, answer.chain, answer.cached.pages, answer.published, end)
         answer.published = end

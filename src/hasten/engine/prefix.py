@@ -66,7 +66,7 @@ class Chain:
             self.keys.append(child_key(self.before(start + i), raw[i * size : (i + 1) * size]))
 
     def copy(self) -> Chain:
-        """The same keys, to go on otherwise."""
+        """A chain that begins with these keys and can grow apart."""
         twin = Chain(self.root, self._page_tokens)
         twin.keys = list(self.keys)
         return twin
@@ -77,7 +77,7 @@ class Chain:
 
 
 def root_key(*names: str) -> bytes:
-    """Where the chains of one model, recipe and salt begin."""
+    """The key before the first page of every text with these names: salt and class of pages."""
     return blake2b("\0".join(names).encode(), digest_size=16).digest()
 
 
@@ -96,7 +96,7 @@ class _Entry:
 
 @dataclass(frozen=True)
 class Match:
-    """What of a prompt is computed already. The caller owns the pages."""
+    """The pages of a prompt that are computed already. The caller owns them."""
 
     pages: list[int] = field(default_factory=list)
     tokens: int = 0
@@ -276,7 +276,7 @@ class PrefixCache:
         return entry
 
     def reclaim(self, pages: int) -> None:
-        """Give up `pages` pages, or as many as nobody uses."""
+        """Evict `pages` pages, or as many as no sequence uses."""
         for _ in range(pages):
             key = self._policy.victim(self._evictable)
             if key is None:
@@ -293,14 +293,14 @@ class PrefixCache:
         if self._behind.get((entry.parent, entry.tokens[:4])) == key:
             del self._behind[entry.parent, entry.tokens[:4]]
         parent = self._entries.get(entry.parent)
-        if parent is not None:  # one that came back after its child may count none
+        if parent is not None:  # a parent that was evicted and came back may not count this child
             parent.children = max(0, parent.children - 1)
         self._pool.release(entry.page)
 
     def leave_disk(self) -> None:
-        """Neither read nor write the tier below any more."""
+        """Stop using the disk."""
         self._disk = None
 
     def clear(self) -> None:
-        """Give up every page that no sequence uses."""
+        """Evict every page that no sequence uses."""
         self.reclaim(len(self._entries))

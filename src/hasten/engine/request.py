@@ -84,7 +84,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Output:
-    """News of one answer of one request: the tokens of one step, and in the last one how it ended."""
+    """What a step gave for one answer of one request; the last output says how the answer ended."""
 
     request_id: str
     index: int  # which of n

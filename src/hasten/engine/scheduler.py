@@ -35,8 +35,8 @@ Order = tuple[float, float, float, int]
 _FORCED = 15  # drafts that a grammar forces on one answer: a step's rows stay few
 PROMPT_WEIGHT = 1.0
 ANSWER_WEIGHT = 2.0  # the paper's weights: an answer's token costs more than a prompt's
-_MOST_DEBT = 2048.0  # weighted tokens others may get before a client that had much once gets anything
-_MOST_CLIENTS = 4096  # counters kept of clients that have nothing in the engine
+_MOST_DEBT = 2048.0  # weighted tokens that others get at most before a client that had much gets some
+_MOST_CLIENTS = 4096  # clients whose counters are kept
 _NEW = 0.2  # weight of the newest measurement
 _OUTLIER = 4.0  # it counts at most as so many times what was expected: the machine may have been stopped
 _DOUBT = 0.9
@@ -47,10 +47,10 @@ class FairShare:
 
     def __init__(self) -> None:
         self._served: dict[str, float] = {}
-        self._last = ""  # who was served last: what a new client begins with when nobody else is there
+        self._last = ""  # the client served last: a new client that is alone begins with its counter
 
     def join(self, client: str, active: Iterable[str]) -> None:
-        """A client asks again: no credit for silent times, and a bounded debt for what it had."""
+        """A client asks again: it gets no credit for the time it did not ask, and its debt is bounded."""
         floor = min((self.of(one) for one in active), default=self.of(self._last))
         self._served[client] = min(max(self._served.pop(client, 0.0), floor), floor + _MOST_DEBT)
         if len(self._served) > _MOST_CLIENTS:
@@ -108,8 +108,8 @@ class Scheduler:
         """Move answers from waiting to running while there is room.
 
         Args:
-            begin: gets an answer its pages; False if there are not enough, and then nobody overtakes it. An
-                answer that fails in it has left the queue.
+            begin: gets an answer its pages; False if there are not enough, and then no other answer overtakes
+                it. An answer that fails in it has left the queue.
             preempt: takes a running answer's pages and makes it wait; called for those of a lower priority
                 while slots or pages lack.
             is_reading: whether an answer waits for pages from disk; others may go first meanwhile.
@@ -121,7 +121,7 @@ class Scheduler:
         while self.waiting:
             full = len(self.running) >= self.slots
             if full and max(map(priority, self.waiting)) <= min(map(priority, self.running)):
-                return  # the usual case, before hundreds that wait are put in order
+                return  # the usual case: the waiting answers need no sorting
             able = list(self.waiting)
             while able and is_reading(first := min(able, key=self.order)):
                 able.remove(first)
@@ -147,7 +147,7 @@ class Scheduler:
         self.waiting.append(answer)
 
     def last(self) -> Answer:
-        """The running answer that goes first when room is needed."""
+        """The running answer that is preempted first."""
         return max(self.running, key=self.order)
 
     def leave(self, answer: Answer) -> None:
@@ -201,7 +201,7 @@ def _mix(old: float | None, new: float) -> float:
 
 
 class Admission:
-    """Says no at once, with the reason, to what would fail later."""
+    """Refuses at once, with the reason, a request that would fail later."""
 
     def __init__(
         self, model: LoadedModel, options: ServingOptions, scheduler: Scheduler, forecast: Forecast
@@ -293,7 +293,7 @@ class Admission:
         return self._forecast.finish_s(prompts, wait + request.max_new_tokens, sequences)
 
     def is_late(self, answer: Answer, now: float) -> bool:
-        """Whether an answer's time is over, or one that waits cannot be done in it."""
+        """Whether an answer's deadline is over, or cannot be kept though it still waits."""
         if answer.request.deadline_ms is None:
             return False
         if now >= answer.deadline or answer.tally.started is not None:
@@ -304,7 +304,7 @@ class Admission:
 
 @dataclass
 class Work:
-    """What one answer has computed in a step: `count` known tokens, and drafts to verify behind them."""
+    """The work for one answer in a step: `count` known tokens, and drafts behind them to verify."""
 
     answer: Answer
     count: int
@@ -324,7 +324,7 @@ class Work:
         return [self.answer, *self.answer.siblings]
 
     def part(self, masks: Callable[[], Masks] | None) -> Part:
-        """The same for the executor. `masks`: its own grammar's, made while the model computes."""
+        """This work as the executor takes it. `masks`: gives the masks of the answer's own grammar."""
         answer, done = self.answer, self.answer.cached.length
         request = answer.request
         draws = [
@@ -353,7 +353,7 @@ class Work:
         )
 
     def _scored(self, done: int) -> Scored | None:
-        """The prompt's tokens that this step predicts, but those that were scored before a preemption."""
+        """The prompt's tokens to score in this step; those scored before a preemption are left out."""
         request, first = self.answer.request, max(done, self.answer.results.read_tokens)
         targets = request.prompt[first + 1 : done + self.count + 1]
         if request.prompt_logprobs is None or not targets:
@@ -412,11 +412,11 @@ class Planner:
         self._keeper.start_anew()
 
     def _running(self, works: list[Work]) -> list[Work]:
-        """Those whose answers were neither preempted nor ended."""
+        """The works whose answers were neither preempted nor ended."""
         return [work for work in works if work.answer in self._scheduler.running]
 
     def _chunks(self, works: list[Work]) -> list[Work]:
-        """What is left to compute of prompts, and of answers that were preempted, up to the step's budget."""
+        """The next tokens of prompts and of preempted answers, up to the step's budget."""
         budget, chunks = self._executor.chunk, []
         decoding = {id(work.answer) for work in works}
         making: set[bytes] = set()
@@ -428,7 +428,7 @@ class Planner:
             if answer not in self._scheduler.running:
                 continue
             if making.intersection(self._keeper.next_keys(answer, 1)):
-                continue  # another one computes the same: it is there in the next step
+                continue  # another answer computes the same page: it is there in the next step
             known = answer.prompt_tokens - answer.cached.length if answer.in_prompt else answer.pending
             chunks.append(Work.of(answer, min(known, budget)))  # its pages were given when it was admitted
             making.update(self._keeper.next_keys(answer, chunks[-1].count))
@@ -446,7 +446,7 @@ class Planner:
 
     def _begin(self, answer: Answer) -> bool:
         others = len(self._scheduler.running)
-        begun = True  # an answer that fails here has left the queue: nobody has to make room for it
+        begun = True  # an answer that fails here has left the queue: no other has to make room for it
         with self._alone(answer):
             begun = self._keeper.begin(answer, spare=others, alone=others == 0)
         if not begun:
@@ -463,7 +463,7 @@ class Planner:
         return True
 
     def preempt_last(self) -> Answer:
-        """Take the pages of the running answer that goes first; it waits for others."""
+        """Preempt the running answer that comes last in the order."""
         last = self._scheduler.last()
         self._preempt(last)
         return last
@@ -481,7 +481,7 @@ class Planner:
             return
         for work in works:
             if work.answer.draft is None:
-                shared = not work.answer.request.salt  # others' speed must not tell what a salted text says
+                shared = not work.answer.request.salt  # how fast others are must not tell a salted text
                 work.answer.draft = self._speculator.open(work.answer.tokens, shared=shared)
         rooms = [self._draft_room(work.answer) for work in works]
         try:

@@ -201,7 +201,7 @@ def choose(gains: Sequence[Sequence[float]], times: StepTimes) -> list[int]:
 
 @dataclass
 class Draft:
-    """What is known of one sequence. Its prompt is looked through at its first proposal, not before."""
+    """The drafting state of one sequence. Its prompt is indexed at its first proposal, not before."""
 
     prompt: Sequence[int]
     recent: _native.RecentTexts | None  # None: neither read nor joined
@@ -253,8 +253,8 @@ class Speculator:
 
         Args:
             prompt: token ids.
-            shared: False keeps the text to itself: it is not drafted from for others, nor others' for it. How
-                fast an answer comes tells whether its text was seen before.
+            shared: False: this text is not used to draft for other requests, nor theirs for this one. The
+                speed of an answer tells whether its text was seen before.
         """
         return Draft(tuple(prompt), self._recent if shared else None)
 
@@ -289,8 +289,8 @@ class Speculator:
     def accept(self, draft: Draft, tokens: Sequence[int], drafted: int) -> None:
         """The answer got these tokens: the drafts that were confirmed and the one drawn after them.
 
-        What was proposed is compared with them even where it was not verified: that is how it is learnt for
-        free when drafts would pay again.
+        The proposal is compared with them even where it was not verified, so that the odds are learnt without
+        cost and drafting starts again when it pays.
 
         Args:
             draft: the sequence.

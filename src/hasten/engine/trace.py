@@ -58,7 +58,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TraceModel:
-    """What of a model its cache depends on."""
+    """The properties of a model that its cache depends on."""
 
     model: str
     page_tokens: int

@@ -93,7 +93,7 @@ def address_space_left() -> int | None:
 
 
 class Giver(Protocol):
-    """Who holds memory that it can give back when asked: a page pool."""
+    """A holder of memory that it can give back when asked: a page pool."""
 
     def held_bytes(self) -> int:
         """Bytes it has filled, most of them a cache. From any thread."""
