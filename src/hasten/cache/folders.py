@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import os
 import secrets
@@ -32,11 +33,6 @@ from hasten.cache.store import (
     write_record,
 )
 from hasten.errors import DiskError, UsageError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _AT_FDCWD = -100  # fcntl.h
@@ -171,7 +167,7 @@ def scratch() -> Path:
 
 def _is_own(path: Path) -> bool:
     with contextlib.suppress(OSError):
-        return not hasattr(os, "getuid") or path.stat().st_uid == os.getuid()
+        return path.stat().st_uid == os.getuid()
     return False
 
 
@@ -195,9 +191,7 @@ def clean(store: Path) -> list[Path]:
 
 
 def _lock(folder: Path) -> int | None:
-    """Held until the descriptor is closed or the process gone, however it goes; None: no locks here."""
-    if fcntl is None:
-        return None
+    """A lock that is held until the descriptor is closed or the process ends; None: there is none to have."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -210,7 +204,7 @@ def _lock(folder: Path) -> int | None:
 def _is_left(path: Path) -> bool:
     try:
         age = time.time() - path.stat().st_mtime
-        if not path.is_dir() or fcntl is None:
+        if not path.is_dir():
             return age > _OLD_S
     except OSError:  # gone meanwhile
         return False

@@ -17,14 +17,13 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-_OPTIONS = ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY")
-_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in _OPTIONS)
+_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _CHUNK_BYTES = 1 << 20
 _COARSE_NS = 2_100_000_000  # FAT counts in two seconds
 _FINE_NS = 50_000_000  # Linux stamps files with the time of its last timer tick, at most 10 ms ago
@@ -163,9 +162,8 @@ def add_byte(path: Path) -> None:
 
     Nothing is written into what is no file, and nothing waits for a pipe's reader.
     """
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)
     with contextlib.suppress(OSError):
-        descriptor = os.open(path, flags, 0o666)
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
         try:
             if stat.S_ISREG(os.fstat(descriptor).st_mode):
                 os.write(descriptor, b".")
@@ -219,12 +217,7 @@ def _refuse(mode: int, path: str | Path) -> None:
         return
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    _refuse_kind(mode, path)
-
-
-def _refuse_kind(mode: int, path: str | Path) -> NoReturn:
-    kinds = ((stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
-    kind = next((name for is_kind, name in kinds if is_kind(mode)), "a device")
+    kind = "a named pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
     raise NotAFile(errno.EINVAL, f"{kind} stands where a file belongs", str(path))
 
 

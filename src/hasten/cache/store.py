@@ -44,7 +44,7 @@ def cache_dir() -> Path:
     """The folder everything that can be made again is kept in; it may not exist yet.
 
     `HASTEN_CACHE` if set, else the platform's cache folder: `$XDG_CACHE_HOME/hasten` or `~/.cache/hasten`,
-    `~/Library/Caches/hasten` on macOS, `%LOCALAPPDATA%\\hasten` on Windows.
+    `~/Library/Caches/hasten` on macOS.
 
     Raises:
         DiskError: no home folder is known.
@@ -64,10 +64,8 @@ def cache_dir() -> Path:
 def _platform_cache_dir() -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches"
-    named = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME", "")
-    if named and Path(named).is_absolute():  # the XDG specification says to ignore a relative one
-        return Path(named)
-    return Path.home() / ("AppData/Local" if os.name == "nt" else ".cache")
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return named if named.is_absolute() else Path.home() / ".cache"  # a relative one is ignored: XDG
 
 
 def write_atomic(path: str | Path, data: bytes | memoryview | Callable[[BinaryIO], object]) -> Path:
@@ -91,9 +89,7 @@ def write_atomic(path: str | Path, data: bytes | memoryview | Callable[[BinaryIO
     with explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            descriptor = os.open(
-                temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666
-            )
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             with os.fdopen(descriptor, "wb") as file:
                 if callable(data):
                     data(file)
@@ -117,16 +113,11 @@ def beside(target: Path, kind: str = "tmp") -> Path:
 
 def sync_folder(folder: Path) -> None:
     """Make a rename inside `folder` survive a power cut, where the system can."""
-    if os.name == "nt":
-        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (
-            errno.EINVAL,
-            errno.ENOTSUP,
-        ):  # network file systems may refuse to sync a folder
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of a network file system
             raise
     finally:
         os.close(descriptor)
@@ -138,26 +129,15 @@ def explained(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        known = _FULL | _FORBIDDEN | _SHAPE | _BROKEN
-        named = error.filename
-        ours = (
-            named is None or Path(os.fsdecode(named)).is_relative_to(target.parent) or _above(named, target)
-        )
-        if error.errno not in known or not ours:
+        named = target if error.filename is None else Path(os.fsdecode(error.filename))
+        ours = named.is_relative_to(target.parent) or target.is_relative_to(named)
+        if error.errno not in _FULL | _FORBIDDEN | _SHAPE | _BROKEN or not ours:
             raise
-        raise DiskError(*_what(target, error), hint=_next(error)) from error
-
-
-def _above(named: str | bytes, target: Path) -> bool:
-    return target.is_relative_to(Path(os.fsdecode(named)))
-
-
-def _what(target: Path, error: OSError) -> tuple[str]:
-    reason = os.strerror(error.errno or 0)
-    free = free_bytes(target)
-    left = "unknown" if free is None else f"{free / 1e6:,.0f} MB"
-    kept = " What was there before is untouched." if target.exists() else ""
-    return (f"cannot write {target}: {reason} ({left} free there).{kept}",)
+        free = free_bytes(target)
+        left = "unknown" if free is None else f"{free / 1e6:,.0f} MB"
+        kept = " What was there before is untouched." if target.exists() else ""
+        said = f"cannot write {target}: {os.strerror(error.errno or 0)} ({left} free there).{kept}"
+        raise DiskError(said, hint=_next(error)) from error
 
 
 def _next(error: OSError) -> str:
@@ -183,7 +163,7 @@ def why_not_writable(folder: Path) -> str | None:
         return f"{there} is not a folder"
     try:
         is_read_only = bool(os.statvfs(there).f_flag & os.ST_RDONLY)
-    except (OSError, AttributeError):  # no statvfs on Windows
+    except OSError:
         is_read_only = False
     return f"{there} {'is on a read-only file system' if is_read_only else 'may not be written by this user'}"
 
