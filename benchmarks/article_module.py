@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from bar import Settings, record, say
-from hasten.compress.module import ModuleRecipe, compress_module
+from hasten.compress.module import compress_module
+from hasten.compress.module_recipe import ModuleRecipe
 from hasten.errors import HastenError
 
 WHOLE = ModuleRecipe(bits=8, prune=0.25, compile="default", cache_mb=8)

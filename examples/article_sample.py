@@ -5,7 +5,8 @@ Its module, quantised, pruned, compiled and cached, each step timed beside the o
 
 import torch
 
-from hasten.compress.module import ModuleRecipe, compress_module
+from hasten.compress.module import compress_module
+from hasten.compress.module_recipe import ModuleRecipe
 
 recipe = ModuleRecipe(bits=8, prune=0.25, compile="default", cache_mb=1, cache_policy="s3fifo")
 torch.set_num_threads(1)  # calls this short gain nothing from more

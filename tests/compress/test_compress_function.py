@@ -325,7 +325,7 @@ def test_time_left_counts_what_was_done_here(monkeypatch: pytest.MonkeyPatch) ->
 def test_modules_go_to_their_own_verb() -> None:
     import torch
 
-    from hasten.compress.module import ModuleRecipe
+    from hasten.compress.module_recipe import ModuleRecipe
 
     module = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
     made = hasten.compress(module, ModuleRecipe(bits=8), torch.rand(1, 64))

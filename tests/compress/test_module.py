@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from hasten.compress import module_layers
-from hasten.compress.module import ModuleRecipe, compress_module
+from hasten.compress.module import compress_module
 from hasten.compress.module_layers import Int8Linear
+from hasten.compress.module_recipe import ModuleRecipe
 from hasten.errors import MachineError, ModelError, UsageError
 
 
@@ -320,7 +321,7 @@ def test_lazy_layers_have_their_shape_by_then() -> None:
 def test_importing_needs_no_torch_and_its_absence_is_said() -> None:
     code = (
         "import sys; import hasten.compress.module as m\n"
-        "from hasten.compress.module import ModuleRecipe\n"
+        "from hasten.compress.module_recipe import ModuleRecipe\n"
         "assert 'torch' not in sys.modules; m.find_spec = lambda name: None\n"
         "try: m.compress_module(object(), ModuleRecipe(), None)\n"
         "except Exception as e: print(type(e).__name__, e.hint)"

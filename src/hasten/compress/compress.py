@@ -28,7 +28,8 @@ from hasten.weights.packed import PackedModel, pack_model
 if TYPE_CHECKING:
     from hasten.compress.compressed_module import CompressedModule
     from hasten.compress.distil.trainer import Distilled
-    from hasten.compress.module import Inputs, Module, ModuleRecipe
+    from hasten.compress.module import Inputs, Module
+    from hasten.compress.module_recipe import ModuleRecipe
 
 Told = tuple[list[str], dict[str, Any]]
 """What a step says of itself: lines for people, and the record."""

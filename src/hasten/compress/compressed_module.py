@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hasten.compress.memo_cache import MemoCache, MemoStats
-from hasten.compress.module import ModuleRecipe, ModuleReport, Stage
+from hasten.compress.module_recipe import ModuleRecipe, ModuleReport, Stage
 from hasten.core import Stat
 from hasten.errors import MachineError, ModelError, UsageError
 
