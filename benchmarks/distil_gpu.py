@@ -129,7 +129,7 @@ def pruned_models(given: argparse.Namespace) -> None:
             if tensor is not source.tensors.get(key)
         }
         write_atomic(given.work / f"{name}.pt", lambda file, kept=values: torch.save(kept, file))
-        say(f"{name}: {made.config.intermediate_size} channels, {time.monotonic() - began:.0f} s")
+        say(f"{name}: {made.config.blocks[0].feed_forward.width} channels, {time.monotonic() - began:.0f} s")
 
 
 def _pruned_source(source: Source, path: Path) -> Source:

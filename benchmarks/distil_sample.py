@@ -23,11 +23,12 @@ class Writer:
         config = model.config
         self.model, self.length = model, length
         self.positions = Positions.of(config, length, model.device)
-        shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
+        mixer = config.blocks[0].mixer
+        shape = (len(config.blocks), batch, mixer.kv_heads, length, mixer.head_dim)
         self.keys = torch.zeros(shape, dtype=model.dtype, device=model.device)
         self.values = torch.zeros_like(self.keys)
         self.random = torch.Generator(model.device).manual_seed(seed)
-        names = range(config.num_layers)
+        names = range(len(config.blocks))
         self.layers = [
             {
                 name.removeprefix(f"layers.{i}."): value
@@ -62,41 +63,42 @@ class Writer:
             cos={key: value[here] for key, value in self.positions.cos.items()},
             sin={key: value[here] for key, value in self.positions.sin.items()},
         )
-        before = config.norm_placement in ("pre", "sandwich")
-        after = config.norm_placement in ("post", "sandwich")
-        x = F.embedding(ids, self.model.values["embed"])[:, None] * config.embed_scale
+        placement, eps = config.blocks[0].norms.placement, config.blocks[0].norms.eps
+        before, after = placement in ("pre", "sandwich"), placement in ("post", "sandwich")
+        x = F.embedding(ids, self.model.values["embed"])[:, None] * config.embedding.scale
         for index, weights in enumerate(self.layers):
 
             def norm(name: str, value: torch.Tensor, own: dict[str, torch.Tensor] = weights) -> torch.Tensor:
-                return F.rms_norm(value, value.shape[-1:], own[name], config.norm_eps)
+                return F.rms_norm(value, value.shape[-1:], own[name], eps)
 
             y = self._attend(index, norm("attn_norm", x) if before else x, positions, at)
             x = x + (norm("post_attn_norm", y) if after else y)
             y = mlp(config, weights, norm("mlp_norm", x) if before else x)
             x = x + (norm("post_mlp_norm", y) if after else y)
-        return F.rms_norm(x[:, 0], x.shape[-1:], self.model.values["final_norm"], config.norm_eps)
+        return F.rms_norm(x[:, 0], x.shape[-1:], self.model.values["final_norm"], config.final_norm.eps)
 
     def _attend(self, index: int, x: torch.Tensor, positions: Positions, at: int) -> torch.Tensor:
         config, weights = self.model.config, self.layers[index]
-        slides, eps, batch = positions.slides(index), config.norm_eps, len(x)
+        mixer, eps, batch = config.blocks[index].mixer, config.blocks[index].norms.eps, len(x)
+        slides = positions.slides(index)
         q, k, v = (F.linear(x, weights[n], weights.get(f"{n}.bias")) for n in "qkv")
-        if config.qk_norm == "full":
+        if mixer.qk_norm == "full":
             q = F.rms_norm(q, q.shape[-1:], weights["q_norm"], eps)
             k = F.rms_norm(k, k.shape[-1:], weights["k_norm"], eps)
-        q, k, v = (part.view(batch, 1, -1, config.head_dim) for part in (q, k, v))
-        if config.qk_norm == "head":
+        q, k, v = (part.view(batch, 1, -1, mixer.head_dim) for part in (q, k, v))
+        if mixer.qk_norm == "head":
             q = F.rms_norm(q, q.shape[-1:], weights["q_norm"], eps)
             k = F.rms_norm(k, k.shape[-1:], weights["k_norm"], eps)
-        if not config.rope_layers or config.rope_layers[index]:
+        if mixer.rotary is not None:
             q, k = positions.rotate(q, slides), positions.rotate(k, slides)
         self.keys[index, :batch, :, at] = k[:, 0]
         self.values[index, :batch, :, at] = v[:, 0]
         keys, values = (kept[index, :batch, :, : at + 1] for kept in (self.keys, self.values))
         share = q.shape[2] // keys.shape[1]
-        grouped = q[:, 0].view(batch, keys.shape[1], share, config.head_dim)  # [B, K, H / K, D]
-        scores = (grouped @ keys.transpose(-1, -2)).float() * config.score_scale
-        if config.attention_softcap is not None:
-            scores = torch.tanh(scores / config.attention_softcap) * config.attention_softcap
+        grouped = q[:, 0].view(batch, keys.shape[1], share, mixer.head_dim)  # [B, K, H / K, D]
+        scores = (grouped @ keys.transpose(-1, -2)).float() * mixer.score_scale
+        if mixer.softcap is not None:
+            scores = torch.tanh(scores / mixer.softcap) * mixer.softcap
         mask = positions.masks[slides][at, : at + 1]
         mixed = scores.masked_fill(~mask, float("-inf")).softmax(-1).to(values.dtype) @ values
         return F.linear(mixed.reshape(batch, 1, -1), weights["o"], weights.get("o.bias"))

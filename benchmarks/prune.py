@@ -159,7 +159,7 @@ def measured(bench: Bench, pruning: Pruning) -> dict[str, Any]:
 
 def quality(bench: Bench, source: Source, model: LanguageModel) -> dict[str, Any]:
     """Perplexity increase, KL and agreement against the source in bf16."""
-    if source.config.vocab_size == bench.source.config.vocab_size:
+    if source.config.vocab == bench.source.config.vocab:
         verdict = evaluate(model, bench.reference, Budget())
         return {
             "ppl_increase": verdict.ppl_increase,

@@ -195,7 +195,7 @@ def bits_of(path: Path) -> float | None:
     source = open_model(path)
     held = [source.tensors[name] for name in source.config.linear_shapes()]
     stored = sum(TYPES[tensor.dtype].bytes_of(tensor.shape) for tensor in held)
-    return 8 * stored / source.config.linear_weights
+    return 8 * stored / source.config.weights_stored
 
 
 def bars_of(judged: Sequence[Judged]) -> list[Bar]:

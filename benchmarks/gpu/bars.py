@@ -43,6 +43,7 @@ from hasten.runtime.gpu.shape import WeightFormat
 from hasten.runtime.gpu.tiles import Weights, rounded
 from hasten.runtime.pages import CachedSequence
 from hasten.runtime.sampling import SamplingOptions, SequenceSampler
+from hasten.speed.cost import page_bytes
 from hasten.weights.packed import PackedModel
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu-bars.json"
@@ -250,7 +251,7 @@ def long_context(bars: Bars, model: LanguageModel, name: str, bandwidth: float) 
             last = now if outputs else None
     step = statistics.median(times[8:])
     executor: Any = model.executor
-    read = executor._weights.bytes + model.config.kv_bytes_per_token() * 32768
+    read = executor._weights.bytes + page_bytes(model.config, False, 32768)
     bars.add(name, read / bandwidth / step, 0.75, "of copy bandwidth",
              step_us=step * 1e6, tok_s=1 / step)  # fmt: skip
 

@@ -308,7 +308,6 @@ class ModelSpec:
     logit_softcap = _Figure["float | None"](lambda spec: spec.head.softcap)
     tied_head = _Figure[bool](lambda spec: spec.head.tied)
     embed_scale = _Figure[float](lambda spec: spec.embedding.scale)
-    linear_weights = _Figure[int](lambda spec: spec.weights_read)
 
     @property
     def rotary(self) -> Rotary | None:

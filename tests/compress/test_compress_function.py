@@ -98,7 +98,7 @@ def test_all_steps_together(tiny_folder: Callable[..., Path], tmp_path: Path, ca
     assert [step.name for step in made.steps] == names
     assert list(dict.fromkeys(p.stage for p in told)) == ["open", *names, "write"]
     assert all(step.lines for step in made.steps)
-    assert made.source.config.intermediate_size == 64 and not made.source.config.tied_head
+    assert made.source.config.blocks[0].feed_forward.width == 64 and not made.source.config.head.tied
     assert made.recipe.layout_for("layers.2.down") == Format.of(6)
     stored = {name: linear.layout for name, linear in made.packed.linears.items()}
     assert stored["layers.0.q"] == stored["head"] == stored["embed"] == Format.of(8)
@@ -195,7 +195,7 @@ def test_rules_for_layers_that_pruning_takes_are_said(tiny_folder: Callable[...,
         prune=(Pruning("layers", 0.34, repair=False),),
     )
     made = compress(tiny_folder("llama"), recipe, tokens=TOKENS, means=Means(threads=1))
-    assert made.source.config.num_layers == 2
+    assert len(made.source.config.blocks) == 2
     assert "the rule 'layers.2.down' names layers that were pruned away" in made.notes
 
 

@@ -67,7 +67,7 @@ def test_states_and_logits_are_the_reference_decoders(source: Source, tmp_path: 
     found = kept(source, tmp_path)
     rows = np.array([5, 0, 6])
     states = found.hidden(rows)
-    assert states.shape == (3, 16, source.config.hidden_size)
+    assert states.shape == (3, 16, source.config.width)
     for row, state in zip(rows, states, strict=True):
         wanted = reference.hidden(TEXT.ids[row])
         torch.testing.assert_close(state, wanted, rtol=2e-4, atol=2e-4)

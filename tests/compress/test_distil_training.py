@@ -57,9 +57,9 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Source:
 @pytest.fixture(scope="module")
 def pruned(teacher: Source) -> Source:
     """A third of the channels cut off, nothing repaired: what is left are whole groups."""
-    kept = teacher.config.intermediate_size * 2 // 3
+    kept = teacher.config.blocks[0].feed_forward.width * 2 // 3
     values = {}
-    for i in range(teacher.config.num_layers):
+    for i in range(len(teacher.config.blocks)):
         for name in ("gate", "up"):
             values[f"layers.{i}.{name}"] = tensor_values(teacher.tensors[f"layers.{i}.{name}"])[:kept]
         values[f"layers.{i}.down"] = tensor_values(teacher.tensors[f"layers.{i}.down"])[:, :kept]
@@ -101,7 +101,7 @@ def test_a_pruned_student_comes_nearer(run: Run, loss: DistilLoss) -> None:
     assert made.curve[1].loss is not None and last.loss is not None
     assert first.loss is None and last.loss < made.curve[1].loss
     assert made.tokens == last.tokens == 32 * 256 and last.step == 32
-    assert made.source.config.intermediate_size == 64
+    assert made.source.config.blocks[0].feed_forward.width == 64
     assert "before" in made.lines()[1]
 
 
@@ -138,12 +138,12 @@ def test_hidden_states_of_another_basis_are_refused(
     if change == "rotated":
         student = rotate(teacher)
     elif change == "folded":
-        head = tensor_values(teacher.tensors["embed"]) * torch.linspace(0.2, 5, teacher.config.hidden_size)
+        head = tensor_values(teacher.tensors["embed"]) * torch.linspace(0.2, 5, teacher.config.width)
         student = changed(teacher, {"head": head}, config=spec_changed(teacher.config, tied_head=False))
     else:
         other = tiny_models.TINY["llama"]
         student = open_folder(tiny_models.save_folder(other, tmp_path / "other"))
-    assert student.config.hidden_size == teacher.config.hidden_size
+    assert student.config.width == teacher.config.width
     with pytest.raises(UsageError, match="another basis"):
         run(steps(1, hidden=1.0), student=student)
 

@@ -30,7 +30,7 @@ def test_the_output_stays(name: str, tmp_path: Path) -> None:
     source = opened(name, tmp_path)
     config, weights = source.config, layer_weights(source, 1)
     positions = Positions.of(config, 24)
-    x = torch.randn(2, 24, config.hidden_size, generator=torch.Generator().manual_seed(3))
+    x = torch.randn(2, 24, config.width, generator=torch.Generator().manual_seed(3))
     before = layer_forward(config, 1, weights, x, positions)
     folded = dict(weights)
     for seed, group in enumerate(GROUPS):
@@ -56,7 +56,9 @@ def test_query_heads_share_the_scales_of_their_kv_head(tmp_path: Path) -> None:
     config, weights = source.config, layer_weights(source, 0)
     scales = random_scales(weights["o"].shape[1], 5)
     heads = shared_scales(weights, config, "o", scales).reshape(
-        config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim
+        config.blocks[0].mixer.kv_heads,
+        config.blocks[0].mixer.heads // config.blocks[0].mixer.kv_heads,
+        config.blocks[0].mixer.head_dim,
     )
     torch.testing.assert_close(heads[:, 0], heads[:, 1])
     wanted = scales.reshape(heads.shape).prod(1).sqrt()
@@ -72,7 +74,7 @@ def test_a_layer_with_fewer_heads_and_channels_folds(tmp_path: Path) -> None:
     rows = {"q": 32, "q.bias": 32, "k": 16, "k.bias": 16, "v": 16, "v.bias": 16, "gate": 50, "up": 50}
     weights = {name: value[: rows.get(name, len(value))].clone() for name, value in whole.items()}
     weights |= {"o": whole["o"][:, :32].clone(), "down": whole["down"][:, :50].clone()}
-    x = torch.randn(1, 9, config.hidden_size, generator=torch.Generator().manual_seed(3))
+    x = torch.randn(1, 9, config.width, generator=torch.Generator().manual_seed(3))
     positions, folded = Positions.of(config, 9), weights
     for seed, group in enumerate(GROUPS):
         scales = random_scales(weights[READERS[group][0]].shape[1], seed)

@@ -202,20 +202,20 @@ def test_stopped_at_any_layer_it_goes_on_to_the_same_bytes(name: str, lost: bool
     source, recipe, work = opened("qwen2", tmp_path), Recipe.parse(name), tmp_path / "work"
     whole = quantise(source, recipe, text())
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)
-    for stop in range(1, source.config.num_layers + 2):
+    for stop in range(1, len(source.config.blocks) + 2):
 
         def observer(done: int, total: int, now: str, stop: int = stop) -> None:
             if now.startswith(("layer", "the head")) and done == stop:
                 raise Stopped
 
-        if stop <= source.config.num_layers:
+        if stop <= len(source.config.blocks):
             with pytest.raises(Stopped):
                 quantise(source, recipe, text(), observer=observer, folder=work)
         if lost:  # the streams were not written: layers are run again
             for path in work.rglob("streams.pt"):
                 path.unlink()
     assert same(quantise(source, recipe, text(), folder=work), whole)
-    assert len(list(work.rglob("layer-*.pt"))) == source.config.num_layers + 1
+    assert len(list(work.rglob("layer-*.pt"))) == len(source.config.blocks) + 1
 
 
 def test_what_was_kept_of_another_text_or_model_is_not_used(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_statistics_are_those_of_the_inputs(tmp_path: Path) -> None:
     found = Statistics(source, text())
     found.collect()
     stream = Stream.of(source, text())
-    for index in range(source.config.num_layers):
+    for index in range(len(source.config.blocks)):
         weights = stream_weights(source, index)
         x = StagedLayer(stream, index).inputs("qkv", weights).flatten(0, 1)
         gram = found.layer(index).grams["qkv"]
@@ -245,7 +245,7 @@ def test_statistics_are_those_of_the_inputs(tmp_path: Path) -> None:
         settle(StagedLayer(stream, index), weights)
         plain.advance(index, weights)
         torch.testing.assert_close(stream.x, plain.x, rtol=1e-4, atol=1e-4)
-    assert found.layer(source.config.num_layers).grams[HEAD].shape == (64, 64)
+    assert found.layer(len(source.config.blocks)).grams[HEAD].shape == (64, 64)
 
 
 def test_statistics_are_read_once_and_again_where_a_file_is_damaged(

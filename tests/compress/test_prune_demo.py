@@ -24,4 +24,4 @@ def test_half_the_vocabulary_still_writes_any_text() -> None:
     odd = "\u03a9 \u4f60\u597d \U0001f389 <|im_end|> x"
     assert after.decode(after.encode(odd), skip_special=False) == odd
     assert smaller.config.eos_token_ids == (after.id_of("<|im_end|>"),)
-    assert max(after.encode(part + odd)) < smaller.config.vocab_size <= source.config.vocab_size / 2
+    assert max(after.encode(part + odd)) < smaller.config.vocab <= source.config.vocab / 2

@@ -24,12 +24,12 @@ def test_smaller_models_get_faster_and_say_so(kind: str, tiny_folder: Callable[.
     told: list[tuple[int, int]] = []
     found = prune(source, Pruning(kind, SMALLER[kind]), text(), lambda d, t: told.append((d, t)))  # type: ignore[arg-type]
     assert found.gets_faster
-    assert found.weights_after == found.source.config.linear_weights < found.weights_before
+    assert found.weights_after == found.source.config.weights_stored < found.weights_before
     assert found.bytes_after < found.bytes_before
     assert found.lines()[2].startswith("faster here: ")
     assert len(found.lines()) == 3 + len(found.parts) + len(found.notes)
     assert kind == "vocabulary" or told[-1][0] == told[-1][1] > 0
-    ids = text(1).ids[0] % found.source.config.vocab_size
+    ids = text(1).ids[0] % found.source.config.vocab
     assert np.isfinite(hidden(found.source, ids)).all()
 
 
@@ -40,7 +40,7 @@ def test_zeros_do_not_and_say_why(kind: str, tiny_folder: Callable[..., Path]) -
     assert not found.gets_faster
     assert found.bytes_after == found.bytes_before
     zeros = found.weights_before - found.weights_after
-    matrices = found.weights_before - source.config.vocab_size * source.config.hidden_size
+    matrices = found.weights_before - source.config.vocab * source.config.width
     assert zeros == pytest.approx(matrices / 2, rel=0.02)
     assert "zeros are stored" in found.lines()[2]
 
@@ -50,10 +50,11 @@ def test_steps_compose(tiny_folder: Callable[..., Path]) -> None:
     for kind, amount in (("layers", 0.2), ("heads", 0.5), ("ffn", 0.3), ("width", 0.4), ("wanda", 0.5)):
         source = prune(source, Pruning(kind, amount), text()).source  # type: ignore[arg-type]
     config = source.config
-    assert (config.num_layers, config.num_kv_heads, config.intermediate_size, config.hidden_size) == (
+    block = config.blocks[0]
+    assert (len(config.blocks), block.mixer.kv_heads, block.feed_forward.width, config.width) == (
         4, 1, 64, 32,
     )  # fmt: skip
-    assert len(config.rope_layers) == 4
+    assert any(block.mixer.rotary is None for block in config.blocks)
     assert np.isfinite(hidden(source, text(1).ids[0])).all()
 
 

@@ -27,9 +27,11 @@ def test_every_architecture_runs_pruned_and_repair_brings_it_nearer(
     cut, _ = taken("ffn", source, 0.25, text(), repair=False)
     repaired, parts = taken("ffn", source, 0.25, text(), repair=True)
     width = 192 if name == "llama-wide" else 64
-    assert cut.config.intermediate_size == repaired.config.intermediate_size == width
-    assert repaired.tensors["layers.1.down"].shape == (source.config.hidden_size, width)
-    assert all(part.kept == width and part.total == source.config.intermediate_size for part in parts)
+    assert cut.config.blocks[0].feed_forward.width == repaired.config.blocks[0].feed_forward.width == width
+    assert repaired.tensors["layers.1.down"].shape == (source.config.width, width)
+    assert all(
+        part.kept == width and part.total == source.config.blocks[0].feed_forward.width for part in parts
+    )
     assert all(part.error_after < part.error_before for part in parts)
     ids = text(1).ids[0]
     assert 0 < distance(repaired, source, ids) < distance(cut, source, ids)
@@ -39,7 +41,7 @@ def test_channels_that_say_nothing_new_go_without_a_trace(tiny_folder: Callable[
     """32 of 96 channels repeat others': they go, and the fit adds their columns up."""
     source = open_folder(tiny_folder("llama"))
     doubled = {}
-    for layer in range(source.config.num_layers):
+    for layer in range(len(source.config.blocks)):
         for name in ("gate", "up"):
             values = tensor_values(source.tensors[f"layers.{layer}.{name}"])
             values[64:] = values[:32]
@@ -111,8 +113,8 @@ def test_an_amount_that_leaves_or_takes_nothing_is_refused(
     with pytest.raises(UsageError, match=message) as refused:
         Channels().after(config, Pruning("ffn", amount))
     low, high = (float(word) for word in refused.value.hint.split() if word[0] == "0")
-    assert Channels().after(config, Pruning("ffn", low)).intermediate_size == 64
-    assert Channels().after(config, Pruning("ffn", high)).intermediate_size == 32
+    assert Channels().after(config, Pruning("ffn", low)).blocks[0].feed_forward.width == 64
+    assert Channels().after(config, Pruning("ffn", high)).blocks[0].feed_forward.width == 32
 
 
 def test_values_that_are_not_finite_name_the_layer(tiny_folder: Callable[..., Path]) -> None:

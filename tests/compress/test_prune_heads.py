@@ -28,7 +28,7 @@ def test_half_the_heads_go_and_repair_brings_the_rest_nearer(
     source = open_folder(tiny_folder(name))
     cut, _ = taken("heads", source, 0.5, text(), repair=False)
     repaired, parts = taken("heads", source, 0.5, text(), repair=True)
-    assert repaired.config.num_heads == source.config.num_heads // 2
+    assert repaired.config.blocks[0].mixer.heads == source.config.blocks[0].mixer.heads // 2
     assert all(part.error_after < part.error_before for part in parts)
     ids = text(1).ids[0]
     assert 0 < distance(repaired, source, ids) < distance(cut, source, ids)
@@ -42,7 +42,7 @@ def test_heads_that_add_nothing_go_without_a_trace(
     """Silent heads: the first group in one layer, the second in another; or one head of each group."""
     source = open_folder(tiny_folder("llama"))
     config = source.config
-    dim = config.head_dim
+    dim = config.blocks[0].mixer.head_dim
     silent = {0: (0, 1), 1: (2, 3), 2: (0, 1)} if amount == 0.5 else {0: (0, 2), 1: (1, 3), 2: (1, 2)}
     values = {}
     for layer, heads in silent.items():
@@ -58,14 +58,17 @@ def test_heads_that_add_nothing_go_without_a_trace(
     pruned, _ = Heads(plan).run(
         source, Pruning("heads", amount, repair=repair), text(), lambda done, total: None
     )
-    assert (pruned.config.num_heads, pruned.config.num_kv_heads) == (plan.groups * plan.share, plan.groups)
+    assert (pruned.config.blocks[0].mixer.heads, pruned.config.blocks[0].mixer.kv_heads) == (
+        plan.groups * plan.share,
+        plan.groups,
+    )
     assert distance(pruned, source, text(1).ids[0]) < 0.02
 
 
 def test_the_rows_of_keys_and_values_follow(tiny_folder: Callable[..., Path]) -> None:
     source = open_folder(tiny_folder("qwen2"))  # with biases on q, k, v
     pruned, _ = taken("heads", source, 0.5, text(), repair=True)
-    dim = source.config.head_dim
+    dim = source.config.blocks[0].mixer.head_dim
     kept = tensor_values(pruned.tensors["layers.1.k"])
     whole = tensor_values(source.tensors["layers.1.k"])
     group = next(g for g in range(2) if torch.equal(kept, whole[g * dim : (g + 1) * dim]))

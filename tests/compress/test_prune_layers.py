@@ -32,10 +32,10 @@ def test_a_layer_without_effect_goes_without_a_trace(
     """Also where layers differ: rotated or not, sliding or not. With repair there is nothing to fit."""
     source = without_effect(open_folder(tiny_folder(name)), layer)
     config = source.config
-    pruned, parts = taken("layers", source, 1 / config.num_layers, text(), repair)
-    left = [i for i in range(config.num_layers) if i != layer]
-    assert [part.kept for part in parts] == [int(i in left) for i in range(config.num_layers)]
-    assert pruned.config.num_layers == len(left)
+    pruned, parts = taken("layers", source, 1 / len(config.blocks), text(), repair)
+    left = [i for i in range(len(config.blocks)) if i != layer]
+    assert [part.kept for part in parts] == [int(i in left) for i in range(len(config.blocks))]
+    assert len(pruned.config.blocks) == len(left)
     assert pruned.config.blocks == tuple(config.blocks[i] for i in left)
     assert distance(pruned, source, text(1).ids[0]) < 0.03
 

@@ -74,8 +74,8 @@ def corpus(source: Source) -> Calibration:
 def test_what_the_corpus_says_is_written_as_before(large: Source) -> None:
     smaller, parts = taken("vocabulary", large, 0.25, corpus(large))
     before, after = large.tokenizer(), smaller.tokenizer()
-    assert smaller.config.vocab_size == after.vocab_size == round(0.75 * large.config.vocab_size)
-    assert [(part.kept, part.total) for part in parts] == [(after.vocab_size, large.config.vocab_size)]
+    assert smaller.config.vocab == after.vocab_size == round(0.75 * large.config.vocab)
+    assert [(part.kept, part.total) for part in parts] == [(after.vocab_size, large.config.vocab)]
     assert sorted(after.id_of(token) for token in Vocabulary.of(after).tokens.values()) == list(
         range(after.vocab_size)
     )
@@ -113,7 +113,7 @@ _MADE: dict[int, Source] = {}
 def _smallest(large: Source) -> Source:
     """Hardly more than the bytes."""
     if id(large) not in _MADE:
-        amount = 1 - 262 / large.config.vocab_size
+        amount = 1 - 262 / large.config.vocab
         _MADE[id(large)] = taken("vocabulary", large, amount, corpus(large))[0]
     return _MADE[id(large)]
 

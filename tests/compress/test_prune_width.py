@@ -37,11 +37,11 @@ def off(ours: Source, theirs: Source) -> float:
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("gemma3", "olmo2")])
 def test_narrow_models_run_and_repair_brings_them_nearer(name: str, tiny_folder: Callable[..., Path]) -> None:
     source = open_folder(tiny_folder(name))
-    width = source.config.hidden_size
+    width = source.config.width
     cut, _ = taken("width", source, 0.4, text(), repair=False)
     repaired, parts = taken("width", source, 0.4, text(), repair=True)
-    left = Width().after(source.config, Pruning("width", 0.4)).hidden_size
-    assert cut.config.hidden_size == repaired.config.hidden_size == left < width
+    left = Width().after(source.config, Pruning("width", 0.4)).width
+    assert cut.config.width == repaired.config.width == left < width
     assert all(part.error_after < part.error_before for part in parts)
     assert 0 < off(repaired, source) < off(cut, source)
 

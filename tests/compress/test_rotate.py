@@ -62,7 +62,7 @@ def test_hidden_states_are_turned(name: str, tmp_path: Path) -> None:
     assert set(rotated.tensors) == set(source.tensors)
     prompt = tiny_models.prompts()[0]
     hidden = reference(source).hidden(prompt)
-    scale = 1.0 if source.config.tied_head else 1.5  # an own head takes the factor
+    scale = 1.0 if source.config.head.tied else 1.5  # an own head takes the factor
     turned = hidden @ residual_rotation(source.config).matrix() / scale
     ours = reference(rotated).hidden(prompt)
     torch.testing.assert_close(ours, turned, rtol=2e-4, atol=2e-4 * float(hidden.std()))
@@ -98,7 +98,7 @@ def test_values_turn_within_their_head(tmp_path: Path) -> None:
         tensors = {name: tensor_values(tensor).numpy() for name, tensor in model.tensors.items()}
         ReferenceDecoder(model.config, tensors, record).logits(tiny_models.prompts()[0])
         values.append(dict(seen))
-    for layer in range(source.config.num_layers):
+    for layer in range(len(source.config.blocks)):
         before, after = (found[f"layers.{layer}.values"] for found in values)
         turned = before @ head_rotation(source.config, layer).matrix()
         torch.testing.assert_close(after, turned, rtol=2e-4, atol=2e-4 * float(before.std()))
@@ -106,9 +106,9 @@ def test_values_turn_within_their_head(tmp_path: Path) -> None:
 
 def test_a_tied_head_is_untied_and_packs(tmp_path: Path) -> None:
     source = rough_norms(opened("qwen2", tmp_path))
-    assert source.config.tied_head
+    assert source.config.head.tied
     rotated = rotate(source)
-    assert not rotated.config.tied_head
+    assert not rotated.config.head.tied
     embed, head = (tensor_values(rotated.tensors[name]) for name in ("embed", "head"))
     assert not torch.allclose(embed, head, rtol=0.1)
     packed = pack_model(rotated, Recipe.parse("w4-head8"))

@@ -22,7 +22,7 @@ Layer = tuple[ModelSpec, dict[str, torch.Tensor], torch.Tensor]
 def layer(name: str, folder: Path) -> Layer:
     """(config, weights of layer 1, inputs [2, 24, E] with outliers in three channels)."""
     source = open_folder(tiny_models.save_folder(tiny_models.TINY[name], folder))
-    x = torch.randn(2, 24, source.config.hidden_size, generator=torch.Generator().manual_seed(3))
+    x = torch.randn(2, 24, source.config.width, generator=torch.Generator().manual_seed(3))
     x[..., [5, 17, 40]] *= 30
     return source.config, layer_weights(source, 1), x
 
@@ -60,7 +60,7 @@ def test_the_output_stays_and_the_balance_is_kept(name: str, alpha: float, tmp_p
 def test_a_rotated_layer_smooths_too(tmp_path: Path) -> None:
     source = open_folder(tiny_models.save_folder(tiny_models.TINY["qwen3"], tmp_path))
     config, weights = source.config, layer_weights(rotate(source), 2)
-    x = torch.randn(2, 24, config.hidden_size, generator=torch.Generator().manual_seed(4))
+    x = torch.randn(2, 24, config.width, generator=torch.Generator().manual_seed(4))
     positions, watch = Positions.of(config, 24), Maxima()
     before = layer_forward(config, 2, weights, x, positions, watch)
     smooth = smooth_layer(weights, config, watch, 0.5)[0]

@@ -48,18 +48,18 @@ class First(Pruner):
     unit = "channels"
 
     def after(self, config, pruning):
-        count = kept_multiple(pruning, "channel", config.intermediate_size)
+        count = kept_multiple(pruning, "channel", config.blocks[0].feed_forward.width)
         return with_channels(config, count)
 
     def run(self, source, pruning, text, step):
         config, values, parts = self.after(source.config, pruning), {}, []
-        count = config.intermediate_size
-        for index in range(config.num_layers):
+        count = config.blocks[0].feed_forward.width
+        for index in range(len(config.blocks)):
             weights = layer_weights(source, index)
             for name in ("gate", "up"):
                 values[f"layers.{index}.{name}"] = weights[name][:count]
             values[f"layers.{index}.down"] = weights["down"][:, :count]
-            parts.append(PartPruned(f"layers.{index}", count, source.config.intermediate_size))
+            parts.append(PartPruned(f"layers.{index}", count, source.config.blocks[0].feed_forward.width))
         return changed(source, values, config=config), parts
 """
 COARSE_LINE = MethodEntry("coarse_method:Coarse", "every second level", reads="moments", head_bits=8)
@@ -78,10 +78,10 @@ def added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_they_run_on_a_model(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
     folder, out = tiny_folder("llama"), tmp_path / "out.hasten"
-    width = open_model(folder).config.intermediate_size
+    width = open_model(folder).config.blocks[0].feed_forward.width
     recipe = parse_recipe("{default: w4, head: w8, method: coarse, prune: [{kind: first, amount: 0.34}]}")
     made = compress(folder, recipe, out=out, tokens=1024, means=Means(threads=1))
-    assert made.source.config.intermediate_size == width - 32
+    assert made.source.config.blocks[0].feed_forward.width == width - 32
     assert made.calibration is not None and made.calibration["tokens"] == 1024
     for name, one in made.packed.linears.items():
         if name.startswith("layers."):

@@ -23,9 +23,9 @@ NAMES = sorted(tiny_models.TINY)
 def hidden(source: Source, ids: np.ndarray) -> torch.Tensor:
     """All layers one after another, as calibration runs them: float32 [B, T, E] before the final norm."""
     config = source.config
-    x = tensor_values(source.tensors["embed"])[torch.as_tensor(ids).long()] * config.embed_scale
+    x = tensor_values(source.tensors["embed"])[torch.as_tensor(ids).long()] * config.embedding.scale
     positions = Positions.of(config, ids.shape[1])
-    for index in range(config.num_layers):
+    for index in range(len(config.blocks)):
         x = layer_forward(config, index, layer_weights(source, index), x, positions)
     return x
 
@@ -37,7 +37,7 @@ def test_layers_equal_the_reference_decoder(name: str, tmp_path: Path) -> None:
     tensors = {key: tensor_values(tensor).numpy() for key, tensor in source.tensors.items()}
     reference = ReferenceDecoder(source.config, tensors)
     norm = tensor_values(source.tensors["final_norm"])
-    ours = torch.nn.functional.rms_norm(hidden(source, ids), norm.shape, norm, source.config.norm_eps)
+    ours = torch.nn.functional.rms_norm(hidden(source, ids), norm.shape, norm, source.config.final_norm.eps)
     for row, sequence in enumerate(ids):
         torch.testing.assert_close(ours[row], reference.hidden(sequence), rtol=2e-4, atol=2e-4)
 

@@ -41,11 +41,11 @@ def work_bytes(source: Source, recipe: Recipe, tokens: int, distil_tokens: int) 
     layers = 0 if recipe.is_plain else artifact_bytes(source, recipe)
     layers += statistics_bytes(source.config) if reads_moments(recipe) else 0
     if METHODS[recipe.method].reads == "states":  # of the source and of what is quantised
-        layers += 2 * 4 * source.config.hidden_size * tokens
+        layers += 2 * 4 * source.config.width * tokens
     if recipe.distil is None:
         return layers
-    states = 4 * source.config.hidden_size * distil_tokens
-    learning = source.config.linear_weights
+    states = 4 * source.config.width * distil_tokens
+    learning = source.config.weights_stored
     if (rank := recipe.distil.lora) is not None:
         learning = sum(rank * (rows + cols) for rows, cols in source.config.linear_shapes().values())
     return layers + states + _STATE_BYTES * learning

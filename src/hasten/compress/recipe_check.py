@@ -71,13 +71,13 @@ def spelled_out(rules: Mapping[str, Format], config: ModelSpec, where: str) -> d
 
 
 def _taken(rule: str, names: list[str], config: ModelSpec, where: str) -> frozenset[str]:
-    taken = matches("embed" if rule == "head" and config.tied_head else rule, names)
+    taken = matches("embed" if rule == "head" and config.head.tied else rule, names)
     if taken:
         return taken
     near = _nearest(rule, names)
     raise UsageError(
-        f"{where}: {rule!r} names no layer of this model, which has {config.num_layers} "
-        f"(layers.0 to layers.{config.num_layers - 1})",
+        f"{where}: {rule!r} names no layer of this model, which has {len(config.blocks)} "
+        f"(layers.0 to layers.{len(config.blocks) - 1})",
         hint=f"near it: {', '.join(near)}",
     )
 
@@ -182,7 +182,7 @@ def fitted(recipe: Recipe, before: ModelSpec, after: ModelSpec) -> tuple[Recipe,
     gone = [rule for rule in recipe.layers if not (matches(rule, names) or rule == "head")]
     left = {rule: layout for rule, layout in recipe.layers.items() if rule not in gone}
     found = checked(replace(recipe, layers=left, prune=(), rotate=False), after)
-    if before.tied_head and not after.tied_head:  # one matrix became two
+    if before.head.tied and not after.head.tied:  # one matrix became two
         tied = spelled_out(recipe.layers, before, recipe.name).get("embed")
         both = {} if tied is None else {"embed": tied, "head": tied}
         found = replace(found, layers={**found.layers, **both})
@@ -198,7 +198,7 @@ def notes(recipe: Recipe, config: ModelSpec) -> tuple[str, ...]:
 def _unequal_widths(recipe: Recipe, config: ModelSpec) -> tuple[str, ...]:
     unequal = [
         f"layers.{layer} {' '.join(group)}"
-        for layer in range(config.num_layers)
+        for layer in range(len(config.blocks))
         for group in (("q", "k", "v"), ("gate", "up"))
         if len({recipe.layout_for(f"layers.{layer}.{name}") for name in group}) > 1
     ]
@@ -312,7 +312,7 @@ def _divides(group: int, layout: Format, cols: int) -> bool:
 
 
 def _shapes(config: ModelSpec) -> dict[str, tuple[int, int]]:
-    shapes = {"embed": (config.vocab_size, config.hidden_size), **config.linear_shapes()}
+    shapes = {"embed": (config.vocab, config.width), **config.linear_shapes()}
     return {name: shapes[name] for name in layer_names(config)}
 
 

@@ -162,7 +162,7 @@ class Stream:
         """Embeddings of the calibration text, before the first layer."""
         config = source.config
         ids, place = torch.unique(torch.from_numpy(calibration.ids).long(), return_inverse=True)
-        x = row_values(source.tensors["embed"], ids)[place] * config.embed_scale
+        x = row_values(source.tensors["embed"], ids)[place] * config.embedding.scale
         return cls(source.name, config, x, Positions.of(config, calibration.ids.shape[1]))
 
     def copy(self) -> Stream:
@@ -210,7 +210,7 @@ class Stream:
         for rows in self.batches():
             y = stream_linear(name, inputs[rows], weights[name], weights.get(f"{name}.bias"))
             if norm is not None:
-                y = F.rms_norm(y, norm.shape, norm, self.config.norm_eps)
+                y = F.rms_norm(y, norm.shape, norm, self.config.blocks[0].norms.eps)
             self.x[rows] += y
 
     def advance(self, index: int, weights: Weights) -> None:

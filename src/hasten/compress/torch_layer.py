@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 
-from hasten.core import ModelSpec
+from hasten.core import Attention, ModelSpec
 from hasten.models import rope
 from hasten.models.source import Source
 from hasten.weights.tensors import SourceTensor
@@ -99,7 +99,7 @@ class Positions:
         sliding = everywhere if local is None else _angles(length, local, 1.0, device)
         at = torch.arange(length, device=device)
         back = at[:, None] - at[None, :]
-        window = config.sliding_window or length
+        window = max((block.mixer.window or 0 for block in config.blocks), default=0) or length
         return cls(
             config,
             {False: everywhere[0], True: sliding[0]},
@@ -109,8 +109,7 @@ class Positions:
 
     def slides(self, layer: int) -> bool:
         """Whether a layer looks back on a window only."""
-        flags = self.config.sliding_layers
-        return self.config.sliding_window is not None and bool(flags) and flags[layer]
+        return self.config.blocks[layer].mixer.window is not None
 
     def rotate(self, x: torch.Tensor, slides: bool) -> torch.Tensor:
         """x [B, T, H, D] turned by its positions."""
@@ -141,8 +140,8 @@ def layer_forward(
     Returns:
         [B, T, E].
     """
-    before = config.norm_placement in ("pre", "sandwich")
-    after = config.norm_placement in ("post", "sandwich")
+    placement = config.blocks[index].norms.placement
+    before, after = placement in ("pre", "sandwich"), placement in ("post", "sandwich")
 
     norm = partial(normed, config, weights)
     y = attention(config, index, weights, norm("attn_norm", x) if before else x, positions, linear)
@@ -153,7 +152,7 @@ def layer_forward(
 
 def normed(config: ModelSpec, weights: Weights, name: str, value: torch.Tensor) -> torch.Tensor:
     """RMS norm by one of the layer's norms, [..., n], in the value's type."""
-    return F.rms_norm(value, value.shape[-1:], weights[name].to(value.dtype), config.norm_eps)
+    return F.rms_norm(value, value.shape[-1:], weights[name].to(value.dtype), config.blocks[0].norms.eps)
 
 
 def attention(
@@ -178,31 +177,31 @@ def attended(
     linear: Linear = plain_linear,
 ) -> torch.Tensor:
     """What `o` reads: normed input [B, T, E] -> values mixed by attention, [B, T, H * D]."""
-    dim, slides = config.head_dim, positions.slides(index)
+    mixer, slides = config.blocks[index].mixer, positions.slides(index)
     q, k, v = (linear(name, x, weights[name], weights.get(f"{name}.bias")) for name in "qkv")
 
     norm = partial(normed, config, weights)
-    if config.qk_norm == "full":
+    if mixer.qk_norm == "full":
         q, k = norm("q_norm", q), norm("k_norm", k)
-    q, k, v = (value.view(*value.shape[:-1], -1, dim) for value in (q, k, v))  # [B, T, heads, D]
-    if config.qk_norm == "head":
+    q, k, v = (value.view(*value.shape[:-1], -1, mixer.head_dim) for value in (q, k, v))  # [B, T, heads, D]
+    if mixer.qk_norm == "head":
         q, k = norm("q_norm", q), norm("k_norm", k)
-    if not config.rope_layers or config.rope_layers[index]:
+    if mixer.rotary is not None:
         q, k = positions.rotate(q, slides), positions.rotate(k, slides)
-    return _attend(config, q, k, v, positions.masks[slides]).flatten(-2)
+    return _attend(mixer, q, k, v, positions.masks[slides]).flatten(-2)
 
 
 def _attend(
-    config: ModelSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
+    mixer: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
     share = q.shape[2] // k.shape[2]
     q, k, v = (value.transpose(1, 2) for value in (q, k, v))  # [B, H, T, D]
     k, v = (value.repeat_interleave(share, dim=1) for value in (k, v))
-    if config.attention_softcap is None:
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=config.score_scale)
+    if mixer.softcap is None:
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=mixer.score_scale)
     else:
-        scores = (q @ k.transpose(-1, -2)) * config.score_scale
-        scores = torch.tanh(scores / config.attention_softcap) * config.attention_softcap
+        scores = (q @ k.transpose(-1, -2)) * mixer.score_scale
+        scores = torch.tanh(scores / mixer.softcap) * mixer.softcap
         mixed = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1) @ v
     return mixed.transpose(1, 2)
 
@@ -218,7 +217,11 @@ def activated(
     """What `down` reads: normed input [B, T, E] -> [B, T, F]."""
     gate = linear("gate", x, weights["gate"], weights.get("gate.bias"))
     up = linear("up", x, weights["up"], weights.get("up.bias"))
-    gate = F.silu(gate) if config.activation == "silu" else F.gelu(gate, approximate="tanh")
+    gate = (
+        F.silu(gate)
+        if config.blocks[0].feed_forward.activation == "silu"
+        else F.gelu(gate, approximate="tanh")
+    )
     return gate * up
 
 

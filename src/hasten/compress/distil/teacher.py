@@ -78,11 +78,6 @@ class Decoder:
     def device(self) -> torch.device:
         return self.values["embed"].device
 
-    @property
-    def head_name(self) -> str:
-        """`embed` where the head is tied to it."""
-        return "embed" if self.config.tied_head else "head"
-
     def weight(self, name: str) -> torch.Tensor:
         """One parameter as it is used, before it is cast."""
         value = self.values[name]
@@ -96,13 +91,13 @@ class Decoder:
         if length not in self._positions:
             self._positions[length] = Positions.of(config, length, self.device)
         positions = self._positions[length]
-        x = (F.embedding(ids, self.weight("embed")) * config.embed_scale).to(self.dtype)
-        for index in range(config.num_layers):
+        x = (F.embedding(ids, self.weight("embed")) * config.embedding.scale).to(self.dtype)
+        for index in range(len(config.blocks)):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(self._run, index, x, positions, use_reentrant=False)
             else:
                 x = self._run(index, x, positions)
-        return F.rms_norm(x, x.shape[-1:], self.weight("final_norm").to(x.dtype), config.norm_eps)
+        return F.rms_norm(x, x.shape[-1:], self.weight("final_norm").to(x.dtype), config.final_norm.eps)
 
     def _run(self, index: int, x: torch.Tensor, positions: Positions) -> torch.Tensor:
         layer = self.layer if torch.is_grad_enabled() else layer_forward  # judging: other shapes, seldom
@@ -115,12 +110,11 @@ class Decoder:
 
     def _alike(self, index: int) -> int:
         """Where all layers are computed alike, all are layer 0: compiled once, not once a layer."""
-        varies = self.config.sliding_layers or self.config.rope_layers
-        return index if varies else 0
+        return 0 if len(set(self.config.blocks)) == 1 else index
 
     def head(self) -> torch.Tensor:
         """The head's matrix, [V, E] of `dtype`."""
-        return self.weight(self.head_name).to(self.dtype)
+        return self.weight(self.config.head_name).to(self.dtype)
 
     def logits(self, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         """[R, E] times the head, soft-capped: [R, V]."""
@@ -130,7 +124,7 @@ class Decoder:
 def head_logits(config: ModelSpec, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     """[R, E] by [V, E] -> [R, V] with the model's soft cap."""
     found = F.linear(hidden, head)
-    cap = config.logit_softcap
+    cap = config.head.softcap
     return found if cap is None else torch.tanh(found / cap) * cap
 
 
@@ -207,7 +201,10 @@ def live_teacher(source: Source, text: Calibration, dtype: torch.dtype, device: 
     """A teacher that is run for each batch."""
     model = Decoder.of(source, dtype, device, keep=dtype)
     return LiveTeacher(
-        source.config, model.values[model.head_name], model, torch.from_numpy(text.ids).long().to(device)
+        source.config,
+        model.values[model.config.head_name],
+        model,
+        torch.from_numpy(text.ids).long().to(device),
     )
 
 
@@ -237,7 +234,7 @@ def cached_teacher(
         ModelError: a state is not finite.
     """
     count, length = text.ids.shape
-    shape = (length, source.config.hidden_size)
+    shape = (length, source.config.width)
     per_shard = max(1, SHARD_TOKENS // length)
     place = folder / work_key(source, text, "teacher", str(dtype))
     shards = [place / f"{n:05d}.states" for n in range(-(-count // per_shard))]
@@ -254,7 +251,7 @@ def cached_teacher(
         step(n * per_shard, count)
         write_checked(shards[n], _states(model, ids, max(1, batch_tokens // length)))
     step(count, count)
-    name = "embed" if source.config.tied_head else "head"
+    name = source.config.head_name
     head = model.values[name] if model else tensor_values(source.tensors[name], dtype, device)
     return CachedTeacher(source.config, head, shape, dtype, shards, per_shard)
 

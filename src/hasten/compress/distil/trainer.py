@@ -443,7 +443,7 @@ def _heads_apart(teacher: Source, student: Source) -> float:
     """Relative difference of some rows of the LM heads, which say what a hidden state means."""
     rows = []
     for source in (teacher, student):
-        head = source.tensors["embed" if source.config.tied_head else "head"]
+        head = source.tensors[source.config.head_name]
         count = min(_HEAD_ROWS, head.rows)
         rows.append(tensor_values(head.part("head", (head.rows - count) // 2, count)))
     return float((rows[0] - rows[1]).norm() / rows[0].norm().clamp(min=1e-30))
@@ -451,14 +451,14 @@ def _heads_apart(teacher: Source, student: Source) -> float:
 
 def _check(teacher: Source, student: Source, text: Calibration, options: Distillation) -> None:
     theirs, ours = teacher.config, student.config
-    if theirs.vocab_size != ours.vocab_size:
+    if theirs.vocab != ours.vocab:
         raise UsageError(
-            f"distil: the teacher has {theirs.vocab_size:,} tokens and the student {ours.vocab_size:,}",
+            f"distil: the teacher has {theirs.vocab:,} tokens and the student {ours.vocab:,}",
             hint="prune the vocabulary after distilling, or not at all",
         )
-    if options.hidden and theirs.hidden_size != ours.hidden_size:
+    if options.hidden and theirs.width != ours.width:
         raise UsageError(
-            f"distil: hidden states of {theirs.hidden_size} and {ours.hidden_size} cannot be compared",
+            f"distil: hidden states of {theirs.width} and {ours.width} cannot be compared",
             hint="leave hidden: out where the width was pruned",
         )
     if options.hidden and (apart := _heads_apart(teacher, student)) > _SAME_BASIS:

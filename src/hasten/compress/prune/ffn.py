@@ -91,7 +91,7 @@ def moments_of(original: Stream, inputs: torch.Tensor, wanted: torch.Tensor) -> 
     The original stands behind the layer.
     """
     moments = Moments.zeros(inputs.shape[-1], wanted.shape[-1])
-    state = original.x if original.config.norm_placement == "pre" else wanted
+    state = original.x if original.config.blocks[0].norms.placement == "pre" else wanted
     for rows in original.batches():
         moments.add(inputs[rows], wanted[rows], state[rows])
     return moments
@@ -103,7 +103,7 @@ def wanted_output(original: Stream, ours: Stream, index: int, weights: Weights) 
     Moves the original one layer on. Its hidden state there is the aim; where a norm stands between `down` and
     the hidden state, what its own `down` gives.
     """
-    if original.config.norm_placement == "pre":
+    if original.config.blocks[0].norms.placement == "pre":
         original.advance(index, weights)
         return original.x - ours.x - weights.get("down.bias", torch.zeros(()))
     theirs = to_middle(original, index, weights)
@@ -132,18 +132,18 @@ class Channels(Pruner):
     unit = "FFN channels"
 
     def after(self, config: ModelSpec, pruning: Pruning) -> ModelSpec:
-        return with_channels(config, kept_multiple(pruning, "channel", config.intermediate_size))
+        return with_channels(config, kept_multiple(pruning, "channel", config.blocks[0].feed_forward.width))
 
     def run(self, source: Source, pruning: Pruning, text: Calibration | None, step: Observer) -> Parts:
         assert text is not None
         config = self.after(source.config, pruning)
-        count = config.intermediate_size
+        count = config.blocks[0].feed_forward.width
         original = Stream.of(source, text)
         ours = original.copy()
         tensors = dict(source.tensors)
         parts = []
-        for index in range(config.num_layers):
-            step(index, config.num_layers)
+        for index in range(len(config.blocks)):
+            step(index, len(config.blocks))
             weights = stream_weights(source, index)
             inputs = to_middle(ours, index, weights)
             wanted = wanted_output(original, ours, index, weights)
@@ -153,7 +153,7 @@ class Channels(Pruner):
             tensors |= _tensors(source, index, cut)
             parts.append(PartPruned(f"layers.{index}", count, len(weights["gate"]), cut.before, cut.after))
             ours.join("down", weights | {"down": cut.down.to(inputs.dtype)}, inputs[..., cut.kept])
-        step(config.num_layers, config.num_layers)
+        step(len(config.blocks), len(config.blocks))
         return replace(source, config=config, tensors=tensors), parts
 
 

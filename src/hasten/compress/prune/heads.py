@@ -45,27 +45,28 @@ def kept_heads(config: ModelSpec, amount: float) -> HeadPlan:
     Raises:
         UsageError: none of them, or all; or a norm over all heads together.
     """
-    if config.qk_norm == "full":
+    mixer = config.blocks[0].mixer
+    if mixer.qk_norm == "full":
         raise UsageError(
             f"prune heads: {config.architecture} norms all of a layer's queries together: no head can go "
             "without changing the others",
             hint="prune FFN channels instead: kind: ffn",
         )
-    share = config.num_heads // config.num_kv_heads
-    plans = [HeadPlan(groups, share) for groups in range(1, config.num_kv_heads)]
-    plans += [HeadPlan(config.num_kv_heads, fewer) for fewer in range(1, share)]
-    whole = config.num_heads * config.head_dim % MULTIPLE
-    fits = [p for p in plans if whole or p.groups * p.share * config.head_dim % MULTIPLE == 0]
-    wanted = (1 - amount) * config.num_heads
+    share = mixer.heads // mixer.kv_heads
+    plans = [HeadPlan(groups, share) for groups in range(1, mixer.kv_heads)]
+    plans += [HeadPlan(mixer.kv_heads, fewer) for fewer in range(1, share)]
+    whole = mixer.heads * mixer.head_dim % MULTIPLE
+    fits = [p for p in plans if whole or p.groups * p.share * mixer.head_dim % MULTIPLE == 0]
+    wanted = (1 - amount) * mixer.heads
 
     def far(plan: HeadPlan) -> float:
         return abs(plan.groups * plan.share - wanted)
 
-    if fits and min(map(far, fits)) <= min(wanted, config.num_heads - wanted):  # nearer than none or all
+    if fits and min(map(far, fits)) <= min(wanted, mixer.heads - wanted):  # nearer than none or all
         return min(fits, key=far)
-    can = ", ".join(f"{1 - p.groups * p.share / config.num_heads:.3f}" for p in fits[:6])
+    can = ", ".join(f"{1 - p.groups * p.share / mixer.heads:.3f}" for p in fits[:6])
     raise UsageError(
-        f"prune heads: amount {amount:g} of {config.num_heads} heads with {config.num_kv_heads} KV heads "
+        f"prune heads: amount {amount:g} of {mixer.heads} heads with {mixer.kv_heads} KV heads "
         "leaves none or takes none out",
         hint=f"use an amount near one of {can}" if can else "prune FFN channels instead: kind: ffn",
     )
@@ -89,20 +90,20 @@ class Heads(Pruner):
 
     def run(self, source: Source, pruning: Pruning, text: Calibration | None, step: Observer) -> Parts:
         assert text is not None
-        old = source.config
+        old, mixer = source.config, source.config.blocks[0].mixer
         plan = self.plan or kept_heads(old, pruning.amount)
         config = with_heads(old, plan)
         original = Stream.of(source, text)
         ours = original.copy()
         tensors = dict(source.tensors)
         parts = []
-        for index in range(config.num_layers):
-            step(index, config.num_layers)
+        for index in range(len(config.blocks)):
+            step(index, len(config.blocks))
             weights = stream_weights(source, index)
             moments = _moments(original, ours, index, weights)
             heads = _kept(moments.gram, weights["o"].float(), old, plan)
             queries = _rows(heads, old)
-            keys = _rows(heads[:: plan.share] // (old.num_heads // old.num_kv_heads), old)
+            keys = _rows(heads[:: plan.share] // (mixer.heads // mixer.kv_heads), old)
             cut = weights["o"].float()[:, queries]
             o, before, after = refit(moments.kept(queries), cut, pruning.repair)
             prefix = f"layers.{index}."
@@ -113,13 +114,13 @@ class Heads(Pruner):
                         weights[full] = weights[full][rows]
             tensors[prefix + "o"] = made_tensor(prefix + "o", tuple(o.shape), o)
             weights["o"] = o.to(weights["o"].dtype)
-            parts.append(PartPruned(f"layers.{index}", len(heads), old.num_heads, before, after))
+            parts.append(PartPruned(f"layers.{index}", len(heads), mixer.heads, before, after))
             ours.advance(index, weights)
-        step(config.num_layers, config.num_layers)
+        step(len(config.blocks), len(config.blocks))
         return replace(source, config=config, tensors=tensors), parts
 
     def inputs(self, config: ModelSpec) -> int:
-        return config.num_heads * config.head_dim
+        return max(block.mixer.heads * block.mixer.head_dim for block in config.blocks)
 
 
 def _moments(original: Stream, ours: Stream, index: int, weights: Weights) -> Moments:
@@ -132,7 +133,9 @@ def _moments(original: Stream, ours: Stream, index: int, weights: Weights) -> Mo
         after = original.through(index, weights, rows, theirs)
         ours.through(index, weights, rows, found, silent=("o", *_AFTER))
         wanted = state = theirs["o"][1]
-        if original.config.norm_placement == "pre":  # else a norm stands between `o` and the hidden state
+        if (
+            original.config.blocks[0].norms.placement == "pre"
+        ):  # else a norm stands between `o` and the hidden state
             state = wanted + original.x[rows] + weights.get("o.bias", torch.zeros(()))
             wanted = wanted + original.x[rows] - ours.x[rows]
         moments.add(found["o"][0], wanted, state)
@@ -142,12 +145,13 @@ def _moments(original: Stream, ours: Stream, index: int, weights: Weights) -> Mo
 
 def _kept(gram: torch.Tensor, o: torch.Tensor, config: ModelSpec, plan: HeadPlan) -> torch.Tensor:
     """Query heads that stay, int64 ascending; those of one KV head lie together."""
-    share, dim = config.num_heads // config.num_kv_heads, config.head_dim
-    columns = torch.arange(config.num_heads * dim)
+    mixer = config.blocks[0].mixer
+    share, dim = mixer.heads // mixer.kv_heads, mixer.head_dim
+    columns = torch.arange(mixer.heads * dim)
     if plan.share == share:  # whole groups
-        kept = _largest(gram, o, columns.view(config.num_kv_heads, share * dim), plan.groups)
+        kept = _largest(gram, o, columns.view(mixer.kv_heads, share * dim), plan.groups)
         return (kept[:, None] * share + torch.arange(share)).flatten()
-    groups = columns.view(config.num_kv_heads, share, dim)
+    groups = columns.view(mixer.kv_heads, share, dim)
     heads = [at * share + _largest(gram, o, group, plan.share) for at, group in enumerate(groups)]
     return torch.cat(heads)
 
@@ -159,4 +163,5 @@ def _largest(gram: torch.Tensor, o: torch.Tensor, groups: torch.Tensor, count: i
 
 
 def _rows(heads: torch.Tensor, config: ModelSpec) -> torch.Tensor:
-    return (heads[:, None] * config.head_dim + torch.arange(config.head_dim)).flatten()
+    dim = config.blocks[0].mixer.head_dim
+    return (heads[:, None] * dim + torch.arange(dim)).flatten()

@@ -29,15 +29,15 @@ def kept_layers(config: ModelSpec, amount: float) -> int:
     Raises:
         UsageError: none of them, or all.
     """
-    kept = round((1 - amount) * config.num_layers)
-    if 0 < kept < config.num_layers:
+    kept = round((1 - amount) * len(config.blocks))
+    if 0 < kept < len(config.blocks):
         return kept
-    one = 1 / config.num_layers
+    one = 1 / len(config.blocks)
     raise UsageError(
-        f"prune layers: amount {amount:g} of {config.num_layers} layers "
+        f"prune layers: amount {amount:g} of {len(config.blocks)} layers "
         + ("leaves no layer" if kept == 0 else "takes no layer out"),
         hint=f"use an amount between {one:.3f} and {1 - one:.3f}"
-        if config.num_layers > 1
+        if len(config.blocks) > 1
         else "prune FFN channels instead: kind: ffn",
     )
 
@@ -59,23 +59,23 @@ class Layers(Pruner):
         assert text is not None
         config = source.config
         count = kept_layers(config, pruning.amount)
-        passes = 2 if pruning.repair and config.norm_placement == "pre" else 1
-        total = passes * config.num_layers
+        passes = 2 if pruning.repair and config.blocks[0].norms.placement == "pre" else 1
+        total = passes * len(config.blocks)
         found = influence(source, text, lambda done: step(done, total))
         kept = found.topk(count).indices.sort().values.tolist()
         fits: dict[int, SourceTensor] = {}
         errors: dict[int, tuple[float, float | None]] = {}
         if passes == 2:
-            fits, errors = _repaired(source, text, kept, lambda done: step(config.num_layers + done, total))
+            fits, errors = _repaired(source, text, kept, lambda done: step(len(config.blocks) + done, total))
         step(total, total)
         parts = [
             PartPruned(f"layers.{index}", int(index in kept), 1, *errors.get(index, (None, None)))
-            for index in range(config.num_layers)
+            for index in range(len(config.blocks))
         ]
         return _without(source, kept, fits), parts
 
     def notes(self, config: ModelSpec, pruning: Pruning) -> tuple[str, ...]:
-        if config.norm_placement == "pre" or not pruning.repair:
+        if config.blocks[0].norms.placement == "pre" or not pruning.repair:
             return ()
         return ("not repaired: a norm behind the MLP would undo what `down` is given to add",)
 
@@ -83,7 +83,7 @@ class Layers(Pruner):
 def influence(source: Source, calibration: Calibration, step: Callable[[int], None]) -> torch.Tensor:
     """Block influence of every layer, [layers]: 0 for one that changes no direction."""
     stream = Stream.of(source, calibration)
-    found = torch.zeros(source.config.num_layers)
+    found = torch.zeros(len(source.config.blocks))
     for index in range(len(found)):
         step(index)
         before = stream.x.clone()
@@ -103,7 +103,7 @@ def _repaired(
     fits, errors = {}, {}
     for place, index in enumerate(kept):
         step(index)
-        following = kept[place + 1] if place + 1 < len(kept) else source.config.num_layers
+        following = kept[place + 1] if place + 1 < len(kept) else len(source.config.blocks)
         weights = stream_weights(source, index)
         original.advance(index, weights)
         if following == index + 1:

@@ -163,7 +163,7 @@ def prune(
     check(source.config, pruning, calibration)
     pruner, is_sparse = pruner_of(pruning.kind), PRUNINGS[pruning.kind].takes == "weights"
     result, parts = pruner.run(source, pruning, calibration, observer)
-    before, after = source.config.linear_weights, result.config.linear_weights
+    before, after = source.config.weights_stored, result.config.weights_stored
     gone = sum(part.total - part.kept for part in parts) if is_sparse else before - after
     return Pruned(
         source=result,

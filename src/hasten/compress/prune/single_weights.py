@@ -155,7 +155,7 @@ class SingleWeights(Pruner):
         stream = None if text is None or is_blind else Stream.of(source, text)
         values: dict[str, torch.Tensor] = {}
         parts = []
-        total = source.config.num_layers
+        total = len(source.config.blocks)
         for index in range(total):
             step(index, total)
             weights = layer_weights(source, index)

@@ -192,15 +192,15 @@ class Words(Pruner):
         tokenizer = source.tokenizer()
         vocabulary = Vocabulary.of(tokenizer)
         special = {*config.eos_token_ids, *tokenizer.eos_ids, config.bos_token_id, tokenizer.bos_id} - {None}
-        kept = {i for i in vocabulary.needed() | special if i is not None and i < config.vocab_size}
-        room = round((1 - pruning.amount) * config.vocab_size)
-        if room < len(kept) or room >= config.vocab_size:
+        kept = {i for i in vocabulary.needed() | special if i is not None and i < config.vocab}
+        room = round((1 - pruning.amount) * config.vocab)
+        if room < len(kept) or room >= config.vocab:
             raise UsageError(
-                f"prune vocabulary: amount {pruning.amount:g} leaves {room:,} of {config.vocab_size:,} "
+                f"prune vocabulary: amount {pruning.amount:g} leaves {room:,} of {config.vocab:,} "
                 f"tokens; special ones and single bytes alone are {len(kept):,}",
-                hint=f"use an amount below {1 - len(kept) / config.vocab_size:.3f}",
+                hint=f"use an amount below {1 - len(kept) / config.vocab:.3f}",
             )
-        counts = np.bincount(text.ids.reshape(-1), minlength=config.vocab_size)
+        counts = np.bincount(text.ids.reshape(-1), minlength=config.vocab)
         for token in np.lexsort((np.arange(len(counts)), -counts)).tolist():
             if len(kept) >= room:
                 break
@@ -220,7 +220,7 @@ class Words(Pruner):
         )
         tensors = source.tensors | {name: taken_rows(table, rows) for name, table in tables.items()}
         result = replace(source, config=shape, tensors=tensors, load_tokenizer=once(lambda: smaller))
-        return result, [PartPruned("vocabulary", len(order), config.vocab_size)]
+        return result, [PartPruned("vocabulary", len(order), config.vocab)]
 
     def inputs(self, config: ModelSpec) -> int:
         """Nothing is fitted."""

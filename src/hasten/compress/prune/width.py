@@ -36,17 +36,17 @@ class Width(Pruner):
     unit = "hidden dimensions"
 
     def after(self, config: ModelSpec, pruning: Pruning) -> ModelSpec:
-        return replace(config, width=kept_multiple(pruning, "hidden dimension", config.hidden_size))
+        return replace(config, width=kept_multiple(pruning, "hidden dimension", config.width))
 
     def run(self, source: Source, pruning: Pruning, text: Calibration | None, step: Observer) -> Parts:
         assert text is not None
-        config, layers = self.after(source.config, pruning), source.config.num_layers
+        config, layers = self.after(source.config, pruning), len(source.config.blocks)
         total = 2 * layers
         importance = dimension_importance(source, text, lambda done: step(done, total))
         narrow = _Narrow(
             source,
             config,
-            importance.topk(config.hidden_size).indices.sort().values,
+            importance.topk(config.width).indices.sort().values,
             Stream.of(source, text),
         )
         parts = []
@@ -58,7 +58,7 @@ class Width(Pruner):
         return changed(source, narrow.values, config=narrow.config), parts
 
     def notes(self, config: ModelSpec, pruning: Pruning) -> tuple[str, ...]:
-        is_tied = pruning.repair and config.tied_head
+        is_tied = pruning.repair and config.head.tied
         return ("the head is not repaired: it is tied to the embedding",) if is_tied else ()
 
 
@@ -67,8 +67,8 @@ def dimension_importance(
 ) -> torch.Tensor:
     """Mean absolute value of every hidden dimension where a layer reads it, summed over layers, [E]."""
     stream = Stream.of(source, calibration)
-    found = torch.zeros(source.config.hidden_size)
-    for index in range(source.config.num_layers):
+    found = torch.zeros(source.config.width)
+    for index in range(len(source.config.blocks)):
         step(index)
         weights = stream_weights(source, index)
         for rows in stream.batches():
@@ -77,7 +77,7 @@ def dimension_importance(
             for name in ("q", "gate"):
                 found += read[name][0].abs().flatten(0, -2).sum(0)
     norm = tensor_values(source.tensors["final_norm"])
-    found += F.rms_norm(stream.x, norm.shape, norm, source.config.norm_eps).abs().flatten(0, -2).sum(0)
+    found += F.rms_norm(stream.x, norm.shape, norm, source.config.final_norm.eps).abs().flatten(0, -2).sum(0)
     return found / calibration.tokens
 
 
@@ -110,7 +110,7 @@ class _Narrow:
         self.ours.advance(index, ours)
         for name, value in ours.items():
             self.values[f"layers.{index}.{name}"] = value.bfloat16() if value.ndim == 2 else value
-        return PartPruned(f"layers.{index}", self.config.hidden_size, self.source.config.hidden_size, *errors)
+        return PartPruned(f"layers.{index}", self.config.width, self.source.config.width, *errors)
 
     def ends(self, repair: bool) -> None:
         """Embedding, last norm and head; they are made when they are read, in float32."""
@@ -118,14 +118,14 @@ class _Narrow:
         norm = tensor_values(tensors["final_norm"])
         self.values["final_norm"] = norm[kept]
         self.values["embed"] = lambda: tensor_values(tensors["embed"])[:, kept]
-        if self.config.tied_head:
+        if self.config.head.tied:
             return
         back = torch.eye(len(norm))[:, kept]  # [E, E']: what the narrow state says of the whole one
         if repair:
             moments = Moments.zeros(len(kept), len(norm))
             for rows in self.ours.batches():
-                whole = F.rms_norm(self.original.x[rows], norm.shape, norm, self.config.norm_eps)
-                part = F.rms_norm(self.ours.x[rows], kept.shape, norm[kept], self.config.norm_eps)
+                whole = F.rms_norm(self.original.x[rows], norm.shape, norm, self.config.final_norm.eps)
+                part = F.rms_norm(self.ours.x[rows], kept.shape, norm[kept], self.config.final_norm.eps)
                 moments.add(part, whole)
             back = fitted(moments, back)
         self.values["head"] = lambda: tensor_values(tensors["head"]) @ back
@@ -153,7 +153,7 @@ class _Narrow:
             state = None
             if names[0] in _WRITERS:
                 wanted = state = wanted[..., self.kept]
-                if self.config.norm_placement == "pre":  # towards the hidden state itself
+                if self.config.blocks[0].norms.placement == "pre":  # towards the hidden state itself
                     bias = ours.get(f"{names[0]}.bias", torch.zeros(()))
                     state = after[..., self.kept]
                     wanted = state - mine - bias

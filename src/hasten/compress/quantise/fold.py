@@ -30,7 +30,7 @@ _MAKERS: Mapping[Group, str] = {"o": "v", "down": "up"}
 
 def obstacle(config: ModelSpec, group: Group) -> str | None:
     """Why scales of a group's inputs fold into nothing; None where they fold."""
-    if group in _NORMS and config.norm_placement == "post":
+    if group in _NORMS and config.blocks[0].norms.placement == "post":
         return (
             f"{config.architecture} has no norm before {' and '.join(READERS[group])}: "
             "they read the residual stream, which all layers share"
@@ -53,7 +53,7 @@ def shared_scales(
     """
     if group != "o":
         return scales
-    grouped = scales.reshape(-1, _share(weights), config.head_dim)  # [K, H / K, D]
+    grouped = scales.reshape(-1, _share(weights), config.blocks[0].mixer.head_dim)  # [K, H / K, D]
     return grouped.log().mean(1, keepdim=True).exp().expand_as(grouped).reshape(-1)
 
 
@@ -81,7 +81,9 @@ def fold(
         new[_NORMS[group]] = _times(weights[_NORMS[group]], 1 / scales)
         return new
     maker = _MAKERS[group]
-    rows = scales if group == "down" else _of_kv_heads(scales, config.head_dim, _share(weights))
+    rows = (
+        scales if group == "down" else _of_kv_heads(scales, config.blocks[0].mixer.head_dim, _share(weights))
+    )
     new[maker] = _times(weights[maker], 1 / rows[:, None])
     if (bias := weights.get(f"{maker}.bias")) is not None:
         new[f"{maker}.bias"] = _times(bias, 1 / rows)

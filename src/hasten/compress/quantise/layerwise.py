@@ -78,7 +78,7 @@ class _Pass:
 
     def run(self) -> PackedModel:
         """Every layer, then the head and the embedding."""
-        layers = self.source.config.num_layers
+        layers = len(self.source.config.blocks)
         self._work = _Work.of(self.folder, self.source, self.recipe, self.text)
         self._statistics = self._collected()
         self._method = method_named(self.recipe.method)
@@ -129,7 +129,7 @@ class _Pass:
 
     def _outside(self) -> QuantisedLayer:
         """The embedding and the head."""
-        tied = self.source.config.tied_head
+        tied = self.source.config.head.tied
         found: dict[str, PackedLinear] = {} if tied else {"embed": self._plainly("embed")}
         name = "embed" if tied else "head"
         layout = self.recipe.layout_for(name)
@@ -145,10 +145,10 @@ class _Pass:
 
     def _head_moments(self) -> torch.Tensor:
         assert self._statistics is not None
-        return self._statistics.layer(self.source.config.num_layers).grams[HEAD]
+        return self._statistics.layer(len(self.source.config.blocks)).grams[HEAD]
 
     def _head_streams(self) -> Streams:
-        return self._at(self.source.config.num_layers)
+        return self._at(len(self.source.config.blocks))
 
 
 @dataclass(frozen=True)
@@ -241,14 +241,14 @@ class CalibratedLinears:
             if not self._collected:
                 self._statistics.collect(self._observer)
                 self._collected = True
-            index = self._source.config.num_layers if layer is None else layer
+            index = len(self._source.config.blocks) if layer is None else layer
             gram = self._statistics.layer(index).grams[group]
             self._factor = (layer, group), factor_of(gram, name)
         return self._factor[1]
 
     def _make_room(self) -> None:
         if not self._has_room:
-            self._store.make_room(self._folder, self._source.config.linear_weights)  # each at 2 widths or so
+            self._store.make_room(self._folder, self._source.config.weights_stored)  # each at 2 widths or so
             self._store.mark(self._folder, self._source.name)
             self._has_room = True
 

@@ -174,7 +174,7 @@ _WRITERS = ("o", "down")
 
 def obstacle(config: ModelSpec) -> str | None:
     """Why a model cannot be rotated; None where it can."""
-    if config.norm_placement == "pre":
+    if config.blocks[0].norms.placement == "pre":
         return None
     return (
         f"{config.architecture} normalises what joins the residual stream, with a weight for each channel, "
@@ -184,19 +184,19 @@ def obstacle(config: ModelSpec) -> str | None:
 
 def residual_rotation(config: ModelSpec, seed: int = 0) -> Orthogonal:
     """The matrix Q [E, E] that `rotate` turns hidden states by; `because` says what was chosen."""
-    return orthogonal(config.hidden_size, seed)
+    return orthogonal(config.width, seed)
 
 
 def head_rotation(config: ModelSpec, layer: int, seed: int = 0) -> Orthogonal:
     """The matrix R2 [D, D] that `rotate` turns the values of every head of a layer by."""
-    return orthogonal(config.head_dim, seed + 1 + layer)
+    return orthogonal(config.blocks[0].mixer.head_dim, seed + 1 + layer)
 
 
 def rotate(source: Source, seed: int = 0) -> Source:
     """The model in another basis: the same outputs up to float32 rounding, weights without outliers.
 
     Nothing is computed now: each tensor is unpacked, folded and turned when it is read. A tied head is untied
-    unless all weights of the final norm are equal (`config.tied_head` says): embedding and head then differ,
+    unless all weights of the final norm are equal (`config.head.tied` says): embedding and head then differ,
     and the model stores both. Norm weights become 1, so nothing more folds into them that was there before.
 
     Args:
@@ -210,13 +210,13 @@ def rotate(source: Source, seed: int = 0) -> Source:
         raise UsageError(f"{source.name} cannot be rotated: {why}", hint="leave rotate out of the recipe")
     config, turn = source.config, residual_rotation(source.config, seed)
     values: dict[str, Values] = {"embed": _columns(source.tensors["embed"], turn)}
-    for layer in range(config.num_layers):
+    for layer in range(len(config.blocks)):
         values |= _layer(source, layer, turn, head_rotation(config, layer, seed))
     final = source.tensors["final_norm"]
     weights = tensor_values(final)
-    if config.tied_head and bool((weights == weights[0]).all()):
+    if config.head.tied and bool((weights == weights[0]).all()):
         return changed(source, values)  # a single factor commutes with every rotation: it stays in the norm
-    head = source.tensors["embed" if config.tied_head else "head"]
+    head = source.tensors[config.head_name]
     values |= {"head": _columns(head, turn, final), "final_norm": torch.ones_like(weights)}
     return changed(source, values, config=replace(config, head=replace(config.head, tied=False)))
 

@@ -79,7 +79,7 @@ class StagedLayer:
         norm = weights.get(name)
         if norm is None:  # norms come after the blocks
             return self._stream.x.clone()
-        return F.rms_norm(self._stream.x, norm.shape, norm, self._stream.config.norm_eps)
+        return F.rms_norm(self._stream.x, norm.shape, norm, self._stream.config.final_norm.eps)
 
     def _each(self, inputs: torch.Tensor, work: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         out: torch.Tensor | None = None
@@ -150,7 +150,7 @@ class Statistics:
             DiskError: full, read-only or forbidden disk; what was collected before stays.
             UsageError: HASTEN_CACHE_GB is no number.
         """
-        total = self._source.config.num_layers + 1
+        total = len(self._source.config.blocks) + 1
         have = next((i for i in range(total) if _read(self._path(i)) is None), total)
         if have == total:
             return
@@ -211,7 +211,7 @@ def mean_gram(x: torch.Tensor) -> torch.Tensor:
 def final_states(source: Source, stream: Stream) -> torch.Tensor:
     """What the LM head reads: float32 [B, T, E]."""
     norm = tensor_values(source.tensors["final_norm"])
-    return F.rms_norm(stream.x, norm.shape, norm, source.config.norm_eps)
+    return F.rms_norm(stream.x, norm.shape, norm, source.config.final_norm.eps)
 
 
 def readers_of(name: str) -> tuple[int | None, Group | str, str]:
