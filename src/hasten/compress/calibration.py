@@ -117,7 +117,6 @@ def calibration_from(
             else is UTF-8 text. Else a dataset, `owner/name[/config][:split[:column]]`, through the package
             `datasets`. A row is its `text`, its `messages` through the chat template, or its `prompt` and
             `completion` joined.
-        tokenizer: of the model.
         tokens: how many to read, about.
         said: told what is no mistake and yet worth knowing.
 

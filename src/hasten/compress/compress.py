@@ -71,6 +71,7 @@ class _Steps:
         self.done: list[Step] = []
         self.notes: list[str] = []
         self._learned: Distilled | None = None
+        self._packed: PackedModel | None = None
 
     def run(self) -> PackedModel:
         """All of them; the packed model."""
@@ -84,9 +85,9 @@ class _Steps:
         final, gone = fitted(self.job.asked, self.job.source.config, self.source.config)
         self.notes += gone
         final = replace(final, rotate=False, prune=(), distil=None)
-        made: list[PackedModel] = []
-        self._step("quantise", lambda clock: self._quantise(final, clock, made))
-        return replace(made[0], recipe=replace(self.job.recipe, layers=final.layers))
+        self._step("quantise", partial(self._quantise, final))
+        assert self._packed is not None
+        return replace(self._packed, recipe=replace(self.job.recipe, layers=final.layers))
 
     def _step(self, name: str, work: Callable[[StageClock], Told]) -> None:
         clock = StageClock(name, self.job.observer)
@@ -113,9 +114,9 @@ class _Steps:
 
         job, recipe = self.job, self.job.recipe
         assert recipe.distil is not None and job.lesson is not None
-        layouts = (
-            fitted(job.asked, job.source.config, self.source.config)[0] if self._through_layouts else None
-        )
+        # the integers themselves are trained where no other method finds them
+        through = recipe.method == "rtn" and recipe.smooth is None
+        layouts = fitted(job.asked, job.source.config, self.source.config)[0] if through else None
         sparse = any(PRUNINGS[one.kind].takes == "weights" for one in recipe.prune)
         self._learned = distil(
             job.source,
@@ -132,31 +133,26 @@ class _Steps:
         self.source = self._learned.source
         return self._learned.lines(), self._learned.record()
 
-    @property
-    def _through_layouts(self) -> bool:
-        """Whether distilling trains the integers themselves: where no other method finds them."""
-        recipe = self.job.recipe
-        return recipe.method == "rtn" and recipe.smooth is None
-
-    def _quantise(self, recipe: Recipe, clock: StageClock, made: list[PackedModel]) -> Told:
+    def _quantise(self, recipe: Recipe, clock: StageClock) -> Told:
         threads = self.job.means.threads
         if self._learned is not None and self._learned.integers:
             learned = self._learned.integers
             matrices = [n for n, t in self.source.tensors.items() if len(t.shape) == 2 and n not in learned]
             kept = {name: layout for name in matrices if (layout := recipe.layout_for(name)) is not None}
             as_trained = replace(recipe, default=None, head=None, layers=kept)
-            made.append(pack_model(self.source, as_trained, threads))
+            made = pack_model(self.source, as_trained, threads)
             said = f"{len(learned)} matrices stored as they were trained"
         elif recipe.is_plain:
-            made.append(pack_model(self.source, recipe, threads))
+            made = pack_model(self.source, recipe, threads)
             said = "each value rounded to the nearest, scales searched"
         else:
             from hasten.compress.quantise.layerwise import quantise
 
             folder = self.job.folder / "layers"
-            made.append(quantise(self.source, recipe, self.job.text, observer=clock, folder=folder))
+            made = quantise(self.source, recipe, self.job.text, observer=clock, folder=folder)
             said = f"integers found by {recipe.method}"
-        return [f"{said}: {made[0].bits_per_weight:.2f} bits a weight"], {}
+        self._packed = made
+        return [f"{said}: {made.bits_per_weight:.2f} bits a weight"], {}
 
 
 def _lesson(progress: Any) -> str:

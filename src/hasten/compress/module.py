@@ -33,7 +33,6 @@ def compress_module(
 
     Args:
         module: any `torch.nn.Module` on the CPU.
-        recipe: what to do; see `ModuleRecipe`.
         calibration: the arguments of one call, a tensor or several: what times and differences are of.
         rounds: samples of each time, 1 or more.
 

@@ -153,9 +153,7 @@ def parse_recipe(text: str, name: str = "recipe", where: str = "recipe") -> Reci
     """A recipe from YAML text.
 
     Args:
-        text: the document.
         name: what the recipe is called where the document gives it no name.
-        where: what errors call the document.
 
     Raises:
         UsageError: as `read_recipe`.

@@ -65,12 +65,7 @@ class Compressed:
 
 
 class StageClock:
-    """Adds the time left to what a step tells, as if its parts took equally long.
-
-    Args:
-        step: its name.
-        observer: who is told.
-    """
+    """Adds the time left to what a step tells, as if its parts took equally long."""
 
     def __init__(self, step: str, observer: Observer) -> None:
         self._step, self._observer = step, observer

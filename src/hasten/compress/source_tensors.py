@@ -31,7 +31,6 @@ def changed(source: Source, values: Mapping[str, Values], *, config: ModelSpec |
     """`source` with some tensors replaced or added.
 
     Args:
-        source: the model.
         values: canonical name -> torch values, or a function that makes them (float32) when they are read.
         config: the new shape; a function's tensor must have the shape that it gives.
     """

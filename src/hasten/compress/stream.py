@@ -112,7 +112,6 @@ def fitted(moments: Moments, prior: torch.Tensor, ridge: float | None = None) ->
     they were by the ridge times the input's own size, so that channels of all sizes are treated alike.
 
     Args:
-        moments: of the inputs that are there.
         prior: [outputs, inputs].
         ridge: None is the moments' own.
 
@@ -186,9 +185,6 @@ class Stream:
         """Some sequences after a layer, [b, T, E]; the stream stays where it is.
 
         Args:
-            index: which layer.
-            weights: its parameters.
-            rows: which sequences.
             found: filled with what each linear layer reads and gives.
             silent: linear layers that are not computed and give zeros.
 

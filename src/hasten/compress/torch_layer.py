@@ -131,8 +131,6 @@ def layer_forward(
 
     Args:
         config: the model's; heads and widths are read from the weights' own shapes: a pruned layer runs.
-        index: which layer.
-        weights: its parameters.
         x: [B, T, E].
         positions: of T tokens.
         linear: computes each linear layer; hooks see its short name and input.
@@ -144,7 +142,8 @@ def layer_forward(
     before, after = placement in ("pre", "sandwich"), placement in ("post", "sandwich")
 
     norm = partial(normed, config, weights)
-    y = attention(config, index, weights, norm("attn_norm", x) if before else x, positions, linear)
+    y = attended(config, index, weights, norm("attn_norm", x) if before else x, positions, linear)
+    y = linear("o", y, weights["o"], weights.get("o.bias"))
     x = x + (norm("post_attn_norm", y) if after else y)
     y = mlp(config, weights, norm("mlp_norm", x) if before else x, linear)
     return x + (norm("post_mlp_norm", y) if after else y)
@@ -153,19 +152,6 @@ def layer_forward(
 def normed(config: ModelSpec, weights: Weights, name: str, value: torch.Tensor) -> torch.Tensor:
     """RMS norm by one of the layer's norms, [..., n], in the value's type."""
     return F.rms_norm(value, value.shape[-1:], weights[name].to(value.dtype), config.blocks[0].norms.eps)
-
-
-def attention(
-    config: ModelSpec,
-    index: int,
-    weights: Weights,
-    x: torch.Tensor,
-    positions: Positions,
-    linear: Linear = plain_linear,
-) -> torch.Tensor:
-    """Attention of one layer: normed input [B, T, E] -> what joins the residual, [B, T, E]."""
-    mixed = attended(config, index, weights, x, positions, linear)
-    return linear("o", mixed, weights["o"], weights.get("o.bias"))
 
 
 def attended(

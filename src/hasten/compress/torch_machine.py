@@ -61,9 +61,7 @@ def write_state(path: Path, kind: str, state: Mapping[str, Any]) -> Path:
     """Keep tensors and plain values.
 
     Args:
-        path: the file.
         kind: what they are and by which version of it, such as "statistics 1".
-        state: by name.
 
     Raises:
         DiskError: full, read-only or forbidden disk; the file before is untouched.

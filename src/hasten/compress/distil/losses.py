@@ -29,7 +29,6 @@ def divergence(
     gives next to nothing.
 
     Args:
-        kind: which.
         student: logits [R, V]. teacher: logits [R, V]; computed in float32 whatever they come as.
         temperature: both are divided by it. skew: of `skewed` alone.
 

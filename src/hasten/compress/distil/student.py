@@ -175,7 +175,7 @@ ADAPTER_SCALE = 2.0
 
 @dataclass(frozen=True)
 class Adapter:
-    """weight + ADAPTER_SCALE * b @ a. `b` begins as zeros, so that training begins with the model as it is.
+    """Low rank (Hu et al. 2021, arXiv:2106.09685): weight + ADAPTER_SCALE * b @ a. `b` begins as zeros.
 
     The sum is made before the product with activations: rank / tokens of the layer's own work (0.4 % at rank
     16 and 4,096 tokens), and the weight that is trained is, to the bit, the weight that is merged. The large

@@ -42,7 +42,6 @@ class Decoder:
     of steps; half a billion weights do not need to save that.
 
     Args:
-        config: its shape.
         values: parameters by canonical name.
         dtype: of activations, and of weights in products.
         changes: by canonical name, applied in order.

@@ -209,8 +209,6 @@ def distil(
         layouts: matrices are trained through these layouts' rounding.
         device: "cpu" or "cuda"; None takes a GPU where there is one.
         seconds: stop after so much training, this time and earlier ones together.
-        training: how the machine runs it.
-        observer: told of every step.
 
     Raises:
         UsageError: too few windows, vocabularies differ, or the folder holds another run.

@@ -31,7 +31,6 @@ def least_loss(moments: Moments, prior: torch.Tensor, count: int) -> torch.Tenso
     Optimal brain surgeon for whole columns (Hassibi and Stork 1993; ZipLM, Kurtic et al. 2023).
 
     Args:
-        moments: of all inputs.
         prior: [outputs, inputs]: the weights that the ridge falls back on.
         count: inputs that stay.
     """

@@ -112,9 +112,7 @@ class Pruner(Protocol):
         """Take it out; `after` was asked before.
 
         Args:
-            source: the model. pruning: what goes and how much.
             text: what is measured on; None where nothing is.
-            step: told of every layer.
 
         Raises:
             UsageError: as `after`.
@@ -144,11 +142,8 @@ def prune(
     """Take out what `pruning` says, and repair what is left.
 
     Args:
-        source: the model.
-        pruning: what goes and how much.
         calibration: the text that importance and repair are measured on; None where neither needs one
             (magnitude without repair).
-        observer: told of every layer.
 
     Returns:
         The new model with what went where. Changed matrices are bf16 in memory (an embedding and a head of

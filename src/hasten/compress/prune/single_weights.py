@@ -24,7 +24,6 @@ def keep_mask(importance: torch.Tensor, pruning: Pruning, per_row: bool) -> torc
     """The most important weights, bool [rows, cols].
 
     Args:
-        importance: [rows, cols].
         pruning: N of every M neighbours in a row stay, or all but the amount.
         per_row: the amount goes in every row (wanda), not in the matrix as a whole.
     """
@@ -143,7 +142,6 @@ class SingleWeights(Pruner):
         Args:
             weight: float32 [rows, cols].
             gram: [cols, cols], sum of x x^T of what it reads; None where no text is read.
-            pruning: the amount or pattern.
         """
 
     def after(self, config: ModelSpec, pruning: Pruning) -> ModelSpec:

@@ -91,7 +91,6 @@ def rebuilt(tokenizer: Tokenizer, place: Mapping[int, int]) -> Tokenizer:
     """The tokenizer of some tokens, under new ids.
 
     Args:
-        tokenizer: a BPE tokenizer.
         place: old id -> new id, of every token that stays; closed under `Vocabulary.parts_of`.
 
     Raises:

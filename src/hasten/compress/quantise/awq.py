@@ -42,8 +42,6 @@ def awq_scales(
     """s of one group, float32 [cols], that leaves the least error of its outputs.
 
     Args:
-        weights: the layer by short name, float32.
-        config: the model's.
         group: a foldable one.
         gram: second moments of what it reads, [cols, cols].
         layouts: of matrices that become integers; others have no say.

@@ -64,7 +64,6 @@ def fold(
 
     Args:
         weights: the layer by short name (compress/torch_layer.py), of any float type.
-        config: the model's.
         group: whose inputs; it must be `foldable`.
         scales: [cols], positive; those of `o` go through `shared_scales` first.
 
@@ -120,8 +119,6 @@ def smooth_scales(weights: Weights, group: Group, maximum: torch.Tensor, alpha: 
     """s of one group, float32 [cols], its geometric mean 1; 1 for channels that are always zero.
 
     Args:
-        weights: the layer by short name.
-        group: linear layers that read the same input.
         maximum: largest magnitude of each channel of it, [cols].
         alpha: 0 makes the largest weight of each column equal, 1 the largest activation of each channel.
     """
@@ -146,8 +143,6 @@ def smooth_layer(
     maxima are not given.
 
     Args:
-        weights: the layer by short name.
-        config: the model's.
         maxima: largest magnitude of each input channel [cols] by short name of a linear layer; of a group
             that reads the same input any one will do.
         alpha: 0 to 1; the paper uses 0.5.

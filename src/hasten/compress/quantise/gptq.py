@@ -65,9 +65,7 @@ def gptq(weight: torch.Tensor, factor: Factor, layout: Format, name: str = "the 
 
     Args:
         weight: float32 [rows, cols].
-        factor: of what it reads.
         layout: of 8, 6, 5 or 4 bits.
-        name: what errors call the matrix.
 
     Raises:
         ModelError, UsageError: as `nearest`, whose scales and minimums are kept.

@@ -43,7 +43,6 @@ def hqq(weight: torch.Tensor, layout: Format, name: str = "the matrix") -> Encod
     Args:
         weight: float32 [rows, cols].
         layout: of 8, 6, 5 or 4 bits.
-        name: what errors call the matrix.
 
     Raises:
         ModelError: a value is not finite or does not fit the layout.

@@ -49,10 +49,7 @@ def quantise(
     """Integers for every matrix by the recipe's method.
 
     Args:
-        source: the model.
-        recipe: layouts and method; its other steps were done before.
         calibration: the text; None for methods that read none.
-        observer: told before each layer.
         folder: where finished layers are kept until the model is done; None keeps nothing.
 
     Raises:
@@ -196,7 +193,6 @@ class CalibratedLinears:
     """Single matrices as GPTQ finds them, each as if all others were the source's own: for mixtures.
 
     Args:
-        source: the model.
         calibration: the text; read once, when the first matrix is asked for.
         observer: told while the text is read.
     """

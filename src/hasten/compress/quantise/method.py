@@ -122,7 +122,6 @@ def layer_to_round(
     """A layer as its recipe's method gets it.
 
     Args:
-        source: the model. recipe: layouts, smoothing, method. index: which layer.
         statistics: of the layer; needed where `recipe_check.reads_moments` says so.
         streams: before the layer, for methods that read "states".
     """

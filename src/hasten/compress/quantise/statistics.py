@@ -32,7 +32,6 @@ class StagedLayer:
 
     Args:
         stream: the hidden states before the layer; moved on as stages pass.
-        index: which layer.
     """
 
     def __init__(self, stream: Stream, index: int) -> None:
@@ -61,8 +60,6 @@ class StagedLayer:
 
         Args:
             group: the stage; stages pass in the order of `GROUPS`.
-            weights: the layer's.
-            inputs: what `inputs` gave.
         """
         config, positions = self._stream.config, self._stream.positions
         if group == "qkv":
@@ -114,12 +111,7 @@ class LayerStatistics:
 
 
 class Statistics:
-    """Of a model on a text, kept in the cache folder.
-
-    Args:
-        source: the model.
-        calibration: the text.
-    """
+    """Of a model on a text, kept in the cache folder."""
 
     def __init__(self, source: Source, calibration: Calibration) -> None:
         self._source, self._text = source, calibration
