@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 import weakref
@@ -16,7 +15,7 @@ from hasten.core import ServingOptions
 from hasten.engine.answer import Answer
 from hasten.engine.keep import PrefixKeeper
 from hasten.engine.request import EngineStats, FinishReason, Output, Request
-from hasten.engine.scheduler import Admission, Forecast, Planner, Scheduler, Work
+from hasten.engine.scheduler import Admission, Alone, Forecast, Planner, Scheduler, Work
 from hasten.engine.speculate import Speculator
 from hasten.errors import HastenError
 from hasten.runtime.executor import PartResult
@@ -169,22 +168,15 @@ class Engine:
         self.counters.schedule_s += time.perf_counter() - started - (computed - before)
         return outputs
 
-    @contextlib.contextmanager
-    def _alone(self, answer: Answer) -> Iterator[None]:
-        """An error inside this context ends this answer; all others go on.
+    def _alone(self, answer: Answer) -> Alone:
+        return Alone(answer, self._fail)
 
-        Panics of native libraries, which are no `Exception`, are caught too.
-        """
-        try:
-            yield
-        except (KeyboardInterrupt, SystemExit, GeneratorExit):
-            raise
-        except BaseException as wrong:
-            error = wrong.message if isinstance(wrong, HastenError) else ""
-            if not error:
-                log.error("a request failed in the engine", exc_info=wrong)
-                error = f"a fault of the engine ended this answer ({type(wrong).__name__}); its log says more"
-            self._post(self._end_all(answer, time.perf_counter(), "error", error=error))
+    def _fail(self, answer: Answer, wrong: BaseException) -> None:
+        error = wrong.message if isinstance(wrong, HastenError) else ""
+        if not error:
+            log.error("a request failed in the engine", exc_info=wrong)
+            error = f"a fault of the engine ended this answer ({type(wrong).__name__}); its log says more"
+        self._post(self._end_all(answer, time.perf_counter(), "error", error=error))
 
     def _refuse_late(self, now: float) -> list[Output]:
         """End the answers that cannot keep their deadline any more."""

@@ -46,7 +46,7 @@ class PrefixKeeper:
         self._executor = model.executor
         self._pool = model.executor.pool
         self._counters = counters
-        self._weights_version = self._executor.weights_version
+        self._look_at_weights()
         self._token_s = token_s
         self._disk = _disk(model, options)
         self._ahead = KvAhead(self._disk) if self._disk is not None else None
@@ -67,10 +67,10 @@ class PrefixKeeper:
                 self._ahead,
             )
 
-    @property
-    def shares_answers(self) -> bool:
-        """Whether pages computed as answer may be shared as they are."""
-        return self._executor.kv_class(1, True) == self._executor.kv_class(1, False)
+    def _look_at_weights(self) -> None:
+        self._weights_version = self._executor.weights_version
+        as_prompt, as_answer = (self._executor.kv_class(1, kind) for kind in (True, False))
+        self.shares_answers = as_prompt == as_answer  # pages computed as answer may be shared as they are
 
     def outgrows(self, answer: Answer, length: int) -> bool:
         """Whether an answer of `length` tokens must be computed anew: the class of its pages changes."""
@@ -87,7 +87,7 @@ class PrefixKeeper:
 
         The disk tier is closed: its fingerprint names the weights that were loaded.
         """
-        self._weights_version = self._executor.weights_version
+        self._look_at_weights()
         self._unsettled.clear()
         if self._prefix is not None:
             self._prefix.clear()

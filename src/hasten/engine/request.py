@@ -82,7 +82,7 @@ class Usage:
     e2e_ms: float
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Output:
     """What a step gave for one answer of one request; the last output says how the answer ended."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Container, Iterable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TYPE_CHECKING
@@ -77,7 +76,7 @@ class Scheduler:
     def __init__(self, slots: int) -> None:
         self.slots = slots
         self.waiting: list[Answer] = []
-        self.running: list[Answer] = []
+        self.running: dict[Answer, None] = {}  # in the order they came; a set would have none
         self.share = FairShare()
         self._arrivals = count()
         self._arrival: dict[int, int] = {}  # id of an answer -> its number
@@ -134,16 +133,16 @@ class Scheduler:
                 preempt(last)
             if first in self.waiting:
                 self.waiting.remove(first)
-                self.running.append(first)
+                self.running[first] = None
 
     def join(self, answer: Answer) -> None:
         """An answer runs at once: it shares another's prompt and there is a free slot."""
         self._arrival[id(answer)] = next(self._arrivals)
-        self.running.append(answer)
+        self.running[answer] = None
 
     def stand_back(self, answer: Answer) -> None:
         """A running answer waits again; it keeps its place in the order."""
-        self.running.remove(answer)
+        del self.running[answer]
         self.waiting.append(answer)
 
     def last(self) -> Answer:
@@ -152,9 +151,9 @@ class Scheduler:
 
     def leave(self, answer: Answer) -> None:
         """An answer ended."""
-        for place in (self.running, self.waiting):
-            if answer in place:
-                place.remove(answer)
+        self.running.pop(answer, None)
+        if answer in self.waiting:
+            self.waiting.remove(answer)
         self._arrival.pop(id(answer), None)
 
 
@@ -302,7 +301,33 @@ class Admission:
         return needed is not None and now + needed > answer.deadline
 
 
-@dataclass
+class Alone:
+    """A context for what concerns one answer: an error inside ends this answer, and all others go on.
+
+    Panics of native libraries, which are no `Exception`, are caught too. A class and not a generator: it is
+    entered four times for every token, and costs a quarter.
+
+    Args:
+        fail: ends the answer because of an error.
+    """
+
+    __slots__ = ("_answer", "_fail")
+
+    def __init__(self, answer: Answer, fail: Callable[[Answer, BaseException], None]) -> None:
+        self._answer = answer
+        self._fail = fail
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: object, wrong: BaseException | None, trace: object) -> bool:
+        if wrong is None or isinstance(wrong, KeyboardInterrupt | SystemExit | GeneratorExit):
+            return False
+        self._fail(self._answer, wrong)
+        return True
+
+
+@dataclass(slots=True)
 class Work:
     """The work for one answer in a step: `count` known tokens, and drafts behind them to verify."""
 
@@ -375,7 +400,7 @@ class Planner:
         keeper: PrefixKeeper,
         speculator: Speculator | None,
         counters: EngineStats,
-        alone: Callable[[Answer], AbstractContextManager[None]],
+        alone: Callable[[Answer], Alone],
     ) -> None:
         self._executor = executor
         self._scheduler = scheduler
@@ -390,14 +415,16 @@ class Planner:
         if self._keeper.is_stale:
             self.begin_anew()
         for answer in list(scheduler.running):
-            with self._alone(answer):
-                self._outgrow(answer)
+            if self._keeper.outgrows(answer, len(answer.tokens)):
+                with self._alone(answer):
+                    self._outgrow(answer)
         works = []
         for answer in sorted(scheduler.running, key=scheduler.order):
-            ready = answer in scheduler.running and not answer.in_prompt and answer.pending == 1
+            if answer.in_prompt or answer.pending != 1 or answer not in scheduler.running:
+                continue
             with self._alone(answer):
-                if ready and self._reserve(answer, 1):
-                    works.append(Work.of(answer, 1))
+                if self._reserve(answer, 1):
+                    works.append(Work(answer, 1, is_prompt=False, completes=True))
         works = self._running(works)
         scheduler.admit(self._begin, self._preempt, self._keeper.is_reading)
         works = self._running(works)
@@ -417,6 +444,8 @@ class Planner:
 
     def _chunks(self, works: list[Work]) -> list[Work]:
         """The next tokens of prompts and of preempted answers, up to the step's budget."""
+        if len(works) == len(self._scheduler.running):
+            return []  # the usual step: all decode
         budget, chunks = self._executor.chunk, []
         decoding = {id(work.answer) for work in works}
         making: set[bytes] = set()
@@ -437,8 +466,6 @@ class Planner:
 
     def _outgrow(self, answer: Answer) -> None:
         """LongRoPE: past its threshold all of a text is computed anew, as prompt, with other factors."""
-        if not self._keeper.outgrows(answer, len(answer.tokens)):
-            return
         self._keeper.release(answer)
         answer.prompt_tokens = len(answer.tokens)
         if not self._keeper.begin(answer, alone=len(self._scheduler.running) == 1):

@@ -305,7 +305,9 @@ class CpuExecutor:
             UsageError: a sequence outgrows the context or was computed with weights that were replaced, a
                 token id is unknown, the cache is full, or another thread is computing.
         """
-        tokens = np.concatenate([token_ids(ids, self.config.vocab_size) for _, ids in batch])
+        vocab = self.config.vocab_size
+        lists = [ids if isinstance(ids, list) else token_ids(ids, vocab).tolist() for _, ids in batch]
+        tokens = token_ids([token for ids in lists for token in ids], vocab)
         self.pool.refuse_others()
         for sequence, ids in batch:
             admit(self, sequence, len(ids))

@@ -39,7 +39,7 @@ _SCORED_ROWS = 32  # positions whose logits exist at a time: 19 MB with a vocabu
 _NO_FAULTS = (KeyboardInterrupt, SystemExit, GeneratorExit)  # they end the process, not one answer
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Draw:
     """One answer that gets its next tokens from the last rows of a part of the step."""
 
@@ -60,7 +60,7 @@ class Scored:
     top: int  # alternatives to report with each
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Part:
     """What one sequence has computed in a step."""
 
@@ -75,13 +75,13 @@ class Part:
     @property
     def first_row(self) -> int:
         """The first row of this part whose result is needed; the number of rows if none is."""
-        total = len(self.tokens) + len(self.drafts)
-        wanted = [total - self.hidden]
-        if self.draws:
-            wanted.append(len(self.tokens) - 1)
-        if self.scored is not None:
-            wanted.append(self.scored.first)
-        return min(wanted)
+        known = len(self.tokens)
+        first = known + len(self.drafts) - self.hidden
+        if self.draws and known <= first:
+            first = known - 1
+        if self.scored is not None and self.scored.first < first:
+            first = self.scored.first
+        return first
 
 
 @dataclass
