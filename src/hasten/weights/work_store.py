@@ -16,7 +16,6 @@ import hashlib
 import logging
 import os
 import time
-import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -195,6 +194,8 @@ def state_damage(path: Path) -> str | None:
     Raises:
         OSError: it cannot be read.
     """
+    import zipfile  # takes 10 ms of a start, and few starts need it
+
     try:
         with open_file(path) as file, zipfile.ZipFile(file) as parts:
             wrong = parts.testzip()
