@@ -140,8 +140,6 @@ def _check_target(path: Path, format: Format, force: bool) -> None:
 
 
 Progress = Callable[[int, int], None]
-
-
 """Called with (done, total) as tensors are written."""
 
 
@@ -172,8 +170,6 @@ class Exported:
 
 
 MARKER = "config.json"
-
-
 """A folder without it is no model, and is not replaced."""
 
 
@@ -213,11 +209,7 @@ _COMPARED = (
     *("num_kv_heads", "head_dim", "context_length", "norm_eps", "activation", "norm_placement", "qk_norm"),
     *("sliding_window", "sliding_layers", "attention_softcap", "logit_softcap", "embed_scale", "tied_head"),
 )
-
-
 """What must be equal; rotation is compared as the frequencies it gives, end tokens go with the tokenizer."""
-
-
 _EMBED_SCALE_ERROR = 2**-8  # of a scale rounded to bf16; readers differ in whether they round it
 
 

@@ -50,11 +50,7 @@ from hasten.weights.packed import PackedLinear, PackedModel, bf16_bits, integers
 from hasten.weights.tensors import TYPES, SourceTensor
 
 _ALIGN = 32  # general.alignment's default
-
-
 _VERSION = 3
-
-
 _U32, _I32, _F32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9  # value types of the specification
 
 
@@ -232,20 +228,10 @@ def _row_order(part: str, packed: PackedModel) -> npt.NDArray[np.int64] | None:
 
 
 BLOCK = 32
-
-
 Bytes = npt.NDArray[np.uint8]
-
-
 _BY_BITS = {4: "Q4_0", 5: "Q5_0", 6: "Q8_0", 8: "Q8_0"}
-
-
 _WITH_MINIMUM = {4: "Q4_1", 5: "Q5_1"}
-
-
 _BITS = {"Q4_0": 4, "Q5_0": 5, "Q8_0": 8}
-
-
 _HALF_MAX = 65504.0
 
 
@@ -358,17 +344,9 @@ def _put_low(blocks: Bytes, at: int, u: Bytes, has_fifth: bool) -> None:
 
 
 ARCHITECTURES = {name: family.gguf for name, family in FAMILIES.items()}
-
-
 """What GGUF calls each architecture; a Mistral without a window is a llama."""
-
-
 _BIASES = {"llama": frozenset(("q", "k", "v", "o", "gate", "up", "down")), "qwen2": frozenset("qkv")}
-
-
 _BF16 = 32  # llama.cpp's llama_ftype MOSTLY_BF16; of mixed files no number is true
-
-
 Factors = dict[str, npt.NDArray[np.float32]]
 
 

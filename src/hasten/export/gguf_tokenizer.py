@@ -22,10 +22,7 @@ from hasten.models.sentencepiece import SPACE, PieceType
 from hasten.models.tokenizer import Tokenizer
 
 _HINT = "--to compressed-tensors carries tokenizer.json as it is"
-
-
 _UNNAMED = "default"  # GGUF's word for "not told", which llama.cpp warns about; "gpt-2" cuts alike
-
 
 _PROBES = (
     "The quick brown fox doesn't jump over 13 lazy dogs, 2048 times; it's 3.14159 o'clock.",
@@ -37,13 +34,10 @@ _PROBES = (
     "HTTPServer2 camelCase snake_case 100,000.00 $5.00 a+b=c x**2 [[[]]] ... !!! ---",
 )
 
-
 _EDGES = {
     "begin with a blank": (" x", "   leading", "\u2581a \u2581\u2581 b"),
     "are not in Unicode's composed form (NFC)": ("e\u0301", "\ufb01"),
 }
-
-
 """What only some readers of the format do as the model's own tokenizer; a difference is told, not refused."""
 
 

@@ -29,14 +29,8 @@ from hasten.models import rope
 from hasten.models.artifact import Artifact
 
 MASKED = -65504.0
-
-
 """Added to the score of a key that must not be seen: float16's least, so that no format makes it infinite."""
-
-
 Node = Any
-
-
 Array = npt.NDArray[Any]
 
 

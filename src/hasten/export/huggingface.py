@@ -44,11 +44,7 @@ from hasten.weights.packed import PackedLinear, PackedModel, bf16_bits, integers
 from hasten.weights.safetensors_file import Entry, write_safetensors
 
 WEIGHTS = "model.safetensors"
-
-
 _FUSED = (("q", "k", "v"), ("gate", "up"))
-
-
 _HALF_MAX = 65504.0
 
 

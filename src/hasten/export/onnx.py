@@ -22,19 +22,10 @@ from hasten.export.huggingface import carrier
 from hasten.models.artifact import Artifact
 
 NAME = "onnx"
-
-
 MODEL = "model.onnx"
-
-
 DATA = "model.onnx_data"
-
-
 _ALIGN = 4096  # pages, so that a reader may map a tensor
-
-
 _INLINE = 1024  # bytes of a tensor that lies in the graph
-
 
 _EXACT = (
     "onnxruntime multiplies in int8 where weights have blocks: session option "

@@ -21,7 +21,6 @@ from hasten.weights.packed import PackedLinear, PackedModel
 
 OPSET, IR = 21, 10
 
-
 _TYPES = {
     "i4": TensorProto.INT4,
     "u4": TensorProto.UINT4,
@@ -33,10 +32,7 @@ _TYPES = {
     "int64": TensorProto.INT64,
 }
 
-
 _ROWS = ".rows"  # a use of a matrix: looking rows up
-
-
 _CALLS = {"Subtract": "Sub", "Multiply": "Mul", "Divide": "Div", "LessEqual": "LessOrEqual"}
 
 

@@ -23,16 +23,12 @@ from hasten.export.huggingface import carrier
 from hasten.models.artifact import Artifact
 
 NAME = "openvino"
-
-
 MODEL = "openvino_model"
-
 
 _NO_TOKENIZER = (
     "no tokenizer of GenAI's own (openvino and optimum-intel need none): pip install openvino-tokenizers "
     "transformers, export again"
 )
-
 
 _CONVERT = """
 import sys, openvino
@@ -42,7 +38,6 @@ made = convert_tokenizer(AutoTokenizer.from_pretrained(sys.argv[1]), with_detoke
 for name, model in zip(("openvino_tokenizer", "openvino_detokenizer"), made):
     openvino.serialize(model, f"{sys.argv[1]}/{name}.xml", f"{sys.argv[1]}/{name}.bin")
 """
-
 
 _SLIDES = (
     "attention is written out, because OpenVINO GenAI's paged attention leaves sliding windows out without a "

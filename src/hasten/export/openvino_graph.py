@@ -35,7 +35,6 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "Where": ops.select,
 }
 
-
 _TYPES = {"i4": ov.Type.i4, "u4": ov.Type.u4, "i8": ov.Type.i8, "u8": ov.Type.u8, "bf16": ov.Type.bf16}
 
 

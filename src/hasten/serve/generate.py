@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from hasten.serve.pool import Served
     from hasten.serve.service import Exchange
 
-
 _FEW = 16  # outputs that are written in one piece: with 20 logprobs each they take a millisecond
 AT_ONCE = 64
 """Requests of one call that the engine has at a time: more than it computes together, fewer than may wait, so

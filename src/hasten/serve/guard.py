@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from hasten.serve.metrics import Metrics
     from hasten.serve.options import ServeOptions
 
-
 _EVERYBODY = ("/health", "/ready")  # load balancers ask by names of their own; the answers tell nothing
 
 
@@ -99,7 +98,6 @@ _ALLOWED = (
     (b"access-control-allow-methods", b"GET, POST, DELETE, OPTIONS"),
     (b"access-control-max-age", b"600"),
 )
-
 
 _DRAINED = 1_000_000  # bytes of a refused body that are taken at least
 _SILENT_S = 2.0  # a client that sends no more of it for so long waits for the answer

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from hasten.serve.pool import Served
     from hasten.serve.service import Service
 
-
 MAX_HEADERS = 100
 _PIPELINED = 16  # requests of a connection that are read while the first is answered
 _CROWDED = Problem(503, "too many connections", code="too_many_connections", headers={"retry-after": "1"})

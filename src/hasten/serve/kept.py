@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from hasten.serve.pool import Served
     from hasten.serve.shape import News
 
-
 MAX_KEPT = 1000
 MAX_BYTES = 64_000_000
 

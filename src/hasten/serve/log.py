@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, TextIO
 if TYPE_CHECKING:
     from hasten.serve.call import Call, Scope
 
-
 WAITING = 10_000
 
 

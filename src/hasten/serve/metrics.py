@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from hasten.engine.request import EngineStats, Usage
     from hasten.serve.call import Call
 
-
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 # Histograms: name -> (help, upper ends of the buckets).

@@ -79,7 +79,6 @@ class LibraryPanic(Exception):
 NO_FAULT = (asyncio.CancelledError, KeyboardInterrupt, SystemExit, GeneratorExit)
 """What derives from BaseException because it is meant to pass every handler."""
 
-
 _TOLD: Sequence[tuple[type[BaseException], int, str, Mapping[str, str]]] = (
     # 503 and not 408 for a deadline: the client was not slow, the server is busy
     (DeadlineError, 503, "deadline_unreachable", {"retry-after": "1"}),

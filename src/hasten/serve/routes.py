@@ -54,7 +54,6 @@ ROUTES = (
     Route("GET", "/stats", status.stats, "The engines' numbers"),
 )
 
-
 _ERROR = {
     "type": "object",
     "required": ["error"],

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from hasten.engine.model import LanguageModel
     from hasten.serve.pool import Loader, Served
 
-
 BACKLOG = 4096
 _EXTRA = "pip install 'hasten[serve]'"
 

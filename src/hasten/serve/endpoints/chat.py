@@ -22,7 +22,6 @@ from hasten.serve.shape import Part, Shape, TokenTexts, dumps, joined
 if TYPE_CHECKING:
     from hasten.serve.service import Exchange
 
-
 FunctionName = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[a-zA-Z0-9_.\-]+$")]
 
 

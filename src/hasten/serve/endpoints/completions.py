@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from hasten.engine.request import Output, Request
     from hasten.serve.service import Exchange
 
-
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=500_000, fail_fast=True)]
 
 

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from hasten.serve.problem import Problem
     from hasten.serve.service import Exchange
 
-
 Label = Annotated[str, Field(max_length=512)]
 
 
