@@ -26,7 +26,7 @@ import numpy as np
 from bar import RESULTS, say
 from hasten import _native
 from hasten.core import SCHEMA_VERSION
-from hasten.export.exporters import FORMATS, export
+from hasten.export import FORMATS, export
 from hasten.models.artifact import load_artifact
 from hasten.quality.divergence import divergence
 from hasten.quality.text import default_text

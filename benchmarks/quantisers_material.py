@@ -15,7 +15,7 @@ import numpy as np
 from bar import say
 from hasten.compress.calibration import Calibration, cut
 from hasten.core import Recipe
-from hasten.export.exporters import export
+from hasten.export import export
 from hasten.models.artifact import save
 from hasten.models.open import open_model
 from hasten.models.source import sha256_of

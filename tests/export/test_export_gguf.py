@@ -16,7 +16,7 @@ import hasten
 from hasten import _native
 from hasten.core import Format, Recipe
 from hasten.errors import DiskError, TokenizerError, UsageError
-from hasten.export.exporters import export
+from hasten.export import Loss, export
 from hasten.export.gguf import carrier, encoded
 from hasten.models import open_model
 from hasten.models.artifact import load_artifact, save
@@ -110,11 +110,12 @@ def test_fused_tensors_take_a_type_that_carries_all(tmp_path: Path) -> None:
 def test_every_layout_has_a_type(layout: Format, cols: int, kind: str) -> None:
     linear = packed(layout, 21, cols)
     assert carrier([layout], cols) == kind
-    data, error, squares = encoded(linear, kind, 0, linear.rows)
+    loss = Loss()
+    data = encoded(linear, kind, 0, linear.rows, loss)
     found = _native.dequantize_ggml(data.reshape(-1), kind, 21 * cols, 1).reshape(21, cols)
     if kind == "F16":
         np.testing.assert_allclose(found, values_of(linear), rtol=2**-11, atol=1e-7)
-        assert 0 < (error / squares) ** 0.5 < 2**-11
+        assert 0 < loss.relative < 2**-11
     elif layout.bits == 16 or layout.symmetric:
         np.testing.assert_array_equal(found, values_of(linear))
     else:  # scale * u + minimum may be one operation or two

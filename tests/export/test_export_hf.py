@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import hasten
 from hasten.core import Format, Recipe
 from hasten.errors import DiskError, UsageError
-from hasten.export.exporters import export
+from hasten.export import export
 from hasten.models.artifact import load_artifact
 from hasten.models.families import FAMILIES, hf_spec
 from hasten.models.reference import ReferenceDecoder

@@ -15,7 +15,7 @@ import hasten
 from hasten.compress.prune.prune import prune
 from hasten.compress.quantise.rotate import rotate
 from hasten.core import Recipe
-from hasten.export.exporters import FORMATS, export
+from hasten.export import FORMATS, export
 from hasten.models import open_model
 from hasten.models.artifact import save
 from hasten.recipe import Pruning

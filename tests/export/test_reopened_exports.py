@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hasten.core import Recipe
-from hasten.export.exporters import export
+from hasten.export import export
 from hasten.models import open_model
 from hasten.models.artifact import load_artifact
 from hasten.weights.packed import pack_model

@@ -15,7 +15,7 @@ import hasten
 from hasten import _native
 from hasten.core import Recipe, as_json
 from hasten.errors import UsageError
-from hasten.export.exporters import export
+from hasten.export import export
 from hasten.models import open_model
 from hasten.models.artifact import save
 from hasten.weights.codec import encode, from_bytes, to_bytes

@@ -11,7 +11,7 @@ from hasten.cli.flags import JsonOption, argument, optional
 from hasten.core import SCHEMA_VERSION
 
 if TYPE_CHECKING:
-    from hasten.export.exporters import Exported
+    from hasten.export import Exported
 
 KEPT = "Nothing was written."
 
@@ -34,7 +34,7 @@ def command(
     The weights keep their values; where a format has to round one, it is said by how much. What a format
     cannot carry is refused with the reason, before anything is written.
     """
-    from hasten.export.exporters import export
+    from hasten.export import export
 
     with Ticker() as ticker:
         written = export(
@@ -69,7 +69,7 @@ def _document(artifact: str, written: Exported) -> dict[str, Any]:
 
 
 def _text(written: Exported) -> str:
-    from hasten.export.exporters import FORMATS
+    from hasten.export import FORMATS
 
     kinds = ", ".join(f"{count} {kind}" for kind, count in written.carried.items())
     lines = [

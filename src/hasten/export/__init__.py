@@ -1,1 +1,267 @@
-"""Packed models in other engines' formats: one format a file, and one table in `exporters`."""
+"""An artifact in the file format of another engine.
+
+Each of `FORMATS` has a `plan` that says no before any work and a `write` that writes all or nothing. What a
+file keeps and what it rounds is in the `Exported` that comes back. Here too is what several formats share: the
+files beside the weights, rounding to float16, and whether two configurations mean the same model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hasten.cache import write_json
+from hasten.cache.reading import read_file
+from hasten.core import ModelSpec
+from hasten.errors import DiskError, MachineError, UsageError
+from hasten.models import rope
+from hasten.models.artifact import Artifact, load_artifact
+from hasten.weights.artifact import is_artifact
+from hasten.weights.packed import PackedLinear, bf16_bits, integers
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format that can be written: `module` has `plan(artifact)` and `write(plan, path, progress)`."""
+
+    module: str
+    loads_in: str
+    suffix: str = ""  # of a file; "" for a folder
+    package: str | None = None  # that writes it
+
+
+FORMATS: dict[str, Format] = {
+    "gguf": Format("hasten.export.gguf", "llama.cpp and what is built on it", suffix=".gguf"),
+    "compressed-tensors": Format(
+        "hasten.export.compressed_tensors", "transformers with the compressed-tensors package, vLLM"
+    ),
+    "gptq": Format("hasten.export.gptq", "GPTQModel and what reads its format"),
+    "openvino": Format(
+        "hasten.export.openvino", "openvino, optimum-intel, OpenVINO GenAI", package="openvino"
+    ),
+    "onnx": Format("hasten.export.onnx", "onnxruntime, optimum-onnx", package="onnx"),
+}
+
+
+def export(
+    ref: str | Path,
+    to: str,
+    out: str | Path | None = None,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+    said: Callable[[str], None] | None = None,
+) -> Exported:
+    """Write an artifact in another format. The weights' values stay; where one must be rounded, it is told.
+
+    Args:
+        ref: an artifact, `NAME.hasten`.
+        to: a key of `FORMATS`.
+        out: the file or folder; None: in the working folder, by the artifact's name.
+        force: replace what is there, in one step.
+        progress: called with (done, total) tensors.
+        said: called with what is being done.
+
+    Raises:
+        UsageError: an unknown format, no artifact, or a model the format cannot carry.
+        MachineError: a package that writes the format is not installed.
+        ArtifactError, TokenizerError: the artifact is damaged, or its tokenizer fits no word of the format.
+        DiskError: something is there and not `force`; full, read-only or forbidden disk.
+    """
+    if to not in FORMATS:
+        raise UsageError(f"unknown format {to!r}", hint=f"formats: {', '.join(FORMATS)}")
+    format = FORMATS[to]
+    if not is_artifact(ref):
+        raise UsageError(
+            f"{ref} is no artifact", hint=f"make one first: hasten optimize {ref} --out NAME.hasten"
+        )
+    stem = Path(ref).resolve().name.removesuffix(".hasten")
+    path = Path(out if out is not None else f"{stem}{format.suffix or f'-{to}'}")
+    _check_target(path, to, force)
+    say = said or (lambda _: None)
+    say("reading the artifact")
+    artifact = load_artifact(ref)
+    if table := next((x.layout for x in artifact.packed.linears.values() if x.layout.table), None):
+        raise UsageError(
+            f"{ref} has weights in {table}, which no exporter writes",
+            hint="make one of integers first: hasten compress MODEL --recipe w4 --out NAME.hasten",
+        )
+    say(f"checking what {to} can carry")
+    if format.package and find_spec(format.package) is None:
+        raise MachineError(
+            f"--to {to} needs the package {format.package}", hint=f"pip install {format.package}"
+        )
+    module: Any = import_module(format.module)
+    plan = module.plan(artifact)
+    say(f"writing {path}")
+    written: Exported = module.write(plan, path, progress or (lambda done, total: None))
+    if artifact.packed.recipe.kv != "int8":
+        return written
+    note = "the recipe keeps keys and values in int8, which a file does not say: set it in the other engine"
+    return replace(written, notes=(*written.notes, note))
+
+
+def _check_target(path: Path, to: str, force: bool) -> None:
+    is_file = bool(FORMATS[to].suffix)
+    if is_file and path.is_dir():
+        raise UsageError(f"{path} is a folder; {to} is one file", hint=f"--out {path}/MODEL.gguf")
+    if not is_file and path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file; {to} is a folder", hint="choose another --out")
+    if is_artifact(path):
+        raise UsageError(f"{path} is an artifact, not a place for an export", hint="choose another --out")
+    if path.exists() and not force:
+        raise DiskError(f"{path} is there already", hint="--force replaces it")
+
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total) as tensors are written."""
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A tensor the format could not carry exactly."""
+
+    tensor: str  # the file's name
+    stored_as: str
+    relative_error: float  # root of (squared rounding error / squared values); 0 where it came out exact
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written. Every tensor that `rounding` does not list holds the artifact's values exactly."""
+
+    format: str
+    path: Path
+    bytes: int
+    carried: Mapping[str, int]  # stored type -> matrices
+    rounding: tuple[Rounding, ...]
+    notes: tuple[str, ...]  # what the format leaves out
+
+    @classmethod
+    def of(
+        cls,
+        format: str,
+        path: Path,
+        kinds: Sequence[str],
+        notes: Sequence[str],
+        rounding: Sequence[Rounding] = (),
+    ) -> Exported:
+        """The record of a written file or folder; `kinds` are the stored types of its matrices."""
+        size = sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
+        carried = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+        return cls(format, path, size, carried, tuple(rounding), tuple(notes))
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every value is kept."""
+        return all(one.relative_error == 0 for one in self.rounding)
+
+
+MARKER = "config.json"
+"""A folder without it is no model, and is not replaced."""
+
+
+def write_companions(folder: Path, artifact: Artifact, values: Mapping[str, Any]) -> None:
+    """What lies beside the weights in a folder: config.json (`values`), generation_config.json, tokenizer.
+
+    Raises:
+        DiskError: full, read-only or forbidden disk.
+    """
+    write_json(folder / MARKER, dict(values))
+    ends = list(artifact.tokenizer.eos_ids) or None
+    generation = {"eos_token_id": ends, "bos_token_id": artifact.tokenizer.bos_id}
+    write_json(folder / "generation_config.json", generation)
+    artifact.tokenizer.save(folder)
+    settings = folder / "tokenizer_config.json"
+    kept = {name: value for name, value in json.loads(read_file(settings)).items() if name != "hasten"}
+    write_json(settings, kept)  # without what only artifacts need
+
+
+def floats_of(linear: PackedLinear, first: int, count: int) -> npt.NDArray[np.float32]:
+    """Rows of a matrix as they are computed with: float32 [count, cols]; `first` is a multiple of 16."""
+    if linear.layout.bits != 16:
+        return integers(linear, first, count).values()
+    return (bf16_bits(linear, first, count).astype(np.uint32) << 16).view(np.float32)
+
+
+@dataclass
+class Loss:
+    """What rounding values to float16 loses."""
+
+    error: float = 0.0  # squared
+    squares: float = 0.0  # of the values
+
+    def rounded(self, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
+        """The values in float16; the loss is added up.
+
+        Raises:
+            OverflowError: one is larger than float16's 65504.
+        """
+        if np.abs(values).max(initial=0.0) > 65504.0:
+            raise OverflowError("a value is larger than float16's 65504")
+        found = values.astype(np.float16)
+        self.error += float(np.square(found.astype(np.float64) - values).sum())
+        self.squares += float(np.square(values, dtype=np.float64).sum())
+        return found
+
+    @property
+    def relative(self) -> float:
+        """See `Rounding.relative_error`."""
+        return float((self.error / self.squares) ** 0.5) if self.squares else 0.0
+
+
+_COMPARED = (
+    *("architecture", "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"),
+    *("num_kv_heads", "head_dim", "context_length", "norm_eps", "activation", "norm_placement", "qk_norm"),
+    *("sliding_window", "sliding_layers", "attention_softcap", "logit_softcap", "embed_scale", "tied_head"),
+)
+"""What must be equal; rotation is compared as the frequencies it gives, end tokens go with the tokenizer."""
+
+_EMBED_SCALE_ERROR = 2**-8  # of a scale rounded to bf16; readers differ in whether they round it
+
+
+def difference(ours: ModelSpec, theirs: ModelSpec) -> tuple[str, Any, Any] | None:
+    """The first thing in which two models differ, with both values; None where they compute the same."""
+    mine, other = _meaning(ours), _meaning(theirs)
+    for name, value in mine.items():
+        if not _same(value, other[name], _EMBED_SCALE_ERROR if name == "embed_scale" else 1e-5):
+            return name, value, other[name]
+    return None
+
+
+def _meaning(config: ModelSpec) -> dict[str, Any]:
+    known: dict[str, Any] = {name: getattr(config, name) for name in _COMPARED}
+    window = config.sliding_window
+    if window is not None and window >= config.context_length:
+        known |= {"sliding_window": None, "sliding_layers": ()}
+    known["rotary_dim"] = config.rotary_dim or config.head_dim
+    known["rope_layers"] = config.rope_layers or (True,) * config.num_layers
+    known["query_scale"] = config.score_scale
+    turned = rope.tables(config)
+    known["rope frequencies"] = turned.global_inv_freq
+    known["rope scale"] = turned.global_scale
+    known["rope frequencies of long texts"] = turned.long_inv_freq
+    known["rope threshold"] = turned.long_threshold
+    known["rope frequencies of sliding layers"] = turned.local_inv_freq
+    if config.rope_scaling.kind == "dynamic":
+        known["rope frequencies of long texts"] = rope.tables(config, 4 * config.context_length)
+    return known
+
+
+def _same(a: Any, b: Any, tolerance: float) -> bool:
+    if isinstance(a, rope.RopeTables) and isinstance(b, rope.RopeTables):
+        a, b = a.global_inv_freq, b.global_inv_freq
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return a.shape == b.shape and bool(np.allclose(a, b, rtol=tolerance, atol=0))
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=tolerance)
+    return type(a) is type(b) and bool(a == b)

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hasten.export import Exported, Progress
 from hasten.export import huggingface as hf
-from hasten.export.exporters import Exported, Progress
 from hasten.export.huggingface import HfPlan, Module, Scheme
 from hasten.models.artifact import Artifact
 from hasten.weights.safetensors_file import Entry

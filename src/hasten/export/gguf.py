@@ -3,8 +3,6 @@
 Source: the GGUF specification, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, and the tensor
 names and row orders of llama.cpp's converter.
 
-Packed matrices as blocks of GGUF tensors: which type carries a layout, and its bytes.
-
 Integer layouts keep their integers, scales and minimums:
 
     4 bits  Q4_0, with a minimum Q4_1      6 and 8 bits  Q8_0 (more bytes for 6 bits, the same values)
@@ -15,19 +13,16 @@ bits with a minimum) is rounded to F16, and rows that blocks of 32 do not divide
 
 Source: ggml's block structures and dequantize_row functions (ggml-common.h, ggml-quants.c).
 
-A ModelSpec as GGUF metadata: the inverse of hasten.models.families.gguf_metadata, checked by it.
-
+The metadata is the inverse of hasten.models.families.gguf_metadata, and is checked by it.
 Whatever the format or llama.cpp has no word for (a sliding window in a llama, soft caps, dynamic rope) comes
 back different from the check, and is refused by name before a byte is written.
-
-Source: as hasten.models.families.gguf_metadata.
 """
 
 from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,8 +33,8 @@ import numpy.typing as npt
 from hasten.cache import write_atomic
 from hasten.core import Format, ModelSpec, RopeScaling, Rotary
 from hasten.errors import HastenError, UsageError
+from hasten.export import Exported, Loss, Progress, Rounding, difference, floats_of
 from hasten.export import gguf_tokenizer as words
-from hasten.export.exporters import Exported, Progress, Rounding, difference
 from hasten.models import rope
 from hasten.models.artifact import Artifact
 from hasten.models.families import FAMILIES, gguf_spec
@@ -90,13 +85,11 @@ def plan(artifact: Artifact) -> GgufPlan:
     Raises:
         UsageError, TokenizerError: the format cannot carry something of the model.
     """
-    packed, config = artifact.packed, artifact.packed.config
-    biases = packed.config.biases
-    metadata, factors = config_metadata(config, biases, artifact.name)
-    spoken = words.tokenizer_metadata(artifact.tokenizer, artifact.folder, config.vocab_size)
-    metadata |= spoken
+    config = artifact.packed.config
+    metadata, factors = config_metadata(config, artifact.name)
+    metadata |= words.tokenizer_metadata(artifact.tokenizer, artifact.folder, config.vocab_size)
     notes = words.check(artifact.tokenizer, metadata)
-    return GgufPlan(artifact, metadata, _tensors(packed), factors, notes)
+    return GgufPlan(artifact, metadata, _tensors(artifact.packed), factors, notes)
 
 
 def write(plan: GgufPlan, path: Path, progress: Progress) -> Exported:
@@ -114,16 +107,15 @@ def write(plan: GgufPlan, path: Path, progress: Progress) -> Exported:
         for done, tensor in enumerate(plan.tensors):
             progress(done, len(plan.tensors))
             loss = _write_tensor(file, plan.artifact.packed, tensor)
-            if not is_exact(tensor.kind):
-                rounding.append(Rounding(tensor.name, tensor.kind, loss))
+            if tensor.kind == "F16":
+                rounding.append(Rounding(tensor.name, tensor.kind, loss.relative))
             file.write(bytes(-tensor.bytes % _ALIGN))
         for values in plan.factors.values():
             file.write(values.tobytes() + bytes(-values.nbytes % _ALIGN))
 
     write_atomic(path, put)
     kinds = [tensor.kind for tensor in plan.tensors if tensor.cols]
-    carried = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
-    return Exported("gguf", path, path.stat().st_size, carried, tuple(rounding), plan.notes)
+    return Exported.of("gguf", path, kinds, plan.notes, rounding)
 
 
 def _tensors(packed: PackedModel) -> tuple[_Tensor, ...]:
@@ -195,9 +187,9 @@ def _value(value: Any) -> bytes:
     return struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + b"".join(map(_string, value))
 
 
-def _write_tensor(file: BinaryIO, packed: PackedModel, tensor: _Tensor) -> float:
-    """Write all rows; gives the relative rounding error."""
-    lost = squares = 0.0
+def _write_tensor(file: BinaryIO, packed: PackedModel, tensor: _Tensor) -> Loss:
+    """Write all rows; gives what rounding lost."""
+    loss = Loss()
     for part in tensor.parts:
         order = _row_order(part, packed)
         if not tensor.cols:
@@ -208,12 +200,11 @@ def _write_tensor(file: BinaryIO, packed: PackedModel, tensor: _Tensor) -> float
         pieces = [(0, linear.rows)] if order is not None else row_pieces(linear)
         for first, count in pieces:
             try:
-                data, error, square = encoded(linear, tensor.kind, first, count)
-            except OverflowError:
-                raise refuse(part, "a value is larger than F16's 65504") from None
+                data = encoded(linear, tensor.kind, first, count, loss)
+            except OverflowError as large:
+                raise refuse(part, str(large)) from None
             file.write(np.ascontiguousarray(data if order is None else data[order]).data)
-            lost, squares = lost + error, squares + square
-    return (lost / squares) ** 0.5 if squares else 0.0
+    return loss
 
 
 def _row_order(part: str, packed: PackedModel) -> npt.NDArray[np.int64] | None:
@@ -232,13 +223,12 @@ Bytes = npt.NDArray[np.uint8]
 _BY_BITS = {4: "Q4_0", 5: "Q5_0", 6: "Q8_0", 8: "Q8_0"}
 _WITH_MINIMUM = {4: "Q4_1", 5: "Q5_1"}
 _BITS = {"Q4_0": 4, "Q5_0": 5, "Q8_0": 8}
-_HALF_MAX = 65504.0
 
 
 def carrier(layouts: Sequence[Format], cols: int) -> str:
     """The smallest GGUF type that carries all of some layouts; several where a tensor is made of several.
 
-    Exact, but for "F16": see `is_exact`.
+    All but "F16" keep every value.
     """
     if all(layout.bits == 16 for layout in layouts):
         return "BF16"
@@ -253,48 +243,24 @@ def carrier(layouts: Sequence[Format], cols: int) -> str:
     return "F16"
 
 
-def is_exact(kind: str) -> bool:
-    """Whether a type of `carrier` keeps every value; float ones must be measured."""
-    return kind != "F16"
-
-
-def row_bytes(kind: str, cols: int) -> int:
-    """Bytes of one row."""
-    return TYPES[kind].bytes_of((1, cols))
-
-
-def encoded(linear: PackedLinear, kind: str, first: int, count: int) -> tuple[Bytes, float, float]:
-    """Rows of a matrix as bytes of a GGUF tensor.
+def encoded(linear: PackedLinear, kind: str, first: int, count: int, loss: Loss) -> Bytes:
+    """Rows of a matrix as bytes of a GGUF tensor, uint8 [rows, bytes of a row].
 
     Args:
         kind: what `carrier` gave.
         first: a multiple of 16.
-
-    Returns:
-        (uint8 [rows, row_bytes], squared rounding error, squared values)
+        loss: takes what rounding to F16 loses.
 
     Raises:
         OverflowError: a value does not fit F16.
     """
-    if linear.layout.bits == 16:
-        bits = bf16_bits(linear, first, count)
-        if kind == "BF16":
-            return bits.view(np.uint8), 0.0, 0.0
-        return _floats((bits.astype(np.uint32) << 16).view(np.float32), kind)
-    found = integers(linear, first, count)
     if kind in ("F16", "F32"):
-        return _floats(found.values(), kind)
-    return (_with_minimum if found.minimums is not None else _symmetric)(found, kind), 0.0, 0.0
-
-
-def _floats(values: npt.NDArray[np.float32], kind: str) -> tuple[Bytes, float, float]:
-    if kind == "F32":
-        return np.ascontiguousarray(values).view(np.uint8), 0.0, 0.0
-    if np.abs(values).max(initial=0.0) > _HALF_MAX:
-        raise OverflowError
-    rounded = values.astype(np.float16)
-    error = rounded.astype(np.float64) - values
-    return rounded.view(np.uint8), float(np.square(error).sum()), float(np.square(values, dtype=float).sum())
+        values = np.ascontiguousarray(floats_of(linear, first, count))
+        return (loss.rounded(values) if kind == "F16" else values).view(np.uint8)
+    if kind == "BF16":
+        return bf16_bits(linear, first, count).view(np.uint8)
+    found = integers(linear, first, count)
+    return (_with_minimum if found.minimums is not None else _symmetric)(found, kind)
 
 
 def _blocks(found: Encoded, kind: str) -> tuple[Bytes, npt.NDArray[np.int64]]:
@@ -357,13 +323,8 @@ def refuse(what: str, why: str) -> UsageError:
     )
 
 
-def config_metadata(config: ModelSpec, biases: Iterable[str], name: str) -> tuple[dict[str, Any], Factors]:
-    """(metadata, F32 tensors of rope factors) of a model.
-
-    Args:
-        config: the model.
-        biases: linear layers that have one.
-        name: what the file calls the model.
+def config_metadata(config: ModelSpec, name: str) -> tuple[dict[str, Any], Factors]:
+    """(metadata, F32 tensors of rope factors) of a model that the file calls `name`.
 
     Raises:
         UsageError: GGUF, or the program that reads it, cannot say something of the model; it is named.
@@ -371,7 +332,7 @@ def config_metadata(config: ModelSpec, biases: Iterable[str], name: str) -> tupl
     architecture = ARCHITECTURES.get(config.architecture)
     if architecture is None:
         raise refuse(f"the architecture {config.architecture}", f"known are {', '.join(ARCHITECTURES)}")
-    strange = sorted(set(biases) - _BIASES.get(architecture, frozenset()))
+    strange = sorted(set(config.biases) - _BIASES.get(architecture, frozenset()))
     if strange:
         raise refuse(f"the biases of {', '.join(strange)}", f"{architecture} in GGUF has none there")
     values: dict[str, Any] = {
@@ -474,11 +435,5 @@ def _check(config: ModelSpec, values: Mapping[str, Any], factors: Factors) -> No
         found = gguf_spec(GgufMetadata(kept), tensors, "the exported file")
     except HastenError as wrong:
         raise refuse("this model", wrong.message) from None
-    _compare(config, found)
-
-
-def _compare(config: ModelSpec, found: ModelSpec) -> None:
-    named = replace(config, architecture=found.architecture)
-    wrong = difference(named, found)
-    if wrong is not None:
-        raise refuse(wrong.name, f"the model has {wrong.ours}, such a file means {wrong.theirs}")
+    if other := difference(replace(config, architecture=found.architecture), found):
+        raise refuse(other[0], f"the model has {other[1]}, such a file means {other[2]}")

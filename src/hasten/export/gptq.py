@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hasten.export import Exported, Progress
 from hasten.export import huggingface as hf
 from hasten.export.compressed_tensors import packed_words
-from hasten.export.exporters import Exported, Progress
 from hasten.export.huggingface import HfPlan, Module, Scheme
 from hasten.models.artifact import Artifact
 from hasten.weights.safetensors_file import Entry
@@ -86,7 +86,7 @@ def _encode(made: HfPlan, module: Module) -> list[Entry]:
         yield np.concatenate(rows).T
 
     def scales() -> Iterator[npt.NDArray[Any]]:
-        yield hf.scales_of(made, module).T
+        yield np.concatenate([found for _, found in hf.rows_of(made, module)]).T
 
     zero = (1 << (scheme.bits - 1)) - 1
     word = sum(zero << (scheme.bits * i) for i in range(per_word))

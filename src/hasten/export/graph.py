@@ -7,26 +7,28 @@ The graph's inputs are `input_ids`, `attention_mask` and `position_ids`, int64 [
 the cached tokens and the new ones; its output `logits` is float32 [B, T, V]. Which key a query sees is
 counted in cached places, padded ones left out, so batches may be padded on the left.
 
-What the formats that hold a graph (OpenVINO, ONNX) share: the plan, and what is said of it.
+Weights of 4 bits go as i4 or u4, of 5, 6 and 8 as i8 or u8, bf16 as bf16: every value is kept. A symmetric
+layout is signed and has no zero point; one with a minimum is unsigned, and its minimum stays a number of its
+own, because no integer zero point gives it: x (s u + m) = x (s u) + (sums of x by group) m.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from hasten.core import ModelSpec
-from hasten.errors import MachineError, UsageError
-from hasten.export.exporters import Exported, size_of
-from hasten.export.huggingface import config_values, widened
+from hasten.core import Format, ModelSpec
+from hasten.errors import UsageError
+from hasten.export import Exported
+from hasten.export.huggingface import config_values
 from hasten.models import rope
 from hasten.models.artifact import Artifact
+from hasten.weights.packed import PackedLinear, bf16_bits, integers, row_pieces
 
 MASKED = -65504.0
 """Added to the score of a key that must not be seen: float16's least, so that no format makes it infinite."""
@@ -91,27 +93,9 @@ class Graph(Protocol):
         """Of all elements, a scalar."""
 
 
-def refuse(config: ModelSpec, format: str) -> None:
-    """Raise UsageError for what no fixed graph computes."""
-    if config.rope_scaling.kind == "dynamic":
-        raise UsageError(
-            f"{format} cannot carry dynamic rope scaling: its frequencies change with the length, and cached "
-            "keys are turned already",
-            hint="run it with hasten serve, or use --to compressed-tensors",
-        )
-
-
 def slides(config: ModelSpec) -> bool:
     """Whether some layer looks back on less than the whole context."""
     return config.sliding_window is not None and any(config.sliding_layers)
-
-
-def notes(config: ModelSpec) -> tuple[str, ...]:
-    """What a graph leaves out."""
-    threshold = rope.tables(config).long_threshold
-    if threshold is None:
-        return ()
-    return (f"past {threshold:,} tokens LongRoPE's long factors turn new keys alone, as in transformers",)
 
 
 def build(graph: Graph, config: ModelSpec, vectors: dict[str, npt.NDArray[np.float32]]) -> None:
@@ -277,30 +261,34 @@ class GraphPlan:
     notes: tuple[str, ...]
 
 
-def plan(artifact: Artifact, name: str, package: str, kind: Callable[[str], str]) -> GraphPlan:
-    """Decide what the folder will hold; reads no weights.
+def plan(artifact: Artifact, name: str, kind: Callable[[str], str]) -> GraphPlan:
+    """Decide what the folder of the format `name` will hold; reads no weights.
 
     Args:
-        artifact: the model.
-        name: the format.
-        package: that writes it.
         kind: matrix -> stored type.
 
     Raises:
         UsageError: a graph or config.json has no word for something of the model.
-        MachineError: the package is not installed.
     """
-    packed = artifact.packed
-    refuse(packed.config, name)
-    values = config_values(packed.config)
+    packed, config = artifact.packed, artifact.packed.config
+    if config.rope_scaling.kind == "dynamic":
+        raise UsageError(
+            f"{name} cannot carry dynamic rope scaling: its frequencies change with the length, and cached "
+            "keys are turned already",
+            hint="run it with hasten serve, or use --to compressed-tensors",
+        )
+    values = config_values(config)
     values["dtype"] = values["torch_dtype"] = "float32"
-    if find_spec(package) is None:
-        raise MachineError(f"--to {name} needs the package {package}", hint=f"pip install {package}")
     stored = {matrix: kind(matrix) for matrix in packed.linears}
-    said = [*notes(packed.config)]
-    wide, more = widened(packed.linears, stored)
+    said = []
+    if (long := rope.tables(config).long_threshold) is not None:
+        said.append(f"past {long:,} tokens LongRoPE's long factors turn new keys alone, as in transformers")
+    wide = [linear for m, linear in packed.linears.items() if stored[m][1:] == "8" and linear.layout.bits < 8]
     if wide:
-        said.append(f"{wide} matrices of 4 to 6 bits lie in 8: {more / 1e6:,.1f} MB more, the same values")
+        more = sum(x.rows * x.cols * (8 - x.layout.bits) // 8 for x in wide)
+        said.append(
+            f"{len(wide)} matrices of 4 to 6 bits lie in 8: {more / 1e6:,.1f} MB more, the same values"
+        )
     return GraphPlan(artifact, values, stored, tuple(said))
 
 
@@ -310,5 +298,54 @@ def exported(made: GraphPlan, name: str, path: Path, *notes: str) -> Exported:
         f"{kind}-g{made.artifact.packed.linears[matrix].layout.group}" if kind != "bf16" else kind
         for matrix, kind in made.stored.items()
     ]
-    carried = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
-    return Exported(name, path, size_of(path), carried, (), (*made.notes, *notes))
+    return Exported.of(name, path, kinds, (*made.notes, *notes))
+
+
+Halves = npt.NDArray[np.float16]
+
+
+def carrier(layout: Format) -> str:
+    """i4, u4, i8, u8 or bf16."""
+    if layout.bits == 16:
+        return "bf16"
+    return ("i" if layout.symmetric else "u") + ("4" if layout.bits == 4 else "8")
+
+
+def group_of(linear: PackedLinear) -> int:
+    """Inputs that share a scale; a matrix of fewer inputs than its layout's group has one."""
+    return min(linear.layout.group, linear.cols)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """fp16 [rows, groups] of a matrix: scales, and minimums where the layout has them."""
+
+    scales: Halves
+    minimums: Halves | None
+
+
+def parameters(linear: PackedLinear) -> Parameters:
+    """Scales and minimums of a whole matrix of integers."""
+    found = [integers(linear, first, count) for first, count in row_pieces(linear)]
+    minimums = [one.minimums for one in found if one.minimums is not None]
+    return Parameters(
+        np.concatenate([one.scales for one in found]), np.concatenate(minimums) if minimums else None
+    )
+
+
+def quants(linear: PackedLinear) -> Iterator[npt.NDArray[np.generic]]:
+    """A matrix, some rows at a time: int8, uint8 or bf16's bits, [rows, cols]."""
+    for first, count in row_pieces(linear):
+        if linear.layout.bits == 16:
+            yield bf16_bits(linear, first, count)
+        else:
+            found = integers(linear, first, count)
+            yield found.signed if linear.layout.symmetric else found.codes
+
+
+def pairs(values: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
+    """4-bit values, two a byte, the first lowest; an odd one out has a zero beside it. uint8, flat."""
+    u = np.ascontiguousarray(values).reshape(-1).view(np.uint8) & np.uint8(15)
+    if len(u) % 2:
+        u = np.append(u, np.uint8(0))
+    return np.asarray(u[::2] | (u[1::2] << np.uint8(4)), np.uint8)

@@ -4,15 +4,8 @@ Integer weights go as integers of 4 or 8 bits with an fp16 scale a group: 5 and 
 that engines fuse (q, k and v; gate and up) get one scheme, the widest of theirs. What is no symmetric integer
 layout (a minimum, groups of 16, bf16), the embedding and the head go as floats, as readers expect them.
 
-A model as a Hugging Face config.json: the inverse of models/families/config_json.py, checked by it.
-
+config.json is the inverse of models/families/config_json.py, and is checked by it.
 Rope is written in the form of transformers 4 (`rope_theta`, `rope_scaling`), which every reader knows.
-
-Which integer type of a graph format carries a layout, and a matrix's rows in it.
-
-4 bits go as i4 or u4, 5, 6 and 8 as i8 or u8, bf16 as bf16: every value is kept. A symmetric layout is signed
-and has no zero point; one with a minimum is unsigned, and its minimum stays a number of its own, because no
-integer zero point gives it: x (s u + m) = x (s u) + (sums of x by group) m.
 """
 
 from __future__ import annotations
@@ -26,26 +19,26 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten.cache import new_folder
-from hasten.core import Format, ModelSpec
+from hasten.core import ModelSpec
 from hasten.errors import HastenError, UsageError
-from hasten.export.exporters import (
+from hasten.export import (
     MARKER,
     Exported,
+    Loss,
     Progress,
     Rounding,
     difference,
-    size_of,
+    floats_of,
     write_companions,
 )
 from hasten.models.artifact import Artifact
 from hasten.models.families import FAMILIES, hf_spec
 from hasten.models.rope import rotations
-from hasten.weights.packed import PackedLinear, PackedModel, bf16_bits, integers, row_pieces
+from hasten.weights.packed import PackedModel, bf16_bits, integers, row_pieces
 from hasten.weights.safetensors_file import Entry, write_safetensors
 
 WEIGHTS = "model.safetensors"
 _FUSED = (("q", "k", "v"), ("gate", "up"))
-_HALF_MAX = 65504.0
 
 
 @dataclass(frozen=True)
@@ -76,7 +69,7 @@ class HfPlan:
     modules: tuple[Module, ...]
     values: dict[str, Any]  # config.json
     notes: tuple[str, ...] = ()
-    losses: dict[str, list[float]] = field(default_factory=dict)  # module -> squared error, squares
+    losses: dict[str, Loss] = field(default_factory=dict)  # by module
 
     @property
     def packed(self) -> PackedModel:
@@ -145,7 +138,8 @@ def write(
     with new_folder(path, marker=MARKER) as fresh:
         write_companions(fresh, made.artifact, values)
         write_safetensors(fresh / WEIGHTS, entries, progress)
-    return Exported(name, path, size_of(path), _carried(made), tuple(_roundings(made)), made.notes)
+    kinds = [f"int{m.scheme.bits}-g{m.scheme.group}" if m.scheme else m.dtype for m in made.modules]
+    return Exported.of(name, path, kinds, made.notes, _roundings(made))
 
 
 def rows_of(made: HfPlan, module: Module) -> Iterator[tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]]:
@@ -156,11 +150,6 @@ def rows_of(made: HfPlan, module: Module) -> Iterator[tuple[npt.NDArray[np.int8]
         for first, count in row_pieces(linear):
             found = integers(linear, first, count)
             yield found.signed, np.repeat(found.scales, found.layout.group // module.scheme.group, axis=1)
-
-
-def scales_of(made: HfPlan, module: Module) -> npt.NDArray[np.float16]:
-    """All scales of a module: fp16 [rows, groups]."""
-    return np.concatenate([scales for _, scales in rows_of(made, module)])
 
 
 def _modules(packed: PackedModel, fits: Callable[[Module], bool]) -> tuple[Module, ...]:
@@ -224,31 +213,20 @@ def _float_module(name: str, parts: tuple[str, ...], packed: PackedModel) -> Mod
 
 
 def _floats(made: HfPlan, module: Module) -> list[Entry]:
-    loss = made.losses.setdefault(module.name, [0.0, 0.0])
-
     def pieces() -> Iterator[npt.NDArray[Any]]:
-        loss[:] = [0.0, 0.0]
+        loss = made.losses[module.name] = Loss()
         for part in module.parts:
             linear = made.packed.linears[part]
             for first, count in row_pieces(linear):
                 if module.dtype == "BF16":
                     yield bf16_bits(linear, first, count)
                     continue
-                values = _values(linear, first, count)
-                if np.abs(values).max(initial=0.0) > _HALF_MAX:
-                    raise refuse(part, f"a value is larger than float16's {_HALF_MAX:.0f}")
-                rounded = values.astype(np.float16)
-                loss[0] += float(np.square(rounded.astype(np.float64) - values).sum())
-                loss[1] += float(np.square(values, dtype=np.float64).sum())
-                yield rounded
+                try:
+                    yield loss.rounded(floats_of(linear, first, count))
+                except OverflowError as large:
+                    raise refuse(part, str(large)) from None
 
     return [Entry(f"{module.name}.weight", module.dtype, (module.rows, module.cols), pieces)]
-
-
-def _values(linear: PackedLinear, first: int, count: int) -> npt.NDArray[np.float32]:
-    if linear.layout.bits != 16:
-        return integers(linear, first, count).values()
-    return (bf16_bits(linear, first, count).astype(np.uint32) << 16).view(np.float32)
 
 
 def _vectors(made: HfPlan) -> list[Entry]:
@@ -290,17 +268,12 @@ def _vector(name: str, values: npt.NDArray[np.float32]) -> Entry:
     return Entry(name, "F32", values.shape, lambda: [values])
 
 
-def _carried(made: HfPlan) -> dict[str, int]:
-    kinds = [f"int{m.scheme.bits}-g{m.scheme.group}" if m.scheme else m.dtype for m in made.modules]
-    return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
-
-
-def _roundings(made: HfPlan) -> Iterator[Rounding]:
-    for module in made.modules:
-        if module.scheme is None and module.dtype == "F16":
-            error, squares = made.losses[module.name]
-            relative = (error / squares) ** 0.5 if squares else 0.0
-            yield Rounding(f"{module.name}.weight", module.dtype, relative)
+def _roundings(made: HfPlan) -> list[Rounding]:
+    return [
+        Rounding(f"{module.name}.weight", module.dtype, made.losses[module.name].relative)
+        for module in made.modules
+        if module.scheme is None and module.dtype == "F16"
+    ]
 
 
 def refuse(what: str, why: str) -> UsageError:
@@ -412,65 +385,5 @@ def _check(config: ModelSpec, values: dict[str, Any]) -> None:
     if found.biases != config.biases:
         biases = ", ".join(sorted(config.biases)) or "none"
         raise refuse(f"biases of {biases}", f"{config.architecture} has others")
-    other = difference(config, found)
-    if other is not None:
-        raise refuse(other.name, f"the model has {other.ours}, config.json means {other.theirs}")
-
-
-Halves = npt.NDArray[np.float16]
-
-
-def carrier(layout: Format) -> str:
-    """i4, u4, i8, u8 or bf16."""
-    if layout.bits == 16:
-        return "bf16"
-    return ("i" if layout.symmetric else "u") + ("4" if layout.bits == 4 else "8")
-
-
-def group_of(linear: PackedLinear) -> int:
-    """Inputs that share a scale; a matrix of fewer inputs than its layout's group has one."""
-    return min(linear.layout.group, linear.cols)
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """fp16 [rows, groups] of a matrix: scales, and minimums where the layout has them."""
-
-    scales: Halves
-    minimums: Halves | None
-
-
-def parameters(linear: PackedLinear) -> Parameters:
-    """Scales and minimums of a whole matrix of integers."""
-    found = [integers(linear, first, count) for first, count in row_pieces(linear)]
-    minimums = [one.minimums for one in found if one.minimums is not None]
-    return Parameters(
-        np.concatenate([one.scales for one in found]), np.concatenate(minimums) if minimums else None
-    )
-
-
-def quants(linear: PackedLinear) -> Iterator[tuple[slice, npt.NDArray[np.generic]]]:
-    """(rows, values) of a matrix, some rows at a time: int8, uint8 or bf16's bits, [rows, cols]."""
-    for first, count in row_pieces(linear):
-        rows = slice(first, first + count)
-        if linear.layout.bits == 16:
-            yield rows, bf16_bits(linear, first, count)
-        else:
-            found = integers(linear, first, count)
-            yield rows, found.signed if linear.layout.symmetric else found.codes
-
-
-def pairs(values: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
-    """4-bit values, two a byte, the first lowest; an odd one out has a zero beside it. uint8, flat."""
-    u = np.ascontiguousarray(values).reshape(-1).view(np.uint8) & np.uint8(15)
-    if len(u) % 2:
-        u = np.append(u, np.uint8(0))
-    return np.asarray(u[::2] | (u[1::2] << np.uint8(4)), np.uint8)
-
-
-def widened(linears: Mapping[str, PackedLinear], stored: Mapping[str, str]) -> tuple[int, int]:
-    """(matrices, bytes more) where integers go to a wider type than their own bits."""
-    wide = [
-        linears[name] for name, kind in stored.items() if kind[1:] == "8" and linears[name].layout.bits < 8
-    ]
-    return len(wide), sum(x.rows * x.cols * (8 - x.layout.bits) // 8 for x in wide)
+    if other := difference(config, found):
+        raise refuse(other[0], f"the model has {other[1]}, config.json means {other[2]}")
