@@ -1,1 +1,224 @@
+"""What every report shares: escaped text and figures, tables, charts, and the page with its style."""
 
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from html import escape
+from typing import Any
+
+_NICE = (1.0, 2.0, 2.5, 5.0, 10.0)
+
+
+def ticks(highest: float, room: float = 1.0) -> list[float]:
+    """About five round numbers from 0 up to `room` times `highest`, which must be above 0."""
+    rough = highest / 4
+    scale = 10.0 ** math.floor(math.log10(rough))
+    step = next(n * scale for n in _NICE if n * scale >= rough * 0.999)
+    return [step * i for i in range(math.ceil(highest * room / step) + 1)]
+
+
+UNKNOWN = "unknown"
+
+
+def text(value: Any) -> str:
+    """Any value as HTML text, safe in attributes too."""
+    return UNKNOWN if value is None else escape(str(value), quote=True)
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    """1,234.5, or `unknown`."""
+    return UNKNOWN if value is None else f"{value:,.{digits}f}"
+
+
+def percent(value: float | None) -> str:
+    """A signed share: +0.82 %."""
+    return UNKNOWN if value is None else f"{100 * value:+.2f} %"
+
+
+def share(value: float | None) -> str:
+    """An unsigned share: 98.7 %."""
+    return UNKNOWN if value is None else f"{100 * value:.1f} %"
+
+
+def small(value: float | None) -> str:
+    """Two significant digits, for divergences: 0.0043."""
+    return UNKNOWN if value is None else f"{value:.2g}"
+
+
+def times(value: float | None) -> str:
+    """A speedup: 2.9 and a times sign."""
+    return UNKNOWN if value is None else f"{value:.2g}&times;" if value < 10 else f"{value:.0f}&times;"
+
+
+def megabytes(value: float | None) -> str:
+    """Bytes as MB of a million."""
+    return UNKNOWN if value is None else f"{value / 1e6:,.0f} MB"
+
+
+def median(measurement: Mapping[str, Any] | None, figure: str) -> float | None:
+    """The median of one figure of a measurement, None where there is no measurement."""
+    return None if measurement is None else float(measurement[figure]["median"])
+
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #fdfdfb; --ink: #1d2329; --soft: #5b6670; --line: #dfe3e6;
+  --card: #f3f5f5; --good: #0b7a53; --bad: #b3401f; --pick: #0b57b0; --heat: 200, 90, 20; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #14181c; --ink: #e6e9eb; --soft: #9ba6af; --line: #2e363d; --card: #1c2227;
+    --good: #4cc38a; --bad: #f0855f; --pick: #6cb0ff; --heat: 240, 130, 60; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 64rem; padding: 1.5rem 1rem 4rem; background: var(--paper);
+  color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .4rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem; }
+p { margin: .4rem 0; max-width: 46rem; }
+.lead { color: var(--soft); }
+code { font: .9em ui-monospace, "SF Mono", Menlo, Consolas, monospace; overflow-wrap: anywhere; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.2rem, 1fr)); gap: .6rem;
+  margin: 1.2rem 0 0; padding: 0; list-style: none; }
+.tiles li { background: var(--card); border-radius: 8px; padding: .7rem .85rem; }
+.tiles b { display: block; font-size: 1.5rem; line-height: 1.2; font-variant-numeric: tabular-nums; }
+.tiles span { color: var(--soft); font-size: .86rem; }
+.chart { display: block; width: 100%; max-width: 46rem; height: auto; }
+.chart text { font: 12px system-ui, sans-serif; fill: var(--soft); }
+.chart .name { fill: var(--ink); }
+.chart .strong { font-weight: 700; fill: var(--pick); }
+.chart .grid { stroke: var(--line); stroke-width: 1; }
+.chart .line { fill: none; stroke-width: 2; }
+.chart .first { stroke: var(--pick); fill: var(--pick); }
+.chart .second { stroke: var(--bad); fill: var(--bad); }
+.chart .line.first, .chart .line.second { fill: none; }
+.chart .line.second { stroke-dasharray: 6 3; }
+.chart .start { stroke: var(--soft); stroke-dasharray: 5 4; }
+.chart .pass { fill: var(--good); stroke: var(--good); }
+.chart .fail { fill: var(--bad); stroke: var(--bad); }
+.chart .chosen { fill: var(--pick); stroke: var(--pick); }
+.chart .hollow { fill: var(--paper); stroke-width: 2; }
+.key { color: var(--soft); font-size: .88rem; }
+.key i { display: inline-block; width: .7em; height: .7em; margin: 0 .3em 0 0; border: 2px solid; }
+.key span { white-space: nowrap; margin-right: 1.1em; }
+.round { border-radius: 50%; }
+.turned { transform: rotate(45deg); }
+.k-pick { color: var(--pick); background: var(--pick); }
+.k-good { color: var(--good); background: var(--good); }
+.k-bad { color: var(--bad); }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
+caption { text-align: left; color: var(--soft); font-size: .88rem; padding-bottom: .4rem; }
+caption span { display: block; position: sticky; left: 0; width: min(46rem, calc(100vw - 2rem)); }
+th, td { padding: .34rem .5rem; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid var(--line); }
+thead th { font-weight: 600; color: var(--soft); vertical-align: bottom; white-space: normal; }
+th:first-child, td:first-child { text-align: left; padding-left: .4rem; }
+tbody th { font-weight: 600; }
+tr.chosen th, tr.chosen td { background: var(--card); }
+tr.chosen th { color: var(--pick); box-shadow: inset 3px 0 var(--pick); }
+.pass { color: var(--good); }
+.fail, .insufficient { color: var(--bad); }
+.small { color: var(--soft); font-size: .86em; }
+.reasons dt { font-weight: 600; margin-top: .7rem; }
+.reasons dd { margin: 0; max-width: 46rem; }
+.map td { text-align: center; background: rgba(var(--heat), var(--a)); border: 2px solid var(--paper); }
+.map thead th + th { text-align: center; }
+.map { font-size: .8rem; }
+.map th, .map td { padding: .18rem .3rem; }
+.map .edge { border-left: .5rem solid var(--paper); }
+.map .own { outline: 2px solid var(--pick); outline-offset: -3px; font-weight: 600; }
+.facts { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .25rem 1rem; margin: 0; }
+.facts dt { color: var(--soft); }
+.facts dd { margin: 0; overflow-wrap: anywhere; max-width: 46rem; }
+@media (max-width: 34rem) { .facts { grid-template-columns: 1fr; } .facts dd { margin-bottom: .5rem; } }
+@media print { body { max-width: none; } .scroll { overflow: visible; } }
+"""
+
+
+def tiles(items: Iterable[tuple[str, str]]) -> str:
+    """Large figures, each with what it is. All arguments from here on are HTML already."""
+    inside = "".join(f"<li><b>{value}</b><span>{about}</span></li>" for value, about in items)
+    return f'<ul class="tiles">{inside}</ul>'
+
+
+def facts(items: Iterable[tuple[str, str]], kind: str = "facts") -> str:
+    """A list of terms and what is said of them."""
+    inside = "".join(f"<dt>{about}</dt><dd>{fact}</dd>" for about, fact in items)
+    return f'<dl class="{kind}">{inside}</dl>'
+
+
+def table(label: str, about: str, head: str, rows: str, kind: str = "") -> str:
+    """A table that scrolls by itself: its name for screen readers, its caption, the rows of head and body."""
+    opening = f'<table class="{kind}">' if kind else "<table>"
+    return (
+        f'<div class="scroll" role="region" aria-label="{label}" tabindex="0">{opening}'
+        f"<caption><span>{about}</span></caption><thead>{head}</thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def headings(names: Iterable[str]) -> str:
+    """One row of column headings."""
+    return "<tr>" + "".join(f'<th scope="col">{name}</th>' for name in names) + "</tr>"
+
+
+Place = tuple[float, float]
+
+
+class Frame:
+    """A chart's view box, one unit a pixel on a small phone's full width, and the room around its figure."""
+
+    def __init__(self, width: int, height: int, *, left: int, right: int, top: int, bottom: int) -> None:
+        self.width, self.height, self.left, self.top = width, height, left, top
+        self.end, self.floor = width - right, height - bottom  # of the figure, to the right and downwards
+
+    def across(self, share: float) -> float:
+        """The place of a share of the figure's width."""
+        return self.left + (self.end - self.left) * share
+
+    def up(self, share: float) -> float:
+        """The place of a share of the figure's height."""
+        return self.floor - (self.floor - self.top) * share
+
+    def grid(
+        self, levels: Iterable[tuple[float, str]], marks: Iterable[tuple[float, str]], below: str
+    ) -> list[str]:
+        """Lines with their names at the left, names of places under the figure, and what these are."""
+        lines = [
+            f'<line class="grid" x1="{self.left}" y1="{y:.1f}" x2="{self.end}" y2="{y:.1f}"/>'
+            f'<text x="{self.left - 6}" y="{y + 4:.1f}" text-anchor="end">{name}</text>'
+            for y, name in levels
+        ]
+        named = [
+            *((x, self.floor + 16, name) for x, name in marks),
+            (self.across(0.5), self.height - 8, below),
+        ]
+        return lines + [
+            f'<text x="{x:.1f}" y="{y}" text-anchor="middle">{name}</text>' for x, y, name in named
+        ]
+
+    def chart(self, mark: str, title: str, described: str, body: str) -> str:
+        """The whole figure of a page; `mark` tells its names from those of other figures."""
+        return (
+            f'<svg class="chart" viewBox="0 0 {self.width} {self.height}" role="img" '
+            f'aria-labelledby="{mark}-title {mark}-desc"><title id="{mark}-title">{title}</title>'
+            f'<desc id="{mark}-desc">{text(described)}</desc>{body}</svg>'
+        )
+
+
+def points(places: Iterable[Place]) -> str:
+    """Places as SVG writes them."""
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+
+
+def diamond(x: float, y: float) -> str:
+    """The corners of a mark."""
+    return points([(x, y - 6), (x + 6, y), (x, y + 6), (x - 6, y)])
+
+
+def document(title: str, body: str) -> str:
+    """One whole page."""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{STYLE}</style></head>\n"
+        f"<body><main>{body}</main></body></html>\n"
+    )

@@ -5,7 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hasten.report.page import document, number, share, small, text, ticks
+from hasten.report import (
+    Frame,
+    Place,
+    document,
+    facts,
+    headings,
+    number,
+    share,
+    small,
+    table,
+    text,
+    ticks,
+    tiles,
+)
+from hasten.report import points as as_points
 
 Record = Mapping[str, Any]
 
@@ -28,18 +42,16 @@ def compressed_page(plan: Record) -> str:
 def _head(plan: Record, made: Record) -> str:
     files = plan["artifact"]["files"].values()
     peak = made["peak_rss_bytes"]
-    tiles = [
+    figures = [
         (number(plan["recipe"]["bits_per_weight"], 2), "bits a weight, scales and head included"),
         (f"{number(sum(file['bytes'] for file in files) / 1e6)} MB", "on disk"),
         (_time(made["seconds"]), "to make"),
         (text(None) if peak is None else f"{peak / 1e9:.1f} GB", "of memory at most"),
     ]
-    items = "".join(f"<li><b>{value}</b><span>{about}</span></li>" for value, about in tiles)
     return (
         f"<h1>{text(plan['source']['name'])} as {text(plan['recipe']['name'])}</h1>"
         '<p class="lead">What was done to the model, step by step. What it costs in quality, '
-        "<code>hasten eval</code> measures.</p>"
-        f'<ul class="tiles">{items}</ul>'
+        f"<code>hasten eval</code> measures.</p>{tiles(figures)}"
     )
 
 
@@ -71,17 +83,13 @@ def _pruned(parts: Sequence[Record]) -> str:
         f"<td>{number(part['total'], 0)}</td>{''.join(_error(part[key], most) for key in shown)}</tr>"
         for part in parts
     )
-    names = ("where", "kept", "of", *(_ERRORS[key] for key in shown))
-    head = "".join(f'<th scope="col">{name}</th>' for name in names)
+    head = headings(["where", "kept", "of", *(_ERRORS[key] for key in shown)])
     about = (
         "Errors are relative to what the original gives there, over the calibration text; darker is more."
         if shown
         else "What it does to the outputs was not measured."
     )
-    return (
-        '<div class="scroll" role="region" aria-label="What was pruned" tabindex="0"><table class="map">'
-        f"<caption><span>{about}</span></caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
-    )
+    return table("What was pruned", about, head, rows, "map")
 
 
 def _error(value: float | None, most: float) -> str:
@@ -99,14 +107,13 @@ def _facts(plan: Record, made: Record) -> str:
         f"<code>{text(calibration['sha256'])}</code>"
     )
     files = ", ".join(f"{text(f['path'])} <code>{text(f['sha256'])}</code>" for f in plan["source"]["files"])
-    facts = [
+    found = [
         ("Calibration text", read),
         ("Made from", files),
         ("Recipe", f"<pre><code>{text(made['recipe'])}</code></pre>"),
         *(("Note", text(note)) for note in made["notes"]),
     ]
-    rows = "".join(f"<dt>{about}</dt><dd>{fact}</dd>" for about, fact in facts)
-    return f'<h2>How it was made</h2><dl class="facts">{rows}</dl>'
+    return f"<h2>How it was made</h2>{facts(found)}"
 
 
 def _time(seconds: float) -> str:
@@ -117,11 +124,9 @@ def _time(seconds: float) -> str:
     return f"{minutes} min {rest} s"
 
 
-_WIDTH, _HEIGHT = 480, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 40, 44
+_FRAME = Frame(480, 300, left=46, right=14, top=40, bottom=44)
 
 Point = Mapping[str, Any]  # step, tokens, seconds, loss (None before the first step), kl
-Place = tuple[float, float]
 
 
 def learning_curve(points: Sequence[Point]) -> str:
@@ -133,41 +138,26 @@ def learning_curve(points: Sequence[Point]) -> str:
     up = ticks(max([p["kl"] for p in points] + [p["loss"] for p in losses] + [1e-9]))
 
     def place(point: Point, of: str) -> Place:
-        x = _LEFT + (_WIDTH - _LEFT - _RIGHT) * point["tokens"] / across[-1]
-        return x, _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * point[of] / up[-1]
+        return _FRAME.across(point["tokens"] / across[-1]), _FRAME.up(point[of] / up[-1])
 
+    grid = _FRAME.grid(
+        [(_FRAME.up(tick / up[-1]), f"{tick:g}") for tick in up],
+        [(_FRAME.across(tick / across[-1]), _tokens(tick)) for tick in across],
+        "tokens trained on",
+    )
     lines = _line("second", [place(p, "loss") for p in losses])
     lines += _line("first", [place(p, "kl") for p in points])
     marks = "".join(_mark(p, place(p, "kl")) for p in points)
-    return (
-        f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-labelledby="c-title c-desc">'
-        f'<title id="c-title">Divergence from the teacher while training</title>'
-        f'<desc id="c-desc">{text(". ".join(_sentence(p) for p in points))}</desc>'
-        f"{_grid(across, up)}{_LEGEND}{lines}{marks}</svg>"
-    )
+    about, title = ". ".join(_sentence(p) for p in points), "Divergence from the teacher while training"
+    return _FRAME.chart("c", title, about, f"{''.join(grid)}{_LEGEND}{lines}{marks}")
 
 
 _LEGEND = (
-    f'<line class="line first" x1="{_LEFT}" y1="12" x2="{_LEFT + 24}" y2="12"/>'
-    f'<text class="name" x="{_LEFT + 30}" y="16">KL on text held out, nats</text>'
-    f'<line class="line second" x1="{_LEFT + 200}" y1="12" x2="{_LEFT + 224}" y2="12"/>'
-    f'<text class="name" x="{_LEFT + 230}" y="16">loss in training</text>'
+    '<line class="line first" x1="46" y1="12" x2="70" y2="12"/>'
+    '<text class="name" x="76" y="16">KL on text held out, nats</text>'
+    '<line class="line second" x1="246" y1="12" x2="270" y2="12"/>'
+    '<text class="name" x="276" y="16">loss in training</text>'
 )
-
-
-def _grid(across: Sequence[float], up: Sequence[float]) -> str:
-    floor, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
-    parts = []
-    for tick in up:
-        y = floor - (floor - _TOP) * tick / up[-1]
-        parts.append(f'<line class="grid" x1="{_LEFT}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    for tick in across:
-        x = _LEFT + (right - _LEFT) * tick / across[-1]
-        parts.append(f'<text x="{x:.1f}" y="{floor + 16}" text-anchor="middle">{_tokens(tick)}</text>')
-    middle = (_LEFT + right) / 2
-    parts.append(f'<text x="{middle:.0f}" y="{_HEIGHT - 8}" text-anchor="middle">tokens trained on</text>')
-    return "".join(parts)
 
 
 def _tokens(value: float) -> str:
@@ -179,8 +169,7 @@ def _tokens(value: float) -> str:
 
 
 def _line(kind: str, places: Sequence[Place]) -> str:
-    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-    return f'<polyline class="line {kind}" points="{points}"/>' if places else ""
+    return f'<polyline class="line {kind}" points="{as_points(places)}"/>' if places else ""
 
 
 def _mark(point: Point, place: Place) -> str:

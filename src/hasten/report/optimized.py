@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hasten.report.page import document, median, megabytes, number, percent, share, small, text, ticks, times
+from hasten.report import (
+    Frame,
+    Place,
+    diamond,
+    document,
+    facts,
+    headings,
+    median,
+    megabytes,
+    number,
+    percent,
+    share,
+    small,
+    table,
+    text,
+    ticks,
+    tiles,
+    times,
+)
 
 Record = Mapping[str, Any]
 
@@ -60,26 +79,22 @@ def _head(plan: Record, search: Record) -> str:
     verdict, speedup = plan["verdict"], search["speedup"]
     chosen = next(c for c in search["candidates"] if c["recipe"] == search["chosen"])
     measured = chosen["measurement"]
-    tiles = [
+    figures = [
         (times(speedup["decode"]), f"decode: {number(median(measured, 'decode_tok_per_s'))} tok/s"),
         (times(speedup["prefill"]), f"prefill: {number(median(measured, 'prefill_tok_per_s'), 0)} tok/s"),
         (times(speedup["ttft"]), f"first token: {number(median(measured, 'ttft_ms'), 0)} ms"),
-        (
-            percent(verdict["ppl_increase"]),
-            f"perplexity; 95 %: {_interval(verdict)}",
-        ),
+        (percent(verdict["ppl_increase"]), f"perplexity; 95 %: {_interval(verdict)}"),
         (
             number(chosen["bits_per_weight"], 2),
             f"bits a weight: {megabytes(chosen['weight_bytes'])} read a token",
         ),
     ]
-    items = "".join(f"<li><b>{value}</b><span>{about}</span></li>" for value, about in tiles)
     limit = percent(plan["budget"]["max_ppl_increase"])
     return (
         f"<h1>{text(plan['model'])} as {text(search['chosen'])}</h1>"
         f'<p class="lead">{text(_GOALS[plan["goal"]])} within a perplexity increase of {limit}, on '
         f"{text(plan['machine']['cpu'])}. Factors are against the same model in bf16 on the same engine.</p>"
-        f'<ul class="tiles">{items}</ul>'
+        f"{tiles(figures)}"
     )
 
 
@@ -100,45 +115,36 @@ _COLUMNS = (
 
 
 def _table(plan: Record, search: Record) -> str:
-    head = "".join(f'<th scope="col">{column}</th>' for column in _COLUMNS)
     start = search["baseline"]
-    first = _row("bf16 (start)", 16.0, start["measurement"], None, "", False)
+    first = _row("bf16 (start)", 16.0, start["measurement"])
     rows = "".join(
-        _row(
-            c["recipe"],
-            c["bits_per_weight"],
-            c["measurement"],
-            c["verdict"],
-            c["weight_bytes"],
-            c["recipe"] == search["chosen"],
-        )
-        for c in search["candidates"]
+        _row(**{k: c[k] for k in _ROW}, chosen=c["recipe"] == search["chosen"]) for c in search["candidates"]
     )
     about = (
         "Medians. A recipe out of the budget is not timed. One that clearly fails is judged on fewer tokens. "
         f"Perplexity of the start: {number(start['ppl'], 3)}."
     )
-    return (
-        '<div class="scroll" role="region" aria-label="Recipes tried" tabindex="0"><table>'
-        f"<caption><span>{about}</span></caption><thead><tr>{head}</tr></thead><tbody>{first}{rows}</tbody></table></div>"
-    )
+    return table("Recipes tried", about, headings(_COLUMNS), first + rows)
+
+
+_ROW = ("recipe", "bits_per_weight", "measurement", "verdict", "weight_bytes")
 
 
 def _row(
-    name: str,
-    bits: float | None,
-    measured: Record | None,
-    verdict: Record | None,
-    weight_bytes: Any,
-    chosen: bool,
+    recipe: str,
+    bits_per_weight: float | None,
+    measurement: Record | None,
+    verdict: Record | None = None,
+    weight_bytes: int | None = None,
+    chosen: bool = False,
 ) -> str:
-    size = weight_bytes or (measured or {}).get("weight_bytes")
+    size = weight_bytes or (measurement or {}).get("weight_bytes")
     status = "" if verdict is None else text(verdict["status"])
     cells = [
         f'<span class="{status}">{status}</span>',
-        number(bits, 2),
+        number(bits_per_weight, 2),
         number(size / 1e6 if size else None, 0),
-        *(_timed(measured, figure) for figure in ("decode_tok_per_s", "prefill_tok_per_s", "ttft_ms")),
+        *(_timed(measurement, figure) for figure in ("decode_tok_per_s", "prefill_tok_per_s", "ttft_ms")),
     ]
     if verdict is None:
         cells += [""] * 5
@@ -151,7 +157,9 @@ def _row(
             number(verdict["tokens"], 0),
         ]
     mark = ' class="chosen"' if chosen else ""
-    return f'<tr{mark}><th scope="row">{text(name)}</th>' + "".join(f"<td>{c}</td>" for c in cells) + "</tr>"
+    return (
+        f'<tr{mark}><th scope="row">{text(recipe)}</th>' + "".join(f"<td>{c}</td>" for c in cells) + "</tr>"
+    )
 
 
 def _interval(verdict: Record) -> str:
@@ -170,9 +178,9 @@ def _timed(measured: Record | None, figure: str) -> str:
 def _reasons(plan: Record, search: Record) -> str:
     chosen = [c for c in search["candidates"] if c["recipe"] == search["chosen"]]
     others = [c for c in search["candidates"] if c["recipe"] != search["chosen"]]
-    items = "".join(f"<dt>{text(c['recipe'])}</dt><dd>{text(c['because'])}</dd>" for c in [*chosen, *others])
+    said = [(text(c["recipe"]), text(c["because"])) for c in [*chosen, *others]]
     extra = "".join(f"<p>{text(reason)}</p>" for reason in plan["because"][1:])
-    return f'<dl class="reasons">{items}</dl>{extra}'
+    return facts(said, "reasons") + extra
 
 
 def _facts(plan: Record, search: Record) -> str:
@@ -181,7 +189,7 @@ def _facts(plan: Record, search: Record) -> str:
     workload = measured["workload"]
     memory = machine["memory_bytes"]
     read, int8 = measured["fraction_of_read_ceiling"], measured["fraction_of_int8_ceiling"]
-    facts = [
+    found = [
         (
             "Machine",
             f"{text(machine['cpu'])}, {machine['cores']} cores, {', '.join(map(text, machine['isa']))}",
@@ -213,13 +221,10 @@ def _facts(plan: Record, search: Record) -> str:
         ),
         ("Use it", f'<code>hasten generate {text(search["artifact"])} -p "What is a mutex?"</code>'),
     ]
-    return (
-        '<dl class="facts">' + "".join(f"<dt>{about}</dt><dd>{fact}</dd>" for about, fact in facts) + "</dl>"
-    )
+    return facts(found)
 
 
-_WIDTH, _HEIGHT = 480, 340  # of the view box: one unit is one pixel on a small phone's full width
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 26, 44
+_FRAME = Frame(480, 340, left=46, right=14, top=26, bottom=44)
 _LABEL = 12  # font size
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
@@ -243,19 +248,37 @@ def frontier(search: Mapping[str, Any]) -> str:
     points = points_of(search)
     if not points:
         return ""
-    across, ticks_x = _log_axis([p.kl for p in points])
-    up, ticks_y = _linear_axis(max([p.speed for p in points] + [baseline or 0.0]))
-    parts = [*_grid(across, ticks_x, up, ticks_y), *_start(up, baseline)]
-    taken: list[Box] = [(_LEFT, up(baseline) - _LABEL - 4, _LEFT + 130.0, up(baseline))] if baseline else []
+    across, powers = _log_axis([p.kl for p in points])
+    levels = ticks(max([p.speed for p in points] + [baseline or 0.0]), room=1.05)
+
+    def up(speed: float) -> float:
+        return _FRAME.up(speed / levels[-1])
+
+    left, top, floor = _FRAME.left, _FRAME.top, _FRAME.floor
+    upright = (f'x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{floor}"' for x in map(across, powers))
+    parts = [
+        f'<text x="{left - 40}" y="14">decode, tokens a second</text>',
+        *(f'<line class="grid" {place}/>' for place in upright),
+        *_FRAME.grid(
+            [(up(tick), f"{tick:g}") for tick in levels],
+            [(across(tick), f"{tick:g}") for tick in powers],
+            "mean KL divergence from the source, nats (log): closer is left",
+        ),
+    ]
+    taken: list[Box] = []
+    if baseline is not None:
+        y = up(baseline)
+        parts.append(f'<line class="start" x1="{left}" y1="{y:.1f}" x2="{_FRAME.end}" y2="{y:.1f}"/>')
+        parts.append(
+            f'<text class="soft" x="{left + 6}" y="{y - 5:.1f}">bf16 start {number(baseline)}</text>'
+        )
+        taken.append((left, y - _LABEL - 4, left + 130.0, y))
     parts += [_mark(p, across(p.kl), up(p.speed)) for p in points]
     taken += [(across(p.kl) - 6, up(p.speed) - 6, across(p.kl) + 6, up(p.speed) + 6) for p in points]
     for p in sorted(points, key=lambda p: not p.chosen):
         parts.append(_label(p, across(p.kl), up(p.speed), taken))
-    return (
-        f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-labelledby="f-title f-desc">'
-        f'<title id="f-title">Decode speed against divergence from the source</title>'
-        f'<desc id="f-desc">{text(_described(points, baseline))}</desc>{"".join(parts)}</svg>'
-    )
+    about = ". ".join([f"bf16 start: {number(baseline)} tokens a second", *map(_sentence, points)]) + "."
+    return _FRAME.chart("f", "Decode speed against divergence from the source", about, "".join(parts))
 
 
 def points_of(search: Mapping[str, Any]) -> list[Point]:
@@ -287,13 +310,10 @@ def predictor(search: Mapping[str, Any]) -> Callable[[float], float | None]:
         for m in [search["baseline"]["measurement"], *(c["measurement"] for c in search["candidates"])]
         if m is not None and m["weight_bytes"]
     ]
-    if len(timed) < 2:
+    try:
+        slope, fixed = statistics.linear_regression([x for x, _ in timed], [y for _, y in timed])
+    except statistics.StatisticsError:  # fewer than two sizes
         return lambda _: None
-    mean_x = sum(x for x, _ in timed) / len(timed)
-    mean_y = sum(y for _, y in timed) / len(timed)
-    spread = sum((x - mean_x) ** 2 for x, _ in timed)
-    slope = sum((x - mean_x) * (y - mean_y) for x, y in timed) / spread if spread else 0.0
-    fixed = mean_y - slope * mean_x
 
     def predict(weight_bytes: float) -> float | None:
         seconds = fixed + slope * weight_bytes
@@ -305,57 +325,11 @@ def predictor(search: Mapping[str, Any]) -> Callable[[float], float | None]:
 def _log_axis(values: Sequence[float]) -> tuple[Callable[[float], float], list[float]]:
     low = math.floor(math.log10(min(values)) - 0.05)
     high = max(math.ceil(math.log10(max(values)) + 0.05), low + 1)
-    width = _WIDTH - _LEFT - _RIGHT
 
     def place(value: float) -> float:
-        return _LEFT + width * (math.log10(value) - low) / (high - low)
+        return _FRAME.across((math.log10(value) - low) / (high - low))
 
     return place, [10.0**power for power in range(low, high + 1)]
-
-
-def _linear_axis(highest: float) -> tuple[Callable[[float], float], list[float]]:
-    found = ticks(highest, room=1.05)
-    height = _HEIGHT - _TOP - _BOTTOM
-
-    def place(value: float) -> float:
-        return _HEIGHT - _BOTTOM - height * value / found[-1]
-
-    return place, found
-
-
-def _grid(
-    across: Callable[[float], float],
-    ticks_x: Sequence[float],
-    up: Callable[[float], float],
-    ticks_y: Sequence[float],
-) -> list[str]:
-    floor = _HEIGHT - _BOTTOM
-    parts = []
-    for tick in ticks_y:
-        y = up(tick)
-        parts.append(f'<line class="grid" x1="{_LEFT}" y1="{y:.1f}" x2="{_WIDTH - _RIGHT}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    for tick in ticks_x:
-        x = across(tick)
-        parts.append(f'<line class="grid" x1="{x:.1f}" y1="{_TOP}" x2="{x:.1f}" y2="{floor}"/>')
-        parts.append(f'<text x="{x:.1f}" y="{floor + 16}" text-anchor="middle">{tick:g}</text>')
-    middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    parts.append(f'<text x="{_LEFT - 40}" y="14">decode, tokens a second</text>')
-    parts.append(
-        f'<text x="{middle:.0f}" y="{_HEIGHT - 8}" text-anchor="middle">'
-        "mean KL divergence from the source, nats (log): closer is left</text>"
-    )
-    return parts
-
-
-def _start(up: Callable[[float], float], baseline: float | None) -> list[str]:
-    if baseline is None:
-        return []
-    y = up(baseline)
-    return [
-        f'<line class="start" x1="{_LEFT}" y1="{y:.1f}" x2="{_WIDTH - _RIGHT}" y2="{y:.1f}"/>',
-        f'<text class="soft" x="{_LEFT + 6}" y="{y - 5:.1f}">bf16 start {number(baseline)}</text>',
-    ]
 
 
 def _mark(point: Point, x: float, y: float) -> str:
@@ -364,8 +338,7 @@ def _mark(point: Point, x: float, y: float) -> str:
     about = f"<title>{text(_sentence(point))}</title>"
     if point.passes:  # a shape for each verdict: colour alone says nothing to some
         return f'<circle class="{kind}{hollow}" cx="{x:.1f}" cy="{y:.1f}" r="5.5">{about}</circle>'
-    corners = f"{x:.1f},{y - 6:.1f} {x + 6:.1f},{y:.1f} {x:.1f},{y + 6:.1f} {x - 6:.1f},{y:.1f}"
-    return f'<polygon class="{kind}{hollow}" points="{corners}">{about}</polygon>'
+    return f'<polygon class="{kind}{hollow}" points="{diamond(x, y)}">{about}</polygon>'
 
 
 def _label(point: Point, x: float, y: float, taken: list[Box]) -> str:
@@ -374,10 +347,11 @@ def _label(point: Point, x: float, y: float, taken: list[Box]) -> str:
     places = [(x + 9, y + 4), (x - 9 - wide, y + 4)]
     places += [(x + dx, y + dy) for dy in (-10, 19, -24, 33) for dx in (-wide / 2, 9, -9 - wide)]
 
-    def clash(place: tuple[float, float]) -> float:
+    def clash(place: Place) -> float:
         left, base = place
         box = (left, base - _LABEL + 1, left + wide, base + 3)
-        outside = max(0.0, _LEFT - box[0]) + max(0.0, box[2] - _WIDTH + 2) + max(0.0, _TOP - 12 - box[1])
+        beside = max(0.0, _FRAME.left - box[0]) + max(0.0, box[2] - _FRAME.width + 2)
+        outside = beside + max(0.0, _FRAME.top - 12 - box[1])
         return outside * 20 + sum(_overlap(box, other) for other in taken)
 
     left, base = min(places, key=clash)
@@ -394,10 +368,6 @@ def _sentence(point: Point) -> str:
     how = "measured" if point.measured else "predicted from its bytes"
     verdict = "chosen" if point.chosen else "within the budget" if point.passes else "not within the budget"
     return f"{point.name}: {number(point.speed)} tokens a second {how}, KL {small(point.kl)}, {verdict}"
-
-
-def _described(points: Sequence[Point], baseline: float | None) -> str:
-    return f"bf16 start: {number(baseline)} tokens a second. " + ". ".join(_sentence(p) for p in points) + "."
 
 
 _DARKEST = 0.75  # of the heat colour: text on it stays readable
@@ -429,11 +399,8 @@ def sensitivity_map(groups: Sequence[Group], method: str = "rtn", error: float |
     ]
     scale = _Scale.over(groups)
     rows = "".join(_map_row(where, row, parts, widths, scale) for where, row in layers.items())
-    return (
-        "<h2>Where few bits hurt</h2>"
-        '<div class="scroll" role="region" aria-label="Sensitivity map" tabindex="0"><table class="map">'
-        f"<caption><span>{_map_about(method, error)}</span></caption>{_map_head(parts, widths)}"
-        f"<tbody>{rows}</tbody></table></div>"
+    return "<h2>Where few bits hurt</h2>" + table(
+        "Sensitivity map", _map_about(method, error), _map_head(parts, widths), rows, "map"
     )
 
 
@@ -478,9 +445,7 @@ def _map_head(parts: Sequence[str], widths: Sequence[str]) -> str:
         for _ in parts
         for i, width in enumerate(widths)
     )
-    return (
-        f'<thead><tr><th scope="col">layer</th>{over}</tr><tr><th scope="col">width</th>{names}</tr></thead>'
-    )
+    return f'<tr><th scope="col">layer</th>{over}</tr><tr><th scope="col">width</th>{names}</tr>'
 
 
 def _map_row(
