@@ -32,9 +32,8 @@ from typing import Any
 import numpy as np
 
 from bar import Bar, Settings, record, say
-from hasten.bench.control_group import ControlGroup, control_group
-from hasten.bench.http_stream import Address, send
-from hasten.bench.process import ServerProcess, free_port
+from hasten.bench.load import Address, send
+from hasten.bench.process import ControlGroup, ServerProcess, control_group, free_port
 from hasten.errors import HastenError, PeerError
 from serving_contenders import hasten_command
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bar import Bar, Settings, record, say
-from hasten.bench.http_stream import Address
+from hasten.bench.load import Address
 from hasten.bench.process import ServerProcess, free_port
 from hasten.errors import HastenError
 

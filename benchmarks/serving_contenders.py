@@ -12,8 +12,7 @@ from typing import Any, Protocol
 
 from bar import Settings, say
 from hasten.bench.compare import LOAD_LIMIT_S, PREPARE_LIMIT_S
-from hasten.bench.http_stream import Address
-from hasten.bench.load import Answer, Call, figures, run_calls
+from hasten.bench.load import Address, Answer, Call, figures, run_calls
 from hasten.bench.peers import EngineSpec, llama_cpp
 from hasten.bench.process import ServerProcess, WorkerProcess, free_port
 from hasten.bench.workloads import Message
@@ -77,7 +76,7 @@ class InProcess:
     def ask_ids(self, prompts: Sequence[Sequence[int]], output: int) -> list[Answer]:
         """The same for prompts that are token ids already."""
         records = self.worker.ask("chats", LOAD_LIMIT_S, prompts=list(prompts), output=output)
-        return [Answer.from_json(record) for record in records]
+        return [Answer(**record) for record in records]
 
     def pause(self) -> None:
         """See `Contender`."""

@@ -6,11 +6,11 @@ from typing import Any
 
 import serving_contenders as contenders
 from bar import Bar, Settings, say
-from hasten.bench.figures import paired_ratio, percentile, stat
-from hasten.bench.http_stream import Address
-from hasten.bench.load import Answer, figures
+from hasten.bench.figures import paired_ratio, percentile
+from hasten.bench.load import Address, Answer, figures
 from hasten.bench.process import ServerProcess, free_port
 from hasten.bench.workloads import PromptRing, SharedChats, default_text
+from hasten.core import Stat
 from hasten.errors import PeerError
 
 ZERO_HIT_ROUNDS = 5  # times --runs
@@ -42,7 +42,7 @@ def zero_hit(settings: Settings) -> tuple[list[Bar], Any]:
                     speeds[key].append(figures(answers).tok_per_s)
     ratio = paired_ratio(speeds["on"], speeds["off"])
     say(
-        f"cache on {stat(speeds['on']).median:.1f}, off {stat(speeds['off']).median:.1f} tok/s, hits {cached}"
+        f"cache on {Stat.of(speeds['on']).median:.1f}, off {Stat.of(speeds['off']).median:.1f} tok/s, hits {cached}"
     )
     bar = Bar("zero-hit load: prefix cache on / off", ratio.median, 0.99, "x")
     return [bar], {"ratio": ratio, "tok_per_s": speeds, "hit_tokens": cached}
@@ -96,11 +96,11 @@ def _added(server: list[Answer], engine: list[Answer]) -> dict[str, Any]:
     return {
         "ttft_ms": percentile(ttft, 0.5),
         "token_ms": percentile(token, 0.5),
-        "ttft_differences_ms": stat(ttft),
-        "token_differences_ms": stat(token),
+        "ttft_differences_ms": Stat.of(ttft),
+        "token_differences_ms": Stat.of(token),
         "token_pairs_ms": token,
-        "engine_ttft_ms": stat([1000 * (a.first_s or 0.0) for a in engine]),
-        "engine_token_ms": stat([1000 * (a.tpot_s or 0.0) for a in engine]),
+        "engine_ttft_ms": Stat.of([1000 * (a.first_s or 0.0) for a in engine]),
+        "engine_token_ms": Stat.of([1000 * (a.tpot_s or 0.0) for a in engine]),
         "prompt_tokens": sorted({a.prompt_tokens for a in server if a.prompt_tokens}),
         "output_tokens": sorted({a.output_tokens for a in server}),
     }
@@ -119,6 +119,6 @@ def start(settings: Settings) -> tuple[list[Bar], Any]:
         if number:
             seconds.append(took)
         say(f"start {number}: ready after {took:.2f} s")
-    return [Bar("hasten serve ARTIFACT to ready", stat(seconds).median, 1.5, "s", at_least=False)], {
-        "seconds": stat(seconds)
+    return [Bar("hasten serve ARTIFACT to ready", Stat.of(seconds).median, 1.5, "s", at_least=False)], {
+        "seconds": Stat.of(seconds)
     }

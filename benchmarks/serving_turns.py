@@ -9,9 +9,10 @@ from typing import Any
 
 import serving_contenders as contenders
 from bar import Bar, Settings, say
-from hasten.bench.figures import percentile, stat
+from hasten.bench.figures import percentile
 from hasten.bench.load import Answer
 from hasten.bench.workloads import Conversation, Message
+from hasten.core import Stat
 from hasten.errors import PeerError
 
 FIRST_TOKENS = 4
@@ -51,8 +52,8 @@ class Waits:
     def details(self) -> dict[str, Any]:
         """For the record."""
         return {
-            "hot_ms": stat(self.hot_ms),
-            "cold_ms": stat(self.cold_ms),
+            "hot_ms": Stat.of(self.hot_ms),
+            "cold_ms": Stat.of(self.cold_ms),
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": self.cached_tokens,
             "ratio": self.ratio,

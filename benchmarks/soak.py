@@ -24,7 +24,7 @@ from typing import Any
 import serving_contenders as contenders
 from bar import Bar, Settings, record, say
 from hasten.bench.figures import percentile
-from hasten.bench.http_stream import Address, send
+from hasten.bench.load import Address, send
 from hasten.bench.workloads import TOPICS
 from hasten.errors import HastenError, PeerError
 from serving import make_artifact

@@ -10,8 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from hasten.bench.http_stream import Address, send
-from hasten.bench.load import Answer, Call, read_answer, stream_call
+from hasten.bench.load import Address, Answer, Call, read_answer, send, stream_call
 from hasten.bench.workloads import TOPICS, default_text
 from hasten.errors import PeerError
 

@@ -15,8 +15,8 @@ import pytest
 
 from hasten.bench import compare as compare_module
 from hasten.bench.compare import Contender, compare
-from hasten.bench.peers import PEERS, EngineSpec, Peer, entry_of, parse
-from hasten.bench.peers.prepared import made_once
+from hasten.bench.figures import Steady
+from hasten.bench.peers import PEERS, EngineSpec, Peer, entry_of, made_once, parse
 from hasten.bench.process import PACKAGE, WorkerProcess
 from hasten.core import Machine, Workload
 from hasten.errors import PeerError, UsageError
@@ -134,7 +134,18 @@ def test_engines_take_turns_and_the_faster_one_wins():
     assert [s.ids for s in ours] == [s.ids for s in theirs]  # the same prompts, another one each round
     assert len({s.ids for s in ours}) == 3
     assert result.subject.continuation == " ".join([str(ours[0].ids[0][0])] * 4)
-    assert said[-1] == "round 3, 3 wanted"
+    assert said[-1] == "round 3 of 3"
+
+
+def test_a_round_in_place_of_a_disturbed_one_is_called_extra(monkeypatch):
+    def one_more(take, rates, runs, say):
+        rounds = tuple(take(number + 1) for number in range(runs + 1))
+        return Steady(rounds[1:], 1, True)
+
+    monkeypatch.setattr(compare_module, "steady", one_more)
+    said = []
+    compare([Contender(spec("ok"))], WORKLOAD, 1, say=said.append)
+    assert said[-2:] == ["round 1 of 1", "extra round 1"]
 
 
 def test_the_order_rotates(monkeypatch):

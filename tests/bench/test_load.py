@@ -11,8 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from hasten.bench.http_stream import Address, Event, HttpAnswer, send_now
-from hasten.bench.load import Answer, Call, figures, read_answer, run_calls
+from hasten.bench.load import (
+    Address,
+    Answer,
+    Call,
+    Event,
+    HttpAnswer,
+    figures,
+    read_answer,
+    run_calls,
+    send_now,
+)
 from hasten.bench.peers import EngineSpec, llama_cpp, ours
 from hasten.bench.process import ServerProcess, free_port
 from hasten.bench.workloads import Conversation, SharedChats

@@ -152,7 +152,6 @@ ALLOWED = {
 OTHERS = (
     "machine/",
     "bench/peers/",
-    "bench/control_group.py",
     "bench/process.py",
     "engine/grammar_child.py",
 )  # files of /proc and /sys, or a peer wrote them

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from hasten.bench.control_group import control_group
+from hasten.bench.process import control_group
 from hasten.errors import MachineError
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from hasten.bench.figures import Ratio, Sample, paired_ratio, steady
 from hasten.bench.measure import measurement_of, rates_of, with_ceilings
 from hasten.bench.peers import PEERS, EngineSpec, Peer, parse
 from hasten.bench.process import WorkerProcess
+from hasten.cache import cache_dir
 from hasten.core import Machine, Measurement, Workload
 from hasten.errors import HastenError, PeerError, UsageError
 from hasten.speed import Cost
@@ -175,7 +177,9 @@ class _Table:
 
     def round(self, number: int) -> int:
         """Everybody runs once, in an order that moves on; 0 is the warm-up and leaves no sample."""
-        self.say("warm-up" if number == 0 else f"round {number}, {self.runs} wanted")
+        extra = number > self.runs  # in place of one that other work disturbed
+        counted = f"extra round {number - self.runs}" if extra else f"round {number} of {self.runs}"
+        self.say("warm-up" if number == 0 else counted)
         turn = number % len(self.seats)
         for seat in self.seats[turn:] + self.seats[:turn]:
             _take_turn(seat, self.ring.round(number, self.workload), self.workload, number > 0, self.failed)
@@ -236,14 +240,9 @@ def _outcome(seat: _Seat, workload: Workload, subject: _Seat, disturbed: int) ->
 
 
 def _ratios(ours: Outcome, theirs: Outcome) -> dict[str, Ratio]:
-    return {
-        "decode": paired_ratio(
-            [s.decode_tok_per_s for s in ours.samples], [s.decode_tok_per_s for s in theirs.samples]
-        ),
-        "prefill": paired_ratio(
-            [s.prefill_tok_per_s for s in ours.samples], [s.prefill_tok_per_s for s in theirs.samples]
-        ),
-    }
+    rates = [[rates_of(sample) for sample in one.samples] for one in (ours, theirs)]
+    decode, prefill = ([[rate[at] for rate in one] for one in rates] for at in (0, 1))
+    return {"decode": paired_ratio(*decode), "prefill": paired_ratio(*prefill)}
 
 
 OURS = "hasten.bench.peers.ours"
@@ -263,7 +262,7 @@ class Request:
     peer_python: str | None = None  # the Python the peers are installed in; None is this one
 
 
-def bout(request: Request, say: Callable[[str], None] = lambda _: None) -> tuple[Comparison, Machine]:
+def bout(request: Request, say: Say = lambda _: None) -> tuple[Comparison, Machine]:
     """Compare a model on our engine with other engines on its source.
 
     Returns:
@@ -300,7 +299,7 @@ def _contenders(request: Request) -> list[Contender]:
     contenders = [Contender(base)]
     parsed = [(name, *parse(name)) for name in dict.fromkeys(request.against)]
     if parsed:
-        origin, cache = str(peer_source(request.source or request.model)), str(_cache())
+        origin, cache = str(peer_source(request.source or request.model)), str(cache_dir() / "bench")
         for name, engine, peer, form in parsed:
             spec = dataclasses.replace(
                 base, name=name, module=PEERS[engine], format=form, source=origin, cache=cache
@@ -311,8 +310,6 @@ def _contenders(request: Request) -> list[Contender]:
 
 def usable_ceilings(machine: Machine) -> Machine:
     """The machine with the int8 ceiling of the instruction sets our engine may use (`HASTEN_ISA`)."""
-    import os
-
     forced = os.environ.get("HASTEN_ISA")
     if not forced or forced not in machine.isa:
         return machine
@@ -338,9 +335,3 @@ def peer_source(ref: str) -> Path:
         )
     first = open_model(ref).files[0].path
     return first if first.suffix == ".gguf" else first.parent
-
-
-def _cache() -> Path:
-    from hasten.cache import cache_dir
-
-    return cache_dir() / "bench"

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from hasten.core import Stat
 from hasten.errors import PeerError, UsageError
 
 
@@ -98,22 +97,6 @@ def percentile(values: Sequence[float], fraction: float) -> float:
     low = int(place)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
-
-
-def stat(values: Sequence[float]) -> Stat:
-    """Median, 10th and 90th percentile of a figure's runs.
-
-    Raises:
-        UsageError: there is no run.
-    """
-    if not values:
-        raise UsageError("a figure needs at least one run, got none", hint="give --runs 1 or more")
-    return Stat(
-        median=percentile(values, 0.5),
-        p10=percentile(values, 0.1),
-        p90=percentile(values, 0.9),
-        n=len(values),
-    )
 
 
 @dataclass(frozen=True)

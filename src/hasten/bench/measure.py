@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from hasten.bench import workloads
-from hasten.bench.figures import Sample, TokenClock, stat, steady
-from hasten.core import Machine, Measurement, ServingOptions, Workload
+from hasten.bench.figures import Sample, TokenClock, steady
+from hasten.core import Machine, Measurement, ServingOptions, Stat, Workload
 from hasten.machine.memory import peak_rss_bytes
 from hasten.speed import Cost, cost
 
@@ -124,10 +124,10 @@ def measurement_of(
         version=version,
         format=form,
         weight_bytes=weight_bytes,
-        prefill_tok_per_s=stat([s.prefill_tok_per_s for s in samples]),
-        decode_tok_per_s=stat([s.decode_tok_per_s for s in samples]),
-        ttft_ms=stat([1000 * s.ttft_s for s in samples]),
-        tpot_ms=stat([s.tpot_ms for s in samples]),
+        prefill_tok_per_s=Stat.of([s.prefill_tok_per_s for s in samples]),
+        decode_tok_per_s=Stat.of([s.decode_tok_per_s for s in samples]),
+        ttft_ms=Stat.of([1000 * s.ttft_s for s in samples]),
+        tpot_ms=Stat.of([s.tpot_ms for s in samples]),
         peak_rss_bytes=peak_rss_bytes,
         workload=workload,
         threads=threads,

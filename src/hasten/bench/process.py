@@ -1,4 +1,7 @@
-"""Processes that a benchmark starts: the worker of an engine, or a server. All end with the driver."""
+"""Processes that a benchmark starts: the worker of an engine, or a server. All end with the driver.
+
+A control group of its own shows what a process does with little memory or little processor time.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,135 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from typing_extensions import Self
 
-from hasten.bench.control_group import ControlGroup
-from hasten.bench.http_stream import Address, send_now
+from hasten.bench.load import Address, send_now
 from hasten.bench.worker import die_with_parent
-from hasten.errors import HastenError, PeerError, UsageError
+from hasten.errors import HastenError, MachineError, PeerError, UsageError
+from hasten.machine.cgroup import folders
+
+_PERIOD_US = 100_000
+
+
+@dataclass(frozen=True)
+class ControlGroup:
+    """Folders of one group, one a controller where the version has several trees."""
+
+    parts: tuple[Path, ...]
+
+    def join(self) -> None:
+        """Move the calling process into the group: for `preexec_fn`."""
+        for part in self.parts:
+            (part / "cgroup.procs").write_text(str(os.getpid()))
+
+    @property
+    def memory_peak(self) -> int | None:
+        """Most bytes that were in use at once, file pages included; None where the kernel does not say."""
+        return self._number("memory.peak", "memory.max_usage_in_bytes")
+
+    @property
+    def oom_kills(self) -> int:
+        """Processes that the kernel ended because the group was out of memory."""
+        return self._stat("memory.events", "memory.oom_control").get("oom_kill", 0)
+
+    @property
+    def throttled(self) -> int:
+        """Periods in which the group had used up its processor time and was stopped."""
+        return self._stat("cpu.stat").get("nr_throttled", 0)
+
+    @property
+    def anonymous_bytes(self) -> int:
+        """Memory in use that is no file's."""
+        stat = self._stat("memory.stat")
+        return stat.get("total_rss", stat.get("anon", 0))
+
+    def _number(self, *names: str) -> int | None:
+        return next((int(text) for text in self._texts(*names) if text.strip().isdecimal()), None)
+
+    def _stat(self, *names: str) -> dict[str, int]:
+        lines = [line.split() for text in self._texts(*names) for line in text.splitlines()]
+        return {fields[0]: int(fields[1]) for fields in lines if len(fields) == 2 and fields[1].isdecimal()}
+
+    def _texts(self, *names: str) -> Iterator[str]:
+        for path in (part / name for part in self.parts for name in names):
+            with suppress(OSError):
+                yield path.read_text()
+
+
+@contextmanager
+def control_group(*, memory_bytes: int | None = None, cpus: float | None = None) -> Iterator[ControlGroup]:
+    """A new group with limits, below this process's own where that is possible; removed at the end.
+
+    Args:
+        memory_bytes: most memory its processes may use, file pages included.
+        cpus: processors' worth of time they get.
+
+    Raises:
+        MachineError: this user cannot make one here: that takes root, or a delegated group.
+    """
+    with ExitStack() as stack:
+        parts: list[Path] = []
+        if memory_bytes is not None:
+            parts.append(stack.enter_context(_part("memory", lambda at: _limit_memory(at, memory_bytes))))
+        if cpus is not None:
+            parts.append(stack.enter_context(_part("cpu", lambda at: _limit_time(at, cpus))))
+        yield ControlGroup(tuple(parts))
+
+
+@contextmanager
+def _part(controller: str, limit: Callable[[Path], None]) -> Iterator[Path]:
+    made = next(filter(None, (_made(parent, limit) for parent in folders(controller))), None)
+    if made is None:
+        raise MachineError(
+            f"no control group for {controller} can be made here",
+            hint="run as root on Linux, outside containers",
+        )
+    try:
+        yield made
+    finally:
+        _remove(made)
+
+
+def _made(parent: Path, limit: Callable[[Path], None]) -> Path | None:
+    group = parent / f"hasten-{os.getpid()}-{time.monotonic_ns()}"
+    try:
+        group.mkdir()
+        limit(group)
+    except OSError:
+        with suppress(OSError):
+            group.rmdir()
+        return None
+    return group
+
+
+def _limit_memory(group: Path, size: int) -> None:
+    old = group / "memory.limit_in_bytes"
+    (old if old.exists() else group / "memory.max").write_text(str(size))
+
+
+def _limit_time(group: Path, cpus: float) -> None:
+    quota = int(cpus * _PERIOD_US)
+    if (group / "cpu.cfs_quota_us").exists():
+        (group / "cpu.cfs_period_us").write_text(str(_PERIOD_US))
+        (group / "cpu.cfs_quota_us").write_text(str(quota))
+    else:
+        (group / "cpu.max").write_text(f"{quota} {_PERIOD_US}")
+
+
+def _remove(group: Path) -> None:
+    """A group goes once its last process is gone, which takes the kernel a moment."""
+    for _ in range(100):
+        with suppress(OSError):
+            group.rmdir()
+            return
+        time.sleep(0.05)
+
 
 PACKAGE = Path(__file__).resolve().parent.parent
 """Folder of the `hasten` package."""

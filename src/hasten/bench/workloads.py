@@ -74,30 +74,11 @@ INTRODUCTION = (
 )
 
 TOPICS = (
-    "list comprehensions",
-    "context managers",
-    "decorators",
-    "generators",
-    "the import system",
-    "exception handling",
-    "dataclasses",
-    "asyncio",
-    "regular expressions",
-    "string formatting",
-    "metaclasses",
-    "type hints",
-    "the garbage collector",
-    "threads and locks",
-    "file handling",
-    "sorting with keys",
-    "dictionaries and hashing",
-    "closures",
-    "iterators",
-    "unit tests",
-    "sockets",
-    "packaging",
-    "logging",
-    "descriptors",
+    *("list comprehensions", "context managers", "decorators", "generators", "the import system"),
+    *("exception handling", "dataclasses", "asyncio", "regular expressions", "string formatting"),
+    *("metaclasses", "type hints", "the garbage collector", "threads and locks", "file handling"),
+    *("sorting with keys", "dictionaries and hashing", "closures", "iterators", "unit tests"),
+    *("sockets", "packaging", "logging", "descriptors"),
 )
 
 WISHES = (
@@ -132,6 +113,10 @@ class Encoder(Protocol):
         ...
 
 
+def _default_ring(tokenizer: Encoder) -> PromptRing:
+    return PromptRing(tokenizer.encode(default_text(), add_special=False))
+
+
 @dataclass(frozen=True)
 class SharedChats:
     """`clients` chats a round. Rounds 2k and 2k + 1 have one system prompt; no question comes twice.
@@ -154,7 +139,7 @@ class SharedChats:
     def system(self, number: int) -> str:
         """System prompt number `number`: about `system_tokens` tokens, introduction included."""
         length = self.system_tokens - len(self.tokenizer.encode(INTRODUCTION, add_special=False))
-        ring = PromptRing(self.tokenizer.encode(default_text(), add_special=False))
+        ring = _default_ring(self.tokenizer)
         return f"{number}. {INTRODUCTION}" + self.tokenizer.decode(ring.prompt(number, length))
 
     def question(self, number: int) -> str:
@@ -179,7 +164,7 @@ class Conversation:
     def opening(self, number: int) -> Message:
         """The first turn. Conversations of different numbers differ from their first words on."""
         rest = (self.turns - 1) * (self.answer_tokens + self.question_tokens)
-        ring = PromptRing(self.tokenizer.encode(default_text(), add_special=False))
+        ring = _default_ring(self.tokenizer)
         head = f"{number}. Read this and then tell me what it is about:\n"
         length = self.tokens - rest - len(self.tokenizer.encode(head, add_special=False)) - 32
         text = self.tokenizer.decode(ring.prompt(number, max(1, length)))

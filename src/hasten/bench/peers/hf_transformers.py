@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hasten.bench.figures import Sample, TokenClock
-from hasten.bench.peers import EngineSpec, Peer
-from hasten.bench.peers.prepared import hf_folder
+from hasten.bench.peers import EngineSpec, Peer, hf_folder
 
 PEER = Peer(
     formats=("bf16", "fp32"),
@@ -61,10 +60,6 @@ class Transformers:
                 streamer=_streamer(self._transformers, clock),
             )
         return clock.finish()
-
-    def close(self) -> None:
-        """See `peers.Engine`."""
-        del self._model
 
 
 def _streamer(transformers: Any, clock: TokenClock) -> Any:

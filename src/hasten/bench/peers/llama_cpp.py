@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from hasten.bench.figures import Sample, TokenClock
-from hasten.bench.http_stream import Address
-from hasten.bench.peers import EngineSpec, Peer
-from hasten.bench.peers.prepared import key_of, made_once
+from hasten.bench.load import Address
+from hasten.bench.peers import EngineSpec, Peer, key_of, made_once
 from hasten.errors import PeerError
 
 LLAMA_CPP = "llama-cpp-python==0.3.36"
@@ -162,11 +161,6 @@ class LlamaCpp:
                 last[sequence] = self._argmax(sequence)
                 clock.push(sequence, last[sequence])
         return clock.finish()
-
-    def close(self) -> None:
-        """See `peers.Engine`."""
-        self._api.llama_free(self._context)
-        self._api.llama_model_free(self._model)
 
     def _decode(self, rows: list[tuple[int, int, int]], *, last_only: bool, want: bool) -> None:
         """Run rows of (token, position, sequence); logits for the last or for all of them where wanted."""

@@ -11,6 +11,7 @@ nothing to give.
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
 import time
@@ -19,8 +20,7 @@ from typing import Any
 
 from hasten.bench.figures import Sample, TokenClock
 from hasten.bench.load import Answer
-from hasten.bench.peers import EngineSpec, Peer
-from hasten.bench.peers.prepared import hf_folder, key_of, made_once
+from hasten.bench.peers import EngineSpec, Peer, hf_folder, key_of, made_once
 from hasten.errors import PeerError
 
 PEER = Peer(
@@ -81,19 +81,12 @@ class OpenVino:
         inputs = genai.TokenizedInputs(
             self._openvino.Tensor(ids), self._openvino.Tensor(np.ones_like(ids, dtype=np.int64))
         )
-        config = genai.GenerationConfig()
-        config.max_new_tokens = output
-        config.ignore_eos = True
-        config.do_sample = False
+        config = _greedy(genai, output)
         if len(prompts) > 1:  # the pipeline streams one sequence only
             return self._batch(prompts, self._pipeline.generate(inputs, config))
         clock = TokenClock(prompts)
         self._pipeline.generate(inputs, config, _streamer(genai, clock))
         return clock.finish()
-
-    def close(self) -> None:
-        """See `peers.Engine`."""
-        del self._pipeline
 
     def _batch(self, prompts: list[list[int]], result: Any) -> Sample:
         """The pipeline's own clock: time to the first tokens, then its mean time a token."""
@@ -109,10 +102,15 @@ class OpenVino:
         )
 
 
+def _greedy(genai: Any, output: int) -> Any:
+    """So many tokens, past end tokens."""
+    config = genai.GenerationConfig()
+    config.max_new_tokens, config.ignore_eos, config.do_sample = output, True, False
+    return config
+
+
 def _options(folder: Path) -> str:
     """What the export says of its weight compression, in the runtime info of the model's XML."""
-    import re
-
     text = (folder / "openvino_model.xml").read_text(encoding="utf-8")[-20_000:]
     wanted = ("mode", "group_size", "ratio", "backup_mode", "all_layers")
     found = [(name, re.search(rf'<{name} value="([^"]*)"', text)) for name in wanted]
@@ -122,10 +120,6 @@ def _options(folder: Path) -> str:
 def _streamer(genai: Any, clock: TokenClock) -> Any:
     class Streamer(genai.StreamerBase):  # type: ignore[misc]
         """Hears every token, or several at once."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.first = time.perf_counter()
 
         def write(self, token: Any) -> Any:
             for one in token if isinstance(token, (list, tuple)) else (token,):
@@ -177,10 +171,7 @@ class OpenVinoBatching:
         """All prompts at once, greedily, `output` tokens each, past end tokens."""
         import numpy as np
 
-        config = self._genai.GenerationConfig()
-        config.max_new_tokens = output
-        config.ignore_eos = True
-        config.do_sample = False
+        config = _greedy(self._genai, output)
         start = time.perf_counter()
         handles = [
             self._pipeline.add_request(
@@ -196,7 +187,3 @@ class OpenVinoBatching:
                     for news in handle.read().values():
                         came.extend([time.perf_counter() - start] * len(news.generated_ids))
         return [Answer(came[0], came[-1], len(came), finish_reason="length") for came in times]
-
-    def close(self) -> None:
-        """Free the model."""
-        del self._pipeline

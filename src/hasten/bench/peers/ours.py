@@ -77,10 +77,6 @@ class Subject:
         """Name and weights of the model."""
         return {"model": self.model.name, "bits_per_weight": self.model.bits_per_weight}
 
-    def close(self) -> None:
-        """See `peers.Engine`."""
-        self.model.close()
-
 
 class HastenEngine:
     """A model and its Engine."""
