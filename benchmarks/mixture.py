@@ -75,7 +75,7 @@ class Mixtures:
         harms = measure_harms(
             self.workshop,
             self.source,
-            split(self.text.calibration).held_out,
+            split(self.text.calibration)[1],
             seconds=MAP_SECONDS,
             observer=self.watch,
             method=self.method,

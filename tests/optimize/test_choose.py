@@ -9,14 +9,13 @@ import pytest
 from fakes import one
 from hasten.core import Budget, Goal, Measurement, Recipe, Verdict, Workload
 from hasten.errors import BudgetError
-from hasten.optimize.candidates import (
+from hasten.optimize.trials import (
     Candidate,
     choose_candidate,
     explain,
     limit_of,
     measurement_from,
     percent,
-    verdict_from,
 )
 
 BUDGET = Budget(0.01)
@@ -133,4 +132,4 @@ def test_records_come_back_as_they_were() -> None:
 
     one_of_each = candidate("a", 90)
     assert measurement_from(as_json(one_of_each.measurement)) == one_of_each.measurement
-    assert verdict_from(as_json(one_of_each.verdict)) == one_of_each.verdict
+    assert Verdict(**as_json(one_of_each.verdict)) == one_of_each.verdict

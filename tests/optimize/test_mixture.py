@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 
 from hasten.core import Budget, Format, Recipe, Verdict
-from hasten.optimize.candidates import Candidate
 from hasten.optimize.mixture import fit_mixture, predicted_harm, refine_mixture
 from hasten.optimize.sensitivity import Choice, Group, Sensitivity, SensitivityMap
+from hasten.optimize.trials import Candidate
 
 TOKENS = 8192
 

@@ -12,10 +12,10 @@ import pytest
 
 from fakes import FakeWorkshop, one
 from hasten.compress.result import Progress
-from hasten.core import Budget, Goal
+from hasten.core import Budget, EngineOptions, Goal
 from hasten.errors import BudgetError, UsageError
-from hasten.optimize.result import OptimizeResult
-from hasten.optimize.search import WORKLOADS, Effort, Search, check
+from hasten.optimize.search import WORKLOADS, Effort, OptimizeResult, Search, check
+from hasten.optimize.workshop import Workshop
 from hasten.quality.text import Text
 
 TOKENS = 4096
@@ -275,3 +275,16 @@ def test_calibration_can_be_left_out(run: Run, tmp_path: Path, texts: dict[int, 
     result = search.run(tmp_path / "out.hasten")
     assert "w4-best" not in [c.recipe.name for c in result.candidates]
     assert any("switched off" in reason for reason in result.plan.because)
+
+
+def test_the_machine_is_looked_at_once(
+    tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look runs the drivers' own programs; the ceilings are asked for only where speed counts."""
+    looks: list[None] = []
+    monkeypatch.setattr("hasten.machine.probe.gpus", lambda: looks.append(None) or ())
+    monkeypatch.setattr("hasten.machine.probe.load_or_measure", lambda *_: {"int8_tops": 1.5})
+    workshop = Workshop(tiny_folder("llama"), EngineOptions(threads=1))
+    assert workshop.machine(ceilings=False).int8_tops is None
+    assert workshop.machine().int8_tops == workshop.machine().int8_tops == 1.5
+    assert len(looks) == 1

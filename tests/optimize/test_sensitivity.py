@@ -39,7 +39,7 @@ def test_groups_cover_every_linear_layer_once() -> None:
 def test_harm_is_the_divergence_of_one_group_alone(workshop: FakeWorkshop) -> None:
     text = workshop.text()
     source = workshop.build(Recipe.parse("bf16"))
-    held_out = split(text.calibration).held_out
+    held_out = split(text.calibration)[1]
     found = draw(workshop, measure_harms(workshop, source, held_out, seconds=60, observer=silent)).groups
     cut = windows(held_out, workshop.tokenizer(), tokens=512, length=256)
 

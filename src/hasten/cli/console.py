@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from hasten.compress.result import Observer, Progress
     from hasten.models.tokenizer import Tokenizer
-    from hasten.optimize.candidates import Candidate
+    from hasten.optimize.trials import Candidate
 
 _QUIET_S = 30.0
 CALIBRATED = "What was calibrated is kept."

@@ -22,7 +22,7 @@ from hasten.core import Goal
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from hasten.optimize.result import OptimizeResult
+    from hasten.optimize.search import OptimizeResult
 
 KEPT = "What was measured is kept: run the same command again to go on from there (--fresh starts over)."
 

@@ -12,41 +12,31 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hasten.cache.folders import scratch
 from hasten.compress.result import Observer, Progress
 from hasten.core import Budget, Format, Recipe
 from hasten.errors import MachineError
+from hasten.models.artifact import keep_packed, load_artifact, save
+from hasten.models.locate import file_name_of, locate
 from hasten.quality.text import Text, default_text
+from hasten.weights.packed import PackedLinear, PackedModel, pack_model
+from hasten.weights.packed_store import open_store
 
 if TYPE_CHECKING:
     from hasten.compress.calibration import Calibration
     from hasten.compress.quantise.layerwise import CalibratedLinears
     from hasten.models.source import Source
-    from hasten.weights.packed import PackedLinear, PackedModel
 
 _BLOCKS = 8
 _HELD_OUT = (2, 6)  # of them: a quarter, from two places
 
 
-@dataclass(frozen=True)
-class CalibrationSplit:
-    """Two texts without overlap."""
-
-    calibrate: str
-    held_out: str
-
-
-def split(text: str) -> CalibrationSplit:
-    """Eight blocks of a text, cut at line ends where there are any; two of them are held out.
-
-    Args:
-        text: `Text.calibration`.
-    """
+def split(text: str) -> tuple[str, str]:
+    """(to calibrate on, held out): two of eight blocks of a calibration text, cut at line ends if it has any."""
     cuts = [0, *(_line_end(text, len(text) * i // _BLOCKS) for i in range(1, _BLOCKS)), len(text)]
     blocks = [text[first:last] for first, last in pairwise(cuts)]
-    return CalibrationSplit(
-        calibrate="".join(block for i, block in enumerate(blocks) if i not in _HELD_OUT),
-        held_out="".join(blocks[i] for i in _HELD_OUT),
-    )
+    rest = "".join(block for i, block in enumerate(blocks) if i not in _HELD_OUT)
+    return rest, "".join(blocks[i] for i in _HELD_OUT)
 
 
 def _line_end(text: str, near: int) -> int:
@@ -93,9 +83,6 @@ def made_with(text: Text) -> dict[str, Any]:
 
 def kept_artifact(ref: str | Path, asked: Asked) -> Path | None:
     """The folder of what was made before; None where there is none, or nothing is kept."""
-    from hasten.models.locate import locate
-    from hasten.weights.packed_store import open_store
-
     store = open_store()
     if store is None:
         return None
@@ -117,10 +104,6 @@ def artifact_of(ref: str | Path, asked: Asked, make: Callable[[], Made], *, keep
     Raises:
         ModelError: there is no such model. DiskError: a full disk. And what `make` raises.
     """
-    from hasten.models.artifact import keep_packed
-    from hasten.models.locate import locate
-    from hasten.weights.packed_store import open_store
-
     store = open_store() if keep else None
     if store is None:
         return _temporary(make())
@@ -178,10 +161,6 @@ def told(observer: Observer) -> Callable[[Progress], None]:
 
 def _temporary(made: Made) -> Path:
     """An artifact that goes when the process does."""
-    from hasten.cache.folders import scratch
-    from hasten.models.artifact import save
-    from hasten.models.locate import file_name_of
-
     folder = scratch()
     path = folder / f"{file_name_of(made.source.name)}.hasten"
     _log.info("not kept: %s is written to %s until this process ends", made.packed.recipe.name, folder)
@@ -243,7 +222,7 @@ class CalibratedWeights:
         """The windows that mixtures are calibrated on; the map is measured on others."""
         from hasten.compress.calibration import cut
 
-        part = split(self.text.calibration).calibrate
+        part, _ = split(self.text.calibration)
         return cut(self.text.name, part, self.source.tokenizer())
 
     @cached_property
@@ -263,16 +242,12 @@ class CalibratedWeights:
 
         It comes from the store where it was made before.
         """
-        from hasten.models.artifact import load_artifact
-
         asked = Asked(recipe, self.text)
         folder = artifact_of(ref, asked, lambda: compressed(ref, asked, self.observer, threads))
         return replace(load_artifact(folder).packed, recipe=recipe)
 
     def mixture(self, recipe: Recipe, threads: int | None) -> PackedModel:
         """A model whose matrices below 8 bits are calibrated one by one, all others rounded or kept."""
-        from hasten.weights.packed import pack_model
-
         packed = pack_model(self.source, replace(recipe, method="rtn"), threads)
         packed.recipe = recipe
         chosen = {n: layout for n, layout in recipe.layers.items() if is_calibrated(layout, recipe.method)}

@@ -30,9 +30,8 @@ import numpy as np
 from hasten.compress.result import Observer
 from hasten.core import Budget, Recipe
 from hasten.optimize.calibrated import mixture_name, split
-from hasten.optimize.candidates import Candidate, percent
 from hasten.optimize.sensitivity import Check, Choice, Harms, Sensitivity, SensitivityMap, draw, measure_harms
-from hasten.optimize.trials import SearchMemory, Trials
+from hasten.optimize.trials import Candidate, SearchMemory, Trials, percent
 from hasten.optimize.workshop import Built, Workshop
 from hasten.quality.text import Text
 from hasten.weights.formats import format_named
@@ -311,7 +310,7 @@ class Mixing:
             harms = measure_harms(
                 self.workshop,
                 self.source(),
-                split(self.text.calibration).held_out,
+                split(self.text.calibration)[1],
                 seconds=self.seconds,
                 observer=self.observer,
                 method=self.method,

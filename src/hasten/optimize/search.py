@@ -1,37 +1,199 @@
-"""The closed loop: measure the start, try recipes, draw a mixture, choose, write."""
+"""The closed loop: measure the start, try recipes, draw a mixture, choose, write.
+
+What a search ends with is plan.json, its record, of which the report and the table are views.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 
+import hasten
 from hasten.compress.result import Observer, Progress, silent
-from hasten.core import Budget, EngineOptions, Estimate, Goal, Plan, Recipe, Workload, as_json
+from hasten.core import (
+    SCHEMA_VERSION,
+    Budget,
+    EngineOptions,
+    Estimate,
+    Goal,
+    Machine,
+    Measurement,
+    Plan,
+    Recipe,
+    Workload,
+    as_json,
+)
 from hasten.errors import BudgetError, MachineError, UsageError
 from hasten.optimize.calibrated import Made, mixture_name
-from hasten.optimize.candidates import Candidate, choose_candidate, explain, limit_of, spread
 from hasten.optimize.mixture import Mixing
-from hasten.optimize.result import (
-    Baseline,
-    Circumstances,
-    OptimizeResult,
-    disturbances,
-    map_record,
-    record,
-    remarks,
+from hasten.optimize.sensitivity import Sensitivity, SensitivityMap, uniform
+from hasten.optimize.trials import (
+    Candidate,
+    SearchMemory,
+    Trials,
+    choose_candidate,
+    explain,
+    limit_of,
+    slow_readers,
+    spread,
 )
-from hasten.optimize.sensitivity import uniform
-from hasten.optimize.trials import SearchMemory, Trials, slow_readers
 from hasten.optimize.workshop import Built, Workshop
 from hasten.quality.divergence import Reference
 from hasten.quality.text import Text, default_text, text_from_file, windows
 from hasten.report.optimized import optimized_page
 from hasten.speed import estimate
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """How many times as fast as the source in bf16 on the same engine: 2.0 is half the time."""
+
+    decode: float
+    prefill: float
+    ttft: float
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The source in bf16 on the same engine."""
+
+    measurement: Measurement
+    ppl: float
+    bits_per_weight: float = 16.0
+
+
+@dataclass(frozen=True)
+class OptimizeResult:
+    """Everything that was tried, what was chosen and where it lies."""
+
+    machine: Machine
+    baseline: Baseline
+    candidates: tuple[Candidate, ...]
+    chosen: Candidate
+    plan: Plan
+    artifact: Path
+
+    @property
+    def model(self) -> str:
+        """The source's name."""
+        return self.plan.model
+
+    @property
+    def speedup(self) -> Speedup:
+        """The chosen recipe over the baseline, medians."""
+        ours, start = self.chosen.measurement, self.baseline.measurement
+        assert ours is not None
+        return Speedup(
+            decode=ours.decode_tok_per_s.median / start.decode_tok_per_s.median,
+            prefill=ours.prefill_tok_per_s.median / start.prefill_tok_per_s.median,
+            ttft=start.ttft_ms.median / ours.ttft_ms.median,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The record: plain JSON values, units in the keys."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "machine": as_json(self.machine),
+            "model": self.model,
+            "baseline": {"recipe": "bf16", **as_json(self.baseline)},
+            "candidates": [_candidate(c) for c in self.candidates],
+            "chosen": self.chosen.recipe.name,
+            "artifact": str(self.artifact),
+            "speedup": as_json(self.speedup),
+        }
+
+
+def _candidate(candidate: Candidate) -> dict[str, Any]:
+    return {**as_json(candidate), "recipe": candidate.recipe.name}
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What a search was asked and what it judged on."""
+
+    goal: Goal
+    budget: Budget
+    text: Text
+    tokens: int  # judged at most
+    runs: int  # timed
+
+
+def remarks(drawn: SensitivityMap, recipe: Recipe) -> tuple[str, ...]:
+    """What the sensitivity map said and what the recipe made of it, one sentence each."""
+    sensitivities = drawn.groups
+    measured = sorted((s for s in sensitivities if s.harm > 0), key=lambda s: s.harm)
+    if not measured:
+        return ()
+    least, most = measured[0], measured[-1]
+    said = (
+        f"4 bits hurt {most.group.name} most (KL {most.harm:.2g}) and {least.group.name} least "
+        f"(KL {least.harm:.2g}); all groups together {sum(s.harm for s in measured):.2g}, if they add up."
+    )
+    if drawn.error is not None:
+        said += f" Other widths are predicted from that, {drawn.error:.0%} off where they were measured too."
+    if not recipe.name.startswith("mix"):
+        return (said,)
+    counts = Counter(layout_name(recipe, s) for s in sensitivities)
+    made = ", ".join(f"{count} at {name}" for name, count in sorted(counts.items(), key=lambda kv: -kv[1]))
+    how = {"rtn": "", "best": " Its integers were found by GPTQ, layer after layer."}
+    by = how.get(recipe.method, f" Its integers were found by {recipe.method.upper()}.")
+    return (said, f"The mixture gives each of {len(sensitivities)} groups a width: {made}.{by}")
+
+
+def disturbances(candidates: Sequence[Candidate]) -> tuple[str, ...]:
+    """Which timings other work on this machine disturbed, in one sentence; nothing where none was."""
+    found = [
+        f"{c.recipe.name} ({c.measurement.disturbed_rounds})"
+        for c in candidates
+        if c.measurement is not None and c.measurement.disturbed_rounds
+    ]
+    if not found:
+        return ()
+    return (f"Other work on this machine disturbed rounds, which were taken again: {', '.join(found)}.",)
+
+
+def layout_name(recipe: Recipe, sensitivity: Sensitivity) -> str:
+    """`w5`, or `source` where the values are kept."""
+    layout = recipe.layout_for(sensitivity.group.tensors[0])
+    return "source" if layout is None else str(layout)
+
+
+def map_record(drawn: SensitivityMap, recipe: Recipe) -> dict[str, Any]:
+    """The map as plain JSON values: the method of its integers, the error of its predictions, and one object
+    a group with the KL at 4 bits as measured, at all widths as predicted, and the width a recipe gives it."""
+    groups = [
+        {
+            "group": s.group.name,
+            "kl_at_4_bits": s.harm,
+            "kl": {str(c.layout): c.harm for c in s.menu if c.layout is not None},
+            "kl_measured": {str(c.layout): c.harm for c in drawn.checks if c.group == s.group.name},
+            "layout": layout_name(recipe, s),
+        }
+        for s in drawn.groups
+    ]
+    return {"sensitivity": groups, "sensitivity_method": drawn.method, "sensitivity_error": drawn.error}
+
+
+def record(result: OptimizeResult, drawn: SensitivityMap, asked: Circumstances) -> dict[str, Any]:
+    """Everything worth keeping of a search, as plain JSON values."""
+    return {
+        **as_json(result.plan),
+        "goal": asked.goal,
+        "budget": as_json(asked.budget),
+        "machine": as_json(result.machine),
+        "versions": {"hasten": hasten.__version__, "python": result.machine.python},
+        "text": {"name": asked.text.name, "sha256": asked.text.sha256, "tokens": asked.tokens},
+        "runs": asked.runs,
+        **map_record(drawn, result.chosen.recipe),
+        "search": result.to_json(),
+    }
+
 
 WORKLOADS: dict[Goal, Workload] = {
     "latency": Workload(prompt=512, output=128, batch=1),
@@ -266,11 +428,7 @@ class Search:
             return None  # ceilings were not measured: unknown
 
     def _write(
-        self,
-        out: Path,
-        baseline: Baseline,
-        candidates: Sequence[Candidate],
-        recipe: Recipe,
+        self, out: Path, baseline: Baseline, candidates: Sequence[Candidate], recipe: Recipe
     ) -> OptimizeResult:
         self.observer(Progress("artifact", f"writing {out}"))
         drawn = self.mixing.map

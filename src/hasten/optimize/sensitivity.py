@@ -22,6 +22,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from hasten.compress.result import Observer, Progress
 from hasten.core import Format, ModelSpec, Recipe
@@ -148,7 +149,7 @@ class SensitivityMap:
     checks: tuple[Check, ...] = ()
     method: str = "rtn"
 
-    @property
+    @cached_property
     def error(self) -> float | None:
         """Median of |predicted / measured - 1| over the checks; None where nothing was checked."""
         off = [abs(predicted / check.harm - 1) for check, predicted in self.checked() if check.harm > 0]
@@ -205,26 +206,16 @@ def measure_harms(
     return Harms(tuple(harms), tuple(checks))
 
 
-def draw(
-    workshop: Workshop,
-    harms: Harms,
-    *,
-    method: str = "rtn",
-) -> SensitivityMap:
-    """The map from what was measured: noise raised to a floor, other widths scaled.
-
-    Args:
-        workshop: knows the groups and the rounding errors.
-        harms: measured with `method`.
-        method: how integers were found.
-    """
+def draw(workshop: Workshop, harms: Harms, *, method: str = "rtn") -> SensitivityMap:
+    """The map from what was measured with `method`: noise raised to a floor, other widths scaled."""
     positive = [harm for harm in harms.at_probe if harm > 0]
     floor = _LEAST_OF_MEDIAN * statistics.median(positive) if positive else 0.0
     found = groups(workshop.config)
     shapes = workshop.config.linear_shapes()
     plain = {
         group.name: {
-            layout: max(harm, floor) * _scale(workshop, group, layout) for layout in menu_of(group, shapes)
+            layout: max(harm, floor) * scale
+            for layout, scale in _scales(workshop, group, menu_of(group, shapes)).items()
         }
         for group, harm in zip(found, harms.at_probe, strict=True)
     }
@@ -275,18 +266,21 @@ def _fit(layout: Format, checks: Sequence[Check], plain: Mapping[str, Mapping[Fo
     return min(max(sum(check.harm for check in at) / predicted, 1 / _FURTHEST_FIT), _FURTHEST_FIT)
 
 
-def _scale(workshop: Workshop, group: Group, layout: Format) -> float:
-    """Squared rounding error of a layout over that of PROBE, mean over the group's tensors."""
-    at_probe = {name: workshop.error(name, PROBE) for name in group.tensors}
-    ratios = [workshop.error(name, layout) / error for name, error in at_probe.items() if error > 0]
-    return statistics.fmean(ratios) if ratios else 0.0
+def _scales(workshop: Workshop, group: Group, layouts: Sequence[Format]) -> dict[Format, float]:
+    """Squared rounding error of each layout over that of PROBE, mean over the group's tensors."""
+    at_probe = {name: error for name in group.tensors if (error := workshop.error(name, PROBE)) > 0}
+    if not at_probe:
+        return dict.fromkeys(layouts, 0.0)
+    others = {
+        layout: statistics.fmean(workshop.error(name, layout) / error for name, error in at_probe.items())
+        for layout in layouts
+        if layout != PROBE
+    }
+    return {layout: others.get(layout, 1.0) for layout in layouts}
 
 
 def _menu(
-    workshop: Workshop,
-    group: Group,
-    harms: Mapping[Format, float],
-    kept: Mapping[str, Format],
+    workshop: Workshop, group: Group, harms: Mapping[Format, float], kept: Mapping[str, Format]
 ) -> tuple[Choice, ...]:
     shapes = workshop.config.linear_shapes()
 

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
+from hasten.bench.measure import measure_model
 from hasten.compress.result import Observer
 from hasten.core import EngineOptions, Format, Machine, Measurement, ModelSpec, Recipe, Workload
+from hasten.engine.model import LanguageModel, load_packed
 from hasten.errors import UsageError
-from hasten.optimize.calibrated import is_calibrated, is_mixture
+from hasten.machine import probe
+from hasten.models.artifact import refuse_other_model, save
+from hasten.models.open import open_model
+from hasten.models.source import sha256_of
+from hasten.optimize.calibrated import CalibratedWeights, is_calibrated, is_mixture
 from hasten.quality.divergence import Runnable
 from hasten.quality.text import Encoder, Text
+from hasten.weights.artifact import is_artifact
+from hasten.weights.packed import PackedLinear, PackedModel, pack_linear, pack_model, source_layout
 
 if TYPE_CHECKING:
-    from hasten.engine.model import LanguageModel
-    from hasten.optimize.calibrated import CalibratedWeights
-    from hasten.weights.packed import PackedLinear, PackedModel
     from hasten.weights.tensors import SourceTensor
 
 _SAMPLED_ROWS = 64
@@ -53,9 +59,6 @@ class Workshop:
     """
 
     def __init__(self, ref: str | Path, options: EngineOptions) -> None:
-        from hasten.models.open import open_model
-        from hasten.weights.artifact import is_artifact
-
         if is_artifact(ref):
             raise UsageError(
                 f"{ref} is an artifact already: its source's values are gone",
@@ -78,8 +81,6 @@ class Workshop:
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
-        from hasten.models.source import sha256_of
-
         return {file.path.name: sha256_of(file) for file in self.source.files}
 
     def identity(self) -> dict[str, Any]:
@@ -87,16 +88,16 @@ class Workshop:
         return self._identity
 
     @cached_property
-    def _machine(self) -> Machine:
-        from hasten.machine.probe import probe
+    def _seen(self) -> Machine:
+        return probe.probe(measure=False)
 
-        return probe(max_age_s=_CEILING_AGE_S, threads=self.options.threads)
+    @cached_property
+    def _measured(self) -> Machine:
+        return replace(self._seen, **probe.load_or_measure(_CEILING_AGE_S, self.options.threads))
 
     def machine(self, ceilings: bool = True) -> Machine:
         """This machine; with ceilings, which take seconds to measure, they are at most a day old."""
-        from hasten.machine.probe import probe
-
-        return self._machine if ceilings else probe(measure=False)
+        return self._measured if ceilings else self._seen
 
     def tokenizer(self) -> Encoder:
         """The source's tokenizer."""
@@ -104,12 +105,10 @@ class Workshop:
 
     @cached_property
     def _kept(self) -> dict[str, Format]:
-        from hasten.weights.packed import source_layout
-
         return {name: source_layout(self.source.tensors[name]) for name in self.config.linear_shapes()}
 
     def kept(self) -> Mapping[str, Format]:
-        """By canonical name."""
+        """The source's own layouts by canonical name."""
         return self._kept
 
     def calibrate(self, text: Text, observer: Observer) -> str:
@@ -118,8 +117,6 @@ class Workshop:
         Raises:
             MachineError: torch is not installed. UsageError: the text is too short.
         """
-        from hasten.optimize.calibrated import CalibratedWeights
-
         self._calibrated = CalibratedWeights.of(self.source, text, observer)
         return self._calibrated.identity
 
@@ -129,12 +126,10 @@ class Workshop:
 
     def build(self, recipe: Recipe) -> Built:
         """Packs the source by a recipe and makes it ready to run."""
-        return self._load(self.packed(recipe))
+        return load_packed(self.packed(recipe), self.source, self.options)
 
     def packed(self, recipe: Recipe) -> PackedModel:
         """The source's weights by a recipe."""
-        from hasten.weights.packed import pack_model
-
         if recipe.is_plain:
             return pack_model(self.source, recipe, self.options.threads)
         calibration = self._calibration()
@@ -142,21 +137,16 @@ class Workshop:
             return calibration.mixture(recipe, self.options.threads)
         return calibration.whole(self._ref, recipe, self.options.threads)
 
-    def _load(self, packed: PackedModel) -> Built:
-        from hasten.engine.model import load_packed
-
-        return load_packed(packed, self.source, self.options)
-
-    def swap(self, model: Built, tensors: Sequence[str], layout: Format | None, method: str = "rtn") -> None:
+    def swap(
+        self, model: Built, tensors: Sequence[str], layout: Format | None, method: str = "rtn"
+    ) -> None:
         """Packs single tensors anew and puts them in place."""
-        from hasten.weights.packed import pack_linear
-
         for name in tensors:
             if layout is not None and is_calibrated(layout, method):
                 linear = self.calibrated_linear(name, layout)
             else:
                 linear = pack_linear(self.source.tensors[name], layout, threads=self.options.threads)
-            cast("LanguageModel", model).replace(name, linear)
+            cast(LanguageModel, model).replace(name, linear)
 
     def calibrated_linear(self, name: str, layout: Format) -> PackedLinear:
         """One matrix of a mixture, calibrated now or before; `calibrate` comes first."""
@@ -164,36 +154,26 @@ class Workshop:
 
     def error(self, tensor: str, layout: Format) -> float:
         """Squared error over squared values, on 64 rows spread over the tensor."""
-        from hasten.weights.packed import pack_linear
-
         packed = pack_linear(_some_rows(self.source.tensors[tensor]), layout, threads=1)
         assert packed.relative_error is not None  # pack_linear measures it
         return packed.relative_error**2
 
     def measure(self, model: Built, workload: Workload, runs: int) -> Measurement:
         """Speed, with its fractions of the machine's ceilings."""
-        from hasten.bench.measure import measure_model
-
-        return measure_model(cast("LanguageModel", model), workload, runs, machine=self.machine())
+        return measure_model(cast(LanguageModel, model), workload, runs, machine=self.machine())
 
     def claim(self, folder: Path) -> None:
         """Refuses a folder with another model's artifact."""
-        from hasten.models.artifact import refuse_other_model
-
         refuse_other_model(folder, self.source, f"rm -r {folder}")
 
     def save(self, model: Built, folder: Path, plan: Mapping[str, Any], report: str) -> Path:
         """The artifact: weights, tokenizer, plan, report."""
-        from hasten.models.artifact import save
-
-        packed = cast("LanguageModel", model).packed
+        packed = cast(LanguageModel, model).packed
         return save(folder, packed, self.source, plan, extra={"report.html": report.encode()})
 
 
 def _some_rows(tensor: SourceTensor) -> SourceTensor:
     """Every n-th row of a matrix, in file order: an error does not ask which row is which."""
-    from dataclasses import replace
-
     rows = tensor.rows
     step = max(rows // _SAMPLED_ROWS, 1)
     data = np.ascontiguousarray(tensor.data.reshape(rows, -1)[::step])
