@@ -45,8 +45,7 @@ from hasten.machine.cores import usable_cores
 from hasten.models.artifact import save
 from hasten.models.open import open_model
 from hasten.models.source import Source
-from hasten.quality.divergence import Divergence
-from hasten.quality.judge import judge
+from hasten.quality.divergence import Divergence, judge
 from hasten.quality.text import default_text, windows
 from hasten.recipe import Distillation, Pruning
 from hasten.weights.packed import pack_model

@@ -12,8 +12,7 @@ import argparse
 import hasten
 from bar import Bar, Settings, record, say
 from hasten.core import Budget, as_json
-from hasten.quality.divergence import Reference
-from hasten.quality.judge import evaluate
+from hasten.quality.divergence import Reference, evaluate
 from hasten.quality.text import WINDOW, default_text, windows
 
 

@@ -35,8 +35,7 @@ from hasten.optimize.calibrated import is_calibrated, split
 from hasten.optimize.mixture import gentlest, mixture_recipe, predicted_harm
 from hasten.optimize.sensitivity import PROBE, Choice, SensitivityMap, draw, groups, measure_harms
 from hasten.optimize.workshop import Workshop
-from hasten.quality.divergence import Reference
-from hasten.quality.judge import evaluate
+from hasten.quality.divergence import Reference, evaluate
 from hasten.quality.text import default_text, windows
 
 TOKENS = 8192

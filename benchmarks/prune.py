@@ -29,8 +29,7 @@ from hasten.errors import HastenError
 from hasten.machine.cores import usable_cores
 from hasten.models.open import open_model
 from hasten.models.source import Source
-from hasten.quality.divergence import Reference
-from hasten.quality.judge import evaluate
+from hasten.quality.divergence import Reference, evaluate
 from hasten.quality.text import default_text, windows
 from hasten.recipe import Pruning
 from hasten.weights.packed import pack_model

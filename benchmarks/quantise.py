@@ -21,8 +21,7 @@ from typing import Any
 import hasten
 from bar import Bar, Settings, record, say
 from hasten.core import Budget, as_json
-from hasten.quality.divergence import Reference
-from hasten.quality.judge import evaluate
+from hasten.quality.divergence import Reference, evaluate
 from hasten.quality.text import WINDOW, default_text, windows
 
 RECIPES = ("w4-head8", "w4-asym-head8-hqq", "w4-head8-awq", "w4-head8-gptq", "w4-head8-awq-gptq", "w4-best")

@@ -31,8 +31,7 @@ from hasten.core import Budget
 from hasten.engine.model import LanguageModel
 from hasten.errors import HastenError, UsageError
 from hasten.models.open import open_model
-from hasten.quality.divergence import Reference
-from hasten.quality.judge import evaluate
+from hasten.quality.divergence import Reference, evaluate
 from hasten.quality.text import WINDOW, default_text, windows
 from hasten.weights.tensors import TYPES
 from quantisers_material import prepare

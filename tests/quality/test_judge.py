@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from hasten.core import Budget
-from hasten.quality.divergence import Divergence
-from hasten.quality.judge import judge, ppl_interval
+from hasten.quality.divergence import Divergence, judge, ppl_interval
 
 
 def figures(rise: float, noise: float, tokens: int = 8192, seed: int = 0) -> Divergence:

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from hasten.errors import UsageError
-from hasten.quality.divergence import Reference
-from hasten.quality.other_vocabulary import OtherVocabulary, Pieces, same_words
+from hasten.quality.divergence import OtherVocabulary, Pieces, Reference, same_words
 from hasten.quality.text import Window
 
 SOURCE = {"a": 0, "b": 1, "c": 2, "ab": 3, "abc": 4, "ca": 6}  # no token has row 5

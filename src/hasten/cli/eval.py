@@ -77,9 +77,7 @@ def _verdict(
     budget: Budget,
     ticker: Ticker,
 ) -> Verdict:
-    from hasten.quality.divergence import Reference
-    from hasten.quality.judge import evaluate
-    from hasten.quality.other_vocabulary import OtherVocabulary, Pieces, same_words
+    from hasten.quality.divergence import OtherVocabulary, Pieces, Reference, evaluate, same_words
     from hasten.quality.text import windows
 
     theirs, ours, rows = reference.tokenizer, candidate.tokenizer, reference.config.vocab_size

@@ -32,7 +32,7 @@ _HELD_OUT = (2, 6)  # of them: a quarter, from two places
 
 
 def split(text: str) -> tuple[str, str]:
-    """(to calibrate on, held out): two of eight blocks of a calibration text, cut at line ends if it has any."""
+    """(to calibrate on, held out): two of eight blocks of a calibration text, cut at line ends if any."""
     cuts = [0, *(_line_end(text, len(text) * i // _BLOCKS) for i in range(1, _BLOCKS)), len(text)]
     blocks = [text[first:last] for first, last in pairwise(cuts)]
     rest = "".join(block for i, block in enumerate(blocks) if i not in _HELD_OUT)

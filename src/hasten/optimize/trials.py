@@ -20,8 +20,7 @@ from hasten.compress.result import Observer, Progress
 from hasten.core import Budget, Goal, Measurement, Recipe, Stat, Verdict, Workload, as_json
 from hasten.errors import BudgetError, DiskError
 from hasten.optimize.workshop import Built, Workshop
-from hasten.quality.divergence import Divergence, Reference
-from hasten.quality.judge import judge
+from hasten.quality.divergence import Divergence, Reference, judge
 from hasten.weights.packed_store import warn_once
 
 
