@@ -58,7 +58,7 @@ sanitize: $(VENV)/.dev
 	  PYTHONPATH=$(SANITIZED) $(BIN)/python -m pytest -n $(JOBS) tests/native
 
 docs: $(VENV)/.dev
-	$(BIN)/python -m hasten.cli.reference > docs/reference.md
+	$(BIN)/python docs/reference.py > docs/reference.md
 
 clean:
 	rm -rf build dist $(VENV)

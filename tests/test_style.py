@@ -29,7 +29,7 @@ def tracked(*patterns: str) -> list[Path]:
     return sorted(path for pattern in patterns for path in ROOT.glob(pattern.replace("*", "**/*", 1)))
 
 
-PYTHON = tracked("src/*.py", "tests/*.py", "benchmarks/*.py", "examples/*.py")
+PYTHON = tracked("src/*.py", "tests/*.py", "benchmarks/*.py", "examples/*.py", "docs/*.py")
 NATIVE = tracked("native/*.cpp", "native/*.h", "native/*.inl")
 
 

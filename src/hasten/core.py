@@ -8,6 +8,7 @@ heads, `K` KV heads, `D` head size, `E` model width, `F` feed-forward width, `V`
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -449,6 +450,12 @@ class Workload:
     prompt: int = 512
     output: int = 128
     batch: int = 1
+
+
+def share_of(text: str) -> tuple[float, bool] | None:
+    """(value, whether it came with a percent sign) of a share: `1%` and `0.01` are 0.01; None: it is none."""
+    match = re.fullmatch(r"\s*\+?(\d+(?:\.\d*)?|\.\d+)\s*(%?)\s*", text)
+    return match and (float(match[1]) / (100 if match[2] else 1), bool(match[2]))
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hasten.cache.reading import is_there
-from hasten.core import Budget, EngineOptions, Recipe
+from hasten.core import Budget, EngineOptions, Recipe, share_of
 from hasten.errors import ArtifactError, UsageError
 
 if TYPE_CHECKING:
@@ -137,15 +136,14 @@ def _budget(name: str) -> Budget:
     Raises:
         UsageError: no percentage above 0 and up to 100.
     """
-    match = re.fullmatch(r"mix:\s*\+?(\d+(?:\.\d*)?|\.\d+)\s*%", name)
-    if match is None:
+    found = share_of(name.removeprefix(_MIX))
+    if found is None or not found[1]:
         raise UsageError(f"recipe {name!r}: after mix: comes a percentage", hint=_MIX_HINT)
-    percent = float(match.group(1))
-    if not 0 < percent <= 100:
+    if not 0 < found[0] <= 1:
         raise UsageError(
             f"recipe {name!r}: a mixture needs a budget above 0 % and up to 100 %", hint=_MIX_HINT
         )
-    return Budget(percent / 100)
+    return Budget(found[0])
 
 
 def _dropped(folder: Path) -> bool:

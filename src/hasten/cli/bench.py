@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Annotated, Any
 
-from hasten.cli.console import emit, note, print_table, shown, watched
+from hasten.cli.console import emit, note, print_table, shown, speeds, watched
 from hasten.cli.flags import JsonOption, ModelArgument, RecipeOption, ThreadsOption, given, optional
 from hasten.core import SCHEMA_VERSION, Machine, Measurement, Workload, as_json
 
@@ -91,12 +91,8 @@ def document(comparison: Comparison, machine: Machine) -> dict[str, Any]:
         "subject": _entry(comparison.subject),
         "peers": [_entry(outcome) for outcome in comparison.peers.values()],
         "ratios": {
-            peer: {
-                "decode": pair["decode"].median,
-                "prefill": pair["prefill"].median,
-                "decode_interval": [pair["decode"].low, pair["decode"].high],
-                "prefill_interval": [pair["prefill"].low, pair["prefill"].high],
-            }
+            peer: {kind: ratio.median for kind, ratio in pair.items()}
+            | {f"{kind}_interval": [ratio.low, ratio.high] for kind, ratio in pair.items()}
             for peer, pair in comparison.ratios.items()
         },
         "failed": {name: {"error": e.message, "hint": e.hint} for name, e in comparison.failed.items()},
@@ -140,15 +136,11 @@ def _show(comparison: Comparison, machine: Machine) -> None:
 
 
 def _cells(measurement: Measurement) -> list[str]:
-    decode, peak = measurement.decode_tok_per_s, measurement.peak_rss_bytes
-    return [
-        shown(decode.median),
-        f"{decode.p10:,.1f} to {decode.p90:,.1f}",
-        shown(measurement.prefill_tok_per_s.median, digits=0),
-        shown(measurement.ttft_ms.median, digits=0),
-        shown(None if peak is None else peak / 1e6, digits=0),
-    ]
+    spread, peak = measurement.decode_tok_per_s, measurement.peak_rss_bytes
+    decode, *others = speeds(measurement)
+    memory = shown(None if peak is None else peak / 1e6, digits=0)
+    return [decode, f"{spread.p10:,.1f} to {spread.p90:,.1f}", *others, memory]
 
 
 def _percent(fraction: float | None) -> str:
-    return "unknown" if fraction is None else f"{100 * fraction:.0f} %"
+    return shown(None if fraction is None else 100 * fraction, "%", 0)

@@ -17,7 +17,7 @@ import typer
 from hasten.cache import cache_dir, digest, write_atomic
 from hasten.cache.folders import known_folders, last_change, limit_bytes, tree_bytes, vanish
 from hasten.cache.store import free_bytes, is_whole_record
-from hasten.cli.console import emit, note, print_table
+from hasten.cli.console import aligned, emit, note, print_table
 from hasten.cli.flags import JsonOption, argument, given, optional
 from hasten.core import SCHEMA_VERSION, CachePolicy, as_json
 from hasten.errors import UsageError
@@ -74,7 +74,7 @@ def ls(kind: KindOption = None, kv_disk: FolderOption = None, json: JsonOption =
         total = sum(e.bytes for e in records)
         rows.append(["records", _size(total), _ago(newest), f"{len(records)} records", ""])
     sys.stdout.write(
-        _table(["kind", "size", "last used", "name", "source"], rows) if rows else "nothing is kept\n"
+        aligned([["kind", "size", "last used", "name", "source"], *rows]) if rows else "nothing is kept\n"
     )
 
 
@@ -168,7 +168,7 @@ def stats(kv_disk: FolderOption = None, json: JsonOption = False) -> None:
     switched = "" if packed["enabled"] else "packed weights: switched off\n"
     sys.stdout.write(
         f"{document['folder']} ({'unknown' if free is None else _size(free)} free on its disk)\n"
-        + _table(["kind", "entries", "size", "what"], rows)
+        + aligned([["kind", "entries", "size", "what"], *rows])
         + f"packed and compress together: at most {_size(packed['limit_bytes'])}\n{switched}"
         + f"packed weights: found {packed['hits']} times, not found {packed['misses']} times\n"
     )
@@ -217,14 +217,6 @@ def _ago(moment: float) -> str:
         if seconds >= length:
             return f"{seconds / length:.0f} {unit} ago"
     return "just now"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = (
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]
-    )
-    return "".join(line.rstrip() + "\n" for line in lines)
 
 
 _KV_MODEL = re.compile(r"\d{1,6}-[A-Za-z0-9_-]{1,200}")  # as in hasten.cache.kv_folder

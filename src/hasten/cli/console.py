@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from hasten.core import as_json
+from hasten.core import Measurement, as_json
 from hasten.errors import UsageError
 from hasten.stopping import outlived
 
@@ -27,11 +27,11 @@ _QUIET_S = 30.0
 CALIBRATED = "What was calibrated is kept."
 
 
-def console() -> Console:
-    """A rich console on stderr, for tables and progress. Imported here: rich costs start-up time."""
+def console(out: bool = False) -> Console:
+    """A rich console on stderr, or on stdout, for tables and progress; rich costs start-up time."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=not out, highlight=False)
 
 
 def emit(document: Any) -> None:
@@ -53,8 +53,15 @@ def shown(value: float | None, unit: str = "", digits: int = 1) -> str:
     return f"{value:,.{digits}f}" + (f" {unit}" if unit else "")
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stderr: names on the left, figures on the right of their columns."""
+def print_table(
+    title: str | None,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    bold: int = -1,
+    out: bool = False,
+) -> None:
+    """A table on stderr, or on stdout: names on the left, figures on the right, one row in bold."""
     from rich.box import SIMPLE
     from rich.table import Table
 
@@ -62,12 +69,27 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     for heading in columns:
         first = heading == columns[0]
         table.add_column(heading, no_wrap=first, justify="left" if first else "right")
-    for row in rows:
-        table.add_row(*row)
-    screen = console()
+    for number, row in enumerate(rows):
+        table.add_row(*row, style="bold" if number == bold else None)
+    screen = console(out)
     if not screen.is_terminal:
         screen.width = 110  # a file or a pipe has no width of its own
     screen.print(table)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as plain lines, each column as wide as its widest cell: for programs and pipes."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "".join(line.rstrip() + "\n" for line in lines)
+
+
+def speeds(measured: Measurement | None) -> list[str]:
+    """Decode and prefill, tokens a second, and milliseconds to the first token: medians."""
+    if measured is None:
+        return ["not timed"] * 3
+    decode, prefill, ttft = measured.decode_tok_per_s, measured.prefill_tok_per_s, measured.ttft_ms
+    return [shown(decode.median), shown(prefill.median, digits=0), shown(ttft.median, digits=0)]
 
 
 def read_stdin() -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import re
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Annotated, Any, Optional, get_args, get_origin, get_type_hint
 
 import typer
 
-from hasten.core import EngineOptions
+from hasten.core import EngineOptions, share_of
 from hasten.errors import UsageError
 from hasten.recipe import appended_methods
 
@@ -125,16 +124,14 @@ def fraction(text: str) -> float:
     Raises:
         UsageError: neither, negative, or 1 and more without a percent sign, which is surely a slip.
     """
-    match = re.fullmatch(r"\s*\+?(\d+(?:\.\d*)?|\.\d+)\s*(%?)\s*", text)
-    if match is None:
+    found = share_of(text)
+    if found is None:
         raise UsageError(
             f"--max-ppl-increase must be a share such as 1% or 0.01, got {text!r}",
             hint="use --max-ppl-increase 1%",
         )
-    value = float(match.group(1))
-    if match.group(2):
-        return value / 100
-    if value >= 1:
+    value, in_percent = found
+    if value >= 1 and not in_percent:
         raise UsageError(
             f"--max-ppl-increase {text} would allow {value:.0%}; it is a share, or has a percent sign",
             hint=f"use --max-ppl-increase {text.strip()}%",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-from hasten.cli.console import Ticker, console, emit, show
+from hasten.cli.console import Ticker, emit, note, print_table, show, speeds
 from hasten.cli.flags import (
     JsonOption,
     ModelArgument,
@@ -20,9 +20,8 @@ from hasten.cli.flags import (
 from hasten.core import Goal
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from hasten.optimize.search import OptimizeResult
+    from hasten.optimize.trials import Candidate
 
 KEPT = "What was measured is kept: run the same command again to go on from there (--fresh starts over)."
 
@@ -85,56 +84,35 @@ def command(
     _print(result)
 
 
+_COLUMNS = (
+    *("recipe", "bits", "decode\ntok/s", "prefill\ntok/s", "first\ntoken ms", "perplexity", "KL", "top-1"),
+    "verdict",
+)
+
+
 def _print(result: OptimizeResult) -> None:
-    from rich.console import Console
-
-    screen = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
-    screen.print(_table(result))
-    for candidate in result.candidates:
-        mark = ">" if candidate is result.chosen else " "
-        screen.print(f"{mark} {candidate.recipe.name}: {candidate.because}", markup=False, soft_wrap=True)
-    speedup = result.speedup
-    screen.print(
-        f"\n{result.model} as {result.chosen.recipe.name}: decode {speedup.decode:.2f}x, "
-        f"prefill {speedup.prefill:.2f}x, first token {speedup.ttft:.2f}x the speed of bf16",
-        markup=False,
-        soft_wrap=True,
+    start, chosen, speedup = result.baseline, result.chosen, result.speedup
+    rows = [["bf16 (start)", "16.00", *speeds(start.measurement), f"{start.ppl:.3f}", "", "", ""]]
+    rows += [_row(candidate, candidate is chosen) for candidate in result.candidates]
+    print_table(None, _COLUMNS, rows, bold=1 + result.candidates.index(chosen), out=True)
+    for one in result.candidates:
+        sys.stdout.write(f"{'>' if one is chosen else ' '} {one.recipe.name}: {one.because}\n")
+    sys.stdout.write(
+        f"\n{result.model} as {chosen.recipe.name}: decode {speedup.decode:.2f}x, "
+        f"prefill {speedup.prefill:.2f}x, first token {speedup.ttft:.2f}x the speed of bf16\n"
+        f"written to {result.artifact} (report.html in it)\n"
     )
-    screen.print(f"written to {result.artifact} (report.html in it)", markup=False, soft_wrap=True)
-    console().print(f'try it: hasten generate {result.artifact} -p "What is a mutex?"', markup=False)
+    note(f'try it: hasten generate {result.artifact} -p "What is a mutex?"')
 
 
-def _table(result: OptimizeResult) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("recipe", no_wrap=True)
-    for name in ("bits", "decode tok/s", "prefill tok/s", "first token ms", "perplexity", "KL", "top-1"):
-        table.add_column(name, justify="right")
-    table.add_column("verdict")
-    start = result.baseline
-    table.add_row("bf16 (start)", "16.00", *_speeds(start.measurement), f"{start.ppl:.3f}", "", "", "")
-    for candidate in result.candidates:
-        verdict = candidate.verdict
-        table.add_row(
-            candidate.recipe.name,
-            f"{candidate.bits_per_weight:.2f}",
-            *_speeds(candidate.measurement),
-            f"{verdict.ppl_increase:+.2%}",
-            f"{verdict.kl_mean:.4f}",
-            f"{verdict.top1_agreement:.1%}",
-            "chosen" if candidate is result.chosen else verdict.status,
-            style="bold" if candidate is result.chosen else None,
-        )
-    return table
-
-
-def _speeds(measured: Any) -> tuple[str, str, str]:
-    if measured is None:
-        return ("not timed", "not timed", "not timed")
-    return (
-        f"{measured.decode_tok_per_s.median:,.1f}",
-        f"{measured.prefill_tok_per_s.median:,.0f}",
-        f"{measured.ttft_ms.median:,.0f}",
-    )
+def _row(candidate: Candidate, chosen: bool) -> list[str]:
+    verdict = candidate.verdict
+    return [
+        candidate.recipe.name,
+        f"{candidate.bits_per_weight:.2f}",
+        *speeds(candidate.measurement),
+        f"{verdict.ppl_increase:+.2%}",
+        f"{verdict.kl_mean:.4f}",
+        f"{verdict.top1_agreement:.1%}",
+        "chosen" if chosen else verdict.status,
+    ]

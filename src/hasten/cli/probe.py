@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
-from hasten.cli.console import emit, note, shown
+from hasten.cli.console import aligned, emit, note, shown
 from hasten.cli.flags import JsonOption, given
 from hasten.core import SCHEMA_VERSION, CacheLevel, Machine, Stat, as_json
 
@@ -30,24 +30,21 @@ def command(
         note("measuring with all cores, under 15 s: other work on this machine lowers the figures ...")
     machine = probe(measure=measure)
     if json:
-        emit(document(machine))
+        emit({"schema_version": SCHEMA_VERSION, **as_json(machine)})
     else:
-        sys.stdout.write(table(machine))
-
-
-def document(machine: Machine) -> dict[str, Any]:
-    """The JSON document: `schema_version`, then every field of `Machine`."""
-    return {"schema_version": SCHEMA_VERSION, **as_json(machine)}
+        sys.stdout.write(aligned(rows(machine)))
 
 
 def rows(machine: Machine) -> list[tuple[str, str]]:
     """The table's lines, what and how much; what is not known says `unknown`."""
+    because = f" ({machine.cores_because})" if machine.cores_because else ""
+    limited = "" if machine.memory_limit_bytes is None else " (limited by the control group)"
     lines = [
         ("processor", machine.cpu),
         ("instruction sets", ", ".join(machine.isa)),
-        ("cores this process may use", str(machine.cores) + _why(machine)),
+        ("cores this process may use", f"{machine.cores}{because}"),
         ("caches", ", ".join(map(_cache, machine.caches)) or "unknown"),
-        ("memory", _size(machine.memory_bytes) + _limit(machine)),
+        ("memory", _size(machine.memory_bytes) + limited),
         ("GPUs", ", ".join(machine.gpus) or "none found"),
         ("system", machine.os),
         ("Python", machine.python),
@@ -60,13 +57,6 @@ def rows(machine: Machine) -> list[tuple[str, str]]:
         unit = "TOPS" if c.kind == "int8" else "TFLOPS"
         lines.append((f"  {c.isa} {c.kind}", shown(c.tera_ops_per_s, unit, 3) + _spread(c.rounds, 3)))
     return lines
-
-
-def table(machine: Machine) -> str:
-    """The lines of `rows`, aligned."""
-    lines = rows(machine)
-    width = max(len(name) for name, _ in lines)
-    return "".join(f"{name:<{width}}  {value}\n" for name, value in lines)
 
 
 def _cache(cache: CacheLevel) -> str:
@@ -82,14 +72,6 @@ def _size(count: int | None) -> str:
         if count >= factor:
             return f"{count / factor:.4g} {unit}"
     return f"{count / 1024:.4g} KiB"
-
-
-def _why(machine: Machine) -> str:
-    return f" ({machine.cores_because})" if machine.cores_because else ""
-
-
-def _limit(machine: Machine) -> str:
-    return "" if machine.memory_limit_bytes is None else " (limited by the control group)"
 
 
 def _spread(rounds: Stat | None, digits: int = 1) -> str:

@@ -1,4 +1,4 @@
-"""Writes docs/reference.md from the program itself: `python -m hasten.cli.reference > docs/reference.md`."""
+"""Writes docs/reference.md from the program itself: `python docs/reference.py > docs/reference.md`."""
 
 from __future__ import annotations
 
