@@ -12,11 +12,10 @@ from running_server import Running, chat, wait_for
 
 from hasten.serve import service
 from hasten.serve.body import MAX_PARTS, MAX_VALUES, Strict, parse
-from hasten.serve.endpoints.chat import ChatRequest
-from hasten.serve.endpoints.completions import CompletionRequest
-from hasten.serve.endpoints.responses import ResponseRequest
-from hasten.serve.endpoints.tokens import DetokenizeRequest
-from hasten.serve.problem import Problem
+from hasten.serve.call import Problem
+from hasten.serve.chat import ChatRequest
+from hasten.serve.responses import ResponseRequest
+from hasten.serve.texts import CompletionRequest, DetokenizeRequest
 
 MANY = 60_000
 WRONG: list[tuple[type[Strict], Any, str, str]] = [

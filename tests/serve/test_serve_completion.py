@@ -153,7 +153,7 @@ def test_stats_for_the_page(server: Running) -> None:
 
 
 def test_the_openapi_document_names_every_route(server: Running) -> None:
-    from hasten.serve.routes import ROUTES
+    from hasten.serve.app import ROUTES
 
     document = server.ask("/openapi.json").json
     assert {route.path for route in ROUTES} == set(document["paths"])

@@ -7,7 +7,7 @@ import json
 import logging
 import threading
 
-from hasten.serve.log import Forward, Log
+from hasten.serve.metrics import Forward, Log
 
 
 def test_lines_are_json_and_leave_out_what_is_not_known() -> None:

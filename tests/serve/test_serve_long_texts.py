@@ -10,7 +10,7 @@ import pytest
 from running_server import Running, chat, serving, wait_for
 from stand_in_engine import ByteTokenizer, StandInEngine, StandInModel
 
-from hasten.serve.log import Log
+from hasten.serve.metrics import Log
 from hasten.serve.options import ServeOptions
 
 CHAT, COMPLETION, RESPONSE = "/v1/chat/completions", "/v1/completions", "/v1/responses"

@@ -14,9 +14,9 @@ from stand_in_engine import StandInEngine, StandInModel
 from hasten.engine.async_engine import EngineClosed
 from hasten.errors import ModelError, UsageError
 from hasten.serve import pool
+from hasten.serve.call import Problem
 from hasten.serve.options import ServeOptions
 from hasten.serve.pool import ModelPool, names_of
-from hasten.serve.problem import Problem
 
 PATH = "/v1/chat/completions"
 

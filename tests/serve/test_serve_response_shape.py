@@ -13,7 +13,7 @@ from stand_in_engine import ByteTokenizer, logprob
 
 from hasten.engine.request import Output
 from hasten.models.tool_calls import ArgumentsDelta, CallStarted, TextDelta
-from hasten.serve.endpoints.responses import ResponseShape
+from hasten.serve.responses import ResponseShape
 from hasten.serve.shape import TokenTexts, dumped, joined
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from running_server import chat, serving
 
-from hasten.serve.log import new_tracer
+from hasten.serve.metrics import new_tracer
 from hasten.serve.options import ServeOptions
 
 
@@ -31,6 +31,6 @@ def test_a_span_says_what_a_request_cost(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_nothing_is_traced_where_nobody_collects(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hasten.serve.log._loaded", dict)
+    monkeypatch.setattr("hasten.serve.metrics._loaded", dict)
     monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
     assert new_tracer() is None

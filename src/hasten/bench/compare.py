@@ -31,8 +31,6 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Contender:
-    """An engine that takes part."""
-
     spec: EngineSpec
     peer: Peer | None = None  # None: ours
     python: str | None = None  # None: this one
@@ -40,8 +38,6 @@ class Contender:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One contender's figures."""
-
     name: str
     measurement: Measurement
     samples: tuple[Sample, ...]
@@ -250,8 +246,6 @@ OURS = "hasten.bench.peers.ours"
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks to have measured."""
-
     model: str  # what `hasten.load` takes
     workload: Workload = field(default_factory=Workload)
     recipe: str | None = None

@@ -47,7 +47,6 @@ class Sample:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Sample:
-        """Inverse of `core.as_json`."""
         return cls(**{**record, "ids": tuple(tuple(row) for row in record["ids"])})
 
 
@@ -61,7 +60,6 @@ class TokenClock:
         self._start = time.perf_counter()
 
     def push(self, sequence: int, token: int) -> None:
-        """A token of one sequence has arrived now."""
         self._arrivals.append((time.perf_counter(), sequence))
         self._ids[sequence].append(token)
 

@@ -29,16 +29,12 @@ LAST_CHUNK = b"0\r\n\r\n"
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server listens."""
-
     host: str
     port: int
 
 
 @dataclass(frozen=True)
 class Event:
-    """One server-sent event."""
-
     at_s: float  # time.perf_counter() when its last byte was read
     data: bytes  # what followed `data: `
 
@@ -157,7 +153,6 @@ class _Tape(asyncio.Protocol):
         self._wanted = stop_after
 
     def data_received(self, data: bytes) -> None:
-        """More of the answer."""
         self.pieces.append((time.perf_counter(), data))
         if self._wanted is not None:
             self._wanted -= data.count(b"data:")
@@ -166,7 +161,6 @@ class _Tape(asyncio.Protocol):
             self._end(None)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The server closed the connection."""
         self._end(exc)
 
     def _end(self, fault: Exception | None) -> None:
@@ -298,7 +292,6 @@ class Call:
 
     @property
     def sent(self) -> bytes:
-        """The body as it is sent."""
         return json.dumps({**self.body, "stream": True}).encode()
 
 
@@ -428,7 +421,6 @@ class _Seen:
     error: str = ""
 
     def take(self, event: Event) -> None:
-        """One event."""
         if event.data == b"[DONE]":
             return
         try:

@@ -207,20 +207,16 @@ class _Child:
 
     @property
     def pid(self) -> int:
-        """The process id."""
         return self._process.pid
 
     @property
     def running(self) -> bool:
-        """Whether the process lives."""
         return self._process.poll() is None
 
     def pause(self) -> None:
-        """Stop the process until it is resumed."""
         self._signal("SIGSTOP")
 
     def resume(self) -> None:
-        """Let the process run again."""
         self._signal("SIGCONT")
 
     def kill(self) -> None:
@@ -330,8 +326,6 @@ def free_port() -> int:
 
 
 class ServerProcess(_Child):
-    """A server in a process of its own."""
-
     def __init__(
         self,
         name: str,

@@ -30,13 +30,10 @@ PR_SET_PDEATHSIG = 1
 
 
 class Worker:
-    """Carries out requests on one engine."""
-
     def __init__(self) -> None:
         self._engine: Any = None
 
     def handle(self, request: dict[str, Any]) -> Any:
-        """The result of one request, as JSON values."""
         handlers: dict[str, Callable[..., Any]] = {
             "check": self.check,
             "prepare": self.prepare,
@@ -56,7 +53,6 @@ class Worker:
         return [name for name in requires if not _exists(name)]
 
     def prepare(self, spec: dict[str, Any]) -> str:
-        """Have the engine write what it needs; the path."""
         return str(importlib.import_module(spec["module"]).prepare(EngineSpec(**spec)))
 
     def load(self, spec: dict[str, Any], prepared: str) -> dict[str, Any]:
@@ -73,7 +69,6 @@ class Worker:
         }
 
     def run(self, prompts: list[list[int]], output: int) -> Any:
-        """One timed run."""
         return as_json(self._engine.generate(prompts, output))
 
     def chats(self, prompts: list[list[int]], output: int) -> Any:
@@ -93,7 +88,6 @@ def _exists(module: str) -> bool:
 
 
 def serve(requests: TextIO, replies: TextIO) -> None:
-    """Answer requests until there are no more."""
     worker = Worker()
     for line in requests:
         reply = _answer(worker, json.loads(line))

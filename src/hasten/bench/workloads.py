@@ -100,13 +100,9 @@ drafts from earlier requests would find the answer there."""
 class Encoder(Protocol):
     """What the workloads need of a tokenizer."""
 
-    def encode(self, text: str, add_special: bool = True) -> list[int]:
-        """Token ids of a text."""
-        ...
+    def encode(self, text: str, add_special: bool = True) -> list[int]: ...
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids."""
-        ...
+    def decode(self, ids: Sequence[int]) -> str: ...
 
     def encode_chat(self, messages: Any) -> list[int]:
         """Token ids of a conversation, ready for the answer."""

@@ -70,7 +70,6 @@ def _to_the_end(arguments: list[str]) -> int:
 
 
 def overview() -> str:
-    """The text of `hasten --help`."""
     width = max(map(len, VERBS))
     return "\n".join(
         [

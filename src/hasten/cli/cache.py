@@ -228,8 +228,6 @@ UNCHECKED = "unchecked"
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing that is kept."""
-
     kind: str
     name: str
     path: Path
@@ -240,8 +238,6 @@ class Entry:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of things that are kept."""
-
     what: str
     entries: Callable[[Sequence[Path]], Iterator[Entry]]  # of folders named by the user
     verify: Callable[[Entry], str | None]  # what is wrong; None: nothing

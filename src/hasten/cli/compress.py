@@ -112,7 +112,6 @@ def _watcher(ticker: Ticker) -> Observer:
 
 
 def _size(made: Compressed) -> int:
-    """Bytes of the artifact's files."""
     assert made.artifact is not None
     return sum(file.stat().st_size for file in made.artifact.iterdir() if file.is_file())
 

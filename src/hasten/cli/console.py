@@ -247,7 +247,6 @@ class Answer:
         return None if self.first_token_s is None else self.first_token_s * 1000
 
     def line(self) -> str:
-        """The speed line for a human."""
         return (
             f"{len(self.token_ids)} tokens, first after {shown(self.ttft_ms, 'ms')}, "
             f"then {shown(self.decode_tok_per_s, 'tok/s')}"

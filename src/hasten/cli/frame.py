@@ -159,7 +159,6 @@ _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 def home_of(verb: str) -> str:
-    """The module of a verb."""
     return f"hasten.cli.{verb}"
 
 

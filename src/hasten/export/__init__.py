@@ -1,7 +1,7 @@
 """An artifact in the file format of another engine.
 
 Each of `FORMATS` has a `plan` that says no before any work and a `write` that writes all or nothing. What a
-file keeps and what it rounds is in the `Exported` that comes back. Here too is what several formats share: the
+file keeps and what it rounds is in the `Exported` that comes back. What several formats share is here as well:
 files beside the weights, rounding to float16, and whether two configurations mean the same model.
 """
 
@@ -162,7 +162,6 @@ class Exported:
 
     @property
     def is_exact(self) -> bool:
-        """Whether every value is kept."""
         return all(one.relative_error == 0 for one in self.rounding)
 
 

@@ -61,7 +61,6 @@ class Asked:
 
     @property
     def key(self) -> dict[str, Any]:
-        """What it is kept under beside the model's content and the recipe's steps."""
         return {**made_with(self.text), **self.more, "name": self.recipe.name}
 
 

@@ -135,14 +135,12 @@ def predicted_harm(recipe: Recipe, sensitivities: Sequence[Sensitivity]) -> floa
 
 
 def keeps_all(recipe: Recipe) -> bool:
-    """Whether every layer keeps the source's values."""
     return recipe.default is None and recipe.head is None and not recipe.layers
 
 
 def mixture_recipe(
     name: str, sensitivities: Sequence[Sensitivity], choices: Sequence[Choice], method: str = "rtn"
 ) -> Recipe:
-    """The recipe that gives each group its choice."""
     layers = {
         tensor: choice.layout
         for s, choice in zip(sensitivities, choices, strict=True)
@@ -337,6 +335,5 @@ class Mixing:
 
 
 def harms_from(kept: Any) -> Harms:
-    """Harms out of their JSON."""
     checks = (Check(c["group"], format_named(c["layout"]), c["harm"]) for c in kept["checks"])
     return Harms(tuple(kept["at_probe"]), tuple(checks))

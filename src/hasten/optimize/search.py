@@ -61,8 +61,6 @@ class Speedup:
 
 @dataclass(frozen=True)
 class Baseline:
-    """The source in bf16 on the same engine."""
-
     measurement: Measurement
     ppl: float
     bits_per_weight: float = 16.0
@@ -295,7 +293,6 @@ class Search:
     _source: Built | None = field(default=None, init=False)
 
     def run(self, out: Path) -> OptimizeResult:
-        """Measure, try, mix, choose, write."""
         try:
             start = self.trials.measured(_BASELINE, self._bf16)
             candidates = self._uniform()
@@ -345,7 +342,6 @@ class Search:
 
     @cached_property
     def trials(self) -> Trials:
-        """How each recipe is tried."""
         return Trials(
             workshop=self.workshop,
             reference=lambda: self._reference,
@@ -390,7 +386,6 @@ class Search:
 
     @cached_property
     def mixing(self) -> Mixing:
-        """How the mixture is made."""
         return Mixing(
             workshop=self.workshop,
             source=self._bf16,

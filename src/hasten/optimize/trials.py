@@ -60,7 +60,6 @@ def cost_of(measured: Measurement, goal: Goal) -> float:
 
 
 def measurement_from(kept: Mapping[str, Any]) -> Measurement:
-    """A Measurement out of its JSON."""
     stats = ("prefill_tok_per_s", "decode_tok_per_s", "ttft_ms", "tpot_ms")
     nested = {name: Stat(**kept[name]) for name in stats}
     return Measurement(**{**kept, **nested, "workload": Workload(**kept["workload"])})
@@ -246,7 +245,6 @@ class Trials:
         return candidate
 
     def measured(self, recipe: Recipe, model: Callable[[], Built]) -> Measurement:
-        """Speed of a recipe on the workload."""
         kept = self.memory.read("speed", **self._speed_key(recipe))
         return self._timed(recipe, model()) if kept is None else measurement_from(kept)
 

@@ -46,9 +46,7 @@ class Built(Runnable, Protocol):
         """Bytes of linear weights one decoded token reads."""
         ...
 
-    def close(self) -> None:
-        """Gives the memory back."""
-        ...
+    def close(self) -> None: ...
 
 
 class Workshop:
@@ -71,12 +69,10 @@ class Workshop:
 
     @property
     def name(self) -> str:
-        """The source's name."""
         return self.source.name
 
     @property
     def config(self) -> ModelSpec:
-        """The source's shape."""
         return self.source.config
 
     @cached_property
@@ -100,7 +96,6 @@ class Workshop:
         return self._measured if ceilings else self._seen
 
     def tokenizer(self) -> Encoder:
-        """The source's tokenizer."""
         return self.source.tokenizer()
 
     @cached_property
@@ -129,7 +124,6 @@ class Workshop:
         return load_packed(self.packed(recipe), self.source, self.options)
 
     def packed(self, recipe: Recipe) -> PackedModel:
-        """The source's weights by a recipe."""
         if recipe.is_plain:
             return pack_model(self.source, recipe, self.options.threads)
         calibration = self._calibration()
@@ -159,11 +153,9 @@ class Workshop:
         return packed.relative_error**2
 
     def measure(self, model: Built, workload: Workload, runs: int) -> Measurement:
-        """Speed, with its fractions of the machine's ceilings."""
         return measure_model(cast(LanguageModel, model), workload, runs, machine=self.machine())
 
     def claim(self, folder: Path) -> None:
-        """Refuses a folder with another model's artifact."""
         refuse_other_model(folder, self.source, f"rm -r {folder}")
 
     def save(self, model: Built, folder: Path, plan: Mapping[str, Any], report: str) -> Path:

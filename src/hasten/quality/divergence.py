@@ -301,7 +301,6 @@ class Pieces:
 
 
 def same_words(source: Words, candidate: Words) -> bool:
-    """Whether two tokenizers give the same tokens the same ids."""
     return dict(source.vocabulary()) == dict(candidate.vocabulary())
 
 

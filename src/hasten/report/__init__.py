@@ -171,11 +171,9 @@ class Frame:
         self.end, self.floor = width - right, height - bottom  # of the figure, to the right and downwards
 
     def across(self, share: float) -> float:
-        """The place of a share of the figure's width."""
         return self.left + (self.end - self.left) * share
 
     def up(self, share: float) -> float:
-        """The place of a share of the figure's height."""
         return self.floor - (self.floor - self.top) * share
 
     def grid(
@@ -215,7 +213,6 @@ def diamond(x: float, y: float) -> str:
 
 
 def document(title: str, body: str) -> str:
-    """One whole page."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

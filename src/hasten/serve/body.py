@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import TypedDict
 
-from hasten.serve.problem import Problem, refused
+from hasten.serve.call import Problem, refused
 
 # Fields of the OpenAI API that are not served. Null, which means "as if not there", passes; values do not.
 _NOT_SERVED = """

@@ -11,14 +11,13 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from hasten.engine.request import Output, Request
+from hasten.serve.call import NO_FAULT, Problem, problem_of
 from hasten.serve.prepare import Asker
-from hasten.serve.problem import NO_FAULT, Problem, problem_of
 from hasten.serve.shape import Answer, News
 
 if TYPE_CHECKING:
     from hasten.engine.async_engine import AsyncEngine
-    from hasten.engine.request import Request
+    from hasten.engine.request import Output, Request
     from hasten.serve.body import DrawingFields
     from hasten.serve.kept import Recording
     from hasten.serve.pool import Served

@@ -16,13 +16,11 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from hasten.serve.call import App, Call, Deadline, Message, Receive, Scope, Send
-from hasten.serve.log import new_tracer
-from hasten.serve.problem import Problem, problem_of
+from hasten.serve.call import App, Call, Deadline, Message, Problem, Receive, Scope, Send, problem_of
+from hasten.serve.metrics import new_tracer
 
 if TYPE_CHECKING:
-    from hasten.serve.log import Log
-    from hasten.serve.metrics import Metrics
+    from hasten.serve.metrics import Log, Metrics
     from hasten.serve.options import ServeOptions
 
 _EVERYBODY = ("/health", "/ready")  # load balancers ask by names of their own; the answers tell nothing
@@ -122,7 +120,6 @@ class Guard:
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -182,7 +179,6 @@ class Guard:
         return f"key-{found}"
 
     def _may_call(self, origin: bytes) -> bool:
-        """Whether pages of a web origin may call the API."""
         return origin in self._origins or b"*" in self._origins
 
     def _extra_headers(self, call: Call, origin: bytes) -> list[tuple[bytes, bytes]]:
@@ -312,7 +308,6 @@ class _Watch:
                 return
 
     def stop(self) -> None:
-        """The call is over."""
         if self._listener is not None:
             self._listener.cancel()
         if self._timer is not None:

@@ -22,8 +22,8 @@ import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from hasten.serve.log import Forward
-from hasten.serve.problem import Problem
+from hasten.serve.call import Problem
+from hasten.serve.metrics import Forward
 from hasten.stopping import first_signal
 
 if TYPE_CHECKING:
@@ -213,7 +213,6 @@ class LimitedProtocol(HttpToolsProtocol):
 
 
 def limited(options: ServeOptions) -> type[LimitedProtocol]:
-    """The protocol with the limits of one server."""
     return type("ServedProtocol", (LimitedProtocol,), {"options": options})
 
 

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hasten.cache.requests import ResponseCache
-from hasten.engine.request import Request, Usage
 from hasten.engine.trace import TraceModel, TraceWriter
-from hasten.serve.problem import Problem
+from hasten.serve.call import Problem
 
 if TYPE_CHECKING:
     from hasten.engine.request import Request, Usage
     from hasten.serve.body import Strict
-    from hasten.serve.log import Log
+    from hasten.serve.metrics import Log
     from hasten.serve.options import ServeOptions
     from hasten.serve.pool import Served
     from hasten.serve.shape import News
@@ -75,7 +74,6 @@ class ResponseStore:
         return found
 
     def remove(self, name: str, owner: str) -> None:
-        """Forget one; raises as `get`."""
         self._bytes -= self.get(name, owner).size
         del self._kept[name]
 
@@ -93,7 +91,6 @@ class ResponseMemory:
 
     @classmethod
     def of(cls, options: ServeOptions) -> ResponseMemory | None:
-        """The memory that the options ask for."""
         if options.response_cache_ttl is None:
             return None
         return cls(options.response_cache_ttl, int(options.response_cache_mb * 1_000_000))
@@ -132,7 +129,6 @@ class Recorder:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hasten-record")
 
     def follow(self, served: Served, requests: Sequence[Request]) -> Recording:
-        """Listen to the outputs of one call."""
         return Recording(self, served, requests)
 
     def add(self, served: Served, request: Request, outputs: Sequence[Sequence[int]], usage: Usage) -> None:
@@ -148,7 +144,6 @@ class Recorder:
             self._log.event("record_failed", "error", error=f"{type(error).__name__}: {error}")
 
     def close(self) -> None:
-        """Write what waits."""
         self._thread.shutdown()
         self._writer.close()
 

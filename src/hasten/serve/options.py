@@ -75,5 +75,4 @@ class ServeOptions:
 
     @property
     def max_body_bytes(self) -> int:
-        """Longest request body."""
         return int(self.max_body_mb * 1_000_000)

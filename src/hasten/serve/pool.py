@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 from hasten.cache.requests import PromptCache
 from hasten.engine.async_engine import EngineClosed
 from hasten.errors import HastenError, UsageError
-from hasten.serve.problem import Problem
+from hasten.serve.call import Problem
 from hasten.serve.shape import TokenTexts
 
 if TYPE_CHECKING:
     from hasten.engine.async_engine import AsyncEngine
     from hasten.engine.model import LanguageModel
     from hasten.engine.request import EngineStats
-    from hasten.serve.log import Log
+    from hasten.serve.metrics import Log
 
 
 _LOOK_S = 1.0  # between looks whether an engine failed

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hasten.engine.request import Request
 from hasten.errors import TokenizerError
 from hasten.runtime.sampling import SamplingOptions
-from hasten.serve.problem import refused
+from hasten.serve.call import refused
 
 if TYPE_CHECKING:
     from hasten.engine.grammar import Grammar
@@ -166,7 +166,6 @@ class Asker:
         grammar: Grammar | None,
         keep_special: tuple[int, ...] = (),
     ) -> Request:
-        """The engine's request."""
         if logprobs is not None or spec.prompt_logprobs is not None:
             _ = self.served.texts.values  # read here, not where streams are written
         return Request(
@@ -254,7 +253,6 @@ class ToolPlan:
     names: tuple[str, ...] = ()  # of the functions offered: a call without its marks counts if it names one
 
     def reader(self) -> ToolCallStream:
-        """Reads one answer."""
         from hasten.models.tool_calls import ToolCallStream
 
         return ToolCallStream(self.style, self.names)
@@ -280,7 +278,6 @@ def offered(tools: Tools | None, choice: ToolChoice) -> Tools | None:
 
 
 def plan_of(served: Served, tools: Tools, choice: ToolChoice, parallel: bool) -> ToolPlan:
-    """The plan for tools that are offered."""
     from hasten.engine.grammar import tool_grammar
 
     model = served.model

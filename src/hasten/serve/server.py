@@ -40,7 +40,6 @@ class ServeSetup:
     recipe: str | None = None
 
     def load(self, ref: str) -> tuple[LanguageModel, AsyncEngine]:
-        """Open a model and start its engine."""
         from hasten.engine.async_engine import AsyncEngine
         from hasten.engine.model import load
 
@@ -129,10 +128,9 @@ def _server(
         from hasten.serve.http_server import Server, limited
     except ImportError as error:
         raise MachineError(f"hasten serve needs {error.name}, which is not installed", hint=_EXTRA) from None
-    from hasten.serve.log import Log
-    from hasten.serve.metrics import Metrics
+    from hasten.serve.app import ROUTES
+    from hasten.serve.metrics import Log, Metrics
     from hasten.serve.pool import ModelPool
-    from hasten.serve.routes import ROUTES
     from hasten.serve.service import Service
 
     options = setup.options

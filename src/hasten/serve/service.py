@@ -16,14 +16,13 @@ from starlette.responses import Response
 from hasten.machine.cores import usable_cores
 from hasten.machine.memory import memory_room
 from hasten.serve.body import Strict, parse
-from hasten.serve.call import Call, Deadline, Receive, Scope, Send, call_of
+from hasten.serve.call import NO_FAULT, Call, Deadline, LibraryPanic, Problem, Receive, Scope, Send, call_of
 from hasten.serve.kept import Recorder, ResponseMemory, ResponseStore
 from hasten.serve.metrics import Metrics, Tally
-from hasten.serve.problem import NO_FAULT, LibraryPanic, Problem
 from hasten.serve.shape import dumped
 
 if TYPE_CHECKING:
-    from hasten.serve.log import Log
+    from hasten.serve.metrics import Log
     from hasten.serve.options import ServeOptions
     from hasten.serve.pool import ModelPool
 
@@ -78,7 +77,6 @@ class Service:
         return self.pool.ready and not self.draining
 
     def close(self) -> None:
-        """Let the threads go and end the recording."""
         self._workers.shutdown(wait=False, cancel_futures=True)
         self._long.shutdown(wait=False, cancel_futures=True)
         if self.recorder is not None:
@@ -216,7 +214,6 @@ class Handled(Response):
         self._endpoint = endpoint
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the endpoint."""
         exchange = Exchange(self._service, scope, receive, send)
         try:
             await self._endpoint(exchange)

@@ -22,8 +22,8 @@ from hasten.engine.request import Output
 if TYPE_CHECKING:
     from hasten.models.tokenizer import Tokenizer
     from hasten.runtime.sampling import TokenLogprob
+    from hasten.serve.call import Problem
     from hasten.serve.metrics import Tally
-    from hasten.serve.problem import Problem
 
 News = tuple[int, Output]  # (which of the requests, its output)
 

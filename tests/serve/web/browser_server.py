@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from hasten.serve.web import HEADERS, assets
+from hasten.serve.app import HEADERS, assets
 
 FIGURES = {
     "loaded": True,

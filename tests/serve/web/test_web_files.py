@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hasten.serve.web import CONTENT_SECURITY_POLICY, HEADERS, MEDIA_TYPES, assets
+from hasten.serve import app
+from hasten.serve.app import CONTENT_SECURITY_POLICY, HEADERS, MEDIA_TYPES, assets
 
 TEXTS = {url: asset.body.decode() for url, asset in assets().items()}
 SCRIPTS = {url: text for url, text in TEXTS.items() if url.endswith(".js")}
@@ -31,7 +32,7 @@ HTML = Elements(TEXTS["/"]).found
 
 
 def test_every_file_is_served_and_nothing_else() -> None:
-    folder = Path(__import__("hasten.serve.web").serve.web.__file__).parent
+    folder = Path(app.__file__).with_name("web")
     files = {path.name for path in folder.iterdir() if path.is_file() and path.suffix != ".py"}
     assert {Path(name).suffix for name in files} <= set(MEDIA_TYPES), (
         "a file without a media type is not served"

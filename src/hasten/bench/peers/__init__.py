@@ -40,8 +40,6 @@ class EngineSpec:
 
 
 class Engine(Protocol):
-    """A loaded engine."""
-
     version: str
     format: str
     weight_bytes: int | None  # ours: what one token reads; a peer: all its tensors, the embedding included
@@ -63,7 +61,6 @@ class Peer:
     crash_hint: str | None = None  # what to do if its process dies
 
     def install_command(self, python: str) -> str:
-        """The exact command that installs this peer for that Python."""
         return f"{self.install_env} {python} -m pip install {self.install}".strip()
 
 

@@ -15,18 +15,14 @@ PEER = Peer(
 
 
 def prepare(spec: EngineSpec) -> str:
-    """The Hugging Face folder of the source."""
     return str(hf_folder(spec))
 
 
 def load(spec: EngineSpec, prepared: str) -> Transformers:
-    """Load it in the format's dtype."""
     return Transformers(spec, prepared)
 
 
 class Transformers:
-    """A causal language model of transformers."""
-
     def __init__(self, spec: EngineSpec, folder: str) -> None:
         import torch
         import transformers
@@ -45,7 +41,6 @@ class Transformers:
         )
 
     def generate(self, prompts: list[list[int]], output: int) -> Sample:
-        """See `peers.Engine`."""
         torch = self._torch
         config = self._transformers.GenerationConfig(
             max_new_tokens=output, do_sample=False, eos_token_id=None, pad_token_id=0

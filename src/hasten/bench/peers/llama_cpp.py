@@ -75,7 +75,6 @@ def prepare(spec: EngineSpec) -> str:
 
 
 def load(spec: EngineSpec, prepared: str) -> LlamaCpp:
-    """Load a prepared GGUF."""
     return LlamaCpp(spec, prepared)
 
 
@@ -117,8 +116,6 @@ def _file_type(path: Path) -> int | None:
 
 
 class LlamaCpp:
-    """A model and a context of llama.cpp."""
-
     def __init__(self, spec: EngineSpec, path: str) -> None:
         import llama_cpp
 
@@ -140,7 +137,6 @@ class LlamaCpp:
         self.notes = "CPU features: " + " ".join(re.findall(r"(\w+) = 1", info))
 
     def generate(self, prompts: list[list[int]], output: int) -> Sample:
-        """See `peers.Engine`."""
         api = self._api
         api.llama_memory_clear(api.llama_get_memory(self._context), True)
         clock = TokenClock(prompts)

@@ -32,14 +32,12 @@ EXPORT_LIMIT_S = 3600
 
 
 def prepare(spec: EngineSpec) -> str:
-    """Export once."""
     folder = hf_folder(spec)
     target = Path(spec.cache) / key_of(Path(spec.source)) / f"openvino-{spec.format}"
     return str(made_once(target, lambda part: _export(folder, part, spec.format)))
 
 
 def load(spec: EngineSpec, prepared: str) -> OpenVino | OpenVinoBatching:
-    """Load an export."""
     return (OpenVinoBatching if spec.chats else OpenVino)(spec, prepared)
 
 
@@ -57,8 +55,6 @@ def _export(folder: Path, target: Path, form: str) -> None:
 
 
 class OpenVino:
-    """An LLMPipeline on the CPU."""
-
     def __init__(self, spec: EngineSpec, folder: str) -> None:
         import openvino
         import openvino_genai
@@ -73,7 +69,6 @@ class OpenVino:
         self.notes = f"export options {options}" if options else "optimum-cli export's defaults"
 
     def generate(self, prompts: list[list[int]], output: int) -> Sample:
-        """See `peers.Engine`."""
         import numpy as np
 
         genai = self._genai

@@ -54,33 +54,26 @@ class Subject:
         return self.model.weight_bytes
 
     def generate(self, prompts: list[list[int]], output: int) -> Sample:
-        """See `peers.Engine`."""
         from hasten.bench.measure import run_once
 
         return run_once(self.model, prompts, output)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without special ones."""
         return list(self.model.tokenizer.encode(text, add_special=False))
 
     def decode(self, ids: list[int]) -> str:
-        """Text of token ids."""
         return str(self.model.tokenizer.decode(ids))
 
     def cost(self, workload: Workload) -> Cost:
-        """What the workload asks of the machine with this model."""
         from hasten.bench.measure import model_cost
 
         return model_cost(self.model, workload)
 
     def about(self) -> dict[str, Any]:
-        """Name and weights of the model."""
         return {"model": self.model.name, "bits_per_weight": self.model.bits_per_weight}
 
 
 class HastenEngine:
-    """A model and its Engine."""
-
     def __init__(self, spec: EngineSpec, prepared: str) -> None:
         import hasten
         from hasten.core import EngineOptions, ServingOptions
@@ -126,6 +119,5 @@ class HastenEngine:
         ]
 
     def close(self) -> None:
-        """Free engine and model."""
         self.engine.close()
         self.model.close()

@@ -13,10 +13,10 @@ from typing_extensions import NotRequired, TypedDict
 from hasten.engine.request import Output, Request
 from hasten.models.tool_calls import ArgumentsDelta, CallStarted, TextDelta, ToolEvent
 from hasten.serve.body import JsonObject, SamplingFields, Text
+from hasten.serve.call import refused
 from hasten.serve.generate import asker_of, respond
 from hasten.serve.metrics import Tally
 from hasten.serve.prepare import Asker, ToolPlan, grammar_of, offered, plan_of
-from hasten.serve.problem import refused
 from hasten.serve.shape import Part, Shape, TokenTexts, dumps, joined
 
 if TYPE_CHECKING:
@@ -50,18 +50,10 @@ class ToolCall(TypedDict):
     function: CalledFunction
 
 
-class SystemMessage(TypedDict):
-    """Instructions; `developer` is the newer word for `system`."""
+class PlainMessage(TypedDict):
+    """Instructions (`developer` is the newer word for `system`), or what the user says."""
 
-    role: Literal["system", "developer"]
-    content: Content
-    name: NotRequired[Text | None]
-
-
-class UserMessage(TypedDict):
-    """What the user says."""
-
-    role: Literal["user"]
+    role: Literal["system", "developer", "user"]
     content: Content
     name: NotRequired[Text | None]
 
@@ -88,7 +80,7 @@ class ToolMessage(TypedDict):
     name: NotRequired[Text | None]  # of the function, which the call has said already
 
 
-Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+Message = Annotated[PlainMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
 
 
 class Function(TypedDict):
@@ -120,16 +112,10 @@ class NamedToolChoice(TypedDict):
     function: NamedFunction
 
 
-class TextFormat(TypedDict):
-    """Plain text."""
+class PlainFormat(TypedDict):
+    """Plain text, or any JSON object."""
 
-    type: Literal["text"]
-
-
-class JsonObjectFormat(TypedDict):
-    """Any JSON object."""
-
-    type: Literal["json_object"]
+    type: Literal["text", "json_object"]
 
 
 class JsonSchema(TypedDict):
@@ -148,7 +134,7 @@ class JsonSchemaFormat(TypedDict):
     json_schema: JsonSchema
 
 
-ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+ResponseFormat = Annotated[PlainFormat | JsonSchemaFormat, Field(discriminator="type")]
 
 
 class ChatRequest(SamplingFields):
@@ -280,12 +266,12 @@ def _delta_of(one: ToolEvent) -> str:
     """A piece of an answer as the inside of a `delta`."""
     if isinstance(one, TextDelta):
         return f'"content":{encode_basestring(one.text)}'
-    call: dict[str, Any] = {"index": one.index, "function": {}}
-    if isinstance(one, CallStarted):
-        call |= {"id": one.id, "type": "function", "function": {"name": one.name, "arguments": ""}}
-    else:
-        call["function"] = {"arguments": one.text}
-    return f'"tool_calls":[{dumps(call)}]'
+    call = _begun(one) if isinstance(one, CallStarted) else {"function": {"arguments": one.text}}
+    return f'"tool_calls":[{dumps({"index": one.index, **call})}]'
+
+
+def _begun(one: CallStarted) -> dict[str, Any]:
+    return {"id": one.id, "type": "function", "function": {"name": one.name, "arguments": ""}}
 
 
 def _gathered(news: Sequence[ToolEvent]) -> tuple[str, list[dict[str, Any]]]:
@@ -296,14 +282,13 @@ def _gathered(news: Sequence[ToolEvent]) -> tuple[str, list[dict[str, Any]]]:
         if isinstance(one, TextDelta):
             text += one.text
         elif isinstance(one, CallStarted):
-            calls.append({"id": one.id, "type": "function", "function": {"name": one.name, "arguments": ""}})
+            calls.append(_begun(one))
         elif isinstance(one, ArgumentsDelta):
             calls[one.index]["function"]["arguments"] += one.text
     return text, calls
 
 
 async def chat(exchange: Exchange) -> None:
-    """Answer a conversation."""
     spec = await exchange.body(ChatRequest)
     check(spec)
     async with exchange.service.pool.use(spec.model) as served:

@@ -13,18 +13,26 @@ from typing_extensions import NotRequired, TypedDict
 
 from hasten.models.tool_calls import ArgumentsDelta, CallStarted, TextDelta, ToolEvent
 from hasten.serve.body import DrawingFields, JsonObject, Text
-from hasten.serve.endpoints.chat import ChatRequest, FunctionName, JsonObjectFormat, TextFormat, prepare_chat
+from hasten.serve.call import refused
+from hasten.serve.chat import (
+    ChatRequest,
+    Function,
+    FunctionName,
+    JsonSchema,
+    NamedFunction,
+    PlainFormat,
+    prepare_chat,
+)
 from hasten.serve.generate import asker_of, respond
 from hasten.serve.kept import StoredResponse
 from hasten.serve.metrics import Tally
-from hasten.serve.problem import refused
 from hasten.serve.shape import Answer, News, TokenTexts, dumped, dumps, joined
 
 if TYPE_CHECKING:
     from hasten.engine.request import Output, Request
     from hasten.models.tool_calls import ToolCallStream
+    from hasten.serve.call import Problem
     from hasten.serve.prepare import ToolPlan
-    from hasten.serve.problem import Problem
     from hasten.serve.service import Exchange
 
 Label = Annotated[str, Field(max_length=512)]
@@ -39,35 +47,39 @@ class InputText(TypedDict):
     logprobs: NotRequired[list[Any] | None]
 
 
-class InputMessage(TypedDict):
-    """A message of the conversation."""
+Content = Text | Annotated[list[InputText], Field(min_length=1, max_length=10_000, fail_fast=True)]
 
-    type: NotRequired[Literal["message"]]
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[InputText], Field(min_length=1, max_length=10_000, fail_fast=True)]
+
+class Item(TypedDict):
+    """What every item of a conversation may have: answers come back as input."""
+
     id: NotRequired[Text | None]
     status: NotRequired[Literal["in_progress", "completed", "incomplete"] | None]
 
 
-class FunctionCall(TypedDict):
+class InputMessage(Item):
+    """A message of the conversation."""
+
+    type: NotRequired[Literal["message"]]
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+
+
+class FunctionCall(Item):
     """A call the model made."""
 
     type: Literal["function_call"]
     call_id: Text
     name: FunctionName
     arguments: Text
-    id: NotRequired[Text | None]
-    status: NotRequired[Literal["in_progress", "completed", "incomplete"] | None]
 
 
-class FunctionCallOutput(TypedDict):
+class FunctionCallOutput(Item):
     """What a call gave."""
 
     type: Literal["function_call_output"]
     call_id: Text
-    output: Text | Annotated[list[InputText], Field(min_length=1, max_length=10_000, fail_fast=True)]
-    id: NotRequired[Text | None]
-    status: NotRequired[Literal["in_progress", "completed", "incomplete"] | None]
+    output: Content
 
 
 def _kind(item: Any) -> str:
@@ -86,37 +98,28 @@ InputItem = Annotated[
 ]
 
 
-class FunctionTool(TypedDict):
+class FunctionTool(Function):
     """A function the model may call."""
 
     type: Literal["function"]
-    name: FunctionName
-    description: NotRequired[Text | None]
-    parameters: NotRequired[JsonObject | None]
-    strict: NotRequired[bool | None]
 
 
-class FunctionChoice(TypedDict):
+class FunctionChoice(NamedFunction):
     """This function and no other."""
 
     type: Literal["function"]
-    name: FunctionName
 
 
-class JsonSchemaText(TypedDict):
+class JsonSchemaText(JsonSchema):
     """JSON that follows a schema; answers always follow it, whatever `strict` says."""
 
     type: Literal["json_schema"]
-    name: FunctionName
-    schema: JsonObject
-    description: NotRequired[Text | None]
-    strict: NotRequired[bool | None]
 
 
 class TextOptions(TypedDict, total=False):
     """The form of the text."""
 
-    format: Annotated[TextFormat | JsonObjectFormat | JsonSchemaText, Field(discriminator="type")] | None
+    format: Annotated[PlainFormat | JsonSchemaText, Field(discriminator="type")] | None
 
 
 class ResponseRequest(DrawingFields):
@@ -175,7 +178,6 @@ class ResponseShape(Answer):
         self.chunks(news)
 
     def chunks(self, news: Sequence[News]) -> bytes:
-        """The events for outputs that came."""
         events: list[str] = []
         if self._sequence == 0:
             events.append(self._event("response.created", response=self.document()))
@@ -193,17 +195,14 @@ class ResponseShape(Answer):
         return "".join(events).encode("utf-8", "replace")
 
     def last(self) -> bytes:
-        """The event at the end."""
         return self._event(f"response.{self._status}", response=self.document()).encode("utf-8", "replace")
 
     def failed(self, problem: Problem) -> bytes:
-        """The events of a response that broke off."""
         self._status = "failed"
         self._error = {"code": "server_error", "message": problem.message}
         return self._event("response.failed", response=self.document()).encode("utf-8", "replace")
 
     def document(self) -> dict[str, Any]:
-        """The response in one piece."""
         usage = {
             "input_tokens": self.tally.prompt_tokens,
             "input_tokens_details": {"cached_tokens": self.tally.cached_tokens},
@@ -317,20 +316,19 @@ async def create(exchange: Exchange) -> None:
     if spec.previous_response_id is not None:
         earlier = service.stored.get(spec.previous_response_id, owner, "previous_response_id").messages
     async with service.pool.use(spec.model) as served:
-        told: Messages = []
-
-        def prepare() -> tuple[Request, ToolPlan | None, int]:
-            told.extend([*map(dict, earlier), *messages_of(spec.input)])
-            request, tools = prepare_chat(as_chat(spec, told), asker_of(exchange, served))
-            return request, tools, len(dumped(told)) + len(dumped(fields))
-
         fields = fields_of(spec, served.name)
-        request, tools, size = await exchange.work(prepare)
+
+        def prepare() -> tuple[Request, ToolPlan | None, Messages, int]:
+            told = [*map(dict, earlier), *messages_of(spec.input)]
+            request, tools = prepare_chat(as_chat(spec, told), asker_of(exchange, served))
+            return request, tools, told, len(dumped(told)) + len(dumped(fields)) if fields["store"] else 0
+
+        request, tools, told, size = await exchange.work(prepare)
         tally = exchange.tally(served.name)
         shape = ResponseShape(fields, served.texts, tally, tools.reader() if tools else None)
 
         def keep() -> None:
-            if spec.store is not False:
+            if fields["store"]:
                 messages = [*told, *messages_of(shape.output)]
                 bytes_ = size + 2 * len(dumped(shape.output))
                 service.stored.add(shape.id, StoredResponse(owner, shape.document(), messages, bytes_))
@@ -339,13 +337,11 @@ async def create(exchange: Exchange) -> None:
 
 
 async def retrieve(exchange: Exchange) -> None:
-    """A stored response."""
     name = exchange.scope["path_params"]["response_id"]
     await exchange.json(exchange.service.stored.get(name, exchange.call.client).document)
 
 
 async def delete(exchange: Exchange) -> None:
-    """Forget a stored response."""
     name = exchange.scope["path_params"]["response_id"]
     exchange.service.stored.remove(name, exchange.call.client)
     await exchange.json({"id": name, "object": "response", "deleted": True})

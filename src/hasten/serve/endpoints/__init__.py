@@ -1,1 +1,0 @@
-"""One endpoint a file: from a checked body to an answer."""
