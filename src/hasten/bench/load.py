@@ -200,9 +200,7 @@ def _read(pieces: Sequence[tuple[float, bytes]], sent: float, cut: bool = False)
     return HttpAnswer(status, headers, sent, done, body=b"".join(data for _, data in body), cut=cut)
 
 
-def _split(
-    pieces: Sequence[tuple[float, bytes]],
-) -> tuple[int, dict[str, str], list[tuple[float, bytes]]]:
+def _split(pieces: Sequence[tuple[float, bytes]]) -> tuple[int, dict[str, str], list[tuple[float, bytes]]]:
     """Status, headers, and the pieces of the body."""
     head = b""
     for number, (at, data) in enumerate(pieces):

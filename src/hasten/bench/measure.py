@@ -94,11 +94,7 @@ def run_once(model: LanguageModel, prompts: list[list[int]], output: int) -> Sam
 def model_cost(model: LanguageModel, workload: Workload) -> Cost:
     """What the workload asks of the machine with this model in its recipe."""
     return cost(
-        model.config,
-        workload,
-        model.recipe,
-        model.weight_bytes,
-        keeps_integers=model.bits_per_weight < 16,
+        model.config, workload, model.recipe, model.weight_bytes, keeps_integers=model.bits_per_weight < 16
     )
 
 

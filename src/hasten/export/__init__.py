@@ -1,7 +1,7 @@
 """An artifact in the file format of another engine.
 
 Each of `FORMATS` has a `plan` that says no before any work and a `write` that writes all or nothing. What a
-file keeps and what it rounds is in the `Exported` that comes back. What several formats share is here as well:
+file keeps and what it rounds is in the `Exported` that comes back. What several formats share is here too:
 files beside the weights, rounding to float16, and whether two configurations mean the same model.
 """
 

@@ -21,16 +21,7 @@ import numpy.typing as npt
 from hasten.cache import new_folder
 from hasten.core import ModelSpec
 from hasten.errors import HastenError, UsageError
-from hasten.export import (
-    MARKER,
-    Exported,
-    Loss,
-    Progress,
-    Rounding,
-    difference,
-    floats_of,
-    write_companions,
-)
+from hasten.export import MARKER, Exported, Loss, Progress, Rounding, difference, floats_of, write_companions
 from hasten.models.artifact import Artifact
 from hasten.models.families import FAMILIES, hf_spec
 from hasten.models.rope import rotations

@@ -151,11 +151,7 @@ def mixture_recipe(
 
 
 def fit_mixture(
-    drawn: SensitivityMap,
-    judged: Sequence[Candidate],
-    budget: Budget,
-    attempt: Try,
-    tokens: int,
+    drawn: SensitivityMap, judged: Sequence[Candidate], budget: Budget, attempt: Try, tokens: int
 ) -> Candidate | None:
     """The lightest mixture that passes, of up to four; the nearest if none does; None where there is nothing
     to mix.

@@ -155,11 +155,7 @@ class ResponseShape(Answer):
     """
 
     def __init__(
-        self,
-        fields: Mapping[str, Any],
-        texts: TokenTexts,
-        tally: Tally,
-        reader: ToolCallStream | None,
+        self, fields: Mapping[str, Any], texts: TokenTexts, tally: Tally, reader: ToolCallStream | None
     ) -> None:
         super().__init__(texts, tally)
         self.id = f"resp_{secrets.token_hex(16)}"
