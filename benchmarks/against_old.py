@@ -289,7 +289,7 @@ class Comparison:
 
     def decode(self, recipe: str) -> None:
         """Batch 1 at a prompt of 512, and 8 sequences together; for w4 a long prompt too."""
-        from hasten.bench.workloads import PromptRing, default_text
+        from hasten.bench.measure import PromptRing, default_text
 
         given, is_long = self.given, recipe == "w4" and "long" in self.given.only
         context = given.long + OUTPUT if is_long else PROMPT + OUTPUT

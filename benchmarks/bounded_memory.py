@@ -32,9 +32,9 @@ from typing import Any
 import numpy as np
 
 from bar import Bar, Settings, record, say
-from hasten.bench.load import Address, send
-from hasten.bench.process import ControlGroup, ServerProcess, control_group, free_port
 from hasten.errors import HastenError, PeerError
+from http_load import Address, send
+from server_process import ControlGroup, ServerProcess, control_group, free_port
 from serving_contenders import hasten_command
 
 LAYERS, HEADS, HEAD_DIM, HIDDEN, WIDTH = 32, 32, 128, 32, 64

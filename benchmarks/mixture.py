@@ -25,9 +25,8 @@ from typing import Any
 import hasten
 from bar import Bar, Settings, record, say
 from hasten.bench.figures import paired_ratio
-from hasten.bench.measure import run_once
-from hasten.bench.workloads import PromptRing
-from hasten.bench.workloads import default_text as bench_text
+from hasten.bench.measure import PromptRing, run_once
+from hasten.bench.measure import default_text as bench_text
 from hasten.compress.result import Progress
 from hasten.core import Budget, EngineOptions, Recipe, Verdict, Workload, as_json
 from hasten.errors import HastenError

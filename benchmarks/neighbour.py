@@ -18,8 +18,7 @@ import hasten
 from bar import Bar, Benchmark, Settings, say
 from bar_command import asked, measured
 from hasten.bench.figures import paired_ratio
-from hasten.bench.measure import run_once
-from hasten.bench.workloads import PromptRing, default_text
+from hasten.bench.measure import PromptRing, default_text, run_once
 
 PROMPT, OUTPUT = 128, 96
 

@@ -14,7 +14,7 @@ import hasten
 from bar import Bar, Settings, say
 from hasten import _native
 from hasten.bench.compare import peer_source
-from hasten.bench.workloads import default_text
+from hasten.bench.measure import default_text
 from hasten.errors import PeerError
 
 WINDOW = 512

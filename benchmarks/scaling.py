@@ -7,8 +7,7 @@ from typing import Any
 import hasten
 from bar import Bar, Settings, say
 from hasten.bench.figures import Sample, paired_ratio
-from hasten.bench.measure import measurement_of, run_once
-from hasten.bench.workloads import PromptRing, default_text
+from hasten.bench.measure import PromptRing, default_text, measurement_of, run_once
 from hasten.core import Workload
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import serving_contenders as contenders
 from bar import Bar, Settings, say
-from hasten.bench.figures import Ratio, paired_ratio, percentile
-from hasten.bench.load import Answer, LoadFigures, figures
-from hasten.bench.workloads import SharedChats
+from chat_workloads import SharedChats
+from hasten.bench.figures import Answer, Ratio, paired_ratio, percentile
+from http_load import LoadFigures, figures
 
 CLIENTS, OUTPUT = 8, 128
 PHASES = ("cold", "warm")

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bar import Settings, say
+from chat_workloads import Message
 from hasten.bench.compare import LOAD_LIMIT_S, PREPARE_LIMIT_S
-from hasten.bench.load import Address, Answer, Call, figures, run_calls
-from hasten.bench.peers import EngineSpec, llama_cpp
-from hasten.bench.process import ServerProcess, WorkerProcess, free_port
-from hasten.bench.workloads import Message
+from hasten.bench.figures import Answer
+from hasten.bench.peers import EngineSpec
+from hasten.bench.process import WorkerProcess
 from hasten.core import as_json
+from http_load import Address, Call, figures, run_calls
+from server_process import ServerProcess, free_port, server_command
 
 CONTEXT = 4096
 """Tokens of prompt plus output that every contender is set up for."""
@@ -180,7 +182,7 @@ def _llama_speed(
 def _llama_server(settings: Settings, spec: EngineSpec, prepared: str, threads: int) -> Iterator[Served]:
     address = Address("127.0.0.1", free_port())
     python = settings.peer_python or os.environ.get("HASTEN_PEER_PYTHON") or sys.executable
-    command = llama_cpp.server_command(python, spec, prepared, address, threads)
-    with ServerProcess("llama_cpp.server", command, address, ready=llama_cpp.SERVER_READY) as server:
+    command = server_command(python, spec, prepared, address, threads)
+    with ServerProcess("llama_cpp.server", command, address) as server:
         server.wait_ready()
         yield Served("llama_cpp.server:q4_0", server, "q4_0")

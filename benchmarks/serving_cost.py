@@ -6,12 +6,13 @@ from typing import Any
 
 import serving_contenders as contenders
 from bar import Bar, Settings, say
-from hasten.bench.figures import paired_ratio, percentile
-from hasten.bench.load import Address, Answer, figures
-from hasten.bench.process import ServerProcess, free_port
-from hasten.bench.workloads import PromptRing, SharedChats, default_text
+from chat_workloads import SharedChats
+from hasten.bench.figures import Answer, paired_ratio, percentile
+from hasten.bench.measure import PromptRing, default_text
 from hasten.core import Stat
 from hasten.errors import PeerError
+from http_load import Address, figures
+from server_process import ServerProcess, free_port
 
 ZERO_HIT_ROUNDS = 5  # times --runs
 CLIENTS, PROMPT, OUTPUT = 8, 256, 64

@@ -9,9 +9,8 @@ from typing import Any
 
 import serving_contenders as contenders
 from bar import Bar, Settings, say
-from hasten.bench.figures import percentile
-from hasten.bench.load import Answer
-from hasten.bench.workloads import Conversation, Message
+from chat_workloads import Conversation, Message
+from hasten.bench.figures import Answer, percentile
 from hasten.core import Stat
 from hasten.errors import PeerError
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # whose clients and servers tests use too
 os.environ.setdefault("HASTEN_CACHE_PACKED", "0")  # nothing of the tests' models goes into the user's cache
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads: the tests themselves run side by side
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

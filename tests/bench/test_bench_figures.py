@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from hasten.bench import figures as sample_module
 from hasten.bench.figures import Sample, TokenClock, paired_ratio, percentile
-from hasten.bench.measure import measurement_of, with_ceilings
-from hasten.bench.workloads import PromptRing, check, default_text
+from hasten.bench.measure import PromptRing, check, default_text, measurement_of, with_ceilings
 from hasten.core import Machine, Recipe, Stat, Workload, as_json
 from hasten.errors import PeerError, UsageError
 from hasten.speed import Cost, cost, kv_read_bytes

@@ -11,21 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from hasten.bench.load import (
-    Address,
-    Answer,
-    Call,
-    Event,
-    HttpAnswer,
-    figures,
-    read_answer,
-    run_calls,
-    send_now,
-)
-from hasten.bench.peers import EngineSpec, llama_cpp, ours
-from hasten.bench.process import ServerProcess, free_port
-from hasten.bench.workloads import Conversation, SharedChats
+from chat_workloads import Conversation, SharedChats
+from hasten.bench.figures import Answer
+from hasten.bench.peers import EngineSpec, ours
 from hasten.errors import PeerError
+from http_load import Address, Call, Event, HttpAnswer, figures, read_answer, run_calls, send_now
+from server_process import ServerProcess, free_port, server_command
 
 EVENTS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -245,7 +236,7 @@ def test_a_conversation_reaches_its_length_in_its_last_turn() -> None:
 
 def test_the_peers_server_gets_its_settings() -> None:
     spec = EngineSpec("llama.cpp:q4_0", "", "q4_0", "", "", threads=4, context=512)
-    command = llama_cpp.server_command("/opt/python", spec, "/A/Model.gguf", Address("127.0.0.1", 81), 2)
+    command = server_command("/opt/python", spec, "/A/Model.gguf", Address("127.0.0.1", 81), 2)
     assert command[:3] == ["/opt/python", "-m", "llama_cpp.server"]
     flags = dict(zip(command[3::2], command[4::2], strict=True))
     assert flags["--model"] == "/A/Model.gguf"

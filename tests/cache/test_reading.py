@@ -152,7 +152,6 @@ ALLOWED = {
 OTHERS = (
     "machine/",
     "bench/peers/",
-    "bench/process.py",
     "engine/grammar_child.py",
 )  # files of /proc and /sys, or a peer wrote them
 LOADS = ("torch.load", "np.load", "json.load", "pickle.load")

@@ -11,8 +11,8 @@ from types import ModuleType
 
 import pytest
 
-from hasten.bench.process import control_group
 from hasten.errors import MachineError
+from server_process import control_group
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hasten.bench import workloads
 from hasten.bench.figures import Ratio, Sample, paired_ratio, steady
-from hasten.bench.measure import measurement_of, rates_of, with_ceilings
+from hasten.bench.measure import PromptRing, check, default_text, measurement_of, rates_of, with_ceilings
 from hasten.bench.peers import PEERS, EngineSpec, Peer, parse
 from hasten.bench.process import WorkerProcess
 from hasten.cache import cache_dir
@@ -83,14 +82,14 @@ def compare(
     Raises:
         HastenError: our own engine failed, or a peer is not installed.
     """
-    workloads.check(workload)
+    check(workload)
     failed: dict[str, HastenError] = {}
     with ExitStack() as stack:
         prepared = _prepare_all(contenders, failed, say)
         seats = _seat_all(contenders, prepared, stack, failed, say)
         subject = seats[0]
-        text = subject.process.ask("encode", SHORT_LIMIT_S, text=workloads.default_text())
-        ring = workloads.PromptRing(text)
+        text = subject.process.ask("encode", SHORT_LIMIT_S, text=default_text())
+        ring = PromptRing(text)
         table = _Table(seats, ring, workload, failed, runs, say)
         table.round(0)
         found = steady(table.round, table.rates, runs, say)
@@ -165,7 +164,7 @@ class _Table:
     """Everybody who still takes part, round after round."""
 
     seats: list[_Seat]
-    ring: workloads.PromptRing
+    ring: PromptRing
     workload: Workload
     failed: dict[str, HastenError]
     runs: int
@@ -269,7 +268,7 @@ def bout(request: Request, say: Say = lambda _: None) -> tuple[Comparison, Machi
     """
     from hasten.machine.probe import probe
 
-    workloads.check(request.workload)
+    check(request.workload)
     contenders = _contenders(request)
     say("measuring the machine's ceilings")
     machine = usable_ceilings(probe(measure=True, threads=contenders[0].spec.threads))

@@ -50,6 +50,34 @@ class Sample:
         return cls(**{**record, "ids": tuple(tuple(row) for row in record["ids"])})
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What one client saw. Times in seconds since the moment it asked."""
+
+    first_s: float | None  # the first token's text; None: there was none
+    last_s: float  # the last token's text, or the end where there was none
+    output_tokens: int
+    status: int = 200
+    text: str = ""
+    finish_reason: str | None = None
+    error: str = ""  # why it is no good answer; empty: it is one
+    sent_s: float = 0.0  # when it asked, on the clock of all answers of the run
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Seconds a token after the first; None with fewer than two."""
+        if self.first_s is None or self.output_tokens < 2:
+            return None
+        return (self.last_s - self.first_s) / (self.output_tokens - 1)
+
+    @classmethod
+    def none(cls, error: PeerError) -> Answer:
+        """What a client saw whose request failed."""
+        return cls(None, 0.0, 0, status=0, error=error.message)
+
+
 class TokenClock:
     """Notes when each token of each sequence arrives; created at the moment the prompts go in."""
 

@@ -7,6 +7,8 @@ How each figure is defined, for every engine alike:
     decode_tok_per_s    tokens after that moment, of all sequences, / time until the last of them;
                         for one sequence: (output - 1) / (first token to last)
     tpot_ms             that time / tokens a sequence
+
+Prompts have exactly N token ids: the same for every engine, none twice in a run.
 """
 
 from __future__ import annotations
@@ -15,14 +17,71 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from hasten.bench import workloads
 from hasten.bench.figures import Sample, TokenClock, steady
 from hasten.core import Machine, Measurement, ServingOptions, Stat, Workload
+from hasten.errors import UsageError
 from hasten.machine.memory import peak_rss_bytes
 from hasten.speed import Cost, cost
 
 if TYPE_CHECKING:
     from hasten.engine.model import LanguageModel
+
+TEXT_CHARACTERS = 400_000
+"""How much of the default text is tokenized at most: about 100k tokens, tokenized in well under a second."""
+
+
+def default_text() -> str:
+    """The prose and code of `pydoc_data.topics`, which every CPython carries, in sorted order of topics."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))[:TEXT_CHARACTERS]
+
+
+def check(workload: Workload) -> Workload:
+    """The workload, if it can be measured.
+
+    Raises:
+        UsageError: a length below its smallest useful value.
+    """
+    for name, value, least in (
+        ("prompt", workload.prompt, 1),
+        ("output", workload.output, 2),
+        ("batch", workload.batch, 1),
+    ):
+        if value < least:
+            raise UsageError(
+                f"--{name} must be at least {least}, got {value}",
+                hint=f"use --{name} {least} or more"
+                + (": one token has no decode time" if name == "output" else ""),
+            )
+    return workload
+
+
+class PromptRing:
+    """Cuts prompts out of one long list of ids.
+
+    Every prompt starts where the one before ended, wrapping at the end. So each round's prompts are new to
+    the engines and no prefix cache can answer for the prefill, yet every run of the program gives the same
+    ids.
+    """
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        if not ids:
+            raise UsageError("the benchmark text gave no tokens", hint="check the model's tokenizer")
+        self.ids = list(ids)
+
+    def prompt(self, index: int, length: int) -> list[int]:
+        """Prompt number `index` of `length` ids."""
+        start = index * length % len(self.ids)
+        ring = self.ids[start:] + self.ids[:start]
+        while len(ring) < length:
+            ring += ring
+        return ring[:length]
+
+    def round(self, number: int, workload: Workload) -> list[list[int]]:
+        """The prompts of one round: `batch` lists of `prompt` ids."""
+        first = number * workload.batch
+        return [self.prompt(first + i, workload.prompt) for i in range(workload.batch)]
 
 
 def measure_model(
@@ -49,9 +108,9 @@ def measure_model(
     """
     import hasten
 
-    workloads.check(workload)
-    ids = model.tokenizer.encode(workloads.default_text(), add_special=False)
-    ring = workloads.PromptRing(ids)
+    check(workload)
+    ids = model.tokenizer.encode(default_text(), add_special=False)
+    ring = PromptRing(ids)
     run_once(model, ring.round(first, workload), workload.output)
     found = steady(
         lambda number: run_once(model, ring.round(first + number, workload), workload.output),

@@ -31,7 +31,14 @@ from hasten.weights.packed import PackedLinear, bf16_bits, integers
 
 @dataclass(frozen=True)
 class Format:
-    """A format that can be written: `module` has `plan(artifact)` and `write(plan, path, progress)`."""
+    """A format that can be written. Its module has two functions:
+
+    `plan(artifact)` decides what the file or folder will hold and reads no weights. It raises UsageError or
+    TokenizerError where the format cannot carry something of the model.
+
+    `write(plan, path, progress)` writes all of it or nothing. It raises DiskError for a full, read-only or
+    forbidden disk or a folder that is no model, and UsageError for a value that fits no type of the format.
+    """
 
     module: str
     loads_in: str

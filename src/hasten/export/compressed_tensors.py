@@ -25,20 +25,10 @@ NAME = "compressed-tensors"
 
 
 def plan(artifact: Artifact) -> HfPlan:
-    """Decide what the folder will hold; reads no weights.
-
-    Raises:
-        UsageError: the format cannot carry something of the model.
-    """
     return hf.plan(artifact, lambda module: module.cols % 8 == 0)
 
 
 def write(made: HfPlan, path: Path, progress: Progress) -> Exported:
-    """Write the folder: all of it or nothing.
-
-    Raises:
-        DiskError, UsageError: as `hasten.export.huggingface.write`.
-    """
     return hf.write(made, path, progress, NAME, quantization_config(made), _encode)
 
 

@@ -80,11 +80,6 @@ class GgufPlan:
 
 
 def plan(artifact: Artifact) -> GgufPlan:
-    """Decide what the file will hold; reads no weights.
-
-    Raises:
-        UsageError, TokenizerError: the format cannot carry something of the model.
-    """
     config = artifact.packed.config
     metadata, factors = config_metadata(config, artifact.name)
     metadata |= words.tokenizer_metadata(artifact.tokenizer, artifact.folder, config.vocab_size)
@@ -93,12 +88,6 @@ def plan(artifact: Artifact) -> GgufPlan:
 
 
 def write(plan: GgufPlan, path: Path, progress: Progress) -> Exported:
-    """Write the file: all of it or nothing.
-
-    Raises:
-        DiskError: full, read-only or forbidden disk.
-        UsageError: a value that fits no type of the format.
-    """
     rounding: list[Rounding] = []
 
     def put(file: BinaryIO) -> None:

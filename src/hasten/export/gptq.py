@@ -29,11 +29,6 @@ NAME = "gptq"
 
 
 def plan(artifact: Artifact) -> HfPlan:
-    """Decide what the folder will hold; reads no weights.
-
-    Raises:
-        UsageError: the format cannot carry something of the model.
-    """
     made = hf.plan(artifact, lambda module: module.cols % 32 == 0 and module.rows % 8 == 0)
     schemes = [module.scheme for module in made.quantised if module.scheme]
     if not schemes:
@@ -44,11 +39,6 @@ def plan(artifact: Artifact) -> HfPlan:
 
 
 def write(made: HfPlan, path: Path, progress: Progress) -> Exported:
-    """Write the folder: all of it or nothing.
-
-    Raises:
-        DiskError, UsageError: as `hasten.export.huggingface.write`.
-    """
     return hf.write(made, path, progress, NAME, quantization_config(made), _encode)
 
 

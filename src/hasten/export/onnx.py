@@ -254,11 +254,6 @@ _EXACT = (
 
 
 def plan(artifact: Artifact) -> GraphPlan:
-    """Decide what the folder will hold; reads no weights.
-
-    Raises:
-        UsageError: the format cannot carry something of the model.
-    """
     linears = artifact.packed.linears
 
     def kind(name: str) -> str:
@@ -269,11 +264,6 @@ def plan(artifact: Artifact) -> GraphPlan:
 
 
 def write(made: GraphPlan, path: Path, progress: Progress) -> Exported:
-    """Write the folder: all of it or nothing.
-
-    Raises:
-        DiskError: full, read-only or forbidden disk, or a folder that is no model stands there.
-    """
     with new_folder(path, marker=MARKER) as fresh:
         write_companions(fresh, made.artifact, made.values)
         _write_model(made, fresh, progress)

@@ -253,22 +253,12 @@ _SLIDES = (
 
 
 def plan(artifact: Artifact) -> GraphPlan:
-    """Decide what the folder will hold; reads no weights.
-
-    Raises:
-        UsageError: the format cannot carry something of the model.
-    """
     linears, config = artifact.packed.linears, artifact.packed.config
     made = graphs.plan(artifact, NAME, lambda name: carrier(linears[name].layout))
     return replace(made, notes=(*made.notes, _SLIDES)) if graphs.slides(config) else made
 
 
 def write(made: GraphPlan, path: Path, progress: Progress) -> Exported:
-    """Write the folder: all of it or nothing.
-
-    Raises:
-        DiskError: full, read-only or forbidden disk, or a folder that is no model stands there.
-    """
     artifact = made.artifact
     with new_folder(path, marker=MARKER) as fresh:
         write_companions(fresh, artifact, made.values)

@@ -18,8 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hasten.bench.figures import Sample, TokenClock
-from hasten.bench.load import Answer
+from hasten.bench.figures import Answer, Sample, TokenClock
 from hasten.bench.peers import EngineSpec, Peer, hf_folder, key_of, made_once
 from hasten.errors import PeerError
 

@@ -6,8 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hasten.bench.figures import Sample
-from hasten.bench.load import Answer
+from hasten.bench.figures import Answer, Sample
 from hasten.bench.peers import EngineSpec
 from hasten.core import Workload
 from hasten.speed import Cost
