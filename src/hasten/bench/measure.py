@@ -98,11 +98,10 @@ def measure_model(
     Runs that other work disturbed are taken again (`hasten.bench.figures`).
 
     Args:
-        workload: lengths in tokens and the number of sequences run together. machine: with measured
-        ceilings, to fill `fraction_of_read_ceiling` and `fraction_of_int8_ceiling`; without
-            it they are None.
+        machine: with measured ceilings; without it the fractions of them are None.
         first: number of the first prompt; give another one to measure a model twice.
         say: told of rounds that are taken again.
+
     Raises:
         UsageError: a workload or a number of runs that cannot be measured.
     """

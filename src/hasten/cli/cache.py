@@ -24,6 +24,8 @@ from hasten.errors import UsageError
 
 if TYPE_CHECKING:
     from hasten.engine.trace import ReplayResult, Trace
+    from hasten.weights.packed_store import PackedStore
+    from hasten.weights.work_store import WorkStore
 
 KEPT = "What was removed is gone, the rest is as it was."
 KIND = "Only this kind, repeatable: packed, compress, kv, demo, exports or records."
@@ -140,9 +142,9 @@ def clear(
 
 def stats(kv_disk: FolderOption = None, json: JsonOption = False) -> None:
     """Sizes by kind, limits, and how often packed weights were found."""
-    from hasten.weights.packed_store import PackedStore, open_store
+    from hasten.weights.packed_store import open_store
 
-    store = PackedStore(cache_dir() / "packed")
+    store = _packed_store()
     kinds: dict[str, dict[str, Any]] = {}
     for name, kind in KINDS.items():
         found = _entries([name], kv_disk)
@@ -154,20 +156,15 @@ def stats(kv_disk: FolderOption = None, json: JsonOption = False) -> None:
         "misses": store.tally("misses"),
     }
     free = free_bytes(cache_dir())
-    document = {
-        "schema_version": SCHEMA_VERSION,
-        "folder": str(cache_dir()),
-        "free_bytes": free,
-        "kinds": kinds,
-        "packed": packed,
-    }
+    folder = str(cache_dir())
     if json:
-        emit(document)
+        sizes = {"folder": folder, "free_bytes": free, "kinds": kinds, "packed": packed}
+        emit({"schema_version": SCHEMA_VERSION, **sizes})
         return
     rows = [[name, str(k["entries"]), _size(k["bytes"]), k["what"]] for name, k in kinds.items()]
     switched = "" if packed["enabled"] else "packed weights: switched off\n"
     sys.stdout.write(
-        f"{document['folder']} ({'unknown' if free is None else _size(free)} free on its disk)\n"
+        f"{folder} ({'unknown' if free is None else _size(free)} free on its disk)\n"
         + aligned([["kind", "entries", "size", "what"], *rows])
         + f"packed and compress together: at most {_size(packed['limit_bytes'])}\n{switched}"
         + f"packed weights: found {packed['hits']} times, not found {packed['misses']} times\n"
@@ -254,10 +251,20 @@ def _remove(entry: Entry) -> None:
         entry.path.unlink(missing_ok=True)
 
 
-def _packed(folders: Sequence[Path]) -> Iterator[Entry]:
+def _packed_store() -> PackedStore:
     from hasten.weights.packed_store import PackedStore
 
-    store = PackedStore(cache_dir() / "packed")
+    return PackedStore(cache_dir() / "packed")
+
+
+def _work_store() -> WorkStore:
+    from hasten.weights.work_store import WorkStore
+
+    return WorkStore()
+
+
+def _packed(folders: Sequence[Path]) -> Iterator[Entry]:
+    store = _packed_store()
     for held in store.held():
         about = store.about(held.path)
         name = f"{about.get('name', 'unreadable')} {about.get('recipe', '')}".strip()
@@ -265,26 +272,12 @@ def _packed(folders: Sequence[Path]) -> Iterator[Entry]:
         yield Entry("packed", name, held.path, held.bytes, held.last_used, files[0])
 
 
-def _verify_packed(entry: Entry) -> str | None:
-    from hasten.weights.packed_store import PackedStore
-
-    return PackedStore(cache_dir() / "packed").verify(entry.path)
-
-
 def _compress(folders: Sequence[Path]) -> Iterator[Entry]:
-    from hasten.weights.work_store import WorkStore
-
-    store = WorkStore()
+    store = _work_store()
     for held in store.held():
         part = {"statistics": "statistics", "linears": "matrices", "runs": "unfinished run"}
         name = f"{part[held.path.parent.name]} {held.path.name}"
         yield Entry("compress", name, held.path, held.bytes, held.last_used, store.model(held.path))
-
-
-def _verify_compress(entry: Entry) -> str | None:
-    from hasten.weights.work_store import WorkStore
-
-    return WorkStore().verify(entry.path)
 
 
 def _demo(folders: Sequence[Path]) -> Iterator[Entry]:
@@ -307,10 +300,6 @@ def _records(folders: Sequence[Path]) -> Iterator[Entry]:
     for part in ("machine", "optimize", "packed/sources", "demo", "folders"):
         for path in sorted((cache_dir() / part).glob("*.json")):
             yield _entry("records", f"{part}/{path.name}", path)
-
-
-def _verify_record(entry: Entry) -> str | None:
-    return None if is_whole_record(entry.path) else "is no record, or its checksum is wrong"
 
 
 def _kv(folders: Sequence[Path]) -> Iterator[Entry]:
@@ -374,14 +363,24 @@ def _entry(kind: str, name: str, path: Path, source: str | None = None) -> Entry
 
 
 KINDS = {
-    "packed": Kind("weights packed from GGUF files and safetensors folders", _packed, _verify_packed),
+    "packed": Kind(
+        "weights packed from GGUF files and safetensors folders",
+        _packed,
+        lambda entry: _packed_store().verify(entry.path),
+    ),
     "compress": Kind(
-        "statistics, single matrices and unfinished runs of compress", _compress, _verify_compress
+        "statistics, single matrices and unfinished runs of compress",
+        _compress,
+        lambda entry: _work_store().verify(entry.path),
     ),
     "kv": Kind("keys and values of computed prompts (--kv-disk)", _kv, _verify_kv),
     "demo": Kind("the demo model", _demo, _verify_demo),
     "exports": Kind("models written for other engines by bench", _exports, lambda entry: UNCHECKED),
-    "records": Kind("measured ceilings, judged recipes, digests of files", _records, _verify_record),
+    "records": Kind(
+        "measured ceilings, judged recipes, digests of files",
+        _records,
+        lambda entry: None if is_whole_record(entry.path) else "is no record, or its checksum is wrong",
+    ),
 }
 
 

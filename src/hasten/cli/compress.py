@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from hasten.cache import write_atomic
 from hasten.cli.console import Ticker, emit, note
 from hasten.cli.flags import JsonOption, ThreadsOption, argument, given, optional
 from hasten.core import SCHEMA_VERSION
@@ -70,6 +71,8 @@ def command(
     from hasten.compress.job import Means
     from hasten.compress.recipe_file import recipe_from
     from hasten.models.locate import file_name_of
+    from hasten.report.compressed import compressed_page
+    from hasten.weights.artifact import read_plan
 
     if recipe.strip().startswith("mix:"):
         raise UsageError(
@@ -90,7 +93,7 @@ def command(
             means=means,
             observer=_watcher(ticker),
         )
-    _write_report(place)
+    write_atomic(place / "report.html", compressed_page(read_plan(place)).encode())
     if json:
         emit(_document(model, made))
         return
@@ -128,15 +131,6 @@ def _document(model: str, made: Compressed) -> dict[str, Any]:
         **record(made),
         "recipe": made.recipe.name,
     }
-
-
-def _write_report(place: Path) -> None:
-    """report.html from the artifact's own record."""
-    from hasten.cache import write_atomic
-    from hasten.report.compressed import compressed_page
-    from hasten.weights.artifact import read_plan
-
-    write_atomic(place / "report.html", compressed_page(read_plan(place)).encode())
 
 
 def _text(made: Compressed) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from hasten.cli.console import Ticker, emit
 from hasten.cli.flags import JsonOption, argument, optional
-from hasten.core import SCHEMA_VERSION
+from hasten.core import SCHEMA_VERSION, as_json
 
 if TYPE_CHECKING:
     from hasten.export import Exported
@@ -60,10 +60,7 @@ def _document(artifact: str, written: Exported) -> dict[str, Any]:
         "bytes": written.bytes,
         "matrices": dict(written.carried),
         "exact": written.is_exact,
-        "rounded": [
-            {"tensor": one.tensor, "stored_as": one.stored_as, "relative_error": one.relative_error}
-            for one in written.rounding
-        ],
+        "rounded": [as_json(one) for one in written.rounding],
         "notes": list(written.notes),
     }
 

@@ -45,8 +45,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> d
     """`tokenizer.*` of a GGUF file.
 
     Args:
-        tokenizer: of the model.
-        folder: the artifact, which holds its tokenizer.json.
+        folder: the artifact, which holds tokenizer.json.
         vocab_size: rows of the embedding; ids without a token are filled up.
 
     Raises:

@@ -22,9 +22,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from hasten.cache import new_folder
 from hasten.core import Format, ModelSpec
 from hasten.errors import UsageError
-from hasten.export import Exported
+from hasten.export import MARKER, Exported, write_companions
 from hasten.export.huggingface import config_values
 from hasten.models import rope
 from hasten.models.artifact import Artifact
@@ -99,13 +100,7 @@ def slides(config: ModelSpec) -> bool:
 
 
 def build(graph: Graph, config: ModelSpec, vectors: dict[str, npt.NDArray[np.float32]]) -> None:
-    """Write a decoder into a graph.
-
-    Args:
-        graph: empty.
-        config: the model.
-        vectors: norms by canonical name; biases are the graph's own business.
-    """
+    """Write a decoder into an empty graph; `vectors` are norms by canonical name, biases its own business."""
     _Decoder(graph, config, vectors).run()
 
 
@@ -292,13 +287,16 @@ def plan(artifact: Artifact, name: str, kind: Callable[[str], str]) -> GraphPlan
     return GraphPlan(artifact, values, stored, tuple(said))
 
 
-def exported(made: GraphPlan, name: str, path: Path, *notes: str) -> Exported:
-    """What was written: nothing is rounded."""
+def write(made: GraphPlan, name: str, path: Path, model: Callable[[Path], str | None]) -> Exported:
+    """Write the folder; nothing is rounded. `model` writes the graph into it and says what is to be noted."""
+    with new_folder(path, marker=MARKER) as fresh:
+        write_companions(fresh, made.artifact, made.values)
+        note = model(fresh)
     kinds = [
         f"{kind}-g{made.artifact.packed.linears[matrix].layout.group}" if kind != "bf16" else kind
         for matrix, kind in made.stored.items()
     ]
-    return Exported.of(name, path, kinds, (*made.notes, *notes))
+    return Exported.of(name, path, kinds, [*made.notes, *([note] if note else [])])
 
 
 Halves = npt.NDArray[np.float16]

@@ -81,7 +81,6 @@ def plan(artifact: Artifact, fits: Callable[[Module], bool]) -> HfPlan:
     """Decide what the folder will hold; reads no weights.
 
     Args:
-        artifact: the model.
         fits: whether the format can hold a module in its scheme.
 
     Raises:
@@ -109,19 +108,11 @@ def write(
     quantisation: Mapping[str, Any],
     encode: Callable[[HfPlan, Module], Sequence[Entry]],
 ) -> Exported:
-    """Write the folder: all of it or nothing.
+    """Write the folder of the format `name`.
 
     Args:
-        made: by `plan`.
-        path: the folder.
-        progress: called with (done, total) tensors.
-        name: the format.
         quantisation: `quantization_config`, left out where nothing is quantised.
         encode: the tensors of a module that has a scheme.
-
-    Raises:
-        DiskError: full, read-only or forbidden disk, or a folder that is no model stands there.
-        UsageError: a value that fits no float16.
     """
     entries = [entry for m in made.modules for entry in (encode(made, m) if m.scheme else _floats(made, m))]
     entries += _vectors(made)
@@ -274,9 +265,6 @@ def refuse(what: str, why: str) -> UsageError:
 
 def config_values(config: ModelSpec) -> dict[str, Any]:
     """The values of config.json, but for the numbers' types.
-
-    Args:
-        config: the model.
 
     Raises:
         UsageError: config.json has no word for something of the model; it is named.

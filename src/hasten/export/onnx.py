@@ -21,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 from onnx import StringStringEntryProto, TensorProto, helper
 
-from hasten.cache import new_folder, write_atomic
+from hasten.cache import write_atomic
 from hasten.core import ModelSpec
-from hasten.export import MARKER, Exported, Progress, write_companions
+from hasten.export import Exported, Progress
 from hasten.export import graph as graphs
 from hasten.export.graph import (
     Array,
@@ -264,14 +264,10 @@ def plan(artifact: Artifact) -> GraphPlan:
 
 
 def write(made: GraphPlan, path: Path, progress: Progress) -> Exported:
-    with new_folder(path, marker=MARKER) as fresh:
-        write_companions(fresh, made.artifact, made.values)
-        _write_model(made, fresh, progress)
-    is_plain = all(kind == "bf16" for kind in made.stored.values())
-    return graphs.exported(made, NAME, path, *([] if is_plain else [_EXACT]))
+    return graphs.write(made, NAME, path, lambda fresh: _write_model(made, fresh, progress))
 
 
-def _write_model(made: GraphPlan, folder: Path, progress: Progress) -> None:
+def _write_model(made: GraphPlan, folder: Path, progress: Progress) -> str | None:
     packed = made.artifact.packed
     graph = OnnxGraph(packed, dict(made.stored))
     graphs.build(graph, packed.config, packed.vectors)
@@ -291,6 +287,7 @@ def _write_model(made: GraphPlan, folder: Path, progress: Progress) -> None:
     write_atomic(folder / DATA, put)
     model = graph.model(tensors, made.artifact.name)
     write_atomic(folder / MODEL, model.SerializeToString())
+    return None if all(kind == "bf16" for kind in made.stored.values()) else _EXACT
 
 
 def _tensor(one: Any, file: BinaryIO) -> Any:

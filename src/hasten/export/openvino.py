@@ -24,10 +24,9 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
 
-from hasten.cache import new_folder
 from hasten.core import ModelSpec
 from hasten.errors import DiskError
-from hasten.export import MARKER, Exported, Progress, write_companions
+from hasten.export import Exported, Progress
 from hasten.export import graph as graphs
 from hasten.export.graph import (
     Array,
@@ -259,12 +258,11 @@ def plan(artifact: Artifact) -> GraphPlan:
 
 
 def write(made: GraphPlan, path: Path, progress: Progress) -> Exported:
-    artifact = made.artifact
-    with new_folder(path, marker=MARKER) as fresh:
-        write_companions(fresh, artifact, made.values)
+    def model(fresh: Path) -> str | None:
         _write_model(made, fresh, progress)
-        lacks = _write_tokenizer(fresh)
-    return graphs.exported(made, NAME, path, *([lacks] if lacks else []))
+        return _write_tokenizer(fresh)
+
+    return graphs.write(made, NAME, path, model)
 
 
 def _write_model(made: GraphPlan, folder: Path, progress: Progress) -> None:

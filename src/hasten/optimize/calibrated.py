@@ -166,9 +166,6 @@ def _temporary(made: Made) -> Path:
     return save(path, made.packed, made.source, made.plan)
 
 
-INSTALL = "pip install 'hasten[compress]'"
-
-
 def is_calibrated(layout: Format, method: str) -> bool:
     """Whether a mixture's integers of this layout come from calibration: 8 bits round as well without."""
     return method != "rtn" and layout.bits < 8
@@ -206,7 +203,7 @@ class CalibratedWeights:
             UsageError: the text is too short to calibrate on.
         """
         if not torch_is_here():
-            raise MachineError("torch is not installed", hint=INSTALL)
+            raise MachineError("torch is not installed", hint="pip install 'hasten[compress]'")
         found = cls(source, text, observer)
         _ = found.calibration
         return found

@@ -134,10 +134,6 @@ def predicted_harm(recipe: Recipe, sensitivities: Sequence[Sensitivity]) -> floa
     return None if any(h is None for h in harms) else sum(h for h in harms if h is not None)
 
 
-def keeps_all(recipe: Recipe) -> bool:
-    return recipe.default is None and recipe.head is None and not recipe.layers
-
-
 def mixture_recipe(
     name: str, sensitivities: Sequence[Sensitivity], choices: Sequence[Choice], method: str = "rtn"
 ) -> Recipe:
@@ -166,7 +162,11 @@ def fit_mixture(
     limit = _first_limit(drawn, judged, budget)
     if limit is None:
         return None
-    return _best(_closing_in(drawn, budget, attempt, tokens, limit, Point(0.0, _base_reach(judged, tokens))))
+    plain = (
+        c for c in judged if not (c.recipe.default or c.recipe.head or c.recipe.layers)
+    )  # source's values
+    kept = min((reach(c, tokens) for c in plain), default=0.0)
+    return _best(_closing_in(drawn, budget, attempt, tokens, limit, Point(0.0, kept)))
 
 
 def refine_mixture(
@@ -174,11 +174,9 @@ def refine_mixture(
 ) -> Candidate:
     """The lightest mixture by a better method that costs more, from where another one's search ended.
 
-    Args:
-        drawn: the map.
-        found: a mixture by the map's method.
-        budget, attempt, tokens: as for `fit_mixture`.
-        method: of the mixtures to try; `found` is returned where none of them is lighter or better.
+    Args: as for `fit_mixture`, and
+        found: a mixture by the map's method, which is returned where none that is tried is lighter or better.
+        method: of the mixtures to try.
     """
     limit = predicted_harm(found.recipe, drawn.groups)
     assert limit is not None, "a mixture is made of the menu"
@@ -247,10 +245,6 @@ def _first_limit(drawn: SensitivityMap, judged: Sequence[Candidate], budget: Bud
     harm, rise = min(points, key=lambda point: point[1])
     share = (aim - start) / (rise - start) if rise > start else 0.0
     return harm * share if share > 0 else None
-
-
-def _base_reach(judged: Sequence[Candidate], tokens: int) -> float:
-    return min((reach(c, tokens) for c in judged if keeps_all(c.recipe)), default=0.0)
 
 
 def _next_limit(below: Point, above: Point | None, budget: Budget) -> float:

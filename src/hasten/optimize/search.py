@@ -100,26 +100,11 @@ class OptimizeResult:
             "machine": as_json(self.machine),
             "model": self.model,
             "baseline": {"recipe": "bf16", **as_json(self.baseline)},
-            "candidates": [_candidate(c) for c in self.candidates],
+            "candidates": [{**as_json(c), "recipe": c.recipe.name} for c in self.candidates],
             "chosen": self.chosen.recipe.name,
             "artifact": str(self.artifact),
             "speedup": as_json(self.speedup),
         }
-
-
-def _candidate(candidate: Candidate) -> dict[str, Any]:
-    return {**as_json(candidate), "recipe": candidate.recipe.name}
-
-
-@dataclass(frozen=True)
-class Circumstances:
-    """What a search was asked and what it judged on."""
-
-    goal: Goal
-    budget: Budget
-    text: Text
-    tokens: int  # judged at most
-    runs: int  # timed
 
 
 def remarks(drawn: SensitivityMap, recipe: Recipe) -> tuple[str, ...]:
@@ -176,21 +161,6 @@ def map_record(drawn: SensitivityMap, recipe: Recipe) -> dict[str, Any]:
         for s in drawn.groups
     ]
     return {"sensitivity": groups, "sensitivity_method": drawn.method, "sensitivity_error": drawn.error}
-
-
-def record(result: OptimizeResult, drawn: SensitivityMap, asked: Circumstances) -> dict[str, Any]:
-    """Everything worth keeping of a search, as plain JSON values."""
-    return {
-        **as_json(result.plan),
-        "goal": asked.goal,
-        "budget": as_json(asked.budget),
-        "machine": as_json(result.machine),
-        "versions": {"hasten": hasten.__version__, "python": result.machine.python},
-        "text": {"name": asked.text.name, "sha256": asked.text.sha256, "tokens": asked.tokens},
-        "runs": asked.runs,
-        **map_record(drawn, result.chosen.recipe),
-        "search": result.to_json(),
-    }
 
 
 WORKLOADS: dict[Goal, Workload] = {
@@ -444,14 +414,31 @@ class Search:
         )
         machine = self.workshop.machine()
         result = OptimizeResult(machine, baseline, tuple(candidates), chosen, plan, out.absolute())
-        asked = Circumstances(self.goal, self.budget, self.text, self.effort.tokens, self.effort.runs)
-        whole = record(result, drawn, asked)
+        whole = self._record(result, drawn)
         model = self.workshop.build(recipe)
         try:
             self.workshop.save(model, out, whole, optimized_page(whole))
         finally:
             model.close()
         return result
+
+    def _record(self, result: OptimizeResult, drawn: SensitivityMap) -> dict[str, Any]:
+        """Everything worth keeping of a search, as plain JSON values."""
+        return {
+            **as_json(result.plan),
+            "goal": self.goal,
+            "budget": as_json(self.budget),
+            "machine": as_json(result.machine),
+            "versions": {"hasten": hasten.__version__, "python": result.machine.python},
+            "text": self.judged_on(),
+            "runs": self.effort.runs,
+            **map_record(drawn, result.chosen.recipe),
+            "search": result.to_json(),
+        }
+
+    def judged_on(self) -> dict[str, Any]:
+        """The text, as a record names it, and how many of its tokens are judged at most."""
+        return {"name": self.text.name, "sha256": self.text.sha256, "tokens": self.effort.tokens}
 
     def uncalibrated(self) -> tuple[str, ...]:
         """Why no calibrated integers were tried, where none were."""
@@ -463,15 +450,7 @@ class Search:
 def made_mixture(
     ref: str | Path, budget: Budget, text: Text, tokens: int, observer: Observer, threads: int | None
 ) -> Made:
-    """The recipe `mix:P%` of a model: the cheapest mixture within a perplexity increase.
-
-    Args:
-        ref: the source.
-        budget: P.
-        text: calibrates and judges.
-        tokens: judged at most.
-        observer: told of every step.
-        threads: None: the cores this process may use.
+    """The recipe `mix:P%` of a model: its cheapest mixture within a budget, judged on `tokens` at most.
 
     Raises:
         BudgetError: no mixture is within the budget.
@@ -490,7 +469,7 @@ def made_mixture(
     plan = {
         "budget": as_json(budget),
         "verdict": as_json(chosen.verdict),
-        "text": {"name": text.name, "sha256": text.sha256, "tokens": tokens},
+        "text": search.judged_on(),
         "because": [chosen.because, *remarks(drawn, chosen.recipe), *search.uncalibrated()],
         **map_record(drawn, chosen.recipe),
     }

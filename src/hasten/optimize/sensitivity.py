@@ -179,12 +179,9 @@ def measure_harms(
     """Harm of every group, in the order they are computed, and of some at other widths.
 
     Args:
-        workshop: makes the models.
-        source: the source in bf16.
+        source: in bf16.
         text: calibration text that nothing was calibrated on.
         seconds: time the comparisons may take; on a slow machine fewer tokens are read, at least 64.
-        observer: told of each group.
-        method: how integers are found.
     """
     found = groups(workshop.config)
     with_checks = len(found) + _CHECKED_GROUPS * len(CHECKED)

@@ -397,7 +397,7 @@ def sensitivity_map(groups: Sequence[Group], method: str = "rtn", error: float |
         *sorted({width for group in groups for width in _harms(group) if "-" not in width}),
         _KEPT_WIDTH,
     ]
-    scale = _Scale.over(groups)
+    scale = _Scale(groups)
     rows = "".join(_map_row(where, row, parts, widths, scale) for where, row in layers.items())
     return "<h2>Where few bits hurt</h2>" + table(
         "Sensitivity map", _map_about(method, error), _map_head(parts, widths), rows, "map"
@@ -405,22 +405,17 @@ def sensitivity_map(groups: Sequence[Group], method: str = "rtn", error: float |
 
 
 class _Scale:
-    """KL to a share of the heat colour, logarithmic."""
+    """KL to a share of the heat colour, logarithmic, over what some groups show."""
 
-    def __init__(self, low: float, high: float) -> None:
-        self._low, self._high = low, high
-
-    @classmethod
-    def over(cls, groups: Sequence[Group]) -> _Scale:
+    def __init__(self, groups: Sequence[Group]) -> None:
         shown = (harm for group in groups for width, harm in _harms(group).items() if "-" not in width)
-        found = [harm for harm in shown if harm > _LEAST]
-        return cls(min(found), max(found)) if found else cls(1.0, 1.0)
+        found = [harm for harm in shown if harm > _LEAST] or [1.0]
+        self._low, self._wide = min(found), math.log(max(found) / min(found)) or 1.0
 
     def heat(self, harm: float) -> float:
         if harm <= _LEAST:
             return 0.0
-        wide = math.log(self._high / self._low) if self._high > self._low else 1.0
-        return _DARKEST * max(0.05, math.log(max(harm, self._low) / self._low) / wide)
+        return _DARKEST * max(0.05, math.log(max(harm, self._low) / self._low) / self._wide)
 
 
 def _harms(group: Group) -> Mapping[str, float]:
