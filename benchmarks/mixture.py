@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import hasten
@@ -31,7 +32,7 @@ from hasten.compress.result import Progress
 from hasten.core import Budget, EngineOptions, Recipe, Verdict, Workload, as_json
 from hasten.errors import HastenError
 from hasten.optimize.calibrated import is_calibrated, split
-from hasten.optimize.mixture import gentlest, mixture_recipe, predicted_harm
+from hasten.optimize.mixture import lightest, mixture_recipe, predicted_harm
 from hasten.optimize.sensitivity import PROBE, Choice, SensitivityMap, draw, groups, measure_harms
 from hasten.optimize.workshop import Workshop
 from hasten.quality.divergence import Reference, evaluate
@@ -43,6 +44,28 @@ UNIFORM = "w4,w4-head8,w5,w6"
 """What mixtures of the same bytes are held against."""
 LIMITS = {"map_s": 300.0, "gain": 0.30, "bits": 5.5, "decode": 1.25}
 RUNS_WORKLOAD = Workload(prompt=64, output=96)
+
+
+def gentlest(menus: Sequence[Sequence[Choice]], most_bytes: float) -> list[Choice] | None:
+    """One choice a group with the least summed harm in at most `most_bytes`; None if nothing is so small.
+
+    The other side of `lightest`: the limit in harm is halved until the lightest set just fits. Costs 40 of
+    its runs.
+    """
+    low, high = 0.0, sum(max(c.harm for c in menu) for menu in menus) * 1.02 + 1e-30
+    best = lightest(menus, high)
+    if best is None or sum(c.bytes for c in best) > most_bytes:
+        return None
+    for _ in range(40):
+        middle = (low * high) ** 0.5 if low > 0 else high / 4
+        found = lightest(menus, middle)
+        if found is not None and sum(c.bytes for c in found) <= most_bytes:
+            best, high = found, middle
+        else:
+            low = middle
+        if high < 1e-12 or (low > 0 and high / low < 1.0005):
+            break
+    return best
 
 
 class Mixtures:

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hasten.core import Format
-from hasten.optimize.mixture import gentlest, lightest
+from hasten.optimize.mixture import lightest
 from hasten.optimize.sensitivity import Choice
+from mixture import gentlest
 
 CHOICES = st.builds(
     Choice,

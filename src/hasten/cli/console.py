@@ -6,9 +6,8 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from hasten.core import Measurement, as_json
@@ -124,9 +123,7 @@ class Ticker:
             self._status.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._status is not None:
             self._status.stop()
 
@@ -179,17 +176,14 @@ def _span(seconds: float) -> str:
 def watched() -> Iterator[Observer]:
     """An observer whose live line appears with the first thing it is told; most recipes tell nothing."""
     opened: list[Ticker] = []
+    with ExitStack() as stack:
 
-    def tell(progress: Progress) -> None:
-        if not opened:
-            opened.append(Ticker().__enter__())
-        show(opened[0], progress)
+        def tell(progress: Progress) -> None:
+            if not opened:
+                opened.append(stack.enter_context(Ticker()))
+            show(opened[0], progress)
 
-    try:
         yield tell
-    finally:
-        for ticker in opened:
-            ticker.__exit__(None, None, None)
 
 
 def show(ticker: Ticker, progress: Progress) -> None:

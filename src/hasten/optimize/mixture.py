@@ -64,28 +64,6 @@ def lightest(menus: Sequence[Sequence[Choice]], limit: float) -> list[Choice] | 
     return _walk_back(menus, taken, step, int(np.flatnonzero(best == best[_STEPS])[0]))
 
 
-def gentlest(menus: Sequence[Sequence[Choice]], most_bytes: float) -> list[Choice] | None:
-    """One choice a group with the least summed harm in at most `most_bytes`; None if nothing is so small.
-
-    The other side of `lightest`: the limit in harm is halved until the lightest set just fits. Costs 40 of
-    its runs.
-    """
-    low, high = 0.0, sum(max(c.harm for c in menu) for menu in menus) * 1.02 + 1e-30
-    best = lightest(menus, high)
-    if best is None or sum(c.bytes for c in best) > most_bytes:
-        return None
-    for _ in range(40):
-        middle = (low * high) ** 0.5 if low > 0 else high / 4
-        found = lightest(menus, middle)
-        if found is not None and sum(c.bytes for c in found) <= most_bytes:
-            best, high = found, middle
-        else:
-            low = middle
-        if high < 1e-12 or (low > 0 and high / low < 1.0005):
-            break
-    return best
-
-
 def _walk_back(
     menus: Sequence[Sequence[Choice]], taken: list[np.ndarray], step: float, left: int
 ) -> list[Choice]:
