@@ -400,11 +400,11 @@ class Tally:
         """Of all answers that have ended."""
         return self._output_tokens
 
-    def usage(self) -> dict[str, Any]:
-        """OpenAI's usage object of chat and completions."""
+    def usage(self, prompt: str = "prompt", answer: str = "completion") -> dict[str, Any]:
+        """OpenAI's usage object, in the words of chat and completions or in others."""
         return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.output_tokens,
+            f"{prompt}_tokens": self.prompt_tokens,
+            f"{answer}_tokens": self.output_tokens,
             "total_tokens": self.prompt_tokens + self.output_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            f"{prompt}_tokens_details": {"cached_tokens": self.cached_tokens},
         }

@@ -199,13 +199,7 @@ class ResponseShape(Answer):
         return self._event("response.failed", response=self.document()).encode("utf-8", "replace")
 
     def document(self) -> dict[str, Any]:
-        usage = {
-            "input_tokens": self.tally.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": self.tally.cached_tokens},
-            "output_tokens": self.tally.output_tokens,
-            "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": self.tally.prompt_tokens + self.tally.output_tokens,
-        }
+        usage = {**self.tally.usage("input", "output"), "output_tokens_details": {"reasoning_tokens": 0}}
         cut = {"reason": "max_output_tokens"} if self._status == "incomplete" else None
         return {
             "id": self.id,
