@@ -8,7 +8,6 @@ heads, `K` KV heads, `D` head size, `E` model width, `F` feed-forward width, `V`
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +27,6 @@ QkNorm = Literal["none", "head", "full"]
 """None, of each head [D] (Qwen3, Gemma 3), or of all queries and all keys (OLMo 2)."""
 Goal = Literal["latency", "throughput", "memory"]
 Status = Literal["pass", "fail", "insufficient"]
-
-
 RopeKind = Literal["default", "linear", "llama3", "yarn", "longrope", "dynamic"]
 
 
@@ -452,12 +449,6 @@ class Workload:
     batch: int = 1
 
 
-def share_of(text: str) -> tuple[float, bool] | None:
-    """(value, whether it came with a percent sign) of a share: `1%` and `0.01` are 0.01; None: it is none."""
-    match = re.fullmatch(r"\s*\+?(\d+(?:\.\d*)?|\.\d+)\s*(%?)\s*", text)
-    return match and (float(match[1]) / (100 if match[2] else 1), bool(match[2]))
-
-
 @dataclass(frozen=True)
 class Budget:
     """What may be given up: the quality limit of docs/concepts.md."""
@@ -476,11 +467,7 @@ class Stat:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Stat:
-        """Of at least one run; between neighbours by straight lines, as NumPy's quantiles.
-
-        Raises:
-            UsageError: there is no run.
-        """
+        """Between neighbours by straight lines, as NumPy's quantiles; UsageError where there is no run."""
         import statistics  # takes 10 ms, and `hasten VERB --help` needs none
 
         if not values:

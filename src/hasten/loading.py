@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hasten.cache.reading import is_there
-from hasten.core import Budget, EngineOptions, Recipe, share_of
+from hasten.core import Budget, EngineOptions, Recipe
 from hasten.errors import ArtifactError, UsageError
+from hasten.recipe import share_of
 
 if TYPE_CHECKING:
     from hasten.compress.result import Observer

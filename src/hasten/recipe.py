@@ -292,3 +292,9 @@ def one_of(what: str, got: str, known: Iterable[str]) -> None:
     """Refuse a name that is not among the known ones."""
     if got not in known:
         raise UsageError(f"unknown {what} {got!r}", hint=f"use one of {', '.join(known)}")
+
+
+def share_of(text: str) -> tuple[float, bool] | None:
+    """(value, whether it came with a percent sign) of a share: `1%` and `0.01` are 0.01; None: it is none."""
+    match = re.fullmatch(r"\s*\+?(\d+(?:\.\d*)?|\.\d+)\s*(%?)\s*", text)
+    return match and (float(match[1]) / (100 if match[2] else 1), bool(match[2]))

@@ -235,9 +235,10 @@ def _outcome(seat: _Seat, workload: Workload, subject: _Seat, disturbed: int) ->
 
 
 def _ratios(ours: Outcome, theirs: Outcome) -> dict[str, Ratio]:
-    rates = [[rates_of(sample) for sample in one.samples] for one in (ours, theirs)]
-    decode, prefill = ([[rate[at] for rate in one] for one in rates] for at in (0, 1))
-    return {"decode": paired_ratio(*decode), "prefill": paired_ratio(*prefill)}
+    (decode, prefill), (their_decode, their_prefill) = (
+        zip(*map(rates_of, one.samples), strict=True) for one in (ours, theirs)
+    )
+    return {"decode": paired_ratio(decode, their_decode), "prefill": paired_ratio(prefill, their_prefill)}
 
 
 OURS = "hasten.bench.peers.ours"

@@ -11,9 +11,10 @@ from typing import Annotated, Any, Optional, get_args, get_origin, get_type_hint
 
 import typer
 
-from hasten.core import EngineOptions, share_of
+from hasten.core import EngineOptions
 from hasten.errors import UsageError
-from hasten.recipe import appended_methods
+from hasten.recipe import share_of
+from hasten.core import 
 
 
 def help_of(noun: type, name: str) -> str:
