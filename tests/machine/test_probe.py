@@ -152,7 +152,8 @@ def test_probe_without_measuring_says_unknown() -> None:
 
 
 def test_command_prints_every_field() -> None:
-    from hasten.cli.probe import document, rows, table
+    from hasten.cli.console import aligned
+    from hasten.cli.probe import document, rows
 
     stat = Stat(40.0, 38.0, 45.5, 12)
     machine = replace(
@@ -169,7 +170,7 @@ def test_command_prints_every_field() -> None:
     assert shown["caches"] == "unknown"
     assert shown["read bandwidth"] == "45.6 GB/s  best of 12 rounds; p10 38.0, median 40.0, p90 45.5"
     assert shown["int8 ceiling"] == "1.25 TOPS" and shown["bf16 ceiling"] == "unknown"
-    assert "limited" in shown["memory"] and "avx512 int8" in table(machine)
+    assert "limited" in shown["memory"] and "avx512 int8" in aligned(rows(machine))
     written = document(machine)
     assert written["schema_version"] == 1 and written["read_gb_per_s"] == 45.6
     assert set(written) == {"schema_version", *(f for f in as_json(machine))}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 from hasten.cli.console import aligned, emit, note, shown
 from hasten.cli.flags import JsonOption, given
@@ -30,9 +30,14 @@ def command(
         note("measuring with all cores, under 15 s: other work on this machine lowers the figures ...")
     machine = probe(measure=measure)
     if json:
-        emit({"schema_version": SCHEMA_VERSION, **as_json(machine)})
+        emit(document(machine))
     else:
         sys.stdout.write(aligned(rows(machine)))
+
+
+def document(machine: Machine) -> dict[str, Any]:
+    """The JSON document: `schema_version`, then every field of `Machine`."""
+    return {"schema_version": SCHEMA_VERSION, **as_json(machine)}
 
 
 def rows(machine: Machine) -> list[tuple[str, str]]:
