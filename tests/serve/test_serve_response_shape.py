@@ -33,9 +33,7 @@ class Reader:
 def shaped(reader: Any, *outputs: Output) -> tuple[dict[str, Any], list[Any]]:
     """The document, and what the events of the text said of logprobs."""
     texts = TokenTexts(cast(Any, ByteTokenizer()))
-    tally: Any = SimpleNamespace(
-        take=lambda *_: None, prompt_tokens=1, cached_tokens=0, output_tokens=len(outputs)
-    )
+    tally: Any = SimpleNamespace(take=lambda *_: None, usage=lambda *_: {})
     shape = ResponseShape({}, texts, tally, reader)
     data = b"".join(shape.chunks([(0, output)]) for output in outputs).decode()
     events = [json.loads(line[6:]) for line in data.split("\n") if line.startswith("data: ")]

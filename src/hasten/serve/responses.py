@@ -98,16 +98,18 @@ InputItem = Annotated[
 ]
 
 
-class FunctionTool(Function):
+class OfFunction(TypedDict):
+    """Comes first, so that a wrong type is named before what it lacks."""
+
+    type: Literal["function"]
+
+
+class FunctionTool(OfFunction, Function):
     """A function the model may call."""
 
-    type: Literal["function"]
 
-
-class FunctionChoice(NamedFunction):
+class FunctionChoice(OfFunction, NamedFunction):
     """This function and no other."""
-
-    type: Literal["function"]
 
 
 class JsonSchemaText(JsonSchema):
