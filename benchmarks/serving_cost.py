@@ -9,8 +9,8 @@ from bar import Bar, Settings, say
 from chat_workloads import SharedChats
 from hasten.bench.figures import Answer, paired_ratio, percentile
 from hasten.bench.measure import PromptRing, default_text
-from hasten.core import Stat
 from hasten.errors import PeerError
+from hasten.machine.probe import stat_of
 from http_load import Address, figures
 from server_process import ServerProcess, free_port
 
@@ -96,11 +96,11 @@ def _added(server: list[Answer], engine: list[Answer]) -> dict[str, Any]:
     return {
         "ttft_ms": percentile(ttft, 0.5),
         "token_ms": percentile(token, 0.5),
-        "ttft_differences_ms": Stat.of(ttft),
-        "token_differences_ms": Stat.of(token),
+        "ttft_differences_ms": stat_of(ttft),
+        "token_differences_ms": stat_of(token),
         "token_pairs_ms": token,
-        "engine_ttft_ms": Stat.of([1000 * (a.first_s or 0.0) for a in engine]),
-        "engine_token_ms": Stat.of([1000 * (a.tpot_s or 0.0) for a in engine]),
+        "engine_ttft_ms": stat_of([1000 * (a.first_s or 0.0) for a in engine]),
+        "engine_token_ms": stat_of([1000 * (a.tpot_s or 0.0) for a in engine]),
         "prompt_tokens": sorted({a.prompt_tokens for a in server if a.prompt_tokens}),
         "output_tokens": sorted({a.output_tokens for a in server}),
     }
@@ -119,6 +119,6 @@ def start(settings: Settings) -> tuple[list[Bar], Any]:
         if number:
             seconds.append(took)
         say(f"start {number}: ready after {took:.2f} s")
-    return [Bar("hasten serve ARTIFACT to ready", Stat.of(seconds).median, 1.5, "s", at_least=False)], {
-        "seconds": Stat.of(seconds)
+    return [Bar("hasten serve ARTIFACT to ready", stat_of(seconds).median, 1.5, "s", at_least=False)], {
+        "seconds": stat_of(seconds)
     }

@@ -11,8 +11,8 @@ import serving_contenders as contenders
 from bar import Bar, Settings, say
 from chat_workloads import Conversation, Message
 from hasten.bench.figures import Answer, percentile
-from hasten.core import Stat
 from hasten.errors import PeerError
+from hasten.machine.probe import stat_of
 
 FIRST_TOKENS = 4
 """Tokens asked for where only the first is timed."""
@@ -51,8 +51,8 @@ class Waits:
     def details(self) -> dict[str, Any]:
         """For the record."""
         return {
-            "hot_ms": Stat.of(self.hot_ms),
-            "cold_ms": Stat.of(self.cold_ms),
+            "hot_ms": stat_of(self.hot_ms),
+            "cold_ms": stat_of(self.cold_ms),
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": self.cached_tokens,
             "ratio": self.ratio,

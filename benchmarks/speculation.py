@@ -19,11 +19,12 @@ from typing import Any
 import hasten
 from bar import Bar, Settings, record, say
 from hasten.bench.figures import paired_ratio
-from hasten.core import ServingOptions, Stat
+from hasten.core import ServingOptions
 from hasten.engine.engine import Engine
 from hasten.engine.model import LanguageModel
 from hasten.engine.request import Request
 from hasten.errors import HastenError
+from hasten.machine.probe import stat_of
 from speculation_tasks import tasks
 
 NEW_TOKENS = 256
@@ -121,8 +122,8 @@ def judge(kind: str, rounds: list[list[tuple[Answer, Answer]]]) -> tuple[Bar, di
     with_drafts = [pair[0] for one in rounds for pair in one]
     details = {
         "ratio": ratio,
-        "decode_tok_per_s": Stat.of(speeds[0]),
-        "plain_decode_tok_per_s": Stat.of(speeds[1]),
+        "decode_tok_per_s": stat_of(speeds[0]),
+        "plain_decode_tok_per_s": stat_of(speeds[1]),
         "answers": len(rounds[0]),
         "tokens": sum(len(one.tokens) for one in with_drafts) // len(rounds),
         "drafted_tokens": sum(one.drafted for one in with_drafts) // len(rounds),

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from bar import Bar, Settings, say
-from hasten.core import Stat
 from hasten.errors import HastenError
+from hasten.machine.probe import stat_of
 
 PROMPT = "What is a mutex?"
 NEW_TOKENS = 128
@@ -70,10 +70,10 @@ def startup(settings: Settings) -> tuple[list[Bar], Any]:
         tokens.append(hasten(*first).wall_s)
         helps.append(hasten("--help").wall_s)
     bars = [
-        Bar("generate ARTIFACT -n 1, whole process", Stat.of(tokens).median, 1.0, "s", at_least=False),
-        Bar("hasten --help, whole process", Stat.of(helps).median, 0.25, "s", at_least=False),
+        Bar("generate ARTIFACT -n 1, whole process", stat_of(tokens).median, 1.0, "s", at_least=False),
+        Bar("hasten --help, whole process", stat_of(helps).median, 0.25, "s", at_least=False),
     ]
-    return bars, {"first_token_s": Stat.of(tokens), "help_s": Stat.of(helps)}
+    return bars, {"first_token_s": stat_of(tokens), "help_s": stat_of(helps)}
 
 
 def memory(settings: Settings) -> tuple[list[Bar], Any]:
@@ -101,8 +101,8 @@ def gguf(settings: Settings) -> tuple[list[Bar], Any]:
     path = str(open_model(settings.model).files[0].path)
     first = ["generate", path, "-p", PROMPT, "-n", "1", "--threads", str(settings.threads)]
     seconds = [hasten(*first).wall_s for _ in range(settings.runs)]
-    bar = Bar("GGUF to first token, whole process", Stat.of(seconds).median, 6.0, "s", at_least=False)
-    return [bar], {"seconds": Stat.of(seconds), "file_bytes": Path(path).stat().st_size}
+    bar = Bar("GGUF to first token, whole process", stat_of(seconds).median, 6.0, "s", at_least=False)
+    return [bar], {"seconds": stat_of(seconds), "file_bytes": Path(path).stat().st_size}
 
 
 def make_demo(settings: Settings) -> tuple[list[Bar], Any]:

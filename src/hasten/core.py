@@ -8,12 +8,12 @@ heads, `K` KV heads, `D` head size, `E` model width, `F` feed-forward width, `V`
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from hasten.errors import ModelError, UsageError
+from hasten.errors import ModelError
 from hasten.recipe import Recipe as Recipe
 from hasten.weights.formats import Format as Format
 
@@ -27,6 +27,8 @@ QkNorm = Literal["none", "head", "full"]
 """None, of each head [D] (Qwen3, Gemma 3), or of all queries and all keys (OLMo 2)."""
 Goal = Literal["latency", "throughput", "memory"]
 Status = Literal["pass", "fail", "insufficient"]
+
+
 RopeKind = Literal["default", "linear", "llama3", "yarn", "longrope", "dynamic"]
 
 
@@ -464,18 +466,6 @@ class Stat:
     p10: float
     p90: float
     n: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Stat:
-        """Between neighbours by straight lines, as NumPy's quantiles; UsageError where there is no run."""
-        import statistics  # takes 10 ms, and `hasten VERB --help` needs none
-
-        if not values:
-            raise UsageError("a figure needs at least one run, got none", hint="give --runs 1 or more")
-        deciles = (
-            statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else [values[0]] * 9
-        )
-        return cls(float(statistics.median(values)), deciles[0], deciles[8], len(values))
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from hasten.bench import figures as sample_module
 from hasten.bench.figures import Sample, TokenClock, paired_ratio, percentile
 from hasten.bench.measure import PromptRing, check, default_text, measurement_of, with_ceilings
-from hasten.core import Machine, Recipe, Stat, Workload, as_json
+from hasten.core import Machine, Recipe, Workload, as_json
 from hasten.errors import PeerError, UsageError
+from hasten.machine.probe import stat_of
 from hasten.speed import Cost, cost, kv_read_bytes
 from specs import changed, spec
 
@@ -27,7 +28,7 @@ def test_percentile_is_numpys(runs, fraction):
 
 def test_stat_of_no_runs_is_a_usage_error():
     with pytest.raises(UsageError, match="at least one run"):
-        Stat.of([])
+        stat_of([])
 
 
 @given(values)

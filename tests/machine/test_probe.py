@@ -97,8 +97,8 @@ def test_buffer_is_larger_than_the_cache_and_leaves_memory(monkeypatch: pytest.M
 
 
 def test_stat_of() -> None:
-    assert Stat.of([3.0]) == Stat(3.0, 3.0, 3.0, 1)
-    stat = Stat.of([float(i) for i in range(11)])
+    assert machine_probe.stat_of([3.0]) == Stat(3.0, 3.0, 3.0, 1)
+    stat = machine_probe.stat_of([float(i) for i in range(11)])
     assert stat == Stat(5.0, 1.0, 9.0, 11)
 
 

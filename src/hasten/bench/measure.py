@@ -18,9 +18,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from hasten.bench.figures import Sample, TokenClock, steady
-from hasten.core import Machine, Measurement, ServingOptions, Stat, Workload
+from hasten.core import Machine, Measurement, ServingOptions, Workload
 from hasten.errors import UsageError
 from hasten.machine.memory import peak_rss_bytes
+from hasten.machine.probe import stat_of
 from hasten.speed import Cost, cost
 
 if TYPE_CHECKING:
@@ -178,10 +179,10 @@ def measurement_of(
         version=version,
         format=form,
         weight_bytes=weight_bytes,
-        prefill_tok_per_s=Stat.of([s.prefill_tok_per_s for s in samples]),
-        decode_tok_per_s=Stat.of([s.decode_tok_per_s for s in samples]),
-        ttft_ms=Stat.of([1000 * s.ttft_s for s in samples]),
-        tpot_ms=Stat.of([s.tpot_ms for s in samples]),
+        prefill_tok_per_s=stat_of([s.prefill_tok_per_s for s in samples]),
+        decode_tok_per_s=stat_of([s.decode_tok_per_s for s in samples]),
+        ttft_ms=stat_of([1000 * s.ttft_s for s in samples]),
+        tpot_ms=stat_of([s.tpot_ms for s in samples]),
         peak_rss_bytes=peak_rss_bytes,
         workload=workload,
         threads=threads,

@@ -162,9 +162,11 @@ def load_or_measure(max_age_s: float = 3600.0, threads: int | None = None) -> di
 
 
 def stat_of(values: Sequence[float]) -> Stat:
-    """Median, p10 and p90 of at least one value, between neighbours by straight lines."""
+    """Median, p10 and p90 between neighbours by straight lines; UsageError where there is no value."""
     import statistics  # brings fractions and decimal: 20 ms of every start that measures nothing
 
+    if not values:
+        raise UsageError("a figure needs at least one run, got none", hint="give --runs 1 or more")
     deciles = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else [values[0]] * 9
     return Stat(median=statistics.median(values), p10=deciles[0], p90=deciles[8], n=len(values))
 
