@@ -13,8 +13,7 @@ import typer
 
 from hasten.core import EngineOptions
 from hasten.errors import UsageError
-from hasten.recipe import share_of
-from hasten.core import 
+from hasten.recipe import appended_methods, share_of
 
 
 def help_of(noun: type, name: str) -> str:

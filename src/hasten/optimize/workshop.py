@@ -131,9 +131,7 @@ class Workshop:
             return calibration.mixture(recipe, self.options.threads)
         return calibration.whole(self._ref, recipe, self.options.threads)
 
-    def swap(
-        self, model: Built, tensors: Sequence[str], layout: Format | None, method: str = "rtn"
-    ) -> None:
+    def swap(self, model: Built, tensors: Sequence[str], layout: Format | None, method: str = "rtn") -> None:
         """Packs single tensors anew and puts them in place."""
         for name in tensors:
             if layout is not None and is_calibrated(layout, method):
