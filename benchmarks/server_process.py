@@ -19,7 +19,7 @@ from hasten.bench.peers import EngineSpec
 from hasten.bench.process import Child
 from hasten.bench.worker import die_with_parent
 from hasten.errors import MachineError, PeerError
-from hasten.machine.cgroup import folders
+from hasten.machine.cores import group_folders
 from http_load import Address, send_now
 
 POLL_S = 0.005
@@ -94,7 +94,7 @@ def control_group(*, memory_bytes: int | None = None, cpus: float | None = None)
 
 @contextmanager
 def _part(controller: str, limit: Callable[[Path], None]) -> Iterator[Path]:
-    made = next(filter(None, (_made(parent, limit) for parent in folders(controller))), None)
+    made = next(filter(None, (_made(parent, limit) for parent in group_folders(controller))), None)
     if made is None:
         raise MachineError(
             f"no control group for {controller} can be made here",

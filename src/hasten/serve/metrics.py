@@ -27,8 +27,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 if TYPE_CHECKING:
-    from hasten.engine.request import Output, Usage
-    from hasten.engine.request import EngineStats
+    from hasten.engine.request import EngineStats, Output, Usage
     from hasten.serve.call import Call, Scope
 
 WAITING = 10_000
