@@ -65,14 +65,14 @@ PEERS = (
 
 def plain_logits(artifact: Path, ids: list[int]) -> np.ndarray:
     """The plain decoder's, float32 [T, V], matrices as the artifact means them."""
-    from hasten.models.reference import ReferenceDecoder
+    from hasten.runtime.reference import ReferenceDecoder
 
     packed = load_artifact(artifact).packed
     values = {
         name: _native.unpack(x.data, x.rows, x.cols, x.layout.bits, x.layout.group, x.layout.symmetric)
         for name, x in packed.linears.items()
     }
-    return ReferenceDecoder(packed.config, {**values, **packed.vectors}).logits(ids).numpy()
+    return ReferenceDecoder(packed.config, {**values, **packed.vectors}).logits(ids)
 
 
 def measured(peer: Peer, artifact: Path, ids: list[int], ours: Path, folder: Path) -> dict[str, Any]:

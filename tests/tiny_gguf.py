@@ -10,7 +10,8 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
-from tiny_models import CHAT_TEMPLATE, END, VOCAB, Tiny, vocabulary
+from tiny_models import Tiny
+from tiny_tokenizers import CHAT_TEMPLATE, END, VOCAB, vocabulary
 
 # Types that the gguf package can only read: a block's bytes, where its fp16 scale and minimum lie, and how
 # many scales one minimum must weigh to centre the values (0: the type has no minimum).

@@ -16,14 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-torch.set_num_threads(1)  # matrices this small are done before a second thread has woken up
+from tiny_tokenizers import END, VOCAB, save_tokenizer
 
-VOCAB = 263
-END = VOCAB - 1  # id of the special token <|end|>
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|end|>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<|end|>assistant: {% endif %}"
-)
+torch.set_num_threads(1)  # matrices this small are done before a second thread has woken up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,34 +235,6 @@ def save_folder(tiny: Tiny, folder: Path, dtype: str = "bfloat16", shards: bool 
     model.save_pretrained(folder, max_shard_size="40KB" if shards else "5GB")
     save_tokenizer(folder)
     return folder
-
-
-def vocabulary() -> tuple[list[str], list[tuple[str, str]]]:
-    """The tokens in order, and the merges, of the byte-level tokenizer that goes with every tiny model."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    letters = sorted(ByteLevel.alphabet())
-    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("a", "n"), ("Ġ", "a")]
-    return [*letters, *(a + b for a, b in merges), "<|end|>"], merges
-
-
-def save_tokenizer(folder: Path) -> None:
-    """tokenizer.json and tokenizer_config.json, chat template included."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    tokens, merges = vocabulary()
-    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens[:-1])}, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(tokens[-1], special=True, normalized=False)])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "<|end|>",
-        "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def write_old_config(folder: Path) -> None:

@@ -1,13 +1,20 @@
-"""Tiny trained tokenizers, and GGUF files with nothing but a tokenizer in them."""
+"""The tiny models' tokenizer, tiny trained ones, and GGUF files with nothing but a tokenizer in them."""
 
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
 from text_samples import corpus
 
+VOCAB = 263
+END = VOCAB - 1  # id of the special token <|end|>
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|end|>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|end|>assistant: {% endif %}"
+)
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -36,8 +43,6 @@ def byte_level(split: str, vocab_size: int = 900) -> Any:
 
 def byte_level_metadata(tokenizer: Any, pre: str) -> dict[str, Any]:
     """The `tokenizer.ggml.*` values a GGUF writer makes of it; with control and user-defined tokens."""
-    import json
-
     vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     tokens = [token for token, _ in vocab] + [*CONTROL, "<tool_call>", "[PAD0]"]
@@ -130,3 +135,31 @@ def write_gguf(path: Path, architecture: str, tokenizer: dict[str, Any], templat
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def vocabulary() -> tuple[list[str], list[tuple[str, str]]]:
+    """The tokens in order, and the merges, of the byte-level tokenizer that goes with every tiny model."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    letters = sorted(ByteLevel.alphabet())
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("a", "n"), ("Ġ", "a")]
+    return [*letters, *(a + b for a, b in merges), "<|end|>"], merges
+
+
+def save_tokenizer(folder: Path) -> None:
+    """tokenizer.json and tokenizer_config.json, chat template included."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    tokens, merges = vocabulary()
+    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens[:-1])}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(tokens[-1], special=True, normalized=False)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|end|>",
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from hasten.core import ModelSpec, RopeScaling
-from hasten.models.reference import ReferenceDecoder
 from hasten.runtime.gpu.persistent import rotation_tables
 from hasten.runtime.gpu.shape import Shape, WeightFormat
 from hasten.runtime.gpu.tiles import rounded
+from hasten.runtime.reference import ReferenceDecoder
 from hasten.weights.plan import FlatConfig
 
 BIASED = {"qwen2": frozenset("qkv"), "biased": frozenset({"q", "k", "v", "o", "gate", "up", "down"})}
@@ -186,13 +186,13 @@ def reference(shape: Shape, parameters: Parameters, tokens: Sequence[int]) -> Ex
     tensors = {name: stored(shape, parameters, name).cpu().numpy() for name in names}
     cached: dict[str, torch.Tensor] = {}
 
-    def as_cached(name: str, value: torch.Tensor) -> torch.Tensor:
+    def as_cached(name: str, value: np.ndarray) -> np.ndarray:
         if not name.endswith((".keys", ".values")):
             return value
-        cached[name] = value.bfloat16()
-        return cached[name].float()
+        cached[name] = torch.from_numpy(value).bfloat16()
+        return cached[name].float().numpy()
 
-    hidden = ReferenceDecoder(shape.config, tensors, as_cached).hidden(np.array(tokens))
+    hidden = torch.from_numpy(ReferenceDecoder(shape.config, tensors, as_cached).hidden(np.array(tokens)))
     if shape.config.tied_head:  # the head is stored in its own format, the embedding's rows are bf16
         embed = parameters("embed")
         assert embed is not None

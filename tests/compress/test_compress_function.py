@@ -284,7 +284,7 @@ def test_a_weight_that_is_no_number(
 ) -> None:
     import copy
 
-    from tiny_models import save_tokenizer
+    from tiny_tokenizers import save_tokenizer
 
     model = copy.deepcopy(tiny_model("llama"))
     model.model.layers[1].mlp.down_proj.weight.data[3, 5] = float("nan")

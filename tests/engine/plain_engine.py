@@ -9,6 +9,7 @@ import numpy as np
 from hasten.engine.grammar_compiler import GrammarCompiler
 from hasten.engine.model import LanguageModel
 from hasten.engine.request import Output, Request
+from hasten.runtime.executor import Part
 from hasten.runtime.pages import CachedSequence
 from hasten.runtime.sampling import SequenceSampler, TokenLogprob, choose
 
@@ -42,10 +43,12 @@ def plain(model: LanguageModel, request: Request, index: int = 0) -> Plain:
                 prompt = len(known)
                 sequence.kv_class = kv_class
             new = known[sequence.length :]
-            hidden = executor.step([(sequence, new)], [len(new) - 1], prefill=len(known) == prompt)
+            part = Part(sequence, new, as_prompt=len(known) == prompt, hidden=1)
+            (result,) = executor.collect(executor.submit([part]))
+            assert result.hidden is not None
             masks = None if grammar is None else grammar.masks([])
             choice = choose(
-                executor.head(hidden), [sampler], [[]], [len(known)], [masks], [request.logprobs]
+                executor.head(result.hidden), [sampler], [[]], [len(known)], [masks], [request.logprobs]
             )[0]
             known += choice.tokens
             done.tokens += choice.tokens

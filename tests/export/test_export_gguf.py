@@ -24,8 +24,8 @@ from hasten.models.tokenizer import Tokenizer
 from hasten.weights.packed import integers, pack_model
 from tiny_artifacts import make, mixed, packed, values_of
 from tiny_gguf import write_gguf
-from tiny_models import CHAT_TEMPLATE, TINY, prompts, save_folder
-from tiny_tokenizers import byte_level, sentencepiece_model
+from tiny_models import TINY, prompts, save_folder
+from tiny_tokenizers import CHAT_TEMPLATE, byte_level, sentencepiece_model
 
 ROUND_TRIP = [
     *("llama", "llama-linear", "llama-llama3", "llama-yarn", "llama-wide", "mistral-full", "qwen2"),

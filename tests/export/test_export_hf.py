@@ -19,8 +19,8 @@ from hasten.errors import DiskError, UsageError
 from hasten.export import export
 from hasten.models.artifact import load_artifact
 from hasten.models.families import FAMILIES, hf_spec
-from hasten.models.reference import ReferenceDecoder
 from hasten.models.tokenizer import Tokenizer
+from hasten.runtime.reference import ReferenceDecoder
 from tiny_artifacts import make, mixed, values_of
 from tiny_models import TINY, prompts
 
@@ -187,7 +187,7 @@ def plain_logits(folder: Path, rounded: set[str]) -> np.ndarray:
     held = {key: values_of(linear) for key, linear in packed.linears.items()}
     for part in (part for name in rounded for part in table.parts(name) or ()):
         held[part] = held[part].astype(np.float16).astype(np.float32)
-    return ReferenceDecoder(packed.config, {**held, **packed.vectors}).logits(prompts(1)[0]).numpy()
+    return ReferenceDecoder(packed.config, {**held, **packed.vectors}).logits(prompts(1)[0])
 
 
 @pytest.mark.slow

@@ -11,7 +11,8 @@ from hasten.core import EngineOptions, ModelSpec
 from hasten.errors import UsageError
 from hasten.machine.memory import MemoryRoom
 from hasten.models.open import open_model
-from hasten.runtime.cpu import KvPlan, kv_plan
+from hasten.runtime.pages import PAGE_TOKENS, KvPlan, kv_plan
+from hasten.speed import page_bytes
 from specs import changed
 
 GB = 1_000_000_000
@@ -34,7 +35,8 @@ def llama(tiny_folder) -> ModelSpec:
 
 def plan(config: ModelSpec, free: float, reserve: float = 0.25, **options: object) -> KvPlan:
     room = MemoryRoom(lambda: int(free * GB), int(reserve * GB))
-    return kv_plan(config, False, EngineOptions(**options), room)  # type: ignore[arg-type]
+    size = page_bytes(config, False, PAGE_TOKENS)
+    return kv_plan(config, size, EngineOptions(**options), room)  # type: ignore[arg-type]
 
 
 def test_a_large_machine_has_room_for_all_sequences(llama: ModelSpec) -> None:
@@ -106,15 +108,16 @@ def test_what_other_models_cache_counts_as_free(llama: ModelSpec) -> None:
 
     room, other = MemoryRoom(lambda: 20 * GB, 0), Other()
     room.join(other)
-    assert 38.9 * GB < kv_plan(llama, False, EngineOptions(), room).bytes <= 39 * GB
+    assert 38.9 * GB < kv_plan(llama, PAGE, EngineOptions(), room).bytes <= 39 * GB
 
 
 def test_a_limit_of_address_space_counts(llama: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hasten.runtime.cpu.address_space_left", lambda: 6 * GB)
+    monkeypatch.setattr("hasten.runtime.pages.address_space_left", lambda: 6 * GB)
     found = plan(llama, 100)
     assert found.context == 8192 and found.bytes <= 5.75 * GB
 
 
 def test_int8_pages_are_smaller(llama: ModelSpec) -> None:
     room = MemoryRoom(lambda: 10 * GB, GB // 4)
-    assert kv_plan(llama, True, EngineOptions(), room).pages > 1.9 * plan(llama, 10).pages
+    size = page_bytes(llama, True, PAGE_TOKENS)
+    assert kv_plan(llama, size, EngineOptions(), room).pages > 1.9 * plan(llama, 10).pages

@@ -13,7 +13,7 @@ from hasten.core import EngineOptions, ServingOptions
 from hasten.engine.model import LanguageModel
 from hasten.engine.request import Output, Request
 from hasten.machine.memory import LOOK_S, MemoryRoom
-from hasten.runtime.cpu import CpuExecutor
+from hasten.runtime.executor import Executor
 from hasten.runtime.sampling import SamplingOptions
 
 RESERVE_PAGES = 4
@@ -23,18 +23,18 @@ Machines = Callable[[], "Machine"]
 class Machine:
     """So many pages' worth of memory, of which the model's pages and other programs take some."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, folder: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self.pages, self.others, self.now = 1 << 20, 0, 0.0
         self.model: LanguageModel | None = None
-        self.page = 3 * 2 * 2 * 32 * 32 * 2  # layers, keys and values, heads, tokens, dims, bf16
+        self.page = 3 * 2 * 2 * 32 * 64  # layers, keys and values, heads, tokens, bytes
         room = MemoryRoom(self.available, RESERVE_PAGES * self.page, lambda: self.now)
-        monkeypatch.setattr("hasten.runtime.cpu.memory_room", lambda: room)
-        options = EngineOptions(threads=1, context=256, max_sequences=4, prefill_chunk=64)
+        monkeypatch.setattr(f"hasten.runtime.{device}.memory_room", lambda: room)
+        options = EngineOptions(threads=1, context=256, max_sequences=4, prefill_chunk=64, device=device)
         self.model = hasten.load(folder, "w8", options=options, store=False)
         assert self.model.executor.page_bytes == self.page
 
     @property
-    def executor(self) -> CpuExecutor:
+    def executor(self) -> Executor:
         assert self.model is not None
         return self.model.executor
 
@@ -43,9 +43,11 @@ class Machine:
         return (self.pages - self.others) * self.page - held
 
 
-@pytest.fixture
-def machine(tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Machine:
-    return Machine(tiny_folder("llama"), monkeypatch)
+@pytest.fixture(params=["cpu", "reference"])
+def machine(
+    request: pytest.FixtureRequest, tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> Machine:
+    return Machine(tiny_folder("llama"), request.param, monkeypatch)
 
 
 def requests(count: int, seed: int = 0) -> list[Request]:

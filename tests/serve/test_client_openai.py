@@ -14,7 +14,7 @@ import pytest
 from client_server import NAME, Server
 from pydantic import BaseModel
 
-import tiny_models
+from tiny_tokenizers import vocabulary
 
 QUESTION: list[Any] = [{"role": "user", "content": "What is a mutex?"}]
 WEATHER: dict[str, Any] = {
@@ -27,7 +27,7 @@ WEATHER: dict[str, Any] = {
 
 BLANKS = {
     str(number): -100
-    for number, token in enumerate(tiny_models.vocabulary()[0])
+    for number, token in enumerate(vocabulary()[0])
     if token[0]
     in "\u0120\u010a\u0109\u010d"  # space, new line, tab, return, as byte-level vocabularies write them
 }

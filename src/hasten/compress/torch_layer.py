@@ -1,7 +1,7 @@
 """One decoder layer in torch: batched, differentiable, in any float type and on any device.
 
 What calibration runs a layer at a time, and what distillation trains. Its plain twin is
-`models/reference.py`: one sequence, float32, no fused attention.
+`runtime/reference.py`: one sequence, float32, no fused attention.
 """
 
 from __future__ import annotations

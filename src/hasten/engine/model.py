@@ -13,7 +13,7 @@ from hasten.engine.engine import Engine
 from hasten.engine.loaded import LoadedModel
 from hasten.engine.request import Request
 from hasten.errors import UsageError
-from hasten.runtime.executor import choose_device
+from hasten.runtime.executor import choose_device, executor_class
 from hasten.runtime.sampling import SamplingOptions
 
 if TYPE_CHECKING:
@@ -186,8 +186,7 @@ def load(
             )
         return LanguageModel(packed, artifact.tokenizer, artifact.name, wanted)
     parsed = Recipe.parse(recipe) if isinstance(recipe, str) else recipe or Recipe("source")
-    for layout in (parsed.default, parsed.head, *parsed.layers.values()):
-        _ = wanted.device != "cuda" and layout is not None and layout.native  # before minutes of packing
+    executor_class(wanted.device).check(parsed)
     return _load_source(ref, parsed, wanted, store)
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
+from hasten.errors import UsageError
+
 _PROC = Path("/proc")
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 _NO_LIMIT = 1 << 60  # version 1 writes a number near 2^63 where there is none
@@ -172,6 +174,23 @@ def cores(topology: Path = _TOPOLOGY) -> Cores:
 def usable_cores() -> int:
     """Threads worth starting here: `Cores.threads`."""
     return cores().threads
+
+
+def threads_of(wanted: int | None) -> int:
+    """Threads to compute with: as many as are asked for, `usable_cores` where nothing is.
+
+    Raises:
+        UsageError: below one, or more than four a processor.
+    """
+    if wanted is None:
+        return usable_cores()
+    allowed = len(core_ids())
+    if wanted < 1 or wanted > 4 * allowed:
+        raise UsageError(
+            f"{wanted} threads asked for, this process may use {allowed} processors",
+            hint=f"use --threads {usable_cores()}, the default here",
+        )
+    return wanted
 
 
 def core_ids() -> tuple[int, ...]:

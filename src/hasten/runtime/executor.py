@@ -8,9 +8,11 @@ Logits (float32 [R, V], 600 KB a row with a vocabulary of 150,000) do not leave 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -19,9 +21,10 @@ import numpy.typing as npt
 from hasten.errors import MachineError, UsageError
 from hasten.runtime.pages import CachedSequence, PagePool
 from hasten.runtime.sampling import Choice, Masks, SequenceSampler, TokenLogprob, choose, score
+from hasten.runtime.tokens import Ids, token_ids
 
 if TYPE_CHECKING:
-    from hasten.core import EngineOptions, ModelSpec
+    from hasten.core import EngineOptions, ModelSpec, Recipe
     from hasten.weights.packed import PackedLinear, PackedModel
 
 Floats = npt.NDArray[np.float32]
@@ -34,6 +37,8 @@ EXECUTORS = {
 }
 """Devices by name. A new one is a file with a class that implements `Executor`, and a line here."""
 
+LONG = "long"
+"""The class of pages whose keys LongRoPE rotated by its long factors."""
 log = logging.getLogger("hasten.runtime")
 _SCORED_ROWS = 32  # positions whose logits exist at a time: 19 MB with a vocabulary of 150,000
 _NO_FAULTS = (KeyboardInterrupt, SystemExit, GeneratorExit)  # they end the process, not one answer
@@ -113,6 +118,14 @@ class Executor(Protocol):
     page_tokens: int
     weights_version: int  # counts replaced layers: keys and values of another version are stale
 
+    @staticmethod
+    def check(recipe: Recipe) -> None:
+        """Asked before minutes of packing.
+
+        Raises:
+            UsageError: the device cannot run a format of the recipe.
+        """
+
     @property
     def page_bytes(self) -> int:
         """Bytes of `read_page`: keys and values of `page_tokens` tokens, all layers."""
@@ -129,8 +142,9 @@ class Executor(Protocol):
         ...
 
     def submit(self, parts: Sequence[Part]) -> Ticket:
-        """Begin a step; every sequence at most once. Returns before the device is done, where it can."""
-        ...
+        """Begin a step; every sequence at most once. Returns before the device is done, where it can: a
+        processor computes in `collect`, there is nobody who could do it meanwhile."""
+        return Ticket(tuple(parts))
 
     def collect(self, ticket: Ticket) -> list[PartResult]:
         """The results of a step, one a part; the sequences hold its tokens, drafts included.
@@ -143,7 +157,15 @@ class Executor(Protocol):
 
     def hidden(self, sequence: CachedSequence, tokens: Sequence[int] | npt.NDArray[np.int32]) -> Floats:
         """Hidden states float32 [T, E] of all tokens of an empty sequence, computed as an answer's."""
-        ...
+        known: list[int] = token_ids(tokens, self.config.vocab).tolist()
+        sequence.kv_class = self.kv_class(len(known), True)
+        found = [np.zeros((0, self.config.width), np.float32)]
+        for at in range(0, len(known), self.chunk):
+            some = known[at : at + self.chunk]
+            (result,) = self.collect(self.submit([Part(sequence, some, hidden=len(some))]))
+            assert result.hidden is not None
+            found.append(result.hidden)
+        return found[1] if len(found) == 2 else np.concatenate(found)
 
     def head(self, hidden: Floats) -> Floats:
         """float32 [R, E] hidden states -> float32 [R, V] logits: for whoever asks for them."""
@@ -189,6 +211,18 @@ def choose_device(wanted: str) -> tuple[str, str]:
     return found
 
 
+def executor_class(device: str) -> type[Executor]:
+    """The class that runs models on a device of `EXECUTORS`.
+
+    Raises:
+        MachineError: a library that it needs is not installed.
+    """
+    module, _, kind = EXECUTORS[device].partition(":")
+    with _needed_by(device):
+        found: type[Executor] = getattr(import_module(module), kind)
+    return found
+
+
 def open_executor(packed: PackedModel, options: EngineOptions) -> Executor:
     """A model on the device that the options name.
 
@@ -197,9 +231,15 @@ def open_executor(packed: PackedModel, options: EngineOptions) -> Executor:
         MachineError: it cannot be used here, or a library that it needs is not installed.
     """
     device, _ = choose_device(options.device)
-    module, _, kind = EXECUTORS[device].partition(":")
+    kind = executor_class(device)
+    with _needed_by(device):
+        return kind(packed, options)  # type: ignore[call-arg]
+
+
+@contextmanager
+def _needed_by(device: str) -> Iterator[None]:
     try:
-        executor: Executor = getattr(import_module(module), kind)(packed, options)
+        yield
     except ModuleNotFoundError as missing:
         if missing.name not in ("torch", "triton"):
             raise
@@ -207,7 +247,6 @@ def open_executor(packed: PackedModel, options: EngineOptions) -> Executor:
             f"--device {device} needs {missing.name}, which is not installed",
             hint="pip install 'hasten[gpu]', or use --device cpu",
         ) from missing
-    return executor
 
 
 def admit(executor: Executor, sequence: CachedSequence, tokens: int) -> None:
@@ -230,6 +269,30 @@ def admit(executor: Executor, sequence: CachedSequence, tokens: int) -> None:
             f"{sequence.length + tokens} tokens do not fit the context of {executor.context}",
             hint="shorten the prompt, or load the model with a larger --context",
         )
+
+
+def prepare(executor: Executor, parts: Sequence[Part]) -> list[Ids]:
+    """Check a step and give its sequences pages: what an executor does before it computes.
+
+    Returns:
+        int32 [tokens + drafts] ids of each part.
+
+    Raises:
+        UsageError: as `Executor.collect`; no sequence has changed its length then.
+    """
+    vocab, pool, size = executor.config.vocab, executor.pool, executor.page_tokens
+    counts = [len(part.tokens) + len(part.drafts) for part in parts]
+    ids = token_ids([token for part in parts for token in (*part.tokens, *part.drafts)], vocab)
+    pool.refuse_others()
+    for part, count in zip(parts, counts, strict=True):
+        admit(executor, part.sequence, count)
+    for part, count in zip(parts, counts, strict=True):
+        pool.grow(part.sequence, part.sequence.length + count)
+    for part, count in zip(parts, counts, strict=True):
+        first, last = part.sequence.length, part.sequence.length + count - 1
+        pool.wrote(part.sequence.pages[first // size : last // size + 1])
+    ends = list(accumulate(counts))
+    return [ids[end - count : end] for end, count in zip(ends, counts, strict=True)]
 
 
 def finish(

@@ -1,4 +1,4 @@
-"""Which pages of the KV cache belong to whom, and which of them take memory.
+"""How many pages the KV cache has, which of them belong to whom, and which take memory.
 
 A page may have several owners; the last to let go frees it. A page takes memory once something is written to
 it, and goes on taking it when it is free: it is reused first. `PageMemory` limits how many pages are written
@@ -7,14 +7,24 @@ by what is free on the machine, and gives free pages back to the system when mem
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from threading import Lock, get_ident
 
+from hasten._native import PAGE_TOKENS as PAGE_TOKENS
+from hasten.core import EngineOptions, ModelSpec
 from hasten.errors import UsageError
-from hasten.machine.memory import LOOK_S, MemoryRoom
+from hasten.machine.memory import LOOK_S, MemoryRoom, address_space_left
+
+_DEFAULT_CONTEXT = 8192
+_LEAST_CONTEXT = 512
+"""A default context is not cut below this many tokens where memory is short: the model is refused instead."""
+
+_log = logging.getLogger("hasten.runtime")
 
 
 @dataclass
@@ -261,3 +271,114 @@ def _runs(pages: Sequence[int]) -> list[tuple[int, int]]:
     ends = [one for one, next_ in pairwise(pages) if next_ != one + 1]
     starts = [next_ for one, next_ in pairwise(pages) if next_ != one + 1]
     return list(zip([*pages[:1], *starts], [*ends, *pages[-1:]], strict=True))
+
+
+@dataclass(frozen=True)
+class KvPlan:
+    """How much memory keys and values may take, decided when a model is loaded."""
+
+    context: int  # tokens
+    pages: int
+    page_bytes: int  # of all layers
+    because: str  # what set the number of pages
+
+    @property
+    def bytes(self) -> int:
+        """Most that the pages may take."""
+        return self.pages * self.page_bytes
+
+    @property
+    def summary(self) -> str:
+        """In one line."""
+        tokens = self.pages * PAGE_TOKENS
+        return f"{tokens} tokens in at most {self.bytes / 1e9:.2f} GB ({self.because})"
+
+
+def kv_plan(config: ModelSpec, page_bytes: int, options: EngineOptions, room: MemoryRoom) -> KvPlan:
+    """Size the pages from what is free now: the weights are in memory already.
+
+    No more than `max_sequences` full contexts, no less than one. Free is what the system and the control
+    groups leave beside `MemoryRoom.reserve`, what a step computes with, and address space. What other models
+    of this process hold in their prefix caches counts as free: they give it back when it is needed.
+
+    Args:
+        config: the model.
+        page_bytes: of a page, all layers.
+        options: context, batch limits and `kv_gb`.
+        room: the process's account of what is free.
+
+    Raises:
+        UsageError: what the options ask for does not fit; the hint says what does.
+    """
+    if options.max_sequences < 1:
+        raise UsageError(
+            f"{options.max_sequences} sequences at once",
+            hint="use EngineOptions(max_sequences=1) or more",
+        )
+    tokens, size = PAGE_TOKENS, page_bytes
+    context = context_of(options.context, config)
+    longest = -(-context // tokens)
+    free = _free_bytes(room, config, options, longest * size)
+    fitting = max(0, free // size * tokens)
+    if options.kv_gb is not None:
+        return _wanted_plan(options.kv_gb, KvPlan(context, longest, size, "--kv-gb"), free)
+    if fitting < context:
+        least = min(_LEAST_CONTEXT, config.context_length)
+        if options.context is not None or fitting < least:
+            raise UsageError(
+                f"keys and values of {context} tokens take {longest * size / 1e9:.2f} GB, "
+                f"{max(0, free) / 1e9:.2f} GB are free here",
+                hint=f"use --context {fitting}"
+                if fitting >= least
+                else "end other programs, or use a smaller model",
+            )
+        _log.warning(
+            "the context is %d tokens and not %d: keys and values take %.1f KB a token, %.2f GB are free",
+            fitting, context, size / tokens / 1e3, free / 1e9,
+        )  # fmt: skip
+        context, longest = fitting, fitting // tokens
+    most = longest * options.max_sequences
+    if free // size < most:
+        return KvPlan(context, free // size, size, f"{free / 1e9:.2f} GB are free")
+    return KvPlan(context, most, size, f"{options.max_sequences} sequences of {context} tokens")
+
+
+def _free_bytes(room: MemoryRoom, config: ModelSpec, options: EngineOptions, one: int) -> int:
+    """Bytes that pages may take; below 0 where not even a step fits. `one`: bytes of a full context."""
+    chunk, widths = options.prefill_chunk, config.hidden_size + config.intermediate_size
+    step = 4 * (4 * chunk * widths + options.max_sequences * config.vocab_size)  # float32 rows and logits
+    free = room.ask(one + step + room.reserve) + room.held() - room.reserve
+    mappable = address_space_left()
+    return (free if mappable is None else min(free, mappable - room.reserve)) - step
+
+
+def _wanted_plan(kv_gb: float, one: KvPlan, free: int) -> KvPlan:
+    """The pages that a user asks for; `one` is a single context's plan."""
+    pages, least = int(kv_gb * 1e9) // one.page_bytes, math.ceil(one.bytes / 1e7) / 100
+    if pages < one.pages:
+        raise UsageError(
+            f"{kv_gb} GB for keys and values hold {pages * PAGE_TOKENS} tokens, "
+            f"less than one context of {one.context}",
+            hint=f"use --kv-gb {least} or more, or a smaller --context",
+        )
+    if pages * one.page_bytes > free:
+        fits = math.floor(free / 1e7) / 100
+        raise UsageError(
+            f"{kv_gb} GB are asked for keys and values, {max(0, free) / 1e9:.2f} GB are free here",
+            hint=f"use --kv-gb {fits}" if fits >= least else "use a smaller --context, and no --kv-gb",
+        )
+    return KvPlan(one.context, pages, one.page_bytes, one.because)
+
+
+def context_of(wanted: int | None, config: ModelSpec) -> int:
+    """Longest sequence of an executor, tokens."""
+    if wanted is None:
+        return min(config.context_length, _DEFAULT_CONTEXT)
+    if wanted < 1:
+        raise UsageError(f"a context of {wanted} tokens", hint="use --context 1 or more")
+    if wanted > config.context_length:
+        raise UsageError(
+            f"a context of {wanted} tokens asked for, the model was made for {config.context_length}",
+            hint=f"use --context {config.context_length} or less",
+        )
+    return wanted

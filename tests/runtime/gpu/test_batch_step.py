@@ -20,10 +20,10 @@ if DEVICE == "cpu":
 
 from hasten.core import RopeScaling  # noqa: E402
 from hasten.errors import ModelError, UsageError  # noqa: E402
-from hasten.models.reference import ReferenceDecoder  # noqa: E402
 from hasten.runtime.gpu import batch_step, batch_weights  # noqa: E402
 from hasten.runtime.gpu.batch_step import PAGE, BatchStep, StepOptions  # noqa: E402
 from hasten.runtime.gpu.batch_tiles import AttentionTile, Tile  # noqa: E402
+from hasten.runtime.reference import ReferenceDecoder  # noqa: E402
 from specs import changed, spec  # noqa: E402
 
 LLAMA = spec(
@@ -111,15 +111,15 @@ def reference(name: str, tokens: list[int], hook=None) -> tuple[torch.Tensor, di
     """The plain decoder's logits [T, V], rounding where the step does; keys, values [T, K, D] by name."""
     seen: dict[str, torch.Tensor] = {}
 
-    def rounded(key: str, value: torch.Tensor) -> torch.Tensor:
-        value = value.to(torch.bfloat16).float()
+    def rounded(key: str, given: np.ndarray) -> np.ndarray:
+        value = torch.from_numpy(given).to(torch.bfloat16).float()
         seen[key] = value if hook is None else hook(key, value)
-        return seen[key]
+        return seen[key].numpy()
 
     tensors = tensors_of(name)
     if hook is not None:
         tensors = {key: in_e4m3(t).numpy() if is_matrix(key) else t for key, t in tensors.items()}
-    return ReferenceDecoder(MODELS[name], tensors, rounded).logits(tokens), seen
+    return torch.from_numpy(ReferenceDecoder(MODELS[name], tensors, rounded).logits(tokens)), seen
 
 
 def is_matrix(key: str) -> bool:
@@ -245,7 +245,7 @@ def test_each_variation_matters() -> None:
         config = replace(
             MODELS[name], sliding_window=None, attention_softcap=None, rope_layers=(), rotary_dim=None
         )
-        changed = ReferenceDecoder(config, tensors_of(name)).logits(sequence(75, 1))
+        changed = torch.from_numpy(ReferenceDecoder(config, tensors_of(name)).logits(sequence(75, 1)))
         assert error(changed[-1], logits[-1]) > 5e-2
 
 

@@ -25,15 +25,15 @@ import torch
 
 from hasten.core import EngineOptions, dense
 from hasten.errors import HastenError, MachineError, UsageError
-from hasten.runtime.cpu import KvPlan, context_of, threads_of
-from hasten.runtime.executor import Draw, Part, PartResult, Ticket, admit, finish
+from hasten.machine.cores import threads_of
+from hasten.runtime.executor import Draw, Executor, Part, PartResult, Ticket, admit, finish
 from hasten.runtime.gpu.batch_weights import BatchWeights, Precision, TensorOf, load
 from hasten.runtime.gpu.chain import SIZES, BatchRows, Chain, OneRow, Pending, PlainRows, Row, Rows, to_host
 from hasten.runtime.gpu.driver import current_device
 from hasten.runtime.gpu.plain import PagedCache, PlainStep, Span, upload
 from hasten.runtime.gpu.shape import PAGE
 from hasten.runtime.gpu.tiles import Weights, kept
-from hasten.runtime.pages import CachedSequence, PagePool
+from hasten.runtime.pages import CachedSequence, KvPlan, PagePool, context_of
 from hasten.runtime.sampling import Choice
 from hasten.runtime.tokens import Ids, token_ids
 from hasten.weights.packed import PackedLinear, PackedModel, bf16_bits, integers, values_of
@@ -102,7 +102,7 @@ class _Result:
     logits: Pending | None = None  # float32 [1, V] of a single row, instead of hidden states
 
 
-class GpuExecutor:
+class GpuExecutor(Executor):
     """A model on a GPU. Not for several threads at once: a second one gets a UsageError.
 
     Args:

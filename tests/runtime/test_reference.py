@@ -8,7 +8,7 @@ import pytest
 import tiny_gguf as gguf_files
 from hasten.errors import ModelError, UsageError
 from hasten.models import Source, open_model
-from hasten.models.reference import ReferenceDecoder, int8_groups
+from hasten.runtime.reference import ReferenceDecoder, int8_groups
 from hasten.weights.blocks import dequantize
 from specs import changed
 from tiny_models import TINY, Tiny, greedy, logits, prompts
@@ -25,7 +25,7 @@ def assert_same_logits(decoder: ReferenceDecoder, model, tolerance: float = 2e-5
     """Largest difference within `tolerance` of the logits' spread, for prompts of several lengths."""
     for prompt in prompts():
         wanted = logits(model, prompt)
-        got = decoder.logits(prompt).numpy()
+        got = decoder.logits(prompt)
         assert np.abs(got - wanted).max() <= tolerance * wanted.std()
 
 
@@ -77,8 +77,8 @@ def test_folder_of_another_make(name, how, tiny_model, tiny_folder):
 def test_ragged_batch_equals_each_sequence_alone(name, tiny_folder):
     decoder = reference(open_model(tiny_folder(name)))
     batch = prompts(5)
-    alone = np.concatenate([decoder.logits(prompt).numpy() for prompt in batch])
-    np.testing.assert_allclose(decoder.logits(batch).numpy(), alone, rtol=0, atol=1e-4)
+    alone = np.concatenate([decoder.logits(prompt) for prompt in batch])
+    np.testing.assert_allclose(decoder.logits(batch), alone, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", WINDOWED)
@@ -90,8 +90,8 @@ def test_windows_matter_in_these_tests(name, tiny_folder):
     wide = dataclasses.replace(source, config=changed(source.config, sliding_window=10_000))
     prompt = prompts()[0]
     difference = reference(source).logits(prompt) - reference(wide).logits(prompt)
-    assert difference[: source.config.sliding_window].abs().max() < 1e-4
-    assert difference[-1].abs().max() > 0.1
+    assert np.abs(difference[: source.config.sliding_window]).max() < 1e-4
+    assert np.abs(difference[-1]).max() > 0.1
 
 
 def test_batched_transformers_with_padding_agrees(tiny_model, tiny_folder):
@@ -107,22 +107,21 @@ def test_batched_transformers_with_padding_agrees(tiny_model, tiny_folder):
     with torch.inference_mode():
         padded = model(ids, attention_mask=mask, position_ids=positions).logits
     wanted = torch.cat([row[width - len(p) :] for row, p in zip(padded, batch, strict=True)])
-    np.testing.assert_allclose(decoder.logits(batch).numpy(), wanted.numpy(), rtol=0, atol=1e-3)
+    np.testing.assert_allclose(decoder.logits(batch), wanted.numpy(), rtol=0, atol=1e-3)
 
 
 def test_int8_groups_round_within_half_a_step():
-    import torch
-
-    x = torch.randn(5, 70, generator=torch.Generator().manual_seed(3)) * torch.logspace(-3, 3, 5)[:, None]
+    noise = np.random.default_rng(3).standard_normal((5, 70))
+    x = (noise * np.logspace(-3, 3, 5)[:, None]).astype(np.float32)
     x[2] = 0
     rounded = int8_groups(x)
     assert rounded.shape == x.shape
     for first in range(0, 70, 32):
         group = x[:, first : first + 32]
-        step = group.abs().amax(-1, keepdim=True) / 127
-        steps = torch.where(step > 0, rounded[:, first : first + 32] / step, 0)
-        assert (steps - steps.round()).abs().max() < 1e-3
-        assert ((rounded[:, first : first + 32] - group).abs() <= step * 0.5001).all()
+        step = np.abs(group).max(-1, keepdims=True) / 127
+        steps = np.divide(rounded[:, first : first + 32], step, out=np.zeros_like(group), where=step > 0)
+        assert np.abs(steps - steps.round()).max() < 1e-3
+        assert (np.abs(rounded[:, first : first + 32] - group) <= step * 0.5001).all()
 
 
 def test_on_value_sees_and_replaces_what_an_engine_stores(tiny_folder):
