@@ -25,6 +25,10 @@ class Disk:
         self.gate.set()
         self.reads: list[bytes] = []
         self.broken: set[bytes] = set()
+        self.is_closed = False
+
+    def close(self) -> None:
+        self.is_closed = True
 
     def has(self, key: bytes) -> bool:
         assert self.gate.wait(30)
@@ -54,7 +58,7 @@ def open_ahead() -> Iterator[Callable[..., KvAhead]]:
     for ahead, disk in made:
         disk.gate.set()
         ahead.close()
-        assert not ahead._thread.is_alive()
+        assert not ahead._thread.is_alive() and disk.is_closed
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -22,7 +22,6 @@ from hasten.engine.async_engine import AsyncEngine
 from hasten.engine.grammar import Grammar, tool_grammar
 from hasten.engine.grammar_child import COMPILE_STACK
 from hasten.engine.grammar_compiler import (
-    LIMITS,
     GrammarCompiler,
     GrammarTrial,
     shared_trial,
@@ -108,7 +107,7 @@ def test_a_chain_of_references_or_rules_is_read_or_refused(compiler: GrammarComp
 
 def test_what_a_trial_passes_has_a_large_margin_here(compiler: GrammarCompiler) -> None:
     """The deepest chain that the trial's stack holds is far from the end of the compiling thread's."""
-    trial = shared_trial(LIMITS)
+    trial = shared_trial()
 
     def passes(links: int) -> bool:
         from llguidance import LLMatcher
@@ -159,7 +158,7 @@ def test_values_that_nest_deeply_are_refused_wherever_they_stand(compiler: Gramm
 
 
 def test_a_process_that_ended_is_replaced() -> None:
-    trial = GrammarTrial(LIMITS)
+    trial = GrammarTrial()
     from llguidance import LLMatcher
 
     source = LLMatcher.grammar_from_lark('start: "x"')
@@ -186,7 +185,7 @@ def test_several_threads_may_try_at_once() -> None:
     reasons: list[str] = []
     sources = [LLMatcher.grammar_from_lark(f'start: "x{at}"') for at in range(6)]
     threads = [
-        threading.Thread(target=lambda: reasons.extend(map(shared_trial(LIMITS).reason_against, sources)))
+        threading.Thread(target=lambda: reasons.extend(map(shared_trial().reason_against, sources)))
         for _ in range(3)
     ]
     for thread in threads:
@@ -198,11 +197,10 @@ def test_several_threads_may_try_at_once() -> None:
 
 def test_the_child_ends_with_its_parent() -> None:
     program = (
-        "from hasten.engine.grammar_compiler import LIMITS\n"
         "from hasten.engine.grammar_compiler import shared_trial\n"
         "from llguidance import LLMatcher\n"
-        "shared_trial(LIMITS).reason_against(LLMatcher.grammar_from_lark('start: \"x\"'))\n"
-        "print(shared_trial(LIMITS)._process.pid, flush=True)\n"
+        "shared_trial().reason_against(LLMatcher.grammar_from_lark('start: \"x\"'))\n"
+        "print(shared_trial()._process.pid, flush=True)\n"
         "import os; os.kill(os.getpid(), 9)\n"
     )
     done = subprocess.run(

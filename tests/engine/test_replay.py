@@ -74,8 +74,8 @@ def live(
         while any(engine._keeper.is_reading(one) for one in engine._scheduler.waiting):
             engine._keeper.wait_for_disk(0.01)
         outputs = engine.step()
-        if engine._keeper._disk is not None:  # pages that wait to be written are found too
-            engine._keeper._disk.flush()
+        if engine._keeper._ahead is not None:  # pages that wait to be written are found too
+            engine._keeper._ahead.disk.flush()
         for output in outputs:
             (chat, said), request, tokens, arrived = running[output.request_id]
             tokens.extend(output.token_ids)

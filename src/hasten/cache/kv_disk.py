@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,19 +36,18 @@ _DOUBT = 0.9
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class KvDiskStats:
-    """What the tier holds and has done. `hits` and `misses` count pages."""
+    """What the tier holds and has done, in pages where nothing else is said."""
 
-    entries: int  # of this model
-    bytes: int  # of this model
-    foreign_bytes: int  # other models' in the same folder
-    hits: int
-    misses: int
-    dropped: int  # damaged or unreadable pages found
-    writes: int
-    write_drops: int  # pages that were not written: the queue was full, or the disk refuses
-    queued: int
+    entries: int = 0  # of this model
+    bytes: int = 0  # of this model
+    foreign_bytes: int = 0  # other models' in the same folder
+    hits: int = 0
+    misses: int = 0
+    dropped: int = 0  # damaged or unreadable
+    writes: int = 0
+    write_drops: int = 0  # not written: the queue was full, or the disk refuses
 
 
 class KvDisk:
@@ -87,7 +86,7 @@ class KvDisk:
         self._warned: set[str] = set()
         self._scanned = 0.0
         self._unscanned_bytes = 0  # written since
-        self._hits = self._misses = self._dropped = self._writes = self._write_drops = 0
+        self._counts = KvDiskStats()
         self._thread = threading.Thread(target=self._run, name="hasten-kv-disk", daemon=True)
         self._thread.start()
 
@@ -118,10 +117,10 @@ class KvDisk:
             else:
                 self._folder.read(key, out)
         except (BadEntry, OSError) as error:
-            self._misses += 1
+            self._counts.misses += 1
             self._lost(key, error)
             return False
-        self._hits += 1
+        self._counts.hits += 1
         self._used.append(key)
         return True
 
@@ -131,7 +130,7 @@ class KvDisk:
             return
         self._gone.add(key)
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
-            self._dropped += 1
+            self._counts.dropped += 1
             self._folder.drop(key, str(error))
 
     def write(self, key: bytes, data: Bytes, cost: float, parent: bytes = b"") -> None:
@@ -149,7 +148,7 @@ class KvDisk:
                 return
             resting = time.monotonic() < self._rest_until
             if self._closed or resting or len(self._queue) >= self._most_queued:
-                self._write_drops += 1
+                self._counts.write_drops += 1
                 return
             self._queue[key] = (np.array(data), cost, parent if parent != key else b"")
             self._changed.notify_all()
@@ -169,16 +168,9 @@ class KvDisk:
 
     def stats(self) -> KvDiskStats:
         """Figures of this moment."""
-        return KvDiskStats(
-            entries=len(self._folder.shelf),
-            bytes=self._folder.shelf.bytes,
-            foreign_bytes=self._folder.foreign_bytes,
-            hits=self._hits,
-            misses=self._misses,
-            dropped=self._dropped,
-            writes=self._writes,
-            write_drops=self._write_drops,
-            queued=len(self._queue),
+        shelf, folder = self._folder.shelf, self._folder
+        return replace(
+            self._counts, entries=len(shelf), bytes=shelf.bytes, foreign_bytes=folder.foreign_bytes
         )
 
     def _run(self) -> None:
@@ -206,8 +198,8 @@ class KvDisk:
                 self._scan()
             with self._changed:
                 del self._queue[key]
-                self._writes += written
-                self._write_drops += not written
+                self._counts.writes += written
+                self._counts.write_drops += not written
         self._settle()
         if self._unscanned_bytes:
             self._scan()
@@ -289,7 +281,7 @@ class KvAhead:
     """
 
     def __init__(self, disk: KvDisk, most_bytes: int = _AHEAD_BYTES) -> None:
-        self._disk = disk
+        self.disk = disk
         self._most = max(1, most_bytes // disk.page_bytes)
         self._changed = threading.Condition()
         self._waiting: deque[Reading] = deque()
@@ -349,13 +341,14 @@ class KvAhead:
             self._changed.wait(seconds)
 
     def close(self, timeout_s: float = 1.0) -> None:
-        """Stop; a read that hangs is left behind."""
+        """Stop reading, without waiting for a read that hangs, and close the disk."""
         with self._changed:
             self._closed = True
             self._waiting.clear()
             self._arrived.clear()
             self._changed.notify_all()
         self._thread.join(timeout_s)
+        self.disk.close()
 
     # As the prefix cache sees a tier ------------------------------------------------------------------------
 
@@ -365,7 +358,7 @@ class KvAhead:
 
     def knows(self, key: bytes) -> bool:
         """Whether a page need not be written."""
-        return key in self._arrived or self._disk.knows(key)
+        return key in self._arrived or self.disk.knows(key)
 
     def read(self, key: bytes, out: Bytes) -> bool:
         """Take a page that has arrived into `out`, uint8 [page_bytes]; False: it has not."""
@@ -379,7 +372,7 @@ class KvAhead:
 
     def write(self, key: bytes, data: Bytes, cost: float, parent: bytes) -> None:
         """As `KvDisk.write`."""
-        self._disk.write(key, data, cost, parent)
+        self.disk.write(key, data, cost, parent)
 
     # In the reading thread --------------------------------------------------------------------------------
 
@@ -409,9 +402,9 @@ class KvAhead:
         return bool(self._waiting) and (len(self._arrived) < self._most or not self._waiting[0].keys)
 
     def _fetch(self, reading: Reading, key: bytes) -> None:
-        data = np.empty(self._disk.page_bytes, np.uint8)
+        data = np.empty(self.disk.page_bytes, np.uint8)
         started = self._reads_since = time.monotonic()
-        found = self._disk.has(key) and self._disk.read(key, data)
+        found = self.disk.has(key) and self.disk.read(key, data)
         self._reads_since = None
         seconds = time.monotonic() - started
         with self._changed:

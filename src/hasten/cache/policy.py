@@ -25,22 +25,22 @@ _SLACK = 64  # outdated heap items kept beyond one an entry before they are swep
 
 
 class Policy(Protocol):
-    """Keeps the order in which entries go; holds keys, never what they stand for. Not for several threads."""
+    """The order in which entries are evicted. It holds keys alone. Not for several threads."""
 
     def insert(self, key: bytes, *, cost: float, bytes: int) -> None:
-        """An entry came in: `cost` seconds to compute it again, `bytes` it takes. A known key is touched."""
+        """Add an entry: `cost` seconds to compute it again, `bytes` it takes. A known key is touched."""
 
     def touch(self, key: bytes) -> None:
-        """An entry was used. Unknown keys are let pass."""
+        """An entry was used. Unknown keys are ignored."""
 
     def remove(self, key: bytes) -> None:
-        """An entry is gone for another reason than its age. Unknown keys are let pass."""
+        """Remove an entry that is not evicted but gone. Unknown keys are ignored."""
 
     def victim(self, evictable: Evictable) -> bytes | None:
-        """The entry to evict now; it is out of the order then. None where nothing may be evicted.
+        """Remove the entry to evict now and return it. None where no entry may be evicted.
 
-        Entries that may not go (in use, or others depend on them) are passed over: see `put_back`. Finding
-        that nothing may be evicted takes a look at every entry.
+        Entries that may not be evicted (in use, or others depend on them) are passed over: see `put_back`.
+        To find that none may be evicted takes a look at every entry.
         """
 
     def __len__(self) -> int:
@@ -75,7 +75,7 @@ def put_back(
 
 
 class Lru(Policy):
-    """LRU; costs and sizes do not matter to it. Constant time a call, but for entries passed over."""
+    """LRU, which ignores costs and sizes. Constant time a call, but for entries passed over."""
 
     def __init__(self) -> None:
         self._order: OrderedDict[bytes, None] = OrderedDict()  # the oldest first
@@ -115,7 +115,7 @@ class Lru(Policy):
 @dataclass
 class _Queued:
     bytes: int
-    uses: int = 0  # since it came into its queue, the coming in not counted
+    uses: int = 0  # after it came into its queue
 
 
 class S3Fifo(Policy):
@@ -157,7 +157,7 @@ class S3Fifo(Policy):
             entry.uses = min(entry.uses + 1, _MOST_USES)
 
     def remove(self, key: bytes) -> None:
-        entry = self._small.pop(key, None)  # what is removed did not fail its trial: it is no ghost
+        entry = self._small.pop(key, None)  # it did not fail its trial, so its key is no ghost
         if entry is not None:
             self._used_small -= entry.bytes
         self._main.pop(key, None)
@@ -205,7 +205,7 @@ class S3Fifo(Policy):
         return found
 
     def _from_main(self, evictable: Evictable) -> bytes | None:
-        """The first that was not used since it came round; each that was has one use less then."""
+        """The first entry without a use left; each other one goes to the queue's end with one use less."""
         passed: list[tuple[bytes, _Queued]] = []
         found = None
         while found is None and self._main:
@@ -232,14 +232,15 @@ class _Weighed:
     weight: float
     uses: int = 0
     stamp: int = 0  # of its valid heap item
-    waited: bool = False  # may not go; put before its equals when last passed over
+    waited: bool = False  # passed over once: it stands before its equals
 
 
 class AgedHeap(Policy):
-    """Priority = age + uses * weight; the age is the priority of the last entry that went.
+    """Priority = age + uses * weight; the age is the priority of the last evicted entry.
 
-    What is not used keeps the priority it had while the age rises to it: an entry that was once popular goes
-    in the end (dynamic ageing, Arlitt et al. 2000). Among equals the one untouched for longest goes first.
+    An entry that is not used keeps its priority while the age rises to it, so an entry that was once popular
+    is evicted in the end (dynamic ageing, Arlitt et al. 2000). Among equals the one untouched for longest is
+    evicted first.
     O(log n) a call; heap items are outdated by a new stamp and swept when they outnumber the entries.
     """
 
@@ -251,26 +252,24 @@ class AgedHeap(Policy):
         self._first = 0
 
     def use(self, key: bytes, weight: float) -> None:
-        """An entry came in or was used once more, and is worth `weight` a use from now on."""
+        """Add an entry, or count one more use. From now on it is worth `weight` a use."""
         entry = self._entries.setdefault(key, _Weighed(weight))
         entry.weight = weight
         entry.uses += 1
         self._place(key, entry)
 
     def touch(self, key: bytes) -> None:
-        """An entry was used; unknown keys are let pass."""
         if key in self._entries:
             self.use(key, self._entries[key].weight)
 
     def remove(self, key: bytes) -> None:
-        """Take an entry out; unknown keys are let pass."""
         self._entries.pop(key, None)
 
     def victim(self, evictable: Evictable) -> bytes | None:
-        """The entry of least worth that may go, taken out; the age rises to it.
+        """Remove the entry of least priority that may be evicted; the age rises to its priority.
 
-        Entries passed over are as in `put_back`: first worth what the victim was, the last of them
-        next in line; the second time worth what they would be if they came in now.
+        Entries passed over are treated as in `put_back`. The first time they get the victim's priority, the
+        last of them first in line; the second time the priority of an entry that comes in now.
         """
         passed: list[tuple[float, int, bytes]] = []
         found = None
@@ -367,9 +366,9 @@ class Item:
 
 
 class Shelf:
-    """Entries under a size limit. An entry goes only when no other on the shelf has it as its parent.
+    """Entries under a size limit. An entry is evicted only when no other one has it as its parent.
 
-    The disk tier keeps its books here, and the replay of a trace does too.
+    It is the account of the disk tier, and of a replayed trace.
     """
 
     def __init__(self, limit_bytes: int, policy: CachePolicy) -> None:
@@ -386,7 +385,7 @@ class Shelf:
         return len(self._items)
 
     def oldest_first(self) -> list[bytes]:
-        """All entries, the longest unused first."""
+        """Keys, the longest unused first."""
         return list(self._items)
 
     def used(self, key: bytes) -> float:
@@ -399,7 +398,7 @@ class Shelf:
         return next(iter(self._items.values())).used if self._items else None
 
     def insert(self, key: bytes, size: int, cost: float, parent: bytes, used: float) -> None:
-        """An entry came in, or again; `cost` seconds to compute it, `parent` empty where it is unknown."""
+        """Add or replace an entry: `cost` seconds to compute it, `parent` empty where it is unknown."""
         self.remove(key)
         self._items[key] = Item(size, parent, used)
         self._children[parent] += 1
@@ -407,20 +406,20 @@ class Shelf:
         self._policy.insert(key, cost=cost, bytes=size)
 
     def touch(self, key: bytes, used: float) -> None:
-        """An entry was used; unknown keys are let pass."""
+        """An entry was used; unknown keys are ignored."""
         if key in self._items:
             self._items[key].used = used
             self._items.move_to_end(key)
             self._policy.touch(key)
 
     def remove(self, key: bytes) -> None:
-        """An entry is gone; unknown keys are let pass."""
+        """Remove an entry; unknown keys are ignored."""
         if key in self._items:
             self._policy.remove(key)
             self._forget(key)
 
     def pop(self) -> bytes | None:
-        """Take the entry out that goes first. None: the shelf is empty."""
+        """Remove the entry to evict and return it. None: the shelf is empty."""
         key = self._policy.victim(lambda key: self._children[key] == 0) or self._policy.victim(lambda _: True)
         if key is not None:
             self._forget(key)

@@ -1,13 +1,11 @@
 """What a server remembers of requests it has seen: token ids of prompts, and whole answers.
 
-Token ids: encoding 2,000 tokens takes 2.4 ms (docs/cache.md): little beside computing them, but the prefix
-cache does away with the computing, and what is left of the wait is then partly this. Between special tokens a
-text encodes on its own, so pieces are kept, not whole prompts: the turns of a conversation share all but the
-last.
+Token ids: encoding 2,000 tokens takes 2.4 ms (docs/cache.md). That is little beside computing them, but much
+of the wait where the prefix cache has them computed. A text between special tokens encodes on its own. So
+pieces are kept, not whole prompts: the turns of a conversation share all pieces but the last.
 
-Answers (opt-in): a request has one answer only if it says so: temperature 0, or a seed. The engine's answer
-to it does not depend on what else runs, so the first answer is every answer, as long as the model is the same
-to the bit.
+Answers (opt-in): a request with temperature 0 or a seed has one answer. It does not depend on what else the
+engine runs, so the first answer is kept for all later ones, as long as the model is the same to the bit.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ import time
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 _PIECE_OVERHEAD = 300  # bytes of Python objects an entry costs beside text and ids
@@ -27,7 +25,7 @@ _SHORT = 64  # characters: encoding fewer is as quick as looking them up
 _PROOFS = 8  # prompts that are encoded both ways before pieces are trusted
 
 WHOLE = frozenset({"stop", "length", "tool_calls", "function_call"})
-"""Ends of an answer that are the model's own: not an error, a cancel or a deadline."""
+"""How an answer ends by itself: not by an error, a cancel or a deadline."""
 
 _IRRELEVANT = frozenset({"stream", "stream_options", "user", "safety_identifier"})
 _ENTRY_OVERHEAD = 400  # bytes of Python objects an answer costs beside its own
@@ -43,14 +41,14 @@ class Encoder(Protocol):
         """The text cut so that the pieces' ids, joined, are the text's."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class PromptCacheStats:
-    """What a prompt cache holds and did. `hit_chars` of `chars` asked for were not encoded."""
+    """What a prompt cache holds and did. `hit_chars` of the `chars` asked for were not encoded."""
 
-    pieces: int
-    bytes: int
-    chars: int
-    hit_chars: int
+    pieces: int = 0
+    bytes: int = 0
+    chars: int = 0
+    hit_chars: int = 0
 
 
 class PromptCache:
@@ -65,7 +63,7 @@ class PromptCache:
         self._tokenizer = tokenizer
         self._limit = limit_bytes
         self._ids: OrderedDict[str, array[int]] = OrderedDict()
-        self._bytes = self._chars = self._hit_chars = 0
+        self._counts = PromptCacheStats()
         self._proofs = 0
         self._cuts = True
         self._lock = threading.Lock()
@@ -84,10 +82,10 @@ class PromptCache:
     def stats(self) -> PromptCacheStats:
         """Counters so far."""
         with self._lock:
-            return PromptCacheStats(len(self._ids), self._bytes, self._chars, self._hit_chars)
+            return replace(self._counts, pieces=len(self._ids))
 
     def _proved(self, text: str, pieces: Sequence[str]) -> list[int]:
-        """Both ways; should they ever differ, texts are not cut any more."""
+        """Encode whole and in pieces; if the two ever differ, texts are no longer cut."""
         whole = self._tokenizer.encode(text, add_special=False)
         same = self._joined(pieces) == whole
         with self._lock:
@@ -95,7 +93,7 @@ class PromptCache:
             if not same:
                 self._cuts = False
                 self._ids.clear()
-                self._bytes = 0
+                self._counts.bytes = 0
         return whole
 
     def _joined(self, pieces: Iterable[str]) -> list[int]:
@@ -108,19 +106,19 @@ class PromptCache:
         if len(text) < _SHORT:
             return self._tokenizer.encode(text, add_special=False)
         with self._lock:
-            self._chars += len(text)
+            self._counts.chars += len(text)
             if (known := self._ids.get(text)) is not None:
                 self._ids.move_to_end(text)
-                self._hit_chars += len(text)
+                self._counts.hit_chars += len(text)
                 return known
         new = array("i", self._tokenizer.encode(text, add_special=False))
         size = _size(text, new)
         with self._lock:
             if size <= self._limit and text not in self._ids:
                 self._ids[text] = new
-                self._bytes += size
-                while self._bytes > self._limit:
-                    self._bytes -= _size(*self._ids.popitem(last=False))
+                self._counts.bytes += size
+                while self._counts.bytes > self._limit:
+                    self._counts.bytes -= _size(*self._ids.popitem(last=False))
         return new
 
 
@@ -128,16 +126,16 @@ def _size(text: str, ids: array[int]) -> int:
     return 4 * len(text) + ids.itemsize * len(ids) + _PIECE_OVERHEAD  # 4: the most a character takes
 
 
-@dataclass(frozen=True)
+@dataclass
 class ResponseCacheStats:
     """What a response cache holds and did."""
 
-    entries: int
-    bytes: int
-    hits: int
-    misses: int
-    expired: int
-    evicted: int
+    entries: int = 0
+    bytes: int = 0
+    hits: int = 0
+    misses: int = 0
+    expired: int = 0
+    evicted: int = 0
 
 
 class ResponseCache:
@@ -154,12 +152,12 @@ class ResponseCache:
         self._ttl_s = ttl_s
         self._clock = clock
         self._answers: OrderedDict[str, tuple[float, bytes]] = OrderedDict()  # key -> (made, answer)
-        self._bytes = self._hits = self._misses = self._expired = self._evicted = 0
+        self._counts = ResponseCacheStats()
         self._lock = threading.Lock()
 
     @staticmethod
     def key(model_fingerprint: str, request: Mapping[str, Any]) -> str | None:
-        """Names a request and all its answer depends on; None where another answer could be as right.
+        """The key of a request and all its answer depends on; None where another answer could be as right.
 
         Args:
             model_fingerprint: of `hasten.engine.loaded`.
@@ -181,16 +179,16 @@ class ResponseCache:
             made, answer = self._answers.get(key, (now, b""))
             if key in self._answers and 0 <= now - made < self._ttl_s:
                 self._answers.move_to_end(key)
-                self._hits += 1
+                self._counts.hits += 1
                 return answer
             if key in self._answers:
                 self._remove(key)
-                self._expired += 1
-            self._misses += 1
+                self._counts.expired += 1
+            self._counts.misses += 1
             return None
 
     def put(self, key: str, answer: bytes, *, finish_reasons: Iterable[str] = ("stop",)) -> bool:
-        """Keep an answer; one that did not end by itself is not kept.
+        """Keep an answer, unless it ended by an error, a cancel or a deadline.
 
         Args:
             key: of `key`.
@@ -209,21 +207,19 @@ class ResponseCache:
     def stats(self) -> ResponseCacheStats:
         """Counters so far."""
         with self._lock:
-            return ResponseCacheStats(
-                len(self._answers), self._bytes, self._hits, self._misses, self._expired, self._evicted
-            )
+            return replace(self._counts, entries=len(self._answers))
 
     def _insert(self, key: str, made: float, answer: bytes) -> None:
         self._remove(key)
         self._answers[key] = (made, answer)
-        self._bytes += len(answer) + _ENTRY_OVERHEAD
-        while self._bytes > self._limit:
+        self._counts.bytes += len(answer) + _ENTRY_OVERHEAD
+        while self._counts.bytes > self._limit:
             self._remove(next(iter(self._answers)))
-            self._evicted += 1
+            self._counts.evicted += 1
 
     def _remove(self, key: str) -> None:
         if (gone := self._answers.pop(key, None)) is not None:
-            self._bytes -= len(gone[1]) + _ENTRY_OVERHEAD
+            self._counts.bytes -= len(gone[1]) + _ENTRY_OVERHEAD
 
 
 def is_deterministic(request: Mapping[str, Any]) -> bool:

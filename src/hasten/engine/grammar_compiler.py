@@ -133,7 +133,7 @@ class GrammarCompiler:
             ) from error
 
         source, vocabulary = source_of(grammar), self._get_vocabulary()
-        reason = shared_trial(LIMITS).reason_against(source)
+        reason = shared_trial().reason_against(source)
         if reason:
             raise _refusal(grammar, reason)
 
@@ -439,14 +439,9 @@ def with_large_stack(work: Callable[[], _T]) -> _T:
 
 
 class GrammarTrial:
-    """One process that tries grammars, one after another. For several threads at once.
+    """One process that tries grammars, one after another. For several threads at once."""
 
-    Args:
-        limits: llguidance's own limits, by name.
-    """
-
-    def __init__(self, limits: dict[str, int]) -> None:
-        self._limits = limits
+    def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
 
@@ -480,7 +475,7 @@ class GrammarTrial:
         self.close()
         child = Path(__file__).with_name("grammar_child.py")
         paths = [path for path in sys.path if path]
-        command = [sys.executable, "-I", "-S", str(child), json.dumps(paths), json.dumps(self._limits)]
+        command = [sys.executable, "-I", "-S", str(child), json.dumps(paths), json.dumps(LIMITS)]
         try:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
@@ -558,11 +553,11 @@ def _words(code: int, seconds: float) -> str:
 _trial: GrammarTrial | None = None
 
 
-def shared_trial(limits: dict[str, int]) -> GrammarTrial:
+def shared_trial() -> GrammarTrial:
     """The one of this process; started with the first grammar."""
     global _trial
     if _trial is None:
-        _trial = GrammarTrial(limits)
+        _trial = GrammarTrial()
     return _trial
 
 

@@ -48,8 +48,8 @@ class PrefixKeeper:
         self._counters = counters
         self._look_at_weights()
         self._token_s = token_s
-        self._disk = _disk(model, options)
-        self._ahead = KvAhead(self._disk) if self._disk is not None else None
+        disk = _disk(model, options)
+        self._ahead = KvAhead(disk) if disk is not None else None
         self._prefix: PrefixCache | None = None
         self._unsettled: deque[tuple[list[int], str]] = deque(maxlen=2 * model.options.max_sequences)
         if options.prefix_cache:
@@ -91,7 +91,7 @@ class PrefixKeeper:
         self._unsettled.clear()
         if self._prefix is not None:
             self._prefix.clear()
-        if self._disk is not None:
+        if self._ahead is not None:
             log.warning("a layer was replaced; the KV cache on disk is no longer used by this engine")
             self._close_disk()
             if self._prefix is not None:
@@ -318,10 +318,9 @@ class PrefixKeeper:
             self._pool.reclaim = None
 
     def _close_disk(self) -> None:
-        if self._ahead is not None and self._disk is not None:
+        if self._ahead is not None:
             self._ahead.close()
-            self._disk.close()
-        self._ahead = self._disk = None
+        self._ahead = None
 
 
 def _disk(model: LoadedModel, options: ServingOptions) -> KvDisk | None:

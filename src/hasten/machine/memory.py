@@ -1,8 +1,8 @@
 """Memory: how much there is, how much this process may still fill, and one account for all that grows in it.
 
 The KV caches of all models of a process take memory page by page, as pages are written. `MemoryRoom` measures
-what is free once a second, keeps a reserve (`reserve_bytes`), and is charged for what was promised
-and is not yet written, so that two models never count the same free gigabyte twice.
+what is free once a second and keeps a reserve (`reserve_bytes`). Memory that was promised and is not yet
+written is charged to it, so that two models never count the same free gigabyte twice.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class MemoryRoom:
         self._watch: threading.Thread | None = None
 
     def join(self, giver: Giver) -> None:
-        """Count on a giver, which calls `short` every second, when others need memory."""
+        """Add a giver. It must look at `short` every second and give back what is asked."""
         with self._lock:
             self._givers.add(giver)
 
@@ -150,7 +150,7 @@ class MemoryRoom:
         return free - sum(giver.promised_bytes() for giver in list(self._givers))
 
     def watch(self) -> None:
-        """From now on look during steps too, in a thread of its own; started once."""
+        """Look during steps too, in a thread of its own, from now on."""
         with self._lock:
             if self._watch is None:
                 self._watch = threading.Thread(target=self._watching, name="hasten-memory", daemon=True)
@@ -176,38 +176,38 @@ class MemoryRoom:
 
     @property
     def last(self) -> int:
-        """Bytes of the reserve that may be filled where nothing else helps: before an answer fails."""
+        """Bytes of the reserve that may be filled before an answer fails."""
         return int(_LOW * self.reserve)
 
     @property
     def low(self) -> int:
-        """Bytes that the reserve lacks, once it lacks enough to give something up for it."""
+        """Bytes that the reserve lacks, once it lacks more than a quarter; else 0."""
         return -self._left if self._left < (_LOW - 1.0) * self.reserve else 0
 
     @property
     def short(self) -> int:
-        """Bytes to give back now: to fill the reserve again, or because somebody asked for them."""
+        """Bytes to give back now: to fill the reserve again, or because `ask` wants them."""
         return max(self.low, self._wanted)
 
     def take(self, size: int) -> None:
-        """Memory was promised to a sequence, which will fill it; below 0: it will not after all."""
+        """Charge memory that a sequence was promised; below 0: it gives the promise back."""
         with self._lock:
             self._left -= size
 
     def gave(self, size: int) -> None:
-        """Memory went back to the system."""
+        """Memory was given back to the system."""
         with self._lock:
             self._left += size
             self._wanted = max(0, self._wanted - size)
 
     def held(self) -> int:
-        """Bytes that the givers have filled, and can give back as far as no sequence uses them."""
+        """Bytes that the givers have filled. They can give back those that no sequence uses."""
         return sum(giver.held_bytes() for giver in list(self._givers))
 
     def ask(self, size: int, patience_s: float = 3 * LOOK_S) -> int:
-        """Bytes that are free, after the givers had time to free `size` bytes where fewer are free.
+        """Bytes that are free. Where fewer than `size` are, the givers get time to free them first.
 
-        Not from a giver's own thread, which has to answer.
+        Not from a giver's own thread: it has to do the giving.
         """
         free = self._free()
         until = self.clock() + patience_s
@@ -221,7 +221,7 @@ class MemoryRoom:
         return free
 
     def require(self, size: int, name: str) -> None:
-        """Say so before `size` bytes are filled that cannot be had: the kernel would end the process instead.
+        """Refuse to fill `size` bytes that are not free: the kernel would end the process.
 
         Raises:
             MachineError: so much memory is not free, though the givers were asked.
