@@ -338,12 +338,7 @@ class Engine:
             HastenError: from the iterator, if the answer failed.
         """
         outputs = self.stream(request)
-
-        def ids() -> Iterator[int]:
-            for output in outputs:
-                yield from _good(output).token_ids
-
-        return ids()
+        return (token for output in outputs for token in _good(output).token_ids)
 
     def run(self, requests: Sequence[Request]) -> Iterator[Output]:
         """Run any number of requests: the outputs of all of them as they come.
