@@ -117,6 +117,15 @@ class FeedForward:
         return {"router": (self.experts, width), **inside}
 
 
+PASSES: dict[str, tuple[str, ...]] = {
+    "qkv": ("q", "k", "v"),
+    "o": ("o",),
+    "gate_up": ("gate", "up"),
+    "down": ("down",),
+}
+"""Linear layers of a block that read the same input: engines compute each of these groups in one pass."""
+
+
 @dataclass(frozen=True)
 class Norms:
     """Where the norms of a block stand, and which they are."""

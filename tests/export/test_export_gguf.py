@@ -175,10 +175,10 @@ def test_a_pre_tokenizer_without_a_name_is_refused(tmp_path: Path) -> None:
     ("name", "what"),
     [
         ("llama-dynamic", "rope scaling of the kind dynamic"),
-        ("mistral", "sliding_window"),
-        ("qwen2-sliding", "sliding_window"),
-        ("gemma3-capped", "query_scale|softcap|sliding_layers"),
-        ("phi3-sliding", "sliding_window"),
+        ("mistral", "mixer.window"),
+        ("qwen2-sliding", "mixer.window"),
+        ("gemma3-capped", "mixer.(scale|softcap|window)"),
+        ("phi3-sliding", "mixer.window"),
         ("llama-yarn-mscale", "rope frequencies"),
     ],
 )

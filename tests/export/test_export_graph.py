@@ -81,7 +81,8 @@ class Onnx:
             folder / "model.onnx", options, providers=["CPUExecutionProvider"]
         )
         self._names = [one.name for one in self._session.get_outputs()]
-        self._empty = (config.num_kv_heads, 0, config.head_dim)
+        mixer = config.blocks[0].mixer
+        self._empty = (mixer.kv_heads, 0, mixer.head_dim)
         self._cache: dict[str, np.ndarray] = {}
 
     def start(self) -> None:
@@ -234,7 +235,7 @@ def test_onnxruntime_keeps_weights_compressed(name: str, tmp_path: Path) -> None
     kinds = [
         node.op_type for node in onnx.load(tmp_path / "optimised.onnx", load_external_data=False).graph.node
     ]
-    assert kinds.count("MatMulNBits") == 7 * config.num_layers + 1
+    assert kinds.count("MatMulNBits") == 7 * len(config.blocks) + 1
     assert "DequantizeLinear" not in kinds
 
 

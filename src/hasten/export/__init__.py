@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from hasten.cache import write_json
 from hasten.cache.reading import read_file
-from hasten.core import ModelSpec
+from hasten.core import Block, ModelSpec, Rotary
 from hasten.errors import DiskError, MachineError, UsageError
 from hasten.models import rope
 from hasten.models.artifact import Artifact, load_artifact
@@ -225,47 +225,59 @@ class Loss:
         return float((self.error / self.squares) ** 0.5) if self.squares else 0.0
 
 
-_COMPARED = (
-    *("architecture", "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"),
-    *("num_kv_heads", "head_dim", "context_length", "norm_eps", "activation", "norm_placement", "qk_norm"),
-    *("sliding_window", "sliding_layers", "attention_softcap", "logit_softcap", "embed_scale", "tied_head"),
-)
-"""What must be equal; rotation is compared as the frequencies it gives, end tokens go with the tokenizer."""
-
 _EMBED_SCALE_ERROR = 2**-8  # of a scale rounded to bf16; readers differ in whether they round it
 
 
 def difference(ours: ModelSpec, theirs: ModelSpec) -> tuple[str, Any, Any] | None:
-    """The first thing in which two models differ, with both values; None where they compute the same."""
+    """The first thing in which two models differ, by its place in the tree, with both values; else None.
+
+    Every field is compared; rotation as the frequencies it gives, the scale of scores and windows as what
+    they do. Begin and end tokens are left out: they go with the tokenizer.
+    """
     mine, other = _meaning(ours), _meaning(theirs)
-    for name, value in mine.items():
-        if not _same(value, other[name], _EMBED_SCALE_ERROR if name == "embed_scale" else 1e-5):
-            return name, value, other[name]
+    for name in {**mine, **other}:
+        tolerance = _EMBED_SCALE_ERROR if name == "embedding.scale" else 1e-5
+        if not _same(mine.get(name), other.get(name), tolerance):
+            return name, mine.get(name), other.get(name)
     return None
 
 
-def _meaning(config: ModelSpec) -> dict[str, Any]:
-    known: dict[str, Any] = {name: getattr(config, name) for name in _COMPARED}
-    window = config.sliding_window
-    if window is not None and window >= config.context_length:
-        known |= {"sliding_window": None, "sliding_layers": ()}
-    known["rotary_dim"] = config.rotary_dim or config.head_dim
-    known["rope_layers"] = config.rope_layers or (True,) * config.num_layers
-    known["query_scale"] = config.score_scale
-    turned = rope.tables(config)
-    known["rope frequencies"] = turned.global_inv_freq
-    known["rope scale"] = turned.global_scale
-    known["rope frequencies of long texts"] = turned.long_inv_freq
-    known["rope threshold"] = turned.long_threshold
-    known["rope frequencies of sliding layers"] = turned.local_inv_freq
-    if config.rope_scaling.kind == "dynamic":
-        known["rope frequencies of long texts"] = rope.tables(config, 4 * config.context_length)
-    return known
+def _meaning(spec: ModelSpec) -> dict[str, Any]:
+    def plain(block: Block) -> Block:
+        mixer = block.mixer
+        window = mixer.window if mixer.window is not None and mixer.window < spec.context else None
+        return replace(block, mixer=replace(mixer, window=window, scale=mixer.score_scale))
+
+    known = dict(_leaves(spec.with_blocks(plain), "", spec.context))
+    return {name: value for name, value in known.items() if name not in ("bos_token_id", "eos_token_ids")}
+
+
+def _leaves(value: Any, name: str, context: int) -> Iterator[tuple[str, Any]]:
+    """(place, value) of all that is in a tree of dataclasses, tuples and plain values."""
+    if isinstance(value, Rotary):
+        yield from _turns(value, name, context)
+    if is_dataclass(value):
+        replaced = ("theta", "scaling") if isinstance(value, Rotary) else ()
+        inside = [(one.name, getattr(value, one.name)) for one in fields(value) if one.name not in replaced]
+    elif isinstance(value, tuple) and any(is_dataclass(one) for one in value):
+        inside = [(str(place), one) for place, one in enumerate(value)]
+    else:
+        yield name, value
+        return
+    for place, one in inside:
+        yield from _leaves(one, f"{name}.{place}" if name else place, context)
+
+
+def _turns(rotary: Rotary, name: str, context: int) -> Iterator[tuple[str, Any]]:
+    """What a rotation does to short texts and to those of four contexts, whatever words say it."""
+    for kind, length in (("", None), (" of long texts", 4 * context)):
+        frequencies, scale = rope.frequencies(rotary, context, length)
+        yield f"{name}: rope frequencies{kind}", frequencies
+        yield f"{name}: rope scale{kind}", scale
+    yield f"{name}: rope threshold", rope.long_threshold(rotary, context)
 
 
 def _same(a: Any, b: Any, tolerance: float) -> bool:
-    if isinstance(a, rope.RopeTables) and isinstance(b, rope.RopeTables):
-        a, b = a.global_inv_freq, b.global_inv_freq
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
         return a.shape == b.shape and bool(np.allclose(a, b, rtol=tolerance, atol=0))
     if isinstance(a, float) and isinstance(b, float):

@@ -82,7 +82,7 @@ class GgufPlan:
 def plan(artifact: Artifact) -> GgufPlan:
     config = artifact.packed.config
     metadata, factors = config_metadata(config, artifact.name)
-    metadata |= words.tokenizer_metadata(artifact.tokenizer, artifact.folder, config.vocab_size)
+    metadata |= words.tokenizer_metadata(artifact.tokenizer, artifact.folder, config.vocab)
     notes = words.check(artifact.tokenizer, metadata)
     return GgufPlan(artifact, metadata, _tensors(artifact.packed), factors, notes)
 
@@ -113,7 +113,7 @@ def _tensors(packed: PackedModel) -> tuple[_Tensor, ...]:
     is_phi = config.architecture == "phi3"
     table = FAMILIES[config.architecture].gguf_names
     modules = [(f"{name}", parts) for name, parts in table.top.items()]
-    for layer in range(config.num_layers):
+    for layer in range(len(config.blocks)):
         modules += [
             (f"blk.{layer}.{name}", tuple(f"layers.{layer}.{part}" for part in parts))
             for name, parts in table.block.items()
@@ -198,13 +198,13 @@ def _write_tensor(file: BinaryIO, packed: PackedModel, tensor: _Tensor) -> Loss:
 
 def _row_order(part: str, packed: PackedModel) -> npt.NDArray[np.int64] | None:
     """Which row of ours is each row of the file's: q and k of llama lie for interleaved rotation."""
-    config = packed.config
+    config, mixer = packed.config, packed.config.blocks[0].mixer
     name = part.split(".")[2] if part.startswith("layers.") else ""
     architecture = "llama" if config.architecture == "mistral" else config.architecture
     if name not in ("q", "k") or not FAMILIES[architecture].is_permuted:
         return None
-    heads = config.num_heads if name == "q" else config.num_kv_heads
-    return np.argsort(interleaved_rows(heads * config.head_dim, config.head_dim))
+    heads = mixer.heads if name == "q" else mixer.kv_heads
+    return np.argsort(interleaved_rows(heads * mixer.head_dim, mixer.head_dim))
 
 
 BLOCK = 32
@@ -321,7 +321,7 @@ def config_metadata(config: ModelSpec, name: str) -> tuple[dict[str, Any], Facto
     architecture = ARCHITECTURES.get(config.architecture)
     if architecture is None:
         raise refuse(f"the architecture {config.architecture}", f"known are {', '.join(ARCHITECTURES)}")
-    strange = sorted(set(config.biases) - _BIASES.get(architecture, frozenset()))
+    strange = sorted(set(config.blocks[0].biases) - _BIASES.get(architecture, frozenset()))
     if strange:
         raise refuse(f"the biases of {', '.join(strange)}", f"{architecture} in GGUF has none there")
     values: dict[str, Any] = {
@@ -339,22 +339,24 @@ def config_metadata(config: ModelSpec, name: str) -> tuple[dict[str, Any], Facto
 
 
 def _shape(config: ModelSpec, architecture: str) -> dict[str, Any]:
+    mixer, (rotary, _) = config.blocks[0].mixer, rope.rotations(config)
+    window = next((block.mixer.window for block in config.blocks if block.mixer.window is not None), None)
     own: dict[str, Any] = {
-        "block_count": config.num_layers,
-        "context_length": config.context_length,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_heads,
-        "attention.head_count_kv": config.num_kv_heads,
-        "attention.layer_norm_rms_epsilon": float(config.norm_eps),
-        "rope.freq_base": float(rope.rotations(config)[0].theta),
-        "rope.dimension_count": config.rotary_dim or config.head_dim,
-        "vocab_size": config.vocab_size,
+        "block_count": len(config.blocks),
+        "context_length": config.context,
+        "embedding_length": config.width,
+        "feed_forward_length": config.blocks[0].feed_forward.width,
+        "attention.head_count": mixer.heads,
+        "attention.head_count_kv": mixer.kv_heads,
+        "attention.layer_norm_rms_epsilon": float(config.final_norm.eps),
+        "rope.freq_base": float(rotary.theta),
+        "rope.dimension_count": rotary.dim,
+        "vocab_size": config.vocab,
     }
-    if config.head_dim * config.num_heads != config.hidden_size or architecture == "gemma3":
-        own |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
-    if architecture == "gemma3" and config.sliding_window is not None:
-        own["attention.sliding_window"] = config.sliding_window
+    if mixer.head_dim * mixer.heads != config.width or architecture == "gemma3":
+        own |= {"attention.key_length": mixer.head_dim, "attention.value_length": mixer.head_dim}
+    if architecture == "gemma3" and window is not None:
+        own["attention.sliding_window"] = window
     if architecture == "phi3":
         own["attention.sliding_window"] = 0
     return own
@@ -362,46 +364,44 @@ def _shape(config: ModelSpec, architecture: str) -> dict[str, Any]:
 
 def _rope(config: ModelSpec) -> tuple[dict[str, Any], Factors]:
     """Metadata below `ARCHITECTURE.rope.`, and factors by tensor name."""
-    scaling, kind = config.rope_scaling, config.rope_scaling.kind
+    rotary, context = rope.rotations(config)[0], config.context
+    scaling, kind = rotary.scaling, rotary.scaling.kind
     if kind == "linear":
         return {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling.factor)}, {}
     if kind == "yarn":
-        return _yarn(scaling, config), {}
+        return _yarn(rotary, context), {}
     if kind == "llama3":
-        rotary = _rotary(config)
-        plain, _ = rope.frequencies(replace(rotary, scaling=RopeScaling()), config.context)
-        scaled, _ = rope.frequencies(rotary, config.context)
+        plain, _ = rope.frequencies(replace(rotary, scaling=RopeScaling()), context)
+        scaled, _ = rope.frequencies(rotary, context)
         return {}, {"rope_freqs.weight": (plain / scaled).astype(np.float32)}
     if kind == "longrope":
-        return _longrope(scaling, config)
+        return _longrope(rotary, context)
     if kind != "default":
         raise refuse(f"rope scaling of the kind {kind}", "the format has no word for it")
     return {}, {}
 
 
-def _rotary(config: ModelSpec) -> Rotary:
-    return config.rotary or Rotary(config.head_dim)
-
-
-def _yarn(scaling: RopeScaling, config: ModelSpec) -> dict[str, Any]:
+def _yarn(rotary: Rotary, context: int) -> dict[str, Any]:
+    scaling = rotary.scaling
     found = {
         "rope.scaling.type": "yarn",
         "rope.scaling.factor": float(scaling.factor),
-        "rope.scaling.original_context_length": scaling.original_context_length or config.context_length,
+        "rope.scaling.original_context_length": scaling.original_context_length or context,
     }
     if (scaling.beta_fast, scaling.beta_slow) != (32.0, 1.0):
         found["rope.scaling.yarn_beta_fast"] = float(scaling.beta_fast)
         found["rope.scaling.yarn_beta_slow"] = float(scaling.beta_slow)
-    _, scale = rope.frequencies(_rotary(config), config.context)
+    _, scale = rope.frequencies(rotary, context)
     usual = 1.0 + 0.1 * math.log(scaling.factor) if scaling.factor > 1 else 1.0
     if not math.isclose(scale, usual, rel_tol=1e-6):
         found["rope.scaling.attn_factor"] = scale / usual
     return found
 
 
-def _longrope(scaling: RopeScaling, config: ModelSpec) -> tuple[dict[str, Any], Factors]:
+def _longrope(rotary: Rotary, context: int) -> tuple[dict[str, Any], Factors]:
+    scaling = rotary.scaling
     short, long = (np.array(f, np.float32) for f in (scaling.short_factor, scaling.long_factor))
-    _, scale = rope.frequencies(_rotary(config), config.context)
+    _, scale = rope.frequencies(rotary, context)
     if scaling.short_factor == scaling.long_factor and scale == 1.0:  # Llama 3 out of a GGUF file
         return {}, {"rope_freqs.weight": short}
     own = {"rope.scaling.attn_factor": float(scale)}
@@ -414,12 +414,16 @@ def _check(config: ModelSpec, values: Mapping[str, Any], factors: Factors) -> No
     """Read the metadata as a file's and compare what it says with the model."""
     kept = {k: float(np.float32(v)) if isinstance(v, float) else v for k, v in values.items()}
     nothing = np.zeros((), np.uint8)
-    rows = config.vocab_size
+    rows, family = config.vocab, FAMILIES[config.architecture]
     tensors = {
         name: SourceTensor(name, value.shape, "F32", value.view(np.uint8)) for name, value in factors.items()
     }
-    for name in ("token_embd.weight", *(() if config.tied_head else ("output.weight",))):
+    for name in ("token_embd.weight", *(() if config.head.tied else ("output.weight",))):
         tensors[name] = SourceTensor(name, (rows, 1), "F16", np.broadcast_to(nothing, 2 * rows))
+    for name, parts in family.gguf_names.block.items():
+        if set(parts) <= set(config.blocks[0].biases):
+            bias = f"blk.0.{name}.bias"
+            tensors[bias] = SourceTensor(bias, (1,), "F32", np.zeros(4, np.uint8))
     try:
         found = gguf_spec(GgufMetadata(kept), tensors, "the exported file")
     except HastenError as wrong:

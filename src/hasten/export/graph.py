@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten.cache import new_folder
-from hasten.core import Format, ModelSpec
+from hasten.core import Attention, Block, FeedForward, Format, ModelSpec, Rotary
 from hasten.errors import UsageError
 from hasten.export import MARKER, Exported, write_companions
 from hasten.export.huggingface import config_values
@@ -53,10 +53,10 @@ class Graph(Protocol):
     def embed(self, ids: Node) -> Node:
         """Rows of the embedding: float32 [B, T, E]."""
 
-    def extended(self, name: str, new: Node) -> Node:
+    def extended(self, name: str, new: Node, mixer: Attention) -> Node:
         """Cached [B, K, S - T, D] and new [B, K, T, D] keys or values, together [B, K, S, D] and kept."""
 
-    def attention(self, q: Node, k: Node, v: Node, mask: Node, config: ModelSpec) -> Node:
+    def attention(self, q: Node, k: Node, v: Node, mask: Node, mixer: Attention) -> Node:
         """q [B, H, T, D], k and v [B, K, S, D], mask [B, 1, T, S]: [B, H, T, D]."""
 
     def call(self, operation: str, *values: Node) -> Node:
@@ -96,7 +96,13 @@ class Graph(Protocol):
 
 def slides(config: ModelSpec) -> bool:
     """Whether some layer looks back on less than the whole context."""
-    return config.sliding_window is not None and any(config.sliding_layers)
+    return any(block.mixer.window is not None for block in config.blocks)
+
+
+def _rotations(config: ModelSpec) -> dict[Rotary, None]:
+    """Every way in which layers turn, once."""
+    found = (block.mixer.rotary for block in config.blocks)
+    return dict.fromkeys(rotary for rotary in found if rotary is not None)
 
 
 def build(graph: Graph, config: ModelSpec, vectors: dict[str, npt.NDArray[np.float32]]) -> None:
@@ -113,20 +119,16 @@ class _Decoder:
         ids = g.input("input_ids", ("batch", "new"))
         attended = g.input("attention_mask", ("batch", "all"))
         positions = g.input("position_ids", ("batch", "new"))
-        slides = [self._slides(layer) for layer in range(c.num_layers)]
-        masks = {kind: self._mask(ids, attended, c.sliding_window if kind else None) for kind in {*slides}}
-        turns = {kind: self._rotation(positions, kind) for kind in {*slides}}
+        windows = dict.fromkeys(block.mixer.window for block in c.blocks)
+        self.masks = {window: self._mask(ids, attended, window) for window in windows}
+        self.turns = {rotary: self._rotation(positions, rotary) for rotary in _rotations(c)}
         x = g.embed(ids)
-        if c.embed_scale != 1.0:
-            x = g.call("Multiply", x, self._scalar(c.embed_scale))
-        for layer in range(c.num_layers):
-            x = self._layer(layer, x, masks[slides[layer]], turns[slides[layer]])
-        logits = g.linear("embed" if c.tied_head else "head", self._norm("final_norm", x))
-        g.output("logits", capped(g, logits, c.logit_softcap))
-
-    def _slides(self, layer: int) -> bool:
-        flags = self.config.sliding_layers
-        return self.config.sliding_window is not None and bool(flags) and flags[layer]
+        if c.embedding.scale != 1.0:
+            x = g.call("Multiply", x, self._scalar(c.embedding.scale))
+        for layer, block in enumerate(c.blocks):
+            x = self._block(f"layers.{layer}.", block, x)
+        logits = g.linear(c.head_name, self._norm("final_norm", x, c.final_norm.eps))
+        g.output("logits", capped(g, logits, c.head.softcap))
 
     def _scalar(self, value: float) -> Node:
         return self.graph.constant(np.array(value, np.float32))
@@ -145,62 +147,61 @@ class _Decoder:
         seen = g.call("And", g.unsqueeze(g.unsqueeze(real, 1), 1), seen)  # [B, 1, T, S]
         return g.call("Where", seen, self._scalar(0.0), self._scalar(MASKED))
 
-    def _rotation(self, positions: Node, slides: bool) -> tuple[Node, Node]:
-        """Cosines and sines, float32 [B, 1, T, rotary_dim]: each frequency's twice, for both halves."""
-        g, tables = self.graph, rope.tables(self.config)
-        local = tables.local_inv_freq if slides else None
-        frequencies, scale = (tables.global_inv_freq, tables.global_scale) if local is None else (local, 1.0)
+    def _rotation(self, positions: Node, rotary: Rotary) -> tuple[Node, Node]:
+        """Cosines and sines, float32 [B, 1, T, rotary.dim]: each frequency's twice, for both halves."""
+        g, context = self.graph, self.config.context
+        frequencies, scale = rope.frequencies(rotary, context)
         turning = g.constant(_twice(frequencies))
-        if local is None and tables.long_inv_freq is not None and tables.long_threshold is not None:
-            last = g.constant(np.array(tables.long_threshold - 1, np.int64))
-            is_long = g.call("Greater", g.maximum(positions), last)
-            turning = g.call("Where", is_long, g.constant(_twice(tables.long_inv_freq)), turning)
+        if (threshold := rope.long_threshold(rotary, context)) is not None:
+            is_long = g.call("Greater", g.maximum(positions), g.constant(np.array(threshold - 1, np.int64)))
+            beyond, _ = rope.frequencies(rotary, context, threshold + 1)
+            turning = g.call("Where", is_long, g.constant(_twice(beyond)), turning)
         angles = g.call("Multiply", g.unsqueeze(g.unsqueeze(g.floats(positions), 1), 3), turning)
         found = [g.call("Cos", angles), g.call("Sin", angles)]
         if scale != 1.0:
             found = [g.call("Multiply", one, self._scalar(scale)) for one in found]
         return found[0], found[1]
 
-    def _layer(self, layer: int, x: Node, mask: Node, turn: tuple[Node, Node]) -> Node:
-        """One layer, [B, T, E] -> [B, T, E]; where a norm stands is the placement's business alone."""
-        g, p = self.graph, f"layers.{layer}."
-        before = self.config.norm_placement in ("pre", "sandwich")
-        after = self.config.norm_placement in ("post", "sandwich")
-        y = self._attention(layer, self._norm(p + "attn_norm", x) if before else x, mask, turn)
-        x = g.call("Add", x, self._norm(p + "post_attn_norm", y) if after else y)
-        y = self._mlp(p, self._norm(p + "mlp_norm", x) if before else x)
-        return g.call("Add", x, self._norm(p + "post_mlp_norm", y) if after else y)
+    def _block(self, p: str, block: Block, x: Node) -> Node:
+        """One block, [B, T, E] -> [B, T, E]; where a norm stands is the placement's business alone."""
+        g, eps = self.graph, block.norms.eps
+        before = block.norms.placement in ("pre", "sandwich")
+        after = block.norms.placement in ("post", "sandwich")
+        y = self._attention(p, block, self._norm(p + "attn_norm", x, eps) if before else x)
+        x = g.call("Add", x, self._norm(p + "post_attn_norm", y, eps) if after else y)
+        y = self._mlp(p, block.feed_forward, self._norm(p + "mlp_norm", x, eps) if before else x)
+        return g.call("Add", x, self._norm(p + "post_mlp_norm", y, eps) if after else y)
 
-    def _attention(self, layer: int, x: Node, mask: Node, turn: tuple[Node, Node]) -> Node:
-        g, c, p = self.graph, self.config, f"layers.{layer}."
+    def _attention(self, p: str, block: Block, x: Node) -> Node:
+        g, mixer, eps = self.graph, block.mixer, block.norms.eps
         q, k, v = (g.linear(p + name, x) for name in "qkv")
-        if c.qk_norm == "full":
-            q, k = self._norm(p + "q_norm", q), self._norm(p + "k_norm", k)
-        q = g.reshape(q, (0, 0, c.num_heads, c.head_dim))
-        k, v = (g.reshape(one, (0, 0, c.num_kv_heads, c.head_dim)) for one in (k, v))
-        if c.qk_norm == "head":
-            q, k = self._norm(p + "q_norm", q), self._norm(p + "k_norm", k)
+        if mixer.qk_norm == "full":
+            q, k = self._norm(p + "q_norm", q, eps), self._norm(p + "k_norm", k, eps)
+        q = g.reshape(q, (0, 0, mixer.heads, mixer.head_dim))
+        k, v = (g.reshape(one, (0, 0, mixer.kv_heads, mixer.head_dim)) for one in (k, v))
+        if mixer.qk_norm == "head":
+            q, k = self._norm(p + "q_norm", q, eps), self._norm(p + "k_norm", k, eps)
         q, k, v = (g.transpose(one, (0, 2, 1, 3)) for one in (q, k, v))
-        if not c.rope_layers or c.rope_layers[layer]:
-            q, k = self._turned(q, turn), self._turned(k, turn)
-        k, v = g.extended(f"{layer}.key", k), g.extended(f"{layer}.value", v)
-        mixed = g.transpose(g.attention(q, k, v, mask, c), (0, 2, 1, 3))
-        return g.linear(p + "o", g.reshape(mixed, (0, 0, c.num_heads * c.head_dim)))
+        if mixer.rotary is not None:
+            q, k = (self._turned(one, mixer.head_dim, mixer.rotary) for one in (q, k))
+        cache = p.removeprefix("layers.")
+        k, v = g.extended(f"{cache}key", k, mixer), g.extended(f"{cache}value", v, mixer)
+        mixed = g.transpose(g.attention(q, k, v, self.masks[mixer.window], mixer), (0, 2, 1, 3))
+        return g.linear(p + "o", g.reshape(mixed, (0, 0, mixer.heads * mixer.head_dim)))
 
-    def _turned(self, x: Node, turn: tuple[Node, Node]) -> Node:
-        """x * cos + rotated x * sin, dimensions past `rotary_dim` as they are."""
-        g, size = self.graph, self.config.head_dim
-        dim = self.config.rotary_dim or size
+    def _turned(self, x: Node, size: int, rotary: Rotary) -> Node:
+        """x * cos + rotated x * sin, dimensions of a head of `size` past `rotary.dim` as they are."""
+        g, dim, turn = self.graph, rotary.dim, self.turns[rotary]
         whole = x if dim == size else g.part(x, 0, dim)
         second = g.call("Multiply", g.part(whole, dim // 2, dim), self._scalar(-1.0))
         other = g.concat([second, g.part(whole, 0, dim // 2)], -1)
         turned = g.call("Add", g.call("Multiply", whole, turn[0]), g.call("Multiply", other, turn[1]))
         return turned if dim == size else g.concat([turned, g.part(x, dim, size)], -1)
 
-    def _mlp(self, p: str, x: Node) -> Node:
+    def _mlp(self, p: str, layer: FeedForward, x: Node) -> Node:
         g = self.graph
         gate, up = g.linear(p + "gate", x), g.linear(p + "up", x)
-        active = _silu(g, gate) if self.config.activation == "silu" else self._gelu(gate)
+        active = _silu(g, gate) if layer.activation == "silu" else self._gelu(gate)
         return g.linear(p + "down", g.call("Multiply", active, up))
 
     def _gelu(self, x: Node) -> Node:
@@ -211,9 +212,9 @@ class _Decoder:
         curve = call("Tanh", call("Multiply", inner, scalar((2 / np.pi) ** 0.5)))
         return call("Multiply", call("Multiply", x, scalar(0.5)), call("Add", curve, scalar(1.0)))
 
-    def _norm(self, name: str, x: Node) -> Node:
+    def _norm(self, name: str, x: Node, eps: float) -> Node:
         g = self.graph
-        squares = g.call("Add", g.mean(g.call("Multiply", x, x)), self._scalar(self.config.norm_eps))
+        squares = g.call("Add", g.mean(g.call("Multiply", x, x)), self._scalar(eps))
         even = g.call("Multiply", x, g.call("Divide", self._scalar(1.0), g.call("Sqrt", squares)))
         return g.call("Multiply", even, g.constant(self.vectors[name]))
 
@@ -234,16 +235,16 @@ def capped(graph: Graph, x: Node, cap: float | None) -> Node:
     return graph.call("Multiply", graph.call("Tanh", graph.call("Divide", x, size)), size)
 
 
-def plain_attention(graph: Graph, q: Node, k: Node, v: Node, mask: Node, config: ModelSpec) -> Node:
+def plain_attention(graph: Graph, q: Node, k: Node, v: Node, mask: Node, mixer: Attention) -> Node:
     """`Graph.attention` of matrix products, each group of query heads beside its key's head."""
-    g, c = graph, config
-    times = c.num_heads // c.num_kv_heads
-    q = g.call("Multiply", q, g.constant(np.array(c.score_scale, np.float32)))
-    q = g.reshape(q, (0, c.num_kv_heads, times, -1, c.head_dim))  # [B, K, H / K, T, D]
+    g, dim = graph, mixer.head_dim
+    times = mixer.heads // mixer.kv_heads
+    q = g.call("Multiply", q, g.constant(np.array(mixer.score_scale, np.float32)))
+    q = g.reshape(q, (0, mixer.kv_heads, times, -1, dim))  # [B, K, H / K, T, D]
     k = g.unsqueeze(g.transpose(k, (0, 1, 3, 2)), 2)  # [B, K, 1, D, S]
-    scores = capped(g, g.call("MatMul", q, k), c.attention_softcap)
+    scores = capped(g, g.call("MatMul", q, k), mixer.softcap)
     weights = g.softmax(g.call("Add", scores, g.unsqueeze(mask, 1)))
-    return g.reshape(g.call("MatMul", weights, g.unsqueeze(v, 2)), (0, c.num_heads, -1, c.head_dim))
+    return g.reshape(g.call("MatMul", weights, g.unsqueeze(v, 2)), (0, mixer.heads, -1, dim))
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ def plan(artifact: Artifact, name: str, kind: Callable[[str], str]) -> GraphPlan
         UsageError: a graph or config.json has no word for something of the model.
     """
     packed, config = artifact.packed, artifact.packed.config
-    if config.rope_scaling.kind == "dynamic":
+    if any(rotary.scaling.kind == "dynamic" for rotary in _rotations(config)):
         raise UsageError(
             f"{name} cannot carry dynamic rope scaling: its frequencies change with the length, and cached "
             "keys are turned already",
@@ -275,9 +276,11 @@ def plan(artifact: Artifact, name: str, kind: Callable[[str], str]) -> GraphPlan
     values = config_values(config)
     values["dtype"] = values["torch_dtype"] = "float32"
     stored = {matrix: kind(matrix) for matrix in packed.linears}
-    said = []
-    if (long := rope.tables(config).long_threshold) is not None:
-        said.append(f"past {long:,} tokens LongRoPE's long factors turn new keys alone, as in transformers")
+    long = {rope.long_threshold(rotary, config.context) for rotary in _rotations(config)} - {None}
+    said = [
+        f"past {tokens:,} tokens LongRoPE's long factors turn new keys alone, as in transformers"
+        for tokens in long
+    ]
     wide = [linear for m, linear in packed.linears.items() if stored[m][1:] == "8" and linear.layout.bits < 8]
     if wide:
         more = sum(x.rows * x.cols * (8 - x.layout.bits) // 8 for x in wide)

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten.cache import new_folder
-from hasten.core import ModelSpec
+from hasten.core import PASSES, ModelSpec
 from hasten.errors import HastenError, UsageError
 from hasten.export import MARKER, Exported, Loss, Progress, Rounding, difference, floats_of, write_companions
 from hasten.models.artifact import Artifact
@@ -29,7 +29,6 @@ from hasten.weights.packed import PackedModel, bf16_bits, integers, row_pieces
 from hasten.weights.safetensors_file import Entry, write_safetensors
 
 WEIGHTS = "model.safetensors"
-_FUSED = (("q", "k", "v"), ("gate", "up"))
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ def _modules(packed: PackedModel, fits: Callable[[Module], bool]) -> tuple[Modul
     found = [_float_module("model.embed_tokens", ("embed",), packed)]
     if "head" in packed.linears:
         found.append(_float_module("lm_head", ("head",), packed))
-    for layer in range(config.num_layers):
+    for layer in range(len(config.blocks)):
         block = _block(config, layer)
         for siblings in _siblings(block):
             found += _schemed(siblings, packed, fits)
@@ -161,7 +160,7 @@ def _block(config: ModelSpec, layer: int) -> dict[str, tuple[str, ...]]:
 def _siblings(block: Mapping[str, tuple[str, ...]]) -> Iterator[dict[str, tuple[str, ...]]]:
     """Modules that engines run as one, together; others alone."""
     left = dict(block)
-    for group in _FUSED:
+    for group in (parts for parts in PASSES.values() if len(parts) > 1):
         together: dict[str, tuple[str, ...]] = {
             n: p for n, p in left.items() if len(p) == 1 and p[0].rpartition(".")[2] in group
         }
@@ -216,7 +215,7 @@ def _vectors(made: HfPlan) -> list[Entry]:
     config, vectors = made.packed.config, made.packed.vectors
     table = FAMILIES[config.architecture].hf_names
     names: list[tuple[str, list[str]]] = [("model.norm.weight", ["final_norm"])]
-    for layer in range(config.num_layers):
+    for layer in range(len(config.blocks)):
         prefix = f"layers.{layer}."
         names += [
             (f"model.{prefix}{module}.weight", [prefix + norms[0]])
@@ -269,23 +268,23 @@ def config_values(config: ModelSpec) -> dict[str, Any]:
     Raises:
         UsageError: config.json has no word for something of the model; it is named.
     """
-    biases = config.biases
+    mixer, feed_forward = config.blocks[0].mixer, config.blocks[0].feed_forward
     is_gemma = config.architecture == "gemma3"
     values: dict[str, Any] = {
         "architectures": [FAMILIES[config.architecture].hf_class],
         "model_type": "gemma3_text" if is_gemma else config.architecture,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.context_length,
-        "rms_norm_eps": config.norm_eps,
-        "hidden_act": "silu" if config.activation == "silu" else "gelu_pytorch_tanh",
-        "tie_word_embeddings": config.tied_head,
-        "attention_bias": "q" in biases and config.architecture != "qwen2",
+        "vocab_size": config.vocab,
+        "hidden_size": config.width,
+        "intermediate_size": feed_forward.width,
+        "num_hidden_layers": len(config.blocks),
+        "num_attention_heads": mixer.heads,
+        "num_key_value_heads": mixer.kv_heads,
+        "head_dim": mixer.head_dim,
+        "max_position_embeddings": config.context,
+        "rms_norm_eps": config.final_norm.eps,
+        "hidden_act": "silu" if feed_forward.activation == "silu" else "gelu_pytorch_tanh",
+        "tie_word_embeddings": config.head.tied,
+        "attention_bias": "q" in mixer.biases and config.architecture != "qwen2",
         "bos_token_id": config.bos_token_id,
         "eos_token_id": list(config.eos_token_ids) or None,
         "pad_token_id": None,
@@ -293,7 +292,7 @@ def config_values(config: ModelSpec) -> dict[str, Any]:
     }
     values |= _rope(config) | _windows(config)
     if config.architecture in ("llama", "smollm3"):
-        values["mlp_bias"] = "gate" in biases
+        values["mlp_bias"] = "gate" in feed_forward.biases
     if is_gemma:
         values |= _gemma(config)
     _check(config, values)
@@ -301,12 +300,16 @@ def config_values(config: ModelSpec) -> dict[str, Any]:
 
 
 def _rope(config: ModelSpec) -> dict[str, Any]:
-    scaling, kind = config.rope_scaling, config.rope_scaling.kind
-    values: dict[str, Any] = {"rope_theta": rotations(config)[0].theta, "rope_scaling": None}
-    if config.rotary_dim is not None and config.rotary_dim != config.head_dim:
-        values["partial_rotary_factor"] = config.rotary_dim / config.head_dim
-    if config.rope_layers:
-        values["no_rope_layers"] = [int(flag) for flag in config.rope_layers]
+    (rotary, local), size = rotations(config), config.blocks[0].mixer.head_dim
+    scaling, kind = rotary.scaling, rotary.scaling.kind
+    values: dict[str, Any] = {"rope_theta": rotary.theta, "rope_scaling": None}
+    if rotary.dim != size:
+        values["partial_rotary_factor"] = rotary.dim / size
+    if local is not None:
+        values["rope_local_base_freq"] = local.theta
+    flags = [int(block.mixer.rotary is not None) for block in config.blocks]
+    if not all(flags):
+        values["no_rope_layers"] = flags
     if kind == "default":
         return values
     own: dict[str, Any] = {"rope_type": kind, "type": kind}
@@ -329,13 +332,14 @@ def _rope(config: ModelSpec) -> dict[str, Any]:
 
 
 def _windows(config: ModelSpec) -> dict[str, Any]:
-    if config.sliding_window is None:
+    slides = [block.mixer.window is not None for block in config.blocks]
+    if not any(slides):
         is_silent = config.architecture in ("llama", "olmo2", "gemma3")
         return {} if is_silent else {"sliding_window": None, "use_sliding_window": False}
-    kinds = ["sliding_attention" if slides else "full_attention" for slides in config.sliding_layers]
-    found: dict[str, Any] = {"sliding_window": config.sliding_window}
+    kinds = ["sliding_attention" if one else "full_attention" for one in slides]
+    first = slides.index(True)
+    found: dict[str, Any] = {"sliding_window": config.blocks[first].mixer.window}
     if config.architecture in ("qwen2", "qwen3", "smollm3"):
-        first = next((i for i, slides in enumerate(config.sliding_layers) if slides), config.num_layers)
         found |= {"use_sliding_window": True, "layer_types": kinds, "max_window_layers": first}
     if config.architecture == "gemma3":
         found["layer_types"] = kinds
@@ -343,16 +347,14 @@ def _windows(config: ModelSpec) -> dict[str, Any]:
 
 
 def _gemma(config: ModelSpec) -> dict[str, Any]:
-    scalar = round(config.score_scale**-2, 6)
-    found: dict[str, Any] = {
+    mixer = config.blocks[0].mixer
+    scalar = round(mixer.score_scale**-2, 6)
+    return {
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": int(scalar) if scalar.is_integer() else scalar,  # transformers wants an int
-        "attn_logit_softcapping": config.attention_softcap,
-        "final_logit_softcapping": config.logit_softcap,
+        "attn_logit_softcapping": mixer.softcap,
+        "final_logit_softcapping": config.head.softcap,
     }
-    if (local := rotations(config)[1]) is not None:
-        found["rope_local_base_freq"] = local.theta
-    return found
 
 
 def _check(config: ModelSpec, values: dict[str, Any]) -> None:
@@ -361,8 +363,5 @@ def _check(config: ModelSpec, values: dict[str, Any]) -> None:
         found = hf_spec(values, "config.json")
     except HastenError as wrong:
         raise refuse("this model", wrong.message) from None
-    if found.biases != config.biases:
-        biases = ", ".join(sorted(config.biases)) or "none"
-        raise refuse(f"biases of {biases}", f"{config.architecture} has others")
     if other := difference(config, found):
         raise refuse(other[0], f"the model has {other[1]}, config.json means {other[2]}")

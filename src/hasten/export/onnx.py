@@ -22,7 +22,7 @@ import numpy.typing as npt
 from onnx import StringStringEntryProto, TensorProto, helper
 
 from hasten.cache import write_atomic
-from hasten.core import ModelSpec
+from hasten.core import Attention
 from hasten.export import Exported, Progress
 from hasten.export import graph as graphs
 from hasten.export.graph import (
@@ -92,7 +92,7 @@ class OnnxGraph:
 
     def output(self, name: str, value: Node) -> None:
         self.nodes.append(helper.make_node("Identity", [value], [name]))
-        sizes: list[str | int | None] = ["batch", "new", self._packed.config.vocab_size]
+        sizes: list[str | int | None] = ["batch", "new", self._packed.config.vocab]
         self.outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes))
 
     def constant(self, values: Array) -> Node:
@@ -125,15 +125,15 @@ class OnnxGraph:
             grouped = self.call("Add", grouped, self.unsqueeze(minimums, 3))
         return self.reshape(grouped, (0, 0, linear.cols))
 
-    def extended(self, name: str, new: Node) -> Node:
-        config, past, both = self._packed.config, f"past_key_values.{name}", f"present.{name}"
+    def extended(self, name: str, new: Node, mixer: Attention) -> Node:
+        past, both = f"past_key_values.{name}", f"present.{name}"
         for value, length, listed in ((past, "past", self.inputs), (both, "all", self.outputs)):
-            sizes: list[str | int | None] = ["batch", config.num_kv_heads, length, config.head_dim]
+            sizes: list[str | int | None] = ["batch", mixer.kv_heads, length, mixer.head_dim]
             listed.append(helper.make_tensor_value_info(value, TensorProto.FLOAT, sizes))
         return self._named("Concat", [past, new], both, axis=2)
 
-    def attention(self, q: Node, k: Node, v: Node, mask: Node, config: ModelSpec) -> Node:
-        return plain_attention(self, q, k, v, mask, config)
+    def attention(self, q: Node, k: Node, v: Node, mask: Node, mixer: Attention) -> Node:
+        return plain_attention(self, q, k, v, mask, mixer)
 
     def call(self, operation: str, *values: Node) -> Node:
         return self._new(_CALLS.get(operation, operation), values)

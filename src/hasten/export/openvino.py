@@ -24,7 +24,7 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
 
-from hasten.core import ModelSpec
+from hasten.core import Attention
 from hasten.errors import DiskError
 from hasten.export import Exported, Progress
 from hasten.export import graph as graphs
@@ -110,15 +110,14 @@ class OpenVinoGraph:
         grouped = self.reshape(x, (0, 0, -1, group_of(linear)))
         return self.reshape(ops.add(grouped, self.unsqueeze(minimums, 3)), (0, 0, linear.cols))
 
-    def extended(self, name: str, new: Node) -> Node:
-        config = self._packed.config
+    def extended(self, name: str, new: Node, mixer: Attention) -> Node:
         first_axis = ops.constant(np.array(0, np.int64))
         batch = ops.gather(ops.shape_of(self._inputs["input_ids"]), ops.constant([0]), first_axis)
-        rest = ops.constant(np.array([config.num_kv_heads, 0, config.head_dim], np.int64))
+        rest = ops.constant(np.array([mixer.kv_heads, 0, mixer.head_dim], np.int64))
         empty = ops.broadcast(ops.constant(np.array(0, np.float32)), ops.concat([batch, rest], 0))
         layer, kind = name.split(".")
         own = f"past_key_values.{layer}.{kind}present.{layer}.{kind}"
-        size = ov.PartialShape([-1, config.num_kv_heads, -1, config.head_dim])
+        size = ov.PartialShape([-1, mixer.kv_heads, -1, mixer.head_dim])
         info = ov.op.util.VariableInfo()
         info.data_shape, info.data_type, info.variable_id = size, ov.Type.f32, own
         variable = ov.op.util.Variable(info)
@@ -127,15 +126,14 @@ class OpenVinoGraph:
         self._sinks.append(ov.op.assign(both, variable))
         return both
 
-    def attention(self, q: Node, k: Node, v: Node, mask: Node, config: ModelSpec) -> Node:
+    def attention(self, q: Node, k: Node, v: Node, mask: Node, mixer: Attention) -> Node:
         # GenAI's paged attention replaces the operation below and leaves sliding windows out without a word;
         # without it, it says that it cannot, and goes on with its other pipeline
-        if config.attention_softcap is not None or slides(config):
-            return plain_attention(self, q, k, v, mask, config)
-        times = config.num_heads // config.num_kv_heads
-        if times > 1:
-            k, v = (self._repeated(one, times) for one in (k, v))
-        scale = ops.constant(np.array(config.score_scale, np.float32))
+        if mixer.softcap is not None or slides(self._packed.config):
+            return plain_attention(self, q, k, v, mask, mixer)
+        if mixer.heads > mixer.kv_heads:
+            k, v = (self._repeated(one, mixer) for one in (k, v))
+        scale = ops.constant(np.array(mixer.score_scale, np.float32))
         return ops.scaled_dot_product_attention(q, k, v, mask, scale)
 
     def call(self, operation: str, *values: Node) -> Node:
@@ -177,12 +175,11 @@ class OpenVinoGraph:
     def maximum(self, x: Node) -> Node:
         return ops.reduce_max(x, ops.constant(np.array([0, 1], np.int64)), False)
 
-    def _repeated(self, x: Node, times: int) -> Node:
-        """[B, K, S, D] -> [B, H, S, D], each head `times` in a row."""
-        config = self._packed.config
-        sizes = ops.constant(np.array([1, 1, times, 1, 1], np.int64))
+    def _repeated(self, x: Node, mixer: Attention) -> Node:
+        """[B, K, S, D] -> [B, H, S, D], each head H / K times in a row."""
+        sizes = ops.constant(np.array([1, 1, mixer.heads // mixer.kv_heads, 1, 1], np.int64))
         wide = ops.broadcast(self.unsqueeze(x, 2), sizes, broadcast_spec="BIDIRECTIONAL")
-        return self.reshape(wide, (0, config.num_heads, -1, config.head_dim))
+        return self.reshape(wide, (0, mixer.heads, -1, mixer.head_dim))
 
     def _minimums(self, name: str) -> Node:
         """float32 [rows, groups]."""

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from hasten.compress.result import Observer, Progress
-from hasten.core import Format, ModelSpec, Recipe
+from hasten.core import PASSES, Format, ModelSpec, Recipe
 from hasten.optimize.workshop import Built, Workshop
 from hasten.quality.divergence import Reference
 from hasten.quality.text import Window, windows
@@ -53,8 +53,6 @@ PROBE = MENU[0]
 CHECKED = MENU[1:4]
 """Layouts at which some groups are measured too, to hold the scaling against."""
 
-_PARTS = (("qkv", ("q", "k", "v")), ("o", ("o",)), ("gate_up", ("gate", "up")), ("down", ("down",)))
-
 
 @dataclass(frozen=True)
 class Group:
@@ -68,10 +66,10 @@ def groups(config: ModelSpec) -> tuple[Group, ...]:
     """Every group of a model in the order it is computed: four a layer, then the head."""
     found = [
         Group(f"layers.{layer}.{name}", tuple(f"layers.{layer}.{part}" for part in parts))
-        for layer in range(config.num_layers)
-        for name, parts in _PARTS
+        for layer in range(len(config.blocks))
+        for name, parts in PASSES.items()
     ]
-    return (*found, Group("head", ("embed" if config.tied_head else "head",)))
+    return (*found, Group("head", (config.head_name,)))
 
 
 def menu_of(group: Group, shapes: Mapping[str, tuple[int, int]]) -> tuple[Format, ...]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hasten.core import PASSES
 from hasten.report import (
     Frame,
     Place,
@@ -371,7 +372,6 @@ def _sentence(point: Point) -> str:
 
 
 _DARKEST = 0.75  # of the heat colour: text on it stays readable
-_MAP_PARTS = ("qkv", "o", "gate_up", "down")
 _KEPT_WIDTH = "source"
 _LEAST = 1e-5  # nats: below it a cell stays blank, as int8 activations alone cost fifty times as much
 
@@ -392,7 +392,7 @@ def sensitivity_map(groups: Sequence[Group], method: str = "rtn", error: float |
         layers.setdefault(where or part, {})[part] = group
     if not layers:
         return ""
-    parts = [part for part in _MAP_PARTS if any(part in row for row in layers.values())] or [""]
+    parts = [part for part in PASSES if any(part in row for row in layers.values())] or [""]
     widths = [
         *sorted({width for group in groups for width in _harms(group) if "-" not in width}),
         _KEPT_WIDTH,
