@@ -90,6 +90,10 @@ class FakeModel:
     threads: int = 1
     config: ModelSpec = CONFIG
 
+    @property
+    def stored_bytes(self) -> int:
+        return self.weight_bytes
+
     def hidden(self, tokens: npt.NDArray[np.int32]) -> Floats:
         assert not self.closed
         self.calls += 1
@@ -123,7 +127,7 @@ class FakeWorkshop:
 
     def __post_init__(self) -> None:
         rng = np.random.default_rng(self.seed)
-        self.embedding = rng.normal(0, 1, (CONFIG.vocab_size, CONFIG.hidden_size)).astype(np.float32)
+        self.embedding = rng.normal(0, 1, (CONFIG.vocab, CONFIG.width)).astype(np.float32)
         self.weights: dict[str, Floats] = {}
         for name, shape in CONFIG.linear_shapes().items():
             scale = 0.5 if name == "head" else 0.6 / np.sqrt(shape[1])
@@ -134,12 +138,12 @@ class FakeWorkshop:
         """A text of so many letters, drawn from the model."""
         rng = np.random.default_rng(self.seed + 1)
         model = self.build(Recipe.parse("bf16"))
-        logits = model.logits_of(model.hidden(np.arange(CONFIG.vocab_size, dtype=np.int32))).astype(float)
+        logits = model.logits_of(model.hidden(np.arange(CONFIG.vocab, dtype=np.int32))).astype(float)
         chances = np.exp(logits - logits.max(axis=1, keepdims=True))
         steps = np.cumsum(chances / chances.sum(axis=1, keepdims=True), axis=1)
         letters = [0]
         for draw in rng.random(evaluation + calibration):
-            letters.append(min(int(np.searchsorted(steps[letters[-1]], draw)), CONFIG.vocab_size - 1))
+            letters.append(min(int(np.searchsorted(steps[letters[-1]], draw)), CONFIG.vocab - 1))
         whole = "".join(ALPHABET[i] for i in letters)
         self.built.clear()
         return Text("letters", calibration=whole[evaluation + 1 :], evaluation=whole[: evaluation + 1])

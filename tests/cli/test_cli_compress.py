@@ -51,7 +51,7 @@ def test_a_recipe_file(model: str, place: Path, capsys: pytest.CaptureFixture[st
     assert main(["compress", model, "--recipe", "r.yaml", "--tokens", "1024", "--threads", "1"]) == 0
     said = capsys.readouterr()
     made = Path(f"{Path(model).name}-my-recipe.hasten")
-    assert load_artifact(made).packed.config.intermediate_size == 64
+    assert load_artifact(made).packed.config.blocks[0].feed_forward.width == 64
     lines = said.out.splitlines()
     assert lines[0].startswith("prune ffn  prune ffn: 192 of 288 FFN channels kept  (")
     assert any(line.startswith("quantise ") and "bits a weight" in line for line in lines)

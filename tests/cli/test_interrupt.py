@@ -12,8 +12,8 @@ import pytest
 
 from hasten.core import Recipe
 from hasten.models.artifact import save
-from hasten.models.locate import locate
 from hasten.models.open import open_place
+from hasten.models.source import locate
 from hasten.weights.packed import pack_model
 
 START = """

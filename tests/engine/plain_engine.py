@@ -28,10 +28,10 @@ def plain(model: LanguageModel, request: Request, index: int = 0) -> Plain:
     """What the engine must give, whatever else it does."""
     executor, done = model.executor, Plain()
     sampling = replace(request.sampling, seed=request.sampling.seed + index)
-    sampler = SequenceSampler(sampling, request.prompt, model.config.vocab_size)
+    sampler = SequenceSampler(sampling, request.prompt, model.config.vocab)
     grammar = None
     if request.grammar is not None:
-        grammar = GrammarCompiler(model.tokenizer, model.config.vocab_size).compile(request.grammar).start()
+        grammar = GrammarCompiler(model.tokenizer, model.config.vocab).compile(request.grammar).start()
     known, prompt = list(request.prompt), len(request.prompt)
     sequence = CachedSequence()
     sequence.kv_class = executor.kv_class(prompt, True)

@@ -313,7 +313,7 @@ def test_a_vocabulary_that_cannot_spell_it_says_so() -> None:
 @pytest.mark.demo
 def test_a_grammar_that_holds_everybody_up_is_refused() -> None:
     from hasten.models.gguf import GgufFile
-    from hasten.models.locate import demo_file
+    from hasten.models.source import demo_file
 
     vocabulary = Vocabulary(Tokenizer.from_gguf(GgufFile.open(demo_file().path).metadata), padding=0)
     with pytest.raises(UsageError, match="each token takes"):
@@ -323,7 +323,7 @@ def test_a_grammar_that_holds_everybody_up_is_refused() -> None:
 @pytest.mark.demo
 def test_demo_vocabulary() -> None:
     from hasten.models.gguf import GgufFile
-    from hasten.models.locate import demo_file
+    from hasten.models.source import demo_file
 
     tokenizer = Tokenizer.from_gguf(GgufFile.open(demo_file().path).metadata)
     vocabulary = Vocabulary(tokenizer, padding=0)

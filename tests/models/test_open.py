@@ -16,8 +16,8 @@ import pytest
 from gguf_bytes import smallest_model
 from hasten.errors import FormatError, ModelError
 from hasten.models import open_model, sha256_of
-from hasten.models.locate import file_name_of, ref_of
 from hasten.models.open import INDEX
+from hasten.models.source import file_name_of, ref_of
 
 
 def test_a_gguf_file_and_a_folder_that_holds_one(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_demo_model_equals_transformers() -> None:
     from tokenizers import decoders, models
     from transformers import PreTrainedTokenizerFast
 
-    from hasten.models.locate import demo_file
+    from hasten.models.source import demo_file
 
     path = demo_file().path
     file = GgufFile.open(path)

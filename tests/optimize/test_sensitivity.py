@@ -33,7 +33,7 @@ def workshop() -> FakeWorkshop:
 def test_groups_cover_every_linear_layer_once() -> None:
     names = [name for group in groups(CONFIG) for name in group.tensors]
     assert sorted(names) == sorted(CONFIG.linear_shapes())
-    assert len(groups(CONFIG)) == 4 * CONFIG.num_layers + 1
+    assert len(groups(CONFIG)) == 4 * len(CONFIG.blocks) + 1
 
 
 def test_harm_is_the_divergence_of_one_group_alone(workshop: FakeWorkshop) -> None:

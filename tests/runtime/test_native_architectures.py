@@ -54,13 +54,13 @@ def running(source: Source, recipe: str = "bf16", **options) -> Iterator[Languag
 
 def fitting(source: Source, *, room: int = 0) -> list[list[int]]:
     """The prompts that leave room in the model's context."""
-    return [prompt for prompt in prompts() if len(prompt) + room <= source.config.context_length]
+    return [prompt for prompt in prompts() if len(prompt) + room <= source.config.context]
 
 
 def twin(packed: PackedModel, rounds: bool = True) -> ReferenceDecoder:
     """The reference on the packed weights, rounding as the engine does: int8 or bf16."""
     tensors = dict(packed.vectors)
-    shape = packed.config.num_kv_heads, packed.config.head_dim
+    shape = packed.config.blocks[0].mixer.kv_heads, packed.config.blocks[0].mixer.head_dim
     shifts = {name: shift.reshape(shape) for name, shift in key_shifts(packed.config, packed.vectors).items()}
     for name, linear in packed.linears.items():
         layout = linear.layout
@@ -93,7 +93,7 @@ def test_bf16_logits_are_those_of_transformers(name, tiny_model, tiny_folder):
 def test_32_greedy_tokens_are_those_of_transformers(name, tiny_model, tiny_folder):
     source = open_model(tiny_folder(name))
     prompt = prompts()[0]
-    count = min(32, source.config.context_length - len(prompt))
+    count = min(32, source.config.context - len(prompt))
     with running(source) as engine:
         assert list(engine.stream(prompt, count, GREEDY)) == greedy(tiny_model(name), prompt, count)
 
@@ -110,7 +110,7 @@ def test_ragged_batch_gives_each_prompt_its_own_tokens(name, tiny_model, tiny_fo
                 together[int(output.request_id)] += output.token_ids
         assert together == [list(engine.stream(prompt, 32, GREEDY)) for prompt in batch]
     for prompt, tokens in zip(batch, together, strict=True):
-        assert len(tokens) == min(32, source.config.context_length - len(prompt))
+        assert len(tokens) == min(32, source.config.context - len(prompt))
         model = tiny_model(name)  # each token by itself: longrope turns on the length so far
         wanted = np.stack([logits(model, [*prompt, *tokens[:i]])[-1] for i in range(len(tokens))])
         lost = wanted.max(axis=1) - wanted[np.arange(len(tokens)), tokens]
@@ -130,7 +130,7 @@ def test_threads_change_nothing(name, recipe, tiny_folder):
 def test_contexts_of_many_pages_and_parts(name, tiny_folder):
     """600 tokens: attention goes through three parts of the context; windows end in the middle of pages."""
     source = open_model(tiny_folder(name))
-    text = np.random.default_rng(7).integers(0, source.config.vocab_size, 600)
+    text = np.random.default_rng(7).integers(0, source.config.vocab, 600)
     with running(source, prefill_chunk=250) as engine:
         assert distance(engine.logits(text), twin(engine.packed).logits(text)) < BF16_FROM_TWIN
         decoded = list(engine.stream(text, 8, GREEDY))
@@ -197,8 +197,8 @@ def test_large_key_biases_do_not_spoil_an_int8_cache(tiny_folder):
     """Qwen2's are this large, in dimensions that hardly turn; see hasten.runtime.keys."""
     source = open_model(tiny_folder("qwen2"))
     packed = pack_model(source, Recipe.parse("bf16-kv8"), 2)
-    for layer in range(source.config.num_layers):
-        bias = packed.vectors[f"layers.{layer}.k.bias"].reshape(source.config.num_kv_heads, -1)
+    for layer in range(len(source.config.blocks)):
+        bias = packed.vectors[f"layers.{layer}.k.bias"].reshape(source.config.blocks[0].mixer.kv_heads, -1)
         bias[:, [7, 15]] = 100.0  # 10,000 ** (-7 / 8) radians a token
     plain = twin(packed, rounds=False)
     engine = load_packed(packed, source, EngineOptions(threads=2))

@@ -138,13 +138,13 @@ def test_on_value_sees_and_replaces_what_an_engine_stores(tiny_folder):
     halved = ReferenceDecoder(config, tensors, on_value=halve).logits(prompt)
     np.testing.assert_allclose(halved * 2, ReferenceDecoder(config, tensors).logits(prompt), atol=1e-4)
     wanted = {name: (len(prompt), cols) for name, (_, cols) in config.linear_shapes().items()}
-    for layer in range(config.num_layers):
+    for layer in range(len(config.blocks)):
         for name, heads in [
-            ("queries", config.num_heads),
-            ("keys", config.num_kv_heads),
-            ("values", config.num_kv_heads),
+            ("queries", config.blocks[0].mixer.heads),
+            ("keys", config.blocks[0].mixer.kv_heads),
+            ("values", config.blocks[0].mixer.kv_heads),
         ]:
-            wanted[f"layers.{layer}.{name}"] = (len(prompt), heads, config.head_dim)
+            wanted[f"layers.{layer}.{name}"] = (len(prompt), heads, config.blocks[0].mixer.head_dim)
     assert seen == wanted
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from hasten.cache import folders
 from hasten.core import Recipe
 from hasten.models.artifact import find_packed, keep_packed
-from hasten.models.locate import locate
 from hasten.models.open import open_place
+from hasten.models.source import locate
 from hasten.weights.packed import PackedModel, checksum_of, pack_model
 from hasten.weights.packed_store import Origin, PackedStore
 

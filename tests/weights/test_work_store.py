@@ -19,9 +19,8 @@ from hasten.compress.torch_machine import write_state
 from hasten.core import Format, Recipe
 from hasten.errors import UsageError
 from hasten.models.artifact import find_packed, keep_packed
-from hasten.models.locate import locate
 from hasten.models.open import open_folder
-from hasten.models.source import Source
+from hasten.models.source import Source, locate
 from hasten.weights.packed import pack_model
 from hasten.weights.packed_store import PackedStore
 from hasten.weights.work_store import IN_USE_S, STALE_S, WorkStore, touch, write_checked

@@ -286,7 +286,7 @@ def _demo(folders: Sequence[Path]) -> Iterator[Entry]:
 
 
 def _verify_demo(entry: Entry) -> str | None:
-    from hasten.models.locate import DEMO_SHA256
+    from hasten.models.source import DEMO_SHA256
 
     return None if digest(entry.path) == DEMO_SHA256 else "its SHA-256 is not the demo model's"
 

@@ -80,14 +80,12 @@ def _verdict(
     from hasten.quality.divergence import OtherVocabulary, Pieces, Reference, evaluate, same_words
     from hasten.quality.text import windows
 
-    theirs, ours, rows = reference.tokenizer, candidate.tokenizer, reference.config.vocab_size
+    theirs, ours, rows = reference.tokenizer, candidate.tokenizer, reference.config.vocab
     cut = windows(judged.evaluation, theirs, tokens=tokens)
-    if rows == candidate.config.vocab_size and same_words(theirs, ours):
+    if rows == candidate.config.vocab and same_words(theirs, ours):
         held = Reference(reference, cut)
     else:
-        ticker.say(
-            f"vocabularies of {rows:,} and {candidate.config.vocab_size:,}: judged by the source's tokens"
-        )
+        ticker.say(f"vocabularies of {rows:,} and {candidate.config.vocab:,}: judged by the source's tokens")
         held = OtherVocabulary(reference, cut, Pieces.of(theirs, ours, rows))
     return evaluate(candidate, held, budget, lambda done, total: ticker.count("comparing", done, total))
 

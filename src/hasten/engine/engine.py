@@ -101,7 +101,7 @@ class Engine:
 
     def _answers_of(self, request: Request) -> list[Answer]:
         start = self.compiler().compile(request.grammar).start if request.grammar else None
-        tokenizer, vocab = self.model.tokenizer, self.model.config.vocab_size
+        tokenizer, vocab = self.model.tokenizer, self.model.config.vocab
         now = time.perf_counter()
         return [
             Answer(request, index, now, tokenizer, vocab, start() if start else None)
@@ -113,7 +113,7 @@ class Engine:
         if self._grammars is None:
             from hasten.engine.grammar_compiler import GrammarCompiler
 
-            self._grammars = GrammarCompiler(self.model.tokenizer, self.model.config.vocab_size)
+            self._grammars = GrammarCompiler(self.model.tokenizer, self.model.config.vocab)
         return self._grammars
 
     def cancel(self, request_id: str) -> bool:

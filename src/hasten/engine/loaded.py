@@ -72,6 +72,11 @@ class LoadedModel:
         return self.packed.weight_bytes
 
     @property
+    def stored_bytes(self) -> int:
+        """Bytes of all matrices in memory."""
+        return self.packed.stored_bytes
+
+    @property
     def threads(self) -> int:
         """Threads the engine uses."""
         return self.executor.threads
@@ -100,7 +105,7 @@ class LoadedModel:
         Raises:
             UsageError: more tokens than the context, or what is no id of the vocabulary.
         """
-        sequence, ids = CachedSequence(), token_ids(tokens, self.config.vocab_size)
+        sequence, ids = CachedSequence(), token_ids(tokens, self.config.vocab)
         try:
             return self.executor.hidden(sequence, ids)
         finally:

@@ -193,7 +193,7 @@ def load(
 def _load_source(ref: str | Path, recipe: Recipe, options: EngineOptions, store: bool) -> LanguageModel:
     """A model from the store, or packed now and stored later."""
     from hasten.models.artifact import find_packed, keep_later
-    from hasten.models.locate import locate
+    from hasten.models.source import locate
     from hasten.weights.packed_store import open_store
 
     place = locate(ref)

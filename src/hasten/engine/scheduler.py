@@ -244,13 +244,13 @@ class Admission:
         context, config = self._model.context, self._model.config
         length, asked = len(request.prompt), request.max_new_tokens
         if length + min(asked, 1) > context:
-            needed, most = length + max(asked, 1), config.context_length
+            needed, most = length + max(asked, 1), config.context
             longer = f" or load the model with --context {needed} or more" if needed <= most else ""
             raise UsageError(
                 f"the prompt has {length} tokens, the context holds {context} with the answer",
                 hint=f"shorten the prompt{longer} (the model was made for {most} tokens)",
             )
-        return tuple(token_ids(request.prompt, config.vocab_size).tolist())
+        return tuple(token_ids(request.prompt, config.vocab).tolist())
 
     def _next_place_s(self) -> float:
         """When the first running answer is likely to end, at least a second."""

@@ -11,8 +11,7 @@ from hasten.cache.store import Deferred
 from hasten.core import Recipe
 from hasten.errors import ArtifactError, DiskError, HastenError
 from hasten.models.families import checked
-from hasten.models.locate import Place, ref_of
-from hasten.models.source import Source, sha256_of
+from hasten.models.source import Place, Source, ref_of, sha256_of
 from hasten.models.tokenizer import Tokenizer
 from hasten.weights.artifact import made_from, read_artifact, write_artifact
 from hasten.weights.packed import PackedModel
@@ -147,8 +146,7 @@ def keep_packed(
         paths = [str(file.path.absolute()) for file in source.files]
         return {"name": source.name, "recipe": packed.recipe.name, "files": paths}
 
-    need = sum(linear.bytes for linear in packed.linears.values())
-    return store.keep(origin, recipe, source.name, need, write, made_with)
+    return store.keep(origin, recipe, source.name, packed.stored_bytes, write, made_with)
 
 
 def keep_later(

@@ -19,10 +19,9 @@ from hasten.models.families import FAMILIES, gguf_spec, hf_spec
 from hasten.models.families.config_json import token_ids
 from hasten.models.families.family import Fields, NameTable
 from hasten.models.gguf import GgufFile
-from hasten.models.locate import Place, locate
 from hasten.models.quantized import Quantization, merged
 from hasten.models.quantized_formats import KEYS, quantization_of, without_quantization
-from hasten.models.source import Source, SourceFile, once
+from hasten.models.source import Place, Source, SourceFile, locate, once
 from hasten.weights.safetensors_file import NOT_A_FILE_HINT, open_safetensors
 from hasten.weights.tensors import SourceTensor
 

@@ -17,7 +17,7 @@ from hasten.compress.result import Observer, Progress
 from hasten.core import Budget, Format, Recipe
 from hasten.errors import MachineError
 from hasten.models.artifact import keep_packed, load_artifact, save
-from hasten.models.locate import file_name_of, locate
+from hasten.models.source import file_name_of, locate
 from hasten.quality.text import Text, default_text
 from hasten.weights.packed import PackedLinear, PackedModel, pack_model
 from hasten.weights.packed_store import open_store

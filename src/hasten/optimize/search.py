@@ -219,7 +219,7 @@ def optimize(
         ModelError, DiskError: the source cannot be opened, the artifact cannot be written, or one of another
             model stands there.
     """
-    from hasten.models.locate import file_name_of
+    from hasten.models.source import file_name_of
 
     check(max_ppl_increase, goal)
     judged = text_from_file(text) if text is not None else default_text()

@@ -30,10 +30,11 @@ class Candidate:
 
     recipe: Recipe
     bits_per_weight: float
-    weight_bytes: int
+    weight_bytes: int  # one token reads
     verdict: Verdict
     measurement: Measurement | None = None
     because: str = ""
+    stored_bytes: int | None = None  # in memory; None: as many as one token reads
 
     @property
     def passes(self) -> bool:
@@ -44,10 +45,10 @@ class Candidate:
         """What the goal makes small; only for a timed candidate, or goal `memory`.
 
         latency: milliseconds until one request of the workload is done. throughput: milliseconds a token of
-        all sequences together. memory: bytes of weights.
+        all sequences together. memory: bytes of stored weights.
         """
         if goal == "memory":
-            return float(self.weight_bytes)
+            return float(self.weight_bytes if self.stored_bytes is None else self.stored_bytes)
         assert self.measurement is not None
         return cost_of(self.measurement, goal)
 
@@ -127,7 +128,7 @@ def _rejected(candidate: Candidate, chosen: Candidate, goal: Goal, budget: Budge
             " give more with --tokens."
         )
     if goal == "memory":
-        more = candidate.weight_bytes / chosen.weight_bytes - 1
+        more = candidate.cost(goal) / chosen.cost(goal) - 1
         return f"passes with {spread(verdict)}, but needs {more:.0%} more memory than {chosen.recipe.name}."
     slower = candidate.cost(goal) / chosen.cost(goal) - 1
     if slower <= 0:
@@ -282,13 +283,14 @@ class Trials:
             return Candidate(recipe, **{**kept, "verdict": Verdict(**kept["verdict"])})
         built = model.get()
         verdict = self._judge(recipe, built)
-        found = {
+        found: dict[str, Any] = {
             "bits_per_weight": built.bits_per_weight,
             "weight_bytes": built.weight_bytes,
+            "stored_bytes": built.stored_bytes,
             "verdict": verdict,
         }
         self.memory.write("quality", found, **key)
-        return Candidate(recipe, built.bits_per_weight, built.weight_bytes, verdict)
+        return Candidate(recipe, **found)
 
     def _judge(self, recipe: Recipe, model: Built) -> Verdict:
         """Window by window; a clear failure ends after 2, 4, 8 ... windows, nothing passes early."""

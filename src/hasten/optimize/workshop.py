@@ -46,6 +46,11 @@ class Built(Runnable, Protocol):
         """Bytes of linear weights one decoded token reads."""
         ...
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all matrices in memory, the embedding table included."""
+        ...
+
     def close(self) -> None: ...
 
 

@@ -190,7 +190,7 @@ def check_ids(served: Served, ids: Sequence[int], param: str) -> None:
     Raises:
         Problem: 400.
     """
-    vocabulary = served.model.config.vocab_size
+    vocabulary = served.model.config.vocab
     if any(token >= vocabulary for token in ids):
         raise refused(f"a token id is {max(ids)}; the vocabulary has {vocabulary}", param)
 
