@@ -62,8 +62,8 @@ def packed(name: str, recipe: str | Recipe = "bf16") -> PackedModel:
     generator, tensors = np.random.default_rng(len(name)), {}
     for key, shape in MODELS[name].parameter_shapes().items():
         noise = generator.standard_normal(shape)
-        if key == "embed" and MODELS[name].tied_head:
-            noise *= 0.3 / MODELS[name].embed_scale  # or each token would be followed by itself
+        if key == "embed" and MODELS[name].head.tied:
+            noise *= 0.3 / MODELS[name].embedding.scale  # or each token would be followed by itself
         elif len(shape) == 2:
             noise *= 1.3 * shape[1] ** -0.5
         else:

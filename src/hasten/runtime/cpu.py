@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten import _native
-from hasten.core import EngineOptions, ModelSpec, Recipe
+from hasten.core import EngineOptions, ModelSpec, Recipe, dense
 from hasten.errors import MachineError, ModelError
 from hasten.machine.cores import threads_of
 from hasten.machine.memory import memory_room
@@ -27,25 +27,27 @@ Floats = npt.NDArray[np.float32]
 
 def decoder_config(config: ModelSpec) -> dict[str, Any]:
     """A model's variation points as the native decoder reads them; keys as in native/decoder.h."""
-    rope = tables(config)
+    rope, blocks = tables(config), dense(config, "the native engine").blocks
+    mixer, feed_forward = blocks[0].mixer, blocks[0].feed_forward  # alike in all but windows and rotation
+    windows = [block.mixer.window or 0 for block in blocks]
     none: list[float] = []
     return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "layers": config.num_layers,
-        "heads": config.num_heads,
-        "kv_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "norm_eps": config.norm_eps,
-        "activation": config.activation,
-        "score_scale": config.score_scale,
-        "attention_softcap": config.attention_softcap or 0.0,
-        "logit_softcap": config.logit_softcap or 0.0,
-        "embed_scale": config.embed_scale,
-        "window": config.sliding_window or 0,
-        "sliding": [int(x) for x in config.sliding_layers or (False,) * config.num_layers],
-        "rope": [int(x) for x in config.rope_layers or (True,) * config.num_layers],
+        "vocab_size": config.vocab,
+        "hidden_size": config.width,
+        "intermediate_size": feed_forward.width,
+        "layers": len(blocks),
+        "heads": mixer.heads,
+        "kv_heads": mixer.kv_heads,
+        "head_dim": mixer.head_dim,
+        "norm_eps": config.final_norm.eps,
+        "activation": feed_forward.activation,
+        "score_scale": mixer.score_scale,
+        "attention_softcap": mixer.softcap or 0.0,
+        "logit_softcap": config.head.softcap or 0.0,
+        "embed_scale": config.embedding.scale,
+        "window": max(windows),
+        "sliding": [int(window > 0) for window in windows],
+        "rope": [int(block.mixer.rotary is not None) for block in blocks],
         "rope_global": rope.global_inv_freq.tolist(),
         "rope_local": none if rope.local_inv_freq is None else rope.local_inv_freq.tolist(),
         "rope_long": none if rope.long_inv_freq is None else rope.long_inv_freq.tolist(),

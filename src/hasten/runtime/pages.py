@@ -323,7 +323,7 @@ def kv_plan(config: ModelSpec, page_bytes: int, options: EngineOptions, room: Me
     if options.kv_gb is not None:
         return _wanted_plan(options.kv_gb, KvPlan(context, longest, size, "--kv-gb"), free)
     if fitting < context:
-        least = min(_LEAST_CONTEXT, config.context_length)
+        least = min(_LEAST_CONTEXT, config.context)
         if options.context is not None or fitting < least:
             raise UsageError(
                 f"keys and values of {context} tokens take {longest * size / 1e9:.2f} GB, "
@@ -345,8 +345,9 @@ def kv_plan(config: ModelSpec, page_bytes: int, options: EngineOptions, room: Me
 
 def _free_bytes(room: MemoryRoom, config: ModelSpec, options: EngineOptions, one: int) -> int:
     """Bytes that pages may take; below 0 where not even a step fits. `one`: bytes of a full context."""
-    chunk, widths = options.prefill_chunk, config.hidden_size + config.intermediate_size
-    step = 4 * (4 * chunk * widths + options.max_sequences * config.vocab_size)  # float32 rows and logits
+    widest = max(block.feed_forward.width for block in config.blocks)
+    chunk, widths = options.prefill_chunk, config.width + widest
+    step = 4 * (4 * chunk * widths + options.max_sequences * config.vocab)  # float32 rows and logits
     free = room.ask(one + step + room.reserve) + room.held() - room.reserve
     mappable = address_space_left()
     return (free if mappable is None else min(free, mappable - room.reserve)) - step
@@ -373,12 +374,12 @@ def _wanted_plan(kv_gb: float, one: KvPlan, free: int) -> KvPlan:
 def context_of(wanted: int | None, config: ModelSpec) -> int:
     """Longest sequence of an executor, tokens."""
     if wanted is None:
-        return min(config.context_length, _DEFAULT_CONTEXT)
+        return min(config.context, _DEFAULT_CONTEXT)
     if wanted < 1:
         raise UsageError(f"a context of {wanted} tokens", hint="use --context 1 or more")
-    if wanted > config.context_length:
+    if wanted > config.context:
         raise UsageError(
-            f"a context of {wanted} tokens asked for, the model was made for {config.context_length}",
-            hint=f"use --context {config.context_length} or less",
+            f"a context of {wanted} tokens asked for, the model was made for {config.context}",
+            hint=f"use --context {config.context} or less",
         )
     return wanted
