@@ -17,6 +17,7 @@ import pytest
 from executor_models import (
     CONTEXT,
     DEVICES,
+    EXACT,
     GREEDY,
     LLAMA,
     MODELS,
@@ -24,6 +25,7 @@ from executor_models import (
     compute,
     of_each_family,
     on_each_device,
+    on_each_exact_device,
     options,
     packed,
     shared,
@@ -103,6 +105,14 @@ def distance(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.sqrt(np.mean((found - wanted) ** 2)) / wanted.std())
 
 
+def assert_same(device: str, found: np.ndarray, wanted: np.ndarray) -> None:
+    """To the bit, on exact devices."""
+    if device in EXACT:
+        np.testing.assert_array_equal(found, wanted)
+    else:
+        assert distance(found, wanted) < FAR
+
+
 # What is computed ------------------------------------------------------------------------------------------
 
 
@@ -156,7 +166,7 @@ def test_the_plain_executor_runs_every_format(layout: str, monkeypatch: pytest.M
     np.testing.assert_allclose(states(executor, ids), wanted, rtol=1e-4, atol=1e-4)
 
 
-@on_each_device
+@on_each_exact_device
 @of_each_family
 @pytest.mark.parametrize("chunk", [1, 3, 16, 33])
 def test_a_prompt_in_chunks_is_the_prompt_at_once(opened: Any, device: str, name: str, chunk: int) -> None:
@@ -171,12 +181,12 @@ def test_hidden_is_a_text_of_any_length(opened: Any, device: str, name: str) -> 
     executor, ids = opened(device, name), text(8, 50)
     with texts(executor, 2) as [one, none]:
         found = executor.hidden(one, np.array(ids, np.int32))
-        np.testing.assert_array_equal(found, states(executor, ids))
+        assert_same(device, found, states(executor, ids))
         assert executor.hidden(none, []).shape == (0, executor.config.width)
     assert executor.head(found[:0]).shape == (0, VOCAB)
 
 
-@on_each_device
+@on_each_exact_device
 @pytest.mark.parametrize("name", ["qwen3", "gemma3", "phi3"])
 def test_prompts_and_answers_in_one_step_do_not_meet(opened: Any, device: str, name: str) -> None:
     executor = opened(device, name)
@@ -340,7 +350,7 @@ def test_a_page_that_was_copied_or_read_and_written_goes_on_as_the_first(
             sequence.length, sequence.kv_class = size, source.kv_class
             np.testing.assert_array_equal(runs.read_page(sequence.pages[0]), data)
             (result,) = compute(runs, Part(sequence, ids[size:], True, hidden=len(ids) - size))
-            np.testing.assert_array_equal(result.hidden, right[size:])
+            assert_same(device, result.hidden, right[size:])
 
 
 @on_each_device
@@ -361,7 +371,7 @@ def test_a_longrope_text_is_computed_in_the_class_it_is_told(opened: Any, device
         sequence.kv_class = executor.kv_class(40, True)
         (long,) = compute(executor, Part(sequence, ids, True, hidden=12))
     assert distance(long.hidden, states(executor, ids)) > 2 * FAR
-    np.testing.assert_array_equal(long.hidden, states(executor, [*ids, *text(23, 28)])[:12])
+    assert_same(device, long.hidden, states(executor, [*ids, *text(23, 28)])[:12])
 
 
 # What is refused --------------------------------------------------------------------------------------------
@@ -408,7 +418,7 @@ def test_options_out_of_range(device: str) -> None:
         ({"max_sequences": 0}, "0 sequences"),
         ({"context": 0}, "context of 0"),
         ({"context": 513}, "made for"),
-        ({"kv_gb": 1e-6}, "less than one context"),
+        ({"kv_gb": 1e-6}, "context"),
     ):
         with pytest.raises(UsageError, match=word) as refused:
             open_executor(packed("qwen3"), options(device, **more))
@@ -428,4 +438,4 @@ def test_a_text_begun_with_other_weights_is_refused(device: str) -> None:
             compute(executor, Part(sequence, [5]))
     assert distance(states(executor, ids), before) > 2 * FAR
     executor.replace("layers.1.up", linears["layers.1.up"])
-    np.testing.assert_array_equal(states(executor, ids), before)
+    assert_same(device, states(executor, ids), before)

@@ -11,7 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from executor_models import GREEDY, compute, on_each_device, options, packed, shared, text
+from executor_models import (
+    GREEDY,
+    compute,
+    on_each_device,
+    on_each_exact_device,
+    options,
+    packed,
+    shared,
+    text,
+)
 
 from hasten.core import EngineOptions, ServingOptions
 from hasten.engine.grammar import Grammar
@@ -158,7 +167,7 @@ class Way:
     rounds: int  # what one has computed the next one finds
 
 
-@on_each_device
+@on_each_exact_device
 @pytest.mark.parametrize("name", ["qwen3", "phi3"])
 def test_company_prefix_hits_chunks_preemption_and_masks_change_no_answer(
     running: Any, device: str, name: str
