@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from hasten.serve.call import NO_FAULT, Problem, problem_of
+from hasten.serve.kept import Recording
 from hasten.serve.prepare import Asker
 from hasten.serve.shape import Answer, News
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from hasten.engine.async_engine import AsyncEngine
     from hasten.engine.request import Output, Request
     from hasten.serve.body import DrawingFields
-    from hasten.serve.kept import Recording
     from hasten.serve.pool import Served
     from hasten.serve.service import Exchange
 
@@ -262,7 +262,7 @@ async def _batches(
     feed = await stack.enter_async_context(Feed(served.engine, requests))
     if key is None and service.recorder is None:
         return feed.batches()
-    recording = service.recorder.follow(served, requests) if service.recorder else None
+    recording = Recording(service.recorder, served, requests) if service.recorder else None
     return _noted(exchange, feed, key, recording)
 
 

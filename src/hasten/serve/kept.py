@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from hasten.engine.request import Request, Usage
     from hasten.serve.body import Strict
     from hasten.serve.metrics import Log
-    from hasten.serve.options import ServeOptions
     from hasten.serve.pool import Served
     from hasten.serve.shape import News
 
@@ -89,12 +88,6 @@ class ResponseMemory:
     def __init__(self, ttl_s: float, limit_bytes: int) -> None:
         self._cache = ResponseCache(limit_bytes, ttl_s)
 
-    @classmethod
-    def of(cls, options: ServeOptions) -> ResponseMemory | None:
-        if options.response_cache_ttl is None:
-            return None
-        return cls(options.response_cache_ttl, int(options.response_cache_mb * 1_000_000))
-
     def look(
         self, served: Served, spec: Strict, requests: Sequence[Request]
     ) -> tuple[str | None, list[News] | None]:
@@ -127,9 +120,6 @@ class Recorder:
         self._log = log
         self._writer = TraceWriter(path)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hasten-record")
-
-    def follow(self, served: Served, requests: Sequence[Request]) -> Recording:
-        return Recording(self, served, requests)
 
     def add(self, served: Served, request: Request, outputs: Sequence[Sequence[int]], usage: Usage) -> None:
         """One request with all its answers; returns at once."""

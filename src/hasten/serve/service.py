@@ -52,7 +52,8 @@ class Service:
         self.metrics = metrics
         self.log = log
         self.stored = ResponseStore()
-        self.memory = ResponseMemory.of(options)
+        ttl_s, most = options.response_cache_ttl, int(options.response_cache_mb * 1_000_000)
+        self.memory = None if ttl_s is None else ResponseMemory(ttl_s, most)
         self.recorder = Recorder(options.record, log) if options.record is not None else None
         self.bodies = BodyRoom(_memory_left)
         self.draining = False
