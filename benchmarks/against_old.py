@@ -155,6 +155,7 @@ class Version:
         self.name = name
         self.python = python
         self.environment = dict(os.environ)
+        self.environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed version has its bytecode
         if name == "old":  # it must find its own installed package
             self.environment.pop("PYTHONPATH", None)
         self._process = subprocess.Popen(
