@@ -12,9 +12,10 @@ from hasten.engine.grammar import tool_grammar
 from hasten.errors import UsageError
 from hasten.models import gguf_tokenizer
 from hasten.models.tokenizer import Tokenizer
-from hasten.models.tool_calls import ToolStyle, parse_tool_calls
+from hasten.models.tool_calls import ToolStyle
 from masked_vocabulary import Vocabulary
 from tiny_tokenizers import byte_level, byte_level_metadata
+from whole_calls import parse_tool_calls
 
 MARKS = ("<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "<|tool_call|>", "<|/tool_call|>")
 WEATHER = {

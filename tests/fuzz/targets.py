@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ggml_blocks import check_finite, dequantize
 from hasten.errors import FormatError, HastenError
 from hasten.models.families import FAMILIES, hf_spec
 from hasten.models.gguf import GgufFile
 from hasten.models.open import fill, gguf_source
-from hasten.weights.blocks import check_finite, dequantize
 from hasten.weights.safetensors_file import parse_safetensors
 from hasten.weights.tensors import SourceTensor
 

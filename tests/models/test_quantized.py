@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ggml_blocks import check_finite, dequantize
 from hasten import _native
 from hasten.core import Format, Recipe
 from hasten.errors import FormatError, ModelError
 from hasten.models import Source, open_model
 from hasten.models.families import FAMILIES
 from hasten.models.quantized import bit_fields
-from hasten.weights.blocks import check_finite, dequantize
 from hasten.weights.packed import PackedLinear, pack_linear, pack_model
 from hasten.weights.tensors import SourceTensor
 from quantized_folders import Make, Packing, Rounded, change_config, change_model, packed_words, rewrite

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from ggml_blocks import check_finite, dequantize
 from gguf_bytes import Gguf, Tensor, floats, smallest_model
 from hasten.errors import ModelError
 from hasten.models import Source, open_model
 from hasten.models.families import FAMILIES
 from hasten.models.gguf import GgufFile
 from hasten.models.open import gguf_source, interleaved_rows
-from hasten.weights.blocks import check_finite, dequantize
 
 
 def opened(model: Gguf) -> Source:

@@ -17,8 +17,8 @@ from hasten.models.tool_calls import (
     ToolCallStream,
     ToolStyle,
     new_call_id,
-    parse_tool_calls,
 )
+from whole_calls import parse_tool_calls
 
 HERMES, LIST, LLAMA = ToolStyle("hermes"), ToolStyle("hermes_list"), ToolStyle("llama")
 MISTRAL, ARGS, PHI = ToolStyle("mistral"), ToolStyle("mistral_args"), ToolStyle("phi")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from ggml_blocks import dequantize
 from hasten import _native
-from hasten.weights.blocks import dequantize
 from hasten.weights.tensors import TYPES, SourceTensor
 
 OWN = [f"{kind}{bits}_{group}" for kind in "SA" for bits in (4, 5, 6, 8) for group in (32, 64, 128)]

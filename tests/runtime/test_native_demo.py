@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ggml_blocks import dequantize
 from hasten import _native
 from hasten.core import EngineOptions, Recipe
 from hasten.engine.model import load_packed
@@ -14,7 +15,6 @@ from hasten.machine.cores import usable_cores
 from hasten.models import Source, open_model
 from hasten.models.rope import rotations
 from hasten.quality.text import default_text
-from hasten.weights.blocks import dequantize
 from hasten.weights.packed import pack_model
 
 pytestmark = pytest.mark.demo

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import tiny_gguf as gguf_files
+from ggml_blocks import dequantize
 from hasten.errors import ModelError, UsageError
 from hasten.models import Source, open_model
 from hasten.runtime.reference import ReferenceDecoder, int8_groups
-from hasten.weights.blocks import dequantize
 from specs import changed, flat_of
 from tiny_models import TINY, Tiny, greedy, logits, prompts
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from hasten.speed import article_speed
-
 PRINTED = 0.0000833  # "s a sample, that is, 83.3 ms"
 GIVEN = {
     "p": 100,
@@ -14,6 +12,29 @@ GIVEN = {
     "d": 2,
     "c": 0.9,
 }  # R = 100 MB/s, D = 2 s; P is R's value, none is stated
+
+
+def article_speed(p: float, e: float, m: float, r: float, d: float, c: float) -> float:
+    """The article's V = P * E / (M + R * D / C): a number without a meaning.
+
+    P is the hardware's compute performance, E the degree of algorithm optimisation, M the model's parameters,
+    R the data rate between memory and hardware, D the data preprocessing time and C the effect of the cache.
+    These are the right three levers (hardware, algorithms, caching), and this project keeps them. As a
+    formula it cannot be used:
+
+    - Its sum adds a number of parameters to a number of bytes.
+    - V is called a speed but read as a time in the worked example.
+    - A faster link R makes V smaller, and preprocessing time D counts only by way of R.
+    - P = 100 is never given in the example (R's value stands there), and M = 1000 * 10^6 is a hundred times
+      the stated ten million parameters.
+    - The example prints 0.0000833 s and calls it 83.3 ms; its own expression is 8.0e-8, and 0.0000833 s is
+      83.3 microseconds.
+    - Nothing says memory-bound or compute-bound, prefill or decode, batch or context.
+
+    Raises:
+        ZeroDivisionError: C is zero, or the sum is.
+    """
+    return p * e / (m + r * d / c)
 
 
 def test_the_worked_example_does_not_compute() -> None:

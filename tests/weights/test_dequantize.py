@@ -6,9 +6,9 @@ import gguf
 import numpy as np
 import pytest
 
+import ggml_blocks as blocks
+from ggml_blocks import check_finite, dequantize
 from hasten.errors import ModelError
-from hasten.weights import blocks
-from hasten.weights.blocks import check_finite, dequantize
 from hasten.weights.tensors import TYPES, SourceTensor
 
 

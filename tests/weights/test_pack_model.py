@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ggml_blocks import dequantize
 from hasten import _native
 from hasten.core import Format, Recipe
 from hasten.errors import ModelError, UsageError
 from hasten.models.open import open_model
 from hasten.models.source import Source
-from hasten.weights.blocks import dequantize
 from hasten.weights.packed import PackedModel, pack_linear, pack_model, values_of
 from hasten.weights.tensors import SourceTensor
 

@@ -365,20 +365,6 @@ class ToolCallStream:
         self._text(text, events)
 
 
-def parse_tool_calls(text: str, style: ToolStyle, names: Collection[str] = ()) -> tuple[str, list[ToolCall]]:
-    """Content and calls of a whole answer: what the stream gives, put together."""
-    stream = ToolCallStream(style, names)
-    content, names, arguments = "", [], []
-    for event in [*stream.push(text), *stream.flush()]:
-        if isinstance(event, TextDelta):
-            content += event.text
-        elif isinstance(event, CallStarted):
-            names.append(event.name)
-        else:
-            arguments.append(event.text)
-    return content, [ToolCall(*pair) for pair in zip(names, arguments, strict=True)]
-
-
 def _begun(text: str, mark: str) -> int:
     """Characters at the end of a text that may be the beginning of a mark."""
     for size in range(min(len(text), len(mark) - 1), 0, -1):

@@ -77,26 +77,10 @@ class Divergence:
         return cls(*(np.concatenate(column) for column in columns))
 
 
-def divergence_plain(source: Floats, candidate: Floats, targets: npt.NDArray[np.int32]) -> Divergence:
-    """The definition in float64 NumPy, and the test oracle of the native one.
-
-    Args:
-        source: [R, V] logits. candidate: [R, V] logits. targets: [R] ids that came next.
-    """
-    p, q = log_softmax(source), log_softmax(candidate)  # [R, V]
-    rows = np.arange(targets.size)
-    return Divergence(
-        kl=np.maximum((np.exp(p) * (p - q)).sum(axis=-1), 0.0),
-        nll_source=-p[rows, targets],
-        nll=-q[rows, targets],
-        agree=source.argmax(axis=-1) == candidate.argmax(axis=-1),
-    )
-
-
 def divergence(
     source: Floats, candidate: Floats, targets: npt.NDArray[np.int32], threads: int | None = None
 ) -> Divergence:
-    """Same as `divergence_plain`, by the native code on `threads` threads; None: `usable_cores`.
+    """Figures of rows of logits, by the native code on `threads` threads; None: `usable_cores`.
 
     Raises:
         ModelError: logits that are not finite.
