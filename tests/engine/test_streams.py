@@ -167,18 +167,18 @@ class Break:
     """Ctrl-C in the middle of some step: raises before or after the native call."""
 
     def __init__(self, model: LanguageModel, monkeypatch: pytest.MonkeyPatch, at: int, after: bool) -> None:
-        real, self.left = model.executor.step, at
+        real, self.left = model.executor._compute, at
 
-        def step(*args: Any, **options: Any) -> Any:
+        def compute(*args: Any) -> Any:
             self.left -= 1
             if self.left == 0 and not after:
                 raise KeyboardInterrupt
-            out = real(*args, **options)
+            out = real(*args)
             if self.left == 0:
                 raise KeyboardInterrupt
             return out
 
-        monkeypatch.setattr(model.executor, "step", step)
+        monkeypatch.setattr(model.executor, "_compute", compute)
 
 
 @pytest.mark.parametrize("at", [1, 2, 4, 6, 8])
