@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import hasten
+from executor_step import hidden_after
 from hasten import _native
 from hasten.core import EngineOptions
 from hasten.engine.model import LanguageModel
@@ -52,7 +53,7 @@ def churn(model: LanguageModel, seed: int) -> list[CachedSequence]:
     rng = np.random.default_rng(seed)
     held = [CachedSequence() for _ in range(12)]
     for sequence in held:
-        model.executor.step([(sequence, rng.integers(0, 262, rng.integers(1, 70), dtype=np.int32))], [])
+        hidden_after(model.executor, [(sequence, rng.integers(0, 262, rng.integers(1, 70), dtype=np.int32))])
     for at in rng.permutation(12)[:9]:
         model.executor.pool.truncate(held[at], 0)
     return held
@@ -104,15 +105,13 @@ def test_company(isa: str, load: Callable[..., LanguageModel], name: str, recipe
     # all but the last token of each text together, the first text in two pieces
     parts = [RAGGED[0][:41], *(text[:-1] for text in RAGGED[1:])]
     batch = [(s, part) for s, part in zip(sequences, parts, strict=True) if len(part)]
-    packed = executor.step(batch, range(sum(len(part) for _, part in batch)))
-    together = np.split(packed, np.cumsum([len(part) for _, part in batch])[:-1])
+    together = hidden_after(executor, batch)
     for out, (sequence, part) in zip(together, batch, strict=True):
         which = next(i for i, s in enumerate(sequences) if s is sequence)
         np.testing.assert_array_equal(out, alone[which][: len(part)], err_msg=f"text {which}")
     rest = [(s, t[s.length :]) for s, t in zip(sequences, RAGGED, strict=True)][::-1]
-    ends = np.cumsum([len(part) for _, part in rest]) - 1
-    last = executor.step(rest, ends.tolist())
-    np.testing.assert_array_equal(last[::-1], np.stack([hidden[-1] for hidden in alone]))
+    last = hidden_after(executor, rest, last=1)
+    np.testing.assert_array_equal(np.concatenate(last[::-1]), np.stack([hidden[-1] for hidden in alone]))
     release(model, sequences)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import hasten
+from executor_step import hidden_after
 from hasten.core import EngineOptions
 from hasten.engine.model import LanguageModel
 from hasten.runtime.pages import CachedSequence
@@ -31,7 +32,7 @@ def computed(model: LanguageModel, tokens: np.ndarray, length: int) -> CachedSeq
     """A sequence that holds `tokens` and is going to be `length` long."""
     sequence = CachedSequence()
     sequence.kv_class = model.executor.kv_class(length, True)
-    model.executor.step([(sequence, tokens)], [], prefill=True)
+    hidden_after(model.executor, [(sequence, tokens)], as_prompt=True)
     return sequence
 
 
@@ -43,14 +44,15 @@ def test_a_page_in_another_place_gives_the_same_bits(
     kept = one.executor.page_tokens * 3
     full = computed(one, TEXT[:kept], len(TEXT))
     pages = [one.executor.read_page(page) for page in full.pages]
-    expected = one.executor.step([(full, TEXT[kept:])], range(len(TEXT) - kept), prefill=True)
+    (expected,) = hidden_after(one.executor, [(full, TEXT[kept:])], as_prompt=True)
 
     computed(other, TEXT[::-1][:40], 40)  # what lies there now is something else, and the slots are others
     moved = computed(other, TEXT[:kept][::-1].copy(), len(TEXT))
     assert moved.pages != full.pages[:3]
     for page, data in zip(moved.pages, pages, strict=True):
         other.executor.write_page(page, data)
-    found = other.executor.step([(moved, TEXT[kept:])], range(len(TEXT) - kept), prefill=True)
+    (found,) = hidden_after(other.executor, [(moved, TEXT[kept:])], as_prompt=True)
+    assert len(found) == len(TEXT) - kept
     np.testing.assert_array_equal(found, expected)
     for page, data in zip(moved.pages[:3], pages, strict=True):
         np.testing.assert_array_equal(other.executor.read_page(page), data)
