@@ -117,13 +117,11 @@ class FeedForward:
         return {"router": (self.experts, width), **inside}
 
 
-PASSES: dict[str, tuple[str, ...]] = {
-    "qkv": ("q", "k", "v"),
-    "o": ("o",),
-    "gate_up": ("gate", "up"),
-    "down": ("down",),
-}
-"""Linear layers of a block that read the same input: engines compute each of these groups in one pass."""
+Group = Literal["qkv", "o", "gate_up", "down"]
+READERS: Mapping[Group, tuple[str, ...]] = {
+    "qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)
+}  # fmt: skip
+"""Linear layers of a block that read the same input, in the order they are computed: engines fuse them."""
 
 
 @dataclass(frozen=True)

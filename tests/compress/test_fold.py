@@ -9,7 +9,8 @@ import torch
 
 import tiny_models
 from hasten.compress.quantise.fold import fold, foldable, obstacle, shared_scales
-from hasten.compress.torch_layer import GROUPS, READERS, Positions, layer_forward, layer_weights
+from hasten.compress.torch_layer import Positions, layer_forward, layer_weights
+from hasten.core import READERS
 from hasten.models.open import open_folder
 from hasten.models.source import Source
 
@@ -33,7 +34,7 @@ def test_the_output_stays(name: str, tmp_path: Path) -> None:
     x = torch.randn(2, 24, config.width, generator=torch.Generator().manual_seed(3))
     before = layer_forward(config, 1, weights, x, positions)
     folded = dict(weights)
-    for seed, group in enumerate(GROUPS):
+    for seed, group in enumerate(READERS):
         if foldable(config, group):
             scales = random_scales(weights[READERS[group][0]].shape[1], seed)
             folded = fold(folded, config, group, scales)
@@ -45,7 +46,7 @@ def test_the_output_stays(name: str, tmp_path: Path) -> None:
 
 def test_what_does_not_fold_says_why(tmp_path: Path) -> None:
     config = opened("olmo2", tmp_path).config
-    assert [foldable(config, group) for group in GROUPS] == [False, True, False, True]
+    assert [foldable(config, group) for group in READERS] == [False, True, False, True]
     assert "no norm before gate and up" in (obstacle(config, "gate_up") or "")
     with pytest.raises(AssertionError):
         fold({}, config, "qkv", torch.ones(64))
@@ -76,7 +77,7 @@ def test_a_layer_with_fewer_heads_and_channels_folds(tmp_path: Path) -> None:
     weights |= {"o": whole["o"][:, :32].clone(), "down": whole["down"][:, :50].clone()}
     x = torch.randn(1, 9, config.width, generator=torch.Generator().manual_seed(3))
     positions, folded = Positions.of(config, 9), weights
-    for seed, group in enumerate(GROUPS):
+    for seed, group in enumerate(READERS):
         scales = random_scales(weights[READERS[group][0]].shape[1], seed)
         folded = fold(folded, config, group, scales)
     before, after = (layer_forward(config, 1, w, x, positions) for w in (weights, folded))

@@ -10,8 +10,8 @@ import torch
 import tiny_models
 from hasten.compress.quantise.fold import foldable, smooth_layer, smooth_scales
 from hasten.compress.quantise.rotate import residual_rotation, rotate
-from hasten.compress.torch_layer import GROUPS, READERS, Positions, layer_forward, layer_weights, plain_linear
-from hasten.core import ModelSpec
+from hasten.compress.torch_layer import Positions, layer_forward, layer_weights, plain_linear
+from hasten.core import READERS, ModelSpec
 from hasten.models.open import open_folder
 from hasten.runtime.reference import int8_groups
 
@@ -52,7 +52,7 @@ def test_the_output_stays_and_the_balance_is_kept(name: str, alpha: float, tmp_p
     smooth = smooth_layer(weights, config, watch, alpha)[0]
     before, after = (layer_forward(config, 1, w, x, positions) for w in (weights, smooth))
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4 * float(before.std()))
-    for group in GROUPS:
+    for group in READERS:
         first = READERS[group][0]
         assert torch.equal(smooth[first], weights[first]) != foldable(config, group)
 

@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from hasten.core import Format, ModelSpec, Recipe
+from hasten.core import READERS, Format, ModelSpec, Recipe
 from hasten.errors import MachineError, UsageError
 from hasten.recipe import METHODS, PRUNINGS
 
@@ -199,7 +199,7 @@ def _unequal_widths(recipe: Recipe, config: ModelSpec) -> tuple[str, ...]:
     unequal = [
         f"layers.{layer} {' '.join(group)}"
         for layer in range(len(config.blocks))
-        for group in (("q", "k", "v"), ("gate", "up"))
+        for group in READERS.values()
         if len({recipe.layout_for(f"layers.{layer}.{name}") for name in group}) > 1
     ]
     if not unequal:

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 
-from hasten.core import Attention, ModelSpec
+from hasten.core import READERS, Attention, ModelSpec
 from hasten.models import rope
 from hasten.models.source import Source
 from hasten.weights.tensors import SourceTensor
@@ -24,19 +23,6 @@ Weights = Mapping[str, torch.Tensor]
 
 Linear = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """(short name, input [..., cols], weight [rows, cols], bias [rows] or None) -> [..., rows]."""
-
-Group = Literal["qkv", "o", "gate_up", "down"]
-"""Linear layers that read the same input, in the order they are computed."""
-
-GROUPS: tuple[Group, ...] = get_args(Group)
-
-READERS: Mapping[Group, tuple[str, ...]] = {
-    "qkv": ("q", "k", "v"),
-    "o": ("o",),
-    "gate_up": ("gate", "up"),
-    "down": ("down",),
-}
-"""Short names of a group's matrices."""
 
 LINEARS = tuple(name for names in READERS.values() for name in names)
 """Short names of a layer's matrices in the order they are computed."""

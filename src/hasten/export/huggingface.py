@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten.cache import new_folder
-from hasten.core import PASSES, ModelSpec
+from hasten.core import READERS, ModelSpec
 from hasten.errors import HastenError, UsageError
 from hasten.export import MARKER, Exported, Loss, Progress, Rounding, difference, floats_of, write_companions
 from hasten.models.artifact import Artifact
@@ -160,7 +160,7 @@ def _block(config: ModelSpec, layer: int) -> dict[str, tuple[str, ...]]:
 def _siblings(block: Mapping[str, tuple[str, ...]]) -> Iterator[dict[str, tuple[str, ...]]]:
     """Modules that engines run as one, together; others alone."""
     left = dict(block)
-    for group in (parts for parts in PASSES.values() if len(parts) > 1):
+    for group in (parts for parts in READERS.values() if len(parts) > 1):
         together: dict[str, tuple[str, ...]] = {
             n: p for n, p in left.items() if len(p) == 1 and p[0].rpartition(".")[2] in group
         }

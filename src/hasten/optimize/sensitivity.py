@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from hasten.compress.result import Observer, Progress
-from hasten.core import PASSES, Format, ModelSpec, Recipe
+from hasten.core import READERS, Format, ModelSpec, Recipe
 from hasten.optimize.workshop import Built, Workshop
 from hasten.quality.divergence import Reference
 from hasten.quality.text import Window, windows
@@ -67,7 +67,7 @@ def groups(config: ModelSpec) -> tuple[Group, ...]:
     found = [
         Group(f"layers.{layer}.{name}", tuple(f"layers.{layer}.{part}" for part in parts))
         for layer in range(len(config.blocks))
-        for name, parts in PASSES.items()
+        for name, parts in READERS.items()
     ]
     return (*found, Group("head", (config.head_name,)))
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hasten.core import PASSES
+from hasten.core import READERS
 from hasten.report import (
     Frame,
     Place,
@@ -392,7 +392,7 @@ def sensitivity_map(groups: Sequence[Group], method: str = "rtn", error: float |
         layers.setdefault(where or part, {})[part] = group
     if not layers:
         return ""
-    parts = [part for part in PASSES if any(part in row for row in layers.values())] or [""]
+    parts: list[str] = [part for part in READERS if any(part in row for row in layers.values())] or [""]
     widths = [
         *sorted({width for group in groups for width in _harms(group) if "-" not in width}),
         _KEPT_WIDTH,

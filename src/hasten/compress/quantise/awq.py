@@ -17,8 +17,8 @@ import torch
 from hasten.compress.quantise.fold import evened, fold, foldable, shared_scales
 from hasten.compress.quantise.gptq import Gptq, lost, nearest
 from hasten.compress.quantise.method import Layer, Method, Rounded, divided
-from hasten.compress.torch_layer import READERS, Group, Weights
-from hasten.core import Format, ModelSpec
+from hasten.compress.torch_layer import Weights
+from hasten.core import READERS, Format, Group, ModelSpec
 
 POWERS = tuple(i / 10 for i in range(10))
 _FARTHEST = 64.0

@@ -21,8 +21,8 @@ from collections.abc import Collection, Mapping
 
 import torch
 
-from hasten.compress.torch_layer import GROUPS, READERS, Group, Weights
-from hasten.core import ModelSpec
+from hasten.compress.torch_layer import Weights
+from hasten.core import READERS, Group, ModelSpec
 
 _NORMS: Mapping[Group, str] = {"qkv": "attn_norm", "gate_up": "mlp_norm"}
 _MAKERS: Mapping[Group, str] = {"o": "v", "down": "up"}
@@ -135,7 +135,7 @@ def smooth_layer(
     config: ModelSpec,
     maxima: Mapping[str, torch.Tensor],
     alpha: float,
-    groups: Collection[Group] = GROUPS,
+    groups: Collection[Group] = READERS,
 ) -> tuple[dict[str, torch.Tensor], dict[Group, torch.Tensor]]:
     """One layer with smoother activations and the same output, up to rounding.
 
@@ -152,7 +152,7 @@ def smooth_layer(
         (the layer anew, by what each smoothed group's inputs are divided now [cols]).
     """
     new, used = dict(weights), dict[Group, torch.Tensor]()
-    for group in GROUPS:
+    for group in READERS:
         given = [maxima[name] for name in READERS[group] if name in maxima]
         if group in groups and given and foldable(config, group):
             scales = smooth_scales(new, group, given[0], alpha)

@@ -15,8 +15,7 @@ import torch
 
 from hasten.compress.quantise.method import Head, Layer, Method, Rounded
 from hasten.compress.source_tensors import made_tensor
-from hasten.compress.torch_layer import GROUPS
-from hasten.core import Format
+from hasten.core import READERS, Format
 from hasten.errors import ModelError
 from hasten.weights.codec import Encoded
 from hasten.weights.packed import integers, pack_linear
@@ -114,7 +113,7 @@ class Gptq(Method):
 
     def layer(self, layer: Layer) -> Rounded:
         found = {}
-        for group in GROUPS:
+        for group in READERS:
             if names := layer.rounded(group):
                 factor = factor_of(layer.grams[group], layer.name(group))
                 for name in names:

@@ -16,8 +16,8 @@ from hasten.compress.quantise.fold import smooth_layer
 from hasten.compress.quantise.statistics import LayerStatistics
 from hasten.compress.source_tensors import made_tensor
 from hasten.compress.stream import Stream
-from hasten.compress.torch_layer import GROUPS, LINEARS, READERS, Group, Weights, layer_weights, tensor_values
-from hasten.core import Format, ModelSpec, Recipe
+from hasten.compress.torch_layer import LINEARS, Weights, layer_weights, tensor_values
+from hasten.core import READERS, Format, Group, ModelSpec, Recipe
 from hasten.models.source import Source
 from hasten.recipe import METHODS
 from hasten.weights.codec import Encoded
@@ -132,12 +132,12 @@ def layer_to_round(
     scales: Mapping[Group, torch.Tensor] = {}
     if recipe.smooth is not None:
         assert statistics is not None
-        maxima = {READERS[group][0]: statistics.maxima[group] for group in GROUPS}
+        maxima = {READERS[group][0]: statistics.maxima[group] for group in READERS}
         weights, scales = smooth_layer(weights, source.config, maxima, recipe.smooth)
     grams: dict[Group, torch.Tensor] = {}
     if METHODS[recipe.method].reads == "moments":
         assert statistics is not None
-        grams = {group: divided(statistics.grams[group], scales.get(group)) for group in GROUPS}
+        grams = {group: divided(statistics.grams[group], scales.get(group)) for group in READERS}
     return Layer(source.config, index, weights, layouts, grams, streams)
 
 

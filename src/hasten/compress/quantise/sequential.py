@@ -18,8 +18,8 @@ from hasten.compress.quantise.gptq import DAMP, Factor, factor_of, gptq
 from hasten.compress.quantise.method import Head, Layer, Method, QuantisedLayer, Rounded, Streams
 from hasten.compress.quantise.statistics import StagedLayer, final_states, mean_gram, settle
 from hasten.compress.stream import fast_type, in_fast_type
-from hasten.compress.torch_layer import GROUPS, LINEARS, layer_weights
-from hasten.core import Format
+from hasten.compress.torch_layer import LINEARS, layer_weights
+from hasten.core import READERS, Format
 from hasten.models.source import Source
 from hasten.weights.codec import Encoded
 from hasten.weights.packed import values_of
@@ -53,7 +53,7 @@ class Best(Method):
         ours = dict(run)
         there, here = StagedLayer(streams.full, layer.index), StagedLayer(streams.ours, layer.index)
         found = {}
-        for group in GROUPS:
+        for group in READERS:
             inputs = Inputs(there.inputs(group, run), here.inputs(group, ours))
             if names := layer.rounded(group):
                 aim = _Aim.of(inputs, layer.name(group))

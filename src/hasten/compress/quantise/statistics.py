@@ -17,8 +17,9 @@ import torch.nn.functional as F
 
 from hasten.compress.calibration import Calibration, statistics_bytes, work_key
 from hasten.compress.stream import Stream, stream_linear, stream_weights, symmetric_add
-from hasten.compress.torch_layer import GROUPS, READERS, Group, Weights, activated, attended, tensor_values
+from hasten.compress.torch_layer import Weights, activated, attended, tensor_values
 from hasten.compress.torch_machine import read_state, write_state
+from hasten.core import READERS, Group
 from hasten.errors import ModelError
 from hasten.models.source import Source
 from hasten.weights.work_store import WorkStore, touch
@@ -59,7 +60,7 @@ class StagedLayer:
         """Through a group's matrices.
 
         Args:
-            group: the stage; stages pass in the order of `GROUPS`.
+            group: the stage; stages pass in the order of `READERS`.
         """
         config, positions = self._stream.config, self._stream.positions
         if group == "qkv":
@@ -91,7 +92,7 @@ class StagedLayer:
 
 def settle(layer: StagedLayer, weights: Weights) -> None:
     """All stages with the weights as they are."""
-    for group in GROUPS:
+    for group in READERS:
         layer.pass_on(group, weights, layer.inputs(group, weights))
 
 
@@ -182,7 +183,7 @@ class Statistics:
         staged = StagedLayer(stream, index)
         grams: dict[str, torch.Tensor] = {}
         maxima: dict[str, torch.Tensor] = {}
-        for group in GROUPS:
+        for group in READERS:
             x = staged.inputs(group, weights)
             grams[group], maxima[group] = mean_gram(x), x.abs().amax((0, 1))
             staged.pass_on(group, weights, x)
