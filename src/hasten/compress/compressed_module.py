@@ -14,6 +14,7 @@ from hasten.compress.memo_cache import MemoCache, MemoStats
 from hasten.compress.module_recipe import ModuleRecipe, ModuleReport, Stage
 from hasten.core import Stat
 from hasten.errors import MachineError, ModelError, UsageError
+from hasten.machine.probe import stat_of
 
 
 class CompressedModule(nn.Module):
@@ -225,7 +226,7 @@ def _times(runs: Sequence[Callable[[], Any]], rounds: int) -> list[Stat]:
         for step in range(len(runs)):
             place = (turn + step) % len(runs)
             samples[place].append(_seconds(runs[place], calls[place]))
-    return [_stat(sample) for sample in samples]
+    return [stat_of(sample) for sample in samples]
 
 
 def _calls(run: Callable[[], Any]) -> int:
@@ -238,12 +239,6 @@ def _seconds(run: Callable[[], Any], calls: int) -> float:
     for _ in range(calls):
         run()
     return (time.perf_counter() - begin) / calls
-
-
-def _stat(sample: list[float]) -> Stat:
-    points = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-    low, middle, high = torch.tensor(sample, dtype=torch.float64).quantile(points).tolist()
-    return Stat(median=middle, p10=low, p90=high, n=len(sample))
 
 
 def _first_line(wrong: BaseException) -> str:
