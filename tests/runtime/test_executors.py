@@ -212,6 +212,23 @@ def test_prompts_and_answers_in_one_step_do_not_meet(opened: Any, device: str, n
     assert [all_of[len(ids) :] for all_of, ids in zip(known, asked, strict=True)] == alone
 
 
+def test_two_calls_where_prompts_take_other_kernels() -> None:
+    """Each row goes back to its own part."""
+    executor = open_executor(packed("qwen3", "w8"), options("cpu"))
+    executor.name = "amx"  # its answers have a class, and a call, of their own
+    assert (executor.kv_class(9, True), executor.kv_class(9, False)) == ("", "answer")
+    asked = [(text(40, 9), False), (text(41, 5), True), (text(42, 1), False), (text(43, 7), True)]
+    with texts(executor, 5) as [alone, *sequences]:
+        wanted = []
+        for ids, is_prompt in asked:
+            wanted += compute(executor, Part(alone, ids, is_prompt, hidden=len(ids)))
+            executor.pool.truncate(alone, 0)
+        parts = [Part(s, ids, kind, hidden=len(ids)) for s, (ids, kind) in zip(sequences, asked, strict=True)]
+        for found, right in zip(compute(executor, *parts), wanted, strict=True):
+            np.testing.assert_array_equal(found.hidden, right.hidden)
+        assert [sequence.length for sequence in sequences] == [9, 5, 1, 7]
+
+
 @on_each_device
 def test_drafts_that_hold_and_drafts_that_do_not(opened: Any, device: str) -> None:
     executor, ids = opened(device), text(13, 30)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -142,41 +143,42 @@ class CpuExecutor(Executor):
         on which of the two it is and on nothing else in the step.
         """
         parts = ticket.parts
-        ids = prepare(self, parts)
-        calls: list[list[int]] = [list(range(len(parts)))]
-        if self._answers_apart:
-            calls = [[i for i, part in enumerate(parts) if part.as_prompt is kind] for kind in (False, True)]
+        ids, counts = prepare(self, parts)
+        if not self._answers_apart:
+            return finish(self, parts, self._compute(parts, counts, ids))
+        pieces = np.split(ids, np.cumsum(counts)[:-1])
         rows: dict[int, Floats] = {}
-        for call in filter(None, calls):
-            found = self._compute([parts[i] for i in call], [ids[i] for i in call])
-            rows.update(zip(call, found, strict=True))
+        for kind in (False, True):
+            call = [i for i, part in enumerate(parts) if part.as_prompt is kind]
+            if call:
+                mine = np.concatenate([pieces[i] for i in call])
+                found = self._compute([parts[i] for i in call], [counts[i] for i in call], mine)
+                rows |= dict(zip(call, found, strict=True))
         return finish(self, parts, [rows[i] for i in range(len(parts))])
 
-    def _compute(self, parts: list[Part], ids: list[Ids]) -> list[Floats]:
+    def _compute(self, parts: Sequence[Part], counts: list[int], ids: Ids) -> list[Floats]:
         """One native call: hidden states of each part from `Part.first_row` on.
 
         All parts are prompt, or none is: where the machine has tiles (AMX), prompts read quantised weights as
         bf16, with bf16 activations, which is faster and more exact; answers have int8 activations.
         """
         wanted: list[int] = []
-        ends, first = [], 0
-        for part, mine in zip(parts, ids, strict=True):
-            wanted.extend(range(first + part.first_row, first + len(mine)))
+        ends, first, sequences = [0], 0, [part.sequence for part in parts]
+        for part, count in zip(parts, counts, strict=True):
+            wanted.extend(range(first + part.first_row, first + count))
             ends.append(len(wanted))
-            first += len(mine)
-        sequences = [part.sequence for part in parts]
+            first += count
         table = np.zeros((len(parts), max(len(sequence.pages) for sequence in sequences)), np.int32)
         for row, sequence in zip(table, sequences, strict=True):
             row[: len(sequence.pages)] = sequence.pages
-        counts = np.array([len(mine) for mine in ids], np.int32)
         pasts = np.array([sequence.length for sequence in sequences], np.int32)
         longs = np.array([sequence.kv_class == LONG for sequence in sequences], np.uint8)
-        rows, tokens = np.asarray(wanted, np.int32), np.concatenate(ids)
+        lengths, rows = np.array(counts, np.int32), np.array(wanted, np.int32)
         with self.pool.computing():
-            hidden: Floats = self._decoder.step(tokens, counts, pasts, table, longs, rows, parts[0].as_prompt)
-        for sequence, mine in zip(sequences, ids, strict=True):
-            sequence.length += len(mine)
-        return [hidden[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+            hidden: Floats = self._decoder.step(ids, lengths, pasts, table, longs, rows, parts[0].as_prompt)
+        for sequence, count in zip(sequences, counts, strict=True):
+            sequence.length += count
+        return [hidden[start:end] for start, end in pairwise(ends)]
 
     def replace(self, name: str, linear: PackedLinear) -> None:
         """Put another matrix in a linear layer's place. What was computed before cannot be continued.

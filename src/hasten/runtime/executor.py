@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -271,11 +270,11 @@ def admit(executor: Executor, sequence: CachedSequence, tokens: int) -> None:
         )
 
 
-def prepare(executor: Executor, parts: Sequence[Part]) -> list[Ids]:
+def prepare(executor: Executor, parts: Sequence[Part]) -> tuple[Ids, list[int]]:
     """Check a step and give its sequences pages: what an executor does before it computes.
 
     Returns:
-        int32 [tokens + drafts] ids of each part.
+        int32 [N] ids of all parts one after another, and how many each has, drafts included.
 
     Raises:
         UsageError: as `Executor.collect`; no sequence has changed its length then.
@@ -291,8 +290,7 @@ def prepare(executor: Executor, parts: Sequence[Part]) -> list[Ids]:
     for part, count in zip(parts, counts, strict=True):
         first, last = part.sequence.length, part.sequence.length + count - 1
         pool.wrote(part.sequence.pages[first // size : last // size + 1])
-    ends = list(accumulate(counts))
-    return [ids[end - count : end] for end, count in zip(ends, counts, strict=True)]
+    return ids, counts
 
 
 def finish(

@@ -224,12 +224,13 @@ class ReferenceExecutor(Executor):
     def collect(self, ticket: Ticket) -> list[PartResult]:
         """Compute a step, one sequence after another; see `Executor.collect`."""
         parts = ticket.parts
-        ids = prepare(self, parts)
+        ids, counts = prepare(self, parts)
         with self.pool.computing():
-            rows = [self._compute(part.sequence, mine) for part, mine in zip(parts, ids, strict=True)]
-        for part, mine in zip(parts, ids, strict=True):
-            part.sequence.length += len(mine)
-        return finish(self, parts, [mine[part.first_row :] for part, mine in zip(parts, rows, strict=True)])
+            pieces = zip(parts, np.split(ids, np.cumsum(counts)[:-1]), strict=True)
+            rows = [self._compute(part.sequence, mine)[part.first_row :] for part, mine in pieces]
+        for part, count in zip(parts, counts, strict=True):
+            part.sequence.length += count
+        return finish(self, parts, rows)
 
     def _compute(self, sequence: CachedSequence, ids: Ids) -> Floats:
         past, end = sequence.length, sequence.length + len(ids)
