@@ -27,10 +27,22 @@ from hasten.runtime.gpu.shape import PAGE  # noqa: E402
 from hasten.runtime.pages import CachedSequence  # noqa: E402
 from hasten.runtime.sampling import SamplingOptions, SequenceSampler  # noqa: E402
 from hasten.weights.packed import PackedModel, pack_model  # noqa: E402
-from tiny_models import prompts  # noqa: E402
+from tiny_models import Tiny, greedy, logits, prompts, save_folder  # noqa: E402
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gemma3-capped", "phi3-sliding", "smollm3"]
+KINDS = [
+    "llama",
+    "llama-wide",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma3",
+    "gemma3-capped",
+    "phi3-sliding",
+    "smollm3",
+]
+HEADS = Tiny("llama-64", "llama", {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}, None, 33)
+"""Heads that the persistent kernel holds in the common layout of keys and values."""
 BF16 = 0.03  # of the logits' spread: two ways of rounding activations
 GREEDY = SamplingOptions(ignore_eos=True)
 
@@ -96,14 +108,28 @@ def test_logits_and_greedy_tokens_are_the_cpu_engines(
         assert list(other.stream(first, count, GREEDY)) == list(cpu.stream(first, count, GREEDY))
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_logits_and_greedy_tokens_are_transformers(
+    name: str, device: str, tiny_folder: Callable[..., Path], tiny_model: Callable[[str], Any]
+) -> None:
+    source, right = open_model(tiny_folder(name)), tiny_model(name)
+    with running(source) as model:
+        for prompt in fitting(source, 0):
+            wanted, got = logits(right, prompt), model.logits(prompt)
+            assert np.sqrt(np.mean((got - wanted) ** 2)) < BF16 * wanted.std()
+        first = list(prompts()[0])
+        count = min(32, source.config.context_length - len(first))
+        assert list(model.stream(first, count, GREEDY)) == greedy(right, first, count)
+
+
 def is_greedy(model: LanguageModel, prompt: Sequence[int], tokens: Sequence[int]) -> bool:
     """Whether each token has the largest logit after those before it, or ties with it within rounding.
 
     A token drawn blindly falls short by 2 to 3 times the spread.
     """
-    logits = model.logits([*prompt, *tokens])[len(prompt) - 1 : -1]
-    short = logits.max(1) - np.take_along_axis(logits, np.array(tokens)[:, None], 1)[:, 0]
-    return bool((short < 10 * BF16 * logits.std()).all() and np.median(short) == 0)
+    found = model.logits([*prompt, *tokens])[len(prompt) - 1 : -1]
+    short = found.max(1) - np.take_along_axis(found, np.array(tokens)[:, None], 1)[:, 0]
+    return bool((short < 10 * BF16 * found.std()).all() and np.median(short) == 0)
 
 
 def test_chunks_pages_and_company_change_nothing(device: str, tiny_folder: Callable[..., Path]) -> None:
@@ -127,6 +153,27 @@ def test_more_rows_than_own_products_take(device: str, tiny_folder: Callable[...
     with running(source, context=64, max_sequences=70) as model:
         for prompt, tokens in zip(prompts, answers(model, requests, speculate=False), strict=True):
             assert is_greedy(model, prompt, tokens)
+
+
+@pytest.fixture(scope="module")
+def wide_heads(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    folder = tmp_path_factory.mktemp("heads")
+    save_folder(HEADS, folder, "bfloat16", False)
+    return open_model(folder)
+
+
+def has_one_row(model: LanguageModel, device: str) -> bool:
+    """Whether one sequence has a kernel of its own; True where none can have one."""
+    executor: Any = model.executor
+    return device == "cpu" or executor._one is not None or torch.cuda.get_device_capability()[0] != 9
+
+
+def test_one_sequence_has_a_kernel_of_its_own(device: str, wide_heads: Source) -> None:
+    prompt = prompts()[0]
+    with running(wide_heads, "cpu") as cpu, running(wide_heads) as other:
+        assert has_one_row(other, device)
+        assert is_greedy(other, prompt, list(other.stream(prompt, 2 * PAGE, GREEDY)))
+        assert is_greedy(cpu, prompt, list(other.stream(prompt, 2 * PAGE, GREEDY)))
 
 
 def test_sampling_draws_what_the_cpu_engine_draws(device: str, tiny_folder: Callable[..., Path]) -> None:
@@ -166,6 +213,22 @@ def test_a_step_ahead_leaves_no_trace(device: str, tiny_folder: Callable[..., Pa
         for sequence in (whole, one, other):
             executor.pool.truncate(sequence, 0)
         assert executor.pool.free == free
+
+
+def test_a_sampled_sequence_has_the_kernel_too(device: str, wide_heads: Source) -> None:
+    prompt = tuple(prompts()[0])
+    cold = Request(prompt, 24, SamplingOptions(1e-3, seed=3, ignore_eos=True), logprobs=1)
+    with running(wide_heads) as model:
+        assert is_greedy(model, prompt, answers(model, [cold], speculate=False)[0])
+
+
+@pytest.mark.parametrize("recipe", ["w4", "w8-g64", "w6", "w4-head8"])
+def test_integers_decode_as_their_values(recipe: str, device: str, wide_heads: Source) -> None:
+    """One sequence is decoded with the integers themselves on a GPU, a prompt with their values in bf16."""
+    prompt = prompts()[0]
+    with running(wide_heads, recipe=recipe) as model:
+        assert has_one_row(model, device)
+        assert is_greedy(model, prompt, list(model.stream(prompt, 40, GREEDY)))
 
 
 def test_a_replaced_layer_counts_from_the_next_step(device: str, tiny_folder: Callable[..., Path]) -> None:

@@ -30,11 +30,16 @@ SIZES = (1, 2, 4, 8, *range(16, 65, 8), *range(96, 257, 32))
 
 @dataclass(frozen=True)
 class Row:
-    """Where a sequence stands: its newest token, not computed yet, and the pages up to that token."""
+    """Where a sequence stands: its newest token, not computed yet, and pages up to that token and behind."""
 
     token: int
     position: int
     pages: Sequence[int]
+
+
+Move = tuple[int, int, int, int]
+"""(row, place in its table, spare page, page): the first token there is in the spare page, which the place
+behind gets."""
 
 
 class Pending:
@@ -77,8 +82,12 @@ class Rows(Protocol):
         """Begin with these sequences."""
         ...
 
-    def change(self, pages: Sequence[tuple[int, int, int]], ended: Sequence[int] = ()) -> None:
-        """Put pages into tables: (row, place in its table, page); rows that ended compute nothing more."""
+    def move(self, pages: Sequence[Move]) -> None:
+        """Give rows the pages that they own now."""
+        ...
+
+    def drop(self, rows: Sequence[int]) -> None:
+        """These compute nothing more."""
         ...
 
     def launch(self, length: int) -> Pending:
@@ -89,8 +98,8 @@ class Rows(Protocol):
 class BatchRows:
     """Up to 256 rows, a graph a size: the batched step."""
 
-    def __init__(self, step: BatchStep) -> None:
-        self.step, self.count, self.limit = step, 0, step.options.rows
+    def __init__(self, step: BatchStep, cache: PagedCache) -> None:
+        self.step, self.cache, self.count, self.limit = step, cache, 0, step.options.rows
 
     def start(self, rows: Sequence[Row]) -> None:
         """See `Rows`."""
@@ -100,20 +109,19 @@ class BatchRows:
         state[:, 1] = -1
         for row, at in zip(rows, state, strict=False):
             at[:2] = row.token, row.position
-            at[2 : 2 + len(row.pages)] = row.pages
+            at[2 : 2 + len(row.pages)] = row.pages[: len(at) - 2]
         found = upload(state, step.table.device)
         step.tokens.copy_(found[:, 0])
         step.positions.copy_(found[:, 1])
         step.table.copy_(found[:, 2:])
 
-    def change(self, pages: Sequence[tuple[int, int, int]], ended: Sequence[int] = ()) -> None:
+    def move(self, pages: Sequence[Move]) -> None:
         """See `Rows`."""
-        step = self.step
-        if pages:
-            row, place, page = upload(np.array(pages, np.int64).T.copy(), step.table.device)
-            step.table[row, place] = page.int()
-        if ended:
-            step.positions[upload(np.array(ended, np.int64), step.table.device)] = -1
+        move_first_tokens(self.cache, self.step.table, pages)
+
+    def drop(self, rows: Sequence[int]) -> None:
+        """See `Rows`."""
+        self.step.positions[upload(np.array(rows, np.int64), self.step.table.device)] = -1
 
     def launch(self, length: int) -> Pending:
         """See `Rows`."""
@@ -126,21 +134,23 @@ class OneRow:
 
     limit = 1
 
-    def __init__(self, decoder: PersistentDecoder) -> None:
-        self.decoder = decoder
+    def __init__(self, decoder: PersistentDecoder, cache: PagedCache) -> None:
+        self.decoder, self.cache = decoder, cache
 
     def start(self, rows: Sequence[Row]) -> None:
         """See `Rows`."""
         (row,) = rows
-        self.decoder.pages[: len(row.pages)] = upload(
-            np.array(row.pages, np.int32), self.decoder.pages.device
-        )
+        table = self.decoder.pages
+        pages = upload(np.array(row.pages[: len(table)], np.int32), table.device)
+        table[: len(pages)] = pages
         self.decoder.start(row.token, row.position)
 
-    def change(self, pages: Sequence[tuple[int, int, int]], ended: Sequence[int] = ()) -> None:
+    def move(self, pages: Sequence[Move]) -> None:
         """See `Rows`."""
-        for _, place, page in pages:
-            self.decoder.pages[place] = page
+        move_first_tokens(self.cache, self.decoder.pages[None], pages)
+
+    def drop(self, rows: Sequence[int]) -> None:
+        """See `Rows`."""
 
     def launch(self, length: int) -> Pending:
         """See `Rows`."""
@@ -167,11 +177,15 @@ class PlainRows:
         self._positions = [row.position for row in rows]
         self._pages = [list(row.pages) for row in rows]
 
-    def change(self, pages: Sequence[tuple[int, int, int]], ended: Sequence[int] = ()) -> None:
+    def move(self, pages: Sequence[Move]) -> None:
         """See `Rows`."""
-        for row, place, page in pages:
-            self._pages[row][place : place + 1] = [page]
-        for row in ended:
+        for row, place, spare, page in pages:
+            self.step.cache.copy([spare], [page])
+            self._pages[row][place:] = [page, spare]
+
+    def drop(self, rows: Sequence[int]) -> None:
+        """See `Rows`."""
+        for row in rows:
             self._positions[row] = -1
 
     def launch(self, length: int) -> Pending:
@@ -203,14 +217,18 @@ class Chain:
         most: tokens of the longest sequence.
     """
 
-    def __init__(self, rows: Rows, parts: Sequence[Part], cache: PagedCache, spare: int, most: int) -> None:
-        self.rows, self._cache, self._spare, self._most = rows, cache, spare, most
+    def __init__(self, rows: Rows, parts: Sequence[Part], spare: int, most: int) -> None:
+        self.rows, self._spare, self._most = rows, spare, most
         self._links = {
-            row: _Link(part.sequence, part.sequence.length, list(part.sequence.pages))
+            row: _Link(part.sequence, part.sequence.length, part.sequence.pages[: _whole(part.sequence)])
             for row, part in enumerate(parts)
         }
-        self.width = len(parts)
-        rows.start([Row(p.tokens[0], p.sequence.length, p.sequence.pages) for p in parts])
+        rows.start(
+            [
+                Row(part.tokens[0], link.position, [*link.pages, spare + row])
+                for part, (row, link) in zip(parts, self._links.items(), strict=True)
+            ]
+        )
         self.pending = rows.launch(max(p.sequence.length for p in parts) + 1)
         self._fed: Pending | None = None  # the step whose tokens the newest one takes in
 
@@ -245,25 +263,39 @@ class Chain:
             if link.pages[place] != link.sequence.pages[place]:
                 moved.append((row, place, link.pages[place], link.sequence.pages[place]))
                 link.pages[place] = link.sequence.pages[place]
-        self._cache.copy([old for _, _, old, _ in moved], [new for *_, new in moved])
-        self.rows.change([(row, place, new) for row, place, _, new in moved], ended)
+        if moved:
+            self.rows.move(moved)
+        if ended:
+            self.rows.drop(ended)
 
     def run_ahead(self) -> bool:
         """Launch the next step. False: a sequence would outgrow the context."""
         if any(link.position + 2 > self._most for link in self._links.values()):
             return False
-        begun = []
         for row, link in self._links.items():
             link.position += 1
-            place, given = link.position // PAGE, link.sequence.pages
             if link.position % PAGE == 0:
-                link.pages[place:] = [given[place] if place < len(given) else self._spare + row]
-                begun.append((row, place, link.pages[place]))
-        if begun:
-            self.rows.change(begun)
+                link.pages.append(self._spare + row)
         self._fed = self.pending
         self.pending = self.rows.launch(max(link.position for link in self._links.values()) + 1)
         return True
 
     def __len__(self) -> int:
         return len(self._links)
+
+
+def _whole(sequence: CachedSequence) -> int:
+    """Pages up to the token that comes next."""
+    return sequence.length // PAGE + 1
+
+
+def move_first_tokens(cache: PagedCache, table: torch.Tensor, pages: Sequence[Move]) -> None:
+    """What `Rows.move` does on a GPU: one kernel."""
+    from hasten.runtime.gpu.plain_kernels import move_first
+
+    moves = upload(np.array(pages, np.int32), table.device)
+    layers, _, heads, _, size = cache.keys.shape
+    move_first[(len(pages), layers)](
+        moves, table, cache.keys, cache.values, cache.keys.stride(0), TABLE=table.shape[1], KV=heads, D=size,
+        PAGE=PAGE, HEADS=1 << (heads - 1).bit_length(), DIMS=1 << (size - 1).bit_length(), num_warps=4,
+    )  # fmt: skip

@@ -15,6 +15,7 @@ torch on a CPU (`device="cpu"`) the same executor runs without a GPU: tests comp
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,8 @@ from hasten.runtime.gpu.tiles import Weights, kept
 from hasten.runtime.pages import CachedSequence, KvPlan, PagePool, context_of
 from hasten.runtime.sampling import Choice
 from hasten.runtime.tokens import Ids, token_ids
-from hasten.weights.packed import PackedLinear, PackedModel, bf16_bits, integers, values_of
+from hasten.weights.formats import PANEL
+from hasten.weights.packed import PackedLinear, PackedModel, integers, values_of
 
 Floats = npt.NDArray[np.float32]
 _FEW = 64  # rows that one sequence may have in the batched step, whose attention takes each by itself
@@ -60,7 +62,7 @@ class Tensors:
     tiles: Callable[[str], Weights] | None = None
 
 
-def tensors_of(packed: PackedModel) -> Tensors:
+def tensors_of(packed: PackedModel, device: str) -> Tensors:
     """A packed model's parameters; fp8 stays fp8 where all layers are, everything else becomes bf16."""
     linears, head = packed.linears, packed.config.head_name
     layouts = {linears[name].layout for name in packed.config.linear_shapes() if name != head}
@@ -70,7 +72,7 @@ def tensors_of(packed: PackedModel) -> Tensors:
 
     def tensor(name: str) -> torch.Tensor | None:
         if name in linears:
-            return _values(linears[name])
+            return _values(linears[name], device)
         found = packed.vectors.get(name)
         return None if found is None else torch.from_numpy(np.array(found))
 
@@ -85,10 +87,16 @@ def tensors_of(packed: PackedModel) -> Tensors:
     )
 
 
-def _values(linear: PackedLinear) -> torch.Tensor:
-    if linear.layout.bits == 16:
-        return torch.from_numpy(bf16_bits(linear).view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(values_of(linear))
+def _values(linear: PackedLinear, device: str) -> torch.Tensor:
+    """A matrix [rows, cols]: bf16 as it is stored, taken out of its panels on the device; else float32."""
+    if linear.layout.bits != 16:
+        return torch.from_numpy(values_of(linear))
+    with warnings.catch_warnings():  # an artifact's bytes are mapped, and not to be written
+        warnings.simplefilter("ignore", UserWarning)
+        data = torch.from_numpy(linear.data).to(device).view(torch.bfloat16)
+    width = -(-linear.cols // 32) * 32
+    panels = data.view(-1, width // 2, PANEL, 2).transpose(1, 2)  # [panels, PANEL, width / 2, 2]
+    return panels.reshape(-1, width)[: linear.rows, : linear.cols]
 
 
 @dataclass(frozen=True)
@@ -140,7 +148,7 @@ class GpuExecutor(Executor):
             self.name = f"cuda {found.architecture}"
         least = 1 if device == "cpu" else _LEAST_CHUNK
         self.chunk = max(options.prefill_chunk, least)
-        tensors = tensors or tensors_of(packed)
+        tensors = tensors or tensors_of(packed, device)
         self._weights = self._load(tensors)
         self._tiled = self._tile(tensors) if device == "cuda" else None
         self._limit = next((n for n in SIZES if n >= max(options.max_sequences, _FEW)), SIZES[-1])
@@ -194,11 +202,12 @@ class GpuExecutor(Executor):
         from hasten.runtime.gpu.batch_step import BatchStep, StepOptions
 
         options = StepOptions(self._limit, 0, self.context)
-        self._batch = BatchRows(BatchStep(self._weights, options, cache=self.cache))
+        self._batch = BatchRows(BatchStep(self._weights, options, cache=self.cache), self.cache)
         if self._tiled is not None:
             from hasten.runtime.gpu.persistent import PersistentDecoder
 
-            self._one = OneRow(PersistentDecoder(self._tiled, self.context, cache=self.cache))
+            decoder = PersistentDecoder(self._tiled, self.context, cache=self.cache)
+            self._one = OneRow(decoder, self.cache)
 
     def _plan(self, options: EngineOptions) -> KvPlan:
         """Pages for `max_sequences` full contexts, or for what the device has free."""
@@ -229,7 +238,7 @@ class GpuExecutor(Executor):
 
     def replace(self, name: str, linear: PackedLinear) -> None:
         """Put another matrix in a linear layer's place; what was computed before cannot be continued."""
-        self._weights.replace(name, _values(linear))
+        self._weights.replace(name, _values(linear, self._device))
         self._chain, self.weights_version = None, self.weights_version + 1
         self._one = self._tiled = None  # its copy is of other weights
 
@@ -271,7 +280,7 @@ class GpuExecutor(Executor):
         if parts and all(_is_step(part) for part in parts):
             rows = self._rows(len(parts))
             if len(parts) <= rows.limit:
-                chain = Chain(rows, parts, self.cache, self.kv.pages, self.context)
+                chain = Chain(rows, parts, self.kv.pages, self.context)
                 return chain, [_Result(chain.pending, {i: i for i in range(len(parts))})]
         if len(parts) == 1 and self._one is not None and _is_one_row(parts[0]):
             sequence = parts[0].sequence

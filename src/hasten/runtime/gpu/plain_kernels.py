@@ -105,6 +105,24 @@ def place_heads(qkv, cos, sin, places, q_norm, k_norm, queries, keys, values, ep
     tl.store(values + offset + D // 2, high, mask=kept & is_value)
 
 
+@triton.jit
+def move_first(moves, table, keys, values, stride, TABLE: tl.constexpr, KV: tl.constexpr, D: tl.constexpr,
+               PAGE: tl.constexpr, HEADS: tl.constexpr, DIMS: tl.constexpr):  # fmt: skip
+    """The first token of spare pages to the pages that rows own now; tables follow. Grid: (moves, layers)."""
+    move, layer = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row, place = tl.load(moves + move * 4), tl.load(moves + move * 4 + 1)
+    spare, page = tl.load(moves + move * 4 + 2), tl.load(moves + move * 4 + 3)
+    head, i = tl.arange(0, HEADS)[:, None], tl.arange(0, DIMS)[None, :]
+    inside, at = (head < KV) & (i < D), layer * stride + head * (PAGE * D) + i
+    old, new = at + spare.to(tl.int64) * (KV * PAGE * D), at + page.to(tl.int64) * (KV * PAGE * D)
+    tl.store(keys + new, tl.load(keys + old, mask=inside), mask=inside)
+    tl.store(values + new, tl.load(values + old, mask=inside), mask=inside)
+    if layer == 0:
+        tl.store(table + row * TABLE + place, page)
+        if place + 1 < TABLE:
+            tl.store(table + row * TABLE + place + 1, spare)
+
+
 class KernelStep(PlainStep):
     """`PlainStep` on a GPU, with these kernels between the products."""
 
