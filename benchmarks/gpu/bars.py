@@ -25,6 +25,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from datetime import date
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from hasten.engine.model import LanguageModel
 from hasten.engine.request import Request
 from hasten.models.tokenizer import Tokenizer
 from hasten.runtime.executor import Draw, Part
-from hasten.runtime.gpu.chain import Row
+from hasten.runtime.gpu.chain import SIZES, Row
 from hasten.runtime.gpu.executor import GpuExecutor, Tensors
 from hasten.runtime.gpu.shape import WeightFormat
 from hasten.runtime.gpu.tiles import Weights, rounded
@@ -258,7 +259,11 @@ def long_context(bars: Bars, model: LanguageModel, name: str, bandwidth: float) 
 
 
 def saturated(bars: Bars, model: LanguageModel, label: str, bar: float, count: int) -> None:
-    """Output tokens a second of many requests of 1,000 in, 1,000 out."""
+    """Output tokens a second of many requests of 1,000 in, 1,000 out, by a server whose graphs are there."""
+    step: Any = model.executor._batch.step  # type: ignore[attr-defined]
+    step.positions.fill_(-1)
+    for rows, length in product(SIZES, (1024, 2048)):
+        step.step(rows, length)
     began = time.perf_counter()
     made = 0
     with model.engine(ServingOptions(prefix_cache=False, speculate=False, max_waiting=count)) as engine:
