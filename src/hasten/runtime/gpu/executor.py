@@ -15,7 +15,6 @@ torch on a CPU (`device="cpu"`) the same executor runs without a GPU: tests comp
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +30,7 @@ from hasten.runtime.executor import Draw, Executor, Part, PartResult, Ticket, ad
 from hasten.runtime.gpu.batch_weights import BatchWeights, Precision, TensorOf, load
 from hasten.runtime.gpu.chain import SIZES, BatchRows, Chain, OneRow, Pending, PlainRows, Row, Rows, to_host
 from hasten.runtime.gpu.driver import current_device
-from hasten.runtime.gpu.plain import PagedCache, PlainStep, Span, upload
+from hasten.runtime.gpu.plain import PagedCache, PlainStep, Span, send, upload
 from hasten.runtime.gpu.shape import PAGE
 from hasten.runtime.gpu.tiles import Weights, kept
 from hasten.runtime.pages import CachedSequence, KvPlan, PagePool, context_of
@@ -91,9 +90,7 @@ def _values(linear: PackedLinear, device: str) -> torch.Tensor:
     """A matrix [rows, cols]: bf16 as it is stored, taken out of its panels on the device; else float32."""
     if linear.layout.bits != 16:
         return torch.from_numpy(values_of(linear))
-    with warnings.catch_warnings():  # an artifact's bytes are mapped, and not to be written
-        warnings.simplefilter("ignore", UserWarning)
-        data = torch.from_numpy(linear.data).to(device).view(torch.bfloat16)
+    data = send(linear.data, device).view(torch.bfloat16)
     width = -(-linear.cols // 32) * 32
     panels = data.view(-1, width // 2, PANEL, 2).transpose(1, 2)  # [panels, PANEL, width / 2, 2]
     return panels.reshape(-1, width)[: linear.rows, : linear.cols]

@@ -6,7 +6,9 @@ On a GPU the products are the library's (cuBLAS in bf16, `_scaled_mm` in e4m3) a
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,9 @@ Attend = Callable[[int, torch.Tensor], torch.Tensor]
 """(layer, queries [N, H, D]) -> [N, H D]."""
 _QUERIES = 256  # rows of attention whose scores exist at a time
 _E4M3_MAX = 448.0
+_PIECE = 8 << 20  # bytes of a pinned buffer
+_OWN = threading.local()  # of each sender: a buffer and a stream
+_SENDERS = ThreadPoolExecutor(8, thread_name_prefix="hasten-weights")
 
 
 class PagedCache:
@@ -62,6 +67,32 @@ class PagedCache:
 def upload(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
     """A small array on the device, without waiting: the driver keeps a copy of what is on its way."""
     return torch.from_numpy(array).to(device, non_blocking=True)
+
+
+def send(data: np.ndarray[Any, np.dtype[np.uint8]], device: str) -> torch.Tensor:
+    """Many bytes on the device, uint8 [n]: through pinned buffers that several threads fill.
+
+    One thread and no buffers carry a file of the page cache at 3 to 5 GB/s.
+    """
+    if device == "cpu":
+        return torch.from_numpy(np.array(data))
+    found = torch.empty(len(data), dtype=torch.uint8, device=device)
+
+    def carry(first: int) -> None:
+        if not hasattr(_OWN, "stream"):
+            _OWN.stream, _OWN.pinned = (
+                torch.cuda.Stream(),
+                torch.empty(_PIECE, dtype=torch.uint8, pin_memory=True),
+            )
+        part = data[first : first + _PIECE]
+        _OWN.pinned.numpy()[: len(part)] = part
+        _OWN.stream.wait_stream(torch.cuda.default_stream())  # the memory may have been another's just now
+        with torch.cuda.stream(_OWN.stream):
+            found[first : first + len(part)].copy_(_OWN.pinned[: len(part)], non_blocking=True)
+        _OWN.stream.synchronize()
+
+    list(_SENDERS.map(carry, range(0, len(data), _PIECE)))
+    return found
 
 
 @dataclass(frozen=True)
