@@ -46,6 +46,7 @@ from hasten.runtime.gpu.shape import WeightFormat
 from hasten.runtime.gpu.tiles import Weights, rounded
 from hasten.runtime.pages import CachedSequence
 from hasten.runtime.sampling import SamplingOptions, SequenceSampler
+from hasten.speed import page_bytes
 from hasten.weights.artifact import write_artifact
 from hasten.weights.packed import PackedModel, pack_linear
 from hasten.weights.tensors import SourceTensor
@@ -187,16 +188,20 @@ def bare_step(model: LanguageModel, count: int, steps: int = 64) -> float:
     return statistics.median(found[1:])
 
 
+def git_commit() -> str | None:
+    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
+
+
 class Bars:
     """The record, written anew after every row."""
 
-    def __init__(self, path: Path) -> None:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    def __init__(self, path: Path, commit: str | None) -> None:
         self.path = path
         self.value: dict[str, Any] = {
             "machine": f"{torch.cuda.get_device_name()}, torch {torch.__version__}",
             "date": date.today().isoformat(),
-            "commit": commit.stdout.strip() or None,
+            "commit": commit or git_commit(),
             "command": " ".join(["python", "benchmarks/gpu/bars.py", *sys.argv[1:]]),
             "bars": [],
         }
@@ -263,7 +268,7 @@ def long_context(bars: Bars, model: LanguageModel, name: str, bandwidth: float) 
             last = now if outputs else None
     step = statistics.median(times[8:])
     executor: Any = model.executor
-    read = executor._weights.bytes + model.config.kv_bytes_per_token() * 32768
+    read = executor._weights.bytes + page_bytes(model.config, False, 1) * 32768
     bars.add(name, read / bandwidth / step, 0.75, "of copy bandwidth",
              step_us=step * 1e6, tok_s=1 / step)  # fmt: skip
 
@@ -399,10 +404,11 @@ def main() -> None:
     parser.add_argument("--only", default="", help="models whose label has this text: 0.6B, 8B bf16, 8B fp8")
     parser.add_argument("--saturated", type=int, default=0, metavar="N", help="also so many long requests")
     parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--commit", help="of this tree, where it has no repository")
     options = parser.parse_args()
     chosen = {label: rows for label, rows in DECODE.items() if options.only in label}
     compile_beforehand([label.split() for label in chosen if len(DECODE[label]) > 1])
-    bars = Bars(options.json)
+    bars = Bars(options.json, options.commit)
     bars.value["copy_bytes_per_s"] = copy_bandwidth()
     torch.cuda.empty_cache()
     for label, rows in chosen.items():
