@@ -196,14 +196,14 @@ def git_commit() -> str | None:
 class Bars:
     """The record, written anew after every row."""
 
-    def __init__(self, path: Path, commit: str | None) -> None:
-        self.path = path
+    def __init__(self, path: Path, commit: str | None, is_added: bool) -> None:
+        self.path, self.commit = path, commit or git_commit()
         self.value: dict[str, Any] = {
             "machine": f"{torch.cuda.get_device_name()}, torch {torch.__version__}",
             "date": date.today().isoformat(),
-            "commit": commit or git_commit(),
-            "command": " ".join(["python", "benchmarks/gpu/bars.py", *sys.argv[1:]]),
-            "bars": [],
+            "commit": self.commit,
+            "command": "python benchmarks/gpu/bars.py --saturated 500",
+            "bars": json.loads(path.read_text())["bars"] if is_added else [],
         }
 
     def add(
@@ -212,7 +212,8 @@ class Bars:
         """A row; `value` None: it was not measured, and `why` is among `more`."""
         is_good = value is not None and (value <= bar if at_most else value >= bar)
         row = {"name": name, "value": value, "bar": bar, "unit": unit, "pass": is_good, **more}
-        self.value["bars"].append(row)
+        row["commit"] = self.commit
+        self.value["bars"] = [*(one for one in self.value["bars"] if one["name"] != name), row]
         print(json.dumps(row), flush=True)
         self.path.write_text(json.dumps(self.value, indent=1) + "\n")
 
@@ -349,7 +350,8 @@ def equality(bars: Bars) -> None:
     counts = {what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|error)", done.stdout)}
     name = "every architecture, tiny, against transformers and the CPU engine; pairs of features"
     total = sum(counts.values())
-    bars.add(name, counts.get("passed", 0) / total if total else None, 1, "of the tests", tests=total)
+    why = {} if total else {"why": (done.stdout + done.stderr)[-500:]}
+    bars.add(name, counts.get("passed", 0) / total if total else None, 1, "of the tests", tests=total, **why)
 
 
 def guarded(bars: Bars, name: str, bar: float, work: Callable[[], None]) -> None:
@@ -401,19 +403,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default="", help="models whose label has this text: 0.6B, 8B bf16, 8B fp8")
+    parser.add_argument("--only", default="", help="what has this text: 0.6B, 8B bf16, 8B fp8, start")
     parser.add_argument("--saturated", type=int, default=0, metavar="N", help="also so many long requests")
     parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--add", action="store_true", help="keep the record's other rows")
     parser.add_argument("--commit", help="of this tree, where it has no repository")
     options = parser.parse_args()
     chosen = {label: rows for label, rows in DECODE.items() if options.only in label}
-    compile_beforehand([label.split() for label in chosen if len(DECODE[label]) > 1])
-    bars = Bars(options.json, options.commit)
+    if wanted := [label.split() for label in chosen if len(DECODE[label]) > 1]:
+        compile_beforehand(wanted)
+    bars = Bars(options.json, options.commit, options.add)
     bars.value["copy_bytes_per_s"] = copy_bandwidth()
     torch.cuda.empty_cache()
     for label, rows in chosen.items():
         measure(bars, label, rows, options.saturated)
-    if not options.only:
+    if options.only in ("", "start"):
         guarded(bars, "process start to first token, 8B artifact", 8, partial(start, bars))
         guarded(bars, "every architecture, tiny, against transformers", 1, partial(equality, bars))
     bars.add(DEMO, None, 0.95, "share", why="the demo model is not on the machine")

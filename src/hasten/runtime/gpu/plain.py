@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 from hasten.core import ModelSpec
 from hasten.runtime.gpu.batch_weights import BatchWeights, Matrix, slides
@@ -24,6 +26,8 @@ Angles = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 Attend = Callable[[int, torch.Tensor], torch.Tensor]
 """(layer, queries [N, H, D]) -> [N, H D]."""
 _QUERIES = 256  # rows of attention whose scores exist at a time
+_LONG = 2048  # queries from which on cuDNN's attention is worth its start
+_ATTENTIONS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _E4M3_MAX = 448.0
 _PIECE = 8 << 20  # bytes of a pinned buffer
 _OWN = threading.local()  # of each sender: a buffer and a stream
@@ -265,16 +269,12 @@ def _library_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, past: int
 ) -> torch.Tensor:
     """Causal attention where the last query stands at the last key."""
-    from torch.nn.attention.bias import causal_lower_right
-
-    one, keys, values = q.transpose(0, 1)[None], k[None], v[None]
-    if past == 0 or len(q) == 1:
+    one, keys, values, count = q.transpose(0, 1)[None], k[None], v[None], len(q)
+    mask = causal_lower_right(count, k.shape[1]) if past and count > 1 else None
+    # cuDNN is faster for long prompts and takes seconds to load
+    with sdpa_kernel([*([SDPBackend.CUDNN_ATTENTION] if count >= _LONG else []), *_ATTENTIONS]):
         found = F.scaled_dot_product_attention(
-            one, keys, values, is_causal=past == 0 and len(q) > 1, scale=scale, enable_gqa=True
-        )
-    else:
-        found = F.scaled_dot_product_attention(
-            one, keys, values, causal_lower_right(len(q), k.shape[1]), scale=scale, enable_gqa=True
+            one, keys, values, mask, is_causal=past == 0 and count > 1, scale=scale, enable_gqa=True
         )
     return found[0].transpose(0, 1).flatten(1)
 
