@@ -84,10 +84,8 @@ def send(data: np.ndarray[Any, np.dtype[np.uint8]], device: str) -> torch.Tensor
 
     def carry(first: int) -> None:
         if not hasattr(_OWN, "stream"):
-            _OWN.stream, _OWN.pinned = (
-                torch.cuda.Stream(),
-                torch.empty(_PIECE, dtype=torch.uint8, pin_memory=True),
-            )
+            _OWN.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            _OWN.pinned = torch.empty(_PIECE, dtype=torch.uint8, pin_memory=True)
         part = data[first : first + _PIECE]
         _OWN.pinned.numpy()[: len(part)] = part
         _OWN.stream.wait_stream(torch.cuda.default_stream())  # the memory may have been another's just now
