@@ -63,6 +63,15 @@ def test_a_tie_goes_to_the_better_quality() -> None:
     assert choose_candidate(some, "latency", BUDGET).recipe.name == "b"
 
 
+def test_memory_asks_what_is_stored_and_not_what_a_token_reads() -> None:
+    small_table = replace(candidate("a", None, size=90), stored_bytes=100)
+    large_table = replace(candidate("b", None, size=80), stored_bytes=120)
+    some = [small_table, large_table]
+    assert choose_candidate(some, "memory", BUDGET).recipe.name == "a"
+    _, other = explain(some, small_table, "memory", BUDGET, measured(10))
+    assert "needs 20% more memory than a" in other.because
+
+
 @pytest.mark.parametrize("goal", ["latency", "throughput", "memory"])
 def test_what_fails_or_is_undecided_is_never_chosen(goal: Goal) -> None:
     some = [

@@ -11,11 +11,11 @@ import pytest
 
 from ggml_blocks import dequantize
 from hasten import _native
-from hasten.core import Format, Recipe
+from hasten.core import Attention, Block, FeedForward, Format, ModelSpec, Recipe, Rotary
 from hasten.errors import ModelError, UsageError
 from hasten.models.open import open_model
 from hasten.models.source import Source
-from hasten.weights.packed import PackedModel, pack_linear, pack_model, values_of
+from hasten.weights.packed import PackedLinear, PackedModel, pack_linear, pack_model, values_of
 from hasten.weights.tensors import SourceTensor
 
 
@@ -148,9 +148,25 @@ def test_bits_are_what_the_recipe_says(aligned: Source, recipe: str) -> None:
     assert packed.weight_bytes == head.bytes + sum(linear.bytes for linear in layers)
 
 
+def test_a_mixture_stores_all_experts_and_reads_those_that_a_token_chooses() -> None:
+    """2 of 8 experts, an embedding table beside the head: what is stored is all, what is read is not."""
+    mixer = Attention(4, 2, 32, rotary=Rotary(32))
+    block = Block(mixer, FeedForward(96, "experts", experts=8, chosen=2))
+    spec = ModelSpec("mixed", 128, 64, 4096, (block, block))
+    layout, shapes = Format.of(16), {"embed": (128, 64), **spec.linear_shapes()}
+    linears = {
+        name: PackedLinear(layout, *shape, np.zeros(layout.bytes_of(*shape), np.uint8))
+        for name, shape in shapes.items()
+    }
+    packed = PackedModel(spec, Recipe.parse("bf16"), linears)
+    expert, embed = 3 * 96 * 64 * 2, 128 * 64 * 2
+    assert packed.stored_bytes == sum(linear.bytes for linear in linears.values())
+    assert packed.weight_bytes == packed.stored_bytes - embed - 2 * (8 - 2) * expert
+
+
 def test_a_tied_head_counts_once(tied: Source) -> None:
     packed = pack_model(tied, Recipe.parse("w4-head8"), 1)
-    assert packed.weight_bytes == sum(linear.bytes for linear in packed.linears.values())
+    assert packed.weight_bytes == packed.stored_bytes == sum(x.bytes for x in packed.linears.values())
     assert packed.bits_per_weight == pytest.approx(Recipe.parse("w4-head8").bits_per_weight(tied.config))
 
 
