@@ -125,7 +125,7 @@ def opened(model: str, precision: str, sequences: int, context: int = CONTEXT) -
     tensors = tensors_of(config, precision)
     running = LanguageModel.__new__(LanguageModel)
     running.name, running.packed, running.options, running.device = model, packed, options, "cuda"
-    running.tokenizer = words(config.vocab_size)
+    running.tokenizer = words(config.vocab)
     began = time.perf_counter()
     running.executor = GpuExecutor(packed, options, tensors=tensors)
     print(
@@ -141,7 +141,7 @@ def opened(model: str, precision: str, sequences: int, context: int = CONTEXT) -
 
 
 def requests(model: LanguageModel, count: int, prompt: int, output: int, seed: int = 1) -> list[Request]:
-    ids = np.random.default_rng(seed).integers(300, model.config.vocab_size, (count, prompt))
+    ids = np.random.default_rng(seed).integers(300, model.config.vocab, (count, prompt))
     return [Request(tuple(one), output, GREEDY, id=f"{seed}.{i}") for i, one in enumerate(ids.tolist())]
 
 
@@ -239,8 +239,9 @@ def prefill(bars: Bars, model: LanguageModel, label: str, precision: str) -> Non
     """The rate of one prompt of 8k tokens, products of layers alone counted as work."""
     executor: Any = model.executor
     config, tokens = model.config, 8192
-    sampler = SequenceSampler(GREEDY, [], config.vocab_size)
-    ids = np.random.default_rng(5).integers(300, config.vocab_size, tokens).tolist()
+    mixer = config.blocks[0].mixer
+    sampler = SequenceSampler(GREEDY, [], config.vocab)
+    ids = np.random.default_rng(5).integers(300, config.vocab, tokens).tolist()
     times = []
     for _ in range(4):
         sequence = CachedSequence()
@@ -251,7 +252,7 @@ def prefill(bars: Bars, model: LanguageModel, label: str, precision: str) -> Non
         executor.pool.truncate(sequence, 0)
     seconds = statistics.median(times[1:])
     flops = 2 * (config.weights_read - config.vocab * config.width) * tokens
-    flops += 2 * 2 * tokens * tokens // 2 * config.num_heads * config.head_dim * config.num_layers
+    flops += 2 * 2 * tokens * tokens // 2 * mixer.heads * mixer.head_dim * len(config.blocks)
     bars.add(f"{label} prefill of 8k tokens", flops / seconds / GEMM[precision], 0.65, "of the GEMM rate",
              seconds=seconds, tok_s=tokens / seconds)  # fmt: skip
 

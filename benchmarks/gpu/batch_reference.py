@@ -32,8 +32,8 @@ def logits(step: BatchStep, rows: int, exact: bool = False) -> torch.Tensor:
     `exact` keeps activations in float32: the difference to that is the noise of rounding.
     """
     weights, c = step.weights, step.weights.config
-    x = hidden(step, rows, c.num_layers, exact)
-    return linear(weights.head, x * weights.final_norm, exact) * rms(x, c.norm_eps)
+    x = hidden(step, rows, len(c.blocks), exact)
+    return linear(weights.head, x * weights.final_norm, exact) * rms(x, c.final_norm.eps)
 
 
 @torch.inference_mode()
@@ -54,21 +54,22 @@ def first_layer(step: BatchStep, rows: int) -> tuple[torch.Tensor, torch.Tensor]
 def hidden(step: BatchStep, rows: int, layers: int, exact: bool = False) -> torch.Tensor:
     """The residual stream [rows, E] after so many layers."""
     weights, c = step.weights, step.weights.config
+    mixer = c.blocks[0].mixer
     position = step.positions[:rows].long()
-    x = weights.embed[step.tokens[:rows].long()].float() * c.embed_scale
+    x = weights.embed[step.tokens[:rows].long()].float() * c.embedding.scale
     for i, w in enumerate(weights.layers[:layers]):
-        y = linear(w.qkv, x * w.attn_norm, exact) * rms(x, c.norm_eps)
-        heads = y.unflatten(-1, (-1, c.head_dim)).split([c.num_heads, c.num_kv_heads, c.num_kv_heads], 1)
+        y = linear(w.qkv, x * w.attn_norm, exact) * rms(x, c.final_norm.eps)
+        heads = y.unflatten(-1, (-1, mixer.head_dim)).split([mixer.heads, mixer.kv_heads, mixer.kv_heads], 1)
         turned = []
         for part, gamma in zip(heads[:2], (w.q_norm, w.k_norm), strict=True):
-            part = part if gamma is None else part * rms(part, c.norm_eps) * gamma
+            part = part if gamma is None else part * rms(part, c.final_norm.eps) * gamma
             a, b = part.chunk(2, -1)
             table = weights.rotations[weights.rotation_of(i)]
             cos, sin = (t[position][:, None] for t in (table.cos, table.sin))
             turned.append(torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(torch.bfloat16).float())
         mixed = torch.stack([_attend(step, i, row, turned[0], turned[1], heads[2]) for row in range(rows)])
         x = x + linear(w.o, mixed, exact)
-        gate, up = (linear(w.gate_up, x * w.mlp_norm, exact) * rms(x, c.norm_eps)).chunk(2, -1)
+        gate, up = (linear(w.gate_up, x * w.mlp_norm, exact) * rms(x, c.final_norm.eps)).chunk(2, -1)
         x = x + linear(w.down, F.silu(gate) * up, exact)
     return x
 
@@ -86,7 +87,7 @@ def _attend(
     new = [t[row].to(torch.bfloat16).float()[:, None] for t in (k, v)]
     keys, values = (torch.cat(pair, 1) for pair in zip(old, new, strict=True))  # [K, S, D]
     queries = q[row].unflatten(0, (keys.shape[0], -1))  # [K, H / K, D]
-    scores = queries @ keys.transpose(1, 2) * step.weights.config.score_scale
+    scores = queries @ keys.transpose(1, 2) * step.weights.config.blocks[0].mixer.score_scale
     return (scores.softmax(-1) @ values).flatten()
 
 
@@ -114,9 +115,7 @@ class Company:
             pages = torch.randperm(total - count, generator=generator)[:count] + count
             step.table[other] = pages.to(step.table)
             step.positions[other] = int(torch.randint(0, longest - self.steps, (1,), generator=generator))
-            step.tokens[other] = int(
-                torch.randint(0, step.weights.config.vocab_size, (1,), generator=generator)
-            )
+            step.tokens[other] = int(torch.randint(0, step.weights.config.vocab, (1,), generator=generator))
         step.positions[size:] = -1
         step.table[row], step.positions[row], step.tokens[row] = self.pages, self.position, self.token
         assert step.buffers.logits is not None

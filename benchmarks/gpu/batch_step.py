@@ -118,7 +118,7 @@ def reset(step: BatchStep) -> None:
     rows, pages = step.options.rows, step.options.pages
     generator = torch.Generator().manual_seed(3)
     step.table[:rows] = torch.randperm(pages, generator=generator).reshape(rows, -1).to(step.table)
-    step.tokens[:rows] = torch.randint(0, step.weights.config.vocab_size, (rows,), generator=generator).to(
+    step.tokens[:rows] = torch.randint(0, step.weights.config.vocab, (rows,), generator=generator).to(
         step.tokens
     )
     step.positions[:rows] = FIRST
@@ -224,7 +224,7 @@ def timed(step: BatchStep, rows: int) -> float:
 def parts_of(step: BatchStep, rows: int) -> dict[str, float]:
     """Microseconds of each kernel, alone and back to back over all layers."""
     reset(step)
-    shape, layers = step.shape(rows, FIRST + STEPS), range(step.weights.config.num_layers)
+    shape, layers = step.shape(rows, FIRST + STEPS), range(len(step.weights.config.blocks))
     step.run(shape)
     found = {}
     for name in ("qkv", "attention", "o", "gate_up", "down"):

@@ -58,7 +58,7 @@ def one_product(step: BatchStep, shape: Shape, product: Product) -> None:
     if product == "head":
         step.head(shape)
         return
-    for layer in range(step.weights.config.num_layers):
+    for layer in range(len(step.weights.config.blocks)):
         getattr(step, product)(shape, layer)
 
 
@@ -106,7 +106,7 @@ def library(step: BatchStep, rows: int, product: Product) -> float:
 
 def tune(step: BatchStep, shape: Shape, product: Product, tiles: Iterable[Tile]) -> list[tuple[float, Tile]]:
     """(us a call, tile), the fastest first; a tile that does not fit the device is left out."""
-    calls = 1 if product == "head" else step.weights.config.num_layers
+    calls = 1 if product == "head" else len(step.weights.config.blocks)
     found = []
     for tile in tiles:
         try:
@@ -119,7 +119,7 @@ def tune(step: BatchStep, shape: Shape, product: Product, tiles: Iterable[Tile])
 
 def tune_attention(step: BatchStep, shape: Shape) -> list[tuple[float, AttentionTile]]:
     """The same for attention."""
-    layers, found = range(step.weights.config.num_layers), []
+    layers, found = range(len(step.weights.config.blocks)), []
     for tile in ATTENTION:
         tried = replace(shape, attention=tile)
         try:

@@ -141,14 +141,16 @@ def check_tiny(name: str, shape: Shape, parameters: Parameters) -> dict[str, Any
     found, written = [], 0.0
     for position, token in enumerate(tokens):
         for cache, right in zip(decoder.keys_and_values, given, strict=True):
-            cache[:, page, :, row, : shape.config.head_dim] = right.transpose(0, 1)
+            cache[:, page, :, row, : shape.config.blocks[0].mixer.head_dim] = right.transpose(0, 1)
         decoder.start(token, position)
         decoder.logits.fill_(float("nan"))
         decoder.step()
         torch.cuda.synchronize()
         found.append(decoder.logits.cpu())
         for cache, right in zip(decoder.keys_and_values, given, strict=True):
-            own = cache[:, pages[position // PAGE], :, position % PAGE, : shape.config.head_dim].float()
+            own = cache[
+                :, pages[position // PAGE], :, position % PAGE, : shape.config.blocks[0].mixer.head_dim
+            ].float()
             written = max(written, float((own - right[:, position].float()).norm() / own.norm()))
     got = torch.stack(found)
     error = float(((got - expected.logits).norm(dim=1) / expected.logits.norm(dim=1)).max())
@@ -172,7 +174,7 @@ def check(v: Variant, decoder: PersistentDecoder, parameters: Parameters) -> dic
         tensor.normal_(generator=torch.Generator(device="cuda").manual_seed(5))
     pages = decoder._buffers["pages"].long()
     held = [
-        t[:, pages, :, :, : config.head_dim].transpose(2, 3).flatten(1, 2)[:, : v.context]
+        t[:, pages, :, :, : config.blocks[0].mixer.head_dim].transpose(2, 3).flatten(1, 2)[:, : v.context]
         for t in (keys, values)
     ]
     held = [t.clone() for t in held]

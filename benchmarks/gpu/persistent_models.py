@@ -193,14 +193,14 @@ def reference(shape: Shape, parameters: Parameters, tokens: Sequence[int]) -> Ex
         return cached[name].float().numpy()
 
     hidden = torch.from_numpy(ReferenceDecoder(shape.config, tensors, as_cached).hidden(np.array(tokens)))
-    if shape.config.tied_head:  # the head is stored in its own format, the embedding's rows are bf16
+    if shape.config.head.tied:  # the head is stored in its own format, the embedding's rows are bf16
         embed = parameters("embed")
         assert embed is not None
         head = rounded(embed, shape.formats["head"]).values().cpu()
     else:
         head = torch.from_numpy(tensors["head"])
-    logits, cap = hidden @ head.T, shape.config.logit_softcap
-    layers = range(shape.config.num_layers)
+    logits, cap = hidden @ head.T, shape.config.head.softcap
+    layers = range(len(shape.config.blocks))
     return Expected(
         logits if cap is None else torch.tanh(logits / cap) * cap,
         torch.stack([cached[f"layers.{i}.keys"] for i in layers]),
@@ -229,15 +229,15 @@ class Twin:
         )
         embed = self.parameters("embed")
         assert embed is not None
-        x = embed[list(tokens)].float() * c.embed_scale
-        for layer in range(c.num_layers):
-            slides = bool(c.sliding_window and c.sliding_layers and c.sliding_layers[layer])
+        x = embed[list(tokens)].float() * c.embedding.scale
+        for layer in range(len(c.blocks)):
+            slides = c.blocks[layer].mixer.window is not None
             turn = (cosines[int(slides), position:], sines[int(slides), position:])
             x = self._layer(layer, x, turn, keys[layer], values[layer])
         x = self._norm("final_norm", x)
-        head = rounded(embed, self.shape.formats["head"]).values() if c.tied_head else self._matrix("head")
+        head = rounded(embed, self.shape.formats["head"]).values() if c.head.tied else self._matrix("head")
         logits = x @ head.T
-        return logits if c.logit_softcap is None else torch.tanh(logits / c.logit_softcap) * c.logit_softcap
+        return logits if c.head.softcap is None else torch.tanh(logits / c.head.softcap) * c.head.softcap
 
     def _matrix(self, name: str) -> torch.Tensor:
         return stored(self.shape, self.parameters, name)
@@ -250,18 +250,18 @@ class Twin:
     def _norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
         weight = self.parameters(name)
         assert weight is not None
-        return torch.nn.functional.rms_norm(x, x.shape[-1:], weight.float(), self.shape.config.norm_eps)
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], weight.float(), self.shape.config.final_norm.eps)
 
     def _layer(self, i: int, x: torch.Tensor, turn: tuple, keys: torch.Tensor, values: torch.Tensor):  # type: ignore[no-untyped-def,type-arg]
         c, p = self.shape.config, f"layers.{i}."
-        before, after = c.norm_placement != "post", c.norm_placement != "pre"
+        before, after = c.blocks[0].norms.placement != "post", c.blocks[0].norms.placement != "pre"
         y = self._attention(i, self._norm(p + "attn_norm", x) if before else x, turn, keys, values)
         x = x + (self._norm(p + "post_attn_norm", y) if after else y)
         y = self._norm(p + "mlp_norm", x) if before else x
         gate = self._linear(p + "gate", y)
         gate = (
             torch.nn.functional.silu(gate)
-            if c.activation == "silu"
+            if c.blocks[0].feed_forward.activation == "silu"
             else torch.nn.functional.gelu(gate, approximate="tanh")
         )
         y = self._linear(p + "down", gate * self._linear(p + "up", y))
@@ -269,22 +269,25 @@ class Twin:
 
     def _attention(self, i: int, x: torch.Tensor, turn: tuple, keys: torch.Tensor, values: torch.Tensor):  # type: ignore[no-untyped-def,type-arg]
         c, p, count = self.shape.config, f"layers.{i}.", len(x)
-        q = self._linear(p + "q", x).view(count, c.num_heads, c.head_dim)
-        k = self._linear(p + "k", x).view(count, c.num_kv_heads, c.head_dim)
-        v = self._linear(p + "v", x).view(count, c.num_kv_heads, c.head_dim)
-        if c.qk_norm == "head":
+        mixer = c.blocks[0].mixer
+        q = self._linear(p + "q", x).view(count, mixer.heads, mixer.head_dim)
+        k = self._linear(p + "k", x).view(count, mixer.kv_heads, mixer.head_dim)
+        v = self._linear(p + "v", x).view(count, mixer.kv_heads, mixer.head_dim)
+        if mixer.qk_norm == "head":
             q, k = self._norm(p + "q_norm", q), self._norm(p + "k_norm", k)
         q, k = self._turned(q, turn), self._turned(k, turn)
         k = torch.cat((keys.float(), k.bfloat16().float()))
         v = torch.cat((values.float(), v.bfloat16().float()))
-        ratio = c.num_heads // c.num_kv_heads
-        scores = torch.einsum("tkgd,skd->kgts", q.view(count, -1, ratio, c.head_dim) * c.score_scale, k)
+        ratio = mixer.heads // mixer.kv_heads
+        scores = torch.einsum(
+            "tkgd,skd->kgts", q.view(count, -1, ratio, mixer.head_dim) * mixer.score_scale, k
+        )
         back = (
             torch.arange(len(k), device=x.device)
             - (len(keys) + torch.arange(count, device=x.device))[:, None]
         )
-        slides = bool(c.sliding_window and c.sliding_layers and c.sliding_layers[i])
-        hidden = (back > 0) | ((back <= -c.sliding_window) if slides and c.sliding_window else (back > 0))
+        window = c.blocks[i].mixer.window
+        hidden = (back > 0) | ((back <= -window) if window else (back > 0))
         mixed = torch.einsum("kgts,skd->tkgd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v)
         return self._linear(p + "o", mixed.reshape(count, -1))
 

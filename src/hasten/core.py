@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal
 
 from hasten.errors import ModelError
 from hasten.recipe import Recipe as Recipe
@@ -22,7 +22,6 @@ SCHEMA_VERSION = 1
 
 NormPlacement = Literal["pre", "post", "sandwich"]
 Activation = Literal["silu", "gelu_tanh"]
-T = TypeVar("T")
 QkNorm = Literal["none", "head", "full"]
 """None, of each head [D] (Qwen3, Gemma 3), or of all queries and all keys (OLMo 2)."""
 Goal = Literal["latency", "throughput", "memory"]
@@ -213,16 +212,6 @@ class Norm:
     kind: Literal["rms", "layer"] = "rms"
 
 
-class _Figure(Generic[T]):
-    """A figure that is worked out when it is read."""
-
-    def __init__(self, of: Callable[[Any], T]) -> None:
-        self._of = of
-
-    def __get__(self, spec: ModelSpec, owner: type) -> T:
-        return self._of(spec)
-
-
 @dataclass(frozen=True)
 class ModelSpec:
     """A model as a tree: what every layer computes and its sizes. Consecutive equal blocks are one object.
@@ -295,48 +284,6 @@ class ModelSpec:
         """Weights read for one decoded token: of experts, those that the token goes through."""
         shapes = self.linear_shapes().items()
         return round(sum(rows * cols * self.share(name) for name, (rows, cols) in shapes))
-
-    # Figures of models whose blocks are alike, by their old names: for parts that run no others (`dense`).
-    vocab_size = _Figure[int](lambda spec: spec.vocab)
-    hidden_size = _Figure[int](lambda spec: spec.width)
-    context_length = _Figure[int](lambda spec: spec.context)
-    num_layers = _Figure[int](lambda spec: len(spec.blocks))
-    intermediate_size = _Figure[int](lambda spec: spec.blocks[0].feed_forward.width)
-    activation = _Figure[Activation](lambda spec: spec.blocks[0].feed_forward.activation)
-    num_heads = _Figure[int](lambda spec: spec.blocks[0].mixer.heads)
-    num_kv_heads = _Figure[int](lambda spec: spec.blocks[0].mixer.kv_heads)
-    head_dim = _Figure[int](lambda spec: spec.blocks[0].mixer.head_dim)
-    qk_norm = _Figure[QkNorm](lambda spec: spec.blocks[0].mixer.qk_norm)
-    score_scale = _Figure[float](lambda spec: spec.blocks[0].mixer.score_scale)
-    attention_softcap = _Figure["float | None"](lambda spec: spec.blocks[0].mixer.softcap)
-    norm_placement = _Figure[NormPlacement](lambda spec: spec.blocks[0].norms.placement)
-    biases = _Figure["tuple[str, ...]"](lambda spec: spec.blocks[0].biases)
-    norm_eps = _Figure[float](lambda spec: spec.final_norm.eps)
-    logit_softcap = _Figure["float | None"](lambda spec: spec.head.softcap)
-    tied_head = _Figure[bool](lambda spec: spec.head.tied)
-    embed_scale = _Figure[float](lambda spec: spec.embedding.scale)
-
-    @property
-    def rotary(self) -> Rotary | None:
-        """How layers without a window turn; where all have one, how they do."""
-        mixers = [block.mixer for block in self.blocks if block.mixer.rotary is not None]
-        return next((m.rotary for m in mixers if m.window is None), mixers[0].rotary if mixers else None)
-
-    rotary_dim = _Figure["int | None"](
-        lambda s: None if s.rotary is None or s.rotary.dim == s.head_dim else s.rotary.dim
-    )
-    rope_scaling = _Figure[RopeScaling](lambda spec: spec.rotary.scaling if spec.rotary else RopeScaling())
-    rope_layers = _Figure["tuple[bool, ...]"](
-        lambda s: (
-            () if all(b.mixer.rotary for b in s.blocks) else tuple(bool(b.mixer.rotary) for b in s.blocks)
-        )
-    )
-    sliding_window = _Figure["int | None"](
-        lambda s: next((b.mixer.window for b in s.blocks if b.mixer.window), None)
-    )
-    sliding_layers = _Figure["tuple[bool, ...]"](
-        lambda s: tuple(bool(b.mixer.window) for b in s.blocks) if s.sliding_window else ()
-    )
 
 
 def dense(spec: ModelSpec, part: str) -> ModelSpec:

@@ -104,7 +104,7 @@ def step_of(name: str, rows: int, precision: str = "bf16", tiles=None, **options
 
 
 def sequence(length: int, seed: int) -> list[int]:
-    return np.random.default_rng(seed).integers(0, LLAMA.vocab_size, length).tolist()
+    return np.random.default_rng(seed).integers(0, LLAMA.vocab, length).tolist()
 
 
 def reference(name: str, tokens: list[int], hook=None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -139,7 +139,7 @@ def remember(step: BatchStep, row: int, tokens: list[int], seen: dict[str, torch
     """Put keys and values of all tokens but the last into the row's pages, and that token into the row."""
     config = step.weights.config
     order = torch.from_numpy(batch_weights.rotary_order(config))
-    for layer in range(config.num_layers):
+    for layer in range(len(config.blocks)):
         keys, values = seen[f"layers.{layer}.keys"][..., order], seen[f"layers.{layer}.values"]
         for t in range(len(tokens) - 1):
             page = int(step.table[row, t // PAGE])
@@ -262,7 +262,7 @@ def test_a_row_of_nan_still_picks_a_token_that_exists() -> None:
     step, _ = filled("llama", {0: 3, 1: 9}, 2)
     step.values[0][int(step.table[0, 0])] = float("nan")
     step.step(2, 10)
-    assert 0 <= int(step.tokens[0]) < LLAMA.vocab_size
+    assert 0 <= int(step.tokens[0]) < LLAMA.vocab
     assert step.buffers.logits[1].isfinite().all()
 
 

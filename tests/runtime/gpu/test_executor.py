@@ -70,7 +70,7 @@ class CudaTwin(gpu.GpuExecutor):
 def running(
     source: Source, device: str = "cuda", recipe: str = "bf16", **options: Any
 ) -> Iterator[LanguageModel]:
-    wanted = {"threads": 1, "context": min(512, source.config.context_length), "device": device}
+    wanted = {"threads": 1, "context": min(512, source.config.context), "device": device}
     model = load_packed(
         pack_model(source, Recipe.parse(recipe), 1), source, EngineOptions(**(wanted | options))
     )
@@ -91,7 +91,7 @@ def answers(model: LanguageModel, requests: Sequence[Request], **options: Any) -
 
 
 def fitting(source: Source, room: int) -> list[list[int]]:
-    return [prompt for prompt in prompts() if len(prompt) + room <= source.config.context_length]
+    return [prompt for prompt in prompts() if len(prompt) + room <= source.config.context]
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -99,7 +99,7 @@ def test_logits_and_greedy_tokens_are_the_cpu_engines(
     name: str, device: str, tiny_folder: Callable[..., Path]
 ) -> None:
     source = open_model(tiny_folder(name))
-    count = min(24, source.config.context_length - len(prompts()[0]))
+    count = min(24, source.config.context - len(prompts()[0]))
     with running(source, "cpu") as cpu, running(source) as other:
         for prompt in fitting(source, 0):
             wanted, got = cpu.logits(prompt), other.logits(prompt)
@@ -118,7 +118,7 @@ def test_logits_and_greedy_tokens_are_transformers(
             wanted, got = logits(right, prompt), model.logits(prompt)
             assert np.sqrt(np.mean((got - wanted) ** 2)) < BF16 * wanted.std()
         first = list(prompts()[0])
-        count = min(32, source.config.context_length - len(first))
+        count = min(32, source.config.context - len(first))
         assert list(model.stream(first, count, GREEDY)) == greedy(right, first, count)
 
 
@@ -186,7 +186,7 @@ def test_sampling_draws_what_the_cpu_engine_draws(device: str, tiny_folder: Call
 
 def decode(executor: Any, sequence: CachedSequence, tokens: list[int], count: int) -> list[int]:
     """So many steps of one token each, as the engine asks for them."""
-    sampler = SequenceSampler(GREEDY, [], executor.config.vocab_size)
+    sampler = SequenceSampler(GREEDY, [], executor.config.vocab)
     for _ in range(count):
         new = tokens[sequence.length :]
         part = Part(sequence, new, draws=(Draw(sampler, len(tokens)),))

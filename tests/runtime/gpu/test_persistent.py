@@ -31,7 +31,7 @@ def parameters(config: ModelSpec = CONFIG, biases: str = "qkv") -> dict[str, tor
 def test_every_layer_is_loaded_in_order(fmt: WeightFormat) -> None:
     shape, given = Shape(CONFIG, same_format(fmt), frozenset("qkv")), parameters()
     found = load_weights(shape, given.get, "cpu").tensors
-    for layer in range(CONFIG.num_layers):
+    for layer in range(len(CONFIG.blocks)):
         qkv = torch.cat([given[f"layers.{layer}.{name}"] for name in "qkv"])
         expected = tiled(rounded(qkv, fmt), shape.layout("qkv"))
         assert torch.equal(found["qkv"][layer], expected)

@@ -21,7 +21,7 @@ import torch
 from hasten.errors import UsageError
 from hasten.runtime.gpu import batch_attention, batch_products
 from hasten.runtime.gpu.batch_tiles import AttentionTile, Product, Tile, attention_tile, tile
-from hasten.runtime.gpu.batch_weights import BatchWeights, Matrix, slides
+from hasten.runtime.gpu.batch_weights import BatchWeights, Matrix
 from hasten.runtime.gpu.plain import PagedCache
 from hasten.runtime.gpu.plain_kernels import KernelStep
 from hasten.runtime.gpu.shape import PAGE
@@ -134,33 +134,33 @@ class BatchStep:
 
     def _make_buffers(self, m: int) -> _Buffers:
         c, device = self.weights.config, self.weights.embed.device
-        e, heads = c.hidden_size, c.num_heads * c.head_dim
+        mixer, ways = c.blocks[0].mixer, c.blocks[0].feed_forward
+        e, heads = c.width, mixer.heads * mixer.head_dim
 
         def make(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        most_tiles = max(c.vocab_size, 2 * c.intermediate_size, c.num_heads + 2 * c.num_kv_heads, e) // 16 + 1
+        most_tiles = max(c.vocab, 2 * ways.width, mixer.heads + 2 * mixer.kv_heads, e) // 16 + 1
         return _Buffers(
             places=make(m, dtype=torch.int32),
             angles={
-                name: (make(m, c.head_dim // 2), make(m, c.head_dim // 2)) for name in self.weights.rotations
+                name: (make(m, mixer.head_dim // 2), make(m, mixer.head_dim // 2))
+                for name in self.weights.rotations
             },
             residual=make(m, e),
             hidden=make(m, e, dtype=torch.bfloat16),
             queries=make(m, heads, dtype=torch.bfloat16),
             attended=make(m, heads, dtype=torch.bfloat16),
-            mixed=make(m, c.intermediate_size, dtype=torch.bfloat16),
-            peaks=make(_PEAKS * c.num_layers + 1, m, dtype=torch.int32) if self._is_fp8 else None,
-            e4m3=make(m, max(e, heads, c.intermediate_size), dtype=torch.float8_e4m3fn)
-            if self._is_fp8
-            else None,
+            mixed=make(m, ways.width, dtype=torch.bfloat16),
+            peaks=make(_PEAKS * len(c.blocks) + 1, m, dtype=torch.int32) if self._is_fp8 else None,
+            e4m3=make(m, max(e, heads, ways.width), dtype=torch.float8_e4m3fn) if self._is_fp8 else None,
             plain=make(m, e),
             squares=(make(e // 16 + 1, m), make(e // 16 + 1, m)),
             best=make(most_tiles, m),
             best_id=make(most_tiles, m, dtype=torch.int32),
-            logits=make(m, c.vocab_size) if self.options.keep_logits else None,
+            logits=make(m, c.vocab) if self.options.keep_logits else None,
             arrivals=make(most_tiles, dtype=torch.int32),
-            row_arrivals=make(m * c.num_kv_heads, dtype=torch.int32),
+            row_arrivals=make(m * mixer.kv_heads, dtype=torch.int32),
         )
 
     def shape(self, rows: int, context: int) -> Shape:
@@ -193,12 +193,13 @@ class BatchStep:
     def _choose(self, m: int) -> dict[Product, Tile]:
         """Tiles of all products."""
         c = self.weights.config
+        mixer, ways = c.blocks[0].mixer, c.blocks[0].feed_forward
         sizes: dict[Product, tuple[int, int]] = {
-            "qkv": ((c.num_heads + 2 * c.num_kv_heads) * c.head_dim // 2, c.hidden_size),
-            "o": (c.hidden_size, c.num_heads * c.head_dim),
-            "gate_up": (c.intermediate_size, c.hidden_size),
-            "down": (c.hidden_size, c.intermediate_size),
-            "head": (c.vocab_size, c.hidden_size),
+            "qkv": ((mixer.heads + 2 * mixer.kv_heads) * mixer.head_dim // 2, c.width),
+            "o": (c.width, mixer.heads * mixer.head_dim),
+            "gate_up": (ways.width, c.width),
+            "down": (c.width, ways.width),
+            "head": (c.vocab, c.width),
         }
         if self._tiles is not None:
             return {product: self._tiles(product, m) for product in sizes}
@@ -243,7 +244,7 @@ class BatchStep:
             return
         self.begin(shape)
         self.look_up(shape)
-        for layer in range(self.weights.config.num_layers):
+        for layer in range(len(self.weights.config.blocks)):
             self.qkv(shape, layer)
             self.attention(shape, layer)
             self.o(shape, layer)
@@ -280,17 +281,17 @@ class BatchStep:
     def begin(self, shape: Shape) -> None:
         """Embeddings of the rows' tokens."""
         c, b = self.weights.config, self.buffers
-        tiles, peaks = self._squares(shape.tiles["down"]), _PEAKS * c.num_layers + 1
+        tiles, peaks = self._squares(shape.tiles["down"]), _PEAKS * len(c.blocks) + 1
         batch_products.begin[(shape.rows,)](
             self.weights.embed, self.tokens, self.weights.layers[0].attn_norm, b.residual, b.hidden,
-            b.squares[0], b.peaks, c.embed_scale, E=c.hidden_size, BLOCK=_power(c.hidden_size), TILES=tiles,
+            b.squares[0], b.peaks, c.embedding.scale, E=c.width, BLOCK=_power(c.width), TILES=tiles,
             TILES_BLOCK=_power(tiles), PEAKS=peaks, PEAKS_BLOCK=_power(peaks), M=shape.padded, num_warps=8,
             **_early(shape),
         )  # fmt: skip
 
     def look_up(self, shape: Shape) -> None:
         """What all layers need of the rows' positions."""
-        b, half = self.buffers, self.weights.config.head_dim // 2
+        b, half = self.buffers, self.weights.config.blocks[0].mixer.head_dim // 2
         for name, rotation in self.weights.rotations.items():
             batch_products.look_up[(shape.rows,)](
                 self.positions, self.table, rotation.cos, rotation.sin, *b.angles[name], b.places,
@@ -301,33 +302,35 @@ class BatchStep:
     def qkv(self, shape: Shape, layer: int) -> None:
         """Queries, keys and values of a layer, normed, rotated and stored."""
         c, b, w, t = self.weights.config, self.buffers, self.weights.layers[layer], shape.tiles["qkv"]
-        squares, heads = self._squares(shape.tiles["down"]), c.num_heads + 2 * c.num_kv_heads
-        half = _power(c.head_dim // 2)
+        mixer = c.blocks[0].mixer
+        squares, heads = self._squares(shape.tiles["down"]), mixer.heads + 2 * mixer.kv_heads
+        half = _power(mixer.head_dim // 2)
         batch_products.project_qkv[(heads, t.splits)](
             w.qkv.values, *self._inputs(shape, b.hidden, layer, 0), w.qkv.scales, w.qkv.bias, b.squares[0],
             self._parts("products", 2 * heads * t.splits * half * shape.padded), b.arrivals, b.places,
             *b.angles[self.weights.rotation_of(layer)], w.q_norm, w.k_norm, b.queries, self.keys[layer],
-            self.values[layer], c.norm_eps, shape.rows, E=c.hidden_size, HEADS=c.num_heads, KV=c.num_kv_heads,
-            D=c.head_dim, HALF=half, PAGE=PAGE, SQUARES=squares, SQUARES_BLOCK=_power(squares),
-            QK_NORM=c.qk_norm == "head", **self._product(shape, "qkv"),
+            self.values[layer], c.final_norm.eps, shape.rows, E=c.width, HEADS=mixer.heads, KV=mixer.kv_heads,
+            D=mixer.head_dim, HALF=half, PAGE=PAGE, SQUARES=squares, SQUARES_BLOCK=_power(squares),
+            QK_NORM=mixer.qk_norm == "head", **self._product(shape, "qkv"),
         )  # fmt: skip
 
     def attention(self, shape: Shape, layer: int) -> None:
         """Attention of a layer over the rows' pages."""
         c, b, t, m = self.weights.config, self.buffers, shape.attention, shape.padded
-        window = c.sliding_window or 0 if slides(c, layer) else 0
+        mixer = c.blocks[0].mixer
+        window = c.blocks[layer].mixer.window or 0
         seen = min(shape.context, window + t.split) if window else shape.context
         splits = math.ceil(seen / t.split)
-        share, dims = c.num_heads // c.num_kv_heads, _power(c.head_dim)
-        slots = shape.rows * c.num_kv_heads * splits * share
+        share, dims = mixer.heads // mixer.kv_heads, _power(mixer.head_dim)
+        slots = shape.rows * mixer.kv_heads * splits * share
         peaks = self._peaks(shape, layer, 1) if m <= OWN_ROWS else None
-        batch_attention.attend[(c.num_kv_heads, shape.rows, splits)](
+        batch_attention.attend[(mixer.kv_heads, shape.rows, splits)](
             b.queries, self.keys[layer], self.values[layer], self.table, self.positions, b.attended,
             peaks, self._parts("attended", slots * dims), self._parts("tops", slots),
-            self._parts("totals", slots), b.row_arrivals, c.score_scale, c.attention_softcap or 0.0,
-            TABLE=self.table.shape[1], HEADS=c.num_heads, KV=c.num_kv_heads, D=c.head_dim, DIMS=dims,
+            self._parts("totals", slots), b.row_arrivals, mixer.score_scale, mixer.softcap or 0.0,
+            TABLE=self.table.shape[1], HEADS=mixer.heads, KV=mixer.kv_heads, D=mixer.head_dim, DIMS=dims,
             GROUP=max(16, _power(share)), MERGED=_power(share), PAGE=PAGE, SPLIT=t.split, SPLITS=splits,
-            BLOCK=t.block, WINDOW=window, M=m, SOFTCAP=c.attention_softcap is not None,
+            BLOCK=t.block, WINDOW=window, M=m, SOFTCAP=mixer.softcap is not None,
             num_warps=t.warps, num_stages=t.stages, **_early(shape),
         )  # fmt: skip
 
@@ -340,12 +343,13 @@ class BatchStep:
     def gate_up(self, shape: Shape, layer: int) -> None:
         """Gate and up of a layer and their activation."""
         c, b, w, t = self.weights.config, self.buffers, self.weights.layers[layer], shape.tiles["gate_up"]
-        tiles, squares = math.ceil(c.intermediate_size / t.rows), self._squares(shape.tiles["o"])
+        ways = c.blocks[0].feed_forward
+        tiles, squares = math.ceil(ways.width / t.rows), self._squares(shape.tiles["o"])
         batch_products.project_gate_up[(tiles, t.splits)](
             w.gate_up.values, *self._inputs(shape, b.hidden, layer, 2), w.gate_up.scales, w.gate_up.bias,
             b.squares[1], self._parts("products", 2 * tiles * t.splits * t.rows * shape.padded), b.arrivals,
-            b.mixed, self._peaks(shape, layer, 3), c.norm_eps, E=c.hidden_size, F=c.intermediate_size,
-            ROWS=t.rows, SQUARES=squares, SQUARES_BLOCK=_power(squares), GELU=c.activation == "gelu_tanh",
+            b.mixed, self._peaks(shape, layer, 3), c.final_norm.eps, E=c.width, F=ways.width,
+            ROWS=t.rows, SQUARES=squares, SQUARES_BLOCK=_power(squares), GELU=ways.activation == "gelu_tanh",
             **self._product(shape, "gate_up"),
         )  # fmt: skip
 
@@ -361,7 +365,7 @@ class BatchStep:
              gamma: torch.Tensor, post_norm: torch.Tensor | None) -> None:  # fmt: skip
         """A product into the residual stream, through a norm of its own where the model has one."""
         c, b, t = self.weights.config, self.buffers, shape.tiles[name]
-        e, tiles = c.hidden_size, math.ceil(c.hidden_size / t.rows)
+        e, tiles = c.width, math.ceil(c.width / t.rows)
         plain = None if post_norm is None else b.plain
         batch_products.project_residual[(tiles, t.splits)](
             matrix.values, *inputs, matrix.scales, matrix.bias,
@@ -370,8 +374,8 @@ class BatchStep:
         )  # fmt: skip
         if post_norm is not None:
             batch_products.norm_and_add[(shape.rows,)](
-                b.plain, post_norm, b.residual, gamma, b.hidden, *sums, c.norm_eps, E=e, BLOCK=_power(e),
-                num_warps=8, **_early(shape),
+                b.plain, post_norm, b.residual, gamma, b.hidden, *sums, c.final_norm.eps, E=e,
+                BLOCK=_power(e), num_warps=8, **_early(shape),
             )  # fmt: skip
 
     def head(self, shape: Shape) -> None:
@@ -379,22 +383,22 @@ class BatchStep:
         c, b, head, t = self.weights.config, self.buffers, self.weights.head, shape.tiles["head"]
         squares, arguments = self._squares(shape.tiles["down"]), self._product(shape, "head")
         del arguments["SPLITS"]  # a head has tiles enough
-        inputs = self._inputs(shape, b.hidden, c.num_layers, 0)
+        inputs = self._inputs(shape, b.hidden, len(c.blocks), 0)
         if head.scales is None:
             inputs, arguments["ROUND"] = (b.hidden, None), False
-        batch_products.project_head[(math.ceil(c.vocab_size / t.rows),)](
+        batch_products.project_head[(math.ceil(c.vocab / t.rows),)](
             head.values, *inputs, head.scales, b.squares[0], b.logits,
-            b.best, b.best_id, c.norm_eps, c.logit_softcap or 0.0, E=c.hidden_size, V=c.vocab_size,
-            ROWS=t.rows, SQUARES=squares, SQUARES_BLOCK=_power(squares), SOFTCAP=c.logit_softcap is not None,
+            b.best, b.best_id, c.final_norm.eps, c.head.softcap or 0.0, E=c.width, V=c.vocab,
+            ROWS=t.rows, SQUARES=squares, SQUARES_BLOCK=_power(squares), SOFTCAP=c.head.softcap is not None,
             **arguments,
         )  # fmt: skip
 
     def pick(self, shape: Shape) -> None:
         """Greedy tokens, which become the next step's inputs."""
         c, b = self.weights.config, self.buffers
-        tiles = math.ceil(c.vocab_size / shape.tiles["head"].rows)
+        tiles = math.ceil(c.vocab / shape.tiles["head"].rows)
         batch_products.pick[(shape.rows,)](
-            b.best, b.best_id, self.tokens, self.positions, self.emitted, V=c.vocab_size, TILES=tiles,
+            b.best, b.best_id, self.tokens, self.positions, self.emitted, V=c.vocab, TILES=tiles,
             BLOCK=_power(tiles), RING=self.options.ring, num_warps=8, **_early(shape),
         )  # fmt: skip
 
@@ -403,7 +407,7 @@ class BatchStep:
     def _squares(self, source: Tile) -> int:
         """How many tiles the sums of squares come in."""
         c = self.weights.config
-        return 1 if c.norm_placement == "sandwich" else math.ceil(c.hidden_size / source.rows)
+        return 1 if c.blocks[0].norms.placement == "sandwich" else math.ceil(c.width / source.rows)
 
     def _inputs(
         self, shape: Shape, x: torch.Tensor, layer: int, which: int

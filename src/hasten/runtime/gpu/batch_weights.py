@@ -71,7 +71,7 @@ class BatchWeights:
     def rotation_of(self, layer: int) -> str:
         """Which rotation a layer's queries and keys have."""
         c = self.config
-        if c.rope_layers and not c.rope_layers[layer]:
+        if c.blocks[layer].mixer.rotary is None:
             return "none"
         return "local" if slides(c, layer) and "local" in self.rotations else "global"
 
@@ -81,15 +81,20 @@ class BatchWeights:
             return self.head, slice(None)
         _, layer, member = name.split(".")
         c, own = self.config, self.layers[int(layer)]
-        heads, kept, feed = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.intermediate_size
+        mixer = c.blocks[0].mixer
+        heads, kept, feed = (
+            mixer.heads * mixer.head_dim,
+            mixer.kv_heads * mixer.head_dim,
+            c.blocks[0].feed_forward.width,
+        )
         fused, first, count = {
             "q": (own.qkv, 0, heads),
             "k": (own.qkv, heads, kept),
             "v": (own.qkv, heads + kept, kept),
-            "o": (own.o, 0, c.hidden_size),
+            "o": (own.o, 0, c.width),
             "gate": (own.gate_up, 0, feed),
             "up": (own.gate_up, feed, feed),
-            "down": (own.down, 0, c.hidden_size),
+            "down": (own.down, 0, c.width),
         }[member]
         return fused, slice(first, first + count)
 
@@ -97,7 +102,7 @@ class BatchWeights:
         """Put other values [rows, cols] in a linear layer's place."""
         if name == "embed":
             self.embed.copy_(values)
-            if not self.config.tied_head:
+            if not self.config.head.tied:
                 return
         matrix, rows = self.place(name)
         precision: Precision = "bf16" if matrix.scales is None else "fp8"
@@ -116,7 +121,7 @@ class BatchWeights:
 
 def slides(config: ModelSpec, layer: int) -> bool:
     """Whether a layer looks back on `sliding_window` tokens alone."""
-    return config.sliding_window is not None and bool(config.sliding_layers) and config.sliding_layers[layer]
+    return config.blocks[layer].mixer.window is not None
 
 
 def load(
@@ -143,28 +148,27 @@ def load(
     maker = _Maker(config, tensor_of, precision, device)
     embed = maker.plain("embed").to(torch.bfloat16)
     head = maker.matrix([config.head_name], head_precision)
-    layers = tuple(maker.layer(i) for i in range(config.num_layers))
+    layers = tuple(maker.layer(i) for i in range(len(config.blocks)))
     rotations = _rotations(config, context, device)
     return BatchWeights(config, embed, layers, maker.norm("final_norm"), head, rotations)
 
 
 def _check(config: ModelSpec, context: int) -> None:
-    if config.qk_norm == "full" or config.norm_placement == "post":
+    mixer = config.blocks[0].mixer
+    if mixer.qk_norm == "full" or config.blocks[0].norms.placement == "post":
         raise ModelError(
             f"the batched GPU step does not compute {config.architecture}: norms over all heads together",
             hint="use --device cpu",
         )
-    widths = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
-    if any(width % _STEP for width in widths) or config.head_dim % 2:
+    widths = config.width, config.blocks[0].feed_forward.width, mixer.heads * mixer.head_dim
+    if any(width % _STEP for width in widths) or mixer.head_dim % 2:
         raise ModelError(
             f"the batched GPU step needs widths that are multiples of {_STEP} and even heads, "
-            f"got {widths} and {config.head_dim}",
+            f"got {widths} and {mixer.head_dim}",
             hint="use --device cpu",
         )
-    scaling, original = (
-        config.rope_scaling,
-        config.rope_scaling.original_context_length or config.context_length,
-    )
+    scaling = rope.rotations(config)[0].scaling
+    original = scaling.original_context_length or config.context
     if scaling.kind in ("dynamic", "longrope") and context > original:
         raise ModelError(
             f"rope scaling {scaling.kind!r} past {original} tokens depends on a sequence's length",
@@ -207,7 +211,7 @@ class _Maker:
 
     def layer(self, i: int) -> LayerWeights:
         p, c = f"layers.{i}.", self.config
-        per_head, sandwich = c.qk_norm == "head", c.norm_placement == "sandwich"
+        per_head, sandwich = c.blocks[0].mixer.qk_norm == "head", c.blocks[0].norms.placement == "sandwich"
         return LayerWeights(
             qkv=self.matrix([p + "q", p + "k", p + "v"]),
             o=self.matrix([p + "o"]),
@@ -224,7 +228,7 @@ class _Maker:
     def _ordered(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name.rsplit(".", 1)[-1] not in ("q", "k"):
             return tensor
-        heads = tensor.reshape(-1, self.config.head_dim, *tensor.shape[1:])
+        heads = tensor.reshape(-1, self.config.blocks[0].mixer.head_dim, *tensor.shape[1:])
         return heads[:, self._order].flatten(0, 1)
 
 
@@ -234,15 +238,15 @@ def rotary_order(config: ModelSpec) -> np.ndarray[tuple[int], np.dtype[np.int64]
     With partial rotary embedding it pairs i with i + rotary_dim / 2 and leaves the rest. Queries and keys may
     be reordered alike, since only their products count; then one kernel serves every model.
     """
-    d = config.head_dim
-    half = (config.rotary_dim or d) // 2
+    d = config.blocks[0].mixer.head_dim
+    half = rope.rotations(config)[0].dim // 2
     rest = np.arange(2 * half, d, dtype=np.int64)
     first, second = np.arange(half, dtype=np.int64), np.arange(half, 2 * half, dtype=np.int64)
     return np.concatenate([first, rest[: len(rest) // 2], second, rest[len(rest) // 2 :]])
 
 
 def _rotations(config: ModelSpec, context: int, device: str) -> dict[str, Rotation]:
-    tables, half = rope.tables(config), config.head_dim // 2
+    tables, half = rope.tables(config), config.blocks[0].mixer.head_dim // 2
 
     def rotation(frequencies: rope.Frequencies, scale: float) -> Rotation:
         padded = np.zeros(half)
@@ -255,6 +259,6 @@ def _rotations(config: ModelSpec, context: int, device: str) -> dict[str, Rotati
     made = {"global": rotation(tables.global_inv_freq, tables.global_scale)}
     if tables.local_inv_freq is not None:
         made["local"] = rotation(tables.local_inv_freq, 1.0)
-    if config.rope_layers and not all(config.rope_layers):
+    if any(block.mixer.rotary is None for block in config.blocks):
         made["none"] = rotation(np.zeros(0), 1.0)
     return made

@@ -155,7 +155,7 @@ class GpuExecutor(Executor):
         self.pool = PagePool(self.kv.pages, PAGE)
         self._plain = self._in_torch()
         self._rows_in_torch = PlainRows(self._plain)
-        self._none = np.zeros((0, config.hidden_size), np.float32)
+        self._none = np.zeros((0, config.width), np.float32)
         self._one: OneRow | None = None
         self._batch: BatchRows | None = None
         self._chain: Chain | None = None
@@ -300,7 +300,7 @@ class GpuExecutor(Executor):
         for part in parts:
             total = len(part.tokens) + len(part.drafts)
             if total != 1:
-                token_ids(part.tokens, self.config.vocab_size)
+                token_ids(part.tokens, self.config.vocab)
             admit(self, part.sequence, total)
             self.pool.grow(part.sequence, part.sequence.length + total)
             first, last = part.sequence.length, part.sequence.length + total - 1

@@ -91,7 +91,8 @@ def tiled_copy(fused: BatchWeights, stored: Callable[[str], Weights] | None = No
         MachineError: they do not fit beside the others.
     """
     c, linears = fused.config, fused.config.linear_shapes()
-    if c.head_dim % 64 or c.rotary_dim is not None:
+    mixer = c.blocks[0].mixer
+    if mixer.head_dim % 64 or rope.rotations(c)[0].dim != mixer.head_dim:
         raise UsageError("the persistent kernel pads or turns the heads of this model in its own way")
 
     def part(name: str) -> torch.Tensor | Weights | None:
@@ -101,7 +102,7 @@ def tiled_copy(fused: BatchWeights, stored: Callable[[str], Weights] | None = No
     for product in PRODUCTS:
         first = part(c.head_name if product == "head" else f"layers.0.{_MEMBERS[product][0]}")
         formats[product] = first.format if isinstance(first, Weights) else WeightFormat()
-    return load_weights(Shape(c, formats, frozenset(c.biases)), part)
+    return load_weights(Shape(c, formats, frozenset(c.blocks[0].biases)), part)
 
 
 def _format_of(matrix: Matrix) -> WeightFormat:
@@ -127,10 +128,10 @@ def _part_of(fused: BatchWeights, name: str) -> torch.Tensor | Weights | None:
 def _load_weights(shape: Shape, tensor_of: TensorOf, device: str) -> DeviceWeights:
     c, found = shape.config, dict[str, torch.Tensor]()
     for name in PRODUCTS[:-1]:
-        for layer in range(c.num_layers):
+        for layer in range(len(c.blocks)):
             _add_layer(found, shape, name, layer, lambda part: _device(tensor_of, part, device))
     embedding = _required(tensor_of, "embed", device)
-    head = embedding if c.tied_head else _required(tensor_of, "head", device)
+    head = embedding if c.head.tied else _required(tensor_of, "head", device)
     if isinstance(embedding, torch.Tensor) and embedding.dtype == torch.bfloat16:
         found["embedding"] = embedding.contiguous()
     else:
@@ -138,7 +139,7 @@ def _load_weights(shape: Shape, tensor_of: TensorOf, device: str) -> DeviceWeigh
     weights = head if isinstance(head, Weights) else rounded(head, shape.formats["head"])
     _add_matrix(found, "head", 0, 1, [weights], shape)
     for norm in (*_NORMS, "q_norm", "k_norm"):
-        layers = [_device(tensor_of, f"layers.{i}.{norm}", device) for i in range(c.num_layers)]
+        layers = [_device(tensor_of, f"layers.{i}.{norm}", device) for i in range(len(c.blocks))]
         if layers[0] is not None:
             found[norm] = torch.stack([_floats(t) for t in layers if t is not None]).contiguous()
     found["final_norm"] = _floats(_required(tensor_of, "final_norm", device)).contiguous()
@@ -152,7 +153,7 @@ def _add_layer(
     layer: int,
     tensor_of: Callable[[str], torch.Tensor | Weights | None],
 ) -> None:
-    count, biases, parts = shape.config.num_layers, [], []
+    count, biases, parts = len(shape.config.blocks), [], []
     for member in _MEMBERS[name]:
         part = tensor_of(f"layers.{layer}.{member}")
         if part is None:
@@ -255,24 +256,25 @@ class PersistentDecoder:
 
     def _allocate(self, pages: list[int], cache: PagedCache | None) -> dict[str, torch.Tensor]:
         c = self.shape.config
-        kv = (c.num_layers, self._held, c.num_kv_heads, PAGE, self.shape.padded_head)
+        mixer = c.blocks[0].mixer
+        kv = (len(c.blocks), self._held, mixer.kv_heads, PAGE, self.shape.padded_head)
         cosines, sines = (torch.from_numpy(t) for t in rotation_tables(c, self.positions, self.positions))
-        group = c.num_heads * self.shape.padded_head * self.shape.splits
+        group = mixer.heads * self.shape.padded_head * self.shape.splits
         words = {
-            "qkv": (c.num_heads + 2 * c.num_kv_heads) * c.head_dim,
-            "square": (c.num_heads + c.num_kv_heads) * c.head_dim // 8 + 2,
+            "qkv": (mixer.heads + 2 * mixer.kv_heads) * mixer.head_dim,
+            "square": (mixer.heads + mixer.kv_heads) * mixer.head_dim // 8 + 2,
             "part": group,
-            "weight": 2 * c.num_heads * self.shape.splits,
-            "attention": c.num_heads * c.head_dim,
-            "out": c.hidden_size,
-            "feed": c.intermediate_size,
-            "down": c.hidden_size,
+            "weight": 2 * mixer.heads * self.shape.splits,
+            "attention": mixer.heads * mixer.head_dim,
+            "out": c.width,
+            "feed": c.blocks[0].feed_forward.width,
+            "down": c.width,
             "best": 2 * self.shape.blocks,
         }
         found = {f"{k}_words": torch.zeros(n + 2, dtype=torch.int64) for k, n in words.items()}
         found |= {"cosines": cosines, "sines": sines, "pages": torch.tensor(pages, dtype=torch.int32)}
-        found |= {"state": torch.zeros(4, dtype=torch.int32), "logits": torch.zeros(c.vocab_size)}
-        found["trace"] = torch.zeros(self.shape.blocks * (c.num_layers + 1) * 16, dtype=torch.int32)
+        found |= {"state": torch.zeros(4, dtype=torch.int32), "logits": torch.zeros(c.vocab)}
+        found["trace"] = torch.zeros(self.shape.blocks * (len(c.blocks) + 1) * 16, dtype=torch.int32)
         on_device = {k: t.cuda() for k, t in found.items()}
         on_device["tokens"] = torch.zeros(self.positions + 1, dtype=torch.int32).pin_memory()
         for name in ("keys", "values"):  # zeros: what was never written must be finite
@@ -330,8 +332,8 @@ class PersistentDecoder:
         """Put `token` at `position`; keys and values of all positions before it must be there."""
         if not 0 <= position < self.positions:
             raise UsageError(f"position {position} is outside the {self.positions} positions held")
-        if not 0 <= token < self.shape.config.vocab_size:
-            raise UsageError(f"token ids are below {self.shape.config.vocab_size}, got {token}")
+        if not 0 <= token < self.shape.config.vocab:
+            raise UsageError(f"token ids are below {self.shape.config.vocab}, got {token}")
         state = self._buffers["state"]
         state[:2] = upload(np.array([token, position], np.int32), state.device)
         self.position = position

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from hasten.core import ModelSpec
-from hasten.runtime.gpu.batch_weights import BatchWeights, Matrix, slides
+from hasten.runtime.gpu.batch_weights import BatchWeights, Matrix
 from hasten.runtime.gpu.shape import PAGE
 
 Angles = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
@@ -38,7 +38,8 @@ class PagedCache:
     """Keys and values, bf16 [layers, pages, K, PAGE, D] each: the layout that every kernel reads."""
 
     def __init__(self, config: ModelSpec, pages: int, device: str) -> None:
-        shape = (config.num_layers, pages, config.num_kv_heads, PAGE, config.head_dim)
+        mixer = config.blocks[0].mixer
+        shape = (len(config.blocks), pages, mixer.kv_heads, PAGE, mixer.head_dim)
         # zeros: what was never written must be finite
         self.keys = torch.zeros(shape, dtype=torch.bfloat16, device=device)
         self.values = torch.zeros(shape, dtype=torch.bfloat16, device=device)
@@ -154,7 +155,7 @@ class PlainStep:
             attend: mixes values for a layer's queries [N, H, D]: [N, H D].
         """
         w = self.weights
-        x, y, post = w.embed[ids].float() * w.config.embed_scale, None, None
+        x, y, post = w.embed[ids].float() * w.config.embedding.scale, None, None
         for i, layer in enumerate(w.layers):
             x, inputs = self.add_and_norm(x, y, post, layer.attn_norm)
             q = self.heads(i, multiply(layer.qkv, inputs), angles[w.rotation_of(i)], places)
@@ -177,7 +178,7 @@ class PlainStep:
     def activate(self, both: torch.Tensor) -> Inputs:
         """activation(gate) * up of [N, 2 F]."""
         gate, up = both.float().chunk(2, -1)
-        is_silu = self.weights.config.activation == "silu"
+        is_silu = self.weights.config.blocks[0].feed_forward.activation == "silu"
         return self.round((F.silu(gate) if is_silu else F.gelu(gate, approximate="tanh")) * up)
 
     def round(self, x: torch.Tensor) -> Inputs:
@@ -193,8 +194,9 @@ class PlainStep:
     ) -> torch.Tensor:
         """Queries bf16 [N, H, D] of a layer's [N, (H + 2 K) D]; keys and values join the cache."""
         c, w = self.weights.config, self.weights.layers[layer]
-        every, keys = qkv.view(len(qkv), -1, c.head_dim), c.num_heads + c.num_kv_heads
-        q, k, v = every[:, : c.num_heads], every[:, c.num_heads : keys], every[:, keys:]
+        mixer = c.blocks[0].mixer
+        every, keys = qkv.view(len(qkv), -1, mixer.head_dim), mixer.heads + mixer.kv_heads
+        q, k, v = every[:, : mixer.heads], every[:, mixer.heads : keys], every[:, keys:]
         cos, sin = (one[:, None] for one in angles)
         turned = []
         for part, gamma in ((q, w.q_norm), (k, w.k_norm)):
@@ -214,7 +216,7 @@ class PlainStep:
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The head, with its soft-cap: hidden states float32 [R, E] -> float32 [R, V]."""
-        head, cap = self.weights.head, self.weights.config.logit_softcap
+        head, cap = self.weights.head, self.weights.config.head.softcap
         if hidden.is_cuda and head.scales is None:  # bf16 sums would make ties of what is none
             found = torch.mm(hidden.to(torch.bfloat16), head.values.t(), out_dtype=torch.float32)
         else:
@@ -222,20 +224,21 @@ class PlainStep:
         return found if cap is None else torch.tanh(found / cap) * cap
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], weight, self.weights.config.norm_eps)
+        return F.rms_norm(x.float(), x.shape[-1:], weight, self.weights.config.final_norm.eps)
 
     def _attend(self, layer: int, q: torch.Tensor, span: Span, table: torch.Tensor) -> torch.Tensor:
         """A span's queries [T, H, D] over its pages: [T, H D]."""
         c, total = self.weights.config, span.past + span.count
-        window = c.sliding_window if slides(c, layer) else None
+        mixer = c.blocks[0].mixer
+        window = c.blocks[layer].mixer.window
         if window is not None and total <= window:
             window = None
         k, v = (
             part[layer].transpose(0, 1).index_select(1, table).flatten(1, 2)[:, :total]
             for part in (self.cache.keys, self.cache.values)
         )  # [K, S, D]
-        if q.is_cuda and window is None and c.attention_softcap is None:
-            return _library_attention(q, k, v, c.score_scale, span.past)
+        if q.is_cuda and window is None and mixer.softcap is None:
+            return _library_attention(q, k, v, mixer.score_scale, span.past)
         return _written_out(q, k, v, c, span.past, window)
 
 
@@ -281,14 +284,15 @@ def _written_out(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, c: ModelSpec, past: int, window: int | None
 ) -> torch.Tensor:
     """The same in float32 with windows and soft-caps, some queries at a time."""
+    mixer = c.blocks[0].mixer
     keys, values, place = k.float(), v.float(), torch.arange(k.shape[1], device=q.device)
     found = []
     for first in range(0, len(q), _QUERIES):
         some = q[first : first + _QUERIES].float()
-        some = some.reshape(len(some), c.num_kv_heads, -1, c.head_dim)  # [T, K, G, D]
-        scores = torch.einsum("tkgd,ksd->kgts", some, keys) * c.score_scale
-        if c.attention_softcap is not None:
-            scores = torch.tanh(scores / c.attention_softcap) * c.attention_softcap
+        some = some.reshape(len(some), mixer.kv_heads, -1, mixer.head_dim)  # [T, K, G, D]
+        scores = torch.einsum("tkgd,ksd->kgts", some, keys) * mixer.score_scale
+        if mixer.softcap is not None:
+            scores = torch.tanh(scores / mixer.softcap) * mixer.softcap
         back = (past + first + torch.arange(len(some), device=q.device))[:, None] - place
         hidden = back < 0 if window is None else (back < 0) | (back >= window)
         weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)

@@ -135,8 +135,8 @@ class KernelStep(PlainStep):
         """See `PlainStep.add_and_norm`; x is changed in place."""
         out, e = self._room(*x.shape), x.shape[1]
         add_and_norm[(len(x),)](
-            x, y, post, gamma, out.values, out.scales, self.weights.config.norm_eps, E=e, BLOCK=_power(e),
-            num_warps=8,
+            x, y, post, gamma, out.values, out.scales, self.weights.config.final_norm.eps, E=e,
+            BLOCK=_power(e), num_warps=8,
         )  # fmt: skip
         return x, out
 
@@ -144,7 +144,7 @@ class KernelStep(PlainStep):
         """See `PlainStep.activate`."""
         feed = both.shape[1] // 2
         out = self._room(len(both), feed)
-        is_gelu = self.weights.config.activation == "gelu_tanh"
+        is_gelu = self.weights.config.blocks[0].feed_forward.activation == "gelu_tanh"
         gate[(len(both),)](
             both, out.values, out.scales, F=feed, BLOCK=_power(feed), GELU=is_gelu, num_warps=16
         )
@@ -167,13 +167,14 @@ class KernelStep(PlainStep):
     ) -> torch.Tensor:
         """See `PlainStep.heads`."""
         c: ModelSpec = self.weights.config
+        mixer = c.blocks[0].mixer
         w: LayerWeights = self.weights.layers[layer]
-        queries = torch.empty(len(qkv), c.num_heads, c.head_dim, dtype=torch.bfloat16, device=qkv.device)
-        group = min(16, _power(c.num_heads + 2 * c.num_kv_heads))
-        place_heads[(len(qkv), triton.cdiv(c.num_heads + 2 * c.num_kv_heads, group))](
+        queries = torch.empty(len(qkv), mixer.heads, mixer.head_dim, dtype=torch.bfloat16, device=qkv.device)
+        group = min(16, _power(mixer.heads + 2 * mixer.kv_heads))
+        place_heads[(len(qkv), triton.cdiv(mixer.heads + 2 * mixer.kv_heads, group))](
             qkv, *angles, places, w.q_norm, w.k_norm, queries, self.cache.keys[layer],
-            self.cache.values[layer], c.norm_eps, HEADS=c.num_heads, KV=c.num_kv_heads, D=c.head_dim,
-            HALF=_power(c.head_dim // 2), PAGE=PAGE, GROUP=group, num_warps=4,
+            self.cache.values[layer], c.final_norm.eps, HEADS=mixer.heads, KV=mixer.kv_heads,
+            D=mixer.head_dim, HALF=_power(mixer.head_dim // 2), PAGE=PAGE, GROUP=group, num_warps=4,
         )  # fmt: skip
         return queries
 

@@ -16,6 +16,7 @@ from typing import Literal
 from hasten.cache.reading import read_text
 from hasten.core import ModelSpec
 from hasten.errors import UsageError
+from hasten.models import rope
 from hasten.runtime.gpu.driver import Device
 
 WeightKind = Literal["bf16", "fp8", "int8", "int4"]
@@ -109,17 +110,17 @@ class Shape:
         """Stages asked for and not yet arrived, at most."""
         if self.tuning.in_flight is not None:
             return self.tuning.in_flight
-        return 3 if self.config.hidden_size >= 2048 and self.formats["down"].kind == "bf16" else 2
+        return 3 if self.config.width >= 2048 and self.formats["down"].kind == "bf16" else 2
 
     @property
     def padded_head(self) -> int:
         """Head size in the KV cache."""
-        return -(-self.config.head_dim // 64) * 64
+        return -(-self.config.blocks[0].mixer.head_dim // 64) * 64
 
     @property
     def splits(self) -> int:
         """Blocks that share the context of one KV head; fixed, so that a result never depends on load."""
-        most = min(self.tuning.splits or _MOST_SPLITS, self.blocks // self.config.num_kv_heads)
+        most = min(self.tuning.splits or _MOST_SPLITS, self.blocks // self.config.blocks[0].mixer.kv_heads)
         return int(2 ** int(math.log2(most)))
 
     def layout(self, name: ProductName) -> TileLayout:
@@ -129,20 +130,21 @@ class Shape:
     def defines(self) -> dict[str, int | str]:
         """Every compile-time value of the kernel."""
         c, t = self.config, self.tuning
+        mixer, ways = c.blocks[0].mixer, c.blocks[0].feed_forward
         values: dict[str, int | str] = {
-            "LAYERS": c.num_layers,
-            "WIDTH": c.hidden_size,
-            "FEED": c.intermediate_size,
-            "HEADS": c.num_heads,
-            "KV_HEADS": c.num_kv_heads,
-            "HEAD_DIM": c.head_dim,
-            "VOCAB": c.vocab_size,
-            "ROTARY": c.rotary_dim or c.head_dim,
-            "GELU": int(c.activation == "gelu_tanh"),
-            "QK_NORM": ("none", "head", "full").index(c.qk_norm),
-            "NORM_BEFORE": int(c.norm_placement != "post"),
-            "NORM_AFTER": int(c.norm_placement != "pre"),
-            "WINDOW": c.sliding_window or 0,
+            "LAYERS": len(c.blocks),
+            "WIDTH": c.width,
+            "FEED": ways.width,
+            "HEADS": mixer.heads,
+            "KV_HEADS": mixer.kv_heads,
+            "HEAD_DIM": mixer.head_dim,
+            "VOCAB": c.vocab,
+            "ROTARY": rope.rotations(c)[0].dim,
+            "GELU": int(ways.activation == "gelu_tanh"),
+            "QK_NORM": ("none", "head", "full").index(mixer.qk_norm),
+            "NORM_BEFORE": int(c.blocks[0].norms.placement != "post"),
+            "NORM_AFTER": int(c.blocks[0].norms.placement != "pre"),
+            "WINDOW": max(block.mixer.window or 0 for block in c.blocks),
             "LAYER_FLAGS": ",".join(str(flag) for flag in layer_flags(c)),
             "PAGE": PAGE,
             "SPLITS": self.splits,
@@ -164,12 +166,13 @@ class Shape:
 
     def _floats(self) -> dict[str, float]:
         c = self.config
+        mixer = c.blocks[0].mixer
         return {
-            "SCORE_SCALE": float(c.score_scale),
-            "ATTENTION_CAP": float(c.attention_softcap or 0),
-            "LOGIT_CAP": float(c.logit_softcap or 0),
-            "EMBED_SCALE": float(c.embed_scale),
-            "NORM_EPS": float(c.norm_eps),
+            "SCORE_SCALE": float(mixer.score_scale),
+            "ATTENTION_CAP": float(mixer.softcap or 0),
+            "LOGIT_CAP": float(c.head.softcap or 0),
+            "EMBED_SCALE": float(c.embedding.scale),
+            "NORM_EPS": float(c.final_norm.eps),
         }
 
     def slots(self, device: Device) -> int:
@@ -185,8 +188,9 @@ class Shape:
     def _fixed_shared_bytes(self) -> int:
         """An upper bound of `Shared` and `Attention` of the kernel, bytes."""
         c, warps = self.config, self.tuning.warps
-        ratio, padded = c.num_heads // c.num_kv_heads, self.padded_head
-        span = -(-c.hidden_size // (STEP_COLS * warps)) * STEP_COLS
+        mixer = c.blocks[0].mixer
+        ratio, padded = mixer.heads // mixer.kv_heads, self.padded_head
+        span = -(-c.width // (STEP_COLS * warps)) * STEP_COLS
         shared = 512 * warps + 64 * 256 + warps * -(-span // 64) * 256 + 1024
         sets = 1  # of query heads whose registers fit a warp: head_sets of kernels/attention.cuh
         while -(-ratio // sets) > max(1, (32 if warps > 8 else 64) // (padded // 8)):
@@ -273,13 +277,15 @@ class TileLayout:
 
 def matrix_shape(config: ModelSpec, name: ProductName) -> tuple[int, int]:
     """Rows and columns of a product; of gate_up those of one of the two."""
-    heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_dim
+    ways = config.blocks[0].feed_forward
+    mixer = config.blocks[0].mixer
+    heads, kv_heads, size = mixer.heads, mixer.kv_heads, mixer.head_dim
     return {
-        "qkv": ((heads + 2 * kv_heads) * size, config.hidden_size),
-        "o": (config.hidden_size, heads * size),
-        "gate_up": (config.intermediate_size, config.hidden_size),
-        "down": (config.hidden_size, config.intermediate_size),
-        "head": (config.vocab_size, config.hidden_size),
+        "qkv": ((heads + 2 * kv_heads) * size, config.width),
+        "o": (config.width, heads * size),
+        "gate_up": (ways.width, config.width),
+        "down": (config.width, ways.width),
+        "head": (config.vocab, config.width),
     }[name]
 
 
@@ -291,33 +297,32 @@ def grid_blocks(config: ModelSpec, tuning: Tuning) -> int:
 
 def layer_flags(config: ModelSpec) -> list[int]:
     """A number a layer: 1 where it slides, 2 where it rotates."""
-    slides = config.sliding_layers if config.sliding_window and config.sliding_layers else ()
-    return [
-        int(bool(slides) and slides[layer]) + 2 * int(not config.rope_layers or config.rope_layers[layer])
-        for layer in range(config.num_layers)
-    ]
+    mixers = (block.mixer for block in config.blocks)
+    return [int(mixer.window is not None) + 2 * int(mixer.rotary is not None) for mixer in mixers]
 
 
 def problems(config: ModelSpec, tuning: Tuning) -> Iterable[str]:
     """What of a model or a tuning the kernel cannot hold, in words."""
     c = config
-    if c.num_heads % c.num_kv_heads:
-        yield f"{c.num_heads} query heads do not divide among {c.num_kv_heads} KV heads"
-    elif c.num_heads // c.num_kv_heads > 8:
-        yield f"{c.num_heads // c.num_kv_heads} query heads share a KV head, at most 8 can"
-    if c.head_dim % 8 or not 8 <= c.head_dim <= 256:
-        yield f"a head size of {c.head_dim}; it must be a multiple of 8 up to 256"
-    if (c.rotary_dim or c.head_dim) % 2:
-        yield f"{c.rotary_dim} rotary dimensions; the number must be even"
-    for what, columns in (("width", c.hidden_size), ("feed-forward width", c.intermediate_size)):
+    ways = c.blocks[0].feed_forward
+    mixer = c.blocks[0].mixer
+    if mixer.heads % mixer.kv_heads:
+        yield f"{mixer.heads} query heads do not divide among {mixer.kv_heads} KV heads"
+    elif mixer.heads // mixer.kv_heads > 8:
+        yield f"{mixer.heads // mixer.kv_heads} query heads share a KV head, at most 8 can"
+    if mixer.head_dim % 8 or not 8 <= mixer.head_dim <= 256:
+        yield f"a head size of {mixer.head_dim}; it must be a multiple of 8 up to 256"
+    if rope.rotations(c)[0].dim % 2:
+        yield f"{rope.rotations(c)[0].dim} rotary dimensions; the number must be even"
+    for what, columns in (("width", c.width), ("feed-forward width", ways.width)):
         if columns % 2:
             yield f"a {what} of {columns}; it must be even"
     most = tuning.warps * STEP_COLS * _MOST_STEPS[tuning.warps]
-    widest = max(c.hidden_size, c.intermediate_size, c.num_heads * c.head_dim)
+    widest = max(c.width, ways.width, mixer.heads * mixer.head_dim)
     if widest > most:
         yield f"{widest} inputs of one product; {most} fit its registers with {tuning.warps} warps"
-    if c.num_kv_heads > grid_blocks(c, tuning):
-        yield f"{c.num_kv_heads} KV heads on {grid_blocks(c, tuning)} blocks"
+    if mixer.kv_heads > grid_blocks(c, tuning):
+        yield f"{mixer.kv_heads} KV heads on {grid_blocks(c, tuning)} blocks"
 
 
 @lru_cache(maxsize=1)
