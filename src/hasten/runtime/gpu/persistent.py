@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hasten.core import ModelSpec
+from hasten.core import READERS, ModelSpec
 from hasten.errors import MachineError, ModelError, UsageError
 from hasten.models import rope
 from hasten.runtime.gpu.batch_weights import BatchWeights, Matrix
@@ -25,12 +25,7 @@ rounded to the product's format; a matrix may also be Weights, which are kept.""
 
 _NORMS = ("attn_norm", "post_attn_norm", "mlp_norm", "post_mlp_norm")
 _WORDS = ("qkv", "square", "part", "weight", "attention", "out", "feed", "down", "best")
-_MEMBERS: dict[ProductName, tuple[str, ...]] = {
-    "qkv": ("q", "k", "v"),
-    "o": ("o",),
-    "gate_up": ("gate", "up"),
-    "down": ("down",),
-}
+_MEMBERS: dict[str, tuple[str, ...]] = dict(READERS.items())
 
 
 class _Arguments(ctypes.Structure):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from hasten.cache.reading import read_text
-from hasten.core import ModelSpec
+from hasten.core import READERS, ModelSpec
 from hasten.errors import UsageError
 from hasten.models import rope
 from hasten.runtime.gpu.driver import Device
@@ -157,7 +157,7 @@ class Shape:
         if t.trace:
             values["TRACE"] = 1
         values |= {name: f"{number!r}f" for name, number in self._floats().items()}
-        values |= {name: int(bool(self.biases & members)) for name, members in _BIASES.items()}
+        values |= {f"BIAS_{n.upper()}": int(bool(self.biases & {*parts})) for n, parts in READERS.items()}
         for name, fmt in self.formats.items():
             values[f"{name.upper()}_TYPE"] = _KINDS.index(fmt.kind)
             values[f"{name.upper()}_GROUP"] = fmt.group
@@ -197,14 +197,6 @@ class Shape:
             sets *= 2
         partial = warps // sets * ratio * (padded + 2) * 4
         return shared + padded * 4 * (2 * ratio + 7) + 256 + partial + 1024
-
-
-_BIASES = {
-    "BIAS_QKV": frozenset("qkv"),
-    "BIAS_O": frozenset({"o"}),
-    "BIAS_GATE_UP": frozenset({"gate", "up"}),
-    "BIAS_DOWN": frozenset({"down"}),
-}
 
 
 @dataclass(frozen=True)
