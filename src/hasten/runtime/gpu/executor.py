@@ -26,16 +26,15 @@ import torch
 from hasten.core import EngineOptions, dense
 from hasten.errors import HastenError, MachineError, UsageError
 from hasten.machine.cores import threads_of
-from hasten.runtime.executor import Draw, Executor, Part, PartResult, Ticket, admit, finish
+from hasten.runtime.executor import Draw, Executor, Part, PartResult, Ticket, finish, prepare
 from hasten.runtime.gpu.batch_weights import BatchWeights, Precision, TensorOf, load
 from hasten.runtime.gpu.chain import SIZES, BatchRows, Chain, OneRow, Pending, PlainRows, Row, Rows, to_host
 from hasten.runtime.gpu.driver import current_device
 from hasten.runtime.gpu.plain import PagedCache, PlainStep, Span, send, upload
 from hasten.runtime.gpu.shape import PAGE
 from hasten.runtime.gpu.tiles import Weights, kept
-from hasten.runtime.pages import CachedSequence, KvPlan, PagePool, context_of
+from hasten.runtime.pages import KvPlan, PagePool, context_of
 from hasten.runtime.sampling import Choice
-from hasten.runtime.tokens import Ids, token_ids
 from hasten.weights.formats import PANEL
 from hasten.weights.packed import PackedLinear, PackedModel, integers, values_of
 
@@ -235,6 +234,7 @@ class GpuExecutor(Executor):
 
     def replace(self, name: str, linear: PackedLinear) -> None:
         """Put another matrix in a linear layer's place; what was computed before cannot be continued."""
+        self.pool.refuse_others()
         self._weights.replace(name, _values(linear, self._device))
         self._chain, self.weights_version = None, self.weights_version + 1
         self._one = self._tiled = None  # its copy is of other weights
@@ -243,8 +243,7 @@ class GpuExecutor(Executor):
 
     def submit(self, parts: Sequence[Part]) -> Ticket:
         """Begin a step: everything is launched when this returns, often the step after it too."""
-        self.pool.refuse_others()
-        self._admit(parts)
+        prepare(self, parts)
         with self.pool.computing():
             chain, self._chain = self._chain, None
             rows = self._known_ahead(chain, parts)
@@ -294,17 +293,6 @@ class GpuExecutor(Executor):
         if count == 1 and self._one is not None:
             return self._one
         return self._batch or self._rows_in_torch
-
-    def _admit(self, parts: Sequence[Part]) -> None:
-        """Check a step and give its sequences pages."""
-        for part in parts:
-            total = len(part.tokens) + len(part.drafts)
-            if total != 1:
-                token_ids(part.tokens, self.config.vocab)
-            admit(self, part.sequence, total)
-            self.pool.grow(part.sequence, part.sequence.length + total)
-            first, last = part.sequence.length, part.sequence.length + total - 1
-            self.pool.wrote(part.sequence.pages[first // PAGE : last // PAGE + 1])
 
     def _compute(self, parts: Sequence[Part], group: Sequence[int], is_plain: bool) -> _Result:
         """Launch some parts together: tokens of those that are greedy, hidden states of the others."""
@@ -365,19 +353,9 @@ class GpuExecutor(Executor):
                 found[i] = one
         return found
 
-    def hidden(self, sequence: CachedSequence, tokens: Sequence[int] | Ids) -> Floats:
-        """Hidden states float32 [T, E] of all tokens of an empty sequence, computed as an answer's."""
-        found = [self._none]
-        for at in range(0, len(tokens), self.chunk):
-            some = tuple(int(token) for token in tokens[at : at + self.chunk])
-            part = Part(sequence, some, hidden=len(some))
-            result = self.collect(self.submit([part]))[0]
-            assert result.hidden is not None
-            found.append(result.hidden)
-        return np.concatenate(found)
-
     def head(self, hidden: Floats) -> Floats:
         """float32 [R, E] hidden states -> float32 [R, V] logits."""
+        self.pool.refuse_others()
         rows = torch.from_numpy(np.ascontiguousarray(hidden, np.float32)).to(self._device)
         logits: Floats = to_host(self._plain.logits(rows)).wait().numpy()
         return logits
@@ -400,15 +378,18 @@ class GpuExecutor(Executor):
 
     def copy_page(self, source: int, target: int) -> None:
         """Copy a page of keys and values, all layers."""
+        self.pool.refuse_others()
         self.cache.copy([source], [target])
         self.pool.wrote([target])
 
     def read_page(self, page: int) -> npt.NDArray[np.uint8]:
         """A copy of one page's keys and values, all layers: uint8 [page_bytes]."""
+        self.pool.refuse_others()
         return self.cache.read(page)
 
     def write_page(self, page: int, data: npt.NDArray[np.uint8]) -> None:
         """Put what `read_page` gave, uint8 [page_bytes], into a page of this executor or one just like it."""
+        self.pool.refuse_others()
         self.cache.write(page, data)
         self.pool.wrote([page])
 
