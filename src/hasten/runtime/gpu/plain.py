@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 
 from hasten.core import ModelSpec
 from hasten.runtime.gpu.batch_weights import BatchWeights, Matrix
@@ -237,7 +236,8 @@ class PlainStep:
             part[layer].transpose(0, 1).index_select(1, table).flatten(1, 2)[:, :total]
             for part in (self.cache.keys, self.cache.values)
         )  # [K, S, D]
-        if q.is_cuda and window is None and mixer.softcap is None:
+        is_plain = window is None and mixer.softcap is None and mixer.head_dim <= 256
+        if q.is_cuda and is_plain:
             return _library_attention(q, k, v, mixer.score_scale, span.past)
         return _written_out(q, k, v, c, span.past, window)
 
@@ -270,13 +270,19 @@ def _library_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, past: int
 ) -> torch.Tensor:
     """Causal attention where the last query stands at the last key."""
-    one, keys, values, count = q.transpose(0, 1)[None], k[None], v[None], len(q)
-    mask = causal_lower_right(count, k.shape[1]) if past and count > 1 else None
-    # cuDNN is faster for long prompts and takes seconds to load
-    with sdpa_kernel([*([SDPBackend.CUDNN_ATTENTION] if count >= _LONG else []), *_ATTENTIONS]):
-        found = F.scaled_dot_product_attention(
-            one, keys, values, mask, is_causal=past == 0 and count > 1, scale=scale, enable_gqa=True
-        )
+    count, size = len(q), q.shape[-1]
+    one, keys, values = q.transpose(0, 1)[None], k[None], v[None]
+    if past and count > 1:
+        # causal is lower right in this operation; torch's own way to it imports 800 modules, for seconds
+        padded = [F.pad(part, (0, -size % 8)) if size % 8 else part for part in (one, keys, values)]
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        found = flash(*padded, 0.0, is_causal=True, scale=scale)[0][..., :size]
+    else:
+        # cuDNN is faster for long prompts and takes seconds to load
+        with sdpa_kernel([*([SDPBackend.CUDNN_ATTENTION] if count >= _LONG else []), *_ATTENTIONS]):
+            found = F.scaled_dot_product_attention(
+                one, keys, values, is_causal=count > 1, scale=scale, enable_gqa=True
+            )
     return found[0].transpose(0, 1).flatten(1)
 
 
