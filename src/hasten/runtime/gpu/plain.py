@@ -283,7 +283,8 @@ def _library_attention(
             found = F.scaled_dot_product_attention(
                 one, keys, values, is_causal=count > 1, scale=scale, enable_gqa=True
             )
-    return found[0].transpose(0, 1).flatten(1)
+    mixed: torch.Tensor = found[0].transpose(0, 1).flatten(1)
+    return mixed
 
 
 def _written_out(
