@@ -14,6 +14,7 @@ from hasten.runtime.gpu.persistent import _refuse_device, load_weights, rotation
 from hasten.runtime.gpu.shape import Shape, WeightFormat
 from hasten.runtime.gpu.tiles import Weights, kept, rounded, tiled
 from hasten.weights.codec import Encoded
+from hasten.weights.packed import pack_integers, values_of
 from specs import changed, spec
 
 CONFIG = spec("qwen2", 263, 64, 96, 2, 4, 2, 16, 256, qk_norm="head")
@@ -62,16 +63,19 @@ def test_a_missing_parameter_is_named() -> None:
         load_weights(Shape(CONFIG, same_format(INT4)), given.get, "cpu")
 
 
-@pytest.mark.parametrize("bits", [4, 5, 8])
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_integers_of_an_artifact_keep_their_values(bits: int, symmetric: bool) -> None:
+@pytest.mark.parametrize(("group", "cols"), [(32, 96), (64, 192), (128, 100)])
+def test_integers_of_an_artifact_keep_their_values(bits: int, symmetric: bool, group: int, cols: int) -> None:
     rng = np.random.default_rng(bits)
-    codes = rng.integers(0, 1 << bits, (16, 64), dtype=np.uint8)
-    scales, low = (rng.random((16, 2)).astype(np.float16) for _ in range(2))
-    found = Encoded(Format.of(bits, 32, symmetric), codes, scales, None if symmetric else low)
-    weights = kept(found)
-    assert weights.format.kind == ("int4" if bits == 4 else "int8")
+    codes = rng.integers(0, 1 << bits, (21, cols), dtype=np.uint8)
+    scales, low = (rng.random((21, -(-cols // group))).astype(np.float16) for _ in range(2))
+    found = Encoded(Format.of(bits, group, symmetric), codes, scales, None if symmetric else low)
+    packed = pack_integers("m", found)
+    weights = kept(packed, "cpu")
+    assert weights.format.kind == ("int4" if bits == 4 else "int8") and weights.codes.dtype == torch.uint8
     np.testing.assert_allclose(weights.values().numpy(), found.values(), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(weights.values().numpy(), values_of(packed), rtol=1e-6, atol=1e-6)
 
 
 def test_kept_weights_go_to_the_tiles_unrounded() -> None:

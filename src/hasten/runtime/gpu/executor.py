@@ -31,12 +31,12 @@ from hasten.runtime.gpu.batch_weights import BatchWeights, Precision, TensorOf, 
 from hasten.runtime.gpu.chain import SIZES, BatchRows, Chain, OneRow, Pending, PlainRows, Row, Rows, to_host
 from hasten.runtime.gpu.driver import current_device
 from hasten.runtime.gpu.plain import PagedCache, PlainStep, Span, send, upload
-from hasten.runtime.gpu.shape import PAGE
+from hasten.runtime.gpu.shape import GROUPS, PAGE
 from hasten.runtime.gpu.tiles import Weights, kept
 from hasten.runtime.pages import KvPlan, PagePool, context_of
 from hasten.runtime.sampling import Choice
 from hasten.weights.formats import PANEL
-from hasten.weights.packed import PackedLinear, PackedModel, integers, values_of
+from hasten.weights.packed import PackedLinear, PackedModel, values_of
 
 Floats = npt.NDArray[np.float32]
 _FEW = 64  # rows that one sequence may have in the batched step, whose attention takes each by itself
@@ -75,7 +75,7 @@ def tensors_of(packed: PackedModel, device: str) -> Tensors:
         return None if found is None else torch.from_numpy(np.array(found))
 
     def tile(name: str) -> Weights:
-        return kept(integers(linears[name]))
+        return kept(linears[name], device)
 
     return Tensors(
         tensor,
@@ -86,7 +86,9 @@ def tensors_of(packed: PackedModel, device: str) -> Tensors:
 
 
 def _values(linear: PackedLinear, device: str) -> torch.Tensor:
-    """A matrix [rows, cols]: bf16 as it is stored, taken out of its panels on the device; else float32."""
+    """A matrix [rows, cols], taken out of its panels on the device: bf16 as it is stored, else float32."""
+    if linear.layout.is_integer and linear.layout.group in GROUPS:
+        return kept(linear, device).values()
     if linear.layout.bits != 16:
         return torch.from_numpy(values_of(linear))
     data = send(linear.data, device).view(torch.bfloat16)

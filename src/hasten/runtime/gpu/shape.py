@@ -24,6 +24,7 @@ ProductName = Literal["qkv", "o", "gate_up", "down", "head"]
 PRODUCTS: tuple[ProductName, ...] = ("qkv", "o", "gate_up", "down", "head")
 PAGE = 32  # tokens
 TILE_ROWS = 8
+GROUPS = (32, 64, 128)  # inputs that may share a scale
 STEP_COLS = 32  # columns one tensor-core instruction takes
 _KINDS: tuple[WeightKind, ...] = ("bf16", "fp8", "int8", "int4")
 _SOURCES = ("primitives.cuh", "product.cuh", "args.cuh", "attention.cuh", "decode.cu")
@@ -49,7 +50,7 @@ class WeightFormat:
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
             raise UsageError(f"unknown weight format {self.kind!r}", hint=f"use {', '.join(_KINDS)}")
-        if self.group not in (0, 32, 64, 128):
+        if self.group not in (0, *GROUPS):
             raise UsageError(f"group size {self.group} is not supported", hint="use 32, 64 or 128")
         if self.kind == "bf16" and (self.group or self.minimum):
             raise UsageError("bf16 weights have no scales", hint="drop group and minimum")
