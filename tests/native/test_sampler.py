@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import sampler_twin as twin
-from one_each import one_each
 
 from hasten.errors import HastenError
 from hasten.runtime.sampling import SamplingOptions
+from one_each import one_each
 
 
 def sample(

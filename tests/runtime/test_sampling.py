@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from one_each import one_each
 
 from hasten.errors import HastenError, UsageError
 from hasten.runtime.sampling import SamplingOptions
+from one_each import one_each
 
 BAD = [
     *({"temperature": value} for value in (-0.1, float("nan"), float("inf"), -float("inf"))),
