@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -279,7 +280,7 @@ class ModelSpec:
         """Weights of all linear layers, of every expert, the head included and the embedding table not."""
         return sum(rows * cols for rows, cols in self.linear_shapes().values())
 
-    @property
+    @cached_property
     def weights_read(self) -> int:
         """Weights read for one decoded token: of experts, those that the token goes through."""
         shapes = self.linear_shapes().items()
