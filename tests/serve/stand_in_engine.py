@@ -70,7 +70,7 @@ class StandInModel:
     name: str = "stand-in"
     context: int = 4096
     tokenizer: ByteTokenizer = field(default_factory=ByteTokenizer)
-    config: Any = field(default_factory=lambda: SimpleNamespace(vocab_size=VOCAB, architecture="llama"))
+    config: Any = field(default_factory=lambda: SimpleNamespace(vocab=VOCAB, architecture="llama"))
     recipe: Any = field(default_factory=lambda: SimpleNamespace(name="w8"))
     placement: dict[str, Any] = field(default_factory=dict)
     closed: bool = False
