@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -53,8 +54,13 @@ ALLOWED = {
 }  # core raises errors; recipes name formats; cli lists the names
 
 
-def imported(tree: ast.AST, package: str) -> Iterator[str]:
+@functools.cache
+def imported(source: str, package: str) -> tuple[str, ...]:
     """Dotted names of every import of a file in `package`, inside functions too, and every `hasten.name`."""
+    return tuple(_imported(ast.parse(source), package))
+
+
+def _imported(tree: ast.AST, package: str) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -74,7 +80,7 @@ def wrong_edges(source: str, package: str) -> list[str]:
     """Imports of a file in `package` (such as "hasten.models") that do not go down or stay inside."""
     own = package.split(".")[1]
     wrong = []
-    for name in imported(ast.parse(source), package):
+    for name in imported(source, package):
         parts = name.split(".")
         if parts[0] != "hasten":
             continue
@@ -139,7 +145,7 @@ def modules() -> dict[str, Path]:
 def edges(source: str, package: str, known: Iterable[str]) -> set[str]:
     """The modules of `known` that a file in `package` imports: anywhere, for type checkers too."""
     found = set()
-    for name in imported(ast.parse(source), package):
+    for name in imported(source, package):
         parts = name.split(".")
         prefixes = (".".join(parts[:length]) for length in range(len(parts), 1, -1))
         found.update([next((prefix for prefix in prefixes if prefix in known), "")])
@@ -203,6 +209,6 @@ def test_the_serving_path_imports_no_torch() -> None:
         for path, package in files()
         if not package.startswith(("hasten.bench.peers", "hasten.runtime.gpu"))
         and path.parent.name not in LANGUAGE_MODELS
-        and heavy & {name.split(".")[0] for name in imported(ast.parse(path.read_text()), package)}
+        and heavy & {name.split(".")[0] for name in imported(path.read_text(), package)}
     ]
     assert set(found) <= allowed, found
