@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from batch_models import MODELS, random_tensor
+from batch_models import MODELS, copy_bandwidth, random_tensor
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -290,21 +290,6 @@ def saturated(bars: Bars, model: LanguageModel, label: str, bar: float, count: i
     bars.add(
         f"{label}, {count} requests of 1,000 in / 1,000 out", made / seconds, bar, "tok/s", seconds=seconds
     )
-
-
-def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of a copy of 4 GB."""
-    source = torch.randn(2**31, device="cuda", dtype=torch.bfloat16)
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(10):
-        begin, end = torch.cuda.Event(True), torch.cuda.Event(True)
-        begin.record()
-        target.copy_(source)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return 2 * source.numel() * 2 / (statistics.median(times) / 1e3)
 
 
 def start(bars: Bars) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 import torch
 
 from hasten.core import ModelSpec, RopeScaling
@@ -42,3 +44,18 @@ def random_weights(model: str, precision: Precision, device: str = "cuda") -> Ba
     """All of a model."""
     config = MODELS[model]
     return load(config, lambda name: random_tensor(config, name, device), CONTEXT, precision, device)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a copy of 4 GB."""
+    source = torch.randn(2**31, device="cuda", dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(10):
+        begin, end = torch.cuda.Event(True), torch.cuda.Event(True)
+        begin.record()
+        target.copy_(source)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    return 2 * source.numel() * 2 / (statistics.median(times) / 1e3)

@@ -26,7 +26,7 @@ from typing import Any
 import batch_reference
 import batch_tuning
 import torch
-from batch_models import CONTEXT, random_weights
+from batch_models import CONTEXT, copy_bandwidth, random_weights
 
 from hasten.runtime.gpu.batch_step import BatchStep, StepOptions
 from hasten.runtime.gpu.batch_tiles import AttentionTile, Product, Tile
@@ -270,20 +270,6 @@ def measure(model: str, precision: str, weights: Any, choice: Choice | None) -> 
     return rows_out
 
 
-def copy_bandwidth() -> float:
-    """TB/s of a copy on the device, bytes read and bytes written."""
-    a = torch.empty(2**30, device="cuda").normal_()
-    b, times = torch.empty_like(a), []
-    for _ in range(6):
-        begin, end = torch.cuda.Event(True), torch.cuda.Event(True)
-        begin.record()
-        b.copy_(a)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return 2 * a.numel() * 4 / statistics.median(times[1:]) / 1e9
-
-
 def whole_steps(model: str, precision: str, choice: Choice | None) -> list[Job]:
     """Every whole step that is checked or timed."""
     variants = [(rows, *variant) for rows in (16, 32, 64) for variant in VARIANTS]
@@ -349,7 +335,7 @@ def main() -> None:
     with ProcessPoolExecutor(arguments.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         first = [tuning_jobs(*key) if is_tuned[key] else whole_steps(*key, None) for key in wanted]
         compile_all(pool, [job for jobs in first for job in jobs])
-        record["copy_tb_per_s"] = round(copy_bandwidth(), 3)
+        record["copy_tb_per_s"] = round(copy_bandwidth() / 1e12, 3)
         for key in wanted:
             run(pool, key, is_tuned[key], record)
             record["seconds"] = round(time.time() - start)

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from batch_models import copy_bandwidth
 from persistent_models import REAL, TINY, Parameters, Twin, reference
 
 from hasten.runtime.gpu.driver import Device, built, current_device, with_defines
@@ -223,21 +224,6 @@ def measure(decoder: PersistentDecoder, context: int, steps: int = 64, rounds: i
         times.append(begin.elapsed_time(end) * 1e3 / steps)
     kept = sorted(times[2:])
     return {"us": statistics.median(kept), "us_least": kept[0], "us_most": kept[-1], "rounds": rounds}
-
-
-def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of a copy of 4 GB."""
-    source = torch.randn(2**31, device="cuda", dtype=torch.bfloat16)
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(10):
-        begin, end = torch.cuda.Event(True), torch.cuda.Event(True)
-        begin.record()
-        target.copy_(source)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return 2 * source.numel() * 2 / (statistics.median(times) / 1e3)
 
 
 def run(v: Variant, weights: Any, parameters: Parameters, bandwidth: float) -> dict[str, Any]:

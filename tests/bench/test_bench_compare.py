@@ -101,7 +101,6 @@ def test_a_python_that_does_not_exist():
     assert "HASTEN_PEER_PYTHON" in (caught.value.hint or "")
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 def test_a_paused_worker_is_stopped_and_goes_on_when_asked():
     with loaded() as process:
         process.pause()
@@ -113,7 +112,6 @@ def test_a_paused_worker_is_stopped_and_goes_on_when_asked():
         assert process.ask("check", 20, requires=[]) == []
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_peak_memory_is_the_workers_own():
     with loaded() as small, loaded("big") as big:
         mine, its = small.ask("peak_rss", 20), big.ask("peak_rss", 20)
@@ -193,7 +191,6 @@ def test_batches_and_ceilings():
     assert measured.fraction_of_int8_ceiling is None
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
 def test_ctrl_c_and_even_a_killed_driver_leave_no_worker(tmp_path):
     program = f"""
 import signal, sys, time; sys.path.insert(0, {HERE!r})

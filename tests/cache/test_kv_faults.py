@@ -332,7 +332,6 @@ def child_of(mother: int, before: int) -> int:
     raise AssertionError("no child was forked")
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds children in /proc")
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [200])
 def test_killed_at_any_moment(tmp_path: Path, kills: int) -> None:

@@ -154,7 +154,6 @@ def test_sigint_that_is_ignored_at_the_start_stays_ignored() -> None:
         assert process.wait(30) == 0
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for the signals a process catches")
 @pytest.mark.parametrize("after_s", [0.0, 0.1, 0.3, 0.6])
 def test_sigterm_at_any_time_of_the_start(tiny_folder: Callable[..., Path], after_s: float) -> None:
     command = [sys.executable, "-m", "hasten", "serve", str(tiny_folder("qwen2")), "--port", "0", "--no-log"]

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-
 
 @pytest.fixture
 def scene(tiny_folder: Callable[..., Path], tmp_path: Path) -> Callable[[str], str]:

@@ -41,7 +41,9 @@ def main(argv: list[str] | None = None) -> int:
 
         from hasten.stopping import listen_for_sigterm, listening
 
-        gc.set_threshold(10_000)  # what is imported stays: looking through it 95 times took 20 ms of a start
+        gc.set_threshold(
+            10_000
+        )  # imports make many objects that stay: looking through them often costs time at start
         arguments = sys.argv[1:]
         verb = arguments[0] if arguments else ""
         if verb == "serve":

@@ -304,8 +304,8 @@ class Admission:
 class Alone:
     """A context for what concerns one answer: an error inside ends this answer, and all others go on.
 
-    Panics of native libraries, which are no `Exception`, are caught too. A class and not a generator: it is
-    entered four times for every token, and costs a quarter.
+    Panics of native libraries, which are no `Exception`, are caught too. It is a class because a
+    generator costs more, and every token enters it several times.
 
     Args:
         fail: ends the answer because of an error.

@@ -163,7 +163,7 @@ def load_or_measure(max_age_s: float = 3600.0, threads: int | None = None) -> di
 
 def stat_of(values: Sequence[float]) -> Stat:
     """Median, p10 and p90 between neighbours by straight lines; UsageError where there is no value."""
-    import statistics  # brings fractions and decimal: 20 ms of every start that measures nothing
+    import statistics  # brings fractions and decimal: most starts need none of them
 
     if not values:
         raise UsageError("a figure needs at least one run, got none", hint="give --runs 1 or more")

@@ -194,7 +194,7 @@ def state_damage(path: Path) -> str | None:
     Raises:
         OSError: it cannot be read.
     """
-    import zipfile  # takes 10 ms of a start, and few starts need it
+    import zipfile  # few starts need it
 
     try:
         with open_file(path) as file, zipfile.ZipFile(file) as parts:

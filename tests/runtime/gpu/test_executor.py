@@ -156,7 +156,6 @@ def test_features_together_give_what_each_request_gets_alone(
     device: str, tiny_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Prefix cache, its disk tier, drafts, chunks, preemption, grammars, penalties, log-probabilities, n."""
-    pytest.importorskip("llguidance")
     start, free = tuple(prompts()[2]), {"temperature": 0.8, "ignore_eos": True}
     punished = SamplingOptions(repetition_penalty=1.3, presence_penalty=0.5, seed=5, **free)
     requests = [
