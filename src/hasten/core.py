@@ -268,7 +268,7 @@ class ModelSpec:
         return shapes
 
     def share(self, name: str) -> float:
-        """The share of tokens that go through a linear layer: 1 but for experts, who get even shares."""
+        """The share of tokens that go through a linear layer: 1 but for experts, which get even shares."""
         _, _, part = name.partition(".experts.")
         if not part:
             return 1.0

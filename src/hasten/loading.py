@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,7 +58,8 @@ def load(
     from hasten.engine.model import load as load_plain
     from hasten.runtime.executor import choose_device
 
-    choose_device((options or EngineOptions()).device)
+    options = options or EngineOptions()
+    options = replace(options, device=choose_device(options.device)[0])  # asked once: it starts nvidia-smi
     place, plain = prepared(ref, recipe, observer, store=store, threads=threads)
     try:
         return load_plain(place, recipe=plain, threads=threads, context=context, options=options, store=store)

@@ -68,6 +68,19 @@ def test_pages_before_the_threshold_are_not_taken_for_those_after(load: Load) ->
             assert gather(finish(engine), name) == expected
 
 
+@pytest.mark.parametrize("most", [1, 64])
+def test_requests_that_run_wait_for_a_place_in_a_full_queue(load: Load, most: int) -> None:
+    """Others fill the place and the queue when `run` begins; it adds its requests when they have ended."""
+    model = load(max_sequences=1)
+    first, second, third = (Request(random_prompt(seed, 20), 4, FOREVER) for seed in range(3))
+    with Engine(model, ServingOptions(speculate=False, max_waiting=most)) as engine:
+        engine.add(first)
+        engine.step()
+        engine.add(second)
+        told = [token for output in engine.run([third]) for token in output.token_ids]
+    assert told == plain(model, third).tokens
+
+
 @pytest.mark.parametrize("pooling", ["none", "mean"])
 def test_a_prompt_is_read_once_however_often_it_is_computed(load: Load, pooling: Pooling) -> None:
     """Preempted in its prompt and in its answer: logprobs and the mean are those of one computation."""

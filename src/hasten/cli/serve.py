@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from dataclasses import replace
 from typing import Annotated, Any
 
 from hasten.cli.console import watched
@@ -37,7 +38,7 @@ def command(
     from hasten.runtime.executor import choose_device
 
     engine = fill(EngineOptions, flags)
-    choose_device(engine.device)
+    engine = replace(engine, device=choose_device(engine.device)[0])
     from hasten.serve.pool import names_of
     from hasten.serve.server import ServeSetup, serve
 

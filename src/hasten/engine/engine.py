@@ -143,7 +143,7 @@ class Engine:
         return self.news()
 
     def news(self) -> list[Output]:
-        """Outputs that need no step: those of requests that were cancelled."""
+        """Outputs that nobody has taken yet, without a step."""
         outputs, self._unclaimed = self._unclaimed, []
         return outputs
 
@@ -363,14 +363,15 @@ class Engine:
 
     def _deliver(self, left: dict[str, int], mail: deque[Output], coming: deque[Request]) -> Iterator[Output]:
         """Outputs from `mail`; `left`: the answers of each request that go on; `coming`: requests to add."""
-        most = min(self._scheduler.slots, self.options.max_waiting)
+        most = max(1, min(self._scheduler.slots, self.options.max_waiting))
         try:
             yield Output("", 0)  # for `next`, which starts this generator
             while left or coming:
                 while coming and len(self._scheduler.waiting) < most:
                     left |= self._add_for(coming.popleft(), mail)
-                while not mail:
+                if not mail:  # a step may make room for requests that wait here
                     self._post(self._advance())
+                    continue
                 output = mail.popleft()
                 name = output.request_id
                 left[name] -= output.finish_reason is not None

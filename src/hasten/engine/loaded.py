@@ -125,7 +125,7 @@ class LoadedModel:
         An open engine computes the texts that it continues anew.
 
         Raises:
-            UsageError: an engine with a prefix cache is open on this model, or another thread is computing.
+            UsageError: another thread is computing.
         """
         self.executor.replace(name, linear)
         self.packed.linears[name] = linear

@@ -142,7 +142,7 @@ class Executor(Protocol):
 
     def submit(self, parts: Sequence[Part]) -> Ticket:
         """Begin a step; every sequence at most once. Returns before the device is done, where it can: a
-        processor computes in `collect`, there is nobody who could do it meanwhile."""
+        CPU computes in `collect`."""
         return Ticket(tuple(parts))
 
     def collect(self, ticket: Ticket) -> list[PartResult]:
@@ -206,7 +206,8 @@ def choose_device(wanted: str) -> tuple[str, str]:
             if wanted == "cuda":
                 raise
             found = "cpu", why.message
-    log.info("--device %s is %s: %s", wanted, *found)
+    if wanted == "auto":
+        log.info("--device auto is %s: %s", *found)
     return found
 
 

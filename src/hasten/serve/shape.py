@@ -32,11 +32,17 @@ FLOOR = -9999.0
 
 
 def dumped(value: Any) -> bytes:
-    """Compact JSON in UTF-8. A number that is not finite is written as null, as orjson does."""
+    """Compact JSON in UTF-8. A number that is not finite becomes null.
+
+    Raises:
+        ValueError: such a number beside a whole number of more than 64 bits.
+    """
     try:
         return orjson.dumps(value)
     except TypeError:  # whole numbers of more than 64 bits, and texts that are no UTF-8
-        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=_prepared)
+        text = json.dumps(
+            value, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=_prepared
+        )
         return text.encode("utf-8", "replace")
 
 

@@ -281,6 +281,15 @@ def test_a_replaced_layer_counts_from_the_next_step(device: str, tiny_folder: Ca
         assert np.sqrt(np.mean((after - right) ** 2)) < BF16 * right.std()
 
 
+@pytest.mark.parametrize("name", ["foo", "layers.0.x", "layers.0.q"])
+def test_a_layer_that_cannot_be_replaced_is_named(
+    name: str, device: str, tiny_folder: Callable[..., Path]
+) -> None:
+    source = open_model(tiny_folder("llama"))
+    with running(source) as model, pytest.raises(UsageError, match=f"{name} cannot be replaced"):
+        model.replace(name, model.packed.linears["layers.0.down"])
+
+
 def test_pages_travel(device: str, tiny_folder: Callable[..., Path]) -> None:
     source = open_model(tiny_folder("llama"))
     with running(source) as model:

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hasten.core import EngineOptions, dense
+from hasten.core import EngineOptions, Recipe, dense
 from hasten.errors import HastenError, MachineError, UsageError
 from hasten.machine.cores import threads_of
 from hasten.runtime.executor import Draw, Executor, Part, PartResult, Ticket, finish, prepare
@@ -131,11 +131,7 @@ class GpuExecutor(Executor):
         tensors: Tensors | None = None,
     ) -> None:
         config = self.config = dense(packed.config, "the GPU engine")
-        if packed.recipe.kv == "int8":
-            raise UsageError(
-                "the GPU engine keeps keys and values in bf16, and the recipe asks for int8",
-                hint="use a recipe without -kv8, or --device cpu",
-            )
+        self.check(packed.recipe)
         self.threads = threads_of(options.threads)
         self.context = context_of(options.context, config)
         self.page_tokens, self.weights_version = PAGE, 0
@@ -163,6 +159,15 @@ class GpuExecutor(Executor):
         if device == "cuda":
             self._make_kernels()
 
+    @staticmethod
+    def check(recipe: Recipe) -> None:
+        """Refuse keys and values in int8."""
+        if recipe.kv == "int8":
+            raise UsageError(
+                "the GPU engine keeps keys and values in bf16, and the recipe asks for int8",
+                hint="use a recipe without -kv8, or --device cpu",
+            )
+
     # ---- loading -------------------------------------------------------------------------------------------
 
     def _load(self, tensors: Tensors) -> BatchWeights:
@@ -176,7 +181,7 @@ class GpuExecutor(Executor):
             ) from error
 
     def _tile(self, tensors: Tensors) -> Any:
-        """The weights as the persistent kernel streams them, too, where it runs and there is room."""
+        """A second copy of the weights, for the persistent kernel; None where it cannot run."""
         from hasten.runtime.gpu.persistent import tiled_copy
 
         free, _ = torch.cuda.mem_get_info()
@@ -221,7 +226,11 @@ class GpuExecutor(Executor):
             free = torch.cuda.mem_get_info()[0] - _RESERVE
             fitting, what = free // size - self._limit - 1, f"{free / 1e9:.2f} GB of the GPU are free"
             if pages > fitting and options.kv_gb is not None:
-                raise UsageError(f"{options.kv_gb} GB are asked for keys and values, {what}", hint="use less")
+                fits = max(0, fitting * size // 10**7) / 100
+                raise UsageError(
+                    f"{options.kv_gb} GB are asked for keys and values, {what}",
+                    hint=f"use --kv-gb {fits}, or leave it out",
+                )
             if pages > fitting:
                 pages, because = fitting, what
         if pages < longest:
@@ -237,6 +246,13 @@ class GpuExecutor(Executor):
     def replace(self, name: str, linear: PackedLinear) -> None:
         """Put another matrix in a linear layer's place; what was computed before cannot be continued."""
         self.pool.refuse_others()
+        wanted = self.config.parameter_shapes().get(name)
+        if wanted != (linear.rows, linear.cols):
+            said = "there is no such matrix" if wanted is None else f"it is {wanted[0]} x {wanted[-1]}"
+            raise UsageError(
+                f"{name} cannot be replaced by a matrix of {linear.rows} x {linear.cols}: {said}",
+                hint="take names and shapes from model.config.linear_shapes()",
+            )
         self._weights.replace(name, _values(linear, self._device))
         self._chain, self.weights_version = None, self.weights_version + 1
         self._one = self._tiled = None  # its copy is of other weights
@@ -266,7 +282,7 @@ class GpuExecutor(Executor):
         return Ticket(tuple(parts), results)
 
     def _known_ahead(self, chain: Chain | None, parts: Sequence[Part]) -> dict[int, int]:
-        """Parts whose results are computed ahead: number -> row. None, if another than prompts is new."""
+        """Parts whose results are computed ahead: number -> row. Empty if a part of one token is new."""
         if chain is None:
             return {}
         rows = chain.find({i: part for i, part in enumerate(parts) if _is_step(part)})
@@ -306,7 +322,7 @@ class GpuExecutor(Executor):
             spans.append(Span(part.sequence.length, len(ids) - starts[i], part.sequence.pages))
         ends = {i: starts[i] + span.count for i, span in zip(group, spans, strict=True)}
         greedy = [i for i in group if _is_greedy(parts[i])]
-        others = [i for i in group if i not in set(greedy)]
+        others = [i for i in group if not _is_greedy(parts[i])]
         if is_plain or self._batch is None:
             residual, tokens = self._plain.run(np.array(ids, np.int32), spans), None
         else:
