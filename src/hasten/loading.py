@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,7 +58,7 @@ def load(
     from hasten.runtime.executor import choose_device
 
     options = options or EngineOptions()
-    options = replace(options, device=choose_device(options.device)[0])  # asked once: it starts nvidia-smi
+    choose_device(options.device)  # or refuse it before minutes of work
     place, plain = prepared(ref, recipe, observer, store=store, threads=threads)
     try:
         return load_plain(place, recipe=plain, threads=threads, context=context, options=options, store=store)

@@ -58,6 +58,8 @@ class ByteModel:
     name: str = "bytes"
     tokenizer: ByteTokenizer = field(default_factory=ByteTokenizer)
     recipe: Any = field(default_factory=lambda: SimpleNamespace(name="w8"))
+    device: str = "cpu"
+    device_because: str = ""
 
     def stream(self, ids: Sequence[int], max_new_tokens: int, sampling: Any) -> Iterator[int]:
         if len(ids) > self.context:

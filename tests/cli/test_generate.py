@@ -39,6 +39,15 @@ def test_the_device_is_handed_on_and_must_be_there(model: Any, capsys: Any) -> N
     assert not model.loaded
 
 
+def test_auto_says_on_stderr_what_it_took_and_why(model: Any, stdin: Any, capsys: Any) -> None:
+    model.device_because = "no usable GPU here: there is no driver"
+    stdin(b"one\n")
+    for verb in (["generate", "m", "-p", "x"], ["chat", "m"]):
+        assert main([*verb, "--device", "auto"]) == 0
+        err = capsys.readouterr().err
+        assert err.startswith("--device auto is cpu: no usable GPU here: there is no driver\n")
+
+
 def test_raw_uses_no_template_and_dash_reads_stdin(model: Any, stdin: Any, capsys: Any) -> None:
     stdin("Größe\n".encode())
     assert main(["generate", "m", "-p", "-", "--raw"]) == 0
@@ -48,7 +57,7 @@ def test_raw_uses_no_template_and_dash_reads_stdin(model: Any, stdin: Any, capsy
 def test_n_cuts_and_never_writes_half_a_character(model: Any, capsys: Any) -> None:
     assert main(["generate", "m", "-p", "x", "-n", "2", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert document["text"] == "h�"
+    assert document["text"] == "h�" and document["device"] == "cpu"
     assert document["finish_reason"] == "length"
     assert document["prompt_tokens"] == len("<user>x<assistant>")
 

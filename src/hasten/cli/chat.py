@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
-from hasten.cli.console import note, speak, watched
+from hasten.cli.console import note, note_device, speak, watched
 from hasten.cli.flags import (
     ContextOption,
     DeviceOption,
@@ -68,6 +68,7 @@ def command(
             options=EngineOptions(device=device),
             observer=observer,
         )
+    note_device(running)
     if sys.stdin.isatty():
         note(f"{running.name} [{running.recipe.name}]. {HELP}")
     conversation = Conversation(running, sampling, max_new_tokens, system)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.status import Status
 
     from hasten.compress.result import Observer, Progress
+    from hasten.engine.model import LanguageModel
     from hasten.models.tokenizer import Tokenizer
     from hasten.optimize.trials import Candidate
 
@@ -43,6 +44,12 @@ def note(text: str) -> None:
     """One line for the human on stderr."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
+
+
+def note_device(model: LanguageModel) -> None:
+    """Say which device `--device auto` took, and why; nothing where a device was named."""
+    if model.device_because:
+        note(f"--device auto is {model.device}: {model.device_because}")
 
 
 def shown(value: float | None, unit: str = "", digits: int = 1) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hasten.cli.console import CALIBRATED, Answer, emit, note, read_stdin, speak, watched
+from hasten.cli.console import CALIBRATED, Answer, emit, note, note_device, read_stdin, speak, watched
 from hasten.cli.flags import (
     ContextOption,
     DeviceOption,
@@ -79,6 +79,7 @@ def command(
             observer=observer,
         )
     load_s = time.perf_counter() - started
+    note_device(running)
     tokenizer = running.tokenizer
     ids = tokenizer.encode(text) if raw else tokenizer.encode_chat([{"role": "user", "content": text}])
     answer = speak(running.stream(ids, max_new_tokens, sampling), tokenizer, aloud=not json)
@@ -95,6 +96,7 @@ def _document(running: Any, answer: Answer, prompt_tokens: int, load_s: float) -
         "schema_version": SCHEMA_VERSION,
         "model": running.name,
         "recipe": running.recipe.name,
+        "device": running.device,
         "text": answer.text,
         "token_ids": answer.token_ids,
         "prompt_tokens": prompt_tokens,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-from dataclasses import replace
 from typing import Annotated, Any
 
 from hasten.cli.console import watched
@@ -38,7 +37,7 @@ def command(
     from hasten.runtime.executor import choose_device
 
     engine = fill(EngineOptions, flags)
-    engine = replace(engine, device=choose_device(engine.device)[0])
+    choose_device(engine.device)  # or refuse it before anything else
     from hasten.serve.pool import names_of
     from hasten.serve.server import ServeSetup, serve
 

@@ -218,8 +218,9 @@ class AsyncEngine:
                 self._stats = self._engine.stats()  # first: outputs that a task gets are counted then
                 self._tell(outputs)
         except BaseException as wrong:  # noqa: BLE001  every waiting task must get an error, whatever failed
+            said = wrong.message if isinstance(wrong, HastenError) else type(wrong).__name__
             failure = EngineClosed(
-                f"the engine failed ({type(wrong).__name__}) and has stopped; its log says more",
+                f"the engine failed ({said}) and has stopped; its log says more",
                 hint="ask again: a server loads the model anew",
             )
             failure.__cause__ = wrong

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,8 +44,8 @@ class LoadedModel:
         self.name = name
         self.packed = packed
         self.tokenizer = tokenizer
-        self.options = options
         self.executor = open_executor(packed, options)
+        self.options = replace(options, device=self.executor.device)
 
     def __getattr__(self, name: str) -> Any:  # of what is not there
         if name in ("executor", "packed"):
@@ -87,11 +88,29 @@ class LoadedModel:
         return self.executor.context
 
     @property
+    def device(self) -> str:
+        """What computes: `cpu`, `cuda` ..."""
+        return self.executor.device
+
+    @property
+    def device_because(self) -> str:
+        """Why `device="auto"` is this device; empty where a device was named."""
+        return self.executor.because
+
+    @property
     def placement(self) -> dict[str, Any]:
         """What was decided about this machine when the model was loaded, and why: for logs."""
         because = cores().because if self.options.threads is None else ""
         why = {"threads_because": because} if because else {}
-        return {"threads": self.threads, **why, "context": self.context, "kv_cache": self.executor.summary}
+        if self.device_because:
+            why["device_because"] = self.device_because
+        return {
+            "device": self.device,
+            "threads": self.threads,
+            **why,
+            "context": self.context,
+            "kv_cache": self.executor.summary,
+        }
 
     def hidden(self, tokens: Sequence[int] | npt.NDArray[np.int32]) -> Floats:
         """Hidden states of every token of a text read from an empty cache.
@@ -132,8 +151,12 @@ class LoadedModel:
 
     def close(self) -> None:
         """Give weights and cache back; a second call does nothing. Whatever else is asked is a UsageError."""
-        for part in ("executor", "packed"):
-            self.__dict__.pop(part, None)
+        executor = self.__dict__.pop("executor", None)
+        self.__dict__.pop("packed", None)
+        if executor is not None:
+            kind = type(executor)
+            del executor
+            kind.give_back()
 
 
 def fingerprint(model: LoadedModel) -> str:

@@ -13,7 +13,7 @@ from hasten.engine.engine import Engine
 from hasten.engine.loaded import LoadedModel
 from hasten.engine.request import Request
 from hasten.errors import UsageError
-from hasten.runtime.executor import choose_device, executor_class
+from hasten.runtime.executor import check_recipe, choose_device
 from hasten.runtime.sampling import SamplingOptions
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def load(
         threads=threads if threads is not None else base.threads,
         context=context if context is not None else base.context,
     )
-    wanted = replace(wanted, device=choose_device(wanted.device)[0])
+    choose_device(wanted.device)  # or refuse it before anything is read
     from hasten.models.artifact import load_artifact
     from hasten.weights.artifact import is_artifact
     from hasten.weights.packed import decoded
@@ -186,7 +186,7 @@ def load(
             )
         return LanguageModel(packed, artifact.tokenizer, artifact.name, wanted)
     parsed = Recipe.parse(recipe) if isinstance(recipe, str) else recipe or Recipe("source")
-    executor_class(wanted.device).check(parsed)
+    check_recipe(wanted.device, parsed)
     return _load_source(ref, parsed, wanted, store)
 
 

@@ -7,7 +7,6 @@ Logits (float32 [R, V], 600 KB a row with a vocabulary of 150,000) do not leave 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hasten.errors import MachineError, UsageError
+from hasten.errors import HastenError, MachineError, UsageError
 from hasten.runtime.pages import CachedSequence, PagePool
 from hasten.runtime.sampling import Choice, Masks, SequenceSampler, TokenLogprob, choose, score
 from hasten.runtime.tokens import Ids, token_ids
@@ -38,7 +37,6 @@ EXECUTORS = {
 
 LONG = "long"
 """The class of pages whose keys LongRoPE rotated by its long factors."""
-log = logging.getLogger("hasten.runtime")
 _SCORED_ROWS = 32  # positions whose logits exist at a time: 19 MB with a vocabulary of 150,000
 _NO_FAULTS = (KeyboardInterrupt, SystemExit, GeneratorExit)  # they end the process, not one answer
 
@@ -109,6 +107,8 @@ class Executor(Protocol):
     """A model on a device. One thread at a time: a second one gets a UsageError."""
 
     name: str  # what its results depend on beside the weights: an instruction set, a device
+    device: str  # its name in `EXECUTORS`
+    because: str = ""  # why "auto" chose it
     config: ModelSpec
     context: int  # longest prompt plus answer, tokens
     chunk: int  # prompt tokens in one step
@@ -124,6 +124,10 @@ class Executor(Protocol):
         Raises:
             UsageError: the device cannot run a format of the recipe.
         """
+
+    @staticmethod
+    def give_back() -> None:
+        """Give memory of executors that are gone to the device's other users."""
 
     @property
     def page_bytes(self) -> int:
@@ -194,21 +198,14 @@ def choose_device(wanted: str) -> tuple[str, str]:
         )
     if wanted not in ("auto", "cuda"):
         return wanted, "as asked for"
-    from hasten.machine.probe import gpus
     from hasten.runtime.gpu.driver import current_device
 
-    if wanted == "auto" and not gpus():
-        found = "cpu", "no GPU answers nvidia-smi here"
-    else:
-        try:
-            found = "cuda", current_device().name
-        except MachineError as why:
-            if wanted == "cuda":
-                raise
-            found = "cpu", why.message
-    if wanted == "auto":
-        log.info("--device auto is %s: %s", *found)
-    return found
+    try:
+        return "cuda", current_device().name
+    except MachineError as why:
+        if wanted == "cuda":
+            raise
+        return "cpu", why.message
 
 
 def executor_class(device: str) -> type[Executor]:
@@ -223,17 +220,57 @@ def executor_class(device: str) -> type[Executor]:
     return found
 
 
+def check_recipe(wanted: str, recipe: Recipe) -> None:
+    """Refuse a recipe that the device cannot run; asked before minutes of packing.
+
+    Raises:
+        UsageError: `Executor.check` refuses it; of "auto", that of a GPU and that of the CPU.
+        MachineError: as `choose_device`.
+    """
+    device, _ = choose_device(wanted)
+    try:
+        executor_class(device).check(recipe)
+    except HastenError:
+        if wanted != "auto" or device == "cpu":
+            raise
+        executor_class("cpu").check(recipe)
+
+
 def open_executor(packed: PackedModel, options: EngineOptions) -> Executor:
     """A model on the device that the options name.
+
+    "auto" takes the CPU where a GPU is, but does not run this model or recipe, or has too little memory for
+    it: `Executor.because` says so.
 
     Raises:
         UsageError: `EXECUTORS` has no such device.
         MachineError: it cannot be used here, or a library that it needs is not installed.
     """
-    device, _ = choose_device(options.device)
+    device, because = choose_device(options.device)
+    if options.device != "auto":
+        return _opened(device, "", packed, options)
+    if device != "cpu":
+        try:
+            return _opened(device, because, packed, options)
+        except HastenError as refused:
+            because = refused.message
+        executor_class(device).give_back()  # behind the block: until then the error holds what was loaded
+        try:
+            return _opened("cpu", because, packed, options)
+        except HastenError as too:
+            if too.message != because:
+                too.message = f"{too.message}; and on the GPU: {because}"
+                too.args = (too.message,)
+            raise
+    return _opened("cpu", because, packed, options)
+
+
+def _opened(device: str, because: str, packed: PackedModel, options: EngineOptions) -> Executor:
     kind = executor_class(device)
     with _needed_by(device):
-        return kind(packed, options)  # type: ignore[call-arg]
+        found: Executor = kind(packed, options)  # type: ignore[call-arg]
+    found.device, found.because = device, because
+    return found
 
 
 @contextmanager

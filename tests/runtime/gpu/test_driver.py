@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -54,11 +58,153 @@ def test_an_old_driver_is_refused() -> None:
     assert "driver" in (caught.value.hint or "")
 
 
-def test_a_machine_without_a_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch = pytest.importorskip("torch")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(MachineError, match="no usable GPU"):
+class Driver:
+    """libcuda as a test wants it."""
+
+    def __init__(self, version: int = 13000, code: int = 0, count: int = 1) -> None:
+        self.version, self.code, self.count = version, code, count
+
+    def cuInit(self, _: int) -> int:
+        return self.code
+
+    def cuDeviceGetCount(self, found: Any) -> int:
+        found._obj.value = self.count
+        return 0
+
+    def cuDriverGetVersion(self, found: Any) -> int:
+        found._obj.value = self.version
+        return 0
+
+    def cuGetErrorString(self, code: int, found: Any) -> int:
+        found._obj.value = b"system not yet initialized"
+        return 0
+
+
+class Cuda:
+    """torch.cuda as a test wants it."""
+
+    def __init__(self, capability: tuple[int, int] = (9, 0)) -> None:
+        self.capability = capability
+
+    def is_available(self) -> bool:
+        return True
+
+    def current_device(self) -> int:
+        return 0
+
+    def get_device_properties(self, _: int) -> Any:
+        major, minor = self.capability
+        return SimpleNamespace(name="Some GPU", major=major, minor=minor, multi_processor_count=4)
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, found: Driver, cuda: Any, fault: str = "") -> None:
+    """This driver and this torch, whose first call to the device fails with `fault`."""
+
+    def zeros(*_: Any, **__: Any) -> None:
+        if fault:
+            raise RuntimeError(fault)
+
+    torch = SimpleNamespace(version=SimpleNamespace(cuda="13.0"), cuda=cuda, zeros=zeros)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setattr(driver, "_driver", lambda: found)
+
+
+def refusal() -> tuple[str, str]:
+    with pytest.raises(MachineError, match="no usable GPU here") as refused:
         driver.current_device()
+    assert refused.value.hint
+    return refused.value.message, refused.value.hint
+
+
+def test_a_machine_without_a_driver_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver._driver.cache_clear()
+    monkeypatch.setattr(driver.ctypes, "CDLL", lambda _: (_ for _ in ()).throw(OSError("no such file")))
+    message, hint = refusal()
+    assert "NVIDIA driver" in message and "--device cpu" in hint
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (Driver(count=0), "sees none"),
+        (Driver(code=100), "sees none"),
+        (Driver(code=802), r"system not yet initialized \(CUDA error 802\)"),
+        (Driver(version=12040), r"supports CUDA 12\.4, and the installed torch needs CUDA 13\.0"),
+    ],
+)
+def test_a_driver_that_cannot_be_used_is_told(
+    monkeypatch: pytest.MonkeyPatch, found: Driver, said: str
+) -> None:
+    machine(monkeypatch, found, Cuda())
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    message, hint = refusal()
+    assert re.search(said, message) and "--device cpu" in hint
+
+
+def test_a_hidden_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, Driver(code=100), Cuda())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    message, hint = refusal()
+    assert "hides" in message and "unset CUDA_VISIBLE_DEVICES" in hint
+
+
+def test_a_torch_without_cuda_and_a_gpu_that_fails_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, Driver(), Cuda(), "CUDA error: no kernel image is available\nCompile with ...")
+    message, _ = refusal()
+    assert message.endswith("no kernel image is available")
+    sys.modules["torch"].version.cuda = None  # type: ignore[attr-defined]
+    message, hint = refusal()
+    assert "built without CUDA" in message and "pip install" in hint
+
+
+def test_a_generation_that_the_kernels_do_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, Driver(), Cuda((7, 5)))
+    message, hint = refusal()
+    assert "Some GPU has compute capability 7.5" in message and "8.0" in message and "--device cpu" in hint
+    machine(monkeypatch, Driver(), Cuda((8, 0)))
+    assert driver.current_device().architecture == "sm_80"
+
+
+class AcceleratorError(RuntimeError):
+    """As torch calls it."""
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch calls it."""
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (AcceleratorError("CUDA error: unspecified launch failure\nadvice"), "the GPU stopped working"),
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access"), "the GPU stopped working"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"), "the GPU stopped working"),
+        (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "ran out of memory"),
+    ],
+)
+def test_a_fault_of_the_device_is_told_with_a_hint(error: RuntimeError, said: str) -> None:
+    found = driver.fault_of(error)
+    assert found is not None and said in found.message and "advice" not in found.message and found.hint
+
+
+def test_a_fault_of_ours_is_not_called_the_devices() -> None:
+    assert driver.fault_of(RuntimeError("Expected all tensors on cuda:0")) is None
+
+
+def test_every_wait_of_the_persistent_kernel_is_bounded() -> None:
+    """A wait for another block or a copy counts its tries: a fault ends in an error and not in a hang."""
+    found = []
+    for path in (Path(driver.__file__).parent / "kernels").glob("*.cu*"):
+        text = path.read_text()
+        for match in re.finditer(r"\b(?:do|while [^{};]*) \{", text):
+            depth, end = 1, match.end()
+            while depth:
+                depth += {"{": 1, "}": -1}.get(text[end], 0)
+                end += 1
+            body = text[match.start() : end]
+            if "peek(" in body or "ld.relaxed" in body or "try_wait" in body:
+                found.append((path.name, "count_try" in body))
+    assert len(found) >= 5 and all(is_bounded for _, is_bounded in found), found
 
 
 @pytest.fixture

@@ -9,22 +9,30 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
-from collections.abc import Iterator, Sequence
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from hasten.cache.reading import read_file
 from hasten.cache.store import cache_dir, write_atomic
 from hasten.errors import DiskError, MachineError
 
+P = ParamSpec("P")
+T = TypeVar("T")
 _OPTIONS = ("-std=c++17", "--use_fast_math")
 _COOPERATIVE = 2  # CU_LAUNCH_ATTRIBUTE_COOPERATIVE
 _MOST_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _REGISTERS, _LOCAL_BYTES = 4, 3  # CU_FUNC_ATTRIBUTE_NUM_REGS, CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES
-_OUT_OF_MEMORY, _TOO_LARGE_LAUNCH = 2, 720
+_OUT_OF_MEMORY, _NO_DEVICE, _TOO_LARGE_LAUNCH = 2, 100, 720
+_OLDEST = (8, 0)  # compute capability
+_CHECK = "check nvidia-smi, or use --device cpu"
+_OF_GPUS = re.compile(r"CUDA (driver )?error|Triton Error|CUBLAS_STATUS|cuDNN error|NCCL error")
+"""In the text of a RuntimeError: a library's call failed on the device."""
 
 
 class _Attribute(ctypes.Structure):
@@ -57,47 +65,142 @@ class Device:
 
 
 def current_device() -> Device:
-    """The GPU that torch computes on.
+    """The GPU that torch computes on. The driver is asked first: without one, that costs no import of torch.
 
     Raises:
-        MachineError: torch is missing, there is no GPU, or the driver is too old.
+        MachineError: there is no GPU that answers, the driver is too old for the installed torch, torch is
+            missing or cannot use GPUs, or the GPU is of a generation that the kernels do not know.
     """
+    find_gpu()
     try:
         import torch
     except ImportError as error:
         raise MachineError(
             "running on a GPU needs torch, which is not installed", hint='pip install "hasten[gpu]"'
         ) from error
+    if torch.version.cuda is None:
+        raise _no_gpu(
+            "the installed torch was built without CUDA",
+            "install a torch with CUDA (pip install --force-reinstall torch), or use --device cpu",
+        )
+    refuse_old_driver(_driver_version(), _version_of(torch.version.cuda))
     if not torch.cuda.is_available():
-        built = "this torch was built without CUDA" if torch.version.cuda is None else "torch sees no GPU"
-        raise MachineError(f"no usable GPU here: {built}", hint="use --device cpu, or check nvidia-smi")
-    torch.zeros(1, device="cuda")  # makes the context that the driver's calls below use
-    refuse_old_driver(_driver_version(), compiler_version())
-    found = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return Device(
-        found.name,
-        (found.major, found.minor),
-        found.multi_processor_count,
-        getattr(found, "shared_memory_per_block_optin", 227 * 1024),
+        raise _no_gpu("the driver answers, and torch sees no GPU", _CHECK)
+    try:
+        torch.zeros(1, device="cuda")  # makes the context that the driver's calls below use
+        found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    except RuntimeError as wrong:
+        raise _no_gpu(_first_line(wrong), _CHECK) from wrong
+    return known_generation(
+        Device(
+            found.name,
+            (found.major, found.minor),
+            found.multi_processor_count,
+            getattr(found, "shared_memory_per_block_optin", 227 * 1024),
+        )
+    )
+
+
+def known_generation(device: Device) -> Device:
+    """The device, where kernels for it can be built.
+
+    Raises:
+        MachineError: it is older than those that multiply in bf16.
+    """
+    if device.capability < _OLDEST:
+        raise _no_gpu(
+            f"{device.name} has compute capability {device.capability[0]}.{device.capability[1]}, "
+            f"and the kernels need {_OLDEST[0]}.{_OLDEST[1]} (Ampere) or later",
+            "use --device cpu",
+        )
+    return device
+
+
+def find_gpu() -> None:
+    """Ask the driver alone whether there is a GPU: milliseconds, and no torch.
+
+    Raises:
+        MachineError: there is no driver, or it has no GPU for this process.
+    """
+    driver, count = _driver(), ctypes.c_int()
+    code = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    if code not in (0, _NO_DEVICE):
+        raise _no_gpu(f"the NVIDIA driver does not start: {_text_of_error(code)}", _CHECK)
+    if code or not count.value:
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if hidden is not None:
+            raise _no_gpu(
+                f"CUDA_VISIBLE_DEVICES is {hidden!r} and hides every GPU",
+                "unset CUDA_VISIBLE_DEVICES, or use --device cpu",
+            )
+        raise _no_gpu("the NVIDIA driver sees none", _CHECK)
+
+
+def _no_gpu(why: str, hint: str) -> MachineError:
+    return MachineError(f"no usable GPU here: {why}", hint=hint)
+
+
+def _first_line(error: BaseException) -> str:
+    """What a library says of a fault, without its advice for programmers."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def telling(method: Callable[P, T]) -> Callable[P, T]:
+    """The method of an executor, whose faults of the device become a MachineError with a hint."""
+
+    @wraps(method)
+    def told(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return method(*args, **kwargs)
+        except RuntimeError as error:
+            fault = fault_of(error)
+            if fault is None:
+                raise
+            raise fault from error
+
+    return told
+
+
+def fault_of(error: RuntimeError) -> MachineError | None:
+    """What to tell a user of an error that torch or Triton raised in a step; None: it is none of a GPU's.
+
+    A device that ran out of memory goes on. After any other fault CUDA refuses every call of this process.
+    """
+    said = _first_line(error)
+    if type(error).__name__ == "OutOfMemoryError":
+        return MachineError(
+            f"the GPU ran out of memory in a step: {said}",
+            hint="use a smaller --prefill-chunk, a smaller --gpu-memory, or close what else runs on the GPU",
+        )
+    if type(error).__name__ != "AcceleratorError" and not _OF_GPUS.search(said):
+        return None
+    return MachineError(
+        f"the GPU stopped working: {said}",
+        hint="look at nvidia-smi and the kernel's log (dmesg | grep Xid), then start this program again",
     )
 
 
 def refuse_old_driver(driver: int, compiler: tuple[int, int]) -> None:
-    """Say it where the driver cannot load what NVRTC makes: a driver loads programs of its own major version.
+    """Say it where the driver cannot load what torch and NVRTC make: it loads its own major version's.
 
     Args:
         driver: as CUDA writes it, 13000 for 13.0.
-        compiler: NVRTC's version.
+        compiler: the version of CUDA that torch was built with.
 
     Raises:
         MachineError: the driver is too old.
     """
     if driver // 1000 < compiler[0]:
         raise MachineError(
-            f"the NVIDIA driver supports CUDA {driver // 1000}.{driver % 1000 // 10}, "
-            f"and the installed torch makes kernels of CUDA {compiler[0]}.{compiler[1]}",
+            f"no usable GPU here: the NVIDIA driver supports CUDA {driver // 1000}.{driver % 1000 // 10}, "
+            f"and the installed torch needs CUDA {compiler[0]}.{compiler[1]}",
             hint=f"install a driver for CUDA {compiler[0]}, a torch for an older CUDA, or use --device cpu",
         )
+
+
+def _version_of(text: str) -> tuple[int, int]:
+    major, _, minor = text.partition(".")
+    return int(major), int(minor.partition(".")[0] or 0)
 
 
 def _driver_version() -> int:
@@ -111,8 +214,9 @@ def _driver() -> Any:
     try:
         return ctypes.CDLL("libcuda.so.1")
     except OSError as error:
-        raise MachineError(
-            "the NVIDIA driver's library libcuda.so.1 is not there", hint="install the NVIDIA driver"
+        raise _no_gpu(
+            "the NVIDIA driver (libcuda.so.1) is not installed",
+            "use --device cpu, or install the NVIDIA driver",
         ) from error
 
 
@@ -141,16 +245,22 @@ def _compiler_paths() -> Iterator[Path]:
 def _check(code: int, what: str) -> None:
     if code == 0:
         return
-    text = ctypes.c_char_p()
-    _driver().cuGetErrorString(code, ctypes.byref(text))
-    said = (text.value or b"unknown error").decode()
     if code == _OUT_OF_MEMORY:
         raise MachineError(f"{what}: the GPU has too little free memory", hint="close what else runs on it")
     if code == _TOO_LARGE_LAUNCH:
         raise MachineError(
             f"{what}: its blocks do not fit this GPU at once", hint="another program may hold multiprocessors"
         )
-    raise MachineError(f"{what}: CUDA error {code}, {said}", hint="run nvidia-smi to see the GPU's state")
+    raise MachineError(
+        f"the GPU stopped working ({what}): {_text_of_error(code)}",
+        hint="run nvidia-smi to see the GPU's state, then start this program again",
+    )
+
+
+def _text_of_error(code: int) -> str:
+    text = ctypes.c_char_p()
+    _driver().cuGetErrorString(code, ctypes.byref(text))
+    return f"{(text.value or b'unknown error').decode()} (CUDA error {code})"
 
 
 def compiler_version() -> tuple[int, int]:

@@ -14,6 +14,8 @@ torch on a CPU (`device="cpu"`) the same executor runs without a GPU: tests comp
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +31,7 @@ from hasten.machine.cores import threads_of
 from hasten.runtime.executor import Draw, Executor, Part, PartResult, Ticket, finish, prepare
 from hasten.runtime.gpu.batch_weights import BatchWeights, Precision, TensorOf, load
 from hasten.runtime.gpu.chain import SIZES, BatchRows, Chain, OneRow, Pending, PlainRows, Row, Rows, to_host
-from hasten.runtime.gpu.driver import current_device
+from hasten.runtime.gpu.driver import current_device, telling
 from hasten.runtime.gpu.plain import PagedCache, PlainStep, Span, send, upload
 from hasten.runtime.gpu.shape import GROUPS, PAGE
 from hasten.runtime.gpu.tiles import Weights, kept
@@ -168,6 +170,14 @@ class GpuExecutor(Executor):
                 hint="use a recipe without -kv8, or --device cpu",
             )
 
+    @staticmethod
+    def give_back() -> None:
+        """Return memory that torch holds for models that are gone; a GPU that was lost has none to return."""
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            gc.collect()
+            with contextlib.suppress(RuntimeError):
+                torch.cuda.empty_cache()
+
     # ---- loading -------------------------------------------------------------------------------------------
 
     def _load(self, tensors: Tensors) -> BatchWeights:
@@ -209,7 +219,12 @@ class GpuExecutor(Executor):
         if self._tiled is not None:
             from hasten.runtime.gpu.persistent import PersistentDecoder
 
-            decoder = PersistentDecoder(self._tiled, self.context, cache=self.cache)
+            try:
+                decoder = PersistentDecoder(self._tiled, self.context, cache=self.cache)
+            except MachineError as why:
+                _log.warning("one sequence decodes without its own kernel: %s", why.message)
+                self._tiled = None
+                return
             self._one = OneRow(decoder, self.cache)
 
     def _plan(self, options: EngineOptions) -> KvPlan:
@@ -243,6 +258,7 @@ class GpuExecutor(Executor):
             )
         return KvPlan(self.context, pages, size, because)
 
+    @telling
     def replace(self, name: str, linear: PackedLinear) -> None:
         """Put another matrix in a linear layer's place; what was computed before cannot be continued."""
         self.pool.refuse_others()
@@ -259,6 +275,7 @@ class GpuExecutor(Executor):
 
     # ---- a step --------------------------------------------------------------------------------------------
 
+    @telling
     def submit(self, parts: Sequence[Part]) -> Ticket:
         """Begin a step: everything is launched when this returns, often the step after it too."""
         prepare(self, parts)
@@ -343,6 +360,7 @@ class GpuExecutor(Executor):
     def _final(self, residual: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         return self._plain.final(residual[upload(np.array(rows, np.int64), residual.device)])
 
+    @telling
     def collect(self, ticket: Ticket) -> list[PartResult]:
         """See `Executor.collect`."""
         parts, found = ticket.parts, [PartResult() for _ in ticket.parts]
@@ -371,6 +389,7 @@ class GpuExecutor(Executor):
                 found[i] = one
         return found
 
+    @telling
     def head(self, hidden: Floats) -> Floats:
         """float32 [R, E] hidden states -> float32 [R, V] logits."""
         self.pool.refuse_others()
@@ -394,17 +413,20 @@ class GpuExecutor(Executor):
         """How much memory keys and values may take, and why."""
         return self.kv.summary
 
+    @telling
     def copy_page(self, source: int, target: int) -> None:
         """Copy a page of keys and values, all layers."""
         self.pool.refuse_others()
         self.cache.copy([source], [target])
         self.pool.wrote([target])
 
+    @telling
     def read_page(self, page: int) -> npt.NDArray[np.uint8]:
         """A copy of one page's keys and values, all layers: uint8 [page_bytes]."""
         self.pool.refuse_others()
         return self.cache.read(page)
 
+    @telling
     def write_page(self, page: int, data: npt.NDArray[np.uint8]) -> None:
         """Put what `read_page` gave, uint8 [page_bytes], into a page of this executor or one just like it."""
         self.pool.refuse_others()
