@@ -366,6 +366,13 @@ class EngineOptions:
             "default: max_sequences full contexts, less where memory is short"
         },
     )
+    gpu_memory: str | float | None = field(
+        default=None,
+        metadata={
+            "help": "most memory of the GPU for weights, keys and values and what steps compute with: GiB, "
+            "such as 20GiB or 20, or a share, such as 0.9; default: what is free"
+        },
+    )
     device: str = field(
         default="cpu",
         metadata={"help": "what computes: cpu, cuda, auto (a GPU where it can), or reference (NumPy, slow)"},

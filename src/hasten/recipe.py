@@ -228,12 +228,14 @@ class Recipe:
     def parse(cls, name: str) -> Recipe:
         """`source`, `bf16`, `w8`, `w6`, `w5`, `w4`, with `-g64`, `-head8`, `-kv8`, `-gptq` ... appended.
 
+        `fp8` is `fp8-e4m3`: a scale for each row.
+
         `w4-best` has a head of 8 bits unless it names another.
 
         Raises:
             UsageError: the name is none of these.
         """
-        text = name.strip()
+        text = re.sub(r"^fp8(?!-e4m3)", "fp8-e4m3", name.strip())
         table = next((one for one in TABLE_NAMES if text == one or text.startswith(f"{one}-")), None)
         base = table or text.split("-")[0]
         options = text[len(base) :].split("-")[1:]

@@ -29,8 +29,8 @@ def test_stdout_carries_the_continuation_alone(model: Any, capsys: Any) -> None:
 
 
 def test_the_device_is_handed_on_and_must_be_there(model: Any, capsys: Any) -> None:
-    assert main(["generate", "m", "-p", "x", "--device", "reference"]) == 0
-    assert model.loaded.pop("options") == EngineOptions(device="reference")
+    assert main(["generate", "m", "-p", "x", "--device", "reference", "--gpu-memory", "0.5"]) == 0
+    assert model.loaded.pop("options") == EngineOptions(device="reference", gpu_memory="0.5")
     model.loaded.clear()
     for verb in (["generate", "m", "-p", "x"], ["chat", "m"], ["serve", "m"]):
         assert main([*verb, "--device", "abacus"]) == 2

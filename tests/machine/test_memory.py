@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hasten.errors import MachineError
+from hasten.errors import MachineError, UsageError
 from hasten.machine import memory
 from hasten.machine.memory import LOOK_S, MemoryRoom
 
@@ -149,3 +149,37 @@ def test_what_the_kernel_says_is_free(tmp_path: Path, monkeypatch: pytest.Monkey
     info.write_text("MemFree: what\n")
     assert memory.available_bytes(info) is None
     assert (memory.installed_bytes() or 0) > 1 << 26
+
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("20", 20 * GIB),
+        (20, 20 * GIB),
+        ("20GiB", 20 * GIB),
+        ("20 gib", 20 * GIB),
+        ("20g", 20 * GIB),
+        ("20GB", 20 * 10**9),
+        ("512MiB", 512 << 20),
+        ("1.5", 3 * GIB // 2),
+        ("0.5", 20 * GIB),
+        (0.5, 20 * GIB),
+        (".5", 20 * GIB),
+        ("50%", 20 * GIB),
+        ("1", 40 * GIB),
+        ("1GiB", GIB),
+    ],
+)
+def test_an_amount_is_gib_a_unit_or_a_share(text: object, wanted: int) -> None:
+    assert memory.memory_amount(text, 40 * GIB, "--gpu-memory") == wanted  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1", "0", "0%", "nan", "41", "101%", "20 GiB free", True])
+def test_what_is_no_amount_is_refused_with_one_that_works(text: object) -> None:
+    with pytest.raises(UsageError, match="--gpu-memory") as refused:
+        memory.memory_amount(text, 40 * GIB, "--gpu-memory")  # type: ignore[arg-type]
+    hint = refused.value.hint or ""
+    assert memory.memory_amount(hint.split()[2].strip(","), 40 * GIB, "--gpu-memory")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from hasten.core import EngineOptions, ModelSpec
 from hasten.errors import UsageError
 from hasten.machine.memory import MemoryRoom
 from hasten.models.open import open_model
-from hasten.runtime.pages import PAGE_TOKENS, KvPlan, kv_plan
+from hasten.runtime.pages import PAGE_TOKENS, DeviceMemory, KvPlan, kv_plan, plan_pages
 from hasten.speed import page_bytes
 from specs import changed
 
@@ -121,3 +123,39 @@ def test_int8_pages_are_smaller(llama: ModelSpec) -> None:
     room = MemoryRoom(lambda: 10 * GB, GB // 4)
     size = page_bytes(llama, True, PAGE_TOKENS)
     assert kv_plan(llama, size, EngineOptions(), room).pages > 1.9 * plan(llama, 10).pages
+
+
+GIB = 1 << 30
+
+
+def device_plan(config: ModelSpec, memory: DeviceMemory, reserve: int = GIB, **options: object) -> KvPlan:
+    size = page_bytes(config, False, PAGE_TOKENS)
+    return plan_pages(config, size, EngineOptions(**options), memory.room(reserve))  # type: ignore[arg-type]
+
+
+def test_pages_of_a_gpu_come_from_what_is_free_or_what_the_user_gives(llama: ModelSpec) -> None:
+    card = DeviceMemory(60 * GIB, 80 * GIB, 16 * GIB)
+    whole = device_plan(llama, card, max_sequences=32)
+    assert whole.pages == 59 * GIB // PAGE and "on the GPU" in whole.because
+    some = device_plan(llama, replace(card, limit="30GiB"), max_sequences=32)
+    assert some.pages == 13 * GIB // PAGE and "--gpu-memory 30GiB" in some.because
+    half = device_plan(llama, replace(card, limit=0.5), max_sequences=32)
+    assert half.pages == 23 * GIB // PAGE and "--gpu-memory 0.5" in half.because
+    more = device_plan(llama, replace(card, limit=0.99), max_sequences=32)
+    assert more.pages == whole.pages  # others hold the rest
+    assert device_plan(llama, card, max_sequences=2).pages == 2 * 256
+
+
+def test_a_context_that_does_not_fit_a_gpu_says_which_does(llama: ModelSpec) -> None:
+    card = DeviceMemory(60 * GIB, 80 * GIB, 16 * GIB, "19GiB")
+    with pytest.raises(UsageError, match="of --gpu-memory 19GiB") as refused:
+        device_plan(llama, card, context=8192)
+    context, memory = re.fullmatch(  # type: ignore[union-attr]
+        r"use --context (\d+) or --gpu-memory ([\d.]+GiB)", refused.value.hint or ""
+    ).groups()
+    assert device_plan(llama, card, context=int(context)).context == int(context)
+    assert device_plan(llama, replace(card, limit=memory), context=8192).context == 8192
+    assert device_plan(llama, card).context == int(context)  # a default one is cut
+    with pytest.raises(UsageError) as none:
+        device_plan(llama, replace(card, limit=None, free=GIB))
+    assert "close what else runs on the GPU" in (none.value.hint or "")

@@ -11,6 +11,7 @@ from hasten.cli.console import note, note_device, speak, watched
 from hasten.cli.flags import (
     ContextOption,
     DeviceOption,
+    GpuMemoryOption,
     MinPOption,
     ModelArgument,
     NewTokensOption,
@@ -49,6 +50,7 @@ def command(
     threads: ThreadsOption = None,
     context: ContextOption = None,
     device: DeviceOption = "cpu",
+    gpu_memory: GpuMemoryOption = None,
 ) -> None:
     """Talk with a model in the terminal.
 
@@ -65,7 +67,7 @@ def command(
             recipe,
             threads=threads,
             context=context,
-            options=EngineOptions(device=device),
+            options=EngineOptions(device=device, gpu_memory=gpu_memory),
             observer=observer,
         )
     note_device(running)

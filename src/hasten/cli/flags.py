@@ -46,6 +46,9 @@ RECIPE = (
 ModelArgument = Annotated[str, argument("MODEL", MODEL)]
 RecipeOption = Annotated[str | None, optional("--recipe", "R", RECIPE)]
 DeviceOption = Annotated[str, given("--device", "NAME", help_of(EngineOptions, "device"))]
+GpuMemoryOption = Annotated[
+    str | None, optional("--gpu-memory", "SIZE", help_of(EngineOptions, "gpu_memory"))
+]
 ThreadsOption = Annotated[int | None, optional("--threads", "N", help_of(EngineOptions, "threads"), min=1)]
 ContextOption = Annotated[int | None, optional("--context", "N", help_of(EngineOptions, "context"), min=1)]
 JsonOption = Annotated[bool, optional("--json", None, "Print one JSON document on stdout.")]
@@ -94,6 +97,8 @@ def _parameter(noun: type, item: Any, hint: Any, env: str | None) -> inspect.Par
     flag = f"--{name}/--no-{name}" if hint is bool else f"--{name}"
     default = None if repeated and not item.default else item.default
     plain: Any = Optional[types.GenericAlias(list, get_args(hint)[:1])] if repeated else hint  # noqa: UP045
+    if {str, float} <= set(get_args(hint)):
+        plain = Optional[str]  # typer takes one type  # noqa: UP045
     settings: dict[str, Any] = {"help": help_of(noun, item.name), "envvar": env}
     if hint is not bool:
         settings |= {"metavar": _metavar(hint), "show_default": default is not None}

@@ -12,6 +12,7 @@ from hasten.cli.console import CALIBRATED, Answer, emit, note, note_device, read
 from hasten.cli.flags import (
     ContextOption,
     DeviceOption,
+    GpuMemoryOption,
     JsonOption,
     MinPOption,
     ModelArgument,
@@ -54,6 +55,7 @@ def command(
     threads: ThreadsOption = None,
     context: ContextOption = None,
     device: DeviceOption = "cpu",
+    gpu_memory: GpuMemoryOption = None,
     json: JsonOption = False,
 ) -> None:
     """Continue one prompt and print the continuation.
@@ -75,7 +77,7 @@ def command(
             recipe,
             threads=threads,
             context=context,
-            options=EngineOptions(device=device),
+            options=EngineOptions(device=device, gpu_memory=gpu_memory),
             observer=observer,
         )
     load_s = time.perf_counter() - started

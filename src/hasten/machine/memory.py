@@ -8,6 +8,7 @@ written is charged to it, so that two models never count the same free gigabyte 
 from __future__ import annotations
 
 import os
+import re
 import resource
 import threading
 import time
@@ -17,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Protocol
 
-from hasten.errors import MachineError
+from hasten.errors import MachineError, UsageError
 from hasten.machine.cores import kernel_text, memory_left, memory_limit
 
 _MEMINFO = Path("/proc/meminfo")
@@ -46,6 +47,44 @@ def available_bytes(meminfo: Path = _MEMINFO) -> int | None:
     """
     known = [_kernel_estimate(meminfo), memory_left()]
     return min((value for value in known if value is not None), default=None)
+
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%|[kmgt]?i?b?)\s*", re.IGNORECASE)
+_POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def memory_amount(text: str | float, whole: int, flag: str) -> int:
+    """Bytes that a user's words for a part of a memory mean: `20GiB`, `20` (GiB), `900MB`, `0.9` or `90%`.
+
+    A number alone is a share up to 1, and GiB above.
+
+    Args:
+        text: the words, or the number.
+        whole: bytes of the memory.
+        flag: what the words were given to; errors name it.
+
+    Raises:
+        UsageError: they cannot be read, or mean nothing at all or more than there is.
+    """
+    said = str(text).strip()
+    match = _SIZE.fullmatch(said)
+    if match is None:
+        raise UsageError(
+            f"{flag} takes GiB or a share, got {said!r}", hint=f"use {flag} 20GiB, {flag} 0.9 or {flag} 90%"
+        )
+    value, unit = float(match[1]), match[2].lower()
+    if unit == "%" or (not unit and value <= 1):
+        found = int(whole * (value / 100 if unit == "%" else value))
+    elif unit in ("", "b"):
+        found = int(value * ((1 << 30) if not unit else 1))
+    else:
+        found = int(value * (1024 if "i" in unit or "b" not in unit else 1000) ** _POWERS[unit[0]])
+    if not 0 < found <= whole:
+        raise UsageError(
+            f"{flag} {said} is {found / (1 << 30):.4g} GiB, and there are {whole / (1 << 30):.4g} GiB",
+            hint=f"use {flag} 0.9 for nine tenths of it",
+        )
+    return found
 
 
 def reserve_bytes() -> int:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten.errors import HastenError, MachineError, UsageError
+from hasten.machine.memory import memory_amount
 from hasten.runtime.pages import CachedSequence, PagePool
 from hasten.runtime.sampling import Choice, Masks, SequenceSampler, TokenLogprob, choose, score
 from hasten.runtime.tokens import Ids, token_ids
@@ -247,6 +248,8 @@ def open_executor(packed: PackedModel, options: EngineOptions) -> Executor:
         MachineError: it cannot be used here, or a library that it needs is not installed.
     """
     device, because = choose_device(options.device)
+    if options.gpu_memory is not None:
+        memory_amount(options.gpu_memory, 1 << 50, "--gpu-memory")  # can be read, wherever the model goes
     if options.device != "auto":
         return _opened(device, "", packed, options)
     if device != "cpu":

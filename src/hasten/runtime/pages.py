@@ -18,7 +18,7 @@ from threading import Lock, get_ident
 from hasten._native import PAGE_TOKENS as PAGE_TOKENS
 from hasten.core import EngineOptions, ModelSpec
 from hasten.errors import UsageError
-from hasten.machine.memory import LOOK_S, MemoryRoom, address_space_left
+from hasten.machine.memory import LOOK_S, MemoryRoom, address_space_left, memory_amount
 
 _DEFAULT_CONTEXT = 8192
 _LEAST_CONTEXT = 512
@@ -294,18 +294,75 @@ class KvPlan:
         return f"{tokens} tokens in at most {self.bytes / 1e9:.2f} GB ({self.because})"
 
 
+@dataclass(frozen=True)
+class Room:
+    """Memory that pages may take."""
+
+    bytes: int  # below 0 where not even a step fits
+    where: str  # behind "are free": " here", " on the GPU", " of --gpu-memory 20"
+    used: int | None = None  # bytes that a limit the user set has to hold beside the pages
+    hint: str = "end other programs, or use a smaller model"
+
+    @property
+    def said(self) -> str:
+        """How much, for messages."""
+        return f"{max(0, self.bytes) / 1e9:.2f} GB are free{self.where}"
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """A device's own memory, bytes, and what the user said of it."""
+
+    free: int
+    whole: int
+    held: int  # by this process
+    limit: str | float | None = None  # --gpu-memory
+
+    @property
+    def left(self) -> int:
+        """Bytes that this process may still take."""
+        if self.limit is None:
+            return self.free
+        return min(self.free, memory_amount(self.limit, self.whole, "--gpu-memory") - self.held)
+
+    @property
+    def said(self) -> str:
+        """How much that is, for messages."""
+        return self.room(0).said + f", {self.whole / 1e9:.2f} GB in all"
+
+    def room(self, reserve: int) -> Room:
+        """What pages may take where so many bytes must stay free beside them."""
+        if self.limit is None or self.left == self.free:
+            return Room(self.free - reserve, " on the GPU", hint="close what else runs on the GPU")
+        return Room(self.left - reserve, f" of --gpu-memory {self.limit}", self.held + reserve)
+
+
 def kv_plan(config: ModelSpec, page_bytes: int, options: EngineOptions, room: MemoryRoom) -> KvPlan:
     """Size the pages from what is free now: the weights are in memory already.
 
-    No more than `max_sequences` full contexts, no less than one. Free is what the system and the control
-    groups leave beside `MemoryRoom.reserve`, what a step computes with, and address space. What other models
-    of this process hold in their prefix caches counts as free: they give it back when it is needed.
+    Free is what the system and the control groups leave beside `MemoryRoom.reserve`, what a step computes
+    with, and address space. What other models of this process hold in their prefix caches counts as free:
+    they give it back when it is needed.
 
     Args:
         config: the model.
         page_bytes: of a page, all layers.
         options: context, batch limits and `kv_gb`.
         room: the process's account of what is free.
+
+    Raises:
+        UsageError: what the options ask for does not fit; the hint says what does.
+    """
+    longest = -(-context_of(options.context, config) // PAGE_TOKENS)
+    free = _free_bytes(room, config, options, longest * page_bytes)
+    return plan_pages(config, page_bytes, options, Room(free, " here"))
+
+
+def plan_pages(config: ModelSpec, page_bytes: int, options: EngineOptions, room: Room | None) -> KvPlan:
+    """So many pages as `max_sequences` full contexts take, less where memory is short, no less than one's.
+
+    Args:
+        room: memory that they may take; None: as much as they need.
 
     Raises:
         UsageError: what the options ask for does not fit; the hint says what does.
@@ -318,29 +375,34 @@ def kv_plan(config: ModelSpec, page_bytes: int, options: EngineOptions, room: Me
     tokens, size = PAGE_TOKENS, page_bytes
     context = context_of(options.context, config)
     longest = -(-context // tokens)
-    free = _free_bytes(room, config, options, longest * size)
-    fitting = max(0, free // size * tokens)
     if options.kv_gb is not None:
-        return _wanted_plan(options.kv_gb, KvPlan(context, longest, size, "--kv-gb"), free)
+        return _wanted_plan(options.kv_gb, KvPlan(context, longest, size, "--kv-gb"), room)
+    most = longest * options.max_sequences
+    if room is None or room.bytes // size >= most:
+        return KvPlan(context, most, size, f"{options.max_sequences} sequences of {context} tokens")
+    fitting = max(0, room.bytes // size * tokens)
     if fitting < context:
         least = min(_LEAST_CONTEXT, config.context)
         if options.context is not None or fitting < least:
             raise UsageError(
-                f"keys and values of {context} tokens take {longest * size / 1e9:.2f} GB, "
-                f"{max(0, free) / 1e9:.2f} GB are free here",
-                hint=f"use --context {fitting}"
-                if fitting >= least
-                else "end other programs, or use a smaller model",
+                f"keys and values of {context} tokens take {longest * size / 1e9:.2f} GB, {room.said}",
+                hint=_what_fits(room, fitting, least, longest * size),
             )
         _log.warning(
-            "the context is %d tokens and not %d: keys and values take %.1f KB a token, %.2f GB are free",
-            fitting, context, size / tokens / 1e3, free / 1e9,
+            "the context is %d tokens and not %d: keys and values take %.1f KB a token, %s",
+            fitting, context, size / tokens / 1e3, room.said,
         )  # fmt: skip
-        context, longest = fitting, fitting // tokens
-    most = longest * options.max_sequences
-    if free // size < most:
-        return KvPlan(context, free // size, size, f"{free / 1e9:.2f} GB are free")
-    return KvPlan(context, most, size, f"{options.max_sequences} sequences of {context} tokens")
+        context = fitting
+    return KvPlan(context, room.bytes // size, size, room.said.removesuffix(" here"))
+
+
+def _what_fits(room: Room, fitting: int, least: int, one: int) -> str:
+    """The hint where a context does not fit; `one`: bytes of its keys and values."""
+    parts = [f"use --context {fitting}"] if fitting >= least else []
+    if room.used is not None:
+        gib = math.ceil((room.used + one) / (1 << 30) * 100) / 100
+        parts.append(f"use --gpu-memory {gib:g}GiB" if not parts else f"--gpu-memory {gib:g}GiB")
+    return " or ".join(parts) or room.hint
 
 
 def _free_bytes(room: MemoryRoom, config: ModelSpec, options: EngineOptions, one: int) -> int:
@@ -353,7 +415,7 @@ def _free_bytes(room: MemoryRoom, config: ModelSpec, options: EngineOptions, one
     return (free if mappable is None else min(free, mappable - room.reserve)) - step
 
 
-def _wanted_plan(kv_gb: float, one: KvPlan, free: int) -> KvPlan:
+def _wanted_plan(kv_gb: float, one: KvPlan, room: Room | None) -> KvPlan:
     """The pages that a user asks for; `one` is a single context's plan."""
     pages, least = int(kv_gb * 1e9) // one.page_bytes, math.ceil(one.bytes / 1e7) / 100
     if pages < one.pages:
@@ -362,10 +424,10 @@ def _wanted_plan(kv_gb: float, one: KvPlan, free: int) -> KvPlan:
             f"less than one context of {one.context}",
             hint=f"use --kv-gb {least} or more, or a smaller --context",
         )
-    if pages * one.page_bytes > free:
-        fits = math.floor(free / 1e7) / 100
+    if room is not None and pages * one.page_bytes > room.bytes:
+        fits = math.floor(room.bytes / 1e7) / 100
         raise UsageError(
-            f"{kv_gb} GB are asked for keys and values, {max(0, free) / 1e9:.2f} GB are free here",
+            f"{kv_gb} GB are asked for keys and values, {room.said}",
             hint=f"use --kv-gb {fits}" if fits >= least else "use a smaller --context, and no --kv-gb",
         )
     return KvPlan(one.context, pages, one.page_bytes, one.because)

@@ -26,7 +26,7 @@ from hasten.runtime import executor as executors  # noqa: E402
 from hasten.runtime.executor import Draw, Part  # noqa: E402
 from hasten.runtime.gpu import executor as gpu  # noqa: E402
 from hasten.runtime.gpu.shape import PAGE  # noqa: E402
-from hasten.runtime.pages import CachedSequence  # noqa: E402
+from hasten.runtime.pages import CachedSequence, DeviceMemory  # noqa: E402
 from hasten.runtime.sampling import SamplingOptions, SequenceSampler  # noqa: E402
 from hasten.weights.packed import PackedModel, pack_model  # noqa: E402
 from tiny_models import Tiny, greedy, logits, prompts, save_folder  # noqa: E402
@@ -315,9 +315,39 @@ def test_what_it_cannot_do_is_named(device: str, tiny_folder: Callable[..., Path
     with pytest.raises(UsageError, match="int8") as kv8, running(llama, recipe="w8-kv8"):
         pass
     assert "--device cpu" in kv8.value.hint
-    with pytest.raises(UsageError, match="a context has") as small, running(llama, context=512, kv_gb=1e-5):
+    with pytest.raises(UsageError, match="one context of 512") as small, running(llama, context=512, kv_gb=1e-5):
         pass
     assert small.value.hint
+
+
+def test_a_model_too_large_for_the_gpu_is_told_what_fits(
+    tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama = open_model(tiny_folder("llama"))
+    monkeypatch.setitem(executors.EXECUTORS, "cuda", f"{__name__}:CpuTwin")
+    monkeypatch.setattr(executors, "choose_device", lambda wanted: (wanted, "in a test"))
+    bf16, fp8 = (gpu.weight_bytes(llama.config, kind, kind) for kind in ("bf16", "fp8"))
+    for left, hint in (((bf16 + fp8) // 2, "--recipe fp8"), (fp8 // 2, "--device cpu")):
+        monkeypatch.setattr(CpuTwin, "_memory", lambda self, _, left=left: DeviceMemory(left, 80 << 30, 0))
+        with pytest.raises(MachineError, match=r"the weights take .* GB .*free on the GPU") as refused:
+            with running(llama):
+                pass
+        assert hint in (refused.value.hint or "") and "--device cpu" in (refused.value.hint or "")
+
+
+def test_gpu_memory_sets_the_pages(device: str, tiny_folder: Callable[..., Path]) -> None:
+    llama = open_model(tiny_folder("llama"))
+    with running(llama, max_sequences=64) as model:
+        executor: Any = model.executor
+        pages = executor._limit + 1 + 40
+        wanted = f"{gpu._RESERVE + executor._weights.bytes + pages * executor.page_bytes}B"
+    if device == "cpu":  # on a GPU CUDA's own blocks count too
+        with running(llama, max_sequences=64, gpu_memory=wanted) as small:
+            assert f"--gpu-memory {wanted}" in small.executor.summary
+            assert small.executor.pool.pages == 40
+            assert list(small.stream([5, 6, 7], 4, GREEDY))
+    with pytest.raises(UsageError, match="--gpu-memory"), running(llama, gpu_memory="lots"):
+        pass
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -25,9 +25,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hasten.core import EngineOptions, Recipe, dense
+from hasten.core import EngineOptions, ModelSpec, Recipe, dense
 from hasten.errors import HastenError, MachineError, UsageError
 from hasten.machine.cores import threads_of
+from hasten.machine.memory import available_bytes, installed_bytes
 from hasten.runtime.executor import Draw, Executor, Part, PartResult, Ticket, finish, prepare
 from hasten.runtime.gpu.batch_weights import BatchWeights, Precision, TensorOf, load
 from hasten.runtime.gpu.chain import SIZES, BatchRows, Chain, OneRow, Pending, PlainRows, Row, Rows, to_host
@@ -35,7 +36,7 @@ from hasten.runtime.gpu.driver import current_device, telling
 from hasten.runtime.gpu.plain import PagedCache, PlainStep, Span, send, upload
 from hasten.runtime.gpu.shape import GROUPS, PAGE
 from hasten.runtime.gpu.tiles import Weights, kept
-from hasten.runtime.pages import KvPlan, PagePool, context_of
+from hasten.runtime.pages import DeviceMemory, KvPlan, PagePool, context_of, plan_pages
 from hasten.runtime.sampling import Choice
 from hasten.weights.formats import PANEL
 from hasten.weights.packed import PackedLinear, PackedModel, values_of
@@ -85,6 +86,13 @@ def tensors_of(packed: PackedModel, device: str) -> Tensors:
         "fp8" if head_in_fp8 else "bf16",
         tile if are_integers else None,
     )
+
+
+def weight_bytes(config: ModelSpec, precision: Precision, head: Precision) -> int:
+    """Bytes of a model's matrices on the device: the embedding in bf16, and a head of its own."""
+    shapes, size = config.linear_shapes(), {"bf16": 2, "fp8": 1}
+    layers = sum(rows * cols for name, (rows, cols) in shapes.items() if name != config.head_name)
+    return layers * size[precision] + config.vocab * config.width * (2 + size[head])
 
 
 def _values(linear: PackedLinear, device: str) -> torch.Tensor:
@@ -145,10 +153,11 @@ class GpuExecutor(Executor):
         least = 1 if device == "cpu" else _LEAST_CHUNK
         self.chunk = max(options.prefill_chunk, least)
         tensors = tensors or tensors_of(packed, device)
-        self._weights = self._load(tensors)
+        self._weights: BatchWeights = self._load(tensors, options)
         self._tiled = self._tile(tensors) if device == "cuda" else None
         self._limit = next((n for n in SIZES if n >= max(options.max_sequences, _FEW)), SIZES[-1])
         self.kv = self._plan(options)
+        self.context = self.kv.context
         # one more for each row ahead of its sequence, and one for rows that idle
         self.cache = PagedCache(config, self.kv.pages + self._limit + 1, device)
         self.pool = PagePool(self.kv.pages, PAGE)
@@ -180,15 +189,28 @@ class GpuExecutor(Executor):
 
     # ---- loading -------------------------------------------------------------------------------------------
 
-    def _load(self, tensors: Tensors) -> BatchWeights:
+    def _load(self, tensors: Tensors, options: EngineOptions) -> BatchWeights:
+        memory = self._memory(options)
+        needed = weight_bytes(self.config, tensors.precision, tensors.head)
+        if memory is not None and needed > memory.left:
+            raise self._too_large(needed, tensors, memory)
         try:
             return load(self.config, tensors.of, self.context, tensors.precision, self._device, tensors.head)
         except torch.OutOfMemoryError as error:
-            free, total = torch.cuda.mem_get_info()
-            raise MachineError(
-                f"the weights do not fit: {free / 1e9:.1f} of {total / 1e9:.1f} GB of GPU memory are free",
-                hint="use --recipe fp8, a smaller model, or --device cpu",
-            ) from error
+            raise self._too_large(needed, tensors, self._memory(options) or memory) from error
+
+    def _too_large(self, needed: int, tensors: Tensors, memory: DeviceMemory | None) -> MachineError:
+        """The weights do not fit: say what would."""
+        said = f"the weights take {needed / 1e9:.2f} GB of GPU memory in {tensors.precision}"
+        left = "" if memory is None else f", {memory.said}"
+        fp8 = weight_bytes(self.config, "fp8", "fp8")
+        if memory is not None and fp8 <= memory.left and fp8 < needed:
+            return MachineError(
+                said + left, hint=f"use --recipe fp8, which takes {fp8 / 1e9:.2f} GB, or --device cpu"
+            )
+        return MachineError(
+            said + left, hint="use a smaller model, close what else runs on the GPU, or use --device cpu"
+        )
 
     def _tile(self, tensors: Tensors) -> Any:
         """A second copy of the weights, for the persistent kernel; None where it cannot run."""
@@ -229,34 +251,23 @@ class GpuExecutor(Executor):
 
     def _plan(self, options: EngineOptions) -> KvPlan:
         """Pages for `max_sequences` full contexts, or for what the device has free."""
-        if options.max_sequences < 1:
-            raise UsageError(f"{options.max_sequences} sequences at once", hint="use max_sequences=1 or more")
         values = sum(block.mixer.kv_heads * block.mixer.head_dim for block in self.config.blocks)
-        size, longest = 2 * 2 * values * PAGE, -(-self.context // PAGE)  # keys and values in bf16
-        pages = longest * options.max_sequences
-        because = f"{options.max_sequences} sequences of {self.context} tokens"
-        if options.kv_gb is not None:
-            pages, because = int(options.kv_gb * 1e9) // size, "--kv-gb"
+        size = 2 * 2 * values * PAGE  # keys and values in bf16
+        memory = self._memory(options)
+        room = None if memory is None else memory.room(_RESERVE + (self._limit + 1) * size)
+        return plan_pages(self.config, size, options, room)
+
+    def _memory(self, options: EngineOptions) -> DeviceMemory | None:
+        """The device's memory now; None for the plain twin, unless it is given a limit."""
         if self._device == "cuda":
-            free = torch.cuda.mem_get_info()[0] - _RESERVE
-            fitting, what = free // size - self._limit - 1, f"{free / 1e9:.2f} GB of the GPU are free"
-            if pages > fitting and options.kv_gb is not None:
-                fits = max(0, fitting * size // 10**7) / 100
-                raise UsageError(
-                    f"{options.kv_gb} GB are asked for keys and values, {what}",
-                    hint=f"use --kv-gb {fits}, or leave it out",
-                )
-            if pages > fitting:
-                pages, because = fitting, what
-        if pages < longest:
-            raise UsageError(
-                f"{max(pages, 0) * PAGE} tokens of keys and values fit ({because}), "
-                f"and a context has {self.context}",
-                hint=f"use --context {pages * PAGE}"
-                if pages > 0
-                else "use a larger --kv-gb or a smaller model",
-            )
-        return KvPlan(self.context, pages, size, because)
+            torch.cuda.empty_cache()  # what was on its way to the device is free again
+            free, whole = torch.cuda.mem_get_info()
+            return DeviceMemory(free, whole, torch.cuda.memory_reserved(), options.gpu_memory)
+        if options.gpu_memory is None:
+            return None
+        weights: BatchWeights | None = self.__dict__.get("_weights")
+        held = 0 if weights is None else weights.bytes
+        return DeviceMemory(available_bytes() or 0, installed_bytes() or 0, held, options.gpu_memory)
 
     @telling
     def replace(self, name: str, linear: PackedLinear) -> None:

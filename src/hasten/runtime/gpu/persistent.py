@@ -69,8 +69,9 @@ def load_weights(shape: Shape, tensor_of: TensorOf, device: str = "cuda") -> Dev
     except torch.OutOfMemoryError as error:
         free, total = torch.cuda.mem_get_info()
         raise MachineError(
-            f"the weights do not fit: {free / 1e9:.1f} of {total / 1e9:.1f} GB of GPU memory are free",
-            hint="use a smaller weight format, such as int4",
+            "the persistent kernel's own copy of the weights does not fit: "
+            f"{free / 1e9:.2f} of {total / 1e9:.2f} GB of GPU memory are free",
+            hint="close what else runs on the GPU, or use a recipe with fewer bits, such as --recipe w4-g128",
         ) from error
 
 
