@@ -451,6 +451,22 @@ class Ceiling:
 
 
 @dataclass(frozen=True)
+class Accelerator:
+    """A GPU, and what torch measures on it: the best of some rounds. None is unknown."""
+
+    name: str
+    memory_bytes: int
+    capability: str  # "9.0"
+    copy_gb_per_s: float  # of its memory, bytes read and written
+    bf16_tflops: float  # matrix products of 8192 x 8192 x 8192
+    fp8_tflops: float | None  # the same in e4m3 with a scale a row; None: it has no such instructions
+    to_device_gb_per_s: float  # from pinned memory of the host
+    from_device_gb_per_s: float
+    launch_us: float  # of one of many small kernels, launched one by one
+    round_trip_us: float  # launch one and wait for it
+
+
+@dataclass(frozen=True)
 class Machine:
     """What is here and what it measures. None is unknown, never guessed."""
 
@@ -473,6 +489,7 @@ class Machine:
     read_rounds: Stat | None = None  # GB/s of all rounds; read_gb_per_s is the best one
     read_buffer_bytes: int | None = None  # read in each round
     ceilings: tuple[Ceiling, ...] = ()  # every instruction set's; int8_tops and its like are the best of them
+    accelerators: tuple[Accelerator, ...] = ()  # GPUs that were measured
     cores_because: str = ""  # why `cores` is less than the processors this process may run on
 
 
@@ -494,6 +511,8 @@ class Measurement:
     fraction_of_read_ceiling: float | None = None
     fraction_of_int8_ceiling: float | None = None
     disturbed_rounds: int = 0  # rounds that other work slowed down and that were taken again
+    device: str = "cpu"  # what computed
+    fraction_of_gpu_ceiling: float | None = None  # prefill's linear layers, of the GPU's bf16 or fp8 rate
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from hasten import _native
-from hasten.core import CacheLevel, Ceiling, Machine, Stat, as_json
+from hasten.core import Accelerator, CacheLevel, Ceiling, Machine, Stat, as_json
 from hasten.errors import UsageError
 from hasten.machine import probe as machine_probe
 from hasten.machine.probe import probe
@@ -225,3 +227,70 @@ def test_gpu_programs_that_fail_or_are_missing(tmp_path: Path, monkeypatch: pyte
     program.write_text("#!/bin/sh\necho 'Some GPU, 8 MiB'\n")
     assert machine_probe.gpus() == ("Some GPU (8 MiB)",)
     assert os.environ["PATH"] == str(tmp_path)
+
+
+# A GPU's ceilings -------------------------------------------------------------------------------------------
+
+
+def gpu(**changed: Any) -> Accelerator:
+    return Accelerator(
+        **{"name": "Some GPU", "memory_bytes": 80 << 30, "capability": "9.0", "copy_gb_per_s": 4000.0,
+           "bf16_tflops": 800.0, "fp8_tflops": 1500.0, "to_device_gb_per_s": 50.0,
+           "from_device_gb_per_s": 51.0, "launch_us": 3.0, "round_trip_us": 9.0} | changed
+    )  # fmt: skip
+
+
+def test_a_device_is_measured_through_torch() -> None:
+    """On the CPU, with small sizes: every figure is there, and a copy counts both ways."""
+    torch = pytest.importorskip("torch")
+    found = machine_probe.measure_gpu(torch, "cpu", scale=1 / 128)
+    figures = (found.copy_gb_per_s, found.bf16_tflops, found.to_device_gb_per_s, found.from_device_gb_per_s)
+    assert all(0 < figure < 1e6 for figure in (*figures, found.launch_us, found.round_trip_us))
+    assert found.fp8_tflops is None and found.capability == "0.0"
+
+
+class FakeCuda:
+    def is_available(self) -> bool:
+        return True
+
+    def current_device(self) -> int:
+        return 0
+
+    def get_device_properties(self, _: int) -> Any:
+        return SimpleNamespace(name="Some GPU", total_memory=80 << 30, uuid="1-2")
+
+
+def test_a_gpu_is_measured_once_until_something_changes(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = SimpleNamespace(cuda=FakeCuda(), __version__="2.11", version=SimpleNamespace(cuda="13.0"))
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    measured: list[Accelerator] = []
+    monkeypatch.setattr(machine_probe, "measure_gpu", lambda _: measured.append(gpu()) or measured[-1])
+    assert machine_probe.gpu_ceilings(60.0) == machine_probe.gpu_ceilings(60.0) == (gpu(),)
+    assert len(measured) == 1
+    assert machine_probe.gpu_ceilings() == (gpu(),) and len(measured) == 2
+    torch.__version__ = "2.12"
+    machine_probe.gpu_ceilings(60.0)
+    assert len(measured) == 3
+
+
+def test_a_gpu_that_fails_is_unknown(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = SimpleNamespace(cuda=FakeCuda(), __version__="2.11", version=SimpleNamespace(cuda="13.0"))
+    monkeypatch.setitem(sys.modules, "torch", torch)
+
+    def lost(_: Any) -> Accelerator:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(machine_probe, "measure_gpu", lost)
+    assert machine_probe.gpu_ceilings() == ()
+
+
+def test_the_table_has_a_gpus_rows() -> None:
+    from hasten.cli.probe import rows
+
+    machine = replace(machine_probe.probe(measure=False), accelerators=(gpu(fp8_tflops=None),))
+    lines = dict(rows(machine))
+    assert lines["Some GPU"] == "80 GiB, compute capability 9.0"
+    assert lines["  memory copy, read and written"] == "4,000 GB/s"
+    assert (lines["  bf16 ceiling"], lines["  fp8 ceiling"]) == ("800 TFLOPS", "unknown")
+    assert lines["  host to GPU, GPU to host"] == "50.0 GB/s, 51.0 GB/s"
+    assert lines["  a kernel's launch, and with waiting for it"] == "3.0 us, 9.0 us"

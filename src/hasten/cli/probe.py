@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from hasten.cli.console import aligned, emit, note, shown
 from hasten.cli.flags import JsonOption, given
-from hasten.core import SCHEMA_VERSION, CacheLevel, Machine, Stat, as_json
+from hasten.core import SCHEMA_VERSION, Accelerator, CacheLevel, Machine, Stat, as_json
 
 KEPT = "Nothing was kept: a probe always measures anew."
 
@@ -22,7 +22,8 @@ def command(
 
     Reads a buffer larger than any cache with all threads and runs loops of nothing but multiply-adds, for
     every instruction set here. The best round counts; the spread over the rounds says how noisy the machine
-    is.
+    is. Where torch finds a GPU: its memory, its bf16 and fp8 products, copies between host and GPU, and how
+    long a launch takes.
     """
     from hasten.machine.probe import probe
 
@@ -61,7 +62,20 @@ def rows(machine: Machine) -> list[tuple[str, str]]:
     for c in machine.ceilings:
         unit = "TOPS" if c.kind == "int8" else "TFLOPS"
         lines.append((f"  {c.isa} {c.kind}", shown(c.tera_ops_per_s, unit, 3) + _spread(c.rounds, 3)))
-    return lines
+    return lines + [line for one in machine.accelerators for line in _gpu_rows(one)]
+
+
+def _gpu_rows(gpu: Accelerator) -> list[tuple[str, str]]:
+    to, back = shown(gpu.to_device_gb_per_s, "GB/s"), shown(gpu.from_device_gb_per_s, "GB/s")
+    each, trip = shown(gpu.launch_us, "us"), shown(gpu.round_trip_us, "us")
+    return [
+        (gpu.name, f"{_size(gpu.memory_bytes)}, compute capability {gpu.capability}"),
+        ("  memory copy, read and written", shown(gpu.copy_gb_per_s, "GB/s", 0)),
+        ("  bf16 ceiling", shown(gpu.bf16_tflops, "TFLOPS", 0)),
+        ("  fp8 ceiling", shown(gpu.fp8_tflops, "TFLOPS", 0)),
+        ("  host to GPU, GPU to host", f"{to}, {back}"),
+        ("  a kernel's launch, and with waiting for it", f"{each}, {trip}"),
+    ]
 
 
 def _cache(cache: CacheLevel) -> str:

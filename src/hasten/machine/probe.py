@@ -24,13 +24,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from hasten.cache import cache_dir, read_record, write_record
-from hasten.core import CacheLevel, Ceiling, Machine, Stat
+from hasten.core import Accelerator, CacheLevel, Ceiling, Machine, Stat, as_json
 from hasten.errors import DiskError, UsageError
 from hasten.machine.cores import core_ids, cores, kernel_text, memory_limit, numbers_in, usable_cores
 from hasten.machine.memory import available_bytes, installed_bytes
@@ -51,15 +51,22 @@ _MAC_CACHES = (
 _PROGRAM_S = 5.0  # a driver's own program that takes longer does not answer
 
 
-def probe(measure: bool = True, max_age_s: float = 0.0, threads: int | None = None) -> Machine:
+def probe(
+    measure: bool = True,
+    max_age_s: float = 0.0,
+    threads: int | None = None,
+    devices: Sequence[str] = ("cpu", "cuda"),
+) -> Machine:
     """Describe this machine.
 
     Args:
-        measure: measure the ceilings (read bandwidth in GB/s; int8, bf16, fp32 in 1e12 operations a second).
-            Takes under 15 s and wants an otherwise idle machine. Without it they are None: unknown.
+        measure: measure the ceilings (read bandwidth in GB/s; int8, bf16, fp32 in 1e12 operations a second;
+            a GPU's in `accelerators`). Takes under 15 s for the CPU and 5 s for a GPU, and wants an otherwise
+            idle machine. Without it they are None: unknown.
         max_age_s: take ceilings measured at most so many seconds ago on this processor, these cores and this
             boot instead of measuring; 0 always measures.
         threads: to measure the ceilings with; None: `usable_cores`.
+        devices: whose ceilings are measured. A GPU's need torch; where it is not there, there are none.
 
     Returns:
         The machine; what could not be found out is None.
@@ -67,10 +74,13 @@ def probe(measure: bool = True, max_age_s: float = 0.0, threads: int | None = No
     Raises:
         UsageError: `threads` is below one.
     """
-    if not measure:
-        return _described()
-    found = load_or_measure(max_age_s, threads) if max_age_s > 0 else measure_ceilings(threads)
-    return replace(_described(), **found)
+    found = _described()
+    if measure and "cpu" in devices:
+        own = load_or_measure(max_age_s, threads) if max_age_s > 0 else measure_ceilings(threads)
+        found = replace(found, **own)
+    if measure and "cuda" in devices and found.gpus:
+        found = replace(found, accelerators=gpu_ceilings(max_age_s))
+    return found
 
 
 def _described() -> Machine:
@@ -192,6 +202,147 @@ def _key(threads: int) -> dict[str, Any]:
         "version": __version__,
         "form": 2,
     }
+
+
+# A GPU's ceilings -------------------------------------------------------------------------------------------
+
+_GPU_BYTES = 2 << 30  # of each of two buffers, at most an eighth of what is free
+_GPU_SIDE = 8192  # of matrices
+_HOST_BYTES = 256 << 20
+_LAUNCHES = 500
+_GPU_ROUNDS = 8
+_FP8_CAPABILITY = (8, 9)  # compute capability from which on there are e4m3 products
+
+
+def gpu_ceilings(max_age_s: float = 0.0) -> tuple[Accelerator, ...]:
+    """What torch's current GPU gives, measured or as kept; empty where torch is missing or sees none."""
+    try:
+        import torch
+    except ImportError:
+        return ()
+    if not torch.cuda.is_available():
+        return ()
+    path, key = cache_dir() / "machine" / "gpu.json", _gpu_key(torch)
+    kept = read_record(path, key) if max_age_s > 0 else None
+    if kept is not None and 0 <= time.time() - kept["measured_at"] <= max_age_s:
+        return (Accelerator(**kept["gpu"]),)
+    try:
+        found = measure_gpu(torch)
+    except RuntimeError as wrong:  # it has no memory left, or is lost: unknown
+        _log.warning("the GPU's ceilings could not be measured: %s", str(wrong).partition("\n")[0])
+        return ()
+    with contextlib.suppress(DiskError):
+        write_record(path, key, {"measured_at": time.time(), "gpu": as_json(found)})
+    return (found,)
+
+
+def _gpu_key(torch: Any) -> dict[str, Any]:
+    from hasten import __version__
+
+    here = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "gpu": here.name,
+        "uuid": str(getattr(here, "uuid", "")),
+        "memory": here.total_memory,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "boot": kernel_text(_BOOT_ID),
+        "version": __version__,
+    }
+
+
+def measure_gpu(torch: Any, device: str = "cuda", scale: float = 1.0) -> Accelerator:
+    """Measure a GPU in some seconds.
+
+    Args:
+        torch: the module.
+        device: "cpu" measures the same on the CPU, for tests.
+        scale: of all sizes, for tests.
+    """
+    timer, size = _DeviceTimer(torch, device), int(_GPU_BYTES * scale)
+    name, memory, capability = "CPU", installed_bytes() or 0, (0, 0)
+    if device == "cuda":
+        here = torch.cuda.get_device_properties(torch.cuda.current_device())
+        name, memory, capability = here.name, here.total_memory, (here.major, here.minor)
+        size = min(size, torch.cuda.mem_get_info()[0] // 8)
+    try:
+        return Accelerator(
+            name=name,
+            memory_bytes=memory,
+            capability=f"{capability[0]}.{capability[1]}",
+            **timer.copies(size, min(int(_HOST_BYTES * scale), size)),
+            **timer.products(max(64, int(_GPU_SIDE * scale) // 64 * 64), capability >= _FP8_CAPABILITY),
+            **timer.launches(),
+        )
+    finally:
+        if device == "cuda":
+            torch.cuda.empty_cache()  # other processes need it
+
+
+@dataclass(frozen=True)
+class _DeviceTimer:
+    """Times calls of torch on a device, by the fields of `Accelerator`."""
+
+    torch: Any
+    device: str
+
+    def wait(self) -> None:
+        if self.device == "cuda":
+            self.torch.cuda.synchronize()
+
+    def seconds(self, work: Callable[[], object], times: int) -> float:
+        """Of one of so many calls in a row; the best round."""
+        best = float("inf")
+        for _ in range(_GPU_ROUNDS + 1):  # the first one warms up
+            self.wait()
+            started = time.perf_counter()
+            for _ in range(times):
+                work()
+            self.wait()
+            best = min(best, (time.perf_counter() - started) / times)
+        return best
+
+    def copies(self, size: int, host_size: int) -> dict[str, float]:
+        torch = self.torch
+        source = torch.zeros(size, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        host = torch.zeros(host_size, dtype=torch.uint8, pin_memory=self.device == "cuda")
+        part = target[:host_size]
+        return {
+            "copy_gb_per_s": 2 * size / self.seconds(lambda: target.copy_(source), 4) / 1e9,
+            "to_device_gb_per_s": host_size
+            / self.seconds(lambda: part.copy_(host, non_blocking=True), 2)
+            / 1e9,
+            "from_device_gb_per_s": host_size
+            / self.seconds(lambda: host.copy_(part, non_blocking=True), 2)
+            / 1e9,
+        }
+
+    def products(self, side: int, has_fp8: bool) -> dict[str, Any]:
+        torch, operations = self.torch, 2 * side**3 / 1e12
+        a, b = (torch.randn(side, side, device=self.device, dtype=torch.bfloat16) for _ in range(2))
+        found = {"bf16_tflops": operations / self.seconds(lambda: a @ b, 4)}
+        if not has_fp8:
+            return {**found, "fp8_tflops": None}
+        narrow = [one.to(torch.float8_e4m3fn) for one in (a, b)]
+        down, along = torch.ones(side, 1, device=self.device), torch.ones(1, side, device=self.device)
+
+        def product() -> object:
+            return torch._scaled_mm(narrow[0], narrow[1].t(), down, along, out_dtype=torch.bfloat16)
+
+        return {**found, "fp8_tflops": operations / self.seconds(product, 4)}
+
+    def launches(self) -> dict[str, float]:
+        one = self.torch.zeros(1, device=self.device)
+
+        def there_and_back() -> None:
+            one.add_(1)
+            self.wait()
+
+        return {
+            "launch_us": 1e6 * self.seconds(lambda: one.add_(1), _LAUNCHES),
+            "round_trip_us": 1e6 * self.seconds(there_and_back, 20),
+        }
 
 
 # Processor, caches, GPUs ------------------------------------------------------------------------------------

@@ -315,7 +315,10 @@ def test_what_it_cannot_do_is_named(device: str, tiny_folder: Callable[..., Path
     with pytest.raises(UsageError, match="int8") as kv8, running(llama, recipe="w8-kv8"):
         pass
     assert "--device cpu" in kv8.value.hint
-    with pytest.raises(UsageError, match="one context of 512") as small, running(llama, context=512, kv_gb=1e-5):
+    with (
+        pytest.raises(UsageError, match="one context of 512") as small,
+        running(llama, context=512, kv_gb=1e-5),
+    ):
         pass
     assert small.value.hint
 
@@ -329,9 +332,9 @@ def test_a_model_too_large_for_the_gpu_is_told_what_fits(
     bf16, fp8 = (gpu.weight_bytes(llama.config, kind, kind) for kind in ("bf16", "fp8"))
     for left, hint in (((bf16 + fp8) // 2, "--recipe fp8"), (fp8 // 2, "--device cpu")):
         monkeypatch.setattr(CpuTwin, "_memory", lambda self, _, left=left: DeviceMemory(left, 80 << 30, 0))
-        with pytest.raises(MachineError, match=r"the weights take .* GB .*free on the GPU") as refused:
-            with running(llama):
-                pass
+        said = "the weights take .* GB .*free on the GPU"
+        with pytest.raises(MachineError, match=said) as refused, running(llama):
+            pass
         assert hint in (refused.value.hint or "") and "--device cpu" in (refused.value.hint or "")
 
 
