@@ -23,7 +23,7 @@ def test_stdout_carries_the_continuation_alone(model: Any, capsys: Any) -> None:
         "recipe": "w8",
         "threads": 2,
         "context": None,
-        "options": EngineOptions(),
+        "options": EngineOptions(threads=2),
         "store": True,
     }
 

@@ -60,6 +60,8 @@ def test_table_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     for word in ("bf16 (start)", "w4-head8", "mix:2%", "chosen", "not timed", "x.hasten", "decode"):
         assert word in out
+    heading, chosen = (next(line for line in out.splitlines() if w in line) for w in ("verdict", "chosen"))
+    assert chosen.index("chosen") == heading.index("verdict"), "words stand on the left of their column"
     assert "hasten generate" in err
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
-from hasten.cli.console import note, note_device, speak, watched
+from hasten.cli.console import note, note_device, opened, speak
 from hasten.cli.flags import (
     ContextOption,
     DeviceOption,
@@ -57,19 +57,11 @@ def command(
     Answers stream to stdout. /reset starts over, /help lists what can be typed, /exit or Ctrl-D leaves;
     Ctrl-C stops an answer and not the program. Through a pipe, every line of stdin is one turn.
     """
-    from hasten.loading import load
     from hasten.runtime.sampling import SamplingOptions
 
     sampling = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-    with watched() as observer:
-        running = load(
-            model,
-            recipe,
-            threads=threads,
-            context=context,
-            options=EngineOptions(device=device, gpu_memory=gpu_memory),
-            observer=observer,
-        )
+    options = EngineOptions(threads=threads, context=context, device=device, gpu_memory=gpu_memory)
+    running = opened(model, recipe, options)
     note_device(running)
     if sys.stdin.isatty():
         note(f"{running.name} [{running.recipe.name}]. {HELP}")

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from hasten.core import Measurement, as_json
+from hasten.core import EngineOptions, Measurement, as_json
 from hasten.errors import UsageError
 from hasten.stopping import outlived
 
@@ -67,14 +67,14 @@ def print_table(
     bold: int = -1,
     out: bool = False,
 ) -> None:
-    """A table on stderr, or on stdout: names on the left, figures on the right, one row in bold."""
+    """A table on stderr, or on stdout: words on the left, figures on the right, one row in bold."""
     from rich.box import SIMPLE
     from rich.table import Table
 
     table = Table(box=SIMPLE, title=title)
-    for heading in columns:
-        first = heading == columns[0]
-        table.add_column(heading, no_wrap=first, justify="left" if first else "right")
+    for place, heading in enumerate(columns):
+        figures = place > 0 and any(letter.isdecimal() for row in rows for letter in row[place])
+        table.add_column(heading, no_wrap=place == 0, justify="right" if figures else "left")
     for number, row in enumerate(rows):
         table.add_row(*row, style="bold" if number == bold else None)
     screen = console(out)
@@ -191,6 +191,15 @@ def watched() -> Iterator[Observer]:
             show(opened[0], progress)
 
         yield tell
+
+
+def opened(model: str, recipe: str | None, options: EngineOptions) -> LanguageModel:
+    """`hasten.load`, its progress shown."""
+    from hasten.loading import load
+
+    threads, context = options.threads, options.context
+    with watched() as observer:
+        return load(model, recipe, threads=threads, context=context, options=options, observer=observer)
 
 
 def show(ticker: Ticker, progress: Progress) -> None:

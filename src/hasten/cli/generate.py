@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hasten.cli.console import CALIBRATED, Answer, emit, note, note_device, read_stdin, speak, watched
+from hasten.cli.console import CALIBRATED, Answer, emit, note, note_device, opened, read_stdin, speak
 from hasten.cli.flags import (
     ContextOption,
     DeviceOption,
@@ -66,20 +66,12 @@ def command(
     text = read_stdin() if prompt == "-" else prompt
     if not text.strip():
         raise UsageError("the prompt is empty", hint='give some text: -p "What is a mutex?"')
-    from hasten.loading import load
     from hasten.runtime.sampling import SamplingOptions
 
     sampling = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     started = time.perf_counter()
-    with watched() as observer:
-        running = load(
-            model,
-            recipe,
-            threads=threads,
-            context=context,
-            options=EngineOptions(device=device, gpu_memory=gpu_memory),
-            observer=observer,
-        )
+    options = EngineOptions(threads=threads, context=context, device=device, gpu_memory=gpu_memory)
+    running = opened(model, recipe, options)
     load_s = time.perf_counter() - started
     note_device(running)
     tokenizer = running.tokenizer
