@@ -242,6 +242,12 @@ class Recipe:
         match = re.fullmatch(r"bf16|source|w([8654])", base)
         if match is None and table is None:
             raise UsageError(f"unknown recipe {name!r}", hint=f"use {names_hint()}")
+        kinds = [option.rstrip("0123456789") for option in options]
+        if same := [one for one, kind in zip(options, kinds, strict=True) if kinds.count(kind) > 1]:
+            raise UsageError(
+                f"recipe {name!r} says one thing twice: {', '.join(same)}",
+                hint=f"keep one, such as {same[0]}",
+            )
         bits = int(match.group(1) or 16) if match else 16
         group, head_bits, symmetric, words, kv = 32, None, True, list[str](), "bf16"
         named = {frozenset(one.split("-") if one != "rtn" else ()): one for one in METHODS}

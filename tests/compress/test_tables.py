@@ -121,6 +121,15 @@ def test_two_methods_in_a_name_are_refused_unless_they_are_one() -> None:
     for name in ("w4-coarse-gptq", "w4-hqq-awq", "w4-best-gptq"):
         with pytest.raises(UsageError, match="cannot read"):
             Recipe.parse(name)
+    for name, same in (
+        ("w4-gptq-gptq", "gptq, gptq"),
+        ("w4-g64-gptq-g128", "g64, g128"),
+        ("w4-head8-kv8-head4", "head8, head4"),
+        ("w4-asym-asym", "asym, asym"),
+        ("mxfp4-kv8-kv8", "kv8, kv8"),
+    ):
+        with pytest.raises(UsageError, match=f"says one thing twice: {same}"):
+            Recipe.parse(name)
     assert Recipe.parse("w4-gptq-awq").method == Recipe.parse("w4-awq-gptq").method == "awq-gptq"
 
 
