@@ -104,11 +104,6 @@ class Tokenizer:
         """Tokens that have an id; a model's embedding may have more rows."""
         return self.fields.vocab_size
 
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether `apply_chat` can work."""
-        return bool(self.fields.chat_templates)
-
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         """Token ids of a text. Special tokens written in the text become their ids.
 
