@@ -66,7 +66,7 @@ def first_signal(number: int) -> int:
 
 
 def outlived() -> None:
-    """The process goes on after a signal, as a chat does after Ctrl-C: later errors are not its doing."""
+    """Forget the signals so far: the process goes on after them, as a chat does after Ctrl-C."""
     _first.clear()
     _on_its_way.clear()
 

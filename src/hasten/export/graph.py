@@ -106,7 +106,11 @@ def _rotations(config: ModelSpec) -> dict[Rotary, None]:
 
 
 def build(graph: Graph, config: ModelSpec, vectors: dict[str, npt.NDArray[np.float32]]) -> None:
-    """Write a decoder into an empty graph; `vectors` are norms by canonical name, biases its own business."""
+    """Write a decoder into an empty graph.
+
+    Args:
+        vectors: weights of the norms, float32, by canonical name; `Graph.linear` adds the biases.
+    """
     _Decoder(graph, config, vectors).run()
 
 
@@ -163,7 +167,7 @@ class _Decoder:
         return found[0], found[1]
 
     def _block(self, p: str, block: Block, x: Node) -> Node:
-        """One block, [B, T, E] -> [B, T, E]; where a norm stands is the placement's business alone."""
+        """One block, [B, T, E] -> [B, T, E]; `norms.placement` says where its norms stand."""
         g, eps = self.graph, block.norms.eps
         before = block.norms.placement in ("pre", "sandwich")
         after = block.norms.placement in ("post", "sandwich")

@@ -120,7 +120,7 @@ def check_pattern(config: ModelSpec, pruning: Pruning) -> None:
 
 
 Chosen = tuple[torch.Tensor, torch.Tensor | None]
-"""Weights that stay, bool [rows, cols], and what they are repaired where choosing finds that too."""
+"""Weights that stay, bool [rows, cols]; repaired weights where choosing computes them anyway, else None."""
 
 
 class SingleWeights(Pruner):
