@@ -37,7 +37,17 @@ NATIVE = tracked("native/*.cpp", "native/*.h", "native/*.inl")
 @functools.cache
 def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
-    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
+    return [node for node in statements(ast.parse(path.read_text())) if isinstance(node, kinds)]
+
+
+def statements(node: ast.AST) -> Iterator[ast.stmt]:
+    """Statements below a node, functions and classes among them; expressions, most of a tree, left out."""
+    for inside in ("body", "orelse", "finalbody", "handlers", "cases"):
+        below = getattr(node, inside, ())
+        for one in below if isinstance(below, list) else ():  # a lambda's body is an expression
+            if isinstance(one, ast.stmt):
+                yield one
+            yield from statements(one)
 
 
 def lines_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:

@@ -71,14 +71,15 @@ def test_what_goes_wrong_is_logged(error: Exception, caplog: Any) -> None:
 SCRIPT = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
-from hasten.cache.store import Deferred
+from hasten.cache import store
+store._TIDY_S = 0.5
 class Owner: pass
 owner = Owner()
 def work():
     print("begun", flush=True)
     time.sleep(float(sys.argv[1]))
     print("done", flush=True)
-Deferred(work, owner)
+store.Deferred(work, owner)
 print("end", flush=True)
 """
 

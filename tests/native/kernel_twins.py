@@ -74,10 +74,10 @@ def linear_int(w: Weights, q: np.ndarray, act: np.ndarray) -> tuple[np.ndarray, 
     scale, minimum = (
         np.repeat(x, w.fmt.group // step, axis=1).T for x in (w.scale, w.minimum)
     )  # [steps, rows]
-    products = np.einsum("msk,rsk->msr", a, signed.reshape(len(signed), -1, step)) * scale
-    shifts = a.sum(-1)[..., None] * minimum
-    total = products.sum(1) + shifts.sum(1)
-    return total, rounding(np.abs(products).sum(1) + np.abs(shifts).sum(1), depth // step)
+    steps = signed.reshape(len(signed), -1, step).transpose(1, 2, 0)  # [steps, inputs of one, rows]
+    products = a.transpose(1, 0, 2) @ steps * scale[:, None]  # [steps, M, rows]
+    shifts = a.sum(-1) @ minimum, np.abs(a.sum(-1)) @ np.abs(minimum)
+    return products.sum(0) + shifts[0], rounding(np.abs(products).sum(0) + shifts[1], depth // step)
 
 
 def linear_bf16(w: Weights, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import kernel_twins as twin
 import numpy as np
 import pytest
-from kernel_twins import ISAS, Weights, activations, linear_native, random_weights
+from kernel_twins import ISAS, activations, linear_native, random_weights
 from twins import PANEL, Format
 
 from hasten import _native
@@ -27,8 +29,10 @@ def tokens_for(cols: int) -> list[int]:
     return TOKENS if cols < 1000 else [1, 2, 6, 7, 9, 16, 17, 33]
 
 
-def expected(w: Weights, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    if w.fmt.bits == 16:
+@functools.cache  # one for all instruction sets
+def expected(fmt: Format, rows: int, cols: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    w, x = random_weights(fmt, rows, cols), activations(tokens, cols)
+    if fmt.bits == 16:
         return twin.linear_bf16(w, x)
     return twin.linear_int(w, *twin.quantize(x))
 
@@ -40,7 +44,7 @@ def test_equals_the_twin_whatever_the_company(isa: str, fmt: Format, which: int)
     rows, cols = shape_of(fmt, which)
     w, counts = random_weights(fmt, rows, cols), tokens_for(cols)
     x = activations(max(counts), cols)
-    wanted, tolerance = expected(w, x)
+    wanted, tolerance = expected(fmt, rows, cols, len(x))
     alone = np.concatenate([linear_native(w, x[t : t + 1]) for t in range(max(counts))])
     error = np.abs(alone - wanted)
     assert (error <= tolerance).all(), f"row, column {np.argwhere(error > tolerance)[:4].tolist()}"

@@ -130,7 +130,7 @@ def waiting(handler: str) -> subprocess.Popen[str]:
         ([signal.SIGTERM, signal.SIGTERM], 0),
     ],
 )
-@pytest.mark.parametrize("after_s", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("after_s", [0.0, 0.2, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_signals_while_the_model_loads(signals: list[int], code: int, after_s: float) -> None:
     with waiting("signal.default_int_handler") as process:
         time.sleep(after_s)
