@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from hasten.models.tool_calls import CallStarted, TextDelta, ToolCall, ToolCallStream, ToolStyle
+from hasten.models.answers import CallStarted, TextDelta, ToolCallStream
+from hasten.models.tool_calls import ToolCall, ToolStyle
 
 
 def parse_tool_calls(text: str, style: ToolStyle, names: Collection[str] = ()) -> tuple[str, list[ToolCall]]:

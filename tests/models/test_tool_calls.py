@@ -10,14 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hasten.models.tool_calls import (
-    ArgumentsDelta,
-    CallStarted,
-    TextDelta,
-    ToolCallStream,
-    ToolStyle,
-    new_call_id,
-)
+from hasten.models.answers import ArgumentsDelta, CallStarted, TextDelta, ToolCallStream
+from hasten.models.tool_calls import ToolStyle, new_call_id
 from whole_calls import parse_tool_calls
 
 HERMES, LIST, LLAMA = ToolStyle("hermes"), ToolStyle("hermes_list"), ToolStyle("llama")

@@ -18,6 +18,14 @@ from hasten.serve.responses import ResponseRequest
 from hasten.serve.texts import CompletionRequest, DetokenizeRequest
 
 MANY = 60_000
+
+
+@pytest.fixture
+def server(strict_server: Running) -> Running:
+    """Every word of a refusal is a strict server's."""
+    return strict_server
+
+
 WRONG: list[tuple[type[Strict], Any, str, str]] = [
     (DetokenizeRequest, {"tokens": [-1] * MANY}, "tokens.0", "greater than or equal to 0"),
     (ChatRequest, {"messages": [{"role": 5}] * (MANY // 4)}, "messages.0", "tag '5'"),
@@ -94,7 +102,7 @@ def test_fields_that_are_null_do_not_hide_among_many_wrong_ones() -> None:
         ("/v1/chat/completions", chat(guided_choice=[]), "guided_choice", "at least 1 item"),
         ("/v1/chat/completions", chat(stop="x" * 1001), "stop", "at most 1000 characters"),
         ("/v1/responses", {"input": [{"type": "function_call", "call_id": "a"}]}, "input.0.name", "missing"),
-        ("/v1/responses", {"input": [{"type": "reasoning"}]}, "input.0", "function_call_output"),
+        ("/v1/responses", {"input": [{"type": "web_page"}]}, "input.0", "function_call_output"),
     ],
 )
 def test_the_refusal_names_what_is_wrong(

@@ -137,15 +137,20 @@ def test_defaults_are_openais(server: Running) -> None:
     [
         ({"response_format": {"type": "json_object"}}, "json_object", ""),
         (
-            {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"a": 1}}}},
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "n", "schema": {"type": "null"}},
+                }
+            },
             "json_schema",
-            '{"a": 1}',
+            '{"type": "null"}',
         ),
-        ({"guided_json": {"a": 1}}, "json_schema", '{"a": 1}'),
+        ({"guided_json": {"type": "null"}}, "json_schema", '{"type": "null"}'),
         ({"guided_choice": ["x", "y"]}, "choice", '["x", "y"]'),
         ({"guided_grammar": "start: A"}, "lark", "start: A"),
         ({"structured_outputs": {"regex": "z"}}, "regex", "z"),
-        ({"structured_outputs": {"json": {"b": 2}}}, "json_schema", '{"b": 2}'),
+        ({"structured_outputs": {"json": {"const": 2}}}, "json_schema", '{"const": 2}'),
     ],
 )
 def test_every_way_to_ask_for_structure(server: Running, fields: dict, kind: str, source: str) -> None:
@@ -213,9 +218,9 @@ def test_tool_calls_in_both_forms(server: Running) -> None:
     assert "".join(delta.get("content") or "" for delta in deltas) == "Well."
     pieces = [one for delta in deltas for one in delta.get("tool_calls", [])]
     assert [one["index"] for one in pieces if "id" in one] == [0, 1]
-    assert [one["function"]["arguments"] for one in pieces if one["function"]["arguments"]] == [
-        '{"x": 1}'
-    ] * 2
+    for index in (0, 1):  # arguments come as the model writes them
+        parts = [one["function"]["arguments"] for one in pieces if one["index"] == index]
+        assert "".join(parts) == '{"x": 1}' and len(parts) > 3
     assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
@@ -241,5 +246,5 @@ def test_calls_and_results_go_back_to_the_model(server: Running) -> None:
         {"role": "tool", "tool_call_id": "c1", "content": "2"},
     ]
     assert server.ask(PATH, {"messages": messages, "tools": TOOLS}).status == 200
-    call["function"]["arguments"] = "{x"
-    assert server.ask(PATH, {"messages": messages, "tools": TOOLS}).status == 400
+    call["function"]["arguments"] = "{x"  # what a model once wrote wrong ends no conversation
+    assert server.ask(PATH, {"messages": messages, "tools": TOOLS}).status == 200

@@ -14,13 +14,19 @@ CHAT, COMPLETION, RESPONSE = "/v1/chat/completions", "/v1/completions", "/v1/res
 EMBEDDING = "/v1/embeddings"
 
 
+@pytest.fixture
+def server(strict_server: Running) -> Running:
+    """Every word of a refusal is a strict server's."""
+    return strict_server
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param", "code"),
     [
         (CHAT, chat(frobnicate=1), "frobnicate", "unknown_parameter"),
         (CHAT, chat(audio={"voice": "x"}), "audio", "unsupported_parameter"),
         (CHAT, chat(functions=[]), "functions", "unsupported_parameter"),
-        (CHAT, chat(reasoning_effort="low"), "reasoning_effort", "unsupported_parameter"),
+        (CHAT, chat(verbosity="low"), "verbosity", "unsupported_parameter"),
         (CHAT, chat(store=True), "store", "invalid_value"),
         (CHAT, chat(temperature="1"), "temperature", "invalid_value"),
         (CHAT, chat(temperature=-1), "temperature", "invalid_value"),
@@ -63,7 +69,7 @@ EMBEDDING = "/v1/embeddings"
         (COMPLETION, {"prompt": "x", "messages": []}, "messages", "unknown_parameter"),
         (EMBEDDING, {"input": "x", "dimensions": 5}, "dimensions", "unsupported_parameter"),
         (RESPONSE, {"input": "x", "background": True}, "background", "invalid_value"),
-        (RESPONSE, {"input": "x", "reasoning": {"effort": "low"}}, "reasoning", "unsupported_parameter"),
+        (RESPONSE, {"input": "x", "conversation": "c"}, "conversation", "unsupported_parameter"),
         (RESPONSE, {"input": "x", "tools": [{"type": "web_search"}]}, "tools.0.type", "invalid_value"),
     ],
 )

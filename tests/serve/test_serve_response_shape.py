@@ -12,7 +12,8 @@ from running_server import Running
 from stand_in_engine import ByteTokenizer, logprob
 
 from hasten.engine.request import Output
-from hasten.models.tool_calls import ArgumentsDelta, CallStarted, TextDelta
+from hasten.models.answers import ArgumentsDelta, CallStarted, TextDelta
+from hasten.serve.prepare import Form
 from hasten.serve.responses import ResponseShape
 from hasten.serve.shape import TokenTexts, dumped, joined
 
@@ -26,7 +27,7 @@ class Reader:
     def push(self, text: str) -> list[Any]:
         return list(self._turns.pop(0))
 
-    def flush(self) -> list[Any]:
+    def flush(self, cut: bool = False) -> list[Any]:
         return list(self._turns.pop(0))
 
 
@@ -34,7 +35,8 @@ def shaped(reader: Any, *outputs: Output) -> tuple[dict[str, Any], list[Any]]:
     """The document, and what the events of the text said of logprobs."""
     texts = TokenTexts(cast(Any, ByteTokenizer()))
     tally: Any = SimpleNamespace(take=lambda *_: None, usage=lambda *_: {})
-    shape = ResponseShape({}, texts, tally, reader)
+    reading: Any = SimpleNamespace(is_plain=False, reader=lambda _: reader, form=Form(), thoughts=True)
+    shape = ResponseShape({}, texts, tally, reading)
     data = b"".join(shape.chunks([(0, output)]) for output in outputs).decode()
     events = [json.loads(line[6:]) for line in data.split("\n") if line.startswith("data: ")]
     deltas = [event for event in events if event["type"] == "response.output_text.delta"]

@@ -1,4 +1,4 @@
-"""What an answer must match, as the text that llguidance compiles: `Grammar`, and `tool_grammar`.
+"""What an answer must match, as the text that llguidance compiles: `Grammar`, and `answer_grammar`.
 
 Sources are checked here: their size, their nesting, and keywords that llguidance would pass over.
 """
@@ -8,19 +8,24 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 from hasten.errors import UsageError
+from hasten.models.answers import ThoughtMarks
 from hasten.models.tool_calls import ToolStyle
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
 
 GrammarKind = Literal["json_schema", "json_object", "regex", "lark", "choice", "structural"]
 ToolChoice = Literal["none", "auto", "required"] | Mapping[str, Any]
 
 MAX_BYTES = 256 << 10
 MAX_NESTING = 100  # levels of JSON; llguidance reads 128 with its own around them
-# A small model left to itself can write spaces for ever; this much indents 30 levels.
-WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
+# A small model left to itself can write blanks for ever: one, or a new line that is indented somewhat.
+WHITESPACE = r"(\x20|\x0D?\x0A[\x20\x09]{0,8})"
+_IN_CALLS = r"\x20"  # arguments are written on one line, as models were taught
 ANY_OBJECT = {"type": "object"}
 
 _SCHEMAS = {"items", "additionalProperties", "additionalItems", "propertyNames", "contains", "not"}
@@ -37,6 +42,7 @@ _NOTES |= {"contentEncoding", "contentMediaType", "discriminator", "externalDocs
 _KNOWN = _SCHEMAS | _SCHEMA_LISTS | _SCHEMA_MAPS | _RULES | _NOTES
 
 MAX_TOOLS = 128
+MOST_CALLS = 8  # in one answer that is held to a grammar: a small model goes on for ever
 _NAME = re.compile(r"[\w.:/-]{1,128}", re.ASCII)
 _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 
@@ -47,11 +53,28 @@ class Grammar:
 
     `source` is a JSON schema as JSON text, nothing for `json_object`, a regular expression (Rust's syntax,
     digits are 0 to 9; the whole answer must match), a grammar in llguidance's Lark dialect, or a JSON list of
-    texts for `choice`. `structural` is a Lark grammar that `tool_grammar` wrote.
+    texts for `choice`. `structural` is a Lark grammar that `answer_grammar` wrote; with `thought`, the mark
+    that ends the thought is forced behind so many tokens.
     """
 
     kind: GrammarKind
     source: str = ""
+    thought: Thought | None = None
+
+
+@dataclass(frozen=True)
+class Thought:
+    """What comes before the answer of a model that reasons.
+
+    Args:
+        marks: of its family.
+        inside: the prompt has opened it.
+        most_tokens: it is ended then; None: the model ends it.
+    """
+
+    marks: ThoughtMarks
+    inside: bool = False
+    most_tokens: int | None = None
 
 
 def source_of(grammar: Grammar) -> str:
@@ -155,11 +178,11 @@ def _nested(key: str, value: Any) -> Iterable[Any]:
     return (value,) if key in _SCHEMAS else ()
 
 
-def _with_options(schema: Any) -> Any:
+def _with_options(schema: Any, whitespace: str = WHITESPACE) -> Any:
     """A schema with the options that llguidance reads from the schema itself."""
     if not isinstance(schema, Mapping):
         return schema
-    return {**schema, "x-guidance": {"whitespace_pattern": WHITESPACE}}
+    return {**schema, "x-guidance": {"whitespace_pattern": whitespace}}
 
 
 def _choice(source: str) -> str:
@@ -269,31 +292,216 @@ def _chosen(functions: dict[str, Any], choice: ToolChoice) -> dict[str, Any]:
 
 
 def _grammar(functions: dict[str, Any], parallel: bool, style: ToolStyle) -> str:
+    return "\n".join(["start: calls", *_call_rules(functions, MOST_CALLS if parallel else 1, style)]) + "\n"
+
+
+def _call_rules(functions: Mapping[str, Any], most: int, style: ToolStyle) -> list[str]:
+    """Lark rules in which `calls` is one call of these functions, up to `most` of them.
+
+    Where exactly one is made, nothing need follow its arguments: a closing mark would only cost tokens.
+    """
     opening, closing = _mark(style.opening, style), _mark(style.closing or "", style)
+    more = "" if most == 1 else f"{{0,{most - 1}}}"
+    end = "" if most == 1 else f' "\\n" {closing}'
     shape, several = {
-        "hermes": (f'{opening} "\\n" call "\\n" {closing}', f'("\\n" {opening} "\\n" call "\\n" {closing})*'),
-        "hermes_list": (f'{opening} "[" call', f'(", " call)* "]" {closing}'),
-        "phi": (f'{opening} "[" call', f'(", " call)* "]" {closing}'),
+        "hermes": (f'{opening} "\\n" call{end}', f'("\\n" {opening} "\\n" call "\\n" {closing})'),
+        "hermes_list": (f'{opening} "[" call', f'(", " call){more} "]" {closing}'),
+        "phi": (f'{opening} "[" call', f'(", " call){more} "]" {closing}'),
         "llama": ("call", ""),
-        "mistral": (f"{opening} {_quoted(' [' if style.spaced else '[')} call", '(", " call)* "]"'),
-        "mistral_args": (f"{opening} call", f"({opening} call)*"),
+        "mistral": (f"{opening} {_quoted(' [' if style.spaced else '[')} call", f'(", " call){more} "]"'),
+        "mistral_args": (f"{opening} call", f"({opening} call)"),
+        "qwen_xml": (f'{opening} "\\n" call{end}', f'("\\n" {opening} "\\n" call "\\n" {closing})'),
+        "pythonic": ('"[" call', f'(", " call){more} "]"'),
+        "harmony": ("call", ""),
     }[style.name]
-    if not parallel:
-        several = re.sub(r"\(.*\)\*", "", several)
-    rules = [f"start: {shape} {several}".rstrip()]
+    listed = style.name in ("hermes_list", "phi", "mistral", "pythonic")
+    if most == 1:
+        several = re.sub(r"\(.*call\)", "", several) if listed else ""
+    elif not listed and several:
+        several += more
+    rules = [f"calls: {shape} {several}".rstrip()]
     rules.append("call: " + " | ".join(f"call_{index}" for index in range(len(functions))))
     for index, (name, schema) in enumerate(functions.items()):
         try:
             _check_schema(schema)
         except UsageError as error:
             raise UsageError(f"the function {name!r}: {error.message}", hint=error.hint) from None
-        arguments = f"%json {json.dumps(_with_options(schema))}"
-        if style.name == "mistral_args":
-            rules.append(f"call_{index}: {_quoted(name)} {_mark('[ARGS]', style)} {arguments}")
+        rules += _call_rule(index, name, schema, style)
+    return rules
+
+
+def _call_rule(index: int, name: str, schema: Any, style: ToolStyle) -> list[str]:
+    """The rules of one function's call, `call_INDEX` first."""
+    if style.name == "qwen_xml":
+        return _xml_rule(index, name, schema)
+    if style.name == "pythonic":
+        return _python_rule(index, name, schema)
+    arguments = f"%json {json.dumps(_with_options(schema, _IN_CALLS))}"
+    if style.name == "mistral_args":
+        return [f"call_{index}: {_quoted(name)} {_mark('[ARGS]', style)} {arguments}"]
+    if style.name == "harmony":
+        head = f"{_mark('<|channel|>', style)} {_quoted(f'commentary to=functions.{name} ')}"
+        told = f"{_mark('<|constrain|>', style)} {_quoted('json')} {_mark('<|message|>', style)}"
+        return [f"call_{index}: {head} {told} {arguments}"]
+    before = f'{{"name": {json.dumps(name)}, "{style.arguments_key}": '
+    return [f'call_{index}: {_quoted(before)} {arguments} "}}"']
+
+
+def _parameters(schema: Mapping[str, Any]) -> list[tuple[str, Any, bool]]:
+    """Name, schema with the definitions it may refer to, and whether it is needed: the needed ones first."""
+    needed = set(schema.get("required") or ())
+    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    rules = [
+        (name, {**rule, **shared} if isinstance(rule, Mapping) else rule, name in needed)
+        for name, rule in (schema.get("properties") or {}).items()
+    ]
+    return sorted(rules, key=lambda rule: not rule[2])
+
+
+def _xml_rule(index: int, name: str, schema: Any) -> list[str]:
+    """Qwen3-Coder's tags; a text ends where its closing tag begins."""
+    parts, rules = [], []
+    for number, (key, rule, needed) in enumerate(_parameters(schema)):
+        value = f"value_{index}_{number}"
+        begins, ends = _quoted(f"<parameter={key}>\n"), _quoted("\n</parameter>\n")
+        parts.append(f"({begins} {value})" + ("" if needed else "?"))
+        if isinstance(rule, Mapping) and rule.get("type") == "string" and "enum" not in rule:
+            rules.append(f"{value}[lazy]: /(.|\\n)*\\n<\\/parameter>\\n/")
+        elif isinstance(rule, Mapping) and all(isinstance(one, str) for one in rule.get("enum", (0,))):
+            rules.append(f"{value}: ({' | '.join(map(_quoted, rule['enum']))}) {ends}")
         else:
-            before = f'{{"name": {json.dumps(name)}, "{style.arguments_key}": '
-            rules.append(f'call_{index}: {_quoted(before)} {arguments} "}}"')
-    return "\n".join(rules) + "\n"
+            rules.append(f"{value}: %json {json.dumps(_with_options(rule, _IN_CALLS))} {ends}")
+    head = _quoted(f"<function={name}>\n")
+    return [f'call_{index}: {head} {" ".join(parts)} "</function>"', *rules]
+
+
+def _python_rule(index: int, name: str, schema: Any) -> list[str]:
+    """A Python call with named arguments; its values are JSON, which is read as well."""
+    text, rules, seen = "", [], False
+    closing = ""
+    for number, (key, rule, needed) in enumerate(_parameters(schema)):
+        value = f"value_{index}_{number}"
+        part = f"{_quoted((', ' if seen else '') + key + '=')} {value}"
+        text += f" {part}" if needed else f" ({part}"
+        closing += "" if needed else ")?"
+        rules.append(f"{value}: %json {json.dumps(_with_options(rule, _IN_CALLS))}")
+        seen = True
+    return [f'call_{index}: {_quoted(name + "(")}{text}{closing} ")"', *rules]
+
+
+class ThoughtLimit:
+    """When a thought must end, and by which tokens."""
+
+    def __init__(self, thought: Thought, vocabulary: LLTokenizer, values: Sequence[bytes]) -> None:
+        marks = thought.marks
+        own = marks.special.get(marks.closing)
+        self.most = thought.most_tokens or 1
+        self.inside = thought.inside
+        self.closing = marks.closing.encode()
+        self.closing_ids = vocabulary.tokenize_str(marks.closing) if own is None else [own]
+        self._opening = marks.opening.encode()
+        self._opening_id = marks.special.get(marks.opening)
+        self._values = values
+
+    def is_over(self, tokens: Sequence[int]) -> bool:
+        """Whether an answer so far has ended its thought, or has none."""
+        if not tokens:
+            return False
+        if self.closing_ids[-1] in tokens[-1:] and len(self.closing_ids) == 1:
+            return True
+        told = b"".join(
+            self._values[one] for one in tokens[-2 * len(self.closing) :] if one < len(self._values)
+        )
+        if self.closing in told:
+            return True
+        if self.inside or self._opening_id in tokens[:4]:
+            return False
+        begins = b"".join(self._values[one] for one in tokens[:32] if one < len(self._values)).lstrip()
+        return not (begins.startswith(self._opening) or self._opening.startswith(begins))
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The calls an answer may make, checked functions by name.
+
+    Args:
+        functions: argument schemas.
+        forced: the answer is a call; else it may be one.
+        most: calls in one answer.
+        style: the model's way.
+    """
+
+    functions: Mapping[str, Any]
+    forced: bool
+    most: int = MOST_CALLS
+    style: ToolStyle = field(default_factory=ToolStyle)
+
+
+def answer_grammar(
+    form: Grammar | None, calls: Calls | None = None, thought: Thought | None = None
+) -> Grammar | None:
+    """A whole answer: a thought, then the form or calls.
+
+    Args:
+        form: what the text must match; None: it is free.
+        calls: None: none are made, or the model makes them freely.
+        thought: None: the model does not think first.
+
+    Returns:
+        None where nothing is asked for. A form alone comes back as it is.
+
+    Raises:
+        UsageError: a source is not what it must be.
+    """
+    if calls is None and (thought is None or (form is None and thought.most_tokens is None)):
+        return form
+    rules: list[str] = []
+    ways = []
+    if calls is not None:
+        rules += _call_rules(calls.functions, calls.most, calls.style)
+        ways.append("calls")
+    if form is not None and not (calls is not None and calls.forced):
+        rules += _form_rules(form)
+        ways.append("form")
+    elif calls is None or not calls.forced:
+        rules.append("form: /(.|\\n)*/")
+        ways.append("form")
+    before = ""
+    if thought is not None:
+        rules += _thought_rules(thought)
+        before = "thought GAP? " if thought.inside else "(thought GAP?)? "
+    source = "\n".join([f"start: {before}({' | '.join(ways)})", *rules]) + "\n"
+    limited = thought if thought is not None and thought.most_tokens is not None else None
+    return Grammar("structural", source, limited)
+
+
+def _form_rules(form: Grammar) -> list[str]:
+    _check_text(form.source)
+    match form.kind:
+        case "json_schema" | "json_object":
+            schema = _parsed(form.source) if form.kind == "json_schema" else ANY_OBJECT
+            _check_schema(schema)
+            return [f"form: %json {json.dumps(_with_options(schema))}"]
+        case "regex":
+            from llguidance import regex_to_lark
+
+            return [f"form: /{regex_to_lark(form.source, 'd')}/"]
+        case "choice":
+            return [_choice(form.source).replace("start:", "form:", 1).rstrip()]
+    return [f"form: %lark {{\n{form.source}\n}}"]
+
+
+def _thought_rules(thought: Thought) -> list[str]:
+    """A text up to the closing mark."""
+    marks = thought.marks
+    style = ToolStyle(special=marks.special)
+    opening = "" if thought.inside else _mark(marks.opening, style) + " "
+    closing = _mark(marks.closing, style)
+    rules = ["GAP: /[ \\n]{1,3}/"]
+    if marks.closing in marks.special:
+        return [*rules, f"thought: {opening}thinking {closing}", "thinking: /(.|\\n)*/"]
+    free = re.escape(marks.closing).replace("/", "\\/")
+    return [*rules, f"thought: {opening}thought_free", f"thought_free[lazy]: /(.|\\n)*{free}/"]
 
 
 def _mark(mark: str, style: ToolStyle) -> str:

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from hasten.engine.grammar import Grammar, source_of
+from hasten.engine.grammar import Grammar, ThoughtLimit, source_of
 from hasten.engine.grammar_child import COMPILE_STACK, READ, READY, REQUEST
 from hasten.errors import HastenError, MachineError, UsageError
 
@@ -142,6 +142,8 @@ class GrammarCompiler:
             if matcher.is_error():
                 raise _refusal(grammar, matcher.get_error())
             made = CompiledGrammar(grammar, matcher, self._vocab_size, self._tokenizer.eos_ids)
+            if grammar.thought is not None:
+                made.thought = ThoughtLimit(grammar.thought, vocabulary, self._tokenizer.token_bytes().values)
             made.probe()
             return made
 
@@ -169,6 +171,9 @@ class CompiledGrammar:
         self.vocab_size = vocab_size
         self.eos_ids = frozenset(index for index in eos_ids if index < vocab_size)
         self._matcher = matcher
+        self.thought: ThoughtLimit | None = None
+        # llguidance cannot go back over lexemes that count tokens: no drafts are tried on them
+        self.goes_back = grammar.kind not in ("lark", "structural") or "max_tokens=" not in grammar.source
         self.end_row: MaskRows = np.zeros((vocab_size + 31) // 32, np.uint32)
         for token in self.eos_ids:
             self.end_row[token >> 5] |= np.uint32(1 << (token & 31))
@@ -214,6 +219,8 @@ class GrammarState:
         self._accepted: list[int] = []
         self._ended = False
         self.failure: UsageError | None = None  # why the answer cannot go on
+        self._thinks = compiled.thought is not None
+        self._closed = 0  # tokens of the mark that were forced
 
     @property
     def finished(self) -> bool:
@@ -233,6 +240,12 @@ class GrammarState:
             answer cannot go on there is one empty row, and `failure` says why: the grammar needs more work
             than its limits allow, no token spells what it asks, or a token came that it forbids.
         """
+        drafts = drafts if self._compiled.goes_back else ()
+        limit = self._compiled.thought
+        if self._thinks and limit is not None:
+            drafts = drafts[: max(0, limit.most - len(self._accepted))]
+            if len(self._accepted) >= limit.most and not self.failure:
+                return self._closing_row(limit)
         rows: MaskRows = np.zeros((1 + len(drafts), (self._compiled.vocab_size + 31) // 32), np.uint32)
         reason = "" if self.failure else self._fill(rows[0])
         if reason:
@@ -266,10 +279,20 @@ class GrammarState:
                 self.failure = _refusal(self._compiled.grammar, reason)
                 return
             self._accepted.append(int(token))
+            if self._thinks and (limit := self._compiled.thought) is not None:
+                self._closed += len(self._accepted) > limit.most
+                self._thinks = not limit.is_over(self._accepted)
+
+    def _closing_row(self, limit: ThoughtLimit) -> MaskRows:
+        """Nothing but the next token of the mark that ends the thought."""
+        token = limit.closing_ids[min(self._closed, len(limit.closing_ids) - 1)]
+        row: MaskRows = np.zeros((1, (self._compiled.vocab_size + 31) // 32), np.uint32)
+        row[0, token >> 5] = np.uint32(1 << (token & 31))
+        return row
 
     def forced(self) -> list[int]:
         """Tokens that the grammar leaves no choice about from here on, in order: drafts that cost nothing."""
-        if self.finished or self.failure or self._matcher.is_error():
+        if self.finished or self.failure or self._matcher.is_error() or not self._compiled.goes_back:
             return []
         return self._matcher.compute_ff_tokens()
 
@@ -311,7 +334,7 @@ def _refusal(grammar: Grammar, reason: str) -> UsageError:
         "regex": "the regular expression",
         "lark": "the grammar",
         "choice": "the choice",
-        "structural": "the tools' grammar",
+        "structural": "the grammar of tools, thought and format",
     }[grammar.kind]
     first = " ".join(re.split("<state>|<backtrace>", reason)[0].replace("<non-verbose/>", "").split())
     if len(first) > 300:

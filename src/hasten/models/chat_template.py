@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -72,6 +72,124 @@ def render(
             hint=f"check the roles and their order (many templates take no system message), or {RAW_HINT}",
         ) from error
     return text
+
+
+def render_any(
+    templates: Mapping[str, str],
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool = True,
+    special_tokens: Mapping[str, str] | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    variables: Mapping[str, Any] | None = None,
+) -> str:
+    """As `render`, in the first form of the messages that the template takes.
+
+    Templates differ in what they raise at: arguments of calls as a mapping or as text, a second system
+    message or one in the middle, two messages of one role. A conversation that one of them refuses is told in
+    another form that means the same: system messages joined at the start, turns of one role joined.
+
+    Raises:
+        UsageError, TokenizerError: as `render`, for the form that was given.
+    """
+    first: TokenizerError | None = None
+    for form in _forms(messages):
+        try:
+            text = render(
+                templates,
+                form,
+                add_generation_prompt=add_generation_prompt,
+                special_tokens=special_tokens,
+                tools=tools,
+                variables=variables,
+            )
+        except TokenizerError as error:
+            first = first or error
+            continue
+        if not _is_python(text, form):
+            return text
+        first = first or TokenizerError("the template writes the arguments of calls as Python does")
+    assert first is not None
+    raise first
+
+
+def _forms(messages: Sequence[Mapping[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The same conversation in other forms, the given one first."""
+    given = [dict(message) for message in messages]
+    yield given
+    as_text = _with_texts(given)
+    if as_text != given:
+        yield as_text
+    joined = _one_system(given)
+    if joined != given:
+        yield joined
+        yield _with_texts(joined)
+    turns = _alternating(joined)
+    if turns != joined:
+        yield turns
+    told = _alternating(_no_system(joined))
+    if told != turns:
+        yield told
+
+
+def _with_texts(chat: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Arguments of calls as JSON text."""
+
+    def texted(call: Mapping[str, Any]) -> dict[str, Any]:
+        function = call["function"]
+        arguments = function["arguments"]
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        return {**call, "function": {**function, "arguments": text}}
+
+    return [
+        {**message, "tool_calls": [texted(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in chat
+    ]
+
+
+def _is_python(text: str, chat: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a template that joins texts wrote a mapping as Python shows it, which is no JSON."""
+    for message in chat:
+        for call in message.get("tool_calls") or ():
+            arguments = call["function"]["arguments"]
+            shown = str(dict(arguments)) if isinstance(arguments, Mapping) and arguments else ""
+            if shown and shown in text and shown != json.dumps(arguments, ensure_ascii=False):
+                return True
+    return False
+
+
+def _one_system(chat: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All system messages as one at the start."""
+    told = [message for message in chat if message.get("role") == "system"]
+    if not told or told == list(chat[:1]):
+        return list(chat)
+    texts = [text for message in told if isinstance(text := message.get("content"), str) and text]
+    rest = [message for message in chat if message.get("role") != "system"]
+    return [{**told[0], "content": "\n\n".join(texts)}, *rest]
+
+
+def _alternating(chat: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Neighbours of one role as one message."""
+    joined: list[dict[str, Any]] = []
+    for message in chat:
+        last = joined[-1] if joined else {}
+        plain = not (message.get("tool_calls") or last.get("tool_calls"))
+        if plain and last.get("role") == message.get("role") != "tool":
+            texts = [one.get("content") for one in (last, message)]
+            joined[-1] = {
+                **last,
+                "content": "\n\n".join(text for text in texts if isinstance(text, str) and text),
+            }
+        else:
+            joined.append(message)
+    return joined
+
+
+def _no_system(chat: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The system message as words of the user, for templates that know no such role."""
+    return [{**message, "role": "user"} if message.get("role") == "system" else message for message in chat]
 
 
 def check(messages: Sequence[Mapping[str, Any]]) -> None:
@@ -239,7 +357,7 @@ def _plain_message(message: Mapping[str, Any]) -> dict[str, Any]:
     plain = dict(message)
     if plain.get("role") == "developer":
         plain["role"] = "system"
-    if "content" in plain or plain.get("tool_calls"):
+    if "content" in plain or plain.get("tool_calls") or plain.get("role") == "assistant":
         plain["content"] = _text(plain.get("content"))
     if not plain.get("tool_calls"):
         plain.pop("tool_calls", None)

@@ -172,7 +172,7 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """Messages as text through the model's chat template; see `chat_template.render`.
+        """Messages as text through the model's chat template; see `chat_template.render_any`.
 
         Args:
             messages: as OpenAI's API takes them: contents may be lists of text parts, calls' arguments JSON
@@ -186,7 +186,7 @@ class Tokenizer:
         """
         chat_template.check(messages)
         chat, more = chat_template.prepared(messages, tools, self.fields.chat_templates)
-        return chat_template.render(
+        return chat_template.render_any(
             self.fields.chat_templates,
             chat,
             add_generation_prompt=add_generation_prompt,

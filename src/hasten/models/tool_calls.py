@@ -11,6 +11,11 @@ The families and where their ways are written down:
 - mistral: `[TOOL_CALLS] [{"name": ..., "arguments": {...}}, ...]`, and mistral_args:
   `[TOOL_CALLS]name[ARGS]{...}` (https://github.com/mistralai/mistral-common).
 - phi: `<|tool_call|>[{"name": ..., "arguments": {...}}, ...]<|/tool_call|>`. Template of Phi-4-mini.
+- qwen_xml: `<tool_call><function=NAME><parameter=KEY>VALUE</parameter>...</function></tool_call>`, values as
+  plain text. Template of Qwen3-Coder.
+- pythonic: `[name(key=value, ...), ...]` as the whole message. Templates of Llama 3.2 and 4
+  (https://www.llama.com/docs/model-cards-and-prompt-formats/llama4).
+- harmony: messages to functions in gpt-oss's channels: `hasten.models.answers`.
 
 Templates of Gemma 3, OLMo 2 and Phi-3 know no tools: these models are told of them in words (`described`), in
 hermes' way.
@@ -18,16 +23,19 @@ hermes' way.
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import re
 import secrets
 import string
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-StyleName = Literal["hermes", "hermes_list", "llama", "mistral", "mistral_args", "phi"]
+StyleName = Literal[
+    "hermes", "hermes_list", "llama", "mistral", "mistral_args", "phi", "qwen_xml", "pythonic", "harmony"
+]
 
 _MARKS: dict[StyleName, tuple[str, ...]] = {
     "hermes": ("<tool_call>", "</tool_call>"),
@@ -36,6 +44,9 @@ _MARKS: dict[StyleName, tuple[str, ...]] = {
     "mistral": ("[TOOL_CALLS]",),
     "mistral_args": ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
     "phi": ("<|tool_call|>", "<|/tool_call|>"),
+    "qwen_xml": ("<tool_call>", "</tool_call>"),
+    "pythonic": ("<|python_start|>", "<|python_end|>"),
+    "harmony": ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>", "<|end|>", "<|call|>"),
 }
 
 
@@ -47,6 +58,7 @@ class ToolStyle:
     described: bool = False  # the template knows no tools: they are put into words
     spaced: bool = False  # mistral: a space between mark and list
     special: Mapping[str, int] = field(default_factory=dict)
+    schemas: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of the arguments, where known
 
     @property
     def opening(self) -> str:
@@ -56,12 +68,13 @@ class ToolStyle:
     @property
     def closing(self) -> str | None:
         """What a call ends with; None where it goes on to the end of the answer."""
-        return _MARKS[self.name][1] if self.name in ("hermes", "hermes_list", "phi") else None
+        closed = ("hermes", "hermes_list", "phi", "qwen_xml", "pythonic")
+        return _MARKS[self.name][1] if self.name in closed else None
 
     @property
     def bare(self) -> bool:
         """Whether an answer that is nothing but JSON is a call."""
-        return self.name == "llama"
+        return self.name in ("llama", "pythonic")
 
     @property
     def arguments_key(self) -> str:
@@ -98,10 +111,16 @@ def is_described(templates: Mapping[str, str]) -> bool:
 
 def _read(template: str, architecture: str) -> tuple[StyleName, bool, bool]:
     """Style, described, spaced."""
+    if "<|channel|>" in template and "<|message|>" in template:
+        return "harmony", False, False
     if "[TOOL_CALLS]" in template:
         return "mistral_args" if "[ARGS]" in template else "mistral", False, "[TOOL_CALLS] [" in template
     if "<|tool_call|>" in template or "<|tool|>" in template:
         return "phi", False, False
+    if "<function=" in template and "<parameter=" in template:
+        return "qwen_xml", False, False
+    if "<|python_start|>" in template or "func_name1(params_name1=" in template:
+        return "pythonic", False, False
     if "<tool_call>" in template and "<function=" not in template:
         as_list = "<tool_call>[" in template.replace("\\n", "").replace(" ", "")
         return "hermes_list" if as_list else "hermes", False, False
@@ -139,6 +158,10 @@ def read_calls(body: str, style: ToolStyle, bare: bool = False) -> tuple[list[To
     Returns:
         The calls and the text after them; None where the body is no call.
     """
+    if style.name == "qwen_xml":
+        return _xml_calls(body, style)
+    if style.name == "pythonic":
+        return _python_calls(body)
     calls: list[ToolCall] = []
     rest = body.lstrip()
     while rest:
@@ -162,6 +185,74 @@ def read_calls(body: str, style: ToolStyle, bare: bool = False) -> tuple[list[To
             break
         rest = after
     return (calls, rest) if calls else None
+
+
+_FUNCTION = re.compile(r"\s*<function=([^>\s]+)\s*>(.*?)(?:</function>|$)", re.DOTALL)
+_PARAMETER = re.compile(r"<parameter=([^>\s]+)\s*>\n?(.*?)\n?\s*</parameter>", re.DOTALL)
+
+
+def _xml_calls(body: str, style: ToolStyle) -> tuple[list[ToolCall], str] | None:
+    """Calls whose arguments are plain text between tags; what the schema does not call text is JSON."""
+    found = _FUNCTION.match(body)
+    if found is None:
+        return None
+    name, inner = found.group(1), found.group(2)
+    rules = (style.schemas.get(name) or {}).get("properties") or {}
+    arguments = {key: _typed(text, rules.get(key)) for key, text in _PARAMETER.findall(inner)}
+    return [ToolCall(name, json.dumps(arguments, ensure_ascii=False))], body[found.end() :]
+
+
+def _typed(text: str, rule: Any) -> Any:
+    """A value written as plain text: a text where the schema says so or where it is no JSON."""
+    kinds = rule.get("type") if isinstance(rule, Mapping) else None
+    if kinds == "string":
+        return text
+    try:
+        return _DECODER.decode(text.strip())
+    except (ValueError, RecursionError):
+        return {"True": True, "False": False, "None": None}.get(text.strip(), text)
+
+
+_WORDS = {"true": True, "false": False, "null": None}
+
+
+def _python_calls(body: str) -> tuple[list[ToolCall], str] | None:
+    """Calls written as a Python list of calls with named arguments; nothing of it is run."""
+    text = body.strip()
+    try:
+        tree = ast.parse(text if text.startswith("[") else f"[{text}]", mode="eval").body
+        assert isinstance(tree, ast.List)
+        calls = [ToolCall(_dotted(one), _keywords(one)) for one in tree.elts]
+    except (SyntaxError, ValueError, AssertionError, RecursionError, MemoryError):
+        return None
+    return (calls, "") if calls else None
+
+
+def _dotted(call: ast.expr) -> str:
+    assert isinstance(call, ast.Call) and not call.args, "no call with named arguments"
+    return ast.unparse(call.func)
+
+
+def _keywords(call: ast.expr) -> str:
+    assert isinstance(call, ast.Call)
+    values = {}
+    for one in call.keywords:
+        assert one.arg is not None, "an argument without a name"
+        values[one.arg] = _literal(one.value)
+    return json.dumps(values, ensure_ascii=False, allow_nan=False)
+
+
+def _literal(node: ast.expr) -> Any:
+    """The value of a Python literal, in which JSON's words count too."""
+    if isinstance(node, ast.Name) and node.id in _WORDS:
+        return _WORDS[node.id]
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_literal(one) for one in node.elts]
+    if isinstance(node, ast.Dict):
+        return {
+            str(ast.literal_eval(k)): _literal(v) for k, v in zip(node.keys, node.values, strict=True) if k
+        }
+    return ast.literal_eval(node)
 
 
 def _call(value: Any, style: ToolStyle, bare: bool) -> ToolCall | None:
@@ -206,177 +297,3 @@ def _finite(text: str) -> float:
 
 
 _DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite, strict=False)
-
-
-_FENCE = re.compile(r"\s*(?:```(?:json)?\s*)?(?=\{)")
-_HALF_FENCE = re.compile(r"\s*`{1,3}(?:j|js|jso|json)?\s*")
-_END_FENCE = re.compile(r"\s*```\s*$")
-_FIRST_KEY = re.compile(r'\{\s*(?:"(\w*)("?)|$)')
-_KEYS = ("name", "type", "function", "id", "arguments", "parameters")
-_PREFIX = 256  # characters of a call within which its first key stands
-_QUOTES = re.compile(r'\\.|"', re.DOTALL)
-
-
-@dataclass(frozen=True)
-class TextDelta:
-    """Plain content."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class CallStarted:
-    """A call begins; `index` counts the calls of one answer from 0."""
-
-    index: int
-    id: str
-    name: str
-
-
-@dataclass(frozen=True)
-class ArgumentsDelta:
-    """More of a call's arguments: JSON text."""
-
-    index: int
-    text: str
-
-
-ToolEvent = TextDelta | CallStarted | ArgumentsDelta
-
-
-class ToolCallStream:
-    """Splits an answer into content and calls, whatever pieces it comes in.
-
-    Content passes at once, but for what may be the beginning of a mark, and spaces that a call may follow. A
-    call is held until it is whole and valid, so its arguments come in one piece: what a model leaves
-    unfinished or malformed is content, marks included, and nobody has acted on half of it.
-
-    Args:
-        style: the model's way.
-        names: the functions that exist. Small models forget the marks: with the names known, an answer that
-            is nothing but the JSON of a call to one of them, in a code fence perhaps, is a call too.
-        new_id: names a call.
-    """
-
-    def __init__(
-        self, style: ToolStyle, names: Collection[str] = (), new_id: Callable[[], str] | None = None
-    ) -> None:
-        self._style = style
-        self._names = frozenset(names)
-        self._new_id = new_id or (lambda: new_call_id(style))
-        self._held = ""  # may become a mark, or is a call, its opening included
-        self._inside = False
-        self._bare = False  # inside a call that began without a mark
-        self._opened = 0  # characters of `_held` that began the call: spaces and the mark
-        self._searched = 0  # of `_held`, for the closing mark
-        self._quotes = 0  # in `_held` before `_searched`, escaped ones not counted
-        self._at_start = True  # nothing but spaces came, since the last call if there was one
-        self._count = 0
-
-    def push(self, text: str) -> list[ToolEvent]:
-        """What more text makes certain."""
-        self._held += text
-        events: list[ToolEvent] = []
-        while self._close(events) if self._inside else self._open(events):
-            pass
-        return events
-
-    def flush(self) -> list[ToolEvent]:
-        """What is left at the end of the answer: a call that lacks only its closing mark counts."""
-        events: list[ToolEvent] = []
-        while self._inside or self._open(events):
-            if self._inside and not self._close(events):
-                self._finish(len(self._held), 0, events)
-        rest, self._held = self._held, ""
-        self._text(rest, events)
-        return events
-
-    def _open(self, events: list[ToolEvent]) -> bool:
-        """Pass content on; True where a call begins."""
-        held, mark = self._held, self._style.opening
-        if self._at_start and (self._names or self._style.bare):
-            fence = _FENCE.match(held)
-            if fence:
-                self._inside = self._bare = True
-                self._opened = fence.end()
-                return True
-            if _HALF_FENCE.fullmatch(held):
-                return False
-        found = held.find(mark)
-        free = found if found >= 0 else len(held) - _begun(held, mark)
-        free = len(held[:free].rstrip())
-        self._held = held[free:]
-        self._text(held[:free], events)
-        if found < 0:
-            return False
-        self._inside, self._bare = True, False
-        self._opened = self._searched = found - free + len(mark)
-        self._quotes = 0
-        return True
-
-    def _text(self, text: str, events: list[ToolEvent]) -> None:
-        if self._count and self._at_start:
-            text = text.lstrip()  # spaces after a call
-        if text:
-            self._at_start = self._at_start and not text.strip()
-            events.append(TextDelta(text))
-
-    def _close(self, events: list[ToolEvent]) -> bool:
-        """Look for the end of a call; True where its mark came, be it inside a string."""
-        closing = self._style.closing
-        if self._bare:
-            if _may_be_call(self._held[self._opened : self._opened + _PREFIX]):
-                return False
-            self._give_up(events)
-            return True
-        if closing is None:
-            return False
-        found = self._held.find(closing, self._searched)
-        if found < 0:
-            return False
-        self._quotes += sum(m.group() == '"' for m in _QUOTES.finditer(self._held, self._searched, found))
-        self._searched = found + len(closing)
-        if self._quotes % 2 == 0:
-            self._finish(found, len(closing), events)
-        return True
-
-    def _finish(self, end: int, closing: int, events: list[ToolEvent]) -> None:
-        """The call's body ends at `end` of what is held: calls, or content after all."""
-        self._inside = False
-        body = self._held[self._opened : end]
-        read = read_calls(_END_FENCE.sub("", body) if self._bare else body, self._style, self._bare)
-        if read is not None and self._bare and self._names:
-            read = read if all(call.name in self._names for call in read[0]) else None
-        if read is None or ((closing or self._bare) and read[1].strip()):
-            self._give_up(events)
-            return
-        for call in read[0]:
-            events.append(CallStarted(self._count, self._new_id(), call.name))
-            events.append(ArgumentsDelta(self._count, call.arguments))
-            self._count += 1
-        self._at_start = True
-        self._held = self._held[end + closing :] if closing else read[1]
-
-    def _give_up(self, events: list[ToolEvent]) -> None:
-        """What began a call is content; what follows is looked at anew."""
-        self._inside = False
-        size = max(self._opened, 1)
-        text, self._held = self._held[:size], self._held[size:]
-        self._text(text, events)
-
-
-def _begun(text: str, mark: str) -> int:
-    """Characters at the end of a text that may be the beginning of a mark."""
-    for size in range(min(len(text), len(mark) - 1), 0, -1):
-        if text.endswith(mark[:size]):
-            return size
-    return 0
-
-
-def _may_be_call(begun: str) -> bool:
-    """Whether JSON that begins so can become a call; a long JSON answer need not be held back."""
-    match = _FIRST_KEY.match(begun)
-    if match is None:
-        return False
-    key, closed = match.group(1) or "", match.group(2)
-    return key in _KEYS if closed else any(known.startswith(key) for known in _KEYS)

@@ -1,7 +1,9 @@
 """Request bodies: the base of their models, shared fields, and parsing that ends in OpenAI's error object.
 
-One pass goes from bytes to checked values; unknown fields are refused. Sources of the fields: the OpenAI API
-reference, and vLLM's names for what OpenAI has no name for.
+One pass goes from bytes to checked values. A body that does not pass is read once more, tolerantly: other
+servers' spellings are understood, numbers may be texts, and fields that cannot change an answer are left out
+and noted. With `--strict` there is no second reading. Sources of the fields: the OpenAI API reference, vLLM's
+names for what OpenAI has no name for, and the references of llama.cpp's server and of Ollama.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing_extensions import TypedDict
 
 from hasten.serve.call import Problem, refused
 
-# Fields of the OpenAI API that are not served. Null, which means "as if not there", passes; values do not.
+# Fields of the OpenAI API that are not served everywhere. Null, which means "as if not there", passes.
 _NOT_SERVED = """
     audio background best_of conversation echo function_call functions include max_tool_calls metadata
     moderation prediction prompt prompt_cache_retention reasoning reasoning_effort service_tier store
@@ -25,6 +27,58 @@ _NOT_SERVED = """
     safety_identifier stream_options
 """
 UNSUPPORTED = frozenset(_NOT_SERVED.split())
+
+# What would change an answer and is not served, with the values that ask for nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "allowed_token_ids": ([],),
+    "audio": ({},),
+    "background": (False,),
+    "bad_words": ([],),
+    "conversation": ({}, ""),
+    "dry_multiplier": (0,),
+    "dynatemp_range": (0,),
+    "echo": (False,),
+    "grammar": ("",),
+    "include_stop_str_in_output": (False,),
+    "logits_processors": ([],),
+    "lora": ([],),
+    "mirostat": (0,),
+    "modalities": (["text"], []),
+    "prompt": ({}, "", []),
+    "return_tokens_as_token_ids": (False,),
+    "suffix": ("",),
+    "tfs_z": (1,),
+    "top_a": (0,),
+    "top_n_sigma": (0, -1),
+    "typical_p": (1, 0),
+    "use_beam_search": (False,),
+    "web_search_options": ({},),
+    "xtc_probability": (0,),
+}
+# Other servers' names of fields.
+_SAME_AS = {
+    "repeat_penalty": "repetition_penalty",
+    "typ_p": "typical_p",
+    "random_seed": "seed",
+    "stop_sequences": "stop",
+    "n_predict": "max_tokens",
+    "num_predict": "max_tokens",
+    "max_new_tokens": "max_tokens",
+    "max_length": "max_tokens",
+    "json_schema": "guided_json",
+}
+_ENVELOPES = ("extra_body", "options")  # fields in one more object: a client's mistake, and Ollama's form
+_CAPS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+_KNOWN_NAMES = """
+    metadata store service_tier safety_identifier prompt_cache_retention prompt_cache_key verbosity keep_alive
+    cache_prompt conversation_id chat_id id trace_id session_id options extra_body length_penalty
+    early_stopping mirostat typical_p return_token_ids prediction client_metadata truncation background
+    include user moderation tags provider transforms models route usage plugins caching timeout
+    mirostat_tau mirostat_eta min_keep penalty_last_n repeat_last_n slot_id id_slot n_probs n_keep samplers
+    functions function_call best_of use_beam_search echo suffix audio modalities web_search_options
+"""
+KNOWN_NAMES = frozenset(_KNOWN_NAMES.split())
+"""Names of ignored fields that the metrics may show: a client must not be able to make new ones."""
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 Item = TypeVar("Item", bound="Strict")
@@ -48,6 +102,50 @@ class Strict(BaseModel):
 
     model_config = STRICT
 
+    @classmethod
+    def understood(cls, document: dict[str, Any], ignored: set[str]) -> dict[str, Any]:
+        """A body in this model's own words, as far as another server's words mean the same.
+
+        Args:
+            document: the body; it is not changed.
+            ignored: gets the names of fields that are left out because they cannot change the answer.
+
+        Raises:
+            Problem: 400, a field that would change the answer and is not served.
+        """
+        fields = {(item.alias or name) for name, item in cls.model_fields.items()}
+        found = _opened(document, fields)
+        for name in [name for name in found if name not in fields]:
+            value = found.pop(name)
+            if value is not None and name in _NEUTRAL and value not in _NEUTRAL[name]:
+                said = f"{name} is not supported by this server, and would change the answer; leave it out"
+                raise Problem(400, said, param=name, code="unsupported_parameter")
+            if value is not None:
+                ignored.add(name[:60])
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def _opened(document: dict[str, Any], fields: set[str]) -> dict[str, Any]:
+    """The fields of a body by their own names; caps that ask for no limit are left out."""
+    found = dict(document)
+    for envelope in _ENVELOPES:
+        inner = found.get(envelope)
+        if isinstance(inner, dict):
+            del found[envelope]
+            for name, value in inner.items():
+                found.setdefault(name, value)
+    for name, same in _SAME_AS.items():
+        if name in found and name not in fields and same in fields:
+            found.setdefault(same, found.pop(name))
+    for name in _CAPS:
+        value = found.get(name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if value < 0:
+                del found[name]
+            elif value >= 2**31:
+                found[name] = 2**31 - 1
+    return found
+
 
 MAX_VALUES = 500_000
 MAX_PARTS = 100_000
@@ -59,8 +157,13 @@ _PIECE = 1 << 18  # bytes looked at in one piece
 _TEXTS = re.compile(rb'"[^"]*"?')
 
 
-def parse(model: type[Item], body: bytes | bytearray) -> Item:
+def parse(model: type[Item], body: bytes | bytearray, ignored: set[str] | None = None) -> Item:
     """A request body as a checked value. The time grows with the body's length, whatever is in it.
+
+    Args:
+        model: what it must be.
+        body: JSON.
+        ignored: gets the names of fields that were left out; None refuses what is not known.
 
     Raises:
         Problem: 400 that names the first field at fault.
@@ -69,10 +172,14 @@ def parse(model: type[Item], body: bytes | bytearray) -> Item:
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
+        if ignored is not None:
+            found = _tolerant(model, body, error, ignored)
+            if found is not None:
+                return found
         if error.error_count() <= _MANY_ERRORS:
             dropped = _nulls(error.errors(include_url=False, include_context=False))
             if dropped is None:
-                raise _problem(error, body) from None
+                raise _problem(error, json.loads(body) if _is_json(error) else None) from None
         else:
             dropped = set()
     document = json.loads(body)
@@ -84,7 +191,36 @@ def parse(model: type[Item], body: bytes | bytearray) -> Item:
     try:
         return model.model_validate_json(text)
     except ValidationError as error:
-        raise _problem(error, text) from None
+        raise _problem(error, document) from None
+
+
+def _tolerant(
+    model: type[Item], body: bytes | bytearray, first: ValidationError, ignored: set[str]
+) -> Item | None:
+    """The second reading; None where the body is no JSON object.
+
+    Raises:
+        Problem: what is wrong all the same.
+    """
+    if not _is_json(first):
+        return None
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(document, dict):
+        return None
+    document = model.understood(document, ignored)
+    try:
+        return model.model_validate(document, strict=False, extra="ignore")
+    except ValidationError as error:
+        if error.error_count() > _MANY_ERRORS:
+            return None
+        raise _problem(error, document) from None
+
+
+def _is_json(error: ValidationError) -> bool:
+    return error.error_count() > 1 or error.errors(include_url=False)[0]["type"] != "json_invalid"
 
 
 def _check_parts(body: bytes | bytearray) -> None:
@@ -167,7 +303,7 @@ def _nulls(errors: Sequence[Mapping[str, Any]]) -> set[str] | None:
     return names
 
 
-def _problem(error: ValidationError, body: bytes | bytearray) -> Problem:
+def _problem(error: ValidationError, document: Any) -> Problem:
     """The error nearest to what was meant, told the way OpenAI tells it.
 
     A wrong value of the right type comes before a wrong type: where a field may be of several types, each
@@ -177,7 +313,6 @@ def _problem(error: ValidationError, body: bytes | bytearray) -> Problem:
     if errors[0]["type"] == "json_invalid":
         said = errors[0]["msg"].removeprefix("Invalid JSON: ")
         return Problem(400, f"the body is no valid JSON: {said}", code="invalid_json")
-    document = json.loads(body)
     places = [_path(one, document) for one in errors]
     number = max(range(len(errors)), key=lambda i: (_is_value_error(errors[i]["type"]), len(places[i]), -i))
     kind, place = errors[number]["type"], places[number]

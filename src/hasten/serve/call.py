@@ -41,6 +41,7 @@ class Call:
     sending_since: float | None = None  # a part of the response waits for the client to read
     stalled: bool = False  # and waited too long
     fields: dict[str, Any] = field(default_factory=dict)  # more for the log line
+    headers: dict[str, str] = field(default_factory=dict)  # more of the response
 
 
 def call_of(scope: Scope) -> Call:

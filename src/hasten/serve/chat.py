@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from json.encoder import encode_basestring
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,19 +11,34 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 
+from hasten.engine.grammar import Thought, answer_grammar, checked_tools
 from hasten.engine.request import Output, Request
-from hasten.models.tool_calls import ArgumentsDelta, CallStarted, TextDelta, ToolEvent
-from hasten.serve.body import JsonObject, SamplingFields, Text
+from hasten.models.answers import CallStarted, TextDelta, ThoughtDelta, ToolEvent, gathered, is_harmony
+from hasten.models.tool_calls import ToolStyle, template_of
+from hasten.serve.body import JsonObject, SamplingFields, Strict, Text
 from hasten.serve.call import refused
 from hasten.serve.generate import asker_of, respond
 from hasten.serve.metrics import Tally
-from hasten.serve.prepare import Asker, ToolPlan, grammar_of, offered, plan_of
+from hasten.serve.prepare import (
+    Asker,
+    Form,
+    Reading,
+    Thinking,
+    Tools,
+    calls_of,
+    form_of,
+    marks_of,
+    offered,
+)
 from hasten.serve.shape import Part, Shape, TokenTexts, dumps, joined
+from hasten.serve.spelling import spelled_chat
 
 if TYPE_CHECKING:
+    from hasten.engine.grammar import Grammar
+    from hasten.models.answers import ThoughtMarks
     from hasten.serve.service import Exchange
 
-FunctionName = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[a-zA-Z0-9_.\-]+$")]
+FunctionName = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[a-zA-Z0-9_.:/\-]+$")]
 
 
 class TextPart(TypedDict):
@@ -59,10 +75,11 @@ class PlainMessage(TypedDict):
 
 
 class AssistantMessage(TypedDict):
-    """What the assistant said: text, calls, or both."""
+    """What the assistant thought and said: text, calls, or both."""
 
     role: Literal["assistant"]
     content: NotRequired[Content | None]
+    reasoning_content: NotRequired[Text | None]
     tool_calls: NotRequired[Annotated[list[ToolCall], Field(max_length=1000, fail_fast=True)] | None]
     refusal: NotRequired[None]
     annotations: NotRequired[Annotated[list[Any], Field(max_length=0, fail_fast=True)] | None]
@@ -119,9 +136,9 @@ class PlainFormat(TypedDict):
 
 
 class JsonSchema(TypedDict):
-    """A named JSON schema; answers always follow it, whatever `strict` says."""
+    """A named JSON schema; answers follow it whatever `strict` says, as far as a grammar can."""
 
-    name: FunctionName
+    name: NotRequired[Text | None]
     schema: JsonObject
     description: NotRequired[Text | None]
     strict: NotRequired[bool | None]
@@ -137,7 +154,18 @@ class JsonSchemaFormat(TypedDict):
 ResponseFormat = Annotated[PlainFormat | JsonSchemaFormat, Field(discriminator="type")]
 
 
-class ChatRequest(SamplingFields):
+class ThinkingFields(Strict):
+    """What a request says about the model's thoughts, in the words of several APIs."""
+
+    reasoning_effort: str | None = Field(None, max_length=40, description="none, minimal, low, medium, high")
+    reasoning: JsonObject | None = Field(None, description="effort, max_tokens, enabled, exclude")
+    thinking: JsonObject | bool | None = Field(None, description="type (enabled, disabled), budget_tokens")
+    enable_thinking: bool | None = None
+    include_reasoning: bool | None = None
+    thinking_budget: int | None = Field(None, ge=-1, lt=2**31, description="most tokens of a thought")
+
+
+class ChatRequest(SamplingFields, ThinkingFields):
     """The body of `/v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=10_000, fail_fast=True)]
@@ -151,6 +179,7 @@ class ChatRequest(SamplingFields):
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: JsonObject | None = Field(None, description="names the model's template reads")
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = Field(None, description="go on with the last message")
     store: Literal[False] | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=16, fail_fast=True)] | None = None
     service_tier: Literal["auto", "default"] | None = None
@@ -158,22 +187,35 @@ class ChatRequest(SamplingFields):
         None, max_length=512, description="one process has one cache: always hit"
     )
 
+    @classmethod
+    def understood(cls, document: dict[str, Any], ignored: set[str]) -> dict[str, Any]:
+        """A chat in OpenAI's words; see `hasten.serve.spelling`."""
+        return super().understood(spelled_chat(document, ignored), ignored)
+
 
 class ChatShape(Shape):
     """`/v1/chat/completions`.
 
     Args:
         request: what is asked of the engine.
-        tools: how its tools are served; None: there are none.
+        reading: how its answers are read.
+        streamed: they go out as they come.
     """
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def __init__(
-        self, model: str, texts: TokenTexts, tally: Tally, request: Request, tools: ToolPlan | None
+        self,
+        model: str,
+        texts: TokenTexts,
+        tally: Tally,
+        request: Request,
+        reading: Reading,
+        streamed: bool = False,
     ) -> None:
         super().__init__(model, texts, tally, request.n)
-        self._readers = [tools.reader() for _ in range(request.n)] if tools is not None else []
+        self._reading = reading
+        self._readers = [] if reading.is_plain else [reading.reader(streamed) for _ in range(request.n)]
         self._with_logprobs = request.logprobs is not None
 
     def _entries(self, part: Part, output: Output) -> list[str]:
@@ -192,17 +234,22 @@ class ChatShape(Shape):
         if output.text or output.logprobs:
             content = f'"content":{encode_basestring(output.text)}'
             events += self._delta(number, content, self._logprobs(part, output))
+            self._note(part, output.text)
         if output.finish_reason is not None:
-            events += self._finish(number, output.finish_reason, output.stop)
+            events += self._finish(number, part, output.finish_reason, output.stop)
         return events
 
     def _read(self, number: int, part: Part, output: Output) -> str:
-        """Events of an answer that may call tools."""
+        """Events of an answer that may think or call tools."""
         reader, events, logprobs = self._readers[number], [], self._logprobs(part, output)
         news = reader.push(output.text)
         if output.finish_reason is not None:
-            news = [*news, *reader.flush()]
+            news = [*news, *reader.flush(output.finish_reason == "length")]
         for one in news:
+            if isinstance(one, ThoughtDelta) and not self._reading.thoughts:
+                continue
+            if isinstance(one, TextDelta):
+                self._note(part, one.text)
             events.append(self._delta(number, _delta_of(one), logprobs))
             logprobs = "null"
             part.called = part.called or isinstance(one, CallStarted)
@@ -211,8 +258,13 @@ class ChatShape(Shape):
         if output.finish_reason is not None:
             called = part.called and output.finish_reason == "stop"
             reason = "tool_calls" if called else output.finish_reason
-            events.append(self._finish(number, reason, output.stop))
+            events.append(self._finish(number, part, reason, output.stop))
         return "".join(events)
+
+    def _note(self, part: Part, text: str) -> None:
+        """Keep the content where it is checked at its end."""
+        if self._reading.form.checked:
+            part.texts.append(text)
 
     def _logprobs(self, part: Part, output: Output) -> str:
         entries = self._entries(part, output)
@@ -224,11 +276,16 @@ class ChatShape(Shape):
             f"{self.tail}"
         )
 
-    def _finish(self, number: int, reason: str, stop: str | int | None) -> str:
+    def _finish(self, number: int, part: Part, reason: str, stop: str | int | None) -> str:
+        wrong = () if part.called else self._reading.form.violations(part.text, reason)
+        more = f',"schema_violations":{dumps(wrong)}' if wrong else ""
         return (
             f'{self.head}{{"index":{number},"delta":{{}},"logprobs":null,"finish_reason":"{reason}",'
-            f'"stop_reason":{dumps(stop)}}}{self.tail}'
+            f'"stop_reason":{dumps(self._stop(stop))}{more}}}{self.tail}'
         )
+
+    def _stop(self, stop: str | int | None) -> str | int | None:
+        return None if stop is not None and stop == self._reading.stop else stop
 
     def _choice(self, number: int, part: Part) -> dict[str, Any]:
         message: dict[str, Any] = {
@@ -237,22 +294,27 @@ class ChatShape(Shape):
             "refusal": None,
             "annotations": [],
         }
-        reason = part.finish
+        reason = part.finish or "stop"
+        calls: list[dict[str, Any]] = []
         if self._readers:
             reader = self._readers[number]
-            text, calls = _gathered([*reader.push(part.text), *reader.flush()])
+            thought, text, made = gathered([*reader.push(part.text), *reader.flush(reason == "length")])
+            calls = [_whole(call, arguments) for call, arguments in made]
             message["content"] = text or (None if calls else "")
+            if thought and self._reading.thoughts:
+                message["reasoning_content"] = thought
             if calls:
                 message["tool_calls"] = calls
                 reason = "tool_calls" if reason == "stop" else reason
-        logprobs = {"content": joined(part.logprobs), "refusal": None}
-        return {
+        choice = {
             "index": number,
             "message": message,
-            "logprobs": logprobs if self._with_logprobs else None,
+            "logprobs": {"content": joined(part.logprobs), "refusal": None} if self._with_logprobs else None,
             "finish_reason": reason,
-            "stop_reason": part.stop,
+            "stop_reason": self._stop(part.stop),
         }
+        wrong = () if calls else self._reading.form.violations(message["content"] or "", reason)
+        return {**choice, "schema_violations": list(wrong)} if wrong else choice
 
     def document(self) -> dict[str, Any]:
         """The response in one piece; vLLM puts the prompt's logprobs beside the choices."""
@@ -266,6 +328,8 @@ def _delta_of(one: ToolEvent) -> str:
     """A piece of an answer as the inside of a `delta`."""
     if isinstance(one, TextDelta):
         return f'"content":{encode_basestring(one.text)}'
+    if isinstance(one, ThoughtDelta):
+        return f'"reasoning_content":{encode_basestring(one.text)}'
     call = _begun(one) if isinstance(one, CallStarted) else {"function": {"arguments": one.text}}
     return f'"tool_calls":[{dumps({"index": one.index, **call})}]'
 
@@ -274,64 +338,158 @@ def _begun(one: CallStarted) -> dict[str, Any]:
     return {"id": one.id, "type": "function", "function": {"name": one.name, "arguments": ""}}
 
 
-def _gathered(news: Sequence[ToolEvent]) -> tuple[str, list[dict[str, Any]]]:
-    """Text and calls of a whole answer."""
-    text = ""
-    calls: list[dict[str, Any]] = []
-    for one in news:
-        if isinstance(one, TextDelta):
-            text += one.text
-        elif isinstance(one, CallStarted):
-            calls.append(_begun(one))
-        elif isinstance(one, ArgumentsDelta):
-            calls[one.index]["function"]["arguments"] += one.text
-    return text, calls
+def _whole(one: CallStarted, arguments: str) -> dict[str, Any]:
+    call = _begun(one)
+    call["function"]["arguments"] = arguments
+    return call
 
 
 async def chat(exchange: Exchange) -> None:
     spec = await exchange.body(ChatRequest)
-    check(spec)
+    check(spec, exchange.service.options.strict)
     async with exchange.service.pool.use(spec.model) as served:
-        request, tools = await exchange.work(partial(prepare_chat, spec, asker_of(exchange, served)))
-        shape = ChatShape(served.name, served.texts, exchange.tally(served.name), request, tools)
+        request, reading = await exchange.work(partial(prepare_chat, spec, asker_of(exchange, served)))
+        exchange.note_form(reading.form)
+        tally = exchange.tally(served.name)
+        shape = ChatShape(served.name, served.texts, tally, request, reading, bool(spec.stream))
         shape.report(spec.stream_options, len(request.prompt))
         await respond(exchange, served, spec, [request], shape)
 
 
-def check(spec: ChatRequest) -> None:
-    """What one field alone cannot tell.
+def check(spec: ChatRequest, strict: bool) -> None:
+    """What one field alone cannot tell; what two fields say of one thing is no fault where both can be heard.
 
     Raises:
         Problem: fields contradict each other.
     """
+    if spec.top_logprobs is not None and not spec.logprobs and (strict or spec.top_logprobs):
+        raise refused("top_logprobs needs logprobs: true", "top_logprobs", None)
+    if not strict:
+        return
     if spec.max_tokens is not None and spec.max_completion_tokens is not None:
         raise refused("max_tokens and max_completion_tokens are both given", "max_tokens", None)
-    if spec.top_logprobs is not None and not spec.logprobs:
-        raise refused("top_logprobs needs logprobs: true", "top_logprobs", None)
     if spec.stream_options is not None and not spec.stream:
         raise refused("stream_options needs stream: true", "stream_options", None)
 
 
-def prepare_chat(spec: ChatRequest, asker: Asker) -> tuple[Request, ToolPlan | None]:
-    """The engine's request for a conversation, and what reads calls from its answer. In a worker thread."""
-    served = asker.served
+def thinking_of(spec: ThinkingFields) -> Thinking:
+    """What a request says about thoughts, whatever words it uses."""
+    told = spec.reasoning or {}
+    effort = spec.reasoning_effort or told.get("effort")
+    enabled = spec.enable_thinking
+    budget: Any = spec.thinking_budget if spec.thinking_budget is not None else told.get("max_tokens")
+    if isinstance(spec.thinking, bool):
+        enabled = spec.thinking if enabled is None else enabled
+    elif spec.thinking is not None:
+        kind = spec.thinking.get("type")
+        if enabled is None and kind in ("enabled", "disabled"):
+            enabled = kind == "enabled"
+        budget = spec.thinking.get("budget_tokens", budget)
+    if enabled is None and isinstance(told.get("enabled"), bool):
+        enabled = told["enabled"]
+    if effort == "none" or budget == 0:
+        enabled = False
+    is_count = isinstance(budget, int) and not isinstance(budget, bool) and budget > 0
+    return Thinking(
+        enabled,
+        effort if isinstance(effort, str) and effort != "none" else None,
+        budget if is_count else None,
+        spec.include_reasoning is not False and told.get("exclude") is not True,
+    )
+
+
+def prepare_chat(spec: ChatRequest, asker: Asker) -> tuple[Request, Reading]:
+    """The engine's request for a conversation, and how its answer is read. In a worker thread."""
+    served, strict = asker.served, asker.options.strict
     tools = offered(spec.tools, spec.tool_choice)
-    plan = plan_of(served, tools, spec.tool_choice, spec.parallel_tool_calls is not False) if tools else None
-    grammar = grammar_of(spec, spec.response_format)
-    if plan is not None and plan.grammar is not None:
-        if grammar is not None:
-            raise refused("an answer that must call a tool can follow no other format", "tool_choice", None)
-        grammar = plan.grammar
-    text = asker.chat_text(spec.messages, tools, spec.add_generation_prompt, spec.chat_template_kwargs)
+    thinking = thinking_of(spec)
+    text = _prompt(spec, asker, tools, thinking)
+    marks = marks_of(served)
+    if marks is not None and thinking.enabled is False and marks.is_open(text):
+        text = f"{text.rstrip()}\n\n{marks.closing}\n\n"  # the template cannot leave the thought out
     asker.check_length(text)
     prompt = asker.chat_tokens(text)
     asked = spec.max_tokens if spec.max_completion_tokens is None else spec.max_completion_tokens
+    most = asker.limit(asked, len(prompt))
+    form = form_of(spec, spec.response_format, strict=strict)
+    style = served.model.tokenizer.tool_style(served.model.config.architecture) if tools else None
+    if style is not None:
+        style = replace(style, schemas=checked_tools(tools or ()))
+    one_call = _calls_at_most_one(spec)
+    thought = _thought(thinking, marks, marks is not None and marks.is_open(text), most, form)
+    grammar = _grammar(spec, tools, style, form, thought)
+    reading = Reading(
+        style=style,
+        names=tuple(tool["function"]["name"] for tool in tools or ()),
+        marks=marks,
+        inside=marks is not None and marks.is_open(text),
+        most_calls=1 if one_call and style is not None else None,
+        harmony=is_harmony(template_of(served.model.tokenizer.fields.chat_templates)),
+        thoughts=thinking.shown,
+        form=form,
+        stop=style.closing if style is not None and one_call and grammar is None else None,
+    )
     request = asker.request(
         spec,
         prompt,
-        max_new_tokens=asker.limit(asked, len(prompt)),
+        max_new_tokens=most,
         logprobs=(spec.top_logprobs or 0) if spec.logprobs else None,
         grammar=grammar,
-        keep_special=plan.style.keep_ids if plan is not None else (),
+        keep_special=tuple({*(style.keep_ids if style else ()), *(marks.keep_ids if marks else ())}),
+        more_stops=(reading.stop,) if reading.stop else (),
     )
-    return request, plan
+    return request, reading
+
+
+def _calls_at_most_one(spec: ChatRequest) -> bool:
+    forced = spec.tool_choice == "required" or isinstance(spec.tool_choice, Mapping)
+    named = isinstance(spec.tool_choice, Mapping)
+    return named or spec.parallel_tool_calls is False or (forced and spec.parallel_tool_calls is not True)
+
+
+def _prompt(spec: ChatRequest, asker: Asker, tools: Tools | None, thinking: Thinking) -> str:
+    variables = {**thinking.variables, **(spec.chat_template_kwargs or {})}
+    if spec.continue_final_message:
+        if spec.add_generation_prompt:
+            said = "continue_final_message and add_generation_prompt cannot both be true"
+            raise refused(said, "continue_final_message", None)
+        return asker.continued_text(spec.messages, tools, variables)
+    return asker.chat_text(spec.messages, tools, spec.add_generation_prompt, variables)
+
+
+_FOR_THE_ANSWER = 1024
+"""Tokens of an answer's limit that a thought leaves to a form behind it, or three quarters of a small one: a
+model that thinks to the limit would give nothing at all."""
+
+
+def _thought(
+    thinking: Thinking, marks: ThoughtMarks | None, inside: bool, most: int, form: Form
+) -> Thought | None:
+    """What the grammar must let come first; None where no thought can come."""
+    if marks is None or (thinking.enabled is False and not inside):
+        return None
+    budget = thinking.most_tokens
+    if form.grammar is not None:
+        left = most - min(3 * most // 4, _FOR_THE_ANSWER)
+        budget = left if budget is None else min(budget, left)
+    return Thought(marks, inside, None if budget is None else _rounded(budget))
+
+
+def _rounded(count: int) -> int:
+    """At most the count, with two leading bits: a grammar is compiled for each, and few are kept."""
+    size = max(0, count.bit_length() - 2)
+    return max(1, count >> size << size)
+
+
+def _grammar(
+    spec: ChatRequest, tools: Tools | None, style: ToolStyle | None, form: Form, thought: Thought | None
+) -> Grammar | None:
+    """What the whole answer must match: the thought, then a call or the form."""
+    calls = None
+    if tools and style is not None:
+        calls = calls_of(tools, spec.tool_choice, spec.parallel_tool_calls, style, strict=False)
+        if form.grammar is None and not calls.forced:
+            calls = None  # the model calls freely
+    if calls is not None and calls.forced:
+        form = Form()  # the call wins
+    return answer_grammar(form.grammar, calls, thought)

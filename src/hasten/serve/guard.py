@@ -186,7 +186,10 @@ class Guard:
         if origin and self._may_call(origin):
             extra += [
                 (b"access-control-allow-origin", origin),
-                (b"access-control-expose-headers", b"x-request-id, retry-after"),
+                (
+                    b"access-control-expose-headers",
+                    b"x-request-id, retry-after, x-hasten-ignored, x-hasten-schema",
+                ),
                 (b"vary", b"origin"),
             ]
         return extra
@@ -277,7 +280,10 @@ class _Watch:
             if self._unread and (self._taken or not self._waits) and message["status"] != 408:
                 await self._drain()
             call.started, call.status = True, message["status"]
-            message["headers"] = [*message.get("headers", ()), *self._extra]
+            own = [
+                (name.encode(), value.encode("latin-1", "replace")) for name, value in call.headers.items()
+            ]
+            message["headers"] = [*message.get("headers", ()), *self._extra, *own]
         call.sending_since = self._loop.time()
         if self._timer is None:
             self._timer = self._loop.call_later(self._patience_s, self._check)

@@ -72,6 +72,20 @@ class ResponseStore:
             )
         return found
 
+    def item(self, name: str, owner: str, param: str) -> Mapping[str, Any]:
+        """The item of that id in any stored response, the newest first.
+
+        Raises:
+            Problem: 404: none has it.
+        """
+        for response in reversed(self._kept.values()):
+            if response.owner == owner:
+                for item in response.document.get("output", ()):
+                    if item.get("id") == name:
+                        return dict(item)
+        said = f"no stored response has an item {name[:100]!r}; send the item itself, or store: true"
+        raise Problem(404, said, param=param, code="item_not_found")
+
     def remove(self, name: str, owner: str) -> None:
         self._bytes -= self.get(name, owner).size
         del self._kept[name]

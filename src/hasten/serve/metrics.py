@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from hasten.serve.body import KNOWN_NAMES
+
 if TYPE_CHECKING:
     from hasten.engine.request import EngineStats, Output, Usage
     from hasten.serve.call import Call, Scope
@@ -266,6 +268,7 @@ class Metrics:
             "request_success", "Answers finished, by reason.", "model_name", "finished_reason"
         )
         self._http = self._counter("http_requests", "HTTP requests, by outcome.", "method", "path", "status")
+        self._ignored = self._counter("ignored_fields", "Fields of requests that were left out.", "field")
         self._cached = self._counter("response_cache_hits", "Requests answered from memory.", "model_name")
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -274,6 +277,11 @@ class Metrics:
     def http(self, method: str, path: str, status: int) -> None:
         known = method if method in ("GET", "POST", "DELETE", "OPTIONS", "HEAD") else "other"
         self._http.labels(known, path, str(status)).inc()
+
+    def ignored(self, names: Iterable[str]) -> None:
+        """Fields of a body that were left out; names that nobody knows count together."""
+        for name in names:
+            self._ignored.labels(name if name in KNOWN_NAMES else "other").inc()
 
     def answered_from_memory(self, model: str) -> None:
         self._cached.labels(model).inc()

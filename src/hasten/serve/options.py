@@ -52,6 +52,9 @@ class ServeOptions:
     )
     response_cache_mb: float = _flag(64.0, "most that memory may hold, MB")
     record: Path | None = _flag(None, "file to append a trace of requests to, for hasten cache replay")  # noqa: RUF009  it makes a field
+    strict: bool = _flag(
+        False, "refuse fields that are not known or not served, and caps above what fits, instead of going on"
+    )
     log: bool = _flag(True, "write one JSON line a request to stderr")
 
     def __post_init__(self) -> None:

@@ -8,17 +8,18 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hasten.engine.request import Request
 from hasten.errors import TokenizerError
 from hasten.runtime.sampling import SamplingOptions
-from hasten.serve.call import refused
+from hasten.serve.call import Problem, refused
 
 if TYPE_CHECKING:
-    from hasten.engine.grammar import Grammar
-    from hasten.models.tool_calls import ToolCallStream, ToolStyle
+    from hasten.engine.grammar import Calls, Grammar
+    from hasten.models.answers import Reader, ThoughtMarks
+    from hasten.models.tool_calls import ToolStyle
     from hasten.serve.body import SamplingFields, SharedFields
     from hasten.serve.options import ServeOptions
     from hasten.serve.pool import Served
@@ -61,6 +62,8 @@ class Asker:
 
         tokenizer = self.served.model.tokenizer
         plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        if not self.options.strict:
+            plain = [dict(_mended(message)) for message in plain]
         chat, named = prepared(plain, tools, tokenizer.fields.chat_templates)
         taken = _TEMPLATE_NAMES & (variables or {}).keys()
         if taken:
@@ -73,6 +76,26 @@ class Asker:
             )
         except TokenizerError as error:  # its hint is for the command line
             raise refused(error.message, "messages", "invalid_prompt") from error
+
+    def continued_text(
+        self, messages: Sequence[Mapping[str, Any]], tools: Tools | None, variables: Mapping[str, Any] | None
+    ) -> str:
+        """A conversation whose last message the answer goes on with.
+
+        Raises:
+            Problem: 400, the template writes the last message in a way that has no end to go on from.
+        """
+        last = messages[-1]
+        content = last.get("content") or ""
+        words = content if isinstance(content, str) else "".join(part["text"] for part in content)
+        marked = [*messages[:-1], {**last, "content": words + _HERE}]
+        text, found, _ = self.chat_text(marked, tools, False, variables).rpartition(_HERE)
+        if not found:
+            said = (
+                "the model's template does not let a message be continued; leave continue_final_message out"
+            )
+            raise refused(said, "continue_final_message")
+        return text
 
     def chat_tokens(self, text: str) -> tuple[int, ...]:
         """Token ids of what `chat_text` gave; turns that were said before are remembered."""
@@ -133,18 +156,27 @@ class Asker:
             raise refused(said, None, "prompt_too_long")
         room = context - prompt
         if room < (1 if asked is None else min(1, asked)):
-            said = f"the prompt has {prompt} tokens, the context {context}: no room for an answer"
+            said = f"the prompt has {prompt} tokens: no room for an answer; {self._context_words()}"
             raise refused(said, None, "context_length_exceeded")
         most = room if options.max_output_tokens is None else min(room, options.max_output_tokens)
         if asked is None:
             return most
+        if not options.strict:  # a cap, not a demand: editors send a fixed large one
+            return min(asked, most)
         if asked > room:
-            said = f"the prompt has {prompt} tokens and {asked} more are asked for; the context is {context}"
+            said = f"the prompt has {prompt} tokens and {asked} more are asked for; {self._context_words()}"
             raise refused(said, "max_tokens", "context_length_exceeded")
         if asked > most:
             said = f"{asked} tokens are asked for, this server gives {most}"
             raise refused(said, "max_tokens", "too_many_tokens")
         return asked
+
+    def _context_words(self) -> str:
+        """Programs look for the first words; people need the flag."""
+        context = self.served.context
+        able = getattr(self.served.model.config, "context", context)
+        more = f" (the model can {able})" if able > context else ""
+        return f"this server's maximum context length is {context} tokens; more with --context{more}"
 
     def shared(self, spec: SharedFields) -> dict[str, Any]:
         """What every request of the engine has of its body; `client` is the user of an address or key."""
@@ -165,14 +197,15 @@ class Asker:
         logprobs: int | None,
         grammar: Grammar | None,
         keep_special: tuple[int, ...] = (),
+        more_stops: tuple[str, ...] = (),
     ) -> Request:
         if logprobs is not None or spec.prompt_logprobs is not None:
             _ = self.served.texts.values  # read here, not where streams are written
         return Request(
             prompt=prompt,
             max_new_tokens=max_new_tokens,
-            sampling=sampling_of(spec),
-            stop=(spec.stop,) if isinstance(spec.stop, str) else tuple(spec.stop or ()),
+            sampling=sampling_of(spec, usual_sampling(self.served)),
+            stop=((spec.stop,) if isinstance(spec.stop, str) else tuple(spec.stop or ())) + more_stops,
             stop_token_ids=tuple(spec.stop_token_ids or ()),
             n=spec.n or 1,
             logprobs=logprobs,
@@ -195,33 +228,97 @@ def check_ids(served: Served, ids: Sequence[int], param: str) -> None:
         raise refused(f"a token id is {max(ids)}; the vocabulary has {vocabulary}", param)
 
 
-def sampling_of(spec: SamplingFields) -> SamplingOptions:
-    """Sampling with OpenAI's defaults: temperature 1, another seed each time."""
-    values: dict[str, Any] = {
-        "temperature": 1.0 if spec.temperature is None else spec.temperature,
-        "top_k": max(0, spec.top_k or 0),
-        "seed": secrets.randbits(63) if spec.seed is None else spec.seed % 2**64,
-        "ignore_eos": bool(spec.ignore_eos),
-        "logit_bias": {int(token): bias for token, bias in (spec.logit_bias or {}).items()},
-    }
-    for name in ("top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+def sampling_of(spec: SamplingFields, usual: Mapping[str, float] | None = None) -> SamplingOptions:
+    """Sampling as asked, else as the model's authors advise, else OpenAI's: temperature 1, another seed each
+    time.
+
+    Args:
+        spec: the request.
+        usual: temperature, top_p, top_k ... of the model's generation_config.json.
+    """
+    values: dict[str, Any] = {"temperature": 1.0, **(usual or {})}
+    names = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    for name in (*names, "top_k"):
         if (value := getattr(spec, name)) is not None:
             values[name] = value
+    values["top_k"] = max(0, int(values.get("top_k", 0)))
+    values["seed"] = secrets.randbits(63) if spec.seed is None else spec.seed % 2**64
+    values["ignore_eos"] = bool(spec.ignore_eos)
+    values["logit_bias"] = {int(token): bias for token, bias in (spec.logit_bias or {}).items()}
     return SamplingOptions(**values)
 
 
-def grammar_of(spec: SamplingFields, response_format: Mapping[str, Any] | None) -> Grammar | None:
-    """What the answer must match, None if anything goes.
+_HERE = "\x1dthe answer goes on here\x1d"
+
+
+def _mended(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message whose calls have arguments that are objects: what a model once wrote wrong must not end a
+    conversation."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    return {**message, "tool_calls": [_mended_call(call) for call in calls]}
+
+
+def _mended_call(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    function = call["function"]
+    arguments = function.get("arguments")
+    try:
+        if isinstance(json.loads(arguments or "{}") if isinstance(arguments, str) else arguments, Mapping):
+            return call
+    except (ValueError, RecursionError):
+        pass
+    return {**call, "function": {**function, "arguments": {"malformed": str(arguments)}}}
+
+
+def usual_sampling(served: Served) -> Mapping[str, float]:
+    """What the model's authors advise; nothing where they say nothing."""
+    return getattr(served.model, "sampling", None) or {}
+
+
+@dataclass(frozen=True)
+class Form:
+    """What an answer's text must match, and what is left to check when it is there."""
+
+    grammar: Grammar | None = None
+    schema: Any = None  # as it was sent, where the grammar does not follow all of it
+    checked: tuple[str, ...] = ()  # the keywords that it does not follow
+    strict: bool = False  # an answer that does not match is an error
+
+    def violations(self, text: str, finish: str) -> tuple[str, ...]:
+        """What of a whole answer does not match; nothing of one that was cut.
+
+        Raises:
+            Problem: it does not match a schema that the client called strict.
+        """
+        if not self.checked or finish != "stop":
+            return ()
+        from hasten.engine.schema import violations
+
+        found = violations(self.schema, text)
+        if found and self.strict:
+            said = f"the answer does not follow the strict schema: {'; '.join(found)}; ask again"
+            raise Problem(500, said, param="response_format", code="schema_not_followed")
+        return found
+
+
+def form_of(spec: SamplingFields, response_format: Mapping[str, Any] | None, *, strict: bool) -> Form:
+    """The form that an answer must have.
+
+    Args:
+        strict: schemas are used as they are, and refused where a grammar cannot follow them.
 
     Raises:
         Problem: more than one thing is asked for.
     """
     wanted: list[tuple[str, Any]] = []
+    must = False
     match response_format:
         case {"type": "json_object"}:
             wanted.append(("json_object", ""))
-        case {"type": "json_schema", "json_schema": {"schema": schema}}:
+        case {"type": "json_schema", "json_schema": {"schema": schema, **more}}:
             wanted.append(("json_schema", schema))
+            must = more.get("strict") is True
     guided = spec.structured_outputs
     if guided is not None:
         wanted += _guided(guided.json_, guided.regex, guided.choice, guided.grammar)
@@ -232,11 +329,26 @@ def grammar_of(spec: SamplingFields, response_format: Mapping[str, Any] | None) 
         said = f"an answer can follow one grammar, {len(wanted)} are given; give one of {hint}"
         raise refused(said, None, None)
     if not wanted:
-        return None
+        return Form()
     from hasten.engine.grammar import Grammar
 
     kind, source = wanted[0]
-    return Grammar(kind, source if isinstance(source, str) else json.dumps(source))  # type: ignore[arg-type]
+    if kind == "json_schema" and not strict:
+        return _of_schema(source, must)
+    return Form(Grammar(kind, source if isinstance(source, str) else json.dumps(source)))  # type: ignore[arg-type]
+
+
+def _of_schema(source: Any, must: bool) -> Form:
+    from hasten.engine.grammar import Grammar
+    from hasten.engine.schema import followed
+
+    try:
+        schema = json.loads(source) if isinstance(source, str) else source
+    except (ValueError, RecursionError):  # the engine says what is wrong
+        return Form(Grammar("json_schema", source))
+    kept = followed(schema)
+    form = Grammar("json_schema", json.dumps(kept.schema))
+    return Form(form) if kept.is_whole else Form(form, schema, kept.checked, must)
 
 
 def _guided(*sources: Any) -> list[tuple[str, Any]]:
@@ -245,17 +357,67 @@ def _guided(*sources: Any) -> list[tuple[str, Any]]:
 
 
 @dataclass(frozen=True)
-class ToolPlan:
-    """How a request's tools are served: what the model must write, and what reads its answer."""
+class Thinking:
+    """What a request says about thoughts. None: the model's own way."""
 
-    style: ToolStyle
-    grammar: Grammar | None  # None: the model decides freely
+    enabled: bool | None = None
+    effort: str | None = None
+    most_tokens: int | None = None
+    shown: bool = True
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The names by which templates ask."""
+        found: dict[str, Any] = {}
+        if self.enabled is not None:
+            found |= {"enable_thinking": self.enabled, "thinking": self.enabled}
+        if self.effort is not None:
+            found["reasoning_effort"] = self.effort
+        return found
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How an answer is read: thoughts, calls, content; and what of it is checked at its end."""
+
+    style: ToolStyle | None = None  # None: there are no tools
     names: tuple[str, ...] = ()  # of the functions offered: a call without its marks counts if it names one
+    marks: ThoughtMarks | None = None
+    inside: bool = False  # the prompt has opened a thought
+    most_calls: int | None = None
+    harmony: bool = False
+    thoughts: bool = True  # they are shown
+    form: Form = Form()
+    stop: str | None = None  # a mark of ours that ends the answer: nobody asked for it
 
-    def reader(self) -> ToolCallStream:
-        from hasten.models.tool_calls import ToolCallStream
+    @property
+    def is_plain(self) -> bool:
+        """Whether all of the answer is content."""
+        return self.style is None and self.marks is None and not self.harmony
 
-        return ToolCallStream(self.style, self.names)
+    def reader(self, streamed: bool) -> Reader:
+        from hasten.models.answers import AnswerReader, HarmonyReader, ToolCallStream
+
+        if self.harmony:
+            return HarmonyReader(self.style, self.most_calls)
+        calls = None
+        if self.style is not None:
+            calls = ToolCallStream(self.style, self.names, streamed=streamed)
+        return AnswerReader(self.marks, self.inside, calls, self.most_calls)
+
+
+def marks_of(served: Served) -> ThoughtMarks | None:
+    """How the served model marks its thoughts; None: it does not."""
+    from hasten.models.answers import thought_marks
+    from hasten.models.tool_calls import template_of
+
+    tokenizer = served.model.tokenizer
+    found = thought_marks(template_of(tokenizer.fields.chat_templates), {})
+    if found is None:
+        return None
+    ids = {mark: tokenizer.id_of(mark) for mark in (found.opening, found.closing)}
+    special = {mark: one for mark, one in ids.items() if one is not None and one in tokenizer.special_ids}
+    return replace(found, special=special)
 
 
 def offered(tools: Tools | None, choice: ToolChoice) -> Tools | None:
@@ -277,10 +439,23 @@ def offered(tools: Tools | None, choice: ToolChoice) -> Tools | None:
     return None if choice == "none" else tools
 
 
-def plan_of(served: Served, tools: Tools, choice: ToolChoice, parallel: bool) -> ToolPlan:
-    from hasten.engine.grammar import tool_grammar
+def calls_of(
+    tools: Tools, choice: ToolChoice, parallel: bool | None, style: ToolStyle, *, strict: bool
+) -> Calls:
+    """The calls an answer may or must make: one where one is forced, unless several are asked for.
 
-    model = served.model
-    style = model.tokenizer.tool_style(model.config.architecture)
-    grammar = tool_grammar(tools, choice or "auto", parallel, style)  # type: ignore[arg-type]
-    return ToolPlan(style, grammar, tuple(tool["function"]["name"] for tool in tools))
+    Raises:
+        UsageError: the tools are not what they must be.
+    """
+    from hasten.engine.grammar import MOST_CALLS, Calls, checked_tools
+    from hasten.engine.schema import followed
+
+    functions = checked_tools(tools)
+    forced = choice == "required" or isinstance(choice, Mapping)
+    if isinstance(choice, Mapping):
+        name = choice["function"]["name"]
+        functions = {name: functions[name]}
+    one = parallel is False or isinstance(choice, Mapping) or (forced and parallel is not True)
+    if not strict:
+        functions = {name: followed(schema).schema for name, schema in functions.items()}
+    return Calls(functions, forced, 1 if one else MOST_CALLS, style)

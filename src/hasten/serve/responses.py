@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 from typing_extensions import NotRequired, TypedDict
 
-from hasten.models.tool_calls import ArgumentsDelta, CallStarted, TextDelta, ToolEvent
+from hasten.models.answers import ArgumentsDelta, CallStarted, TextDelta, ThoughtDelta, ToolEvent
 from hasten.serve.body import DrawingFields, JsonObject, Text
 from hasten.serve.call import refused
 from hasten.serve.chat import (
@@ -27,12 +27,13 @@ from hasten.serve.generate import asker_of, respond
 from hasten.serve.kept import StoredResponse
 from hasten.serve.metrics import Tally
 from hasten.serve.shape import Answer, News, TokenTexts, dumped, dumps, joined
+from hasten.serve.spelling import spelled_chat, spelled_items
 
 if TYPE_CHECKING:
     from hasten.engine.request import Output, Request
-    from hasten.models.tool_calls import ToolCallStream
     from hasten.serve.call import Problem
-    from hasten.serve.prepare import ToolPlan
+    from hasten.serve.kept import ResponseStore
+    from hasten.serve.prepare import Reading
     from hasten.serve.service import Exchange
 
 Label = Annotated[str, Field(max_length=512)]
@@ -82,6 +83,22 @@ class FunctionCallOutput(Item):
     output: Content
 
 
+class ReasoningItem(Item):
+    """What the model thought before."""
+
+    type: Literal["reasoning"]
+    summary: NotRequired[list[Any] | None]
+    content: NotRequired[list[Any] | None]
+    encrypted_content: NotRequired[Text | None]
+
+
+class ItemReference(TypedDict):
+    """An item of a stored response, by its id."""
+
+    type: Literal["item_reference"]
+    id: Text
+
+
 def _kind(item: Any) -> str:
     return str(item.get("type", "message")) if isinstance(item, dict) else ""
 
@@ -89,11 +106,14 @@ def _kind(item: Any) -> str:
 InputItem = Annotated[
     Annotated[InputMessage, Tag("message")]
     | Annotated[FunctionCall, Tag("function_call")]
-    | Annotated[FunctionCallOutput, Tag("function_call_output")],
+    | Annotated[FunctionCallOutput, Tag("function_call_output")]
+    | Annotated[ReasoningItem, Tag("reasoning")]
+    | Annotated[ItemReference, Tag("item_reference")],
     Discriminator(
         _kind,
         custom_error_type="unknown_item",
-        custom_error_message="should be an object of type message, function_call or function_call_output",
+        custom_error_message="should be an object of type message, function_call, function_call_output, "
+        "reasoning or item_reference",
     ),
 ]
 
@@ -113,7 +133,7 @@ class FunctionChoice(OfFunction, NamedFunction):
 
 
 class JsonSchemaText(JsonSchema):
-    """JSON that follows a schema; answers always follow it, whatever `strict` says."""
+    """JSON that follows a schema; answers follow it whatever `strict` says, as far as a grammar can."""
 
     type: Literal["json_schema"]
 
@@ -122,6 +142,10 @@ class TextOptions(TypedDict, total=False):
     """The form of the text."""
 
     format: Annotated[PlainFormat | JsonSchemaText, Field(discriminator="type")] | None
+    verbosity: Literal["low", "medium", "high"] | None
+
+
+_INCLUDED = ("message.output_text.logprobs", "reasoning.encrypted_content")
 
 
 class ResponseRequest(DrawingFields):
@@ -135,17 +159,58 @@ class ResponseRequest(DrawingFields):
     max_output_tokens: int | None = Field(None, ge=1, lt=2**31)
     top_logprobs: int | None = Field(None, ge=0, le=20)
     include: (
-        Annotated[list[Literal["message.output_text.logprobs"]], Field(max_length=16, fail_fast=True)] | None
+        Annotated[
+            list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]],
+            Field(max_length=16, fail_fast=True),
+        ]
+        | None
     ) = None
     text: TextOptions | None = None
+    reasoning: JsonObject | None = Field(None, description="effort; summary and others are taken")
     tools: Annotated[list[FunctionTool], Field(max_length=256, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
     parallel_tool_calls: bool | None = None
-    truncation: Literal["disabled"] | None = None
+    truncation: Literal["disabled", "auto"] | None = None
     background: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
     prompt_cache_key: Label | None = None
     chat_template_kwargs: JsonObject | None = None
+
+    @classmethod
+    def understood(cls, document: dict[str, Any], ignored: set[str]) -> dict[str, Any]:
+        """A request in OpenAI's words of today."""
+        found = spelled_chat({**document, "messages": None}, ignored)
+        if isinstance(document.get("input"), list):
+            found["input"] = spelled_items(document["input"], ignored)
+        if isinstance(found.get("tools"), list):
+            found["tools"] = [_flat(tool) for tool in found["tools"]]
+        choice = found.get("tool_choice")
+        if isinstance(choice, Mapping):
+            found["tool_choice"] = _flat(choice)
+        if isinstance(found.get("include"), list):
+            ignored.update(f"include.{one}"[:60] for one in found["include"] if one not in _INCLUDED)
+            found["include"] = [one for one in found["include"] if one in _INCLUDED]
+        if document.get("store") is True:
+            found["store"] = True
+            ignored.discard("store")
+        form = found["text"].get("format") if isinstance(found.get("text"), Mapping) else None
+        if isinstance(form, Mapping) and form.get("type") == "json_schema" and form.get("strict") is None:
+            found["text"] = {**found["text"], "format": {k: v for k, v in form.items() if k != "strict"}}
+        if isinstance(found.get("metadata"), Mapping):
+            found["metadata"] = _labels(found["metadata"])
+        return super().understood(found, ignored)
+
+
+def _flat(tool: Any) -> Any:
+    """A function without its inner object, as this endpoint has it."""
+    inner = tool.get("function") if isinstance(tool, Mapping) else None
+    return {"type": "function", **inner} if isinstance(inner, Mapping) else tool
+
+
+def _labels(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata within OpenAI's bounds: it comes back with the response and does nothing else."""
+    few = list(metadata.items())[:16]
+    return {key[:64]: (value if isinstance(value, str) else dumps(value))[:512] for key, value in few}
 
 
 class ResponseShape(Answer):
@@ -153,20 +218,28 @@ class ResponseShape(Answer):
 
     Args:
         fields: what the document says beside status, output and usage: the request's own values.
-        reader: finds tool calls; None: there are no tools.
+        reading: how the answer is read.
+        streamed: it goes out as it comes.
     """
 
     def __init__(
-        self, fields: Mapping[str, Any], texts: TokenTexts, tally: Tally, reader: ToolCallStream | None
+        self,
+        fields: Mapping[str, Any],
+        texts: TokenTexts,
+        tally: Tally,
+        reading: Reading,
+        streamed: bool = False,
     ) -> None:
         super().__init__(texts, tally)
         self.id = f"resp_{secrets.token_hex(16)}"
         self.output: list[dict[str, Any]] = []
         self._fields = fields
-        self._reader = reader
+        self._reading = reading
+        self._reader = None if reading.is_plain else reading.reader(streamed)
         self._status = "in_progress"
         self._error: dict[str, Any] | None = None
         self._sequence = 0
+        self._thought_tokens = 0  # of answers so far: those whose step gave nothing but a thought
         self._pieces: list[str] = []  # of the open item: text or arguments
         self._logprobs: list[str] = []  # of tokens whose text is held back or comes with the next; JSON
         self._said: list[str] = []  # of the open item
@@ -186,9 +259,12 @@ class ResponseShape(Answer):
             for one in self._read(output):
                 events += self._follow(one)
             if output.finish_reason is not None:
-                if not self.output or (self._logprobs and self._is_open("message")):
+                said = any(item["type"] != "reasoning" for item in self.output)
+                if not said or (self._logprobs and self._is_open("message")):
                     events += self._add_text("")
                 self._status = "completed" if output.finish_reason == "stop" else "incomplete"
+                if self._is_open("message"):
+                    self._reading.form.violations("".join(self._pieces), output.finish_reason)
                 events += self._close(self._status)
         return "".join(events).encode("utf-8", "replace")
 
@@ -201,7 +277,8 @@ class ResponseShape(Answer):
         return self._event("response.failed", response=self.document()).encode("utf-8", "replace")
 
     def document(self) -> dict[str, Any]:
-        usage = {**self.tally.usage("input", "output"), "output_tokens_details": {"reasoning_tokens": 0}}
+        details = {"reasoning_tokens": self._thought_tokens}
+        usage = {**self.tally.usage("input", "output"), "output_tokens_details": details}
         cut = {"reason": "max_output_tokens"} if self._status == "incomplete" else None
         return {
             "id": self.id,
@@ -218,12 +295,18 @@ class ResponseShape(Answer):
         if self._reader is None:
             return [TextDelta(output.text)] if output.text or output.logprobs else []
         news = self._reader.push(output.text)
-        return [*news, *self._reader.flush()] if output.finish_reason is not None else news
+        if output.finish_reason is not None:
+            news = [*news, *self._reader.flush(output.finish_reason == "length")]
+        if news and all(isinstance(one, ThoughtDelta) for one in news):
+            self._thought_tokens += len(output.token_ids)
+        return news
 
     def _follow(self, one: ToolEvent) -> list[str]:
         if isinstance(one, TextDelta):
             return self._add_text(one.text)
-        self._logprobs = []  # a call has none
+        self._logprobs = []  # calls and thoughts have none
+        if isinstance(one, ThoughtDelta):
+            return self._add_thought(one.text) if self._reading.thoughts else []
         if isinstance(one, CallStarted):
             return [*self._close("completed"), self._open_call(one)]
         return [self._add_arguments(one)]
@@ -247,6 +330,17 @@ class ResponseShape(Answer):
         self._sequence += 1
         delta = f'{{{body},"delta":{encode_basestring(text)},"logprobs":[{",".join(entries)}]}}'
         return [*events, f"event: {kind}\ndata: {delta}\n\n"]
+
+    def _add_thought(self, text: str) -> list[str]:
+        events = []
+        if not self._is_open("reasoning"):
+            events = self._close("completed")
+            item = {"id": f"rs_{secrets.token_hex(16)}", "type": "reasoning", "status": "in_progress"}
+            self.output.append({**item, "summary": [], "content": []})
+            events.append(self._item_event("response.output_item.added", item=self.output[-1]))
+        self._pieces.append(text)
+        kind = "response.reasoning_text.delta"
+        return [*events, self._part_event(kind, delta=text)]
 
     def _open_call(self, call: CallStarted) -> str:
         item = {"id": f"fc_{secrets.token_hex(16)}", "type": "function_call", "status": "in_progress"}
@@ -277,6 +371,9 @@ class ResponseShape(Answer):
             item["arguments"] = text
             kind = "response.function_call_arguments.done"
             events = [self._item_event(kind, item_id=item["id"], name=item["name"], arguments=text)]
+        elif item["type"] == "reasoning":
+            item["content"] = [{"type": "reasoning_text", "text": text}]
+            events = [self._part_event("response.reasoning_text.done", text=text)]
         else:
             part = item["content"][0]
             part["text"], part["logprobs"], self._said = text, joined(self._said), []
@@ -307,17 +404,20 @@ async def create(exchange: Exchange) -> None:
     earlier: Sequence[Mapping[str, Any]] = ()
     if spec.previous_response_id is not None:
         earlier = service.stored.get(spec.previous_response_id, owner, "previous_response_id").messages
+    given = spec.input if isinstance(spec.input, str) else _dereferenced(spec.input, service.stored, owner)
     async with service.pool.use(spec.model) as served:
-        fields = fields_of(spec, served.name)
 
-        def prepare() -> tuple[Request, ToolPlan | None, Messages, int]:
-            told = [*map(dict, earlier), *messages_of(spec.input)]
-            request, tools = prepare_chat(as_chat(spec, told), asker_of(exchange, served))
-            return request, tools, told, len(dumped(told)) + len(dumped(fields)) if fields["store"] else 0
+        def prepare() -> tuple[Request, Reading, Messages, dict[str, Any], int]:
+            told = [*map(dict, earlier), *messages_of(given)]
+            request, reading = prepare_chat(as_chat(spec, told), asker_of(exchange, served))
+            fields = fields_of(spec, served.name, request)
+            size = len(dumped(told)) + len(dumped(fields)) if fields["store"] else 0
+            return request, reading, told, fields, size
 
-        request, tools, told, size = await exchange.work(prepare)
+        request, reading, told, fields, size = await exchange.work(prepare)
+        exchange.note_form(reading.form)
         tally = exchange.tally(served.name)
-        shape = ResponseShape(fields, served.texts, tally, tools.reader() if tools else None)
+        shape = ResponseShape(fields, served.texts, tally, reading, bool(spec.stream))
 
         def keep() -> None:
             if fields["store"]:
@@ -326,6 +426,22 @@ async def create(exchange: Exchange) -> None:
                 service.stored.add(shape.id, StoredResponse(owner, shape.document(), messages, bytes_))
 
         await respond(exchange, served, spec, [request], shape, keep)
+
+
+def _dereferenced(
+    items: Sequence[Mapping[str, Any]], stored: ResponseStore, owner: str
+) -> list[Mapping[str, Any]]:
+    """Items with those that are named by id in their place.
+
+    Raises:
+        Problem: 404, no stored response has such an item.
+    """
+    found = []
+    for number, item in enumerate(items):
+        if item.get("type") == "item_reference":
+            item = stored.item(item["id"], owner, f"input.{number}.id")
+        found.append(item)
+    return found
 
 
 async def retrieve(exchange: Exchange) -> None:
@@ -344,12 +460,17 @@ def messages_of(given: str | Sequence[Mapping[str, Any]]) -> Messages:
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
     messages: Messages = []
+    thought = ""
     for item in given:
         kind = item.get("type", "message")
-        if kind == "function_call":
+        if kind == "reasoning":
+            parts = item.get("content") or item.get("summary") or ()
+            thought = "\n".join(str(part.get("text", "")) for part in parts if isinstance(part, Mapping))
+        elif kind == "function_call":
             call = {"name": item["name"], "arguments": item["arguments"]}
             if not messages or messages[-1]["role"] != "assistant":
-                messages.append({"role": "assistant", "content": None})
+                messages.append({"role": "assistant", "content": None, **_thinking(thought)})
+                thought = ""
             calls = messages[-1].setdefault("tool_calls", [])
             calls.append({"id": item["call_id"], "type": "function", "function": call})
         elif kind == "function_call_output":
@@ -357,8 +478,15 @@ def messages_of(given: str | Sequence[Mapping[str, Any]]) -> Messages:
                 {"role": "tool", "tool_call_id": item["call_id"], "content": _text(item["output"])}
             )
         else:
-            messages.append({"role": item["role"], "content": _text(item["content"])})
+            said = {"role": item["role"], "content": _text(item["content"])}
+            if item["role"] == "assistant":
+                said, thought = {**said, **_thinking(thought)}, ""
+            messages.append(said)
     return messages
+
+
+def _thinking(thought: str) -> dict[str, str]:
+    return {"reasoning_content": thought} if thought else {}
 
 
 def _text(content: str | Sequence[Mapping[str, Any]]) -> str:
@@ -372,7 +500,7 @@ def as_chat(spec: ResponseRequest, told: Messages) -> ChatRequest:
         Problem: fields contradict each other.
     """
     wanted = "message.output_text.logprobs" in (spec.include or ())
-    if spec.top_logprobs is not None and not wanted:
+    if spec.top_logprobs and not wanted:
         raise refused('top_logprobs needs include: ["message.output_text.logprobs"]', "top_logprobs")
     if spec.instructions:
         told = [{"role": "system", "content": spec.instructions}, *told]
@@ -392,6 +520,7 @@ def as_chat(spec: ResponseRequest, told: Messages) -> ChatRequest:
         response_format=form,
         tools=[{"type": "function", "function": _without_type(tool)} for tool in spec.tools or ()] or None,
         tool_choice=choice,
+        reasoning=spec.reasoning,
     )
 
 
@@ -399,7 +528,7 @@ def _without_type(thing: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in thing.items() if key != "type"}
 
 
-def fields_of(spec: ResponseRequest, model: str) -> dict[str, Any]:
+def fields_of(spec: ResponseRequest, model: str, request: Request) -> dict[str, Any]:
     """The request's own values, as the response repeats them."""
     return {
         "created_at": int(time.time()),
@@ -409,15 +538,15 @@ def fields_of(spec: ResponseRequest, model: str) -> dict[str, Any]:
         "metadata": spec.metadata or {},
         "parallel_tool_calls": spec.parallel_tool_calls is not False,
         "previous_response_id": spec.previous_response_id,
-        "reasoning": {"effort": None, "summary": None},
+        "reasoning": {"effort": None, "summary": None, **(spec.reasoning or {})},
         "store": spec.store is not False,
-        "temperature": 1.0 if spec.temperature is None else spec.temperature,
+        "temperature": request.sampling.temperature,
         "text": spec.text or {"format": {"type": "text"}},
         "tool_choice": spec.tool_choice or "auto",
         "tools": spec.tools or [],
         "top_logprobs": spec.top_logprobs or 0,
-        "top_p": 1.0 if spec.top_p is None else spec.top_p,
-        "truncation": "disabled",
+        "top_p": request.sampling.top_p,
+        "truncation": spec.truncation or "disabled",
         "background": False,
         "service_tier": "default",
         "user": spec.user,

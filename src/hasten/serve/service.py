@@ -6,6 +6,7 @@ An endpoint gets an `Exchange`: a checked body comes in; JSON or server-sent eve
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from hasten.serve.metrics import Log
     from hasten.serve.options import ServeOptions
     from hasten.serve.pool import ModelPool
+    from hasten.serve.prepare import Form
 
 Item = TypeVar("Item", bound=Strict)
 T = TypeVar("T")
@@ -40,6 +42,9 @@ _EVENT_HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would collect tokens
 ]
+_NAMED = 50  # fields of one body that are named
+_MOST_TOLD = 1000  # fields that the log names in all
+_HEADER_NAME = re.compile(r"[\w.$/-]{1,60}", re.ASCII)
 _FROM_BROWSERS = (b"origin", b"sec-fetch-site", b"sec-fetch-mode")
 
 
@@ -57,6 +62,7 @@ class Service:
         self.recorder = Recorder(options.record, log) if options.record is not None else None
         self.bodies = BodyRoom(_memory_left)
         self.draining = False
+        self.told: set[str] = set()  # fields that the log has named as ignored
         self.began = time.monotonic()
         # templates and tokenizers run here: a long prompt or a slow template stops nobody's stream
         self._workers = ThreadPoolExecutor(max(2, usable_cores()), thread_name_prefix="hasten-prepare")
@@ -123,9 +129,30 @@ class Exchange:
             said = f"the body did not arrive within {options.body_timeout_s:g} s"
             raise Problem(408, said, code="body_timeout", headers={"connection": "close"})
         self._size = len(data)
+        ignored: set[str] | None = None if options.strict else set()
         if self._size <= _SMALL:
-            return parse(model, data)
-        return await self.work(lambda: parse(model, data))
+            found = parse(model, data, ignored)
+        else:
+            found = await self.work(lambda: parse(model, data, ignored))
+        if ignored:
+            self._note_ignored(ignored)
+        return found
+
+    def _note_ignored(self, names: set[str]) -> None:
+        """Say which fields were left out: in a header, in the metrics, and once in the log."""
+        listed = sorted(names)[:_NAMED]
+        shown = ", ".join(name for name in listed if _HEADER_NAME.fullmatch(name))
+        self.call.headers["x-hasten-ignored"] = shown or str(len(names))
+        self.service.metrics.ignored(listed)
+        new = [name for name in listed if name not in self.service.told]
+        if new and len(self.service.told) < _MOST_TOLD:
+            self.service.told.update(new)
+            self.service.log.event("fields_ignored", "warning", fields=new, path=self.scope["path"][:200])
+
+    def note_form(self, form: Form) -> None:
+        """Say what of a schema the grammar leaves to a check at the end."""
+        if form.checked:
+            self.call.headers["x-hasten-schema"] = f"checked after generation: {', '.join(form.checked)}"
 
     def _expect(self, size: int) -> None:
         """The body will have so many bytes.

@@ -22,7 +22,7 @@ from hasten.serve.body import JsonObject, SamplingFields, SharedFields, Strict, 
 from hasten.serve.call import Problem, refused
 from hasten.serve.chat import Message, ResponseFormat, Tool
 from hasten.serve.generate import Feed, asker_of, respond
-from hasten.serve.prepare import Asker, check_ids, grammar_of
+from hasten.serve.prepare import Asker, check_ids, form_of
 from hasten.serve.shape import Part, Shape, dumped, dumps, finite, joined
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ DEFAULT_TOKENS = 16  # OpenAI's
 
 async def completions(exchange: Exchange) -> None:
     spec = await exchange.body(CompletionRequest)
-    if spec.stream_options is not None and not spec.stream:
+    if spec.stream_options is not None and not spec.stream and exchange.service.options.strict:
         raise refused("stream_options needs stream: true", "stream_options", None)
     async with exchange.service.pool.use(spec.model) as served:
         requests = await exchange.work(partial(_to_complete, spec, asker_of(exchange, served)))
@@ -137,7 +137,7 @@ def _each(
 
 
 def _to_complete(spec: CompletionRequest, asker: Asker) -> list[Request]:
-    grammar = grammar_of(spec, spec.response_format)
+    grammar = form_of(spec, spec.response_format, strict=asker.options.strict).grammar
     asked = DEFAULT_TOKENS if spec.max_tokens is None else spec.max_tokens
     return [
         one.request(

@@ -1,0 +1,386 @@
+"""What editors, agents, gateways and benchmarks send, as they send it: bodies in our own words."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from running_server import Running, chat
+
+CHAT, RESPONSE = "/v1/chat/completions", "/v1/responses"
+USER = {"role": "user", "content": "hello"}
+WEATHER = {
+    "name": "get_weather",
+    "description": "Weather of a city",
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"type": "string", "enum": ["Rome", "Oslo"]}},
+        "required": ["city"],
+        "additionalProperties": False,
+    },
+}
+TOOL = {"type": "function", "function": WEATHER}
+FORM = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object", "properties": {}}}}
+CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+
+FIELDS: dict[str, dict[str, Any]] = {
+    "a chat page": {
+        "chat_id": "c1",
+        "session_id": "s",
+        "id": "m1",
+        "background_tasks": {"title": True},
+        "model_item": {},
+    },
+    "an agent framework": {
+        "metadata": {"run": "1"},
+        "store": True,
+        "service_tier": "flex",
+        "safety_identifier": "u",
+    },
+    "a gateway": {
+        "user": "u1",
+        "extra_body": {"top_k": 5},
+        "caching": False,
+        "tags": ["x"],
+        "num_retries": 2,
+    },
+    "an editor": {
+        "max_tokens": -1,
+        "options": {"num_predict": 4, "repeat_penalty": 1.1},
+        "keep_alive": "30m",
+    },
+    "an SDK": {"reasoning_effort": "low", "verbosity": "low", "stream_options": {"include_usage": True}},
+    "a local client": {
+        "max_tokens": 4.0,
+        "temperature": "0.5",
+        "mirostat": 0,
+        "typical_p": 1.0,
+        "n_probs": 0,
+    },
+    "a benchmark": {
+        "ignore_eos": True,
+        "min_tokens": 0,
+        "return_token_ids": False,
+        "best_of": 1,
+        "seed": None,
+    },
+    "thinking switches": {
+        "thinking": {"type": "disabled"},
+        "enable_thinking": False,
+        "include_reasoning": False,
+    },
+    "old functions": {"functions": [WEATHER], "function_call": "auto"},
+    "both caps": {"max_tokens": 5, "max_completion_tokens": 6},
+}
+
+
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
+def test_fields_of_real_clients_are_taken(server: Running, fields: dict[str, Any]) -> None:
+    reply = server.ask(CHAT, chat(**fields))
+    assert reply.status == 200, reply.body
+
+
+def test_what_is_left_out_is_said(server: Running) -> None:
+    reply = server.ask(CHAT, chat(metadata={"a": "b"}, no_such_field=1, temprature=2))
+    assert reply.headers["x-hasten-ignored"] == "metadata, no_such_field, temprature"
+    page = server.ask("/metrics").body.decode()
+    assert 'hasten_ignored_fields_total{field="metadata"}' in page
+    assert 'hasten_ignored_fields_total{field="other"}' in page and "temprature" not in page
+    assert "x-hasten-ignored" not in server.ask(CHAT, chat()).headers
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"use_beam_search": True}, "use_beam_search"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"mirostat": 2}, "mirostat"),
+        ({"suffix": "x"}, "suffix"),
+        ({"grammar": "root ::= 'a'"}, "grammar"),
+    ],
+)
+def test_what_would_change_the_answer_is_refused(server: Running, fields: dict[str, Any], name: str) -> None:
+    reply = server.ask(CHAT, chat(**fields))
+    assert reply.status == 400 and reply.error["param"].startswith(name)
+
+
+def test_other_words_mean_the_same(server: Running) -> None:
+    server.ask(CHAT, chat(repeat_penalty=1.5, n_predict=7, stop_sequences=["x"], random_seed=3))
+    request = server.engine.asked[-1]
+    assert (request.sampling.repetition_penalty, request.max_new_tokens) == (1.5, 7)
+    assert (request.stop, request.sampling.seed) == (("x",), 3)
+
+
+def test_a_cap_is_a_cap(server: Running) -> None:
+    assert server.ask(CHAT, chat(max_tokens=10**12)).status == 200
+    assert server.engine.asked[-1].max_new_tokens == 4096 - len("<user>hello")
+    reply = server.ask(CHAT, chat("x" * 5000))
+    assert "maximum context length is 4096 tokens" in reply.error["message"]
+    assert "--context" in reply.error["message"]
+
+
+HISTORIES: dict[str, tuple[list[Any], str]] = {
+    "content null": (
+        [USER, {"role": "assistant", "content": None}, USER],
+        "<user>hello<assistant><user>hello",
+    ),
+    "content a list of texts": ([{"role": "user", "content": ["a", {"text": "b"}]}], "<user>a\nb"),
+    "a stray type": ([{**USER, "type": "text"}], "<user>hello"),
+    "outputs sent back": (
+        [
+            USER,
+            {"role": "assistant", "content": "W", "id": "m", "finish_reason": "stop", "audio": None},
+            USER,
+        ],
+        "<user>hello<assistant>W<user>hello",
+    ),
+    "cache marks": (
+        [
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}],
+            }
+        ],
+        "<user>a",
+    ),
+    "a result without an id": (
+        [
+            USER,
+            {
+                "role": "assistant",
+                "tool_calls": [{"index": 0, "function": {"name": "f", "arguments": {"a": 1}}}],
+            },
+            {"role": "tool", "content": {"t": 20}},
+        ],
+        '<user>hello<assistant><tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+        '<user><tool_response>\n{"t": 20}\n</tool_response>',
+    ),
+    "the role function": (
+        [
+            USER,
+            {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
+            {"role": "function", "name": "f", "content": "20"},
+        ],
+        '<user>hello<assistant><tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+        "<user><tool_response>\n20\n</tool_response>",
+    ),
+}
+
+
+@pytest.mark.parametrize(("messages", "prompt"), HISTORIES.values(), ids=HISTORIES)
+def test_histories_as_clients_keep_them(
+    server: Running, messages: list[Any], prompt: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        server.models["echo"].tokenizer, "fields", SimpleNamespace(chat_templates={"default": ""})
+    )
+    assert server.ask(CHAT, {"messages": messages}).status == 200
+    assert bytes(server.engine.asked[-1].prompt).decode() == prompt
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [
+        WEATHER | {"type": "function"},
+        {"name": "get_weather", "input_schema": WEATHER["parameters"]},
+        {"function": WEATHER},
+        {"type": "function", "function": {**WEATHER, "strict": None, "cache_control": {}}},
+    ],
+)
+def test_tools_in_other_forms(server: Running, tool: dict[str, Any]) -> None:
+    server.engine.reply = CALL
+    reply = server.ask(CHAT, chat(tools=[tool, {"type": "web_search"}], tool_choice={"type": "auto"}))
+    (choice,) = reply.json["choices"]
+    assert choice["message"]["tool_calls"][0]["function"]["name"] == "get_weather"
+    assert reply.headers["x-hasten-ignored"] == "tools.web_search"
+
+
+def test_tools_beside_a_format_are_a_call_or_the_format(server: Running) -> None:
+    server.engine.reply = CALL
+    (choice,) = server.ask(CHAT, chat(tools=[TOOL], response_format=FORM)).json["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    source = server.engine.asked[-1].grammar.source
+    assert "start: (calls | form)" in source and "get_weather" in source
+    server.ask(CHAT, chat(tools=[TOOL], response_format=FORM, tool_choice="required"))
+    assert "start: (calls)" in server.engine.asked[-1].grammar.source
+
+
+@pytest.mark.parametrize(
+    "choice", ["required", "any", {"type": "function", "function": {"name": "get_weather"}}]
+)
+def test_a_forced_call_is_one(server: Running, choice: Any) -> None:
+    server.engine.reply = CALL + "\n" + CALL
+    for more, calls in (({}, 1), ({"parallel_tool_calls": False}, 1), ({"parallel_tool_calls": True}, 2)):
+        named = not isinstance(choice, str)
+        reply = server.ask(CHAT, chat(tools=[TOOL], tool_choice=choice, **more)).json
+        assert len(reply["choices"][0]["message"]["tool_calls"]) == (1 if named else calls)
+        several = "{0,7}" in server.engine.asked[-1].grammar.source
+        assert several == (calls == 2 and not named)
+
+
+def test_one_call_at_most_where_it_is_asked_for(server: Running) -> None:
+    server.engine.reply = CALL + CALL
+    reply = server.ask(CHAT, chat(tools=[TOOL], parallel_tool_calls=False))
+    assert len(reply.json["choices"][0]["message"]["tool_calls"]) == 1
+    assert server.engine.asked[-1].stop == ("</tool_call>",)
+
+
+@pytest.mark.parametrize("size", [3, 20, 40, 60])
+def test_a_call_that_is_cut_is_no_text(server: Running, size: int) -> None:
+    server.engine.reply = CALL
+    body = chat(tools=[TOOL], max_tokens=size)
+    (choice,) = server.ask(CHAT, body).json["choices"]
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("length", "")
+    assert "tool_calls" not in choice["message"]
+    events = server.ask(CHAT, {**body, "stream": True}).events
+    deltas = [event["choices"][0]["delta"] for event in events]
+    assert "".join(delta.get("content") or "" for delta in deltas) == ""
+    assert events[-1]["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.fixture
+def thinker(server: Running, monkeypatch: pytest.MonkeyPatch) -> Running:
+    """A model whose template names a thought's marks."""
+    fields = SimpleNamespace(chat_templates={"default": "<think></think><tool_call> tools"})
+    monkeypatch.setattr(server.models["echo"].tokenizer, "fields", fields)
+    return server
+
+
+def test_thoughts_are_kept_apart(thinker: Running) -> None:
+    thinker.engine.reply = "<think>\nHm, so.\n</think>\n\nHi" + CALL
+    (choice,) = thinker.ask(CHAT, chat(tools=[TOOL])).json["choices"]
+    message = choice["message"]
+    assert (message["reasoning_content"], message["content"]) == ("Hm, so.", "Hi")
+    assert message["tool_calls"] and choice["finish_reason"] == "tool_calls"
+    deltas = [
+        event["choices"][0]["delta"] for event in thinker.ask(CHAT, chat(stream=True, tools=[TOOL])).events
+    ]
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "Hm, so."
+    assert "".join(delta.get("content") or "" for delta in deltas) == "Hi"
+    hidden = thinker.ask(CHAT, chat(include_reasoning=False)).json["choices"][0]["message"]
+    assert "reasoning_content" not in hidden
+    thought, said, *_ = thinker.ask(RESPONSE, {"input": "x"}).json["output"]
+    assert thought["type"] == "reasoning" and thought["content"][0]["text"] == "Hm, so."
+    assert said["content"][0]["text"].startswith("Hi")
+
+
+def test_a_format_begins_after_the_thought(thinker: Running) -> None:
+    thinker.ask(CHAT, chat(response_format=FORM, max_tokens=400))
+    grammar = thinker.engine.asked[-1].grammar
+    assert "(thought GAP?)?" in grammar.source and grammar.thought.most_tokens == 96
+    thinker.ask(CHAT, chat(response_format=FORM, reasoning_effort="none"))
+    assert thinker.engine.asked[-1].grammar.kind == "json_schema"
+    thinker.ask(CHAT, chat(thinking={"type": "enabled", "budget_tokens": 64}))
+    assert thinker.engine.asked[-1].grammar.thought.most_tokens == 64
+
+
+UNFOLLOWED = {
+    "uniqueItems": ({"type": "array", "items": {"type": "integer"}, "uniqueItems": True}, "[1, 1]", "[1, 2]"),
+    "pattern": ({"type": "string", "pattern": r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$"}, '"."', '"1.5"'),
+    "not": ({"type": "integer", "not": {"const": 3}}, "3", "4"),
+    "if": ({"type": "integer", "if": {"minimum": 5}, "then": {"multipleOf": 2}}, "7", "8"),
+    "contains": ({"type": "array", "contains": {"const": 1}}, "[2]", "[2, 1]"),
+    "dependentRequired": (
+        {"type": "object", "dependentRequired": {"a": ["b"]}},
+        '{"a": 1}',
+        '{"a": 1, "b": 2}',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNFOLLOWED)
+def test_what_a_grammar_cannot_follow_is_checked_at_the_end(server: Running, name: str) -> None:
+    schema, bad, good = UNFOLLOWED[name]
+    for text, is_good in ((bad, False), (good, True)):
+        server.engine.reply = text
+        form: dict[str, Any] = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        reply = server.ask(CHAT, chat(response_format=form))
+        assert reply.headers["x-hasten-schema"] == f"checked after generation: {name}"
+        assert ("schema_violations" in reply.json["choices"][0]) != is_good
+        last = server.ask(CHAT, chat(response_format=form, stream=True)).events[-1]["choices"][0]
+        assert ("schema_violations" in last) != is_good
+        form["json_schema"]["strict"] = True
+        reply = server.ask(CHAT, chat(response_format=form))
+        assert reply.status == (200 if is_good else 500)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "STRING", "nullable": True},
+        {"type": "object", "properties": {"a": {"type": "string", "strict": True, "format": "binary"}}},
+        {"type": "object", "propertyOrdering": ["a"], "properties": {"a": {"type": "int"}}, "x-y": 1},
+        {"propertyNames": {"enum": ["a"]}, "additionalProperties": {"type": "integer"}},
+        {"oneOf": [{"type": "string"}, {"type": "null"}], "discriminator": {"propertyName": "k"}},
+    ],
+)
+def test_annotations_and_dialects_need_no_check(server: Running, schema: dict[str, Any]) -> None:
+    reply = server.ask(CHAT, chat(response_format={"type": "json_object", "schema": schema}))
+    assert reply.status == 200 and "x-hasten-schema" not in reply.headers
+
+
+AGENT = {
+    "instructions": "You are an agent.",
+    "store": False,
+    "include": ["reasoning.encrypted_content"],
+    "reasoning": {"effort": "medium", "summary": "auto"},
+    "text": {"verbosity": "low"},
+    "truncation": "auto",
+    "prompt_cache_key": "k",
+    "client_metadata": {"x": "y"},
+    "tools": [
+        {"type": "function", **WEATHER, "strict": False},
+        {"type": "web_search"},
+        {
+            "type": "namespace",
+            "name": "n",
+            "tools": [{"type": "function", "name": "inner", "parameters": {}}],
+        },
+        {"type": "custom", "name": "patch", "format": {"type": "grammar"}},
+    ],
+}
+
+
+def test_a_coding_agents_turns(server: Running) -> None:
+    asked = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hi"}]}
+    thought = {"type": "reasoning", "id": "rs_1", "summary": [], "content": None, "encrypted_content": None}
+    made = {"type": "function_call", "id": "fc_1", "call_id": "c1", "name": "get_weather", "arguments": "{}"}
+    other = {"type": "web_search_call", "id": "ws_1", "status": "completed", "action": {}}
+    result = {
+        "type": "function_call_output",
+        "call_id": "c1",
+        "output": [{"type": "input_text", "text": "ok"}],
+    }
+    reply = server.ask(RESPONSE, {**AGENT, "input": [asked, thought, other, made, result]})
+    assert reply.status == 200, reply.body
+    assert "tools.web_search" in reply.headers["x-hasten-ignored"]
+    assert [tool["name"] for tool in reply.json["tools"]] == ["get_weather", "inner"]
+
+
+def test_an_item_is_named_by_its_id(server: Running) -> None:
+    server.engine.reply = "Hi."
+    first = server.ask(RESPONSE, {"input": "hello"}).json
+    named = [{"role": "user", "content": "a"}, {"type": "item_reference", "id": first["output"][0]["id"]}]
+    assert server.ask(RESPONSE, {"input": [*named, {"role": "user", "content": "b"}]}).status == 200
+    assert bytes(server.engine.asked[-1].prompt).decode() == "<user>a<assistant>Hi.<user>b"
+    lost = server.ask(RESPONSE, {"input": [{"type": "item_reference", "id": "msg_0"}]})
+    assert (lost.status, lost.error["code"]) == (404, "item_not_found")
+
+
+def test_an_answer_goes_on_with_the_last_message(server: Running) -> None:
+    begun = [USER, {"role": "assistant", "content": "Once upon"}]
+    for body in (
+        {"messages": begun, "continue_final_message": True},
+        {"messages": [USER, {**begun[1], "prefix": True}]},
+    ):
+        assert server.ask(CHAT, body).status == 200
+        assert bytes(server.engine.asked[-1].prompt).decode() == "<user>hello<assistant>Once upon"
+
+
+def test_a_broken_body_is_still_refused(server: Running) -> None:
+    assert server.ask(CHAT, json.dumps(chat(temperature="hot")).encode()).error["param"] == "temperature"
+    assert (
+        server.ask(CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}).status == 400
+    )
