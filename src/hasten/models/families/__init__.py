@@ -16,8 +16,7 @@ from hasten.errors import ModelError
 from hasten.models.families import config_json, gguf_metadata
 from hasten.models.families.family import Family, Fields
 from hasten.models.families.gemma3 import GEMMA3
-from hasten.models.families.llama import LLAMA
-from hasten.models.families.mistral import MISTRAL
+from hasten.models.families.llama import LLAMA, MISTRAL
 from hasten.models.families.olmo2 import OLMO2
 from hasten.models.families.phi3 import PHI3
 from hasten.models.families.qwen import QWEN2, QWEN3
