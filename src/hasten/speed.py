@@ -28,7 +28,7 @@ Source of the method: Williams, Waterman, Patterson, "Roofline: an insightful vi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hasten.core import Attention, Estimate, Machine, ModelSpec, Recipe, Workload
 from hasten.errors import MachineError, UsageError
@@ -61,8 +61,30 @@ class Cost:
         """
         if machine.int8_tops is None or not self.prompt_int8_ops:
             return None
+        return self._prompt_fraction(prefill_tok_per_s, workload, machine.int8_tops)
+
+    def gpu_fraction(self, prefill_tok_per_s: float, workload: Workload, machine: Machine) -> float | None:
+        """Prefill's rate in linear layers over a GPU's for such weights (`on_gpu`); None if unknown."""
+        tera = machine.int8_tops if self.prompt_int8_ops else machine.bf16_tflops
+        return None if tera is None else self._prompt_fraction(prefill_tok_per_s, workload, tera)
+
+    def _prompt_fraction(self, prefill_tok_per_s: float, workload: Workload, tera_per_s: float) -> float:
         operations = self.prompt_int8_ops + self.prompt_bf16_ops
-        return operations * prefill_tok_per_s / workload.prompt / (machine.int8_tops * 1e12)
+        return operations * prefill_tok_per_s / workload.prompt / (tera_per_s * 1e12)
+
+
+def on_gpu(machine: Machine, is_fp8: bool) -> Machine:
+    """The machine with its first measured GPU's ceilings in place of the CPU's; unknown where it has none.
+
+    Weights narrower than 16 bits are multiplied as e4m3 where all of them are, else as bf16.
+    """
+    read = bf16 = fp8 = None
+    for gpu in machine.accelerators[:1]:
+        read, bf16, fp8 = gpu.copy_gb_per_s, gpu.bf16_tflops, gpu.fp8_tflops
+    narrow = fp8 if is_fp8 and fp8 is not None else bf16
+    return replace(
+        machine, read_gb_per_s=read, bf16_tflops=bf16, int8_tops=narrow, fp32_tflops=None, ceilings=()
+    )
 
 
 def cost(

@@ -72,7 +72,9 @@ class Fake:
         return Cost(10**6, 0.0, 0.0, 0.0, 0.0, 1e6 * workload.prompt, 0.0, 0.0)
 
     def about(self):
-        return {"model": "fake"}
+        device = os.environ.get("FAKE_DEVICE")
+        told = {"device": device, "device_because": "a test wants it"} if device else {}
+        return {"model": "fake", **told}
 
     def close(self):
         return

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from hasten.bench import compare as compare_module
 from hasten.bench.compare import Contender, compare
 from hasten.bench.figures import Steady
-from hasten.bench.peers import PEERS, EngineSpec, Peer, entry_of, made_once, parse
+from hasten.bench.peers import PEERS, EngineSpec, Peer, check_device, entry_of, made_once, parse
 from hasten.bench.process import PACKAGE, WorkerProcess
 from hasten.core import Machine, Workload
 from hasten.errors import PeerError, UsageError
@@ -226,7 +227,7 @@ def alive(pid):
 def test_names_of_peers():
     assert parse("llama.cpp:q8_0")[2] == "q8_0"
     assert parse("transformers")[2] == "bf16"
-    for wrong in ("vllm", "llama.cpp:q9_9", ""):
+    for wrong in ("tgi", "llama.cpp:q9_9", ""):
         with pytest.raises(UsageError) as caught:
             parse(wrong)
         assert caught.value.hint
@@ -239,6 +240,88 @@ def test_every_line_of_the_table_is_a_peer():
         assert found[2] == found[1].formats[0]
         assert callable(importlib.import_module(module).prepare)
         assert callable(importlib.import_module(module).load)
+
+
+@pytest.mark.parametrize(("device", "peers"), [("cpu", ["vllm"]), ("cuda", ["llama.cpp", "openvino"])])
+def test_a_peer_that_a_device_is_nothing_for_is_refused(device, peers):
+    for name in peers:
+        with pytest.raises(UsageError, match=f"{name} is timed on") as refused:
+            check_device(name, entry_of(name), device)
+        assert "--device" in refused.value.hint and "transformers" in refused.value.hint
+    check_device("transformers", entry_of("transformers"), device)
+
+
+def test_peers_compute_where_ours_does(monkeypatch):
+    """Told "auto", ours says what it took, and why; the peers follow."""
+    monkeypatch.setenv("FAKE_DEVICE", "cpu")
+    said, ours = [], Contender(dataclasses.replace(spec("ok"), device="auto"))
+    found = compare([ours, entry("slow")], WORKLOAD, 1, say=said.append)
+    assert "--device auto is cpu: a test wants it" in said
+    assert found.subject.measurement.device == found.peers["fake:slow"].measurement.device == "cpu"
+    monkeypatch.setenv("FAKE_DEVICE", "cuda")
+    found = compare([ours, entry("slow")], WORKLOAD, 1)
+    assert "fake:slow is timed on cpu here" in found.failed["fake:slow"].message
+    assert found.subject.measurement.device == "cuda"
+
+
+class FakeVllmEngine:
+    """Steps as vLLM's does: a token for every request, all tokens so far in each output."""
+
+    def __init__(self):
+        self.running, self.asked = {}, []
+
+    def add_request(self, name, prompt, params):
+        self.asked.append((prompt["prompt_token_ids"], params))
+        self.running[name] = []
+
+    def has_unfinished_requests(self):
+        return bool(self.running)
+
+    def step(self):
+        outputs = []
+        for name, ids in list(self.running.items()):
+            ids.append(len(ids) + 7)
+            answer = SimpleNamespace(token_ids=tuple(ids))
+            outputs.append(SimpleNamespace(request_id=name, outputs=[answer]))
+            if len(ids) == self.asked[0][1]["max_tokens"]:
+                del self.running[name]
+        return outputs
+
+
+def test_vllm_is_stepped_token_by_token_with_the_memory_that_is_free(monkeypatch):
+    from hasten.bench.peers import vllm as peer
+
+    made, engine = [], FakeVllmEngine()
+    cuda = SimpleNamespace(mem_get_info=lambda: (60 << 30, 80 << 30))
+    module = SimpleNamespace(
+        __version__="0.33",
+        LLM=lambda **options: made.append(options) or SimpleNamespace(llm_engine=engine),
+        SamplingParams=lambda **options: options,
+    )
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda, __version__="2.13"))
+    wanted = dataclasses.replace(spec("fp8", "vllm:fp8", 2), device="cuda")
+    running = peer.load(wanted, "/models/x")
+    assert made[0]["model"] == "/models/x" and made[0]["quantization"] == "fp8"
+    assert made[0]["gpu_memory_utilization"] == pytest.approx(0.9 * 0.75)
+    assert not made[0]["enable_prefix_caching"] and made[0]["max_model_len"] == wanted.context
+    for _ in range(2):
+        run = running.generate([[1, 2], [3, 4]], 3)
+        assert run.ids == ((7, 8, 9), (7, 8, 9)) and run.prompt_tokens == 4 and run.decode_tokens == 4
+    assert [prompt for prompt, _ in engine.asked] == [[1, 2], [3, 4]] * 2
+    assert engine.asked[0][1] == {
+        "temperature": 0.0, "max_tokens": 3, "ignore_eos": True, "detokenize": False
+    }  # fmt: skip
+
+
+def test_transformers_computes_on_the_device(tiny_folder):
+    pytest.importorskip("transformers")
+    from hasten.bench.peers import hf_transformers
+
+    wanted = dataclasses.replace(spec("bf16", "transformers"), device="cpu")
+    running = hf_transformers.load(wanted, str(tiny_folder("llama")))
+    assert next(running._model.parameters()).device.type == "cpu"
+    assert len(running.generate([[5, 6, 7]], 3).ids[0]) == 3
 
 
 def test_a_new_peer_is_one_file_and_one_line(tmp_path, monkeypatch):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from hasten.bench import compare as bout_module
 from hasten.bench.compare import Comparison, Outcome
 from hasten.bench.figures import Ratio, Sample
-from hasten.bench.measure import measurement_of
+from hasten.bench.measure import measurement_of, with_ceilings
 from hasten.cli import main
-from hasten.core import Machine, Workload
+from hasten.core import Accelerator, Machine, Workload
 from hasten.errors import PeerError
+from hasten.speed import Cost
 
 MACHINE = Machine("A Processor", ("scalar",), 2, None, None, None, None, read_gb_per_s=50.0)
 
@@ -85,10 +87,37 @@ def test_a_failed_peer_is_exit_1_and_the_others_are_printed(monkeypatch, capsys)
     assert "hint: leave it out: drop --against openvino:int4" in shown.err
 
 
+def test_a_gpus_figures_are_held_against_its_ceilings(monkeypatch, capsys):
+    gpu = Accelerator("Some GPU", 80 << 30, "9.0", 4000.0, 800.0, 1500.0, 50.0, 50.0, 3.0, 9.0)
+    found = comparison()
+    cost = Cost(2 * 10**9, 0.0, 0.0, 2e9, 0.0, 0.0, 512 * 2e9, 0.0)
+    measured = replace(found.subject.measurement, device="cuda")
+    machine = replace(MACHINE, accelerators=(gpu,))
+    measured = with_ceilings(measured, cost, machine)
+    assert measured.fraction_of_read_ceiling == pytest.approx(100 * 2e9 / 4e12)
+    assert measured.fraction_of_gpu_ceiling == pytest.approx(100 * 2e9 / 800e12)
+    assert measured.fraction_of_int8_ceiling is None
+    fp8 = with_ceilings(
+        replace(measured, format="fp8"), replace(cost, prompt_bf16_ops=0, prompt_int8_ops=1e9), machine
+    )
+    assert fp8.fraction_of_gpu_ceiling == pytest.approx(100 * 1e9 / 512 / 1500e12)
+    unknown = with_ceilings(measured, cost, MACHINE)
+    assert unknown.fraction_of_read_ceiling is unknown.fraction_of_gpu_ceiling is None
+    found = replace(found, subject=replace(found.subject, measurement=measured))
+    monkeypatch.setattr(bout_module, "bout", lambda request, say: (found, machine))
+    assert main(["bench", "demo", "--device", "cuda", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["device"] == "cuda"
+    assert main(["bench", "demo", "--device", "cuda"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "of a copy's 4,000 GB/s" in said and "ceilings measured now on Some GPU" in said
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--against", "vllm"], "unknown engine"),
+        (["--against", "tgi"], "unknown engine"),
+        (["--device", "abacus"], "no device 'abacus'"),
+        (["--against", "vllm"], "vllm is timed on cuda here, and --device is cpu"),
         (["--output", "1"], "at least 2"),
         (["--runs", "0"], "--runs"),
     ],

@@ -12,7 +12,7 @@ from typing import Any
 
 from hasten.bench.figures import Ratio, Sample, paired_ratio, steady
 from hasten.bench.measure import PromptRing, check, default_text, measurement_of, rates_of, with_ceilings
-from hasten.bench.peers import PEERS, EngineSpec, Peer, parse
+from hasten.bench.peers import PEERS, EngineSpec, Peer, check_device, parse
 from hasten.bench.process import WorkerProcess
 from hasten.cache import cache_dir
 from hasten.core import Machine, Measurement, Workload
@@ -149,13 +149,19 @@ def _seat_all(
         spec = contender.spec
         if spec.name in failed:
             continue
+        if seats:  # where ours computes: it may have been told "auto"
+            spec = dataclasses.replace(spec, device=seats[0].about.get("device", spec.device))
         say(f"{spec.name}: loading")
         process = stack.enter_context(_process(contender))
         with _noting(contender, failed):
+            if contender.peer is not None:
+                check_device(spec.name, contender.peer, spec.device)
             arguments = {"spec": dataclasses.asdict(spec), "prepared": prepared[spec.name]}
             about = process.ask("load", LOAD_LIMIT_S, **arguments)
             process.pause()
             seats.append(_Seat(contender, process, about))
+            if about.get("device_because"):
+                say(f"--device auto is {about['device']}: {about['device_because']}")
     return seats
 
 
@@ -228,6 +234,7 @@ def _outcome(seat: _Seat, workload: Workload, subject: _Seat, disturbed: int) ->
         threads=spec.threads,
         peak_rss_bytes=seat.peak_rss_bytes,
         disturbed_rounds=disturbed,
+        device=subject.about.get("device", spec.device),
     )
     ids = list(seat.samples[0].ids[0])
     text = subject.process.ask("decode", SHORT_LIMIT_S, ids=ids)
@@ -254,6 +261,8 @@ class Request:
     threads: int | None = None  # None: the cores this process may use
     runs: int = 5
     peer_python: str | None = None  # the Python the peers are installed in; None is this one
+    device: str = "cpu"  # where all of them compute: cpu, cuda, or auto
+    gpu_memory: str | None = None  # what ours may take of the GPU's
 
 
 def bout(request: Request, say: Say = lambda _: None) -> tuple[Comparison, Machine]:
@@ -263,16 +272,23 @@ def bout(request: Request, say: Say = lambda _: None) -> tuple[Comparison, Machi
         The comparison, and the machine with the ceilings measured just before it.
 
     Raises:
-        UsageError: an unknown peer, a bad length, or peers but no source for them.
+        UsageError: an unknown peer, one that the device is nothing for, a bad length, or no source for peers.
+        MachineError: `device` is "cuda", and there is no usable GPU.
         PeerError: a peer is not installed.
         HastenError: our own engine failed.
     """
     from hasten.machine.probe import probe
+    from hasten.runtime.executor import choose_device
 
     check(request.workload)
+    device, _ = choose_device(request.device)
     contenders = _contenders(request)
+    for contender in contenders[1:]:
+        assert contender.peer is not None
+        check_device(contender.spec.name, contender.peer, device)
     say("measuring the machine's ceilings")
-    machine = usable_ceilings(probe(measure=True, threads=contenders[0].spec.threads))
+    devices = [device if device == "cuda" else "cpu"]
+    machine = usable_ceilings(probe(threads=contenders[0].spec.threads, devices=devices))
     return compare(contenders, request.workload, request.runs, machine=machine, say=say), machine
 
 
@@ -289,6 +305,8 @@ def _contenders(request: Request) -> list[Contender]:
         threads=request.threads or usable_cores(),
         context=request.workload.prompt + request.workload.output,
         batch=request.workload.batch,
+        device=request.device,
+        gpu_memory=request.gpu_memory,
     )
     contenders = [Contender(base)]
     parsed = [(name, *parse(name)) for name in dict.fromkeys(request.against)]

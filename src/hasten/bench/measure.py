@@ -22,7 +22,7 @@ from hasten.core import Machine, Measurement, ServingOptions, Workload
 from hasten.errors import UsageError
 from hasten.machine.memory import peak_rss_bytes
 from hasten.machine.probe import stat_of
-from hasten.speed import Cost, cost
+from hasten.speed import Cost, cost, on_gpu
 
 if TYPE_CHECKING:
     from hasten.engine.model import LanguageModel
@@ -128,6 +128,7 @@ def measure_model(
         threads=model.threads,
         peak_rss_bytes=peak_rss_bytes(),
         disturbed_rounds=found.disturbed,
+        device=model.device,
     )
     return (
         measurement if machine is None else with_ceilings(measurement, model_cost(model, workload), machine)
@@ -168,6 +169,7 @@ def measurement_of(
     threads: int,
     peak_rss_bytes: int | None,
     disturbed_rounds: int = 0,
+    device: str = "cpu",
 ) -> Measurement:
     """The medians of an engine's runs.
 
@@ -187,6 +189,7 @@ def measurement_of(
         workload=workload,
         threads=threads,
         disturbed_rounds=disturbed_rounds,
+        device=device,
     )
 
 
@@ -196,8 +199,16 @@ def rates_of(sample: Sample) -> tuple[float, float]:
 
 
 def with_ceilings(measurement: Measurement, cost: Cost, machine: Machine) -> Measurement:
-    """The measurement with its fractions of the machine's ceilings (formulas: `hasten.speed`)."""
+    """The measurement with its fractions of the ceilings of what computed (formulas: `hasten.speed`)."""
     workload = measurement.workload
+    if measurement.device == "cuda":
+        gpu = on_gpu(machine, measurement.format.startswith("fp8"))
+        decode, prefill = measurement.decode_tok_per_s.median, measurement.prefill_tok_per_s.median
+        return dataclasses.replace(
+            measurement,
+            fraction_of_read_ceiling=cost.read_fraction(decode, workload, gpu),
+            fraction_of_gpu_ceiling=cost.gpu_fraction(prefill, workload, gpu),
+        )
     return dataclasses.replace(
         measurement,
         fraction_of_read_ceiling=cost.read_fraction(measurement.decode_tok_per_s.median, workload, machine),

@@ -6,7 +6,16 @@ import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 from hasten.cli.console import emit, note, print_table, shown, speeds, watched
-from hasten.cli.flags import JsonOption, ModelArgument, RecipeOption, ThreadsOption, given, optional
+from hasten.cli.flags import (
+    DeviceOption,
+    GpuMemoryOption,
+    JsonOption,
+    ModelArgument,
+    RecipeOption,
+    ThreadsOption,
+    given,
+    optional,
+)
 from hasten.core import SCHEMA_VERSION, Machine, Measurement, Workload, as_json
 
 if TYPE_CHECKING:
@@ -19,7 +28,7 @@ ENVIRONMENT = ("HASTEN_ISA", "ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS", "OMP_WAIT_
 
 AGAINST = (
     "Another engine to run in turn, repeatable: llama.cpp:q4_0 (:q8_0, :q4_k_m, :q6_k, :source), "
-    "transformers (:fp32), openvino:int4 (:int8)."
+    "transformers (:fp32), openvino:int4 (:int8), vllm (:fp8). On a GPU: transformers and vllm."
 )
 AgainstOption = Annotated[list[str] | None, optional("--against", "ENGINE", AGAINST)]
 SOURCE = "The model the other engines get. Default: MODEL; needed where that is an artifact."
@@ -39,6 +48,8 @@ def command(
     output: Annotated[int, given("--output", "N", "Tokens to generate.")] = 128,
     batch: Annotated[int, given("--batch", "N", "Sequences at once.")] = 1,
     threads: ThreadsOption = None,
+    device: DeviceOption = "cpu",
+    gpu_memory: GpuMemoryOption = None,
     runs: Annotated[int, given("--runs", "N", "Measured rounds.", min=1)] = 5,
     peer_python: PeerPythonOption = None,
     json: JsonOption = False,
@@ -64,6 +75,8 @@ def command(
         threads=threads,
         runs=runs,
         peer_python=peer_python,
+        device=device,
+        gpu_memory=gpu_memory,
     )
     comparison, machine = bout(request, note)
     if json:
@@ -88,6 +101,7 @@ def document(comparison: Comparison, machine: Machine) -> dict[str, Any]:
         "model": comparison.model,
         "workload": as_json(subject.workload),
         "threads": subject.threads,
+        "device": subject.device,
         "subject": _entry(comparison.subject),
         "peers": [_entry(outcome) for outcome in comparison.peers.values()],
         "ratios": {
@@ -118,8 +132,9 @@ def _show(comparison: Comparison, machine: Machine) -> None:
         rows.append([name, *_cells(outcome.measurement), faster])
     headings = "engine", "decode\ntok/s", "p10 to p90", "prefill\ntok/s", "first\ntoken ms", "peak\nMB"
     print_table(
-        f"{comparison.model}: prompt {load.prompt}, output {load.output}, batch {load.batch}, "
-        f"{subject.threads} threads, medians of {subject.decode_tok_per_s.n} interleaved runs",
+        f"{comparison.model} on {subject.device}: prompt {load.prompt}, output {load.output}, "
+        f"batch {load.batch}, {subject.threads} threads, medians of {subject.decode_tok_per_s.n} "
+        "interleaved runs",
         [*headings, "ours / theirs\ndecode, prefill"],
         rows,
     )
@@ -128,8 +143,21 @@ def _show(comparison: Comparison, machine: Machine) -> None:
             f"{subject.disturbed_rounds} rounds were disturbed by other work on this machine and taken "
             "again: for firm figures, bench while nothing else runs"
         )
-    read, int8 = _percent(subject.fraction_of_read_ceiling), _percent(subject.fraction_of_int8_ceiling)
-    note(
+    note(_ceilings(subject, machine))
+
+
+def _ceilings(subject: Measurement, machine: Machine) -> str:
+    """How near our engine comes to what was measured of the machine."""
+    read = _percent(subject.fraction_of_read_ceiling)
+    if subject.device == "cuda" and machine.accelerators:
+        gpu, compute = machine.accelerators[0], _percent(subject.fraction_of_gpu_ceiling)
+        rates = f"{shown(gpu.bf16_tflops, 'bf16', 0)} or {shown(gpu.fp8_tflops, 'fp8 TFLOPS', 0)}"
+        return (
+            f"decode reads at {read} of a copy's {shown(gpu.copy_gb_per_s, 'GB/s', 0)}, prefill computes at "
+            f"{compute} of {rates}; ceilings measured now on {gpu.name}"
+        )
+    int8 = _percent(subject.fraction_of_int8_ceiling)
+    return (
         f"decode reads at {read} of {shown(machine.read_gb_per_s, 'GB/s')}, prefill computes at {int8} of "
         f"{shown(machine.int8_tops, 'int8 TOPS', 2)}; both ceilings measured now on {machine.cpu}"
     )

@@ -36,6 +36,8 @@ class EngineSpec:
     threads: int
     context: int  # tokens of prompt plus output
     batch: int = 1
+    device: str = "cpu"  # "cuda" for a GPU; ours may be told "auto"
+    gpu_memory: str | float | None = None  # as `EngineOptions.gpu_memory`
     chats: bool = False  # many requests at once, each timed for itself: `Engine.chats` in place of `generate`
 
 
@@ -59,6 +61,7 @@ class Peer:
     install: str  # what to install, after `pip install`
     install_env: str = ""  # variables to set for that
     crash_hint: str | None = None  # what to do if its process dies
+    devices: tuple[str, ...] = ("cpu",)  # where it can be timed
 
     def install_command(self, python: str) -> str:
         return f"{self.install_env} {python} -m pip install {self.install}".strip()
@@ -68,6 +71,7 @@ PEERS = {
     "llama.cpp": "hasten.bench.peers.llama_cpp",
     "transformers": "hasten.bench.peers.hf_transformers",
     "openvino": "hasten.bench.peers.openvino",
+    "vllm": "hasten.bench.peers.vllm",
 }
 """Name in `--against` -> the module that holds its `PEER`. A new engine is one file and one line here."""
 
@@ -96,6 +100,20 @@ def parse(name: str) -> tuple[str, Peer, str]:
             hint=f"use {engine}: with one of {', '.join(entry.formats)}",
         )
     return engine, entry, form
+
+
+def check_device(name: str, entry: Peer, device: str) -> None:
+    """Refuse an engine that cannot be timed on a device.
+
+    Raises:
+        UsageError: it computes elsewhere.
+    """
+    if device not in entry.devices:
+        others = [key for key in PEERS if device in entry_of(key).devices]
+        raise UsageError(
+            f"{name} is timed on {' and '.join(entry.devices)} here, and --device is {device}",
+            hint=f"use --device {entry.devices[0]}, or --against {' or '.join(others) or 'nothing'}",
+        )
 
 
 def key_of(source: Path) -> str:

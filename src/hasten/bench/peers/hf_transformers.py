@@ -11,6 +11,7 @@ PEER = Peer(
     formats=("bf16", "fp32"),
     requires=("torch", "transformers", "accelerate", "gguf"),
     install='"torch==2.13.0" "transformers>=5,<6" accelerate gguf',
+    devices=("cpu", "cuda"),
 )
 
 
@@ -31,21 +32,25 @@ class Transformers:
         dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[spec.format]
         self._torch: Any = torch
         self._transformers: Any = transformers
-        self._model = self._transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        self._device = spec.device
+        model = self._transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        self._model = model.to(spec.device).eval()
         self.version = f"{transformers.__version__} (torch {torch.__version__})"
         self.format = spec.format
         unique = {p.data_ptr(): p.numel() * p.element_size() for p in self._model.parameters()}
         self.weight_bytes: int | None = sum(unique.values())
-        self.notes = (
-            f"oneDNN may use up to {torch.backends.cpu.get_cpu_capability()} and AMX where the CPU has it"
-        )
+        self.notes = f"eager, sdpa attention, on {spec.device}"
+        if spec.device == "cpu":
+            self.notes = (
+                f"oneDNN may use up to {torch.backends.cpu.get_cpu_capability()} and AMX where the CPU has it"
+            )
 
     def generate(self, prompts: list[list[int]], output: int) -> Sample:
         torch = self._torch
         config = self._transformers.GenerationConfig(
             max_new_tokens=output, do_sample=False, eos_token_id=None, pad_token_id=0
         )
-        ids = torch.tensor(prompts, dtype=torch.long)
+        ids = torch.tensor(prompts, dtype=torch.long, device=self._device)
         clock = TokenClock(prompts)
         with torch.inference_mode():
             self._model.generate(

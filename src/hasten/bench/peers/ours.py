@@ -30,11 +30,17 @@ def load(spec: EngineSpec, prepared: str) -> Subject | HastenEngine:
     if spec.chats:
         return HastenEngine(spec, prepared)
     import hasten
+    from hasten.core import EngineOptions
     from hasten.engine.model import load as load_model
 
-    model = load_model(  # keeping it would write to the disk while others are timed
-        prepared, recipe=spec.format or None, threads=spec.threads, context=spec.context, store=False
-    )
+    options = EngineOptions(
+        threads=spec.threads,
+        context=spec.context,
+        max_sequences=max(spec.batch, EngineOptions.max_sequences if spec.device == "cpu" else 1),
+        device=spec.device,
+        gpu_memory=spec.gpu_memory,
+    )  # keeping the model would write to the disk while others are timed
+    model = load_model(prepared, recipe=spec.format or None, options=options, store=False)
     return Subject(model=model, version=hasten.__version__, format=model.recipe.name)
 
 
@@ -69,7 +75,12 @@ class Subject:
         return model_cost(self.model, workload)
 
     def about(self) -> dict[str, Any]:
-        return {"model": self.model.name, "bits_per_weight": self.model.bits_per_weight}
+        return {
+            "model": self.model.name,
+            "bits_per_weight": self.model.bits_per_weight,
+            "device": self.model.device,
+            "device_because": self.model.device_because,
+        }
 
 
 class HastenEngine:
