@@ -7,10 +7,9 @@ import pytest
 
 from fakes import CONFIG, FakeWorkshop
 from hasten.compress.result import Progress, silent
-from hasten.core import Format, Recipe
+from hasten.core import EngineOptions, Format, Recipe
 from hasten.optimize.calibrated import split
 from hasten.optimize.sensitivity import (
-    CHECKED,
     MENU,
     Check,
     Harms,
@@ -19,6 +18,7 @@ from hasten.optimize.sensitivity import (
     groups,
     measure_harms,
     menu_of,
+    offer_for,
     uniform,
 )
 from hasten.quality.divergence import Reference
@@ -107,6 +107,8 @@ def test_a_slow_machine_reads_fewer_tokens(workshop: FakeWorkshop) -> None:
 def test_uniform_recipes() -> None:
     assert [r.name for r in uniform(16.0)] == ["w8", "w6", "w5", "w5-head8", "w4-head8", "w4"]
     assert "source" in [r.name for r in uniform(8.5)]
+    on_gpu = [r.name for r in uniform(16.0, device="cuda")]
+    assert {"fp8", "w8-g128", "w4-g128"} <= set(on_gpu) and not any("w5" in n or "w6" in n for n in on_gpu)
 
 
 def test_calibrated_uniform_recipes_come_last() -> None:
@@ -120,7 +122,7 @@ def test_some_groups_are_held_against_the_scaling(workshop: FakeWorkshop) -> Non
     worst = sorted(range(9), key=lambda i: -harms.at_probe[i])[:4]
     names = [group.name for group in groups(CONFIG)]
     assert {check.group for check in drawn.checks} == {names[i] for i in worst}
-    assert {check.layout for check in drawn.checks} == set(CHECKED)
+    assert {check.layout for check in drawn.checks} == set(MENU[1:4])
     assert drawn.error is not None
     assert drawn.error < 0.4
     by_layout: dict[Format, list[tuple[float, float]]] = {}
@@ -158,3 +160,19 @@ def test_groups_that_do_not_divide_are_not_offered() -> None:
     group = groups(CONFIG)[0]
     assert menu_of(group, wide) == MENU
     assert menu_of(group, mixed) == MENU[:5]
+
+
+def test_a_gpu_has_one_width_a_product() -> None:
+    """Its kernel for one sequence streams each product in one format: five groups, drawn like any others."""
+    names = [group.name for group in groups(CONFIG, by_layer=False)]
+    assert names == ["qkv", "o", "gate_up", "down", "head"]
+    joined = [name for group in groups(CONFIG, by_layer=False) for name in group.tensors]
+    assert sorted(joined) == sorted(name for group in groups(CONFIG) for name in group.tensors)
+    workshop = FakeWorkshop()
+    workshop.options = EngineOptions(threads=1, device="cuda")
+    source = workshop.build(Recipe.parse("bf16"))
+    harms = measure_harms(workshop, source, workshop.text().calibration, seconds=5, observer=silent)
+    drawn = draw(workshop, harms)
+    assert [s.group.name for s in drawn.groups] == names
+    widths = {str(c.layout) for s in drawn.groups for c in s.menu if c.layout is not None}
+    assert widths <= {str(layout) for layout in offer_for("cuda").menu} and "w8" in widths

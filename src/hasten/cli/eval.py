@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hasten.cli.console import CALIBRATED, Ticker, emit, note, show
+from hasten.cli.console import CALIBRATED, Ticker, emit, note, note_device, show
 from hasten.cli.flags import (
+    DeviceOption,
+    GpuMemoryOption,
     JsonOption,
     ModelArgument,
     RecipeOption,
@@ -18,7 +21,7 @@ from hasten.cli.flags import (
     fraction,
     optional,
 )
-from hasten.core import SCHEMA_VERSION, Budget, Verdict, as_json
+from hasten.core import SCHEMA_VERSION, Budget, EngineOptions, Verdict, as_json
 from hasten.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,6 +44,8 @@ def command(
     text: TextOption = None,
     against: AgainstOption = None,
     threads: ThreadsOption = None,
+    device: DeviceOption = "cpu",
+    gpu_memory: GpuMemoryOption = None,
     json: JsonOption = False,
 ) -> None:
     """Measure what a recipe costs in quality against the source model.
@@ -54,11 +59,14 @@ def command(
     budget = Budget(fraction(max_ppl_increase)) if max_ppl_increase is not None else Budget()
     judged = text_from_file(text) if text is not None else default_text()
     source = _source(model, against)
+    options = EngineOptions(threads=threads, max_sequences=1, device=device, gpu_memory=gpu_memory)
     with Ticker() as ticker:
         ticker.say("the source in bf16: loading")
-        reference = load(source, "bf16", threads=threads)
+        reference = load(source, "bf16", options=options)
+        note_device(reference)
         ticker.say("the candidate: loading")
-        candidate = load(model, recipe, threads=threads, observer=lambda progress: show(ticker, progress))
+        options = replace(options, device=reference.device)  # one engine judges both
+        candidate = load(model, recipe, options=options, observer=lambda progress: show(ticker, progress))
         verdict = _verdict(candidate, reference, judged, tokens, budget, ticker)
     document = _document(candidate, verdict, judged, budget)
     if json:
@@ -125,6 +133,7 @@ def _document(candidate: LanguageModel, verdict: Verdict, judged: Text, budget: 
         "schema_version": SCHEMA_VERSION,
         "model": candidate.name,
         "recipe": candidate.recipe.name,
+        "device": candidate.device,
         "bits_per_weight": candidate.bits_per_weight,
         **as_json(verdict),
         "max_ppl_increase": budget.max_ppl_increase,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from hasten.cli.console import Ticker, emit, note, print_table, show, speeds
 from hasten.cli.flags import (
+    DeviceOption,
+    GpuMemoryOption,
     JsonOption,
     ModelArgument,
     TextOption,
@@ -52,6 +54,8 @@ def command(
     tokens: TokensOption = 4096,
     runs: RunsOption = 3,
     threads: ThreadsOption = None,
+    device: DeviceOption = "cpu",
+    gpu_memory: GpuMemoryOption = None,
     fresh: FreshOption = False,
     calibrate: CalibrateOption = True,
     json: JsonOption = False,
@@ -60,7 +64,8 @@ def command(
 
     Measures the model in bf16, tries uniform widths and a mixture by measured layer sensitivity, judges each
     against the source, times what passes, and writes the best one with plan.json and report.html. Where torch
-    is installed, calibrated integers are tried too. Exit code 3: nothing met the budget.
+    is installed, calibrated integers are tried too. All of it on the device that is named; which recipes are
+    tried follows the device. Exit code 3: nothing met the budget.
     """
     from hasten.optimize.search import Effort, optimize
 
@@ -77,6 +82,8 @@ def command(
             fresh=fresh,
             calibrate=calibrate,
             observer=lambda progress: show(ticker, progress),
+            device=device,
+            gpu_memory=gpu_memory,
         )
     if json:
         emit(result.to_json())

@@ -47,7 +47,7 @@ from hasten.optimize.workshop import Built, Workshop
 from hasten.quality.divergence import Reference
 from hasten.quality.text import Text, default_text, text_from_file, windows
 from hasten.report.optimized import optimized_page
-from hasten.speed import estimate
+from hasten.speed import estimate, on_gpu
 
 
 @dataclass(frozen=True)
@@ -195,6 +195,8 @@ def optimize(
     fresh: bool = False,
     calibrate: bool = True,
     observer: Observer = silent,
+    device: str = "cpu",
+    gpu_memory: str | float | None = None,
 ) -> OptimizeResult:
     """Finds the fastest recipe whose perplexity rises by at most `max_ppl_increase`, and writes it as an
     artifact.
@@ -212,8 +214,11 @@ def optimize(
         calibrate: try calibrated integers too, where torch is installed: `w4-best`, and a mixture by GPTQ.
             Costs minutes the first time; what was calibrated is kept.
         observer: told of every step.
+        device: what recipes are judged and timed on, `cpu`, `cuda` or `auto`; which are tried follows it.
+        gpu_memory: as `EngineOptions.gpu_memory`, for each of the two models that are loaded at a time.
 
     Raises:
+        MachineError: `device` is "cuda", and there is no usable GPU.
         BudgetError: no recipe is within the budget.
         UsageError: a budget, goal or text that cannot be used.
         ModelError, DiskError: the source cannot be opened, the artifact cannot be written, or one of another
@@ -224,12 +229,18 @@ def optimize(
     check(max_ppl_increase, goal)
     judged = text_from_file(text) if text is not None else default_text()
     observer(Progress("reference", "opening the model"))
-    workshop = Workshop(ref, EngineOptions(threads=threads))
+    workshop = Workshop(ref, EngineOptions(threads=threads, device=device, gpu_memory=gpu_memory))
     place = Path(out) if out is not None else Path(f"{file_name_of(workshop.name)}.hasten")
     workshop.claim(place)
+    source = workshop.settle(_BASELINE)
+    if workshop.device_because:
+        observer(
+            Progress("reference", f"--device auto is {workshop.options.device}: {workshop.device_because}")
+        )
     search = Search(
         workshop, Budget(max_ppl_increase), goal, judged, effort or Effort(), fresh, observer, calibrate
     )
+    search.begin_with(source)
     return search.run(place)
 
 
@@ -291,6 +302,10 @@ class Search:
             return replace(kept, because="Nothing narrower than the source's own values was found.")
         return found
 
+    def begin_with(self, source: Built | None) -> None:
+        """Take the source in bf16, where it is loaded already."""
+        self._source = source
+
     def close(self) -> None:
         """Give the source in bf16 back; a second call does nothing."""
         if self._source is not None:
@@ -308,6 +323,8 @@ class Search:
             "isa": machine.isa,
             "threads": self.workshop.options.threads or machine.cores,
         }
+        if self.workshop.options.device != "cpu":
+            key |= {"device": self.workshop.options.device, "gpus": machine.gpus}
         return SearchMemory(key, fresh=self.fresh)
 
     @cached_property
@@ -371,7 +388,8 @@ class Search:
     def _uniform(self) -> list[Candidate]:
         shapes = self.workshop.config.linear_shapes()
         widest = max(self.workshop.kept()[name].bits_per_weight for name in shapes)
-        return [self.trials.attempt(recipe) for recipe in uniform(widest, self.calibrated is not None)]
+        recipes = uniform(widest, self.calibrated is not None, self.workshop.options.device)
+        return [self.trials.attempt(recipe) for recipe in recipes]
 
     def _mixture(self, judged: Sequence[Candidate]) -> Candidate | None:
         mixture = self.mixing.fit(judged)
@@ -384,13 +402,20 @@ class Search:
         try:
             return estimate(
                 self.workshop.config,
-                self.workshop.machine(),
+                self._ceilings(chosen.recipe),
                 WORKLOADS[self.goal],
                 chosen.recipe,
                 weight_bytes=chosen.weight_bytes,
             )
         except MachineError:
             return None  # ceilings were not measured: unknown
+
+    def _ceilings(self, recipe: Recipe) -> Machine:
+        """The machine, with the ceilings of what computes."""
+        machine = self.workshop.machine()
+        if self.workshop.options.device != "cuda":
+            return machine
+        return on_gpu(machine, recipe.name.startswith("fp8"))
 
     def _write(
         self, out: Path, baseline: Baseline, candidates: Sequence[Candidate], recipe: Recipe

@@ -47,11 +47,37 @@ MENU = (
 )
 """What a mixture gives a group, if not the source's values: 4.125 to 8.5 bits a weight."""
 
+
+@dataclass(frozen=True)
+class Offer:
+    """What a search tries on a device: what makes a difference there."""
+
+    uniform: tuple[str, ...] = UNIFORM
+    menu: tuple[Format, ...] = MENU
+    by_layer: bool = True  # each layer's products get widths of their own; else all layers' the same
+
+
+OFFERS: Mapping[str, Offer] = {
+    "cuda": Offer(
+        # 5 and 6 bits are streamed as 8; e4m3 multiplies prompts twice as fast as bf16
+        ("source", "w8-g128", "fp8-head16", "fp8", "w4-g128-head8", "w4-head8", "w4-g128", "w4"),
+        (MENU[0], MENU[1], Format.of(8), MENU[6], MENU[5], Format.of(8, group=128)),
+        by_layer=False,  # the kernel for one sequence has one format a product
+    )
+}
+"""By `EngineOptions.device`; a device that is not here is offered what the CPU is."""
+
+
+def offer_for(device: str) -> Offer:
+    """What a search tries on a device of `EngineOptions.device`."""
+    return OFFERS.get(device, Offer())
+
+
 PROBE = MENU[0]
 """The layout whose harm is measured; that of the others is scaled from it."""
 
-CHECKED = MENU[1:4]
-"""Layouts at which some groups are measured too, to hold the scaling against."""
+_CHECKED = slice(1, 4)
+"""Layouts of a menu at which some groups are measured too, to hold the scaling against."""
 
 
 @dataclass(frozen=True)
@@ -62,28 +88,43 @@ class Group:
     tensors: tuple[str, ...]  # canonical names
 
 
-def groups(config: ModelSpec) -> tuple[Group, ...]:
-    """Every group of a model in the order it is computed: four a layer, then the head."""
+def groups(config: ModelSpec, by_layer: bool = True) -> tuple[Group, ...]:
+    """Every group of a model in the order it is computed: four a layer, then the head.
+
+    Args:
+        by_layer: False joins each of the four over all layers.
+    """
+    head = Group("head", (config.head_name,))
+    if not by_layer:
+        layers = range(len(config.blocks))
+        joined = [
+            Group(name, tuple(f"layers.{layer}.{part}" for layer in layers for part in parts))
+            for name, parts in READERS.items()
+        ]
+        return (*joined, head)
     found = [
         Group(f"layers.{layer}.{name}", tuple(f"layers.{layer}.{part}" for part in parts))
         for layer in range(len(config.blocks))
         for name, parts in READERS.items()
     ]
-    return (*found, Group("head", (config.head_name,)))
+    return (*found, head)
 
 
-def menu_of(group: Group, shapes: Mapping[str, tuple[int, int]]) -> tuple[Format, ...]:
-    """The layouts of the menu whose groups divide the inputs of a group of layers."""
+def menu_of(
+    group: Group, shapes: Mapping[str, tuple[int, int]], menu: Sequence[Format] = MENU
+) -> tuple[Format, ...]:
+    """The layouts of a menu whose groups divide the inputs of a group of layers."""
     return tuple(
         layout
-        for layout in MENU
+        for layout in menu
         if layout.group == PROBE.group or all(shapes[name][1] % layout.group == 0 for name in group.tensors)
     )
 
 
-def uniform(source_bits: float, calibrated: bool = False) -> tuple[Recipe, ...]:
+def uniform(source_bits: float, calibrated: bool = False, device: str = "cpu") -> tuple[Recipe, ...]:
     """The fixed recipes to try; without `source` where that is 16 bits wide, the baseline itself."""
-    names = UNIFORM if source_bits < 16.0 else UNIFORM[1:]
+    known = offer_for(device).uniform
+    names = known if source_bits < 16.0 else known[1:]
     if calibrated:
         names = (*names, BEST)
     return tuple(Recipe.parse(name) for name in names)
@@ -181,8 +222,10 @@ def measure_harms(
         text: calibration text that nothing was calibrated on.
         seconds: time the comparisons may take; on a slow machine fewer tokens are read, at least 64.
     """
-    found = groups(workshop.config)
-    with_checks = len(found) + _CHECKED_GROUPS * len(CHECKED)
+    offer = offer_for(workshop.options.device)
+    found = groups(workshop.config, offer.by_layer)
+    checked = offer.menu[_CHECKED]
+    with_checks = len(found) + min(_CHECKED_GROUPS, len(found)) * len(checked)
     base = workshop.build(base_recipe(workshop.kept()))
     try:
         reference = _reference(workshop, source, base, text, seconds / with_checks)
@@ -192,7 +235,10 @@ def measure_harms(
             observer(Progress("sensitivity", group.name, number, with_checks))
             harms.append(bench.harm(group, PROBE))
         checks: list[Check] = []
-        for group, layout in _to_check(found, harms):
+        shapes = workshop.config.linear_shapes()
+        for group, layout in _to_check(found, harms, checked):
+            if layout not in menu_of(group, shapes, offer.menu):
+                continue
             observer(Progress("sensitivity", group.name, len(found) + len(checks), with_checks))
             checks.append(Check(group.name, layout, bench.harm(group, layout)))
     finally:
@@ -205,16 +251,16 @@ def draw(workshop: Workshop, harms: Harms, *, method: str = "rtn") -> Sensitivit
     """The map from what was measured with `method`: noise raised to a floor, other widths scaled."""
     positive = [harm for harm in harms.at_probe if harm > 0]
     floor = _LEAST_OF_MEDIAN * statistics.median(positive) if positive else 0.0
-    found = groups(workshop.config)
-    shapes = workshop.config.linear_shapes()
+    offer, shapes = offer_for(workshop.options.device), workshop.config.linear_shapes()
+    found = groups(workshop.config, offer.by_layer)
     plain = {
         group.name: {
             layout: max(harm, floor) * scale
-            for layout, scale in _scales(workshop, group, menu_of(group, shapes)).items()
+            for layout, scale in _scales(workshop, group, menu_of(group, shapes, offer.menu)).items()
         }
         for group, harm in zip(found, harms.at_probe, strict=True)
     }
-    fits = {layout: _fit(layout, harms.checks, plain) for layout in MENU}
+    fits = {layout: _fit(layout, harms.checks, plain) for layout in offer.menu}
     kept = workshop.kept()
     drawn = []
     for group, harm in zip(found, harms.at_probe, strict=True):
@@ -247,9 +293,11 @@ class _Bench:
                 self.workshop.swap(self.base, (name,), wide.get(name))
 
 
-def _to_check(found: Sequence[Group], harms: Sequence[float]) -> list[tuple[Group, Format]]:
+def _to_check(
+    found: Sequence[Group], harms: Sequence[float], layouts: Sequence[Format]
+) -> list[tuple[Group, Format]]:
     worst = sorted(range(len(found)), key=lambda i: -harms[i])[:_CHECKED_GROUPS]
-    return [(found[i], layout) for i in sorted(worst) for layout in CHECKED if harms[i] > 0]
+    return [(found[i], layout) for i in sorted(worst) for layout in layouts if harms[i] > 0]
 
 
 def _fit(layout: Format, checks: Sequence[Check], plain: Mapping[str, Mapping[Format, float]]) -> float:

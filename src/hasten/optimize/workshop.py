@@ -1,4 +1,4 @@
-"""The workshop of a search: packs a source's weights and runs them on the native engine."""
+"""The workshop of a search: packs a source's weights and runs them on the device that is searched for."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from hasten.models.source import sha256_of
 from hasten.optimize.calibrated import CalibratedWeights, is_calibrated, is_mixture
 from hasten.quality.divergence import Runnable
 from hasten.quality.text import Encoder, Text
+from hasten.runtime.executor import choose_device
 from hasten.weights.artifact import is_artifact
 from hasten.weights.packed import PackedLinear, PackedModel, pack_linear, pack_model, source_layout
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _SAMPLED_ROWS = 64
 """Rows a tensor's rounding error is computed from: with 896 columns that is 57 thousand weights."""
 _CEILING_AGE_S = 24 * 3600.0
+_CONTEXT, _SEQUENCES = 1024, 8  # of what is judged and timed
 
 
 class Built(Runnable, Protocol):
@@ -55,7 +57,7 @@ class Built(Runnable, Protocol):
 
 
 class Workshop:
-    """An opened model on this machine's CPU.
+    """An opened model, and the device of this machine that its recipes are judged and timed on.
 
     Raises:
         ModelError, FormatError: `ref` cannot be opened. UsageError: it is an artifact, whose source is gone.
@@ -70,6 +72,7 @@ class Workshop:
         self._ref = ref
         self.source = open_model(ref)
         self.options = options
+        self.device_because = ""  # why "auto" is this device
         self._calibrated: CalibratedWeights | None = None
 
     @property
@@ -94,6 +97,8 @@ class Workshop:
 
     @cached_property
     def _measured(self) -> Machine:
+        if self.options.device == "cuda":
+            return replace(self._seen, accelerators=probe.gpu_ceilings(_CEILING_AGE_S))
         return replace(self._seen, **probe.load_or_measure(_CEILING_AGE_S, self.options.threads))
 
     def machine(self, ceilings: bool = True) -> Machine:
@@ -126,7 +131,29 @@ class Workshop:
 
     def build(self, recipe: Recipe) -> Built:
         """Packs the source by a recipe and makes it ready to run."""
-        return load_packed(self.packed(recipe), self.source, self.options)
+        return self._running(self.packed(recipe))
+
+    def _running(self, packed: PackedModel) -> LanguageModel:
+        """With few pages on a GPU: they are taken at the start, and two models are there at once."""
+        options = self.options
+        if options.device != "cpu":
+            context = min(_CONTEXT, self.config.context)
+            options = replace(options, context=context, max_sequences=_SEQUENCES)
+        return load_packed(packed, self.source, options)
+
+    def settle(self, recipe: Recipe) -> Built | None:
+        """Decide what the device "auto" is: where this recipe runs. That model; None where one was named.
+
+        Raises:
+            UsageError, MachineError: the device that was named is not there.
+        """
+        if self.options.device != "auto":
+            choose_device(self.options.device)
+            return None
+        found = self._running(self.packed(recipe))
+        self.options = replace(self.options, device=found.device)
+        self.device_because = found.device_because
+        return found
 
     def packed(self, recipe: Recipe) -> PackedModel:
         if recipe.is_plain:

@@ -184,24 +184,47 @@ def _reasons(plan: Record, search: Record) -> str:
     return facts(said, "reasons") + extra
 
 
+def _ceilings(machine: Record, measured: Record) -> list[tuple[str, str]]:
+    """What was measured of what computed, and how near the chosen recipe comes."""
+    read = share(measured["fraction_of_read_ceiling"])
+    gpus = machine.get("accelerators") or []
+    if measured.get("device") == "cuda" and gpus:
+        gpu, compute = gpus[0], share(measured["fraction_of_gpu_ceiling"])
+        return [
+            ("GPU", f"{text(gpu['name'])}, {gpu['memory_bytes'] / 2**30:.1f} GiB"),
+            (
+                "Ceilings",
+                f"copy {number(gpu['copy_gb_per_s'], 0)} GB/s, bf16 {number(gpu['bf16_tflops'], 0)} TFLOP/s, "
+                f"fp8 {number(gpu['fp8_tflops'], 0)} TFLOP/s, measured",
+            ),
+            ("Of the ceilings", f"decode {read} of the copy's rate, prefill {compute} of the products'"),
+        ]
+    return [
+        (
+            "Ceilings",
+            f"read {number(machine['read_gb_per_s'])} GB/s, int8 {number(machine['int8_tops'], 2)} TOPS, "
+            f"bf16 {number(machine['bf16_tflops'], 2)} TFLOP/s, measured",
+        ),
+        (
+            "Of the ceilings",
+            f"decode {read} of the read rate, prefill {share(measured['fraction_of_int8_ceiling'])} "
+            "of the int8 rate",
+        ),
+    ]
+
+
 def _facts(plan: Record, search: Record) -> str:
     machine, judged = plan["machine"], plan["text"]
     measured = plan["measurement"] or search["baseline"]["measurement"]
     workload = measured["workload"]
     memory = machine["memory_bytes"]
-    read, int8 = measured["fraction_of_read_ceiling"], measured["fraction_of_int8_ceiling"]
     found = [
         (
             "Machine",
             f"{text(machine['cpu'])}, {machine['cores']} cores, {', '.join(map(text, machine['isa']))}",
         ),
         ("Memory", text(None) if memory is None else f"{memory / 2**30:.1f} GiB"),
-        (
-            "Ceilings",
-            f"read {number(machine['read_gb_per_s'])} GB/s, int8 {number(machine['int8_tops'], 2)} TOPS, "
-            f"bf16 {number(machine['bf16_tflops'], 2)} TFLOP/s, measured",
-        ),
-        ("Of the ceilings", f"decode {share(read)} of the read rate, prefill {share(int8)} of the int8 rate"),
+        *_ceilings(machine, measured),
         (
             "Speed",
             f"{workload['prompt']} tokens in, {workload['output']} out, {workload['batch']} at once, "

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hasten.core import EngineOptions, ModelSpec, Recipe, dense
+from hasten.core import READERS, EngineOptions, Format, ModelSpec, Recipe, dense
 from hasten.errors import HastenError, MachineError, UsageError
 from hasten.machine.cores import threads_of
 from hasten.machine.memory import available_bytes, installed_bytes
@@ -34,7 +34,7 @@ from hasten.runtime.gpu.batch_weights import BatchWeights, Precision, TensorOf, 
 from hasten.runtime.gpu.chain import SIZES, BatchRows, Chain, OneRow, Pending, PlainRows, Row, Rows, to_host
 from hasten.runtime.gpu.driver import current_device, telling
 from hasten.runtime.gpu.plain import PagedCache, PlainStep, Span, send, upload
-from hasten.runtime.gpu.shape import GROUPS, PAGE
+from hasten.runtime.gpu.shape import GROUPS, PAGE, WeightFormat
 from hasten.runtime.gpu.tiles import Weights, kept
 from hasten.runtime.pages import DeviceMemory, KvPlan, PagePool, context_of, plan_pages
 from hasten.runtime.sampling import Choice
@@ -64,12 +64,13 @@ class Tensors:
 
 
 def tensors_of(packed: PackedModel, device: str) -> Tensors:
-    """A packed model's parameters; fp8 stays fp8 where all layers are, everything else becomes bf16."""
+    """A packed model's parameters; fp8 stays fp8 where all layers are and the GPU multiplies it, everything
+    else becomes bf16. Integers are kept beside that where each product has one format in all layers."""
     linears, head = packed.linears, packed.config.head_name
     layouts = {linears[name].layout for name in packed.config.linear_shapes() if name != head}
-    in_fp8 = all(layout.name.startswith("fp8") for layout in layouts)
+    in_fp8 = all(layout.name.startswith("fp8") for layout in layouts) and _multiplies_fp8(device)
     head_in_fp8 = in_fp8 and linears[head].layout.name.startswith("fp8")
-    are_integers = len(layouts) == 1 and linears[head].layout.is_integer and next(iter(layouts)).is_integer
+    are_integers = _has_tiles({name: linears[name].layout for name in packed.config.linear_shapes()})
 
     def tensor(name: str) -> torch.Tensor | None:
         if name in linears:
@@ -78,7 +79,10 @@ def tensors_of(packed: PackedModel, device: str) -> Tensors:
         return None if found is None else torch.from_numpy(np.array(found))
 
     def tile(name: str) -> Weights:
-        return kept(linears[name], device)
+        linear = linears[name]
+        if linear.layout.is_integer:
+            return kept(linear, device)
+        return Weights(WeightFormat(), _values(linear, device))
 
     return Tensors(
         tensor,
@@ -86,6 +90,25 @@ def tensors_of(packed: PackedModel, device: str) -> Tensors:
         "fp8" if head_in_fp8 else "bf16",
         tile if are_integers else None,
     )
+
+
+def _multiplies_fp8(device: str) -> bool:
+    """Whether there are products of e4m3: from compute capability 8.9 on, and in the plain twin."""
+    return device == "cpu" or torch.cuda.get_device_capability() >= (8, 9)
+
+
+def _has_tiles(layouts: Mapping[str, Format]) -> bool:
+    """Whether the persistent kernel streams these linear layers as they are: integers in groups that it knows
+    and perhaps bf16, one format a product in all layers."""
+    by_product: dict[str, set[Format]] = {}
+    for name, layout in layouts.items():
+        member = name.rpartition(".")[2]
+        product = next((group for group, parts in READERS.items() if member in parts), "head")
+        by_product.setdefault(product, set()).add(layout)
+    found = {layout for some in by_product.values() for layout in some}
+    are_known = all((one.is_integer and one.group in GROUPS) or one.bits == 16 for one in found)
+    is_one_each = all(len(some) == 1 for some in by_product.values())
+    return are_known and is_one_each and any(one.is_integer for one in found)
 
 
 def weight_bytes(config: ModelSpec, precision: Precision, head: Precision) -> int:
