@@ -59,6 +59,7 @@ sanitize: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/reference.py > docs/reference.md
+	$(BIN)/python docs/chart.py > docs/speed.svg
 
 clean:
 	rm -rf build dist $(VENV)

@@ -128,6 +128,14 @@ def test_measured_figures_stand_in_their_block_alone() -> None:
         assert not re.findall(r"\d[\d,.]* ?(?:tok/s|tokens/s|GB/s|TOPS)", rest)
 
 
+def test_the_chart_is_drawn_from_the_record() -> None:
+    drawn = subprocess.run(
+        [sys.executable, ROOT / "docs" / "chart.py"], capture_output=True, text=True, check=True
+    ).stdout
+    assert drawn == (ROOT / "docs" / "speed.svg").read_text(encoding="utf-8"), "run `make docs`"
+    assert drawn.count("<path") >= 3, "an engine is missing"
+
+
 def test_links_lead_somewhere() -> None:
     for name, text in DOCUMENTS.items():
         base = ROOT if (ROOT / name).exists() else ROOT / "docs"
