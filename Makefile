@@ -20,7 +20,7 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 BUILD_INPUTS := Makefile pyproject.toml CMakeLists.txt $(shell find native src/hasten -type f -not -name '*.so' -not -path '*__pycache__*')
 CPP := $(shell find native tests/native -name '*.cpp' -o -name '*.h' -o -name '*.inl' 2>/dev/null)
 
-.PHONY: demo test test-slow lint pytest test-demo sanitize docs clean
+.PHONY: demo test test-slow lint pytest test-demo sanitize docs site clean
 
 demo: $(VENV)/.demo
 	$(BIN)/hasten optimize demo --out demo.hasten
@@ -60,6 +60,9 @@ sanitize: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/python docs/reference.py > docs/reference.md
 	$(BIN)/python docs/chart.py > docs/speed.svg
+
+site: $(VENV)/.dev
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf build dist $(VENV)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 from hasten.cli import VERBS
 from hasten.cli.frame import parser_of
@@ -134,6 +135,35 @@ def test_the_chart_is_drawn_from_the_record() -> None:
     ).stdout
     assert drawn == (ROOT / "docs" / "speed.svg").read_text(encoding="utf-8"), "run `make docs`"
     assert drawn.count("<path") >= 3, "an engine is missing"
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_network(tmp_path: Path) -> None:
+    pytest.importorskip("material", reason="mkdocs-material is not installed")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
+    assert pages == {path.parent.name for path in (tmp_path / "site").glob("*/index.html")}
+    start = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
+    assert "fonts.googleapis" not in start
+
+
+def test_every_page_is_in_the_site() -> None:
+    config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert not [path.name for path in (ROOT / "docs").glob("*.md") if f": {path.name}\n" not in config]
+
+
+def test_the_container_starts_the_server_with_flags_that_exist() -> None:
+    compose = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))
+    command = compose["services"]["hasten"]["command"]
+    assert command[0] == "serve" and not wrong_flags(command)
+    assert 'ENTRYPOINT ["hasten"]' in (ROOT / "Dockerfile").read_text(encoding="utf-8")
 
 
 def test_links_lead_somewhere() -> None:
