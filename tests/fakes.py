@@ -89,6 +89,8 @@ class FakeModel:
     calls: int = 0
     threads: int = 1
     config: ModelSpec = CONFIG
+    device: str = "cpu"
+    device_because: str = ""
 
     @property
     def stored_bytes(self) -> int:
@@ -124,6 +126,7 @@ class FakeWorkshop:
     measured: list[str] = field(default_factory=list)
     interrupt_at: str = ""  # recipe whose packing is interrupted by Ctrl-C
     can_calibrate: bool = False  # whether torch is there
+    device_because: str = ""
 
     def __post_init__(self) -> None:
         rng = np.random.default_rng(self.seed)
@@ -156,6 +159,9 @@ class FakeWorkshop:
 
     def tokenizer(self) -> LetterTokenizer:
         return LetterTokenizer()
+
+    def settle(self, recipe: Recipe) -> None:
+        """Its device is named."""
 
     def kept(self) -> Mapping[str, Format]:
         return dict.fromkeys(CONFIG.linear_shapes(), Format.of(self.kept_bits))

@@ -375,7 +375,9 @@ class EngineOptions:
     )
     device: str = field(
         default="cpu",
-        metadata={"help": "what computes: cpu, cuda, auto (a GPU where it can), or reference (NumPy, slow)"},
+        metadata={
+            "help": "what computes: cpu, cuda, auto (a GPU that runs the model), or reference (NumPy, slow)"
+        },
     )
 
 
