@@ -27,7 +27,8 @@ demo: $(VENV)/.demo
 	$(BIN)/hasten generate demo.hasten -n 96 -p "Write a Python function that reverses a string."
 	@echo "go on with: $(BIN)/hasten chat demo.hasten   (the report: demo.hasten/report.html)"
 
-test: lint pytest
+test: $(VENV)/.dev
+	$(MAKE) -j2 lint pytest
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from collections.abc import Callable
@@ -16,6 +17,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads: the tests them
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+_THP_DISABLE = 41  # of prctl(2)
+if sys.platform == "linux":
+    # The engine asks for huge pages for what it computes in. Tests open a thousand models of some kilobytes:
+    # to zero 2 MB for each of their buffers took most of the system's time. Processes started here inherit it.
+    ctypes.CDLL(None).prctl(_THP_DISABLE, 1, 0, 0, 0)
 
 
 @pytest.fixture(scope="session")
