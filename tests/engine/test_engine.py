@@ -170,6 +170,17 @@ def test_debts_are_bounded() -> None:
     assert share.of("b") < share.of("a") <= share.of("b") + 2048
 
 
+def test_users_of_a_key_share_what_their_key_gets() -> None:
+    share = FairShare()
+    for client in ("a/1", "a/2", "b"):
+        share.join(client, ())
+    share.serve("a/1", 100, 0)
+    share.serve("b", 60, 0)
+    assert share.of("a") == share.of("a/1") > share.of("b") > share.of("a/2") == 0
+    share.serve("a/2", 10, 0)
+    assert share.of("a") == share.of("a/1") + share.of("a/2")
+
+
 def test_what_cannot_be_done_in_time_is_refused_at_once(start: Start, narrow: LanguageModel) -> None:
     engine = start(narrow, ServingOptions(speculate=False))
     engine.add(request("measured", new=20))

@@ -164,6 +164,7 @@ class StandInEngine:
                     tuple(logprob(token, request.logprobs) for token in piece.encode())
                     if request.logprobs is not None
                     else (),
+                    prompt_logprobs=prompt_logprobs(request) if number == 0 else None,
                     finish_reason="error" if broken else finish if last else None,
                     error="the model broke" if broken else "",
                     usage=usage(request, len(text)) if last else None,
@@ -177,6 +178,12 @@ class StandInEngine:
 
     async def close(self, drain: bool = True) -> None:
         self.closed = True
+
+
+def prompt_logprobs(request: Request) -> tuple[TokenLogprob | None, ...] | None:
+    if request.prompt_logprobs is None:
+        return None
+    return (None, *(logprob(token, request.prompt_logprobs) for token in request.prompt[1:]))
 
 
 def logprob(token: int, top: int) -> TokenLogprob:

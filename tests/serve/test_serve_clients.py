@@ -384,3 +384,137 @@ def test_a_broken_body_is_still_refused(server: Running) -> None:
     assert (
         server.ask(CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}).status == 400
     )
+
+
+COMPLETION, MESSAGES = "/v1/completions", "/v1/messages"
+
+
+def test_a_benchmark_scores_choices(server: Running) -> None:
+    """Prompts as ids, echoed, with the log-probability of each token behind the first."""
+    server.engine.reply = "!"
+    for most, text in ((1, "!"), (0, "")):
+        body = {"prompt": [list(b"abc"), list(b"de")], "echo": True, "logprobs": 1, "max_tokens": most}
+        for choice, prompt in zip(server.ask(COMPLETION, body).json["choices"], ("abc", "de"), strict=True):
+            found = choice["logprobs"]
+            assert choice["text"] == prompt + text
+            assert found["tokens"] == list(prompt + text)
+            assert found["token_logprobs"] == [None] + [-0.5] * (len(prompt + text) - 1)
+            assert found["text_offset"] == list(range(len(prompt + text)))
+            assert found["top_logprobs"][0] is None and found["top_logprobs"][1] == {prompt[1]: -0.5}
+    events = server.ask(COMPLETION, {**body, "prompt": "abc", "max_tokens": 1, "stream": True}).events
+    assert "".join(event["choices"][0]["text"] for event in events) == "abc!"
+    tokens = [
+        token for event in events for token in (event["choices"][0]["logprobs"] or {"tokens": []})["tokens"]
+    ]
+    assert tokens == list("abc!")
+
+
+def test_echo_without_logprobs_and_the_chosen_token(server: Running) -> None:
+    server.engine.reply = "!"
+    reply = server.ask(COMPLETION, {"prompt": "abc", "echo": True, "logprobs": None}).json
+    assert (reply["choices"][0]["text"], reply["choices"][0]["logprobs"]) == ("abc!", None)
+    found = server.ask(COMPLETION, {"prompt": "abc", "logprobs": 0}).json["choices"][0]["logprobs"]
+    assert found["top_logprobs"] == [{"!": -0.5}]
+
+
+def test_the_best_of_several(server: Running) -> None:
+    reply = server.ask(COMPLETION, {"prompt": "abc", "best_of": 3, "n": 2}).json
+    assert [choice["index"] for choice in reply["choices"]] == [0, 1]
+    assert server.engine.asked[-1].n == 3
+
+
+def test_filling_in(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = {"<|fim_prefix|>": 260, "<|fim_suffix|>": 261, "<|fim_middle|>": 262}
+    tokenizer = server.models["echo"].tokenizer
+    monkeypatch.setattr(tokenizer, "id_of", ids.get)
+    monkeypatch.setattr(type(tokenizer), "bos_id", None, raising=False)
+    server.engine.reply = "mid"
+    reply = server.ask(COMPLETION, {"prompt": "a", "suffix": "b", "max_tokens": 5}).json
+    assert server.engine.asked[-1].prompt == (260, 97, 261, 98, 262)
+    assert reply["choices"][0]["text"] == "mid"
+    body = {"input_prefix": "a", "input_suffix": "b", "input_extra": [{"text": "x"}], "n_predict": 9}
+    assert server.ask("/infill", body).json["content"] == "mid"
+    assert server.engine.asked[-1].prompt == (260, *b"x\na", 261, 98, 262)
+    pieces = server.ask("/infill", {**body, "stream": True}).events
+    assert "".join(piece["content"] for piece in pieces) == "mid" and pieces[-1]["stop"] is True
+
+
+def test_fewer_dimensions(server: Running) -> None:
+    (entry,) = server.ask("/v1/embeddings", {"input": "abc", "dimensions": 2}).json["data"]
+    assert len(entry["embedding"]) == 2 and sum(one * one for one in entry["embedding"]) == pytest.approx(1)
+
+
+def test_what_clients_ask_before_they_ask(server: Running) -> None:
+    assert server.ask("/version").json["version"]
+    for path in ("/v1/models/", "/models", "//v1//models", "/v1/v1/models"):
+        assert server.ask(path).json["data"][0]["id"] == "echo"
+    assert server.ask("/chat/completions/", chat()).status == 200
+
+
+ANTHROPIC = {"max_tokens": 100, "messages": [USER]}
+SHELL = {"name": "get_weather", "input_schema": WEATHER["parameters"], "cache_control": {"type": "ephemeral"}}
+
+
+def test_messages_in_one_piece(server: Running) -> None:
+    server.engine.reply = "Hi."
+    reply = server.ask(MESSAGES, {**ANTHROPIC, "system": [{"type": "text", "text": "s"}], "top_k": 3}).json
+    assert reply["content"] == [{"type": "text", "text": "Hi."}]
+    assert (reply["type"], reply["role"], reply["stop_reason"]) == ("message", "assistant", "end_turn")
+    assert reply["usage"]["input_tokens"] + reply["usage"]["cache_read_input_tokens"] == len(
+        "<system>s<user>hello"
+    )
+    assert server.ask(MESSAGES + "/count_tokens", {"messages": [USER]}).json == {
+        "input_tokens": len("<user>hello")
+    }
+
+
+def test_messages_stream_a_call(server: Running) -> None:
+    server.engine.reply = "So." + CALL
+    body = {**ANTHROPIC, "tools": [SHELL], "tool_choice": {"type": "auto"}, "stream": True}
+    events = server.ask(MESSAGES, body).events
+    kinds = [event["type"] for event in events]
+    assert kinds[:2] == ["message_start", "ping"] and kinds[-2:] == ["message_delta", "message_stop"]
+    starts = [event["content_block"]["type"] for event in events if event["type"] == "content_block_start"]
+    assert starts == ["text", "tool_use"] and kinds.count("content_block_stop") == 2
+    deltas = [event["delta"] for event in events if event["type"] == "content_block_delta"]
+    assert json.loads("".join(delta.get("partial_json", "") for delta in deltas)) == {"city": "Rome"}
+    assert events[-2]["delta"]["stop_reason"] == "tool_use"
+    (text, call) = server.ask(MESSAGES, {**body, "stream": False}).json["content"]
+    assert (text["text"], call["input"], call["name"]) == ("So.", {"city": "Rome"}, "get_weather")
+
+
+def test_messages_with_results_thoughts_and_a_beginning(thinker: Running) -> None:
+    thought = {"type": "thinking", "thinking": "hm", "signature": "x"}
+    used = {"type": "tool_use", "id": "t1", "name": "f", "input": {"a": 1}}
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "ok"}]}
+    turns = [
+        USER,
+        {"role": "assistant", "content": [thought, used]},
+        {"role": "user", "content": [result, {"type": "text", "text": "go"}]},
+        {"role": "assistant", "content": "Well"},
+    ]
+    thinker.engine.reply = "<think>aha</think>now"
+    body = {**ANTHROPIC, "messages": turns, "stop_sequences": ["n"], "metadata": {"user_id": "u"}}
+    reply = thinker.ask(MESSAGES, {**body, "thinking": {"type": "enabled", "budget_tokens": 50}}).json
+    assert [block["type"] for block in reply["content"]] == ["thinking", "text"]
+    request = thinker.engine.asked[-1]
+    assert bytes(request.prompt).decode().endswith("<tool>ok<user>go<assistant>Well")
+    assert (request.stop, request.client.split("/")[1]) == (("n",), "u")
+    assert [block["type"] for block in thinker.ask(MESSAGES, body).json["content"]] == ["text"]
+
+
+def test_messages_say_what_is_wrong(server: Running) -> None:
+    reply = server.ask(
+        MESSAGES, {**ANTHROPIC, "messages": [{"role": "user", "content": [{"type": "image"}]}]}
+    )
+    assert (reply.status, reply.json["type"]) == (400, "error")
+    assert (
+        reply.json["error"]["type"] == "invalid_request_error" and "image" in reply.json["error"]["message"]
+    )
+
+
+def test_models_are_named_as_hubs_name_them() -> None:
+    from hasten.serve.pool import names_of
+
+    assert names_of(["org/name=demo"]) == {"org/name": "demo"}
+    assert list(names_of(["./a=b/x.gguf"]).values()) == ["./a=b/x.gguf"]

@@ -44,6 +44,7 @@ def strict() -> Iterator[Running]:
         body_timeout_s=0.4,
         send_timeout_s=0.4,
         keep_alive_s=1,
+        max_priority=(9, 2),
     )
     with serving(options, {"echo": StandInEngine()}) as running:
         yield running
@@ -63,6 +64,20 @@ def test_keys(strict: Running) -> None:
     assert strict.ask("/v1/models", headers={"authorization": "bearer first-key"}).status == 200
     for open_to_all in ("/health", "/ready", "/"):
         assert strict.ask(open_to_all).status == 200
+
+
+def test_keys_in_other_headers(strict: Running) -> None:
+    for name in ("x-api-key", "api-key"):
+        assert strict.ask("/v1/models", headers={name: "first-key"}).status == 200
+        assert strict.ask("/v1/models", headers={name: "nope"}).status == 401
+    for path in ("/v1/messages/", "//v1/chat/completions", "/models", "/infill"):
+        assert strict.ask(path).status == 401, path
+
+
+def test_a_key_caps_the_priority(strict: Running) -> None:
+    for key, asked, given in (("first-key", 50, 9), ("second-key", 50, 2), ("second-key", -3, -3)):
+        strict.ask(PATH, chat(priority=asked), headers={"x-api-key": key})
+        assert strict.engine.asked[-1].priority == given
 
 
 def test_clients_are_told_apart_by_key(strict: Running) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Order = tuple[float, float, float, int]
+Order = tuple[float, float, float, float, int]
 
 _FORCED = 15  # drafts that a grammar forces on one answer: a step's rows stay few
 PROMPT_WEIGHT = 1.0
@@ -42,7 +42,11 @@ _DOUBT = 0.9
 
 
 class FairShare:
-    """Weighted tokens computed for each client; the one with the least goes first."""
+    """Weighted tokens computed for each client; the one with the least goes first.
+
+    A client `KEY/USER` counts for its key first: a key gets no more of the machine by naming many users, and
+    its users share what it gets.
+    """
 
     def __init__(self) -> None:
         self._served: dict[str, float] = {}
@@ -50,8 +54,14 @@ class FairShare:
 
     def join(self, client: str, active: Iterable[str]) -> None:
         """A client asks again: it gets no credit for the time it did not ask, and its debt is bounded."""
-        floor = min((self.of(one) for one in active), default=self.of(self._last))
-        self._served[client] = min(max(self._served.pop(client, 0.0), floor), floor + _MOST_DEBT)
+        there, key = list(active), _group(client)
+        users = [one for one in there if _group(one) == key] if client != key else there
+        for mine, others in ((client, users), (key, [_group(one) for one in there])):
+            last = self._last if mine == client else _group(self._last)
+            floor = min((self.of(one) for one in others), default=self.of(last))
+            self._served[mine] = min(max(self._served.pop(mine, 0.0), floor), floor + _MOST_DEBT)
+            if mine == key:
+                break
         if len(self._served) > _MOST_CLIENTS:
             del self._served[next(iter(self._served))]
 
@@ -59,11 +69,17 @@ class FairShare:
         """So many tokens were computed for a client."""
         self._last = client
         cost = PROMPT_WEIGHT * prompt + ANSWER_WEIGHT * answer
-        self._served[client] = self._served.get(client, 0.0) + cost
+        for one in {client, _group(client)}:
+            self._served[one] = self._served.get(one, 0.0) + cost
 
     def of(self, client: str) -> float:
         """A client's counter."""
         return self._served.get(client, 0.0)
+
+
+def _group(client: str) -> str:
+    """The key or address of a client that names a user too."""
+    return client.partition("/")[0]
 
 
 class Scheduler:
@@ -96,7 +112,9 @@ class Scheduler:
         """Sorts answers, the first to run first."""
         request = answer.request
         deadline = float("inf") if request.deadline_ms is None else answer.deadline
-        return (-request.priority, deadline, self.share.of(request.client), self._arrival[id(answer)])
+        share, client = self.share, request.client
+        of_key = share.of(_group(client))
+        return (-request.priority, deadline, of_key, share.of(client), self._arrival[id(answer)])
 
     def admit(
         self,

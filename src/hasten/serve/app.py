@@ -24,15 +24,23 @@ from starlette.exceptions import HTTPException
 
 import hasten
 from hasten.errors import HastenError
-from hasten.serve import responses, texts
+from hasten.serve import messages, responses, texts
 from hasten.serve.body import Strict
 from hasten.serve.call import App, Problem, call_of, problem_of
 from hasten.serve.chat import ChatRequest, chat
 from hasten.serve.guard import Guard
+from hasten.serve.messages import CountRequest, MessagesRequest
 from hasten.serve.metrics import CONTENT_TYPE
 from hasten.serve.responses import ResponseRequest
 from hasten.serve.service import Endpoint, Handled, Service
-from hasten.serve.texts import CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
+from hasten.serve.shape import dumped
+from hasten.serve.texts import (
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    InfillRequest,
+    TokenizeRequest,
+)
 
 if TYPE_CHECKING:
     from hasten.serve.pool import ModelPool
@@ -113,6 +121,10 @@ def _model(pool: ModelPool, name: str) -> dict[str, Any]:
     return {**entry, "loaded": pool.is_loaded(name), **pool.facts(name)}
 
 
+async def version(exchange: Exchange) -> None:
+    await exchange.json({"version": hasten.__version__})
+
+
 async def health(exchange: Exchange) -> None:
     """Liveness: the process answers, and has loaded its first model."""
     started = exchange.service.pool.started
@@ -163,6 +175,12 @@ ROUTES = (
     Route("POST", "/v1/chat/completions", chat, "Answer a conversation", ChatRequest, streams=True),
     Route("POST", "/v1/completions", texts.completions, "Continue texts", CompletionRequest, streams=True),
     Route("POST", "/v1/responses", responses.create, "Answer, the newer way", ResponseRequest, streams=True),
+    Route(
+        "POST", "/v1/messages", messages.messages, "Answer, Anthropic's way", MessagesRequest, streams=True
+    ),
+    Route(
+        "POST", "/v1/messages/count_tokens", messages.count_tokens, "Tokens of a conversation", CountRequest
+    ),
     Route("GET", "/v1/responses/{response_id}", responses.retrieve, "A stored answer", refuses=(404,)),
     Route(
         "DELETE", "/v1/responses/{response_id}", responses.delete, "Forget a stored answer", refuses=(404,)
@@ -172,6 +190,9 @@ ROUTES = (
     Route("GET", "/v1/models/{name}", model, "One model", refuses=(404,)),
     Route("POST", "/tokenize", texts.tokenize, "Token ids of a text or chat", TokenizeRequest),
     Route("POST", "/detokenize", texts.detokenize, "The text of token ids", DetokenizeRequest),
+    Route("GET", "/tokenizer_info", texts.tokenizer_info, "Special tokens and the chat template"),
+    Route("POST", "/infill", texts.infill, "Fill in between two texts", InfillRequest, streams=True),
+    Route("GET", "/version", version, "This program's version"),
     Route("GET", "/health", health, "Liveness", refuses=(503,)),
     Route("GET", "/ready", ready, "Readiness", refuses=(503,)),
     Route("GET", "/metrics", metrics, "Prometheus's page", kind="text/plain"),
@@ -318,6 +339,9 @@ def _file(asset: Asset) -> Callable[[Request], Awaitable[Response]]:
 async def _failed(request: Request, error: Exception) -> Response:
     problem = _http_problem(request, error) if isinstance(error, HTTPException) else problem_of(error)
     call_of(request.scope).fields["error"] = problem.message
+    if request.scope["path"].startswith("/v1/messages"):  # Anthropic's clients look for the type
+        said = dumped({"type": "error", **problem.document()})
+        return Response(said, problem.status, dict(problem.headers), "application/json")
     return Response(problem.body(), problem.status, dict(problem.headers), "application/json")
 
 

@@ -42,6 +42,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "include_stop_str_in_output": (False,),
     "logits_processors": ([],),
     "lora": ([],),
+    "min_tokens": (0,),
     "mirostat": (0,),
     "modalities": (["text"], []),
     "prompt": ({}, "", []),
@@ -210,12 +211,24 @@ def _tolerant(
         return None
     if not isinstance(document, dict):
         return None
-    document = model.understood(document, ignored)
+    return checked(model, model.understood(document, ignored))
+
+
+def checked(model: type[Item], document: dict[str, Any]) -> Item:
+    """A document as a checked value; numbers may be texts, and what is not known is left out.
+
+    Raises:
+        Problem: 400 that names the first field at fault.
+    """
     try:
         return model.model_validate(document, strict=False, extra="ignore")
     except ValidationError as error:
-        if error.error_count() > _MANY_ERRORS:
-            return None
+        if error.error_count() <= _MANY_ERRORS:
+            raise _problem(error, document) from None
+    document = _narrowed(document, _names(model))
+    try:
+        return model.model_validate(document, strict=False, extra="ignore")
+    except ValidationError as error:
         raise _problem(error, document) from None
 
 

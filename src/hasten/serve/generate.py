@@ -234,7 +234,7 @@ async def _ready(exchange: Exchange, answer: Answer, news: Sequence[News]) -> No
         await asyncio.sleep(0)
     for which, output in news:
         if output.prompt_logprobs is not None:
-            spell = partial(answer.texts.prompt, output.prompt_logprobs)
+            spell = partial(answer.spelled, output.prompt_logprobs)
             answer.prompt_logprobs[which] = await exchange.work(spell)
 
 

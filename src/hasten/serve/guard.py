@@ -88,7 +88,7 @@ def _is_loopback(host: str) -> bool:
 
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:/+=-]{1,128}")
-CLOSED = ("/v1/", "/tokenize", "/detokenize", "/metrics", "/stats", "/openapi.json")
+CLOSED = ("/v1/", "/tokenize", "/detokenize", "/infill", "/metrics", "/stats", "/openapi.json")
 """Paths that need a key where keys are set. The page is only files; liveness and readiness tell nothing."""
 
 _HEADER_NAMES = re.compile(rb"[A-Za-z0-9_, -]{1,2000}")
@@ -100,6 +100,19 @@ _ALLOWED = (
 _DRAINED = 1_000_000  # bytes of a refused body that are taken at least
 _SILENT_S = 2.0  # a client that sends no more of it for so long waits for the answer
 _STOPPING = Problem(503, "the server is stopping", code="stopping", headers={"retry-after": "1"})
+
+
+_SHORT = ("/chat/completions", "/completions", "/embeddings", "/models", "/responses", "/messages")
+
+
+def plain_path(path: str) -> str:
+    """A path as the routes have it: base URLs come with and without `/v1`, with and without a slash."""
+    path = re.sub("/{2,}", "/", path)
+    if len(path) > 1:
+        path = path.rstrip("/") or "/"
+    while path.startswith("/v1/v1/"):
+        path = path[3:]
+    return f"/v1{path}" if path.startswith(_SHORT) else path
 
 
 class Guard:
@@ -123,6 +136,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope["path"] = plain_path(scope["path"])
         headers: dict[bytes, bytes] = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"")
         name = given.decode() if _REQUEST_ID.fullmatch(given) else secrets.token_hex(12)
@@ -169,6 +183,9 @@ class Guard:
             Problem: 401 without a key or with a wrong one.
         """
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        for name in (b"x-api-key", b"api-key"):  # as Anthropic's and Azure's clients send it
+            if not key and name in headers:
+                scheme, key = b"bearer", headers[name]
         found = -1
         for number, mine in enumerate(self._keys):
             if hmac.compare_digest(mine, key.strip()):

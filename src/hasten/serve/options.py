@@ -25,6 +25,10 @@ class ServeOptions:
     host: str = _flag("127.0.0.1", "address to listen on; 0.0.0.0 is every network this machine has")
     port: int = _flag(8000, "port to listen on; 0 picks a free one")
     api_keys: tuple[str, ...] = _flag((), "key that lets a client in, repeatable; none: everybody is let in")
+    max_priority: tuple[int, ...] = _flag(
+        (),
+        "highest priority of a request, repeatable: one for each --api-key in order, the last for all others",
+    )
     cors_origins: tuple[str, ...] = _flag(
         (), "web origin whose pages may call the API, or * for all, repeatable; default: none"
     )
@@ -69,6 +73,13 @@ class ServeOptions:
         for item in dataclasses.fields(self):
             if item.name.endswith(("_s", "_mb", "_kb")):
                 self._need(getattr(self, item.name) > 0, item.name, "above 0")
+
+    def priority_of(self, asked: int, client: str) -> int:
+        """The priority a client gets."""
+        if not self.max_priority:
+            return asked
+        number = int(client.removeprefix("key-")) if client.startswith("key-") else 0
+        return min(asked, self.max_priority[min(number, len(self.max_priority) - 1)])
 
     def _need(self, good: bool, name: str, range_: str) -> None:
         if not good:

@@ -181,7 +181,7 @@ class Asker:
     def shared(self, spec: SharedFields) -> dict[str, Any]:
         """What every request of the engine has of its body; `client` is the user of an address or key."""
         return {
-            "priority": spec.priority or 0,
+            "priority": self.options.priority_of(spec.priority or 0, self.client),
             "deadline_ms": spec.deadline_ms,
             "client": f"{self.client}/{spec.user}" if spec.user else self.client,
             "salt": spec.cache_salt or "",

@@ -147,6 +147,10 @@ class Answer(ABC):
         self.tally = tally
         self.prompt_logprobs: dict[int, Any] = {}  # by request, in the form of `TokenTexts.prompt`
 
+    def spelled(self, logprobs: Sequence[TokenLogprob | None]) -> Any:
+        """The prompt's log-probabilities as this response has them. In a worker thread."""
+        return self.texts.prompt(logprobs)
+
     @abstractmethod
     def take(self, news: Sequence[News]) -> None:
         """Note outputs for a response in one piece."""

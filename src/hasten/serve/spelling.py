@@ -44,20 +44,18 @@ def spelled_chat(document: Mapping[str, Any], ignored: set[str]) -> dict[str, An
         _choice(found)
     if not found.get("tools") and found.get("tool_choice") in ("auto", "none"):
         del found["tool_choice"]
-    if isinstance(found.get("response_format"), Mapping):
-        found["response_format"] = spelled_format(found["response_format"])
     for name, same in (
         ("max_thinking_tokens", "thinking_budget"),
         ("thinking_token_budget", "thinking_budget"),
     ):
         if isinstance(found.get(name), int):
             found.setdefault(same, found.pop(name))
-    _switches(found, ignored)
-    return found
+    return spelled_switches(found, ignored)
 
 
-def _switches(found: dict[str, Any], ignored: set[str]) -> None:
-    """Fields with values that this server has one way for."""
+def spelled_switches(document: Mapping[str, Any], ignored: set[str]) -> dict[str, Any]:
+    """Fields with values that this server has one way for, of any request that generates."""
+    found = dict(document)
     if found.get("store") is True:
         ignored.add("store")
         del found["store"]
@@ -83,9 +81,11 @@ def _switches(found: dict[str, Any], ignored: set[str]) -> None:
             for pair in found["logit_bias"]
             if isinstance(pair, list) and len(pair) == 2
         }
-    if isinstance(found.get("min_tokens"), int) and found["min_tokens"] > 0:
-        return  # left for the check
-    found.pop("min_tokens", None)
+    if found.get("min_tokens") == 0:
+        del found["min_tokens"]
+    if isinstance(found.get("response_format"), Mapping):
+        found["response_format"] = spelled_format(found["response_format"])
+    return found
 
 
 def spelled_messages(messages: Sequence[Any], ignored: set[str]) -> list[Any]:

@@ -1,11 +1,13 @@
-"""`POST /v1/completions`, `/v1/embeddings`, `/tokenize` and `/detokenize`: for texts as they stand.
+"""`POST /v1/completions`, `/infill`, `/v1/embeddings`, `/tokenize`, `/detokenize`: for texts as they stand.
 
-Of each: the body, the form of the answer, the way between. The last two are as vLLM has them.
+Of each: the body, the form of the answer, the way between. The last two are as vLLM has them, `/infill` as
+llama.cpp's server has it.
 """
 
 from __future__ import annotations
 
 import base64
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -17,16 +19,18 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from hasten.engine.request import Request
+from hasten.engine.request import Output, Request
 from hasten.serve.body import JsonObject, SamplingFields, SharedFields, Strict, Text, TokenId
 from hasten.serve.call import Problem, refused
 from hasten.serve.chat import Message, ResponseFormat, Tool
 from hasten.serve.generate import Feed, asker_of, respond
-from hasten.serve.prepare import Asker, check_ids, form_of
-from hasten.serve.shape import Part, Shape, dumped, dumps, finite, joined
+from hasten.serve.metrics import Tally
+from hasten.serve.prepare import Asker, Form, check_ids, form_of
+from hasten.serve.shape import News, Part, Shape, TokenTexts, dumped, dumps, event, finite, joined
+from hasten.serve.spelling import spelled_switches
 
 if TYPE_CHECKING:
-    from hasten.engine.request import Output
+    from hasten.runtime.sampling import TokenLogprob
     from hasten.serve.pool import Served
     from hasten.serve.service import Exchange
 
@@ -47,28 +51,95 @@ class CompletionRequest(SamplingFields):
     logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
     add_special_tokens: bool | None = None
-    echo: Literal[False] | None = None
-    best_of: Literal[1] | None = None
-    suffix: Literal[""] | None = None
+    echo: bool | None = Field(None, description="the prompt before the answer, its logprobs too")
+    best_of: int | None = Field(None, ge=1, le=128, description="answers made, of which n are given")
+    suffix: Text | None = Field(None, description="what follows the answer: for models that fill in")
+
+    @classmethod
+    def understood(cls, document: dict[str, Any], ignored: set[str]) -> dict[str, Any]:
+        """In OpenAI's words of today."""
+        found = super().understood(spelled_switches(document, ignored), ignored)
+        if isinstance(found.get("logprobs"), bool):
+            found["logprobs"] = 1 if found["logprobs"] else None
+        return found
 
 
 class CompletionShape(Shape):
-    """`/v1/completions`."""
+    """`/v1/completions`.
+
+    Args:
+        requests: what is asked of the engine, one request a prompt.
+        echoed: the prompts' texts, where they come before the answers.
+        given: answers of a request that are given: the likeliest of those that are made.
+    """
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
+    def __init__(
+        self,
+        model: str,
+        texts: TokenTexts,
+        tally: Tally,
+        requests: Sequence[Request],
+        echoed: Sequence[str] = (),
+        given: int | None = None,
+    ) -> None:
+        super().__init__(model, texts, tally, requests[0].n, len(requests))
+        self._echoed = echoed
+        self._given = given
+        self._first: dict[int, list[tuple[str, ...]]] = {}  # entries of the prompts, by request
+        self._scores = [[0.0, 0] for _ in self.parts]  # sum of the logprobs, and how many
+
+    def spelled(self, logprobs: Sequence[TokenLogprob | None]) -> Any:
+        """The prompt's log-probabilities: as columns where the prompt is echoed, else as vLLM has them."""
+        if not self._echoed:
+            return super().spelled(logprobs)
+        part = Part()
+        return [self._entry(part, one) for one in logprobs if one is not None]
+
     def _entries(self, part: Part, output: Output) -> list[tuple[str, ...]]:
         """Of each token: its text, its logprob, the likeliest ones, and where in the text it begins."""
-        found: list[tuple[str, ...]] = []
-        for one in output.logprobs:
-            text = self.texts.text(one.token)
-            top = {self.texts.text(token): finite(logprob) for token, logprob in reversed(one.top)}
-            found.append((dumps(text), dumps(finite(one.logprob)), dumps(top or None), str(part.length)))
-            part.length += len(text)
-        return found
+        return [self._entry(part, one) for one in output.logprobs]
+
+    def _entry(self, part: Part, one: TokenLogprob) -> tuple[str, ...]:
+        text = self.texts.text(one.token)
+        top = {text: finite(one.logprob)}
+        top |= {self.texts.text(token): finite(logprob) for token, logprob in reversed(one.top)}
+        part.length += len(text)
+        return dumps(text), dumps(finite(one.logprob)), dumps(top), str(part.length - len(text))
+
+    def take(self, news: Sequence[News]) -> None:
+        """Note outputs; the likeliest are found by their mean."""
+        super().take(news)
+        for which, output in news:
+            score = self._scores[which * self.answers + output.index]
+            score[0] += sum(one.logprob for one in output.logprobs)
+            score[1] += len(output.logprobs)
+
+    def _begun(self, number: int, part: Part, output: Output) -> tuple[str, list[tuple[str, ...]]]:
+        """What an answer begins with: the prompt, where it is echoed, and its entries."""
+        if part.opened or not self._echoed:
+            return "", []
+        part.opened = True
+        which = number // self.answers
+        text, entries = self._echoed[which], self._first.get(which, [])
+        if which in self.prompt_logprobs:
+            entries = self._first[which] = self._with_first(which, self.prompt_logprobs.pop(which))
+        if entries:
+            part.length = len(text)
+        return text, entries
+
+    def _with_first(self, which: int, entries: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+        """Entries of a prompt with one for its first token, which nothing predicts."""
+        shown = "".join(json.loads(entry[0]) for entry in entries)
+        text = self._echoed[which]
+        first = text[: -len(shown)] if shown and text.endswith(shown) else ""
+        moved = [(*entry[:3], str(int(entry[3]) + len(first))) for entry in entries]
+        return [(dumps(first), "null", "null", "0"), *moved]
 
     def _chunk(self, number: int, part: Part, output: Output) -> str:
-        logprobs = dumps(_columns(self._entries(part, output)))
+        before, entries = self._begun(number, part, output)
+        logprobs = dumps(_columns([*entries, *self._entries(part, output)]))
         end = "null"
         extra = ""
         if output.finish_reason is not None:
@@ -77,21 +148,42 @@ class CompletionShape(Shape):
         prompt = self.prompt_logprobs.pop(number // self.answers, None)
         if prompt is not None:
             extra += f',"prompt_logprobs":{dumps(prompt)}'
+        text = encode_basestring(before + output.text)
         return (
-            f'{self.head}{{"index":{number},"text":{encode_basestring(output.text)},"logprobs":{logprobs},'
+            f'{self.head}{{"index":{number},"text":{text},"logprobs":{logprobs},'
             f'"finish_reason":{end}{extra}}}{self.tail}'
         )
 
     def _choice(self, number: int, part: Part) -> dict[str, Any]:
+        shown = part.length
+        part.length = 0
+        before, entries = self._begun(number, part, _NOTHING)
+        moved = [(*entry[:3], str(int(entry[3]) + part.length)) for entry in part.logprobs]
+        part.length += shown
         choice = {
             "index": number,
-            "text": part.text,
-            "logprobs": _columns(part.logprobs),
+            "text": before + part.text,
+            "logprobs": _columns([*entries, *moved]),
             "finish_reason": part.finish,
             "stop_reason": part.stop,
         }
-        prompt = self.prompt_logprobs.get(number // self.answers)
+        prompt = None if self._echoed else self.prompt_logprobs.get(number // self.answers)
         return choice if prompt is None else {**choice, "prompt_logprobs": prompt}
+
+    def document(self) -> dict[str, Any]:
+        """The response in one piece; of answers made for a choice, the likeliest."""
+        document = super().document()
+        if self._given is None or self._given == self.answers:
+            return document
+        kept = []
+        for first in range(0, len(self.parts), self.answers):
+            mine = range(first, first + self.answers)
+            best = sorted(mine, key=lambda n: -self._scores[n][0] / max(1, self._scores[n][1]))
+            kept += [document["choices"][number] for number in best[: self._given]]
+        return {**document, "choices": [{**one, "index": number} for number, one in enumerate(kept)]}
+
+
+_NOTHING = Output("", 0)
 
 
 def _columns(entries: list[tuple[str, ...]]) -> dict[str, Any] | None:
@@ -107,10 +199,17 @@ async def completions(exchange: Exchange) -> None:
     spec = await exchange.body(CompletionRequest)
     if spec.stream_options is not None and not spec.stream and exchange.service.options.strict:
         raise refused("stream_options needs stream: true", "stream_options", None)
+    made = max(spec.best_of or 1, spec.n or 1)
+    if spec.best_of is not None and (
+        spec.best_of < (spec.n or 1) or (spec.stream and spec.best_of > (spec.n or 1))
+    ):
+        raise refused("best_of must be at least n, and n where the answer streams", "best_of")
     async with exchange.service.pool.use(spec.model) as served:
-        requests = await exchange.work(partial(_to_complete, spec, asker_of(exchange, served)))
+        asked = partial(_to_complete, spec, asker_of(exchange, served), made)
+        requests, echoed, form = await exchange.work(asked)
+        exchange.note_form(form)
         tally = exchange.tally(served.name)
-        shape = CompletionShape(served.name, served.texts, tally, spec.n or 1, len(requests))
+        shape = CompletionShape(served.name, served.texts, tally, requests, echoed, spec.n or 1)
         shape.report(spec.stream_options, sum(len(request.prompt) for request in requests))
         await respond(exchange, served, spec, requests, shape)
 
@@ -136,19 +235,116 @@ def _each(
         yield one, one.encode(text, add_special)
 
 
-def _to_complete(spec: CompletionRequest, asker: Asker) -> list[Request]:
-    grammar = form_of(spec, spec.response_format, strict=asker.options.strict).grammar
+def _to_complete(spec: CompletionRequest, asker: Asker, made: int) -> tuple[list[Request], list[str], Form]:
+    """The engine's requests, the texts that are echoed, and what the answers must match."""
+    form = form_of(spec, spec.response_format, strict=asker.options.strict)
     asked = DEFAULT_TOKENS if spec.max_tokens is None else spec.max_tokens
-    return [
-        one.request(
-            spec,
-            prompt,
-            max_new_tokens=one.limit(asked, len(prompt)),
-            logprobs=spec.logprobs,
-            grammar=grammar,
-        )
-        for one, prompt in _each(spec.prompt, spec.add_special_tokens, asker)
-    ]
+    prompts: Any = spec.prompt
+    special = spec.add_special_tokens
+    if spec.suffix:
+        prompts, special = [filled_in(asker, text, spec.suffix) for text in prompts_of(prompts)], False
+    ranked = spec.logprobs if made == (spec.n or 1) else spec.logprobs or 0
+    scored = spec.logprobs if spec.echo else spec.prompt_logprobs
+    requests, echoed = [], []
+    for (one, prompt), text in zip(_each(prompts, special, asker), prompts_of(prompts), strict=True):
+        most = one.limit(asked, len(prompt))
+        asks = spec.model_copy(update={"n": made, "prompt_logprobs": scored})
+        request = one.request(asks, prompt, max_new_tokens=most, logprobs=ranked, grammar=form.grammar)
+        requests.append(request)
+        if spec.echo:
+            echoed.append(text if isinstance(text, str) else asker.served.model.tokenizer.decode(text, False))
+    return requests, echoed, form
+
+
+_FILLS = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),
+    ("<\uff5cfim▁begin\uff5c>", "<\uff5cfim▁hole\uff5c>", "<\uff5cfim▁end\uff5c>"),
+    ("▁<PRE>", "▁<SUF>", "▁<MID>"),
+    ("[PREFIX]", "[SUFFIX]", "[MIDDLE]"),
+)
+"""What models of code were taught for a prefix, a suffix and the middle that they write: Qwen and Granite,
+StarCoder, SantaCoder, DeepSeek, Code Llama, Codestral (which has the suffix first)."""
+
+
+def filled_in(asker: Asker, before: str | Sequence[int], after: str) -> list[int]:
+    """Token ids of a prompt whose answer stands between two texts.
+
+    Raises:
+        Problem: 400, the model has no tokens for that.
+    """
+    tokenizer = asker.served.model.tokenizer
+    for marks in _FILLS:
+        ids = [tokenizer.id_of(mark) for mark in marks[:2]]
+        middle = tokenizer.id_of(marks[2])
+        if None in ids or (middle is None and marks[0] != "[PREFIX]"):
+            continue
+        asker.check_length(after)
+        head = list(tokenizer.encode(before, False)) if isinstance(before, str) else list(before)
+        tail = list(tokenizer.encode(after, False))
+        first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        prefix, suffix = (int(one) for one in ids if one is not None)
+        if middle is None:
+            return [*first, suffix, *tail, prefix, *head]
+        return [*first, prefix, *head, suffix, *tail, middle]
+    raise refused("this model has no tokens for filling in (suffix); send the prompt alone", "suffix")
+
+
+class InfillRequest(SamplingFields):
+    """The body of `/infill`."""
+
+    input_prefix: Text
+    input_suffix: Text
+    input_extra: list[JsonObject] | None = Field(None, description="other files: text, filename")
+    prompt: Text | None = Field(None, description="what the middle begins with")
+    max_tokens: int | None = Field(None, ge=0, lt=2**31)
+
+
+class InfillShape(CompletionShape):
+    """`/infill`: `content`, and numbers at its end."""
+
+    def _chunk(self, number: int, part: Part, output: Output) -> str:
+        ends = output.finish_reason is not None
+        more = self._numbers() if ends else {}
+        return event(dumps({"content": output.text, "stop": ends, "index": number, **more}))
+
+    def last(self) -> bytes:
+        """Nothing: the last piece says that it is the last."""
+        return b""
+
+    def document(self) -> dict[str, Any]:
+        """The middle in one piece."""
+        return {
+            "content": self.parts[0].text,
+            "stop": True,
+            "index": 0,
+            "model": self.model,
+            **self._numbers(),
+        }
+
+    def _numbers(self) -> dict[str, Any]:
+        return {"tokens_predicted": self.tally.output_tokens, "tokens_evaluated": self.tally.prompt_tokens}
+
+
+async def infill(exchange: Exchange) -> None:
+    """What stands between two texts."""
+    spec = await exchange.body(InfillRequest)
+    async with exchange.service.pool.use(spec.model) as served:
+        asker = asker_of(exchange, served)
+
+        def prepare() -> Request:
+            extra = "".join(f"{one.get('text', '')}\n" for one in spec.input_extra or ())
+            before = f"{extra}{spec.input_prefix}{spec.prompt or ''}"
+            asker.check_length(before)
+            prompt = tuple(filled_in(asker, before, spec.input_suffix))
+            most = asker.limit(spec.max_tokens, len(prompt))
+            return asker.request(spec, prompt, max_new_tokens=most, logprobs=None, grammar=None)
+
+        request = await exchange.work(prepare)
+        tally = exchange.tally(served.name)
+        shape = InfillShape(served.name, served.texts, tally, [request])
+        await respond(exchange, served, spec, [request], shape)
 
 
 class EmbeddingRequest(SharedFields):
@@ -161,6 +357,7 @@ class EmbeddingRequest(SharedFields):
         | Annotated[list[TokenIds], Field(min_length=1, max_length=2048, fail_fast=True)]
     )
     encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = Field(None, ge=1, le=100_000, description="the first so many, of length 1")
     pooling: Literal["mean", "last"] | None = None
     add_special_tokens: bool | None = None
 
@@ -180,8 +377,16 @@ async def embeddings(exchange: Exchange) -> None:
                         vectors[which] = output.embedding
         plain = spec.encoding_format != "base64"
         found = [vectors[which] for which in range(len(requests))]
+        if spec.dimensions is not None:
+            found = [_cut(vector, spec.dimensions) for vector in found]
         body = await exchange.work(lambda: _body(found, plain, served.name, tally.prompt_tokens))
         await exchange.raw(body, "application/json")
+
+
+def _cut(vector: Vector, dimensions: int) -> Vector:
+    if dimensions > len(vector):
+        raise refused(f"dimensions is {dimensions}; this model's vectors have {len(vector)}", "dimensions")
+    return vector[:dimensions]
 
 
 def _body(vectors: Sequence[Vector], plain: bool, model: str, tokens: int) -> list[bytes]:
@@ -271,6 +476,21 @@ def _check_size(text: str, param: str) -> None:
     if size > MAX_BYTES:
         said = f"the text has {size:,} bytes; /tokenize takes {MAX_BYTES:,} at most, split it"
         raise refused(said, param, "text_too_long")
+
+
+async def tokenizer_info(exchange: Exchange) -> None:
+    """What lm-eval and others ask before they send token ids: special tokens and the chat template."""
+    async with exchange.service.pool.use(None) as served:
+        fields = served.model.tokenizer.fields
+        template = fields.chat_templates.get("default") or next(iter(fields.chat_templates.values()), None)
+        about = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "vocab_size": fields.vocab_size,
+            "model_max_length": served.context,
+            **dict(fields.special_tokens),
+            "chat_template": template,
+        }
+    await exchange.json(about)
 
 
 async def detokenize(exchange: Exchange) -> None:
