@@ -21,7 +21,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 _THP_DISABLE = 41  # of prctl(2)
 if sys.platform == "linux":
     # The engine asks for huge pages for what it computes in. Tests open a thousand models of some kilobytes:
-    # to zero 2 MB for each of their buffers took most of the system's time. Processes started here inherit it.
+    # to zero 2 MB for each of their buffers took most of the time. Processes started here inherit it.
     ctypes.CDLL(None).prctl(_THP_DISABLE, 1, 0, 0, 0)
 
 

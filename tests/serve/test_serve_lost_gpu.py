@@ -6,7 +6,9 @@ The GPU's executor runs in plain torch on a CPU here; the fault is raised where 
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,23 @@ def test_a_stream_ends_with_what_happened_and_what_to_do(
     with pytest.raises(MachineError, match=r"the GPU stopped working: CUDA error.*failure$") as lost:
         list(stream)
     assert lost.value.hint and "nvidia-smi" in lost.value.hint
+
+
+def test_what_a_lost_gpu_holds_is_never_freed(
+    loaded: Callable[[], LanguageModel], pull: threading.Event
+) -> None:
+    """torch would end the process: a pinned tensor's end asks CUDA for an event."""
+    model: Any = loaded()
+    executor, stream = weakref.ref(model.executor), model.stream([5, 6, 7], 100, FOREVER)
+    next(stream)
+    pull.set()
+    with pytest.raises(MachineError):
+        list(stream)
+    del stream
+    model.close()
+    del model
+    gc.collect()
+    assert executor() is not None
 
 
 def test_every_stream_ends_and_the_engine_takes_nothing_new(

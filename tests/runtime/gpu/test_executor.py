@@ -28,7 +28,7 @@ from hasten.runtime.gpu import executor as gpu  # noqa: E402
 from hasten.runtime.gpu.shape import PAGE  # noqa: E402
 from hasten.runtime.pages import CachedSequence, DeviceMemory  # noqa: E402
 from hasten.runtime.sampling import SamplingOptions, SequenceSampler  # noqa: E402
-from hasten.weights.packed import PackedModel, pack_model  # noqa: E402
+from hasten.weights.packed import PackedModel, pack_model, values_of  # noqa: E402
 from tiny_models import Tiny, greedy, logits, prompts, save_folder  # noqa: E402
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -267,6 +267,22 @@ def test_integers_decode_as_their_values(recipe: str, device: str, wide_heads: S
     with running(wide_heads, recipe=recipe) as model:
         assert has_one_row(model, device)
         assert is_greedy(model, prompt, list(model.stream(prompt, 40, GREEDY)))
+
+
+@pytest.mark.parametrize("layout", ["fp8-e4m3", "fp8-e4m3-tensor", "fp8-e4m3-block", "mxfp4"])
+def test_tables_mean_on_the_device_what_they_mean_in_numpy(
+    layout: str, device: str, wide_heads: Source
+) -> None:
+    linear = pack_model(wide_heads, Recipe.parse(layout), 1).linears["layers.0.down"]
+    assert np.array_equal(gpu._values(linear, device).cpu().numpy(), values_of(linear))
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "fp8-head16"])
+def test_fp8_computes_with_a_vocabulary_of_any_size(recipe: str, device: str, wide_heads: Source) -> None:
+    """Its 263 rows are no multiple of 16."""
+    prompt = prompts()[0]
+    with running(wide_heads, recipe=recipe) as model:
+        assert is_greedy(model, prompt, list(model.stream(prompt, 20, GREEDY)))
 
 
 def test_a_replaced_layer_counts_from_the_next_step(device: str, tiny_folder: Callable[..., Path]) -> None:

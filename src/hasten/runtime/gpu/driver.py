@@ -156,9 +156,17 @@ def telling(method: Callable[P, T]) -> Callable[P, T]:
             fault = fault_of(error)
             if fault is None:
                 raise
+            if type(error).__name__ != "OutOfMemoryError":
+                never_freed((args, error))
             raise fault from error
 
     return told
+
+
+def never_freed(thing: object) -> None:
+    """Keep something until the process is gone. torch ends the process where a pinned tensor is freed behind
+    a lost GPU, and the executor, its step and the error's traceback hold some."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 def fault_of(error: RuntimeError) -> MachineError | None:

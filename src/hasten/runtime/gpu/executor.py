@@ -46,6 +46,8 @@ _FEW = 64  # rows that one sequence may have in the batched step, whose attentio
 _LEAST_CHUNK = 2048  # prompt tokens a step: a GPU is not busy with the CPU's 512
 _RESERVE = 2 << 30  # bytes of the device that pages leave free: products' workspaces, activations of a chunk
 
+_FP8_ROWS = 16  # the library multiplies e4m3 matrices of whole sixteens of rows
+
 _log = logging.getLogger("hasten.runtime")
 
 
@@ -69,7 +71,8 @@ def tensors_of(packed: PackedModel, device: str) -> Tensors:
     linears, head = packed.linears, packed.config.head_name
     layouts = {linears[name].layout for name in packed.config.linear_shapes() if name != head}
     in_fp8 = all(layout.name.startswith("fp8") for layout in layouts) and _multiplies_fp8(device)
-    head_in_fp8 = in_fp8 and linears[head].layout.name.startswith("fp8")
+    is_whole = packed.config.vocab % _FP8_ROWS == 0
+    head_in_fp8 = in_fp8 and is_whole and linears[head].layout.name.startswith("fp8")
     are_integers = _has_tiles({name: linears[name].layout for name in packed.config.linear_shapes()})
 
     def tensor(name: str) -> torch.Tensor | None:
@@ -90,6 +93,18 @@ def tensors_of(packed: PackedModel, device: str) -> Tensors:
         "fp8" if head_in_fp8 else "bf16",
         tile if are_integers else None,
     )
+
+
+def _fp8_values(linear: PackedLinear, device: str) -> torch.Tensor:
+    """An e4m3 matrix, float32 [rows, cols]: codes row by row, then scales; multiplied on the device."""
+    rows, cols, layout = linear.rows, linear.cols, linear.layout
+    data = send(linear.data, device)
+    down, along = layout.blocks(rows, cols)
+    scales = data[rows * cols :].clone().view(torch.float32).view(down, along)
+    for dim, size, count in ((0, layout.rows, rows), (1, layout.group, cols)):
+        if scales.shape[dim] > 1:
+            scales = scales.repeat_interleave(size, dim).narrow(dim, 0, count)
+    return data[: rows * cols].view(torch.float8_e4m3fn).view(rows, cols).float() * scales
 
 
 def _multiplies_fp8(device: str) -> bool:
@@ -122,6 +137,8 @@ def _values(linear: PackedLinear, device: str) -> torch.Tensor:
     """A matrix [rows, cols], taken out of its panels on the device: bf16 as it is stored, else float32."""
     if linear.layout.is_integer and linear.layout.group in GROUPS:
         return kept(linear, device).values()
+    if linear.layout.name.startswith("fp8"):
+        return _fp8_values(linear, device)
     if linear.layout.bits != 16:
         return torch.from_numpy(values_of(linear))
     data = send(linear.data, device).view(torch.bfloat16)

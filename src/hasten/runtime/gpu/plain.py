@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hasten.core import ModelSpec
 from hasten.runtime.gpu.batch_weights import BatchWeights, Matrix
+from hasten.runtime.gpu.driver import never_freed
 from hasten.runtime.gpu.shape import PAGE
 
 Angles = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
@@ -86,6 +87,7 @@ def send(data: np.ndarray[Any, np.dtype[np.uint8]], device: str) -> torch.Tensor
         if not hasattr(_OWN, "stream"):
             _OWN.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             _OWN.pinned = torch.empty(_PIECE, dtype=torch.uint8, pin_memory=True)
+            never_freed(_OWN.pinned)
         part = data[first : first + _PIECE]
         _OWN.pinned.numpy()[: len(part)] = part
         _OWN.stream.wait_stream(torch.cuda.default_stream())  # the memory may have been another's just now
