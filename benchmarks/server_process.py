@@ -19,7 +19,7 @@ from hasten.bench.peers import EngineSpec
 from hasten.bench.process import Child
 from hasten.bench.worker import die_with_parent
 from hasten.errors import MachineError, PeerError
-from hasten.machine.cores import group_folders
+from hasten.machine.cgroup import group_folders
 from http_load import Address, send_now
 
 POLL_S = 0.005
