@@ -2,14 +2,13 @@
 
 #include <cstring>
 
+#include "ggml_iq.h"
 #include "lanes.h"
 #include "numeric.h"
 
 namespace hasten {
 
 namespace {
-
-constexpr int8_t kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
 constexpr DtypeInfo kDtypes[] = {
     {Dtype::F32, "F32", 1, 4, {16, 32, true}, false},
@@ -26,6 +25,17 @@ constexpr DtypeInfo kDtypes[] = {
     {Dtype::Q5_K, "Q5_K", 256, 176, {5, 32, false}, false},
     {Dtype::Q6_K, "Q6_K", 256, 210, {6, 16, true}, false},
     {Dtype::IQ4_NL, "IQ4_NL", 32, 18, {8, 32, true}, true},
+    {Dtype::IQ4_XS, "IQ4_XS", 256, 136, {8, 32, true}, false},
+    {Dtype::IQ3_XXS, "IQ3_XXS", 256, 98, {8, 32, true}, false},
+    {Dtype::IQ3_S, "IQ3_S", 256, 110, {5, 32, true}, false},
+    {Dtype::IQ2_XXS, "IQ2_XXS", 256, 66, {8, 32, true}, false},
+    {Dtype::IQ2_XS, "IQ2_XS", 256, 74, {8, 16, true}, false},
+    {Dtype::IQ2_S, "IQ2_S", 256, 82, {8, 16, true}, false},
+    {Dtype::IQ1_S, "IQ1_S", 256, 50, {5, 32, true}, false},
+    {Dtype::IQ1_M, "IQ1_M", 256, 56, {5, 16, true}, false},
+    {Dtype::TQ1_0, "TQ1_0", 256, 54, {4, 128, true}, true},
+    {Dtype::TQ2_0, "TQ2_0", 256, 66, {4, 128, true}, true},
+    {Dtype::MXFP4, "MXFP4", 32, 17, {5, 32, true}, false},
     {Dtype::S4_32, "S4_32", 32, 36, {4, 32, true}, false},
     {Dtype::S4_64, "S4_64", 64, 68, {4, 64, true}, false},
     {Dtype::S4_128, "S4_128", 128, 132, {4, 128, true}, false},
@@ -52,15 +62,10 @@ constexpr DtypeInfo kDtypes[] = {
     {Dtype::A8_128, "A8_128", 128, 136, {8, 128, false}, false},
 };
 
-HASTEN_INLINE float half_at(const uint8_t* p) {
-  fp16 h;
-  std::memcpy(&h, p, 2);
-  return fp16_to_float(h);
-}
-
-// Every product of a scale (at most 18 significant bits) with a quantised value (at most 6), or of an fp16 with a byte,
-// is exact in a float, so it does not matter whether the compiler fuses it with the subtraction that follows. (Ours may
-// hold a true fp32 scale; then a machine with FMA may differ in the last bit of an asymmetric value.)
+// Every product of a scale (at most 18 significant bits) with a quantised value (at most 6, or 17 bits with 7), or of
+// an fp16 with a byte, is exact in a float, so it does not matter whether the compiler fuses it with the subtraction
+// that follows. (Ours may hold a true fp32 scale; then a machine with FMA may differ in the last bit of an asymmetric
+// value.)
 
 HASTEN_CLONES void read_f16(const uint8_t* src, size_t n, float* out) {
   for (size_t i = 0; i < n; ++i) {
@@ -124,13 +129,6 @@ HASTEN_INLINE void decode_fifths(const uint8_t* q, uint8_t* u) {
 
 HASTEN_INLINE void decode_q8_0(const uint8_t* q, uint8_t* u) {
   for (int i = 0; i < 32; ++i) u[i] = q[i] ^ 0x80;
-}
-
-HASTEN_INLINE void decode_iq4_nl(const uint8_t* q, uint8_t* u) {
-  for (int i = 0; i < 16; ++i) {
-    u[i] = static_cast<uint8_t>(kIq4Values[q[i] & 15] + 128);
-    u[i + 16] = static_cast<uint8_t>(kIq4Values[q[i] >> 4] + 128);
-  }
 }
 
 HASTEN_INLINE void decode_q2_k(const uint8_t* b, uint8_t* u, float* scale, float* minimum) {
@@ -203,6 +201,17 @@ HASTEN_INLINE void decode_block(const DtypeInfo& info, const uint8_t* b, uint8_t
     case Dtype::Q4_K: return decode_q45_k(b, nullptr, b + 16, u, scale, minimum);
     case Dtype::Q5_K: return decode_q45_k(b, b + 16, b + 48, u, scale, minimum);
     case Dtype::Q6_K: return decode_q6_k(b, u, scale);
+    case Dtype::IQ4_XS: return decode_iq4_xs(b, u, scale);
+    case Dtype::IQ3_XXS: return decode_iq3_xxs(b, u, scale);
+    case Dtype::IQ3_S: return decode_iq3_s(b, u, scale);
+    case Dtype::IQ2_XXS: return decode_iq2_xxs(b, u, scale);
+    case Dtype::IQ2_XS: return decode_iq2_xs(b, u, scale);
+    case Dtype::IQ2_S: return decode_iq2_s(b, u, scale);
+    case Dtype::IQ1_S: return decode_iq1_s(b, u, scale);
+    case Dtype::IQ1_M: return decode_iq1_m(b, u, scale);
+    case Dtype::TQ1_0: return decode_tq1_0(b, u, scale);
+    case Dtype::TQ2_0: return decode_tq2_0(b, u, scale);
+    case Dtype::MXFP4: return decode_mxfp4(b, u, scale);
     default: break;
   }
   scale[0] = half_at(b);

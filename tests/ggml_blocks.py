@@ -32,7 +32,7 @@ def dequantize(tensor: SourceTensor) -> Floats:
     kind = TYPES[tensor.dtype]
     blocks = tensor.data.reshape(-1, kind.block_bytes)
     values = np.empty((len(blocks), kind.block), dtype=np.float32)
-    unpack = _UNPACK.get(tensor.dtype) or _own(tensor.dtype)
+    unpack = _UNPACK.get(tensor.dtype) or (_gguf if kind.ggml_id >= 0 else _own)(tensor.dtype)
     for first in range(0, len(blocks), _CHUNK_BLOCKS):
         values[first : first + _CHUNK_BLOCKS] = unpack(blocks[first : first + _CHUNK_BLOCKS])
     shaped = values.reshape(tensor.shape)
@@ -41,6 +41,18 @@ def dequantize(tensor: SourceTensor) -> Floats:
     if tensor.offset:
         shaped += np.float32(tensor.offset)
     return shaped
+
+
+def _gguf(dtype: str) -> Callable[[Blocks], Floats]:
+    """The gguf package's own, for types whose grids nobody writes twice."""
+    import gguf
+
+    def unpack(blocks: Blocks) -> Floats:
+        with np.errstate(all="ignore"):
+            found: Floats = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[dtype])
+        return found
+
+    return unpack
 
 
 def _half(blocks: Blocks, at: int) -> Floats:
@@ -192,6 +204,8 @@ _UNPACK: dict[str, Callable[[Blocks], Floats]] = {
     "Q6_K": _q6_k,
     "IQ4_NL": _iq4_nl,
 }
+TWINS = tuple(_UNPACK)
+"""GGUF types that are written out here."""
 
 
 _SCALES: dict[str, tuple[int, ...]] = {  # where a block's fp16 numbers are; its integers are always finite

@@ -22,6 +22,11 @@ _BLOCKS: dict[str, tuple[int, int, int | None, float]] = {
     "Q5_K": (176, 0, 2, 15.5),
     "Q6_K": (210, 208, None, 0.0),
     "IQ4_NL": (18, 0, None, 0.0),
+    "IQ4_XS": (136, 0, None, 0.0),
+    "IQ3_S": (110, 0, None, 0.0),
+    "IQ2_XS": (74, 0, None, 0.0),
+    "IQ1_S": (50, 0, None, 0.0),
+    "TQ1_0": (54, 52, None, 0.0),
 }
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", *_BLOCKS)
 

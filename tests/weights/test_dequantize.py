@@ -45,7 +45,7 @@ def twin(tensor: SourceTensor) -> np.ndarray:
     return gguf.quants.dequantize(tensor.data.reshape(tensor.rows, -1), kind)
 
 
-@pytest.mark.parametrize("name", [name for name, kind in TYPES.items() if kind.ggml_id >= 0])
+@pytest.mark.parametrize("name", blocks.TWINS)
 def test_equals_the_gguf_package_bit_for_bit(name: str) -> None:
     tensor = random_tensor(name)
     values = dequantize(tensor)
@@ -73,7 +73,7 @@ def test_a_part_is_its_rows() -> None:
     np.testing.assert_array_equal(dequantize(part), twin(plain)[1:4])
 
 
-@pytest.mark.parametrize("name", [name for name, kind in TYPES.items() if kind.ggml_id >= 0])
+@pytest.mark.parametrize("name", blocks.TWINS)
 def test_finite_passes_and_what_is_not_is_found(name: str) -> None:
     tensor = random_tensor(name)
     check_finite(tensor)

@@ -54,6 +54,17 @@ TYPES: dict[str, TensorType] = {
         TensorType("Q5_K", 13, 256, 176),
         TensorType("Q6_K", 14, 256, 210),
         TensorType("IQ4_NL", 20, 32, 18),
+        TensorType("IQ4_XS", 23, 256, 136),
+        TensorType("IQ3_XXS", 18, 256, 98),
+        TensorType("IQ3_S", 21, 256, 110),
+        TensorType("IQ2_XXS", 16, 256, 66),
+        TensorType("IQ2_XS", 17, 256, 74),
+        TensorType("IQ2_S", 22, 256, 82),
+        TensorType("IQ1_S", 19, 256, 50),
+        TensorType("IQ1_M", 29, 256, 56),
+        TensorType("TQ1_0", 34, 256, 54),
+        TensorType("TQ2_0", 35, 256, 66),
+        TensorType("MXFP4", 39, 32, 17),
         TensorType("I8", -1, 1, 1),  # raw parts of quantised checkpoints: never a parameter by themselves
         TensorType("I32", -1, 1, 4),
         TensorType("I64", -1, 1, 8),
@@ -66,9 +77,8 @@ TYPES: dict[str, TensorType] = {
 TYPES_BY_ID: dict[int, TensorType] = {t.ggml_id: t for t in TYPES.values() if t.ggml_id >= 0}
 
 FOREIGN_NAMES: dict[int, str] = {
-    4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
-    21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
-    29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
+    4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
+    36: "I2_S (BitNet)", 40: "NVFP4",
 }  # fmt: skip
 """ggml types that exist and are not read, so that an error can name them."""
 
