@@ -160,8 +160,8 @@ LIES: dict[str, tuple[bytes, str]] = {
     ),
     "ragged blocks": (Gguf(tensors=[Tensor("t", [33], 8, b"\0" * 68)]).build(), "blocks of 32 do not divide"),
     "known foreign type": (
-        Gguf(tensors=[Tensor("t", [256], 16, b"\0" * 66)]).build(),
-        r"type 16 \(IQ2_XXS\)",
+        Gguf(tensors=[Tensor("t", [256], 28, b"\0" * 66)]).build(),
+        r"type 28 \(F64\)",
     ),
     "unknown type": (Gguf(tensors=[Tensor("t", [32], 1000, b"\0" * 66)]).build(), r"type 1000 \(unknown\)"),
     "misaligned": (Gguf(tensors=[Tensor("t", [2], 0, b"\0" * 32, offset=4)]).build(), "starts at 4"),

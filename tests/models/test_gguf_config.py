@@ -176,11 +176,10 @@ def test_what_does_not_fit_is_an_error_that_names_it(
         read(with_keys(architecture, **keys))
 
 
-def test_a_part_of_a_split_model_is_refused() -> None:
-    model = smallest_model()
-    model.metadata.append(("split.count", scalar(U32, 3)))
-    with pytest.raises(ModelError, match="one of 3 parts"):
-        read(model)
+def test_a_window_that_the_file_does_not_name(caplog: pytest.LogCaptureFixture) -> None:
+    assert read(with_keys("gemma3")).sliding_window == 512
+    assert "gemma3.attention.sliding_window is missing: 512 is taken" in caplog.text
+    assert read(with_keys("gemma3", attention__sliding_window=scalar(U32, 0))).sliding_window is None
 
 
 def test_a_missing_architecture_is_an_error() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import huggingface_hub
 import huggingface_hub.errors as hub_errors
 import pytest
+from safetensors.torch import load_file, save_file
 
 from gguf_bytes import smallest_model
 from hasten.errors import FormatError, ModelError
@@ -43,6 +45,34 @@ def test_a_folder_with_its_ends_of_text(tiny_folder: Callable[..., Path], tmp_pa
     (folder / "generation_config.json").write_text('{"eos_token_id": "x"}')
     with pytest.raises(ModelError, match="eos_token_id"):
         open_model(folder)
+
+
+def test_a_head_of_its_own_where_the_configuration_ties_it(
+    tiny_folder: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder("llama"), tmp_path / "m"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    tensors = load_file(folder / "model.safetensors")
+    assert not open_model(folder).config.head.tied and "file's own head is used" in caplog.text
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors")
+    source = open_model(folder)
+    assert source.config.head.tied and "lm_head.weight" in source.unused
+
+
+def test_adapters_and_pickles_are_said_as_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/base"}')
+    with pytest.raises(ModelError, match=r"a LoRA adapter, .* someone/base") as caught:
+        open_model(tmp_path)
+    assert f"someone/base --adapter {tmp_path}" in (caught.value.hint or "")
+    (tmp_path / "adapter_config.json").unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    for _ in range(2):
+        with pytest.raises(ModelError, match=r"only pytorch_model\.bin") as caught:
+            open_model(tmp_path)
+        assert "save_pretrained" in (caught.value.hint or "")
+        (tmp_path / "config.json").write_text("{}")
 
 
 def test_the_tokenizer_is_built_once(tiny_folder: Callable[..., Path]) -> None:
@@ -137,10 +167,39 @@ def test_a_hub_id_opens_what_was_downloaded(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     source = open_model("owner/name")
     assert (source.name, source.config.architecture, asked["ref"]) == ("owner/name", "qwen3", "owner/name")
-    assert "*.safetensors" in asked["allow_patterns"] and "*/*" in asked["ignore_patterns"]
+    assert "*.safetensors" in asked["allow_patterns"] and "[!a]*/*" in asked["ignore_patterns"]
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
     with pytest.raises(ModelError, match=r"holds no config.json"):
         open_model("owner/name")
+
+
+def test_gguf_models_of_a_hub_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(smallest_model().build())
+    q4 = "UD-Q4_K_M/m-UD-Q4_K_M-0000%d-of-00002.gguf"
+    names = ["README.md", "mmproj-f16.gguf", "m-Q8_0.gguf", "m-Q4_K_S.gguf", q4 % 1, q4 % 2]
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, repo: list(names))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path / "empty"))
+    asked: list[str] = []
+
+    def fetch(repo: str, file: str) -> str:
+        asked.append(file)
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    (tmp_path / "empty").mkdir()
+    for ref, files in (
+        ("o/n:Q8_0", [names[2]]),
+        ("o/n:q4_k_s", [names[3]]),
+        ("o/n:Q4_K_M", [q4 % 1, q4 % 2]),
+        ("o/n/" + q4 % 2, [q4 % 1, q4 % 2]),
+        ("o/n", [q4 % 1, q4 % 2]),  # what most take
+    ):
+        asked.clear()
+        open_model(ref)
+        assert asked == files, ref
+    with pytest.raises(ModelError, match=r"4 GGUF models|3 GGUF models, none of them with IQ2_M"):
+        open_model("o/n:IQ2_M")
 
 
 def test_one_file_of_a_hub_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

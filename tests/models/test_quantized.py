@@ -18,10 +18,21 @@ from hasten.core import Format, Recipe
 from hasten.errors import FormatError, ModelError
 from hasten.models import Source, open_model
 from hasten.models.families import FAMILIES
-from hasten.models.quantized import bit_fields
+from hasten.models.quantized import QuantizedMatrix, bit_fields
+from hasten.models.quantized_formats import quantization_of
 from hasten.weights.packed import PackedLinear, pack_linear, pack_model
 from hasten.weights.tensors import SourceTensor
-from quantized_folders import Make, Packing, Rounded, change_config, change_model, packed_words, rewrite
+from quantized_folders import (
+    Make,
+    Packing,
+    Rounded,
+    change_config,
+    change_model,
+    gptq_parts,
+    packed_words,
+    rewrite,
+    rounded,
+)
 
 V2 = {"checkpoint_format": "gptq_v2"}
 SYMMETRIC = [
@@ -308,3 +319,51 @@ def test_what_is_not_finite_is_named(quantised: Make) -> None:
     with pytest.raises(ModelError, match=r"layers\.1\.up: the scale of block 1 of row 5"):
         pack_linear(tensor, None, threads=1)
     check_finite(open_model(folder).tensors["layers.0.up"])
+
+
+def test_the_status_word_of_compressed_tensors_does_not_matter(quantised: Make) -> None:
+    folder, matrices = quantised(Packing("packed"))
+    for word in ("frozen", "calibration", "initialized", None):
+        change_config(folder, quantization_status=word)
+        for name, twin in by_name(matrices).items():
+            np.testing.assert_array_equal(dequantize(open_model(folder).tensors[name]), twin.values())
+
+
+@pytest.mark.parametrize("cols, group, dtype", [(96, 64, "S4_32"), (112, 64, "F32"), (64, 128, "S4_64")])
+def test_a_last_group_that_is_shorter(cols: int, group: int, dtype: str) -> None:
+    rng = np.random.default_rng(cols)
+    groups = -(-cols // group)
+    q = rng.integers(0, 16, (8, cols), dtype=np.uint8)
+    scale = rng.uniform(0.001, 0.01, (8, groups)).astype(np.float16).astype(np.float32)
+    matrix = QuantizedMatrix(
+        "m", 8, cols, 4, group, np.full((8, groups), 8, np.uint8), None, lambda: (q, scale), ()
+    )
+    wanted = (q.astype(np.float32) - 8) * scale[:, np.arange(cols) // group]
+    tensor = matrix.tensor()
+    assert tensor.dtype == dtype
+    np.testing.assert_array_equal(dequantize(tensor), wanted)
+
+
+def test_modules_with_a_width_and_an_order_of_their_own() -> None:
+    """`dynamic` of GPTQModel: the first expression that fits a module's name counts."""
+    bits = {"model.layers.0.up": 8, "model.layers.1.up": 4}
+    tensors = {}
+    rng = np.random.default_rng(1)
+    wanted = {}
+    for module, width in bits.items():
+        r = rounded(rng.standard_normal((32, 64)).astype(np.float32), Packing("gptq", width, 32), 1)
+        wanted[module] = r.values()
+        for part, value in gptq_parts(r, Packing("gptq", width, 32)).items():
+            array = value.numpy()
+            kind = {"int32": "I32", "float16": "F16"}[str(array.dtype)]
+            name = f"{module}.{part}"
+            tensors[name] = SourceTensor(
+                name, array.shape, kind, np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            )
+    dynamic = {"-:.*down": {}, r"+:.*\.0\.up": {"bits": 8}, r".*\.0\..*": {"bits": 2}}
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "dynamic": dynamic}
+    quantization = quantization_of({"quantization_config": config}, "here")
+    assert quantization is not None
+    for matrix in quantization.matrices(tensors, "here"):
+        assert matrix.bits == bits[matrix.module]
+        np.testing.assert_array_equal(matrix.values(), wanted[matrix.module])

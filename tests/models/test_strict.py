@@ -16,7 +16,8 @@ from hasten.errors import ModelError
 from hasten.models import Source, open_model
 from hasten.models.families import FAMILIES
 from hasten.models.gguf import GgufFile
-from hasten.models.open import gguf_source, interleaved_rows
+from hasten.models.open import gguf_source
+from hasten.models.rope import interleaved_rows
 
 
 def opened(model: Gguf) -> Source:

@@ -42,7 +42,9 @@ def assert_equal(mine: Tokenizer, reference: Any, texts: list[str]) -> None:
     for text in texts:
         for special in (False, True):
             ids = mine.encode(text, add_special=special)
-            assert ids == reference.encode(text, add_special_tokens=special), text
+            theirs = reference.encode(text, add_special_tokens=special)
+            doubled = special and theirs[:2] == [mine.bos_id] * 2  # a bos that is typed gets no second one
+            assert ids == (theirs[1:] if doubled else theirs), text
             for skip in (False, True):
                 assert mine.decode(ids, skip_special=skip) == reference.decode(ids, skip_special_tokens=skip)
 
@@ -66,7 +68,8 @@ def test_folder_equals_transformers(folder: Path, framed: bool) -> None:
     messages = [{"role": "user", "content": "Größe 你好"}]
     expected = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert mine.apply_chat(messages) == expected
-    assert mine.encode_chat(messages) == reference.encode(expected, add_special_tokens=False)
+    ids = reference.encode(expected, add_special_tokens=False)
+    assert mine.encode_chat(messages) == ([mine.bos_id, *ids] if framed else ids)
 
 
 def test_end_ids_come_from_all_files(folder: Path) -> None:
@@ -168,7 +171,7 @@ def test_damaged_files_are_named(folder: Path, name: str, content: str) -> None:
 
 def test_missing_tokenizer_is_named(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(TokenizerError, match=r"neither tokenizer.json nor tokenizer.model"):
+        with pytest.raises(TokenizerError, match=r"none of tokenizer.json, tokenizer.model"):
             Tokenizer.from_folder(folder)
 
 
@@ -248,3 +251,90 @@ def test_a_link_that_leads_nowhere_is_said(folder: Path) -> None:
     (folder / "tokenizer_config.json").symlink_to("blobs/gone")
     with pytest.raises(TokenizerError, match="cannot be read"):
         Tokenizer.from_folder(folder)
+
+
+MERGES = ["t h", "th e", "1 2", "12 3"]
+
+
+def slow_folder(folder: Path, kind: str, added: dict[str, int], listed: bool) -> Path:
+    """vocab.json and merges.txt; added tokens in added_tokens.json, or in the configuration."""
+    from tiny_tokenizers import vocabulary  # 256 letters first
+
+    letters = vocabulary()[0][:256]
+    ids = {token: i for i, token in enumerate([*letters, *(m.replace(" ", "") for m in MERGES)])}
+    write(folder / "vocab.json", ids)
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(MERGES) + "\n")
+    config: dict[str, Any] = {"tokenizer_class": kind, "eos_token": "<|im_end|>"}
+    if listed:
+        entries = {str(i): {"content": token, "special": True} for token, i in added.items()}
+        config["added_tokens_decoder"] = entries
+    else:
+        write(folder / "added_tokens.json", added)
+    write(folder / "tokenizer_config.json", config)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["Qwen2Tokenizer", "GPT2Tokenizer"])
+@pytest.mark.parametrize("listed", [False, True])
+def test_vocab_and_merges_without_tokenizer_json(kind: str, listed: bool, tmp_path: Path) -> None:
+    import transformers
+
+    added = {"<|endoftext|>": 260, "<|im_start|>": 261, "<|im_end|>": 262}
+    folder = slow_folder(tmp_path, kind, added, listed)
+    mine = Tokenizer.from_folder(folder)
+    assert mine.encode("the<|im_end|>", add_special=False) == [257, 262]
+    assert mine.eos_ids == (262,) and mine.vocab_size == 263
+    reference = getattr(transformers, kind).from_pretrained(folder)
+    for text in samples(()):
+        assert mine.encode(text) == reference.encode(text), text
+
+
+def test_vocab_and_merges_of_a_class_that_is_not_known(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match="how OtherTokenizer cuts text"):
+        Tokenizer.from_folder(slow_folder(tmp_path, "OtherTokenizer", {}, True))
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_added_tokens_have_the_ids_that_are_written(tmp_path: Path, listed: bool) -> None:
+    folder = slow_folder(tmp_path, "GPT2Tokenizer", {"<|im_start|>": 263, "<|im_end|>": 267}, listed)
+    mine = Tokenizer.from_folder(folder)
+    assert mine.encode("<|im_start|>the<|im_end|>") == [263, 257, 267]
+    assert mine.decode([262, 257, 264]) == "the"  # ids that nothing has give nothing
+    again = tmp_path / "again"
+    again.mkdir()
+    mine.save(again)
+    assert Tokenizer.load(again).encode("<|im_start|>the<|im_end|>") == [263, 257, 267]
+
+
+def test_an_id_that_another_token_has_is_refused(tmp_path: Path) -> None:
+    folder = slow_folder(tmp_path, "GPT2Tokenizer", {"<|im_end|>": 257}, True)
+    with pytest.raises(TokenizerError, match=r"gives '<\|im_end\|>' the id 257, and 'the' has that id"):
+        Tokenizer.from_folder(folder)
+
+
+def test_a_tokenizer_json_whose_added_ids_leave_a_gap(folder: Path) -> None:
+    document = json.loads((folder / "tokenizer.json").read_text())
+    last = document["added_tokens"][-1]
+    last["id"] += 5
+    write(folder / "tokenizer.json", document)
+    assert Tokenizer.from_folder(folder).encode(last["content"]) == [last["id"]]
+    document["added_tokens"][-1]["id"] = 3
+    write(folder / "tokenizer.json", document)
+    with pytest.raises(TokenizerError, match="an id that cannot be"):
+        Tokenizer.from_folder(folder)
+
+
+@pytest.mark.parametrize("kind", ["LlamaTokenizerFast", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("flags", [(True, False), (True, True), (False, False)])
+def test_bos_and_eos_where_the_configuration_says_so(
+    folder: Path, kind: str, flags: tuple[bool, bool]
+) -> None:
+    document = json.loads((folder / "tokenizer.json").read_text())
+    write(folder / "tokenizer.json", {**document, "post_processor": None})
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": kind, "add_bos_token": flags[0], "add_eos_token": flags[1]}
+    write(folder / "tokenizer_config.json", config)
+    mine = Tokenizer.from_folder(folder)
+    plain = mine.encode("a b", add_special=False)
+    bos, eos = ([mine.bos_id] if flags[0] else []), ([mine.eos_ids[0]] if flags[1] else [])
+    assert mine.encode("a b") == [*bos, *plain, *eos]

@@ -41,7 +41,9 @@ def assert_equal(mine: Tokenizer, reference: Any, texts: list[str]) -> None:
     for text in texts:
         for special in (False, True):
             ids = mine.encode(text, add_special=special)
-            assert ids == reference.encode(text, add_special_tokens=special), text
+            theirs = reference.encode(text, add_special_tokens=special)
+            doubled = special and theirs[:2] == [mine.bos_id] * 2  # a bos that is typed gets no second one
+            assert ids == (theirs[1:] if doubled else theirs), text
             for skip in (False, True):
                 expected = reference.decode(ids, skip_special_tokens=skip)
                 assert mine.decode(ids, skip_special=skip) == expected, text
@@ -156,7 +158,7 @@ def test_strings_may_be_bytes(metadata: dict[str, Any]) -> None:
         ({"tokenizer.ggml.merges": ["nospace"]}, "merges do not fit"),
         ({"tokenizer.ggml.token_type": [1, 2]}, "one a token"),
         ({"tokenizer.ggml.token_type": 1.5}, "one a token"),
-        ({"tokenizer.ggml.eos_token_id": 10**6}, "no id of the"),
+        ({"tokenizer.ggml.eos_token_id": "2"}, "no id of the"),
         ({"tokenizer.ggml.model": "t5"}, "needs an unknown token"),
         ({"tokenizer.ggml.model": "rwkv"}, "supported are gpt2, llama and t5"),
         ({"tokenizer.ggml.pre": "nobody"}, "known are .*llama-bpe.*qwen2"),
@@ -168,6 +170,60 @@ def test_bad_metadata_is_named(metadata: dict[str, Any], change: dict[str, Any],
     with pytest.raises(TokenizerError, match=says) as caught:
         Tokenizer.from_gguf(changed)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("kind", [1, 4])
+def test_ends_of_turn_that_are_stored_as_text(
+    metadata: dict[str, Any], kind: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokens, types = metadata["tokenizer.ggml.tokens"], list(metadata["tokenizer.ggml.token_type"])
+    end, start = tokens.index("<|im_end|>"), tokens.index("<|im_start|>")
+    types[end], types[start] = kind, 1
+    more = {"tokenizer.ggml.token_type": types, "tokenizer.ggml.eos_token_id": tokens.index("<|endoftext|>")}
+    tokenizer = Tokenizer.from_gguf(metadata | more | {"tokenizer.chat_template": CHATML})
+    assert end in tokenizer.eos_ids and "<|im_end|> is stored as text" in caplog.text
+    ids = tokenizer.encode_chat([{"role": "user", "content": "a"}])
+    assert ids.count(end) == 1 and ids.count(start) == 2  # the template writes both: both are found whole
+
+
+def test_ids_that_point_nowhere_are_left_out(
+    metadata: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    far = {"tokenizer.ggml.bos_token_id": 10**6, "tokenizer.ggml.eos_token_id": 2**32 - 1}
+    tokenizer = Tokenizer.from_gguf(metadata | far)
+    tokens = metadata["tokenizer.ggml.tokens"]
+    assert tokenizer.bos_id is None and "bos_token_id is 1000000" in caplog.text
+    assert tokenizer.eos_ids == (tokens.index("<|endoftext|>"), tokens.index("<|im_end|>"))
+
+
+def test_a_missing_pre_tokenizer_is_what_the_architecture_has(
+    metadata: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    silent = {key: value for key, value in metadata.items() if not key.endswith(".pre")}
+    text = "I'm 12345 x"
+    assert Tokenizer.from_gguf(silent).encode(text) == Tokenizer.from_gguf(metadata).encode(text)
+    assert "tokenizer.ggml.pre is missing): 'qwen2' is taken" in caplog.text
+    other = Tokenizer.from_gguf(silent | {"general.architecture": "llama"})
+    known = Tokenizer.from_gguf(metadata | {"tokenizer.ggml.pre": "default"})
+    assert other.encode(text) == known.encode(text)
+    assert "'default' is taken, as llama.cpp does" in caplog.text
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_a_chat_begins_with_one_bos(writes: bool) -> None:
+    keys = sentencepiece_metadata(sentencepiece_model("bpe"))
+    metadata = {f"tokenizer.ggml.{k}": v for k, v in keys.items()} | {"general.architecture": "llama"}
+    template = ("{{ bos_token }}" if writes else "") + "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer = Tokenizer.from_gguf(metadata | {"tokenizer.chat_template": template})
+    assert tokenizer.bos_id is not None
+    ids = tokenizer.encode_chat([{"role": "user", "content": "a b"}])
+    assert ids[0] == tokenizer.bos_id and ids.count(tokenizer.bos_id) == 1
+    assert tokenizer.encode("<s>a b")[:1] == [tokenizer.bos_id]
+    assert tokenizer.encode("<s>a b").count(tokenizer.bos_id) == 1
+    bare = Tokenizer.from_gguf(
+        metadata | {"tokenizer.ggml.add_bos_token": False, "tokenizer.chat_template": template}
+    )
+    assert bare.encode_chat([{"role": "user", "content": "a b"}]).count(tokenizer.bos_id) == writes
 
 
 @pytest.mark.demo

@@ -15,6 +15,8 @@ VERBS = {  # verb -> its line in `hasten --help`: the first line of the docstrin
     "probe": "Measure this machine: cores, caches, memory bandwidth, compute ceilings.",
     "optimize": "Find the fastest recipe within a quality budget and write an artifact.",
     "compress": "Quantise, prune and distil a model by a recipe, and write an artifact.",
+    "show": "Show what a model is: architecture, formats, memory, tokenizer, what is unusual.",
+    "pull": "Download a model from the hub, and check every file's digest.",
     "generate": "Continue one prompt and print the continuation.",
     "chat": "Talk with a model in the terminal.",
     "serve": "Serve models with the OpenAI API, chat page included.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +76,11 @@ class LoadedModel:
     def stored_bytes(self) -> int:
         """Bytes of all matrices in memory."""
         return self.packed.stored_bytes
+
+    @property
+    def sampling(self) -> Mapping[str, float]:
+        """How the model's authors advise to sample, by the names of `SamplingOptions`; empty: unsaid."""
+        return self.tokenizer.fields.sampling
 
     @property
     def threads(self) -> int:

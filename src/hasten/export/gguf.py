@@ -39,7 +39,7 @@ from hasten.models import rope
 from hasten.models.artifact import Artifact
 from hasten.models.families import FAMILIES, gguf_spec
 from hasten.models.gguf import MAGIC, GgufMetadata
-from hasten.models.open import interleaved_rows
+from hasten.models.rope import interleaved_rows
 from hasten.weights.codec import Encoded
 from hasten.weights.packed import PackedLinear, PackedModel, bf16_bits, integers, row_pieces
 from hasten.weights.tensors import TYPES, SourceTensor

@@ -1,9 +1,15 @@
-"""Tokenizers of Hugging Face folders: tokenizer.json or tokenizer.model, and the small files beside them."""
+"""Tokenizers of Hugging Face folders: tokenizer.json, tokenizer.model, or vocab.json and merges.txt.
+
+Beside them lie small files that add to them: tokenizer_config.json, special_tokens_map.json,
+added_tokens.json. Added tokens get the ids that the files say: where those leave a gap behind the vocabulary,
+the gap is filled with tokens that no text has, since the `tokenizers` library gives ids one after another.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Event, Thread
@@ -14,13 +20,15 @@ from hasten.cache.reading import is_there, read_file, read_text
 from hasten.core import as_json
 from hasten.errors import ArtifactError, TokenizerError
 from hasten.models import sentencepiece
-from hasten.models.gguf_tokenizer import frame
+from hasten.models.gguf_tokenizer import GPT2, QWEN2, PreTokenizerKind, frame, split_words
 from hasten.models.sentencepiece import PieceType, read_sentencepiece
-from hasten.models.text_stream import NAMED_TOKENS, TokenizerFields
+from hasten.models.text_stream import NAMED_TOKENS, TokenizerFields, advised_sampling
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import AddedToken, Tokenizer
     from tokenizers import Tokenizer as Backend
+
+_log = logging.getLogger("hasten.models")
 
 
 def from_folder(folder: Path) -> tuple[Tokenizer, TokenizerFields]:
@@ -31,30 +39,66 @@ def from_folder(folder: Path) -> tuple[Tokenizer, TokenizerFields]:
     """
     config = {**_json(folder / "special_tokens_map.json"), **_json(folder / "tokenizer_config.json")}
     named: dict[str, str] = {}
-    complete = is_there(folder / "tokenizer.json")  # else it says nothing of bos and eos around a text
+    complete = is_there(folder / "tokenizer.json")
     if complete:
         backend = _from_json(folder / "tokenizer.json")
     elif is_there(folder / "tokenizer.model"):
         backend, named = _from_sentencepiece(folder / "tokenizer.model")
+    elif is_there(folder / "vocab.json") and is_there(folder / "merges.txt"):
+        backend, named = _from_merges(folder, config)
     else:
         raise TokenizerError(
-            f"{folder} has no tokenizer: neither tokenizer.json nor tokenizer.model is there",
+            f"{folder} has no tokenizer: none of tokenizer.json, tokenizer.model, and vocab.json with "
+            "merges.txt is there",
             hint="copy tokenizer.json of the model into the folder",
         )
     named.update({name: _content(config[name]) for name in NAMED_TOKENS if config.get(name) is not None})
-    _add_configured_tokens(backend, config, named)
+    _add_configured_tokens(backend, config, named, _json(folder / "added_tokens.json"))
     bos_id, eos_id = _id(backend, named.get("bos_token")), _id(backend, named.get("eos_token"))
-    if not complete:
-        # Llama, the main user of these files, puts bos first and nothing last.
-        add_bos, add_eos = config.get("add_bos_token", True), config.get("add_eos_token", False)
-        frame(backend, bos_id if add_bos else None, eos_id if add_eos else None)
+    _frame(backend, config, (bos_id, eos_id), complete, is_there(folder / "tokenizer.model"))
     return backend, TokenizerFields(
         bos_id=bos_id,
         eos_ids=_eos_ids(folder, eos_id),
         vocab_size=backend.get_vocab_size(),
         special_tokens=MappingProxyType(named),
         chat_templates=MappingProxyType(_chat_templates(folder, config)),
+        sampling=advised_sampling(_json(folder / "generation_config.json")),
     )
+
+
+# Classes of transformers whose add_bos_token and add_eos_token go before what tokenizer.json does.
+_FRAMED = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer")
+
+
+def _frame(
+    backend: Tokenizer,
+    config: Mapping[str, Any],
+    ids: tuple[int | None, int | None],
+    complete: bool,
+    is_pieces: bool,
+) -> None:
+    """Put bos and eos around texts where the configuration says so.
+
+    Args:
+        backend: the tokenizer.
+        config: tokenizer_config.json.
+        ids: of bos and eos.
+        complete: whether tokenizer.json was there. It knows what goes around a text, unless it says nothing
+            or the class is one that asks the configuration.
+        is_pieces: whether tokenizer.model was: Llama, the main user of these, puts bos first, nothing last.
+    """
+    own = str(config.get("tokenizer_class") or "").removesuffix("Fast")
+    if complete and own not in _FRAMED and backend.post_processor is not None:
+        return
+    found = backend.encode("").ids if complete else []
+    has = (found[:1] == [ids[0]] and bool(found), found[-1:] == [ids[1]] and bool(found))
+    usual = has if complete else (is_pieces, False)
+    flags = (config.get("add_bos_token"), config.get("add_eos_token"))
+    wanted = tuple(bool(usual[i] if flags[i] is None else flags[i]) and ids[i] is not None for i in (0, 1))
+    if flags[0] and ids[0] is None:
+        _log.warning("tokenizer_config.json says add_bos_token, and names no bos_token: none is added")
+    if wanted != has or not complete:
+        frame(backend, ids[0] if wanted[0] else None, ids[1] if wanted[1] else None)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -81,9 +125,88 @@ def _from_json(path: Path) -> Tokenizer:
         raise TokenizerError(
             f"{path} cannot be used: {error}", hint="download tokenizer.json again"
         ) from error
+    if wrong := _misplaced(path, backend):
+        backend = _with_gaps_filled(path, wrong)
     backend.no_truncation()  # some files carry the limits of their training run
     backend.no_padding()
     return backend
+
+
+def _misplaced(path: Path, backend: Tokenizer) -> str | None:
+    """An added token of a tokenizer.json that did not get the id which the file says; None: all did."""
+    text = read_text(path)
+    at = text.find('"added_tokens"')
+    start = text.find("[", at)
+    if at < 0 or start < 0:
+        return None
+    listed, _ = json.JSONDecoder().raw_decode(text, start)  # not the whole file: it may have 20 MB
+    return next((e["content"] for e in listed if backend.token_to_id(e["content"]) != e["id"]), None)
+
+
+def _with_gaps_filled(path: Path, wrong: str) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    document = json.loads(read_text(path))
+    model = document["model"].get("vocab", {})
+    size = len(model)
+    added = {int(entry["id"]): entry for entry in document["added_tokens"]}
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    for index in range(size, max(added)):
+        added.setdefault(index, {"id": index, "content": _filler(index), **plain})
+    document["added_tokens"] = [added[index] for index in sorted(added)]
+    backend = Tokenizer.from_str(json.dumps(document))
+    if any(backend.token_to_id(entry["content"]) != index for index, entry in added.items()):
+        raise TokenizerError(
+            f"{path} gives the token {wrong!r} an id that cannot be: another token has it",
+            hint="download tokenizer.json again, or save it again with transformers",
+        )
+    return backend
+
+
+def _filler(index: int) -> str:
+    """A token for an id that nothing has: of characters for private use, so that no text holds it."""
+    return f"\ue000{index}\ue001"
+
+
+# Splits of the classes that read vocab.json and merges.txt, and whether text is normalised (NFC) first.
+_SLOW: dict[str, tuple[str, bool]] = {
+    "Qwen2Tokenizer": (QWEN2, True),
+    **dict.fromkeys(
+        ("GPT2Tokenizer", "CodeGenTokenizer", "GPTNeoXTokenizer", "SmolLMTokenizer"), (GPT2, False)
+    ),
+}
+_SLOW_OF = {"qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}  # by model_type, where no class is named
+
+
+def _from_merges(folder: Path, config: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, str]]:
+    """A byte-level tokenizer of the days before tokenizer.json."""
+    from tokenizers import Tokenizer, decoders, normalizers
+    from tokenizers.models import BPE
+
+    model_type = _json(folder / "config.json").get("model_type")
+    named = config.get("tokenizer_class") or _SLOW_OF.get(str(model_type), "GPT2Tokenizer")
+    kind = _SLOW.get(str(named).removesuffix("Fast"))
+    if kind is None:
+        raise TokenizerError(
+            f"{folder}: how {named} cuts text into words is not known, and there is no tokenizer.json",
+            hint="make one: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of transformers",
+        )
+    vocabulary = _json(folder / "vocab.json")
+    try:
+        lines = read_text(folder / "merges.txt").split("\n")
+        lines = lines[1:] if lines[0].startswith("#version") else lines
+        merges = [tuple(line.split(" ", 1)) for line in lines if line.strip()]
+        backend = Tokenizer(BPE(vocabulary, merges))  # type: ignore[arg-type]
+    except Exception as error:  # the library raises plain Exception
+        raise TokenizerError(
+            f"{folder}: vocab.json and merges.txt do not fit each other: {error}", hint="download both again"
+        ) from error
+    backend.pre_tokenizer = split_words(PreTokenizerKind((kind[0],)), bool(config.get("add_prefix_space")))
+    backend.decoder = decoders.ByteLevel()
+    if kind[1]:
+        backend.normalizer = normalizers.NFC()
+    end = "<|endoftext|>"
+    return backend, {"eos_token": end} if end in vocabulary else {}
 
 
 def _from_sentencepiece(path: Path) -> tuple[Tokenizer, dict[str, str]]:
@@ -112,32 +235,70 @@ def _content(token: Any) -> str:
     return content
 
 
-def _add_configured_tokens(backend: Tokenizer, config: Mapping[str, Any], named: Mapping[str, str]) -> None:
-    """Tokens that only the configuration knows: added ones in id order, then the special ones."""
+def _add_configured_tokens(
+    backend: Tokenizer, config: Mapping[str, Any], named: Mapping[str, str], slow: Mapping[str, Any]
+) -> None:
+    """Tokens that only the configuration knows: added ones at their ids, then the special ones.
+
+    Args:
+        backend: the tokenizer.
+        config: tokenizer_config.json.
+        named: bos_token and the like.
+        slow: added_tokens.json, token -> id, of the days before `added_tokens_decoder`.
+    """
     from tokenizers import AddedToken
 
-    known = {token.content: token.special for token in backend.get_added_tokens_decoder().values()}
-    listed = config.get("added_tokens_decoder") or {}
+    more = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
+    further = list(more.values()) if isinstance(more, Mapping) else more if isinstance(more, list) else [more]
+    special = [*named.values(), *(_content(token) for token in further)]
+    listed: dict[int, AddedToken] = {}
     flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
-    added = []
     try:
-        for _, entry in sorted(listed.items(), key=lambda item: int(item[0])):
-            content = _content(entry)
-            if content not in known:
-                options = {name: bool(entry[name]) for name in flags if name in entry}
-                added.append(AddedToken(content, **options))
-                known[content] = options.get("special", False)
+        for content, index in slow.items():
+            is_special = content in special
+            listed[int(index)] = AddedToken(content, normalized=not is_special, special=is_special)
+        for index, entry in (config.get("added_tokens_decoder") or {}).items():
+            options = {name: bool(entry[name]) for name in flags if name in entry}
+            listed[int(index)] = AddedToken(_content(entry), **options)
     except (AttributeError, TypeError, ValueError) as error:
         raise TokenizerError(
             f"added_tokens_decoder of tokenizer_config.json cannot be read: {error}",
             hint="download the file again",
         ) from error
-    backend.add_tokens(added)  # all at once: each call builds the search for all of them anew
-    more = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
-    further = list(more.values()) if isinstance(more, Mapping) else more if isinstance(more, list) else [more]
-    special = [*named.values(), *(_content(token) for token in further)]
+    _add_at_ids(backend, listed)
+    known = {token.content: token.special for token in backend.get_added_tokens_decoder().values()}
     missing = [token for token in dict.fromkeys(special) if not known.get(token)]
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in missing])
+
+
+def _add_at_ids(backend: Tokenizer, listed: Mapping[int, AddedToken]) -> None:
+    """Add tokens so that each has the id that it shall have.
+
+    Raises:
+        TokenizerError: another token has such an id; it is named.
+    """
+    from tokenizers import AddedToken
+
+    present = backend.get_added_tokens_decoder()
+    known = {token.content for token in present.values()}
+    free = max([backend.get_vocab_size(with_added_tokens=False) - 1, *present]) + 1
+    added: list[AddedToken] = []
+    for index, token in sorted(listed.items()):
+        if token.content in known:
+            continue
+        own = backend.token_to_id(token.content)
+        if (index if own is None else own) != index or (own is None and index < free):
+            holder = own if own is not None else repr(backend.id_to_token(index))
+            raise TokenizerError(
+                f"added_tokens_decoder gives {token.content!r} the id {index}, and "
+                + (f"the vocabulary gives it {own}" if own is not None else f"{holder} has that id"),
+                hint="the files are of different models or versions: download them again",
+            )
+        if own is None:
+            added += [AddedToken(_filler(i), normalized=False, special=True) for i in range(free, index)]
+            free = index + 1
+        added.append(token)
+    backend.add_tokens(added)  # all at once: each call builds the search for all of them anew
 
 
 def _id(backend: Tokenizer, token: str | None) -> int | None:
@@ -182,7 +343,7 @@ def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
 
 VOCABULARY, CONFIG = "tokenizer.json", "tokenizer_config.json"
 SCHEMA_VERSION = 1
-_KNOWN = ("schema_version", "bos_id", "eos_ids", "vocab_size", "special_tokens")
+_KNOWN = ("schema_version", "bos_id", "eos_ids", "vocab_size", "special_tokens", "sampling")
 _AGAIN = "make the artifact again with: hasten optimize MODEL"
 
 
@@ -202,6 +363,7 @@ def save(backend: Backend, fields: TokenizerFields, folder: Path) -> None:
             "eos_ids": list(fields.eos_ids),
             "vocab_size": fields.vocab_size,
             "special_tokens": dict(fields.special_tokens),
+            **({"sampling": dict(fields.sampling)} if fields.sampling else {}),
         },
     }
     if fields.chat_templates:
@@ -325,6 +487,7 @@ def _stored_fields(path: Path) -> TokenizerFields:
             vocab_size=int(own["vocab_size"]),
             special_tokens={str(name): str(token) for name, token in own["special_tokens"].items()},
             chat_templates={str(entry["name"]): str(entry["template"]) for entry in named},
+            sampling={str(name): float(value) for name, value in (own.get("sampling") or {}).items()},
         )
     except FileNotFoundError:
         raise ArtifactError(f"{path.parent} has no {path.name}", hint=_AGAIN) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from hasten.errors import FormatError
+from hasten.cache.reading import is_there
+from hasten.errors import FormatError, ModelError
 from hasten.weights.safetensors_file import map_file
 from hasten.weights.tensors import FOREIGN_NAMES, TYPES_BY_ID, SourceTensor, TensorType
 
@@ -357,4 +359,158 @@ def _check_extents(cursor: GgufCursor, infos: list[_Info], start: int) -> None:
             raise cursor.error(f"tensors {before.name!r} and {after.name!r} overlap in the file")
 
 
-__all__ = ["MAGIC", "FormatError", "GgufFile", "GgufMetadata"]
+_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.gguf)", re.IGNORECASE)
+_PIECE = re.compile(
+    r".+(\.gguf[.-](split|part|\d)|[.-]part[-_]?\d+of\d+|\.gguf-split-[a-z]).*", re.IGNORECASE
+)
+
+
+def part_names(name: str) -> tuple[str, ...]:
+    """The names of all parts of a split model, first to last, from the name of any; () where it is none.
+
+    gguf-split calls them STEM-00001-of-00003.gguf.
+    """
+    found = _PART.fullmatch(name)
+    if found is None or not 1 < (count := int(found["count"])) <= _MAX_PARTS:
+        return ()
+    stem, suffix = found["stem"], found["suffix"]
+    return tuple(f"{stem}-{number:05d}-of-{count:05d}{suffix}" for number in range(1, count + 1))
+
+
+def model_name(path: Path) -> str:
+    """What a GGUF file is called without its ending, and without the number of a part."""
+    found = _PART.fullmatch(path.name)
+    return path.stem if found is None or not part_names(path.name) else found["stem"]
+
+
+def models_in(folder: Path) -> list[Path]:
+    """The GGUF models of a folder by their (first) file; files that help a model are left out."""
+    names = sorted(p.name for p in folder.glob("*.gguf"))
+    firsts = (part_names(name)[:1] or (name,) for name in names)
+    found = list(dict.fromkeys(first for (first,) in firsts))
+    models = [name for name in found if not re.search(r"mmproj|imatrix", name, re.IGNORECASE)]
+    return [folder / name for name in models or found]
+
+
+_MAX_PARTS = 1000
+
+
+def open_parts(path: Path) -> tuple[GgufFile, tuple[Path, ...]]:
+    """A model of one file, or of all the parts that lie beside the given one.
+
+    The first part has the metadata; each has tensors of its own, and `split.no`, `split.count`.
+
+    Returns:
+        (the model, its files in order)
+
+    Raises:
+        ModelError: a part is missing (it is named), or lies under a name that does not say which it is.
+        FormatError: as `GgufFile.open`; or the parts do not belong together.
+    """
+    names = part_names(path.name)
+    if not names:
+        return _open_single(path), (path,)
+    paths = tuple(path.with_name(name) for name in names)
+    missing = [part.name for part in paths if not is_there(part)]
+    if missing and len(missing) < len(paths):
+        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ModelError(
+            f"{path} is part {names.index(path.name) + 1} of {len(names)} of a model, and beside it "
+            f"{len(missing)} of them {'is' if len(missing) == 1 else 'are'} missing: {shown}",
+            hint="put all parts into one folder, or download them: hasten pull OWNER/NAME --include "
+            f"{model_name(path)}",
+        )
+    files = [GgufFile.open(part) for part in paths]
+    first, tensors = files[0], dict(files[0].tensors)
+    for number, file in enumerate(files):
+        _check_part(file, number, len(files))
+        if number:
+            twice = next((name for name in file.tensors if name in tensors), None)
+            if twice is not None:
+                raise FormatError(f"{file.name}: tensor {twice!r} is in an earlier part too", hint=_OTHER)
+            tensors.update(file.tensors)
+    total = first.metadata.get("split.tensors.count")
+    if isinstance(total, int) and total != len(tensors):
+        raise FormatError(
+            f"{first.name} says that its parts have {total} tensors, they have {len(tensors)}", hint=_OTHER
+        )
+    return GgufFile(first.name, first.version, first.metadata, tensors), paths
+
+
+_OTHER = "the parts are of different models or downloads: download all of them again"
+
+
+def _open_single(path: Path) -> GgufFile:
+    try:
+        file = GgufFile.open(path)
+    except FormatError as error:
+        if _PIECE.fullmatch(path.name):
+            raise FormatError(
+                f"{path} looks like one piece of a file that was cut by bytes: {error.message}",
+                hint=f"join the pieces in order: cat PIECE1 PIECE2 > {path.with_name('MODEL.gguf')}",
+            ) from error
+        raise
+    number, count = (file.metadata.get(f"split.{key}", 0) for key in ("no", "count"))
+    if isinstance(count, int) and count > 1:
+        raise ModelError(
+            f"{path} is part {int(number) + 1} of {count} of a model, and its name does not say so",
+            hint=f"call it NAME-{int(number) + 1:05d}-of-{count:05d}.gguf, the others likewise, side by side",
+        )
+    return file
+
+
+def _check_part(file: GgufFile, number: int, count: int) -> None:
+    said = tuple(file.metadata.get(f"split.{key}") for key in ("no", "count"))
+    if said != (number, count) and said != (None, None):
+        raise FormatError(
+            f"{file.name} says that it is part {said[0]} (from 0) of {said[1]}, "
+            f"its name says {number} of {count}",
+            hint=_OTHER,
+        )
+
+
+def other_kind(file: GgufFile) -> ModelError | None:
+    """Why a GGUF file is no language model that runs by itself; None where it looks like one.
+
+    Sources: `general.type` in the GGUF specification, and what llama.cpp's tools write into the files that
+    help a model (convert_lora_to_gguf.py, tools/mtmd, tools/imatrix, tools/cvector-generator).
+    """
+    get = file.metadata.get
+    kind, architecture = get("general.type"), get("general.architecture")
+    if kind == "adapter" or any(name.endswith(".lora_a") for name in file.tensors):
+        base = get("general.base_model.0.name") or f"its {architecture or ''} base model".replace("  ", " ")
+        return _other(
+            file, "a LoRA adapter", f"open {base} with it: hasten generate BASE --adapter {file.name}"
+        )
+    if kind == "mmproj" or architecture == "clip":
+        what = "the projector of a model that sees or hears (mmproj, clip)"
+        return _other(file, what, "give the language model's own file; images and sound are not supported")
+    if kind == "imatrix" or "imatrix.chunk_count" in file.metadata:
+        return _other(file, "an importance matrix (imatrix)", "quantisers read it; give the model's own file")
+    if architecture == "controlvector":
+        return _other(
+            file, "a control vector", "it steers a model and is not supported; give the model's file"
+        )
+    if isinstance(kind, str) and kind not in ("model", ""):
+        return _other(file, f"of the type {kind!r}", "give the file of a language model")
+    if not file.tensors and "tokenizer.ggml.tokens" in file.metadata:
+        return _other(file, "a vocabulary alone: it has no tensors (no weights)", "give the model's own file")
+    if architecture is None:
+        return _other(file, "of no architecture (general.architecture is missing)", "give a language model")
+    return None
+
+
+def _other(file: GgufFile, what: str, hint: str) -> ModelError:
+    return ModelError(f"{file.name} is no language model, it is {what}", hint=hint)
+
+
+__all__ = [
+    "MAGIC",
+    "FormatError",
+    "GgufFile",
+    "GgufMetadata",
+    "model_name",
+    "models_in",
+    "open_parts",
+    "other_kind",
+]

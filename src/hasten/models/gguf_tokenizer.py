@@ -11,8 +11,10 @@ syntax). Each splits what the ones before it left, and keeps matches and the tex
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
@@ -20,12 +22,13 @@ from typing import TYPE_CHECKING, Literal
 from hasten.errors import TokenizerError
 from hasten.models import sentencepiece
 from hasten.models.sentencepiece import SPACE, PieceType, SentencePieceVocabulary
-from hasten.models.text_stream import TokenizerFields, byte_alphabet
+from hasten.models.text_stream import TokenizerFields, advised_sampling, byte_alphabet
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from tokenizers.pre_tokenizers import PreTokenizer
 
+_log = logging.getLogger("hasten.models")
 KEY = "tokenizer.ggml."
 AGAIN = "download the GGUF file again, or open the model's Hugging Face folder"
 _IDS = ("bos", "eos", "eot", "eom", "unknown", "padding", "seperator", "separator", "cls", "mask")
@@ -63,19 +66,24 @@ class GgufVocabulary:
         if not tokens:
             raise TokenizerError(f"the file has no {KEY}tokens", hint=AGAIN)
         ids = {name: _id(metadata, f"{name}_token_id", len(tokens)) for name in _IDS}
-        return cls(
-            model=text_of(metadata, KEY + "model") or "",
-            pre=text_of(metadata, KEY + "pre") or "default",
+        types = _types(metadata, len(tokens))
+        model = text_of(metadata, KEY + "model") or ""
+        if model == "llama":
+            ids |= {name: known for name, known in _usual_ids(types) if ids[name] is None}
+        found = cls(
+            model=model,
+            pre=text_of(metadata, KEY + "pre") or "",
             architecture=text_of(metadata, "general.architecture") or "",
             tokens=tokens,
             scores=_numbers(metadata, "scores", len(tokens), 0.0),
-            types=_types(metadata, len(tokens)),
+            types=types,
             merges=_strings(metadata, "merges"),
             ids={name: found for name, found in ids.items() if found is not None},
             flags={name: bool(metadata[KEY + name]) for name in _FLAGS if KEY + name in metadata},
             charsmap=_bytes(metadata, "precompiled_charsmap"),
             chat_templates=_templates(metadata),
         )
+        return _retyped(found if found.pre or model != "gpt2" else replace(found, pre=_implied_pre(found)))
 
     @cached_property
     def marked(self) -> list[int]:
@@ -147,9 +155,71 @@ def _id(metadata: Mapping[str, object], name: str, count: int) -> int | None:
     value = metadata.get(KEY + name)
     if value is None or value == _NO_TOKEN:
         return None
-    if not hasattr(value, "__index__") or not 0 <= (number := int(value)) < count:
+    if not hasattr(value, "__index__"):
         raise TokenizerError(f"{KEY}{name} is {value!r}, which is no id of the {count} tokens", hint=AGAIN)
-    return number
+    if 0 <= (number := int(value)) < count:
+        return number
+    if number != -1:  # llama.cpp goes on without it too
+        _log.warning("%s%s is %d, which is none of the %d tokens: it is left out", KEY, name, number, count)
+    return None
+
+
+def _usual_ids(types: list[int]) -> list[tuple[str, int]]:
+    """What SentencePiece files of Llama's kind have where their ids are not said: unknown 0, bos 1, eos 2."""
+    usual = [("unknown", 0), ("bos", 1), ("eos", 2)]
+    return [(n, i) for n, i in usual if i < len(types) and types[i] in (PieceType.CONTROL, PieceType.UNKNOWN)]
+
+
+_PRE_OF = {"qwen2": "qwen2", "qwen3": "qwen2", "smollm3": "llama-bpe", "olmo2": "dbrx"}
+_PRE_OF_SIZE = {("phi3", 100_352): "dbrx", ("phi3", 200_064): "gpt-4o"}
+
+
+def _implied_pre(vocabulary: GgufVocabulary) -> str:
+    """The pre-tokenizer of a byte-level file that names none (converted before April 2024), with a warning.
+
+    All models of some architectures have one; of the others llama.cpp's "default" is taken, as it does.
+    """
+    found = _PRE_OF.get(vocabulary.architecture)
+    found = found or _PRE_OF_SIZE.get((vocabulary.architecture, len(vocabulary.tokens)))
+    if found is None and vocabulary.architecture == "llama" and "<|begin_of_text|>" in vocabulary.tokens:
+        found = "llama-bpe"  # Llama 3
+    _log.warning(
+        "the file does not say how text is cut into words (%spre is missing): %r is taken, %s. "
+        "Answers may be worse than the model's own; a file of a current converter has the key.",
+        KEY, found or "default",
+        f"which all models of the kind {vocabulary.architecture!r} have" if found else "as llama.cpp does",
+    )  # fmt: skip
+    return found or "default"
+
+
+# Tokens that a chat template writes: <|im_start|>, <start_of_turn>, [INST].
+_WRITTEN = re.compile(r"<[^<>\s]{2,60}>|\[/?[A-Z_]{3,40}\]")
+
+
+def _retyped(vocabulary: GgufVocabulary) -> GgufVocabulary:
+    """The vocabulary with the types that its tokens must have to be found whole in text.
+
+    Some converters store the token that ends a turn as text: answers then never end. llama.cpp gives such
+    tokens the type of control tokens too. What the chat template writes beside it is found whole as well.
+    """
+    plain = (PieceType.NORMAL, PieceType.USER_DEFINED)
+    index = {token: i for i, token in enumerate(vocabulary.tokens) if token[:1] in "<[_\u2581"}
+    ends = [i for token, i in index.items() if token in _ENDS and vocabulary.types[i] in plain]
+    text = "".join(vocabulary.chat_templates.values())
+    written = [i for i in (index.get(token) for token in set(_WRITTEN.findall(text))) if i is not None]
+    written = [i for i in written if vocabulary.types[i] == PieceType.NORMAL and i not in ends]
+    if not ends and not written:
+        return vocabulary
+    types = list(vocabulary.types)
+    for i in ends:
+        types[i] = PieceType.CONTROL
+    for i in written:
+        types[i] = PieceType.USER_DEFINED
+    if ends:
+        shown = ", ".join(vocabulary.tokens[i] for i in ends[:4])
+        _log.warning("%s stored as text in %stoken_type: taken for control tokens, which end answers",
+                     shown + (" is" if len(ends) == 1 else " are"), KEY)  # fmt: skip
+    return replace(vocabulary, types=types)
 
 
 def _bytes(metadata: Mapping[str, object], name: str) -> bytes:
@@ -220,7 +290,10 @@ class PreTokenizerKind:
 
 
 _KINDS: dict[tuple[str, ...], PreTokenizerKind] = {
-    ("default", "gpt-2", "mpt", "olmo", "jais", "phi-2"): PreTokenizerKind((GPT2,)),
+    ("default",): PreTokenizerKind(
+        (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]")
+    ),  # llama.cpp's
+    ("gpt-2", "mpt", "olmo", "jais", "phi-2"): PreTokenizerKind((GPT2,)),
     (
         "smollm",
         "starcoder",
@@ -272,12 +345,17 @@ def kind_of(name: str) -> PreTokenizerKind:
         ) from None
 
 
-def split_words(kind: PreTokenizerKind) -> PreTokenizer:
-    """Split as `kind` says, then spell the words in the byte alphabet."""
+def split_words(kind: PreTokenizerKind, space_first: bool = False) -> PreTokenizer:
+    """Split as `kind` says, then spell the words in the byte alphabet.
+
+    `space_first` puts a space before the text, with GPT-2's split alone.
+    """
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
     splits: list[PreTokenizer] = [Split(Regex(pattern), behavior="isolated") for pattern in kind.splits]
+    if space_first and kind.splits == (GPT2,):
+        return ByteLevel(add_prefix_space=True, use_regex=True)  # the library's own split is GPT-2's
     return Sequence([*splits, ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
@@ -285,7 +363,8 @@ def split_words(kind: PreTokenizerKind) -> PreTokenizer:
 _ENDS = frozenset(
     (
         *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>"),
-        *("<|return|>", "<|call|>", "<end_of_turn>", "<end_of_utterance>"),
+        *("<|return|>", "<|call|>", "<end_of_turn>", "<end_of_utterance>", "<turn|>", "<|eot|>"),
+        *("<EOT>", "_<EOT>", "\u2581<EOT>", "[EOT]", "<|endofturn|>", "<|END_OF_TURN_TOKEN|>"),
         "<\uff5cend\u2581of\u2581sentence\uff5c>",
     )
 )
@@ -311,6 +390,9 @@ def from_gguf(metadata: Mapping[str, object]) -> tuple[Tokenizer, TokenizerField
             hint="open the model's Hugging Face folder instead",
         )
     _add_special_tokens(backend, vocabulary)
+    names = {"temp": "temperature", "penalty_repeat": "repetition_penalty"}
+    own = {k.rpartition(".")[2]: metadata[k] for k in metadata if k.startswith("general.sampling.")}
+    sampling = advised_sampling({names.get(name, name): value for name, value in own.items()})
     add_bos = vocabulary.flags.get("add_bos_token", add_bos)
     add_eos = vocabulary.flags.get("add_eos_token", vocabulary.model == "t5")
     frame(
@@ -318,7 +400,7 @@ def from_gguf(metadata: Mapping[str, object]) -> tuple[Tokenizer, TokenizerField
         bos=vocabulary.ids.get("bos") if add_bos else None,
         eos=vocabulary.ids.get("eos") if add_eos else None,
     )
-    return backend, _fields(backend, vocabulary)
+    return backend, replace(_fields(backend, vocabulary), sampling=sampling)
 
 
 def frame(backend: Tokenizer, bos: int | None, eos: int | None) -> None:
@@ -428,6 +510,8 @@ def _fields(backend: Tokenizer, vocabulary: GgufVocabulary) -> TokenizerFields:
         for index in vocabulary.marked
         if vocabulary.types[index] == PieceType.CONTROL and vocabulary.tokens[index] in _ENDS
     ]
+    if not ends:
+        _log.warning("the file names no token that ends a text: answers end where a limit is met")
     return TokenizerFields(
         bos_id=vocabulary.ids.get("bos"),
         eos_ids=tuple(dict.fromkeys(ends)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from hasten.cache.reading import NotAFile, is_there, open_file
 from hasten.core import ModelSpec
@@ -18,14 +18,16 @@ from hasten.errors import FormatError, ModelError
 from hasten.models.families import FAMILIES, gguf_spec, hf_spec
 from hasten.models.families.config_json import token_ids
 from hasten.models.families.family import Fields, NameTable
-from hasten.models.gguf import GgufFile
+from hasten.models.gguf import GgufFile, model_name, models_in, open_parts, other_kind
 from hasten.models.quantized import Quantization, merged
 from hasten.models.quantized_formats import KEYS, quantization_of, without_quantization
+from hasten.models.rope import interleaved_rows
 from hasten.models.source import Place, Source, SourceFile, locate, once
 from hasten.weights.safetensors_file import NOT_A_FILE_HINT, open_safetensors
 from hasten.weights.tensors import SourceTensor
 
 Shapes = Mapping[str, tuple[int, ...]]
+_log = logging.getLogger("hasten.models")
 
 if TYPE_CHECKING:
     from hasten.models.tokenizer import Tokenizer
@@ -36,7 +38,8 @@ def open_model(ref: str | Path) -> Source:
 
     Args:
         ref: a folder with config.json and safetensors; a .gguf file; a hub id ("Qwen/Qwen3-0.6B") or a file
-            of one ("Qwen/Qwen3-0.6B-GGUF/Qwen3-0.6B-Q8_0.gguf"); or "demo". What is on disk comes first.
+            of one ("Qwen/Qwen3-0.6B-GGUF/Qwen3-0.6B-Q8_0.gguf", "Qwen/Qwen3-0.6B-GGUF:Q8_0"); or "demo".
+            What is on disk comes first. Behind any of them "+lora:PATH" merges a LoRA adapter.
 
     Raises:
         ModelError: there is no such model, or it is incomplete or of a kind that is not supported.
@@ -53,18 +56,23 @@ def open_place(place: Place) -> Source:
     """
     source = open_folder(place.path) if place.path.is_dir() else open_gguf(place.path)
     files = source.files if place.known is None else (place.known,)
-    return replace(source, name=place.name, files=files)
+    source = replace(source, name=place.name, files=files)
+    for adapter in place.adapters:
+        from hasten.models.adapter import with_adapter
+
+        source = with_adapter(source, adapter)
+    return source
 
 
 def open_gguf(path: Path) -> Source:
-    """Open a GGUF file.
+    """Open a GGUF file, with the parts beside it where it is one part of a split model.
 
     Raises:
         ModelError, FormatError: as `open_model`.
     """
-    file = GgufFile.open(path)
-    source_file = SourceFile(path, path.stat().st_size)
-    return gguf_source(file, path.stem, (source_file,))
+    file, paths = open_parts(path)
+    files = tuple(SourceFile(part, part.stat().st_size) for part in paths)
+    return gguf_source(file, model_name(path), files)
 
 
 def gguf_source(file: GgufFile, name: str, files: tuple[SourceFile, ...]) -> Source:
@@ -73,6 +81,9 @@ def gguf_source(file: GgufFile, name: str, files: tuple[SourceFile, ...]) -> Sou
     Raises:
         ModelError, FormatError: as `open_model`.
     """
+    wrong = other_kind(file)
+    if wrong is not None:
+        raise wrong
     spec = gguf_spec(file.metadata, file.tensors, file.name)
     family = FAMILIES[spec.architecture]
     tensors, unused = fill(file.tensors, family.gguf_names, spec.parameter_shapes(), file.name)
@@ -85,7 +96,7 @@ def gguf_source(file: GgufFile, name: str, files: tuple[SourceFile, ...]) -> Sou
         return Tokenizer.from_gguf(file.metadata)
 
     general = {key: file.metadata[key] for key in file.metadata if key.startswith("general.")}
-    return Source(name, spec, tensors, files, unused, once(load), general)
+    return Source(name, spec, tensors, files, unused, once(load), metadata=general)
 
 
 def _unpermuted(tensor: SourceTensor, spec: ModelSpec) -> SourceTensor:
@@ -94,17 +105,6 @@ def _unpermuted(tensor: SourceTensor, spec: ModelSpec) -> SourceTensor:
     if part not in ("q", "k"):
         return tensor
     return replace(tensor, row_order=interleaved_rows(tensor.rows, spec.blocks[int(layer)].mixer.head_dim))
-
-
-def interleaved_rows(rows: int, head_dim: int) -> npt.NDArray[np.int64]:
-    """Where each row lies in a file for interleaved rotation: [rows].
-
-    The file puts rows i and i + D/2 of a head side by side (convert_hf_to_gguf.py, LlamaModel.permute).
-    """
-    row = np.arange(rows, dtype=np.int64)
-    head, inside = row // head_dim, row % head_dim
-    half, index = inside // (head_dim // 2), inside % (head_dim // 2)
-    return head * head_dim + 2 * index + half
 
 
 def open_folder(folder: Path) -> Source:
@@ -118,17 +118,15 @@ def open_folder(folder: Path) -> Source:
             f"{folder} is an artifact of this program, not a source model",
             hint=f"run it: hasten generate {folder} -p TEXT; to optimize, give the model it was made from",
         )
-    if not is_there(folder / "config.json"):
-        ggufs = sorted(folder.glob("*.gguf"))
+    if not is_there(folder / "config.json") or next(folder.glob("*.safetensors"), None) is None:
+        ggufs = models_in(folder)
         if len(ggufs) == 1:
             return open_gguf(ggufs[0])
         if ggufs:
             names = ", ".join(p.name for p in ggufs[:4])
             raise ModelError(f"{folder} has {len(ggufs)} GGUF files: {names}", hint=f"name one: {ggufs[0]}")
-        raise ModelError(
-            f"{folder} is no model folder: it has no config.json",
-            hint="give a folder with config.json and model.safetensors, or a .gguf file",
-        )
+    if not is_there(folder / "config.json"):
+        raise _no_model(folder)
     where = str(folder / "config.json")
     values = _with_side_file(read_json_object(folder / "config.json"), folder)
     quantization = quantization_of(values, where)
@@ -144,6 +142,43 @@ def open_folder(folder: Path) -> Source:
     return Source(folder.resolve().name, config, tensors, files, unused, once(load))
 
 
+def _no_model(folder: Path) -> ModelError:
+    """What a folder without config.json is, as far as its files tell."""
+    if is_there(folder / "adapter_config.json"):
+        base = read_json_object(folder / "adapter_config.json").get("base_model_name_or_path")
+        shown = base if isinstance(base, str) and base else "BASE"
+        return ModelError(
+            f"{folder} is a LoRA adapter, a change to another model: {shown}",
+            hint=f"open that model with it: hasten generate {shown} --adapter {folder} -p TEXT",
+        )
+    pickles = _pickles(folder)
+    if pickles:
+        return ModelError(f"{folder} has no config.json, only {pickles[0]}", hint=_PICKLE_HINT)
+    if is_there(folder / "params.json") or next(folder.glob("consolidated*"), None) is not None:
+        return ModelError(
+            f"{folder} has no config.json: its publisher's own form (params.json, consolidated files)",
+            hint="give the folder in Hugging Face's form, or convert it: convert_llama_weights_to_hf.py of "
+            "transformers",
+        )
+    return ModelError(
+        f"{folder} is no model folder: it has no config.json",
+        hint="give a folder with config.json and model.safetensors, or a .gguf file",
+    )
+
+
+_PICKLE_HINT = (
+    "a pickle may run any program when it is opened, so none is read here. Convert it where you trust it: "
+    'python -c "from transformers import AutoModelForCausalLM as M; '
+    "M.from_pretrained('FOLDER').save_pretrained('FOLDER', safe_serialization=True)\"; or take the model's "
+    "safetensors or GGUF files"
+)
+
+
+def _pickles(folder: Path) -> list[str]:
+    """Files of a folder that hold weights as pickles."""
+    return sorted(p.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(kind))
+
+
 def _read_folder(
     folder: Path, values: Mapping[str, Any], checkpoint: Checkpoint, quantization: Quantization | None
 ) -> tuple[ModelSpec, dict[str, SourceTensor], tuple[str, ...]]:
@@ -157,10 +192,42 @@ def _read_folder(
     if quantization is not None:
         names = family.hf_names
         found, spare = merged(quantization, found, lambda name: _is_one_of(name, names, shapes), str(folder))
-    tensors, unused = fill(found, family.hf_names, shapes, str(folder))
+    spec = _with_own_head(spec, family.hf_names, found, str(folder))
+    tensors, unused = fill(found, family.hf_names, spec.parameter_shapes(), str(folder))
     if family.stored_less_one:
         tensors = {k: replace(t, offset=1.0) if k.endswith("norm") else t for k, t in tensors.items()}
     return spec, tensors, unused + spare
+
+
+def _with_own_head(
+    spec: ModelSpec, table: NameTable, tensors: Mapping[str, SourceTensor], where: str
+) -> ModelSpec:
+    """The model with a head of its own, where the configuration ties it and the file holds another one.
+
+    Fine-tunes and quantisers write such files; transformers 5 goes by the tensors too. Equal copies are not
+    used twice. Reads both matrices as far as they are equal.
+    """
+    if not spec.head.tied:
+        return spec
+    by_part = {parts: t for name, t in tensors.items() if (parts := table.parts(name)) is not None}
+    head, embed = by_part.get(("head",)), by_part.get(("embed",))
+    if head is None or embed is None or _equal(head, embed):
+        return spec
+    _log.warning(
+        "%s: tie_word_embeddings is true, and %r differs from the embedding: the file's own head is used",
+        where, head.name,
+    )  # fmt: skip
+    return replace(spec, head=replace(spec.head, tied=False))
+
+
+def _equal(one: SourceTensor, other: SourceTensor) -> bool:
+    """Whether two tensors hold the same bytes of one type; stops at the first difference."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    ours, theirs, step = one.data, other.data, 1 << 22
+    return all(
+        np.array_equal(ours[at : at + step], theirs[at : at + step]) for at in range(0, len(ours), step)
+    )
 
 
 def _is_one_of(name: str, table: NameTable, shapes: Shapes) -> bool:
@@ -244,9 +311,11 @@ def open_checkpoint(folder: Path, integers: bool = False) -> Checkpoint:
         return Checkpoint(open_safetensors(found[0], integers), (found[0],))
     if found:
         raise ModelError(f"{folder} has {len(found)} .safetensors files and no {INDEX}", hint="add the index")
-    others = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
+    others = _pickles(folder)
+    if others:
+        raise ModelError(f"{folder} has no .safetensors file, only {others[0]}", hint=_PICKLE_HINT)
     raise ModelError(
-        f"{folder} has no .safetensors file" + (f", only {others[0]}" if others else ""),
+        f"{folder} has no .safetensors file",
         hint="save the model with model.save_pretrained(folder), which writes safetensors",
     )
 
@@ -257,20 +326,21 @@ def _sharded(folder: Path, index: Path, integers: bool) -> Checkpoint:
         raise FormatError(f"{index}: weight_map must map tensor names to file names")
     shards = sorted(set(names.values()))
     tensors: dict[str, SourceTensor] = {}
+    stray: list[str] = []
     for shard in shards:
         if Path(shard).name != shard or shard in ("", ".", ".."):
             raise FormatError(f"{index}: {shard!r} is no name of a file beside it")
         for name, tensor in open_safetensors(folder / shard, integers).items():
-            if name in tensors:
-                raise ModelError(f"{folder}: tensor {name!r} is in two files, the second is {shard}")
-            if names.get(name) != shard:
-                raise FormatError(
-                    f"{index}: tensor {name!r} is in {shard}, the index says {names.get(name)!r}"
-                )
+            if names.get(name) != shard:  # another model's, or an older one's
+                stray.append(f"{name} in {shard}")
+                continue
             tensors[name] = tensor
     missing = [name for name in names if name not in tensors]
     if missing:
         raise FormatError(f"{index}: tensor {missing[0]!r} is not in {names[missing[0]]}")
+    if stray:
+        _log.warning("%s: the index does not name %d tensors (%s): they are left out", folder, len(stray),
+                     ", ".join(stray[:2]))  # fmt: skip
     return Checkpoint(tensors, tuple(folder / shard for shard in shards))
 
 

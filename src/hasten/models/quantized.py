@@ -12,8 +12,9 @@ Here is what they share. The layouts of the native engine hold q and the scale a
   together, by zero * 2^-11 of a step at most: 0.008 of one at 4 bits, 0.125 at 8. bf16 would move each by up
   to |q - zero| * 2^-8 of a step, which is more, in four or two times the bytes.
 - Groups larger than 128 (a whole row included) become groups of 128, 64 or 32 of the same scale.
-- Inputs in another order than their groups (act-order), or groups of no multiple of 32, fit no integer
-  layout: such a matrix is kept in bf16, |q - zero| * 2^-8 of a step off at most, and a warning says so.
+- Inputs in another order than their groups (act-order), or groups of no multiple of 32 (a last one that is
+  shorter counts too), fit no integer layout: such a matrix is kept in bf16, |q - zero| * 2^-8 of a step off
+  at most, and a warning says so.
 
 What rounding costs is measured where it happens: PackedLinear.relative_error. Opening reads zero points and
 orders alone; q and scales are read when a tensor's data are.
@@ -51,7 +52,7 @@ class QuantizedMatrix:
     rows: int
     cols: int
     bits: int
-    group: int  # inputs a scale; divides cols
+    group: int  # inputs a scale; the last group may have fewer
     zero: npt.NDArray[np.uint8]  # [rows, groups]
     groups_of: npt.NDArray[np.int64] | None  # [cols]: the group of each input where they are out of order
     read: Callable[[], QAndScale]
@@ -64,8 +65,8 @@ class QuantizedMatrix:
 
     @property
     def native_group(self) -> int | None:
-        """The largest group of the native layouts that divides this one; None: there is none."""
-        return next((g for g in _NATIVE_GROUPS if self.group % g == 0), None)
+        """The largest group of the native layouts that divides this one and the inputs, if one does."""
+        return next((g for g in _NATIVE_GROUPS if self.group % g == 0 and self.cols % g == 0), None)
 
     def tensor(self) -> SourceTensor:
         """As a tensor named `module.weight`, whose data are made when they are read."""
@@ -95,7 +96,7 @@ class QuantizedMatrix:
         else:
             numbers.append(-(scale * self.zero.astype(np.float32)))
         head = np.stack(numbers, axis=-1).astype("<f4").view(np.uint8)  # [rows, groups, 4 or 8]
-        head = np.repeat(head, self.group // group, axis=1)
+        head = head[:, np.arange(self.cols // group) * group // self.group]
         return np.concatenate([head, u.reshape(self.rows, -1, group)], axis=2)
 
 
@@ -173,27 +174,18 @@ class Parts:
         found = array(self.take(part, ("I32",), (cols,))).astype(np.int64)
         if (found == np.arange(cols) // group).all():
             return None
-        groups = cols // group
+        groups = -(-cols // group)
         if found.min() < 0 or found.max() >= groups:
             wrong = int(found.min() if found.min() < 0 else found.max())
             raise self.error(f"{self.module}.{part} names group {wrong}, and there are {groups}")
-        sizes = np.bincount(found, minlength=groups)
-        if (sizes != group).any():
-            at = int(np.argmax(sizes != group))
+        sizes, wanted = np.bincount(found, minlength=groups), np.full(groups, group)
+        wanted[-1] = cols - (groups - 1) * group
+        if (sizes != wanted).any():
+            at = int(np.argmax(sizes != wanted))
             raise self.error(
-                f"{self.module}.{part} gives group {at} {sizes[at]} inputs, and a group has {group}"
+                f"{self.module}.{part} gives group {at} {sizes[at]} inputs, and it has {wanted[at]}"
             )
         return found
-
-    def divided(self, cols: int, group: int) -> int:
-        """How many groups there are.
-
-        Raises:
-            FormatError: the group size does not divide the inputs.
-        """
-        if cols % group:
-            raise self.error(f"a group size of {group} does not divide the {cols} inputs of {self.module}")
-        return cols // group
 
     def missing(self, part: str) -> FormatError:
         """The error for a tensor that must be there."""

@@ -38,8 +38,9 @@ compressed-tensors (compressors/pack_quantized, compressors/naive_quantized, qua
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,19 @@ AUTO_ROUND_PACKINGS = {
 
 
 @dataclass(frozen=True)
+class Own:
+    """Modules with a width, group size or order of their own.
+
+    Those are `dynamic` of GPTQModel and `extra_config` of AutoRound.
+    """
+
+    pattern: re.Pattern[str]
+    bits: int | None = None  # None: as all others
+    group: int | None = None  # -1: a whole row
+    ordered: bool | None = None
+
+
+@dataclass(frozen=True)
 class Gptq:
     """How a GPTQ checkpoint is packed."""
 
@@ -81,6 +95,7 @@ class Gptq:
     group: int | None  # None: one scale a row
     zero_offset: int
     acts_in_order: bool  # without act-order g_idx may be missing
+    own: tuple[Own, ...] = ()  # the first that fits a module's name counts
 
     @classmethod
     def parse(cls, fields: Fields) -> Gptq:
@@ -94,7 +109,8 @@ class Gptq:
         if bits not in _GPTQ_BITS:
             raise unsupported(fields, "bits", bits, "2, 3, 4 and 8")
         _refuse_options(fields)
-        return cls(bits, group_size(fields), _zero_offset(fields), not fields.flag("desc_act"))
+        own = tuple(_own_options(fields))
+        return cls(bits, group_size(fields), _zero_offset(fields), not fields.flag("desc_act"), own)
 
     def matrices(self, tensors: Tensors, where: str) -> list[QuantizedMatrix]:
         """Every quantised module.
@@ -104,32 +120,73 @@ class Gptq:
         """
         return [self._matrix(Parts(tensors, m, where)) for m in modules_with(tensors, "qweight")]
 
+    def _of(self, module: str) -> Gptq:
+        """How one module is packed."""
+        own = next((one for one in self.own if one.pattern.match(module)), None)
+        if own is None:
+            return self
+        return replace(
+            self,
+            bits=self.bits if own.bits is None else own.bits,
+            group=self.group if own.group is None else (None if own.group == -1 else own.group),
+            acts_in_order=self.acts_in_order if own.ordered is None else own.ordered,
+        )
+
     def _matrix(self, parts: Parts) -> QuantizedMatrix:
+        kind = self._of(parts.module)
         packed = parts.take("qweight", ("I32",), (None, None))
-        rows, cols = packed.shape[1], packed.shape[0] * 32 // self.bits
-        group = self.group or cols
-        groups = parts.divided(cols, group)
+        rows, cols = packed.shape[1], packed.shape[0] * 32 // kind.bits
+        group = kind.group or cols
+        groups = -(-cols // group)
         scale = parts.take("scales", ("F16", "BF16", "F32"), (groups, rows))
-        if rows * self.bits % 32:
+        if rows * kind.bits % 32:
             raise parts.error(f"{parts.module} has {rows} outputs, whose zero points fill no whole words")
-        stored = parts.take("qzeros", ("I32",), (groups, rows * self.bits // 32))
+        stored = parts.take("qzeros", ("I32",), (groups, rows * kind.bits // 32))
         order = None
-        if parts.has("g_idx") or not self.acts_in_order:
+        if parts.has("g_idx") or not kind.acts_in_order:
             order = parts.groups_of("g_idx", cols, group)
-        zero = self._zero(stored, rows)
+        zero = kind._zero(stored, rows)
 
         def read() -> QAndScale:
-            q = bit_fields(words(packed).T, self.bits, cols)
+            q = bit_fields(words(packed).T, kind.bits, cols)
             return q, np.ascontiguousarray(scales(scale).T)
 
         return QuantizedMatrix(
-            parts.module, rows, cols, self.bits, group, zero, order, read, tuple(parts.used)
+            parts.module, rows, cols, kind.bits, group, zero, order, read, tuple(parts.used)
         )
 
     def _zero(self, stored: SourceTensor, rows: int) -> npt.NDArray[np.uint8]:
         """[rows, groups]. 2^bits - 1 and one more is 0: the writer took one from 0."""
         fields = bit_fields(words(stored), self.bits, rows).T
         return (fields + np.uint8(self.zero_offset)) & np.uint8((1 << self.bits) - 1)
+
+
+def _own_options(fields: Fields) -> Iterator[Own]:
+    """Options of single modules, in the file's order.
+
+    `dynamic` has expressions that a name must begin with, after "+:", or "-:" where the module is left
+    unquantised; `extra_config` has names, or expressions. A width of 16 and more is unquantised too.
+
+    Raises:
+        FormatError: a width that is not supported, or an option that changes how tensors are packed.
+    """
+    for key in ("dynamic", "extra_config"):
+        for name, options in fields.mapping(key).items():
+            if name.startswith("-:") or not isinstance(options, Mapping):
+                continue
+            own = Fields(options, fields.where, prefix="")
+            bits = own.integer("bits", None, high=64)
+            if bits is not None and bits >= 16:
+                continue
+            if bits not in (None, *_GPTQ_BITS):
+                raise unsupported(fields, key, {name: dict(options)}, "2, 3, 4 and 8 bits")
+            group = own.integer("group_size", None, low=-1)
+            ordered = None if options.get("desc_act") is None else not own.flag("desc_act")
+            try:
+                pattern = re.compile(name.removeprefix("+:"))
+            except re.error as error:
+                raise unsupported(fields, key, name, f"regular expressions ({error})") from error
+            yield Own(pattern, bits, group, ordered)
 
 
 def group_size(fields: Fields, key: str = "group_size") -> int | None:
@@ -177,7 +234,6 @@ def _refuse_options(fields: Fields) -> None:
     for key in ("rotation", "adapter"):
         if fields.get(key):
             raise unsupported(fields, key, fields.get(key), "checkpoints without one")
-    refuse_own_options(fields)
 
 
 def refuse_own_options(fields: Fields) -> None:
@@ -247,7 +303,7 @@ class Awq:
         packed = parts.take("qweight", ("I32",), (None, None))
         cols, rows = packed.shape[0], packed.shape[1] * 8
         group = self.group or cols
-        groups = parts.divided(cols, group)
+        groups = -(-cols // group)
         scale = parts.take("scales", ("F16", "BF16", "F32"), (groups, rows))
         zero = _unpacked(parts.take("qzeros", ("I32",), (groups, rows // 8)))
 
@@ -307,7 +363,7 @@ class _Scheme:
 
     def fits(self, packed_words: int, cols: int, groups: int) -> bool:
         """Whether a packed module may be one of this scheme."""
-        expected = cols // self.group if self.group else 1
+        expected = -(-cols // self.group) if self.group else 1
         return packed_words == -(-cols * self.bits // 32) and groups == expected
 
 
@@ -336,8 +392,6 @@ class CompressedTensors:
         known = " and ".join(_FORMATS)
         if (packing := fields.text("format", "missing")) not in (*_FORMATS, "mixed-precision"):
             raise unsupported(fields, "format", packing, known)
-        if (status := fields.text("quantization_status", "compressed")) != "compressed":
-            raise unsupported(fields, "quantization_status", status, "compressed")
         if (sparsity := fields.mapping("sparsity_config").get("format", "dense")) != "dense":
             raise unsupported(fields, "sparsity_config.format", sparsity, "dense")
         if fields.mapping("transform_config").get("config_groups"):
@@ -373,7 +427,7 @@ class CompressedTensors:
                 f"tensor '{parts.module}.weight_packed' is {list(packed.shape)}, which does not hold "
                 f"[{rows}, {cols}] values of {scheme.bits} bits"
             )
-        groups = parts.divided(cols, group)
+        groups = -(-cols // group)
         scale = parts.take("weight_scale", _SCALES, (rows, groups))
         zero = _zero(parts, scheme, rows, groups)
         order = None
@@ -394,7 +448,7 @@ class CompressedTensors:
         if scheme.bits != 8:
             raise parts.error(f"{parts.module}.weight is I8, and no group of config_groups has 8 bits")
         group = scheme.group or cols
-        groups = parts.divided(cols, group)
+        groups = -(-cols // group)
         one = parts.has("weight_scale") and parts.shape("weight_scale") in ((), (1,), (1, 1))
         scale = parts.take("weight_scale", _SCALES, parts.shape("weight_scale") if one else (rows, groups))
         zero = _zero(parts, scheme, rows, groups)

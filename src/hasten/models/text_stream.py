@@ -336,7 +336,8 @@ class TokenizerFields:
     """The small part of a tokenizer, known before its vocabulary is parsed.
 
     `special_tokens` maps the names that chat templates use (`bos_token`, `eos_token` ...) to token text;
-    `chat_templates` maps `default` and further names (`tool_use`) to Jinja source.
+    `chat_templates` maps `default` and further names (`tool_use`) to Jinja source. `sampling` is how the
+    model's authors advise to sample, by the names of `SamplingOptions`; empty where they say nothing.
     """
 
     bos_id: int | None = None
@@ -344,3 +345,34 @@ class TokenizerFields:
     vocab_size: int = 0  # tokens that have an id, added ones included
     special_tokens: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     chat_templates: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    sampling: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+
+
+_SAMPLING: dict[str, tuple[float, float]] = {  # what generation_config.json and GGUF may say, and its range
+    "temperature": (0.0, 100.0),
+    "top_p": (1e-6, 1.0),
+    "min_p": (0.0, 1.0),
+    "top_k": (0.0, 2**31 - 1),
+    "repetition_penalty": (1e-6, 100.0),
+}
+
+
+def advised_sampling(found: Mapping[str, Any]) -> Mapping[str, float]:
+    """The sampling that a model's authors advise, out of generation_config.json or keys of these names.
+
+    `do_sample: false` is greedy. Numbers out of their range, and null, count as not given.
+    """
+    kept = {
+        name: float(value)
+        for name, (low, high) in _SAMPLING.items()
+        if isinstance(value := found.get(name), (int, float))
+        and not isinstance(value, bool)
+        and low <= value <= high
+    }
+    if found.get("do_sample") is False:
+        kept = {name: value for name, value in kept.items() if name == "repetition_penalty"}
+        kept["temperature"] = 0.0
+        return MappingProxyType(kept)
+    if found.get("do_sample") and "temperature" not in kept:
+        kept["temperature"] = 1.0
+    return MappingProxyType(kept)

@@ -108,14 +108,20 @@ class Tokenizer:
         """Token ids of a text. Special tokens written in the text become their ids.
 
         Args:
-            add_special: put bos (and eos) around the text where the model wants that.
+            add_special: put bos (and eos) around the text where the model wants that; a text that begins with
+                bos itself gets no second one.
 
         Raises:
             UsageError: the text holds what is no Unicode (bytes that are no UTF-8, lone surrogates).
             TokenizerError: the vocabulary has neither a token for a part of the text nor one for the unknown,
                 or the library gave up on the text (millions of blanks in a row).
         """
-        return self._encoded(text, add_special).ids
+        ids = self._encoded(text, add_special).ids
+        return ids[1:] if add_special and self._has_two(ids) else ids
+
+    def _has_two(self, ids: Sequence[int]) -> bool:
+        """Whether a text begins with two bos: its own, and the one put before it."""
+        return self.bos_id is not None and len(ids) > 1 and ids[0] == ids[1] == self.bos_id
 
     def count(self, text: str, add_special: bool = True) -> int:
         """How many ids `encode` gives, without a Python object for each.
@@ -203,13 +209,27 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids of `apply_chat`; the template itself writes the special tokens.
+        """Token ids of `apply_chat`, with one bos at most: see `opened`.
 
         Raises:
             TokenizerError, UsageError: as `apply_chat` and `encode`.
         """
         text = self.apply_chat(messages, add_generation_prompt, tools=tools, variables=variables)
-        return self.encode(text, add_special=False)
+        return self.opened(self.encode(text, add_special=False))
+
+    def opened(self, ids: list[int]) -> list[int]:
+        """Ids of what a chat template wrote, with the one bos that the model wants at their start.
+
+        Some templates write bos, some leave it to the tokenizer (TinyLlama, Zephyr): whether one is missing
+        shows in the ids alone. A tokenizer that puts no bos before texts puts none here.
+        """
+        bos = self._own_bos
+        return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+    @cached_property
+    def _own_bos(self) -> int | None:
+        """bos, where the tokenizer puts it before every text."""
+        return self.bos_id if self._encoded("", True).ids[:1] == [self.bos_id] else None
 
     def pieces(self, text: str) -> list[str]:
         """A text cut so that its pieces' ids (without special ones around them), joined, are the text's.
@@ -250,6 +270,10 @@ class Tokenizer:
     def id_of(self, token: str) -> int | None:
         """The id of a token by its own spelling, None where the vocabulary lacks it."""
         return self._backend.token_to_id(token)
+
+    def spelling(self, token: int) -> str | None:
+        """A token's own spelling by its id, None where the vocabulary lacks it."""
+        return self._backend.id_to_token(token)
 
     def vocabulary(self) -> Mapping[str, int]:
         """Every token by its own spelling, added ones included, with its id."""

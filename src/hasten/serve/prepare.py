@@ -99,9 +99,10 @@ class Asker:
 
     def chat_tokens(self, text: str) -> tuple[int, ...]:
         """Token ids of what `chat_text` gave; turns that were said before are remembered."""
+        tokenizer = self.served.model.tokenizer
         if len(text) > _REMEMBERED:  # to cut it at its marks would keep other threads waiting
-            return tuple(self.served.model.tokenizer.encode(text, add_special=False))
-        return tuple(self.served.prompts.get_or_encode(text))
+            return tuple(tokenizer.opened(tokenizer.encode(text, add_special=False)))
+        return tuple(tokenizer.opened(self.served.prompts.get_or_encode(text)))
 
     def encode(self, prompt: str | Sequence[int], add_special: bool | None) -> tuple[int, ...]:
         """Token ids of a prompt that is text or token ids already.

@@ -1,4 +1,6 @@
-"""The families of models that open: one file and one entry of this table each, and what all must satisfy.
+"""The families of models that open, and what all must satisfy.
+
+A family is an entry of the table, and a file that it may share with one that is nearly the same.
 
 To add one, see CONTRIBUTING.md.
 """
@@ -16,10 +18,7 @@ from hasten.errors import ModelError
 from hasten.models.families import config_json, gguf_metadata
 from hasten.models.families.family import Family, Fields
 from hasten.models.families.gemma3 import GEMMA3
-from hasten.models.families.llama import LLAMA, MISTRAL
-from hasten.models.families.olmo2 import OLMO2
-from hasten.models.families.phi3 import PHI3
-from hasten.models.families.qwen import QWEN2, QWEN3
+from hasten.models.families.llama import LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3
 from hasten.models.families.smollm3 import SMOLLM3
 from hasten.models.gguf import GgufMetadata
 from hasten.models.rope import frequencies

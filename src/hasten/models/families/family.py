@@ -276,6 +276,7 @@ class Family:
     stored_less_one: bool = False  # a checkpoint's norms are weight - 1
     is_permuted: bool = False  # GGUF: q and k rows lie for llama.cpp's interleaved rotation
     has_fused_up: bool = False  # GGUF: `ffn_up` holds gate and up, one after the other
+    implied_window: Callable[[int], int | None] = lambda layers: None  # GGUF that names none, by its layers
     window_pattern: int = 1  # GGUF with a window and no pattern: every n-th layer does not slide
     local_theta: Callable[[Fields, Rotary], float | None] = own_local_theta
     gguf_finish: Callable[[ModelSpec, Fields, str], ModelSpec] = lambda spec, fields, embed_dtype: spec
@@ -289,7 +290,9 @@ class Family:
             block={**_HF_BLOCK, **norms},
             block_prefix=re.compile(r"layers\.(0|[1-9]\d{0,3})\.(.+)"),
             prefixes=("language_model.model.", "model.language_model.", "language_model.", "model.", ""),
-            ignored=re.compile(r"(^|\.)rotary_emb\.inv_freq$|(^|\.)(vision_tower|multi_modal_projector)\."),
+            ignored=re.compile(
+                r"(^|\.)rotary_emb\.inv_freq$|(^|\.)(vision_tower|multi_modal_projector|mtp)\."
+            ),
         )
 
     @property

@@ -8,7 +8,7 @@ from hasten.core import Block, Embedding, Head, ModelSpec, Rotary
 from hasten.models.families.config_json import activation_of
 from hasten.models.families.family import ATTENTION_BIAS, Family, Fields, Flags, bf16_rounded, layer_types
 
-_LAYERS_OF_27B = 62
+_LAYERS_OF_1B, _LAYERS_OF_27B = 26, 62
 
 
 def _slides(fields: Fields, layers: int) -> Flags:
@@ -49,6 +49,11 @@ def _from_gguf(spec: ModelSpec, fields: Fields, embed_dtype: str) -> ModelSpec:
     return replace(spec.with_blocks(change), embedding=_embedding(spec.width, embed_dtype))
 
 
+def _implied_window(layers: int) -> int:
+    """The window of the published models: early converters did not write it."""
+    return 512 if layers <= _LAYERS_OF_1B else 1024
+
+
 def _local_theta(fields: Fields, rotary: Rotary) -> float:
     return float(fields.number("rope.freq_base_swa", 10_000.0))
 
@@ -73,6 +78,7 @@ GEMMA3 = Family(
     hf_local_theta=10_000.0,
     hf_finish=_from_json,
     stored_less_one=True,
+    implied_window=_implied_window,
     window_pattern=6,
     local_theta=_local_theta,
     gguf_finish=_from_gguf,

@@ -6,6 +6,7 @@ for each architecture (convert_hf_to_gguf.py, llama-model.cpp).
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +20,7 @@ from hasten.models.gguf import GgufMetadata
 from hasten.weights.tensors import SourceTensor
 
 Tensors = Mapping[str, SourceTensor]
+_log = logging.getLogger("hasten.models")
 
 
 def decoder(fields: Fields, family: Family, metadata: GgufMetadata, tensors: Tensors) -> ModelSpec:
@@ -33,7 +35,7 @@ def decoder(fields: Fields, family: Family, metadata: GgufMetadata, tensors: Ten
     Raises:
         ModelError: a feature that is not supported, or a value that makes no sense.
     """
-    _refuse_features(fields, metadata)
+    _refuse_features(fields)
     heads, hidden = _uniform(fields, "attention.head_count"), fields.integer("embedding_length")
     layers = fields.integer("block_count", high=1024)
     eps = _short(fields.number("attention.layer_norm_rms_epsilon"))
@@ -91,19 +93,13 @@ def _layer_kinds(
         raise fields.error("rope.dimension_count", f"the head size {head_dim} for this architecture", dim)
     theta, scaling = _rope(fields, tensors, dim, context)
     rotary = Rotary(dim, theta, scaling)
-    window, slides = _windows(fields, family.window_pattern, layers)
+    window, slides = _windows(fields, family, layers)
     own = family.local_theta(fields, rotary) if window else None
     local = None if own is None else Rotary(dim, own)
     return LayerKinds(window, slides, family.rotating(fields, layers), rotary, local)
 
 
-def _refuse_features(fields: Fields, metadata: Mapping[str, Any]) -> None:
-    splits = metadata.get("split.count", 0)
-    if isinstance(splits, int) and splits > 1:
-        raise ModelError(
-            f"{fields.where} is one of {splits} parts of a model",
-            hint="join them: llama-gguf-split --merge FIRST_PART OUT.gguf",
-        )
+def _refuse_features(fields: Fields) -> None:
     get = fields.get
     refuse(
         {
@@ -144,8 +140,14 @@ def _vocab_size(fields: Fields, metadata: GgufMetadata, tensors: Tensors) -> int
     return int(fields.integer("vocab_size", metadata.length("tokenizer.ggml.tokens") or 1))
 
 
-def _windows(fields: Fields, usual: int, layers: int) -> tuple[int | None, tuple[bool, ...]]:
-    window = fields.integer("attention.sliding_window", 0, low=0, high=(1 << 32) - 1)
+def _windows(fields: Fields, family: Family, layers: int) -> tuple[int | None, tuple[bool, ...]]:
+    usual = family.window_pattern
+    window = fields.integer("attention.sliding_window", None, low=0, high=(1 << 32) - 1)
+    if window is None and (window := family.implied_window(layers)):
+        _log.warning(
+            "%s: %sattention.sliding_window is missing: %d is taken, as in all %s models of this size",
+            fields.where, fields.prefix, window, family.name,
+        )  # fmt: skip
     if not window:
         return None, (False,) * layers
     pattern = fields.get("attention.sliding_window_pattern", 0)
