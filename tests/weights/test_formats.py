@@ -18,6 +18,7 @@ from hasten.errors import UsageError
 from hasten.export import export
 from hasten.models import open_model
 from hasten.models.artifact import save
+from hasten.weights import codec
 from hasten.weights.codec import encode, from_bytes, to_bytes
 from hasten.weights.formats import FORMATS, Format, FormatParts, format_named
 from hasten.weights.packed import integers, pack_integers, pack_linear, pack_model, values_of
@@ -79,6 +80,25 @@ def test_values_of_fp8_are_those_of_the_specification() -> None:
     assert table[0x08] == 2.0**-6 and table[0x01] == 2.0**-9  # the smallest normal and subnormal
     assert table[0x7E] == 448 and table[0xFE] == -448 and np.isnan(table[[0x7F, 0xFF]]).all()
     assert table[0x38] == 1.0 and table[0x39] == 1.125 and math.copysign(1, table[0x80]) == -1
+
+
+def test_codes_of_e4m3_are_the_nearest_in_its_table() -> None:
+    """Its own numbers, the middle of every two, what lies just beside the middle, and random ones."""
+    table = np.array(FORMATS["fp8-e4m3"].table, np.float32)
+    numbers = table[:127]
+    middle = (numbers[:-1] + numbers[1:]) / 2
+    beside = np.concatenate([np.nextafter(middle, np.float32(0)), np.nextafter(middle, np.float32(500))])
+    noise = np.random.default_rng(3).standard_normal(5000).astype(np.float32)
+    values = np.concatenate([numbers, middle, beside, noise, 100 * noise, noise / 1e3, noise / 1e9])
+    values = np.concatenate([values, -values]).astype(np.float32).clip(-448, 448)
+    distance = np.abs(table[None, np.r_[:127, 128:255]].astype(np.float64) - values[:, None])
+    found = codec.e4m3_codes(values)
+    own = np.abs(table[found].astype(np.float64) - values)
+    assert np.array_equal(own, distance.min(1))
+    is_tie = (distance == distance.min(1)[:, None]).sum(1) > 1
+    ties = found[is_tie & (table[found] != 0)]
+    assert len(ties) > 200 and not (ties & 1).any()
+    assert not (found == 128).any()  # one zero
 
 
 def test_values_of_mxfp4_are_those_of_the_specification() -> None:

@@ -180,10 +180,10 @@ def _relative(tensor: SourceTensor, layout: Format, data: npt.NDArray[np.uint8],
         dtype = "F32"
     if layout.table:
         values = finite_values(tensor)
-        found = encode(values, layout)
+        found = encode(values, layout, threads)
         data[:] = to_bytes(found)
-        squares = float(np.square(values, dtype=np.float64).sum())
-        squared_error = float(np.square(values - found.values(), dtype=np.float64).sum())
+        flat, off = values.reshape(-1), (values - found.values()).reshape(-1)
+        squares, squared_error = float(np.vdot(flat, flat)), float(np.vdot(off, off))
     else:
         squared_error, squares = _native.pack(
             raw, dtype, rows, cols, *layout.native, data, order, tensor.offset, threads
