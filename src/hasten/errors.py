@@ -8,6 +8,7 @@ HastenError
 ├── ArtifactError     a `.hasten` folder that is damaged, foreign or of another version (exit 1)
 ├── DiskError         a file that cannot be written: full, read-only or forbidden disk (exit 1)
 ├── MachineError      this machine lacks what was asked for (exit 1)
+│   └── DeviceLost    a GPU that this process cannot use any more
 ├── PeerError         an engine to compare with is missing or failed (exit 1)
 ├── QueueFull         the engine has as many waiting requests as it may have (exit 1)
 ├── DeadlineError     a request that cannot be answered in its time (exit 1)
@@ -61,6 +62,10 @@ class DiskError(HastenError):
 
 class MachineError(HastenError):
     """This machine lacks what was asked for."""
+
+
+class DeviceLost(MachineError):
+    """A GPU failed in the middle of its work; this process cannot use it any more."""
 
 
 class PeerError(HastenError):

@@ -94,6 +94,7 @@ class StandInEngine:
     steps: int = 0
     closed: bool = False
     failed: bool = False
+    is_lost: bool = False
 
     async def stream(self, request: Request) -> AsyncGenerator[Output, None]:
         self.asked.append(request)

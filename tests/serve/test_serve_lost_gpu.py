@@ -131,13 +131,13 @@ def test_a_server_says_that_it_is_not_ready(
 
     def load(ref: str) -> Any:
         loads.append(ref)
-        if len(loads) > 1:
+        if len(loads) == 2:
             raise MachineError("no usable GPU here: CUDA error: unspecified launch failure")
         model = loaded()
         return model, AsyncEngine(model)
 
     with serving(ServeOptions(port=0, log=False), {"a": None}, load) as server:  # type: ignore[dict-item]
-        assert server.ask("/ready").status == 200
+        assert server.ask("/ready").status == server.ask("/health").status == 200
         pull.set()
         body = {"model": "a", "prompt": "hello", "max_tokens": 8}
         reply = server.ask("/v1/completions", body)
@@ -147,6 +147,27 @@ def test_a_server_says_that_it_is_not_ready(
         again = server.ask("/v1/completions", body)
         assert again.status == 503 and "cannot be loaded: no usable GPU" in again.error["message"]
         assert server.ask("/ready").status == 503 and len(loads) == 2
+        health = server.ask("/health")  # a supervisor starts the process again
+        assert (health.status, health.json) == (503, {"status": "device lost"})
+
+
+def test_a_server_that_goes_on_elsewhere_is_well_again(
+    loaded: Callable[[], LanguageModel], pull: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "_LOOK_S", 60.0)
+
+    def load(ref: str) -> Any:
+        pull.clear()
+        model = loaded()
+        return model, AsyncEngine(model)
+
+    with serving(ServeOptions(port=0, log=False), {"a": None}, load) as server:  # type: ignore[dict-item]
+        body = {"model": "a", "prompt": "hello", "max_tokens": 8}
+        pull.set()
+        assert server.ask("/v1/completions", body).status == 503
+        assert server.ask("/health").json == {"status": "device lost"}
+        assert server.ask("/v1/completions", body).status == 200
+        assert server.ask("/health").status == server.ask("/ready").status == 200
 
 
 def test_auto_goes_on_with_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

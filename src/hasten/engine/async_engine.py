@@ -17,7 +17,7 @@ from uuid import uuid4
 from hasten.core import ServingOptions
 from hasten.engine.engine import Engine
 from hasten.engine.request import EngineStats, Output, Request
-from hasten.errors import HastenError, QueueFull
+from hasten.errors import DeviceLost, HastenError, QueueFull
 from hasten.machine.memory import LOOK_S, memory_room
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ class AsyncEngine:
         self._wake = threading.Condition()
         self._state = "open"  # then "draining", then "closed"
         self._thread_ended = False
+        self.is_lost = False  # it failed with its device, which this process cannot use any more
         self._stats = self._engine.stats()
         memory_room().watch()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="hasten-grammar")
@@ -218,6 +219,7 @@ class AsyncEngine:
                 self._stats = self._engine.stats()  # first: outputs that a task gets are counted then
                 self._tell(outputs)
         except BaseException as wrong:  # noqa: BLE001  every waiting task must get an error, whatever failed
+            self.is_lost = isinstance(wrong, DeviceLost)
             said = wrong.message if isinstance(wrong, HastenError) else type(wrong).__name__
             failure = EngineClosed(
                 f"the engine failed ({said}) and has stopped; its log says more",

@@ -126,9 +126,10 @@ async def version(exchange: Exchange) -> None:
 
 
 async def health(exchange: Exchange) -> None:
-    """Liveness: the process answers, and has loaded its first model."""
-    started = exchange.service.pool.started
-    await exchange.json({"status": "ok" if started else "loading"}, 200 if started else 503)
+    """Liveness: the process answers, has loaded its first model and did not lose its GPU."""
+    pool = exchange.service.pool
+    status = "loading" if not pool.started else "device lost" if pool.is_lost else "ok"
+    await exchange.json({"status": status}, 200 if status == "ok" else 503)
 
 
 async def ready(exchange: Exchange) -> None:
@@ -266,7 +267,10 @@ def _operation(route: Route) -> dict[str, Any]:
     for code in sorted(refuses):
         answers[str(code)] = {"description": _SAID[code], "content": error}
     if route.path in ("/health", "/ready"):
-        answers["503"] = {"description": "Loading (/ready: or draining)", "content": {"application/json": {}}}
+        answers["503"] = {
+            "description": "Loading, or the GPU is lost (/ready: or draining)",
+            "content": {"application/json": {}},
+        }
     operation: dict[str, Any] = {"summary": route.summary, "responses": answers}
     if route.body is not None:
         schema = {"$ref": f"#/components/schemas/{route.body.__name__}"}

@@ -136,6 +136,7 @@ class ModelPool:
         self._down: set[str] = set()  # models whose engine failed and that are not in memory again
         self._watcher: asyncio.Task[None] | None = None
         self.started = False  # a model was loaded, whatever became of it
+        self._was_lost = False  # a model left with its device, and none was loaded since
 
     @property
     def default(self) -> str:
@@ -146,6 +147,11 @@ class ModelPool:
     def ready(self) -> bool:
         """Whether a request would find a model in memory."""
         return any(served.takes_requests for served in self._loaded.values())
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether a device was lost and no model runs elsewhere: only another process can use it again."""
+        return not self.ready and (self._was_lost or any(one.engine.is_lost for one in self._loaded.values()))
 
     def loaded(self) -> list[tuple[str, EngineStats]]:
         """(name, its engine's numbers) of the models in memory."""
@@ -260,7 +266,7 @@ class ModelPool:
             async with self._placing:
                 load.served = self._loaded[name] = await self._placed(name)
                 load.served.users = load.waiting
-                self.started = True
+                self.started, self._was_lost = True, False
                 self._down.discard(name)
                 return load.served
         except Exception as error:
@@ -299,6 +305,7 @@ class ModelPool:
         while victim.users:
             await victim.idle.wait()
         del self._loaded[victim.name]
+        self._was_lost |= victim.engine.is_lost
         await victim.engine.close(drain=False)
         victim.model.close()
         self._say("model_unloaded", model=victim.name)

@@ -20,7 +20,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from hasten.cache.reading import read_file
 from hasten.cache.store import cache_dir, write_atomic
-from hasten.errors import DiskError, MachineError
+from hasten.errors import DeviceLost, DiskError, MachineError
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -156,9 +156,12 @@ def telling(method: Callable[P, T]) -> Callable[P, T]:
             fault = fault_of(error)
             if fault is None:
                 raise
-            if type(error).__name__ != "OutOfMemoryError":
+            if isinstance(fault, DeviceLost):
                 never_freed((args, error))
             raise fault from error
+        except DeviceLost as lost:
+            never_freed((args, lost))
+            raise
 
     return told
 
@@ -182,7 +185,7 @@ def fault_of(error: RuntimeError) -> MachineError | None:
         )
     if type(error).__name__ != "AcceleratorError" and not _OF_GPUS.search(said):
         return None
-    return MachineError(
+    return DeviceLost(
         f"the GPU stopped working: {said}",
         hint="look at nvidia-smi and the kernel's log (dmesg | grep Xid), then start this program again",
     )
@@ -259,7 +262,7 @@ def _check(code: int, what: str) -> None:
         raise MachineError(
             f"{what}: its blocks do not fit this GPU at once", hint="another program may hold multiprocessors"
         )
-    raise MachineError(
+    raise DeviceLost(
         f"the GPU stopped working ({what}): {_text_of_error(code)}",
         hint="run nvidia-smi to see the GPU's state, then start this program again",
     )
