@@ -27,7 +27,7 @@ from datetime import date
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -65,6 +65,8 @@ DECODE = {
 """Bars of 1, 16 and 64 sequences, tok/s."""
 INT4 = WeightFormat("int4", 128)
 SATURATED = {"8B bf16": 11_000, "8B fp8": 16_000}
+KV: dict[Literal["int8", "bf16"], str] = {"int8": "", "bf16": ", keys and values in bf16"}
+"""How keys and values are kept, and how rows of many requests are called then."""
 DEMO = "demo model, GPU bf16 against CPU bf16, tokens before the first tie"
 STARTS = {"first ever": 20, "cubins cached": 8}
 START = """
@@ -117,10 +119,12 @@ def tensors_of(config: ModelSpec, precision: str) -> Tensors:
 
 
 @contextmanager
-def opened(model: str, precision: str, sequences: int, context: int = CONTEXT) -> Iterator[LanguageModel]:
+def opened(
+    model: str, precision: str, sequences: int, context: int = CONTEXT, kv: Literal["bf16", "int8"] = "bf16"
+) -> Iterator[LanguageModel]:
     """A model of random weights behind the engine."""
     config = MODELS[model]
-    packed = PackedModel(config, Recipe(precision), {})
+    packed = PackedModel(config, Recipe(precision, kv=kv), {})
     options = EngineOptions(1, context, sequences, 8192, device="cuda")
     tensors = tensors_of(config, precision)
     running = LanguageModel.__new__(LanguageModel)
@@ -281,15 +285,19 @@ def saturated(bars: Bars, model: LanguageModel, label: str, bar: float, count: i
     step.positions.fill_(-1)
     for rows, length in product(SIZES, (1024, 2048)):
         step.step(rows, length)
-    began = time.perf_counter()
+    began = first = time.perf_counter()
     made = 0
     with model.engine(ServingOptions(prefix_cache=False, speculate=False, max_waiting=count)) as engine:
         for output in engine.run(requests(model, count, 1000, 1000, 11)):
+            if not made:
+                first = time.perf_counter()
             made += len(output.token_ids)
+        python, preemptions = engine.counters.schedule_s, engine.stats().preemptions
     seconds = time.perf_counter() - began
     bars.add(
-        f"{label}, {count} requests of 1,000 in / 1,000 out", made / seconds, bar, "tok/s", seconds=seconds
-    )
+        label, made / seconds, bar, "tok/s", seconds=seconds, first_s=first - began, python_s=python,
+        preemptions=preemptions, kv=model.packed.recipe.kv,
+    )  # fmt: skip
 
 
 def start(bars: Bars) -> None:
@@ -363,8 +371,8 @@ def compile_beforehand(wanted: list[list[str]]) -> None:
         compile_all(pool, jobs)
 
 
-def measure(bars: Bars, label: str, rows: tuple[float, ...], saturating: int) -> None:
-    """Everything of one model in one precision."""
+def measure(bars: Bars, label: str, rows: tuple[float, ...]) -> None:
+    """One model in one precision: 1 to 64 sequences, a long prompt and a long context."""
     name, precision = label.split()
     with opened(name, precision, 64) as model:
         for count, bar in zip((1, 16, 64), rows, strict=False):
@@ -377,12 +385,18 @@ def measure(bars: Bars, label: str, rows: tuple[float, ...], saturating: int) ->
             bandwidth = bars.value["copy_bytes_per_s"]
             name = "8B bf16, batch 1, 32k context"
             guarded(bars, name, 0.75, partial(long_context, bars, model, name, bandwidth))
-    bar, name = SATURATED[label], f"{label}, 500 requests of 1,000 in / 1,000 out"
-    if not saturating:
-        bars.add(name, None, bar, "tok/s", why="not asked for: --saturated 500")
-        return
-    with opened("8B", precision, 256, 2048) as model:
-        guarded(bars, name, bar, partial(saturated, bars, model, label, bar, saturating))
+
+
+def measure_saturated(bars: Bars, label: str, count: int, kinds: list[Literal["int8", "bf16"]]) -> None:
+    """Many requests at once, with keys and values in each of these kinds."""
+    bar = SATURATED[label]
+    for kv, end in ((kind, KV[kind]) for kind in kinds):
+        name = f"{label}, 500 requests of 1,000 in / 1,000 out{end}"
+        if not count:
+            bars.add(name, None, bar, "tok/s", why="not asked for: --saturated 500")
+            continue
+        with opened("8B", label.split()[1], 512 if kv == "int8" else 256, 2048, kv) as model:
+            guarded(bars, name, bar, partial(saturated, bars, model, name, bar, count))
 
 
 def main() -> None:
@@ -390,8 +404,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default="", help="what has this text: 0.6B, 8B bf16, 8B fp8, start")
+    parser.add_argument(
+        "--only", default="", help="what has this text: 0.6B, 8B bf16, 8B fp8, requests, start"
+    )
     parser.add_argument("--saturated", type=int, default=0, metavar="N", help="also so many long requests")
+    parser.add_argument("--kv", nargs="*", choices=KV, help="how keys and values of these are kept")
     parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--add", action="store_true", help="keep the record's other rows")
     parser.add_argument("--commit", help="of this tree, where it has no repository")
@@ -403,7 +420,10 @@ def main() -> None:
     bars.value["copy_bytes_per_s"] = copy_bandwidth()
     torch.cuda.empty_cache()
     for label, rows in chosen.items():
-        measure(bars, label, rows, options.saturated)
+        measure(bars, label, rows)
+    for label in SATURATED:
+        if options.only in label or options.only == "requests":
+            measure_saturated(bars, label, options.saturated, options.kv or list(KV))
     if options.only in ("", "start"):
         guarded(bars, "process start to first token, 8B artifact", 8, partial(start, bars))
         guarded(bars, "every architecture, tiny, against transformers", 1, partial(equality, bars))

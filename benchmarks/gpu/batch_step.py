@@ -90,7 +90,7 @@ def _overrides(choice: Choice | None) -> tuple[Any, Any]:
     if choice is None:
         return None, None
     return (lambda product, m: choice[m][product]), (
-        lambda rows: choice[16 if rows <= 16 else 64]["attention"]
+        lambda rows, is_int8: choice[16 if rows <= 16 else 64]["attention"]
     )
 
 

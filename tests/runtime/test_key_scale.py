@@ -15,7 +15,7 @@ from hasten.models.rope import rotations
 from hasten.models.source import Source
 from hasten.runtime import cpu
 from hasten.runtime.keys import key_scales, key_shifts
-from hasten.weights.packed import PackedModel, pack_model
+from hasten.weights.packed import PackedModel, pack_model, values_of
 
 
 def packed_as(recipe: str, name: str, folder: Path) -> tuple[Source, PackedModel]:
@@ -25,7 +25,7 @@ def packed_as(recipe: str, name: str, folder: Path) -> tuple[Source, PackedModel
 
 def scales_of(packed: PackedModel) -> dict[str, np.ndarray]:
     shifts = key_shifts(packed.config, packed.vectors)
-    return key_scales(packed.config, packed.linears, packed.vectors, shifts)
+    return key_scales(packed.config, lambda name: values_of(packed.linears[name]), packed.vectors, shifts)
 
 
 @pytest.mark.parametrize("name", sorted(tiny_models.TINY))

@@ -21,7 +21,7 @@ from hasten.runtime.keys import key_scales, key_shifts
 from hasten.runtime.pages import PAGE_TOKENS, PageMemory, PagePool, kv_plan
 from hasten.runtime.tokens import Ids
 from hasten.speed import page_bytes
-from hasten.weights.packed import PackedLinear, PackedModel
+from hasten.weights.packed import PackedLinear, PackedModel, values_of
 
 Floats = npt.NDArray[np.float32]
 
@@ -104,7 +104,11 @@ class CpuExecutor(Executor):
         for name, linear in packed.linears.items():
             self._set_linear(name, linear)
         shifts = key_shifts(config, packed.vectors)
-        scales = key_scales(config, packed.linears, packed.vectors, shifts) if int8 else {}
+        scales = (
+            key_scales(config, lambda name: values_of(packed.linears[name]), packed.vectors, shifts)
+            if int8
+            else {}
+        )
         for name, values in (*packed.vectors.items(), *shifts.items(), *scales.items()):
             self._decoder.set_vector(name, values)
         self._decoder.check()

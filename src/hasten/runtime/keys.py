@@ -18,14 +18,13 @@ to keys and queries. With Qwen2.5-Coder-0.5B: `benchmarks/int8_cache.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
 
 from hasten.core import Attention, ModelSpec
 from hasten.models.rope import Frequencies, frequencies
-from hasten.weights.packed import PackedLinear, values_of
 
 Floats = npt.NDArray[np.float32]
 _FARTHEST = 8
@@ -60,7 +59,7 @@ def _turns(mixer: Attention, context: int) -> Frequencies:
 
 def key_scales(
     config: ModelSpec,
-    linears: Mapping[str, PackedLinear],
+    matrix: Callable[[str], Floats],
     vectors: Mapping[str, Floats],
     shifts: Mapping[str, Floats],
 ) -> dict[str, Floats]:
@@ -68,14 +67,14 @@ def key_scales(
 
     Args:
         config: the model.
-        linears: its matrices; those of keys are unpacked, a megabyte or so a layer.
+        matrix: gives float32 [K * D, E] of a key's matrix by name: a megabyte or so a layer.
         vectors: norms and biases.
         shifts: what is taken off the keys before (`key_shifts`).
     """
     scales = {}
     for layer, block in enumerate(config.blocks):
         mixer, shape = block.mixer, (block.mixer.kv_heads, block.mixer.head_dim)
-        size = _sizes(mixer, f"layers.{layer}.", linears, vectors, shifts).reshape(shape)
+        size = _sizes(mixer, f"layers.{layer}.", matrix, vectors, shifts).reshape(shape)
         if mixer.rotary is not None:
             half = mixer.rotary.dim // 2
             pairs = (size[:, :half] + size[:, half : 2 * half]) / 2
@@ -90,7 +89,7 @@ def key_scales(
 def _sizes(
     mixer: Attention,
     prefix: str,
-    linears: Mapping[str, PackedLinear],
+    matrix: Callable[[str], Floats],
     vectors: Mapping[str, Floats],
     shifts: Mapping[str, Floats],
 ) -> Floats:
@@ -98,7 +97,7 @@ def _sizes(
     norm = vectors.get(prefix + "k_norm")
     if norm is not None:  # keys are normed after the matrix: a head's, or all heads'
         return np.tile(norm**2, mixer.kv_heads * mixer.head_dim // norm.size).astype(np.float32)
-    weight = values_of(linears[prefix + "k"])
+    weight = matrix(prefix + "k")
     before = vectors.get(prefix + "attn_norm")
     found: Floats = np.square(weight if before is None else weight * before).sum(axis=1)
     bias = vectors.get(prefix + "k.bias")

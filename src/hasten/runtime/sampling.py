@@ -208,13 +208,14 @@ def choose(
             tokens,
             [TokenLogprob(*score) for score in scores],
             len(proposed),
-            _explained(error, position + len(tokens)) if error else "",
+            no_token(error, position + len(tokens)) if error else "",
         )
         for (tokens, scores, error), position, proposed in zip(chosen, positions, drafts, strict=True)
     ]
 
 
-def _explained(error: str, position: int) -> str:
+def no_token(error: str, position: int) -> str:
+    """Why no token can be chosen at a position; `error` "nan": a logit is no number."""
     if error == "nan":
         return f"the model gave logits that are no numbers at position {position}"
     return f"no token may follow at position {position}: the grammar or the logits rule out all"

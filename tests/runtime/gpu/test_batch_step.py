@@ -22,6 +22,7 @@ from hasten.errors import ModelError, UsageError  # noqa: E402
 from hasten.runtime.gpu import batch_step, batch_weights  # noqa: E402
 from hasten.runtime.gpu.batch_step import MOST_ROWS, PAGE, BatchStep, StepOptions  # noqa: E402
 from hasten.runtime.gpu.batch_tiles import AttentionTile, Tile  # noqa: E402
+from hasten.runtime.gpu.plain import PagedCache  # noqa: E402
 from hasten.runtime.reference import ReferenceDecoder  # noqa: E402
 from specs import changed, spec  # noqa: E402
 
@@ -88,7 +89,9 @@ def tensors_of(name: str, seed: int = 0) -> dict[str, np.ndarray]:
     return made
 
 
-def step_of(name: str, rows: int, precision: str = "bf16", tiles=None, **options) -> BatchStep:
+def step_of(
+    name: str, rows: int, precision: str = "bf16", tiles=None, is_kv_int8: bool = False, **options
+) -> BatchStep:
     tensors = tensors_of(name)
 
     def tensor_of(key):
@@ -96,7 +99,8 @@ def step_of(name: str, rows: int, precision: str = "bf16", tiles=None, **options
 
     weights = batch_weights.load(MODELS[name], tensor_of, CONTEXT, precision, DEVICE)
     wanted = StepOptions(rows=rows, pages=3 * rows, context=CONTEXT, keep_logits=True, **options)
-    step = BatchStep(weights, wanted, tiles, lambda rows: SMALL)
+    cache = PagedCache(MODELS[name], 3 * rows, DEVICE, is_kv_int8)
+    step = BatchStep(weights, wanted, tiles, lambda rows, is_int8: SMALL, cache)
     order = np.random.default_rng(5).permutation(3 * rows).reshape(rows, 3)
     step.table[:rows] = torch.from_numpy(order).to(DEVICE, torch.int32)
     return step
@@ -106,7 +110,9 @@ def sequence(length: int, seed: int) -> list[int]:
     return np.random.default_rng(seed).integers(0, LLAMA.vocab, length).tolist()
 
 
-def reference(name: str, tokens: list[int], hook=None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def reference(
+    name: str, tokens: list[int], hook=None, matrices=None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The plain decoder's logits [T, V], rounding where the step does; keys, values [T, K, D] by name."""
     seen: dict[str, torch.Tensor] = {}
 
@@ -116,8 +122,8 @@ def reference(name: str, tokens: list[int], hook=None) -> tuple[torch.Tensor, di
         return seen[key].numpy()
 
     tensors = tensors_of(name)
-    if hook is not None:
-        tensors = {key: in_e4m3(t).numpy() if is_matrix(key) else t for key, t in tensors.items()}
+    if matrices is not None:
+        tensors = {key: matrices(t).numpy() if is_matrix(key) else t for key, t in tensors.items()}
     return torch.from_numpy(ReferenceDecoder(MODELS[name], tensors, rounded).logits(tokens)), seen
 
 
@@ -142,8 +148,8 @@ def remember(step: BatchStep, row: int, tokens: list[int], seen: dict[str, torch
         keys, values = seen[f"layers.{layer}.keys"][..., order], seen[f"layers.{layer}.values"]
         for t in range(len(tokens) - 1):
             page = int(step.table[row, t // PAGE])
-            step.keys[layer][page, :, t % PAGE] = keys[t].to(step.keys[layer])
-            step.values[layer][page, :, t % PAGE] = values[t].to(step.values[layer])
+            at = torch.tensor([page * PAGE + t % PAGE], device=DEVICE)
+            step.cache.put(layer, at, keys[t : t + 1].to(DEVICE), values[t : t + 1].to(DEVICE))
     step.tokens[row], step.positions[row] = tokens[-1], len(tokens) - 1
 
 
@@ -207,13 +213,71 @@ def test_fp8_rounds_weights_and_inputs_by_row(monkeypatch, rounds_itself: int) -
     """Both ways of rounding inputs, in the product and before it, give the plain decoder's logits."""
     monkeypatch.setattr(batch_step, "_ROUNDS_ITSELF", rounds_itself)
     step = step_of("one layer", 2, "fp8")
-    logits, seen = reference("one layer", sequence(40, 4), lambda k, v: in_e4m3(v) if is_matrix(k) else v)
+    inputs = lambda key, value: in_e4m3(value) if is_matrix(key) else value  # noqa: E731
+    logits, seen = reference("one layer", sequence(40, 4), inputs, in_e4m3)
     remember(step, 1, sequence(40, 4), seen)
     poison(step)
     step.step(2, 40)
     assert error(step.buffers.logits[1], logits[-1]) < 7e-2  # a value that rounds the other way is 6 %
     in_bf16, _ = reference("one layer", sequence(40, 4))
     assert error(step.buffers.logits[1], logits[-1]) < 0.7 * error(in_bf16[-1], logits[-1])
+
+
+def in_int8(heads) -> torch.Tensor:
+    """Each token's head rounded to int8 with a scale of its own."""
+    scale = heads.abs().amax(-1, keepdim=True) / 127
+    return (heads / scale).round() * scale
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "odd head", "window", "gemma3"])
+def test_int8_pages_give_the_logits_of_rounded_keys_and_values(name: str) -> None:
+    """Rows of one token, of a page and one token, and of several splits, beside what ends of pages hold."""
+    step, rows = (
+        step_of(name, 4, is_kv_int8=True),
+        {0: sequence(75, 1), 1: sequence(1, 3), 3: sequence(33, 2)},
+    )
+    for part in step.cache.arrays[2:]:
+        part.fill_(float("nan"))  # of other sequences, or of none
+    expected = {}
+    for row, tokens in rows.items():
+        kept = lambda key, value: in_int8(value) if key.endswith(("keys", "values")) else value  # noqa: E731
+        logits, seen = reference(name, tokens, kept)
+        expected[row] = logits[-1], {k: v[-1] for k, v in seen.items() if k.endswith(("keys", "values"))}
+        remember(step, row, tokens, seen)
+    poison(step)
+    step.step(4, 80)
+    order = torch.from_numpy(batch_weights.rotary_order(MODELS[name]))
+    for row, (logits, new) in expected.items():
+        assert error(step.buffers.logits[row], logits) < 2e-2
+        at = len(rows[row]) - 1
+        page, slot = step.table[row, at // PAGE].view(1), at % PAGE
+        keys, values = (part[:, slot].float() for part in step.cache.take(0, page, PAGE))
+        assert error(keys, new["layers.0.keys"][..., order]) < 1e-2
+        assert error(values, new["layers.0.values"]) < 1e-2
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "partial rotary"])
+def test_sizes_of_keys_that_int8_evens_out_change_no_score(name: str) -> None:
+    """Keys are divided by powers of two and queries multiplied: their products are the same to the bit."""
+    tensors = {key: torch.from_numpy(value) for key, value in tensors_of(name).items()}
+    for key, value in tensors.items():
+        if key.endswith((".k", ".k_norm", ".k.bias")):
+            value[3::5] *= 16
+    found = []
+    for is_kv_int8 in (False, True):
+        weights = batch_weights.load(
+            MODELS[name], tensors.get, CONTEXT, "bf16", DEVICE, is_kv_int8=is_kv_int8
+        )
+        step = BatchStep(weights, StepOptions(1, 3, CONTEXT, True), None, lambda rows, is_int8: SMALL)
+        step.table[0] = torch.arange(3)
+        step.positions[0] = 0
+        for token in sequence(3, 4):
+            step.tokens[0] = token
+            step.step(1, 4)
+        found.append((step.buffers.logits[0].clone(), step.keys[0].float().abs().amax((0, 1, 2))))
+    assert torch.equal(found[0][0], found[1][0])
+    spread = [float(sizes.log2().std()) for _, sizes in found]
+    assert spread[1] < (1 if name == "qwen2" else 0.8) * spread[0]
 
 
 def test_splits_of_a_product_are_summed() -> None:
@@ -257,11 +321,13 @@ def test_rows_past_the_batch_are_not_touched() -> None:
     assert all(torch.equal(now[page], before[page]) for now, before in zip(step.keys, keys, strict=True))
 
 
-def test_a_row_of_nan_still_picks_a_token_that_exists() -> None:
+def test_a_row_of_nan_picks_no_token() -> None:
     step, _ = filled("llama", {0: 3, 1: 9}, 2)
     step.values[0][int(step.table[0, 0])] = float("nan")
     step.step(2, 10)
-    assert 0 <= int(step.tokens[0]) < LLAMA.vocab
+    assert int(step.tokens[0]) == -1 and int(step.tokens[1]) == int(step.buffers.logits[1].argmax())
+    step.step(2, 11)  # the next one finds an embedding all the same
+    assert int(step.tokens[0]) == -1 and step.buffers.logits[1].isfinite().all()
     assert step.buffers.logits[1].isfinite().all()
 
 

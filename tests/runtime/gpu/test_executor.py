@@ -46,6 +46,7 @@ KINDS = [
 HEADS = Tiny("llama-64", "llama", {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}, None, 33)
 """Heads that the persistent kernel holds in the common layout of keys and values."""
 BF16 = 0.03  # of the logits' spread: two ways of rounding activations
+KV8 = 0.03  # of the logits' spread: keys and values rounded to int8
 GREEDY = SamplingOptions(ignore_eos=True)
 
 
@@ -152,8 +153,9 @@ def test_chunks_pages_and_company_change_nothing(device: str, tiny_folder: Calla
                 assert is_greedy(model, request.prompt, tokens)
 
 
+@pytest.mark.parametrize("recipe", ["bf16", "bf16-kv8"])
 def test_features_together_give_what_each_request_gets_alone(
-    device: str, tiny_folder: Callable[..., Path], tmp_path: Path
+    recipe: str, device: str, tiny_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Prefix cache, its disk tier, drafts, chunks, preemption, grammars, penalties, log-probabilities, n."""
     start, free = tuple(prompts()[2]), {"temperature": 0.8, "ignore_eos": True}
@@ -169,9 +171,9 @@ def test_features_together_give_what_each_request_gets_alone(
         Request((*start, 11), 1, GREEDY, prompt_logprobs=1),
     ]
     source, stats = open_model(tiny_folder("qwen3")), list[Any]()
-    with running(source) as model:
+    with running(source, recipe=recipe) as model:
         size = model.executor.page_bytes
-    with running(source, max_sequences=8, context=4 * PAGE, kv_gb=6.5 * size / 1e9) as model:
+    with running(source, recipe=recipe, max_sequences=8, context=4 * PAGE, kv_gb=6.5 * size / 1e9) as model:
         alone = [answers(model, [one], speculate=False, prefix_cache=False)[0] for one in requests]
         model.executor.chunk = 16
         together = [answers(model, requests, stats, kv_disk=tmp_path) for _ in range(2)]
@@ -181,14 +183,40 @@ def test_features_together_give_what_each_request_gets_alone(
     for found in together:
         equal = [np.mean(np.equal(a, b)) for a, b in zip(alone, found, strict=True) if len(a) == len(b)]
         # on a GPU prompts, answers and drafts round differently: a tie that turns changes all that follows
-        assert len(equal) == len(requests) and np.mean(equal) > (0.9 if device == "cpu" else 0.5)
+        # and how many drafts are tried, which decides the shapes of products, is a matter of time
+        assert len(equal) == len(requests) and np.mean(equal) > (0.8 if device == "cpu" else 0.5)
 
 
-def test_more_rows_than_own_products_take(device: str, tiny_folder: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3", "mistral"])
+def test_int8_keys_and_values_round_as_the_cpu_engines_do(
+    name: str, device: str, tiny_folder: Callable[..., Path]
+) -> None:
+    """Logits of a prompt and of answers: near the CPU's with int8 pages, and near those with bf16 pages."""
+    source = open_model(tiny_folder(name))
+    with running(source, "cpu", "bf16-kv8") as cpu, running(source, recipe="bf16-kv8") as other:
+        assert other.executor.page_bytes < 0.8 * PAGE / cpu.executor.page_tokens * page_bytes(source, "bf16")
+        for prompt in fitting(source, 0):
+            wanted, got = cpu.logits(prompt), other.logits(prompt)
+            assert np.sqrt(np.mean((got - wanted) ** 2)) < BF16 * wanted.std()
+        first = list(prompts()[0])
+        count = min(24, source.config.context - len(first))
+        assert is_greedy(other, first, list(other.stream(first, count, GREEDY)))
+    with running(source) as plain:
+        wanted = plain.logits(prompt)
+        assert np.sqrt(np.mean((got - wanted) ** 2)) < KV8 * wanted.std()
+
+
+def page_bytes(source: Source, recipe: str) -> int:
+    with running(source, "cpu", recipe) as cpu:
+        return cpu.executor.page_bytes
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "bf16-kv8"])
+def test_more_rows_than_own_products_take(recipe: str, device: str, tiny_folder: Callable[..., Path]) -> None:
     source = open_model(tiny_folder("llama"))
     prompts = np.random.default_rng(2).integers(0, 262, (70, 30)).tolist()
     requests = [Request(tuple(prompt), 12, GREEDY) for prompt in prompts]
-    with running(source, context=64, max_sequences=70) as model:
+    with running(source, recipe=recipe, context=64, max_sequences=70) as model:
         for prompt, tokens in zip(prompts, answers(model, requests, speculate=False), strict=True):
             assert is_greedy(model, prompt, tokens)
 
@@ -214,6 +242,62 @@ def test_one_sequence_has_a_kernel_of_its_own(device: str, wide_heads: Source) -
         assert is_greedy(cpu, prompt, list(other.stream(prompt, 2 * PAGE, GREEDY)))
 
 
+def test_int8_pages_of_wide_heads(device: str, wide_heads: Source) -> None:
+    """On a GPU these have a kernel of their own, which is right at every border of pages and splits."""
+    rng = np.random.default_rng(6)
+    requests = [Request(tuple(rng.integers(0, 262, n).tolist()), 40, GREEDY) for n in (1, 31, 32, 63, 300)]
+    with running(wide_heads, recipe="bf16-kv8", max_sequences=8) as model:
+        for request, tokens in zip(requests, answers(model, requests, speculate=False), strict=True):
+            assert is_greedy(model, request.prompt, tokens)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_greedy_answers_without_numbers_end_with_an_error(
+    count: int, device: str, wide_heads: Source
+) -> None:
+    """One token, of the three rows that hold it, overflows: its answer ends where it stands, others go on."""
+    prompt = [int(token) for token in prompts()[0][:40]]
+    with running(wide_heads, max_sequences=4) as model:
+        wanted = [int(token) for token in model.stream(prompt, 8, GREEDY)]
+        bad = next(token for token in range(262) if token not in (*prompt, *wanted))
+        executor: Any = model.executor
+        executor._weights.embed[bad] = float("inf")
+        with model.engine(ServingOptions(speculate=False, prefix_cache=False)) as engine:
+            for n in range(count):
+                engine.add(
+                    Request((*prompt, bad) if n == 1 or count == 1 else tuple(prompt), 8, GREEDY, id=str(n))
+                )
+            found: list[Any] = []
+            while engine.busy:
+                found += engine.step()
+        for n in range(count):
+            if count > 1 and n != 1:
+                tokens = [t for one in found if one.request_id == str(n) for t in one.token_ids]
+                assert len(tokens) == 8 and is_greedy(model, prompt, tokens)
+    ended = [one for one in found if one.request_id == ("0" if count == 1 else "1") and one.finish_reason]
+    assert [one.finish_reason for one in ended] == ["error"] and "no numbers" in ended[0].error
+
+
+def test_a_greedy_token_without_numbers_is_said_in_mid_answer(device: str, wide_heads: Source) -> None:
+    """The step that a GPU computes ahead, and one sequence's own kernel, say it too."""
+    with running(wide_heads) as model:
+        executor: Any = model.executor
+        sequence, tokens = CachedSequence(), [int(token) for token in prompts()[0][:40]]
+        decode(executor, sequence, tokens, 4)
+        executor._weights.final_norm.fill_(float("nan"))
+        if executor._tiled is not None:
+            executor._tiled.tensors["final_norm"].fill_(float("nan"))
+        sampler = SequenceSampler(GREEDY, [], executor.config.vocab)
+        errors = []
+        for _ in range(2):  # one of them may have been computed before
+            part = Part(sequence, tokens[sequence.length :], draws=(Draw(sampler, len(tokens)),))
+            (result,) = executor.collect(executor.submit([part]))
+            errors.append(result.choices[0].error)
+            tokens += result.choices[0].tokens or [0]
+            executor.pool.truncate(sequence, len(tokens) - 1)
+    assert "no numbers" in errors[-1]
+
+
 def test_sampling_draws_what_the_cpu_engine_draws(device: str, tiny_folder: Callable[..., Path]) -> None:
     source = open_model(tiny_folder("llama"))
     sampling = SamplingOptions(0.9, top_p=0.9, seed=3, ignore_eos=True, repetition_penalty=1.2)
@@ -234,11 +318,12 @@ def decode(executor: Any, sequence: CachedSequence, tokens: list[int], count: in
     return tokens
 
 
-def test_a_step_ahead_leaves_no_trace(device: str, tiny_folder: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("recipe", ["bf16", "bf16-kv8"])
+def test_a_step_ahead_leaves_no_trace(recipe: str, device: str, tiny_folder: Callable[..., Path]) -> None:
     """A sequence that runs ahead over page borders and is interrupted gets the tokens it would get alone."""
     source = open_model(tiny_folder("qwen3"))
     start = [int(token) for token in prompts()[0][:5]]
-    with running(source) as model:
+    with running(source, recipe=recipe) as model:
         executor: Any = model.executor
         free, whole = executor.pool.free, CachedSequence()
         wanted = decode(executor, whole, [*start], 2 * PAGE)
@@ -306,9 +391,10 @@ def test_a_layer_that_cannot_be_replaced_is_named(
         model.replace(name, model.packed.linears["layers.0.down"])
 
 
-def test_pages_travel(device: str, tiny_folder: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("recipe", ["bf16", "bf16-kv8"])
+def test_pages_travel(recipe: str, device: str, tiny_folder: Callable[..., Path]) -> None:
     source = open_model(tiny_folder("llama"))
-    with running(source) as model:
+    with running(source, recipe=recipe) as model:
         executor: Any = model.executor
         sequence = CachedSequence()
         executor.hidden(sequence, list(range(PAGE)))
@@ -328,9 +414,6 @@ def test_what_it_cannot_do_is_named(device: str, tiny_folder: Callable[..., Path
         pass
     assert "--context 16" in phi.value.hint
     llama = open_model(tiny_folder("llama"))
-    with pytest.raises(UsageError, match="int8") as kv8, running(llama, recipe="w8-kv8"):
-        pass
-    assert "--device cpu" in kv8.value.hint
     with (
         pytest.raises(UsageError, match="one context of 512") as small,
         running(llama, context=512, kv_gb=1e-5),

@@ -6,46 +6,67 @@ which costs nothing: reading keys and values is what takes the time. Splits begi
 counted from the sequence's start, so where they lie depends on the row's own length alone, and the last
 program of a row to finish merges them in order: a row's result is the same in any company.
 
-Keys and values: bf16 [pages, K heads, PAGE tokens, D] each, one pair of arrays a layer.
+Keys and values: bf16 [pages, K heads, PAGE tokens, D] each, one pair of arrays a layer; or int8 with scales
+float32 [pages, K heads, PAGE tokens].
 """
 
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 
+from hasten.cache.reading import read_text
+from hasten.core import ModelSpec
 from hasten.runtime.gpu.batch_products import (
     is_last,
     let_next_start,
     prefetch,
     wait_for_previous,
 )
+from hasten.runtime.gpu.batch_tiles import AttentionTile
+from hasten.runtime.gpu.driver import Module, built, current_device, with_defines
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def attend_block(q, top, total, mixed, keys, values, table, start, low, high, g, scale, softcap,
-                 KV: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr, PAGE: tl.constexpr,
+def attend_block(q, top, total, mixed, keys, values, key_scales, value_scales, table, start, low, high, g,
+                 scale,
+                 softcap, KV: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr, PAGE: tl.constexpr,
+                 SLAB: tl.constexpr,
                  BLOCK: tl.constexpr, SOFTCAP: tl.constexpr):  # fmt: skip
     """One block of keys into the running softmax: top [G] (in log2), total [G], mixed [G, DIMS]."""
     token, d = start + tl.arange(0, BLOCK), tl.arange(0, DIMS)
     seen = (token >= low) & (token < high)
     page = tl.load(table + token // PAGE, mask=seen, other=0).to(tl.int64)
-    at = (((page * KV + g) * PAGE + token % PAGE) * D)[:, None] + d[None, :]
+    slab = (page * KV + g) * SLAB
+    at, line = (slab + token % PAGE * D)[:, None] + d[None, :], slab // 4 + token % PAGE
     mask = seen[:, None] & (d < D)[None, :]
-    k = tl.load(keys + at, mask=mask, other=0.0)
-    v = tl.load(values + at, mask=mask, other=0.0)
+    k = tl.load(keys + at, mask=mask, other=0)
+    v = tl.load(values + at, mask=mask, other=0)
+    if key_scales is not None:  # int8 holds no more than bf16 does
+        k, v = k.to(tl.float32).to(tl.bfloat16), v.to(tl.float32).to(tl.bfloat16)
     s = tl.dot(q, tl.trans(k)) * scale
+    if key_scales is not None:
+        s *= tl.load(key_scales + line, mask=seen, other=0.0)[None, :]
     if SOFTCAP:
         s = softcap * (1.0 - 2.0 / (tl.exp(2.0 * s / softcap) + 1.0))
     s = tl.where(seen[None, :], s * LOG2_E, float("-inf"))
     new_top = tl.maximum(top, tl.max(s, 1))
     p, old = tl.exp2(s - new_top[:, None]), tl.exp2(top - new_top)
+    total = total * old + tl.sum(p, 1)
+    if value_scales is not None:
+        p *= tl.load(value_scales + line, mask=seen, other=0.0)[None, :]
     mixed = tl.dot(p.to(tl.bfloat16), v, mixed * old[:, None])
-    return new_top, total * old + tl.sum(p, 1), mixed
+    return new_top, total, mixed
 
 
 @triton.jit
@@ -77,16 +98,15 @@ def merge(parts, tops, totals, base, count, SHARE: tl.constexpr, HEADS: tl.const
 
 @triton.jit
 def prefetch_pages(keys, values, table, start, length, g, KV: tl.constexpr, D: tl.constexpr,
-                   DIMS: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
+                   DIMS: tl.constexpr, PAGE: tl.constexpr, SLAB: tl.constexpr,
+                   SPLIT: tl.constexpr):  # fmt: skip
     """The first pages of a split into the L2, while the kernel before still writes the newest token."""
     pages: tl.constexpr = 128 // PAGE if SPLIT > 128 else SPLIT // PAGE
-    p, line = (
-        tl.arange(0, pages),
-        tl.arange(0, DIMS // 2),
-    )  # a page of one head is PAGE * D * 2 = 128 * D/2 bytes
+    each: tl.constexpr = 1024 // keys.dtype.element_ty.primitive_bitwidth  # values in 128 bytes
+    p, line = tl.arange(0, pages), tl.arange(0, PAGE * DIMS // each)
     index = tl.minimum(start // PAGE + p, (length - 1) // PAGE)
     page = tl.load(table + index).to(tl.int64)
-    at = ((page * KV + g) * (PAGE * D))[:, None] + (tl.minimum(line, D // 2 - 1) * 64)[None, :]
+    at = ((page * KV + g) * SLAB)[:, None] + (tl.minimum(line, PAGE * D // each - 1) * each)[None, :]
     prefetch(keys + at)
     prefetch(values + at)
 
@@ -105,9 +125,11 @@ def put_heads(out, peaks, mixed, row, g, HEADS: tl.constexpr, SHARE: tl.constexp
 
 
 @triton.jit
-def attend(queries, keys, values, table, positions, out, peaks, parts, tops, totals, arrivals, scale, softcap,
-           TABLE: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr,
-           GROUP: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr,
+def attend(queries, keys, values, key_scales, value_scales, table, positions, out, peaks, parts, tops, totals,
+           arrivals, scale, softcap, TABLE: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr,
+           D: tl.constexpr, DIMS: tl.constexpr,
+           GROUP: tl.constexpr, PAGE: tl.constexpr, SLAB: tl.constexpr, SPLIT: tl.constexpr,
+           SPLITS: tl.constexpr,
            BLOCK: tl.constexpr, WINDOW: tl.constexpr, MERGED: tl.constexpr, M: tl.constexpr,
            SOFTCAP: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """softmax(q k) v over a row's pages. Grid: (K heads, rows, SPLITS).
@@ -127,7 +149,9 @@ def attend(queries, keys, values, table, positions, out, peaks, parts, tops, tot
     if PDL > 1 and M <= 16:  # noqa: SIM102 - the outer one is decided when this is compiled
         # More rows' pages would push one another out of the L2.
         if slot < count:
-            prefetch_pages(keys, values, table + row * TABLE, start, length, g, KV, D, DIMS, PAGE, SPLIT)
+            prefetch_pages(
+                keys, values, table + row * TABLE, start, length, g, KV, D, DIMS, PAGE, SLAB, SPLIT
+            )
     wait_for_previous(PDL)  # the newest token is in its page now
     if slot < count:
         share: tl.constexpr = HEADS // KV
@@ -138,8 +162,9 @@ def attend(queries, keys, values, table, positions, out, peaks, parts, tops, tot
         total, mixed = tl.zeros([GROUP], tl.float32), tl.zeros([GROUP, DIMS], tl.float32)
         begin = tl.maximum(start, low // BLOCK * BLOCK)
         for block in range(begin, high, BLOCK):
-            top, total, mixed = attend_block(q, top, total, mixed, keys, values, table + row * TABLE, block,
-                                             low, high, g, scale, softcap, KV, D, DIMS, PAGE, BLOCK,
+            top, total, mixed = attend_block(q, top, total, mixed, keys, values, key_scales,
+                                             value_scales, table + row * TABLE, block, low, high, g, scale,
+                                             softcap, KV, D, DIMS, PAGE, SLAB, BLOCK,
                                              SOFTCAP)  # fmt: skip
         let_next_start(PDL)
         if count == 1:
@@ -153,3 +178,83 @@ def attend(queries, keys, values, table, positions, out, peaks, parts, tops, tot
             if is_last(arrivals + row * KV + g, count):
                 whole = merge(parts, tops, totals, base, count, share, MERGED, DIMS, 4)
                 put_heads(out, peaks, whole, row, g, HEADS, share, D, MERGED, DIMS)
+
+
+class _Arguments(ctypes.Structure):
+    """`Args` of kernels/paged_attention.cu: the same fields in the same order."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("queries", "keys", "values", "key_scales", "value_scales")),
+        *((name, ctypes.c_void_p) for name in ("table", "positions", "out", "peaks")),
+        *((name, ctypes.c_void_p) for name in ("parts", "tops", "totals", "arrivals")),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
+        *((name, ctypes.c_int) for name in ("rows", "split", "splits", "window")),
+    ]
+
+
+class Int8Attention:
+    """The same over int8 pages by a kernel in CUDA C++: products of int8, which Triton makes slower."""
+
+    def __init__(
+        self, config: ModelSpec, table: int, slab: int, warps: int = 4, stages: int = 2, together: int = 1
+    ) -> None:
+        """How blocks are made may be chosen freely.
+
+        Args:
+            table: pages a row may have.
+            slab: `PagedCache.slab`.
+            warps: of a block.
+            stages: pages that a warp has room for.
+            together: KV heads that share a block.
+        """
+        self._mixer, self._groups = config.blocks[0].mixer, config.blocks[0].mixer.kv_heads // together
+        defines = self.defines(config, table, slab, warps, stages, together)
+        source = read_text(Path(__file__).parent / "kernels" / "paged_attention.cu")
+        module = Module(built(with_defines(source, defines), current_device().architecture))
+        shared, self._threads = module.constants("layout", 2)
+        self._kernel = module.kernel("attend", shared)
+
+    @staticmethod
+    def defines(
+        config: ModelSpec, table: int, slab: int, warps: int, stages: int, together: int
+    ) -> dict[str, int | str]:
+        """The kernel's compile-time values."""
+        mixer = config.blocks[0].mixer
+        return {
+            "KV_HEADS": mixer.kv_heads,
+            "SHARE": mixer.heads // mixer.kv_heads,
+            "HEAD_DIM": mixer.head_dim,
+            "TABLE": table,
+            "SLAB": slab,
+            "SOFTCAP": int(mixer.softcap is not None),
+            "WARPS": warps,
+            "TOGETHER": together,
+            "STAGES": stages,
+        }
+
+    @staticmethod
+    def computes(config: ModelSpec, device: torch.device) -> bool:
+        """Whether it is made for such heads and such a GPU."""
+        mixer = config.blocks[0].mixer
+        is_made_for = mixer.head_dim in (64, 128, 256) and mixer.heads <= 8 * mixer.kv_heads
+        return is_made_for and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+    def launch(
+        self, tensors: Sequence[Any], rows: int, tile: AttentionTile, splits: int, window: int
+    ) -> None:
+        """Attention of `rows` rows. `tensors`: what the kernel's pointers point to, in order, or None."""
+        arguments = _Arguments(
+            scale=self._mixer.score_scale,
+            softcap=self._mixer.softcap or 0.0,
+            rows=rows,
+            split=tile.split,
+            splits=splits,
+            window=window,
+        )
+        for (name, *_), tensor in zip(_Arguments._fields_, tensors, strict=False):
+            setattr(arguments, name, None if tensor is None else tensor.data_ptr())
+        self._start(self._groups * rows * splits, arguments)
+
+    def _start(self, blocks: int, arguments: _Arguments) -> None:
+        stream = torch.cuda.current_stream().cuda_stream
+        self._kernel.launch(blocks, self._threads, [arguments], stream, resident=False)

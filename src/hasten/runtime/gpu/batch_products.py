@@ -25,7 +25,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-E4M3_MAX = tl.constexpr(448.0)
+from hasten.runtime.gpu.shape import E4M3_MAX
+
+LARGEST = tl.constexpr(E4M3_MAX)
 
 
 @triton.jit
@@ -73,7 +75,7 @@ def prefetch_weights(w, rows, column, K: tl.constexpr, PDL: tl.constexpr):
 def to_e4m3_factor(peaks, m):
     """What the rows' inputs are multiplied with before rounding to e4m3, [M]; 1 for a row of zeros."""
     largest = tl.load(peaks + m).to(tl.float32, bitcast=True)
-    return tl.where(largest > 0, E4M3_MAX / largest, 1.0)
+    return tl.where(largest > 0, LARGEST / largest, 1.0)
 
 
 @triton.jit
@@ -221,9 +223,18 @@ def look_up(positions, table, cos, sin, cos_now, sin_now, places, TABLE: tl.cons
 
 
 @triton.jit
-def place_head(a, b, h, places, cos, sin, q_norm, k_norm, queries, keys, values, eps, live,
-               HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
-               PAGE: tl.constexpr, M: tl.constexpr, QK_NORM: tl.constexpr):  # fmt: skip
+def in_int8(a, b, AXIS: tl.constexpr):
+    """Both halves of keys or values as int8, and the scale of each: 1 / 127 of its largest magnitude."""
+    peak = tl.maximum(tl.max(tl.abs(a), AXIS), tl.max(tl.abs(b), AXIS))
+    factor = tl.expand_dims(tl.where(peak > 0, 127.0 / peak, 0.0), AXIS)
+    return tl.floor(a * factor + 0.5).to(tl.int8), tl.floor(b * factor + 0.5).to(tl.int8), peak / 127.0
+
+
+@triton.jit
+def place_head(a, b, h, places, cos, sin, q_norm, k_norm, queries, keys, values, key_scales, value_scales,
+               eps, live, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+               PAGE: tl.constexpr, SLAB: tl.constexpr, M: tl.constexpr,
+               QK_NORM: tl.constexpr):  # fmt: skip
     """Norm, rotate and store one head. a: its dimensions 0 to D/2, b: the others, [HALF, M] each."""
     i, m = tl.arange(0, HALF), tl.arange(0, M)
     inside = (i < D // 2)[:, None]
@@ -241,25 +252,38 @@ def place_head(a, b, h, places, cos, sin, q_norm, k_norm, queries, keys, values,
         s = tl.load(sin + angle, mask=inside, other=0.0)
         a, b = a * c - b * s, b * c + a * s
     if h < HEADS:
-        to = queries + m.to(tl.int64)[None, :] * (HEADS * D) + h * D + i[:, None]
-        stored = inside & (m >= 0)[None, :]
+        query = queries + m.to(tl.int64)[None, :] * (HEADS * D) + h * D + i[:, None]
+        wanted = inside & (m >= 0)[None, :]
+        tl.store(query, a.to(tl.bfloat16), mask=wanted)
+        tl.store(query + D // 2, b.to(tl.bfloat16), mask=wanted)
     else:
         at = tl.maximum(place, 0).to(tl.int64)
-        head = (h - HEADS) % KV
+        slab = (at // PAGE * KV + (h - HEADS) % KV) * SLAB
         cache = keys
         if h >= HEADS + KV:
             cache = values
-        to = cache + (((at // PAGE * KV + head) * PAGE + at % PAGE) * D)[None, :] + i[:, None]
+        to = cache + (slab + at % PAGE * D)[None, :] + i[:, None]
         stored = inside & (place >= 0)[None, :]  # a row without a sequence has no page
-    tl.store(to, a.to(tl.bfloat16), mask=stored)
-    tl.store(to + D // 2, b.to(tl.bfloat16), mask=stored)
+        if key_scales is None:
+            tl.store(to, a.to(tl.bfloat16), mask=stored)
+            tl.store(to + D // 2, b.to(tl.bfloat16), mask=stored)
+        else:
+            low, high, scale = in_int8(a, b, 0)
+            scales = key_scales
+            if h >= HEADS + KV:
+                scales = value_scales
+            tl.store(to, low, mask=stored)
+            tl.store(to + D // 2, high, mask=stored)
+            tl.store(scales + slab // 4 + at % PAGE, scale, mask=place >= 0)
 
 
 @triton.jit
 def project_qkv(w, x, peaks, scales, bias, squares, parts, arrivals, places, cos, sin, q_norm, k_norm,
-                queries, keys, values, eps, live, E: tl.constexpr, HEADS: tl.constexpr, KV: tl.constexpr,
-                D: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
-                SPLITS: tl.constexpr, M: tl.constexpr, SQUARES: tl.constexpr, SQUARES_BLOCK: tl.constexpr,
+                queries, keys, values, key_scales, value_scales, eps, live, E: tl.constexpr,
+                HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+                PAGE: tl.constexpr, SLAB: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+                M: tl.constexpr,
+                SQUARES: tl.constexpr, SQUARES_BLOCK: tl.constexpr,
                 QK_NORM: tl.constexpr, ROUND: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Norm, product, bias, q/k norm, rotation; queries to [M, H, D], keys and values into their pages.
 
@@ -294,7 +318,8 @@ def project_qkv(w, x, peaks, scales, bias, squares, parts, arrivals, places, cos
             b += tl.load(bias + first + D // 2)[:, None]
         inside = (i < D // 2)[:, None]
         place_head(tl.where(inside, a, 0.0), tl.where(inside, b, 0.0), h, places, cos, sin, q_norm, k_norm,
-                   queries, keys, values, eps, live, HEADS, KV, D, HALF, PAGE, M, QK_NORM)  # fmt: skip
+                   queries, keys, values, key_scales, value_scales, eps, live, HEADS, KV, D, HALF, PAGE,
+                   SLAB, M, QK_NORM)  # fmt: skip
 
 
 # ---- what is added to the residual: o and down -----------------------------------------------------
@@ -430,6 +455,8 @@ def project_head(w, x, peaks, scales, squares, logits, best, best_id, eps, softc
                  ROUND: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Norm, product, soft-cap; each tile's best logit and its id (the lowest of equals), logits where wanted.
 
+    A tile with a logit that is no number has none as its best: `pick` then chooses no token.
+
     Greedy decoding reads the tiles' best: 64 rows of logits would be 39 MB. Grid: (tiles of V,).
     """
     tile = tl.program_id(0)
@@ -446,7 +473,7 @@ def project_head(w, x, peaks, scales, squares, logits, best, best_id, eps, softc
     if logits is not None:
         tl.store(logits + m.to(tl.int64)[None, :] * V + n[:, None], acc, mask=(n < V)[:, None])
     acc = tl.where((n < V)[:, None], acc, float("-inf"))
-    top = tl.max(acc, 0)
+    top = tl.where(tl.max((acc != acc).to(tl.int32), 0) > 0, float("nan"), tl.max(acc, 0))
     tiles: tl.constexpr = (V + ROWS - 1) // ROWS
     tl.store(best + m * tiles + tile, top)
     tl.store(best_id + m * tiles + tile, tl.min(tl.where(acc == top[None, :], n[:, None], V - 1), 0))
@@ -470,7 +497,7 @@ def begin(embed, tokens, gamma, residual, hidden, squares, peaks, embed_scale, E
     if peaks is not None:
         p = tl.arange(0, PEAKS_BLOCK)
         tl.store(peaks + p * M + row, 0, mask=(p > 0) & (p < PEAKS))
-    token = tl.load(tokens + row).to(tl.int64)
+    token = tl.maximum(tl.load(tokens + row), 0).to(tl.int64)
     x = tl.load(embed + token * E + k, mask=k < E, other=0.0).to(tl.float32) * embed_scale
     put_row(x, row, residual, gamma, hidden, squares, peaks, E, BLOCK)
 
@@ -480,17 +507,16 @@ def pick(best, best_id, tokens, positions, emitted, V: tl.constexpr, TILES: tl.c
          RING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Each row's greedy token becomes its next input; its position moves on. Grid: (rows,).
 
-    `emitted` [rows, RING] keeps the token of position p at p % RING: the host may read some steps late.
+    -1 says that there is none: a logit is no number. `emitted` [rows, RING] keeps the token of position p at
+    p % RING: the host may read some steps late.
     """
     row, t = tl.program_id(0), tl.arange(0, BLOCK)
     wait_for_previous(PDL)
     inside = t < TILES
     value = tl.load(best + row * TILES + t, mask=inside, other=float("-inf"))
     which = tl.load(best_id + row * TILES + t, mask=inside, other=V - 1)
-    top = tl.max(value, 0)
-    token = tl.min(
-        tl.where(value == top, which, V - 1), 0
-    )  # NaN equals nothing: a token that exists all the same
+    token = tl.min(tl.where(value == tl.max(value, 0), which, V - 1), 0)
+    token = tl.where(tl.max((value != value).to(tl.int32), 0) > 0, -1, token)
     position = tl.load(positions + row)
     if position >= 0:
         tl.store(tokens + row, token)

@@ -1,4 +1,4 @@
-"""The decode step of 2 to 256 rows: a CUDA graph a batch size, tokens fed on the device.
+"""The decode step of 2 to 512 rows: a CUDA graph a batch size, tokens fed on the device.
 
 Up to 64 rows a layer is five kernels of our own. More rows take the library's products, which are as fast
 there, and our attention; `plain.py` has what lies between.
@@ -22,11 +22,11 @@ from hasten.errors import UsageError
 from hasten.runtime.gpu import batch_attention, batch_products
 from hasten.runtime.gpu.batch_tiles import AttentionTile, Product, Tile, attention_tile, tile
 from hasten.runtime.gpu.batch_weights import BatchWeights, Matrix
-from hasten.runtime.gpu.plain import PagedCache
+from hasten.runtime.gpu.plain import PagedCache, greedy_tokens
 from hasten.runtime.gpu.plain_kernels import KernelStep
 from hasten.runtime.gpu.shape import PAGE
 
-MOST_ROWS = 256
+MOST_ROWS = 512
 OWN_ROWS = 64  # up to which our own products are used
 _PEAKS = 4  # a layer's inputs: of qkv, o, gate_up, down
 _ROUNDS_ITSELF = 16  # rows up to which an fp8 product rounds its inputs itself
@@ -39,7 +39,7 @@ class StepOptions:
     """How a step runs.
 
     Attributes:
-        rows: the largest batch, at most 256.
+        rows: the largest batch, at most 512.
         pages: of KV cache, PAGE tokens each, where the step makes its own.
         context: the longest sequence, tokens.
         keep_logits: write float32 logits too; greedy decoding does not need them.
@@ -95,11 +95,12 @@ class BatchStep:
     """Decodes up to 64 sequences a step.
 
     Attributes:
-        tokens: int32 [M], each row's newest token: the step's input, then its output.
+        tokens: int32 [M], each row's newest token: the step's input, then its output; -1 where a logit is no
+            number.
         positions: int32 [M], where that token stands; -1 for a row without a sequence. Each step adds 1.
         table: int32 [M, pages a sequence], page numbers of each row in order.
         emitted: int32 [M, ring], the token of position p at p % ring.
-        keys, values: bf16 [pages, K, PAGE, D], one a layer.
+        keys, values: bf16 or int8 [pages, K, PAGE, D], one a layer.
     """
 
     def __init__(
@@ -107,10 +108,10 @@ class BatchStep:
         weights: BatchWeights,
         options: StepOptions,
         tiles: Callable[[Product, int], Tile] | None = None,
-        attention: Callable[[int], AttentionTile] | None = None,
+        attention: Callable[[int, bool], AttentionTile] | None = None,
         cache: PagedCache | None = None,
     ) -> None:
-        """`tiles` (of padded rows) and `attention` (of rows) override the choice; benchmarks use it.
+        """`tiles` (of padded rows) and `attention` (of rows, whether in CUDA C++) override the choice.
 
         `cache` holds keys and values; None makes one.
         """
@@ -125,9 +126,12 @@ class BatchStep:
         self.positions = torch.full((m,), -1, dtype=ints, device=device)
         self.table = torch.zeros(m, math.ceil(options.context / PAGE), dtype=ints, device=device)
         self.emitted = torch.full((m, options.ring), -1, dtype=ints, device=device)
-        cache = cache or PagedCache(c, options.pages, str(device))
-        self.keys, self.values = list(cache.keys.unbind(0)), list(cache.values.unbind(0))
-        self._plain = KernelStep(weights, cache)
+        self.cache = cache or PagedCache(c, options.pages, str(device))
+        self.keys, self.values = list(self.cache.keys.unbind(0)), list(self.cache.values.unbind(0))
+        self._int8: batch_attention.Int8Attention | None = None
+        if self.cache.keys.dtype == torch.int8 and batch_attention.Int8Attention.computes(c, device):
+            self._int8 = batch_attention.Int8Attention(c, self.table.shape[1], self.cache.slab)
+        self._plain = KernelStep(weights, self.cache)
         self._is_fp8 = weights.layers[0].o.scales is not None
         self.buffers = self._make_buffers(m)
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
@@ -178,8 +182,8 @@ class BatchStep:
         while bucket < context:
             bucket *= 2
         m, context = _padded(rows), min(bucket, self.options.context)
-        attention = self._attention or attention_tile
-        return Shape(rows, m, context, self._choose(m), attention(rows), self._how_early(rows))
+        attention = (self._attention or attention_tile)(rows, self._int8 is not None)
+        return Shape(rows, m, context, self._choose(m), attention, self._how_early(rows))
 
     def _how_early(self, rows: int) -> int:
         if self.options.early is not None:
@@ -260,8 +264,7 @@ class BatchStep:
         self.look_up(shape)
 
         def attend(layer: int, q: torch.Tensor) -> torch.Tensor:
-            b.queries[:m] = q.flatten(1)
-            self.attention(shape, layer)
+            self.attention(shape, layer, q)
             return b.attended[:m]
 
         angles = {name: (cos[:m], sin[:m]) for name, (cos, sin) in b.angles.items()}
@@ -271,7 +274,7 @@ class BatchStep:
         if b.logits is not None:
             b.logits[:m] = logits
         is_live = self.positions[:m] >= 0
-        self.tokens[:m] = torch.where(is_live, logits.argmax(-1).int(), self.tokens[:m])
+        self.tokens[:m] = torch.where(is_live, greedy_tokens(logits).int(), self.tokens[:m])
         self.positions[:m] += is_live
         place = (self.positions[:m, None] % self.options.ring).clamp(min=0).long()
         self.emitted[:m].scatter_(1, place, self.tokens[:m, None])
@@ -308,14 +311,15 @@ class BatchStep:
         batch_products.project_qkv[(heads, t.splits)](
             w.qkv.values, *self._inputs(shape, b.hidden, layer, 0), w.qkv.scales, w.qkv.bias, b.squares[0],
             self._parts("products", 2 * heads * t.splits * half * shape.padded), b.arrivals, b.places,
-            *b.angles[self.weights.rotation_of(layer)], w.q_norm, w.k_norm, b.queries, self.keys[layer],
-            self.values[layer], c.final_norm.eps, shape.rows, E=c.width, HEADS=mixer.heads, KV=mixer.kv_heads,
-            D=mixer.head_dim, HALF=half, PAGE=PAGE, SQUARES=squares, SQUARES_BLOCK=_power(squares),
+            *b.angles[self.weights.rotation_of(layer)], w.q_norm, w.k_norm, b.queries,
+            *self.cache.of(layer), c.final_norm.eps, shape.rows, E=c.width, HEADS=mixer.heads,
+            KV=mixer.kv_heads, D=mixer.head_dim, HALF=half, PAGE=PAGE, SLAB=self.cache.slab, SQUARES=squares,
+            SQUARES_BLOCK=_power(squares),
             QK_NORM=mixer.qk_norm == "head", **self._product(shape, "qkv"),
         )  # fmt: skip
 
-    def attention(self, shape: Shape, layer: int) -> None:
-        """Attention of a layer over the rows' pages."""
+    def attention(self, shape: Shape, layer: int, queries: torch.Tensor | None = None) -> None:
+        """Attention of a layer over the rows' pages; `queries` bf16 [M, H D], or the step's own."""
         c, b, t, m = self.weights.config, self.buffers, shape.attention, shape.padded
         mixer = c.blocks[0].mixer
         window = c.blocks[layer].mixer.window or 0
@@ -324,14 +328,29 @@ class BatchStep:
         share, dims = mixer.heads // mixer.kv_heads, _power(mixer.head_dim)
         slots = shape.rows * mixer.kv_heads * splits * share
         peaks = self._peaks(shape, layer, 1) if m <= OWN_ROWS else None
+        scratch = [
+            self._parts("attended", slots * dims),
+            self._parts("tops", slots),
+            self._parts("totals", slots),
+        ]
+        inputs = [
+            b.queries if queries is None else queries,
+            *self.cache.of(layer),
+            self.table,
+            self.positions,
+            b.attended,
+            peaks,
+            *scratch,
+        ]
+        if self._int8 is not None:
+            self._int8.launch([*inputs, b.row_arrivals], shape.rows, t, splits, window)
+            return
         batch_attention.attend[(mixer.kv_heads, shape.rows, splits)](
-            b.queries, self.keys[layer], self.values[layer], self.table, self.positions, b.attended,
-            peaks, self._parts("attended", slots * dims), self._parts("tops", slots),
-            self._parts("totals", slots), b.row_arrivals, mixer.score_scale, mixer.softcap or 0.0,
+            *inputs, b.row_arrivals, mixer.score_scale, mixer.softcap or 0.0,
             TABLE=self.table.shape[1], HEADS=mixer.heads, KV=mixer.kv_heads, D=mixer.head_dim, DIMS=dims,
-            GROUP=max(16, _power(share)), MERGED=_power(share), PAGE=PAGE, SPLIT=t.split, SPLITS=splits,
-            BLOCK=t.block, WINDOW=window, M=m, SOFTCAP=mixer.softcap is not None,
-            num_warps=t.warps, num_stages=t.stages, **_early(shape),
+            GROUP=max(16, _power(share)), MERGED=_power(share), PAGE=PAGE, SLAB=self.cache.slab,
+            SPLIT=t.split, SPLITS=splits, BLOCK=t.block, WINDOW=window, M=m,
+            SOFTCAP=mixer.softcap is not None, num_warps=t.warps, num_stages=t.stages, **_early(shape),
         )  # fmt: skip
 
     def o(self, shape: Shape, layer: int) -> None:
@@ -455,7 +474,7 @@ def _early(shape: Shape) -> dict[str, Any]:
 
 
 def _padded(rows: int) -> int:
-    """Rows with padding: the kernels' tiles have 16, 32 or 64, buffers up to 256."""
+    """Rows with padding: the kernels' tiles have 16, 32 or 64, buffers up to 512."""
     return max(16, _power(rows))
 
 

@@ -57,8 +57,13 @@ def tile(product: Product, n: int, k: int, *, rows: int, is_fp8: bool) -> Tile:
     return Tile(tile_rows, block, splits)
 
 
-def attention_tile(rows: int) -> AttentionTile:
-    """What to use for attention: few rows are split to fill the device, many need no merging."""
+def attention_tile(rows: int, is_int8: bool = False) -> AttentionTile:
+    """What to use for attention: few rows are split to fill the device, many need no merging.
+
+    `is_int8`: the kernel for int8 pages, of which only the split can be chosen.
+    """
+    if is_int8:
+        return AttentionTile(128 if rows <= 8 else 512 if rows <= 16 else 1024 if rows <= 64 else 2048)
     if rows <= 8:
         return AttentionTile(256, 64, 2, 5)
     return AttentionTile(1024, 64, 4, 5) if rows <= 16 else AttentionTile(1024, 32, 2, 5)

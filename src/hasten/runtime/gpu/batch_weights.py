@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,10 +12,12 @@ import torch
 from hasten.core import ModelSpec
 from hasten.errors import ModelError
 from hasten.models import rope
+from hasten.runtime.gpu.shape import E4M3_MAX
+from hasten.runtime.keys import key_scales
 
 Precision = Literal["bf16", "fp8"]
 TensorOf = Callable[[str], "torch.Tensor | None"]
-_E4M3_MAX = 448.0
+KeyScales = Mapping[str, np.ndarray[Any, np.dtype[np.float32]]]
 _STEP = 32  # widths are multiples of what one tensor-core instruction takes in e4m3
 
 
@@ -67,6 +69,7 @@ class BatchWeights:
     final_norm: torch.Tensor
     head: Matrix
     rotations: dict[str, Rotation]  # "global", "local" (Gemma's sliding layers), "none"
+    key_scales: KeyScales | None = None  # which the matrices or norms of queries and keys have in them
 
     def rotation_of(self, layer: int) -> str:
         """Which rotation a layer's queries and keys have."""
@@ -106,7 +109,8 @@ class BatchWeights:
                 return
         matrix, rows = self.place(name)
         precision: Precision = "bf16" if matrix.scales is None else "fp8"
-        maker = _Maker(self.config, {name: values}.get, precision, str(self.embed.device))
+        device = str(self.embed.device)
+        maker = _Maker(self.config, {name: values}.get, precision, device, self.key_scales)
         made = maker.matrix([name])
         matrix.values[rows] = made.values
         if matrix.scales is not None and made.scales is not None:
@@ -131,6 +135,7 @@ def load(
     precision: Precision = "bf16",
     device: str = "cuda",
     head_precision: Precision | None = None,
+    is_kv_int8: bool = False,
 ) -> BatchWeights:
     """Fuse, round and place a model's tensors.
 
@@ -140,17 +145,37 @@ def load(
         context: the longest sequence there may be, tokens.
         precision: of all linear layers; embeddings stay bf16.
         head_precision: of the head, if it is another.
+        is_kv_int8: keys will be rounded to int8: their dimensions get sizes that are alike (`key_scales`).
 
     Raises:
         ModelError: the model has parts that these kernels do not compute.
     """
     _check(config, context)
-    maker = _Maker(config, tensor_of, precision, device)
+    scales = _key_scales(config, tensor_of) if is_kv_int8 else None
+    maker = _Maker(config, tensor_of, precision, device, scales)
     embed = maker.plain("embed").to(torch.bfloat16)
     head = maker.matrix([config.head_name], head_precision)
     layers = tuple(maker.layer(i) for i in range(len(config.blocks)))
     rotations = _rotations(config, context, device)
-    return BatchWeights(config, embed, layers, maker.norm("final_norm"), head, rotations)
+    return BatchWeights(config, embed, layers, maker.norm("final_norm"), head, rotations, scales)
+
+
+def _key_scales(config: ModelSpec, tensor_of: TensorOf) -> KeyScales:
+    """`key_scales` of a model whose parameters are tensors."""
+
+    def floats(name: str) -> np.ndarray[Any, np.dtype[np.float32]] | None:
+        found = tensor_of(name)
+        return None if found is None else found.float().cpu().numpy()
+
+    def matrix(name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+        found = floats(name)
+        if found is None:
+            raise ModelError(f"tensor {name!r} is missing")
+        return found
+
+    names = [f"layers.{i}.{n}" for i in range(len(config.blocks)) for n in ("attn_norm", "k_norm", "k.bias")]
+    vectors = {name: found for name in names if (found := floats(name)) is not None}
+    return key_scales(config, matrix, vectors, {})
 
 
 def _check(config: ModelSpec, context: int) -> None:
@@ -179,8 +204,16 @@ def _check(config: ModelSpec, context: int) -> None:
 class _Maker:
     """Reads tensors by name and makes what the kernels read."""
 
-    def __init__(self, config: ModelSpec, tensor_of: TensorOf, precision: Precision, device: str) -> None:
+    def __init__(
+        self,
+        config: ModelSpec,
+        tensor_of: TensorOf,
+        precision: Precision,
+        device: str,
+        key_scales: KeyScales | None = None,
+    ) -> None:
         self.config, self.tensor_of, self.precision, self.device = config, tensor_of, precision, device
+        self._key_scales = key_scales
         self._order = torch.from_numpy(rotary_order(config)).to(device)
 
     def plain(self, name: str) -> torch.Tensor:
@@ -206,7 +239,7 @@ class _Maker:
             bias = torch.cat(ordered).contiguous()
         if (precision or self.precision) == "bf16":
             return Matrix(rows.to(torch.bfloat16).contiguous(), None, bias)
-        scales = (rows.float().abs().amax(-1) / _E4M3_MAX).clamp_min(torch.finfo(torch.float32).tiny)
+        scales = (rows.float().abs().amax(-1) / E4M3_MAX).clamp_min(torch.finfo(torch.float32).tiny)
         return Matrix((rows.float() / scales[:, None]).to(torch.float8_e4m3fn).contiguous(), scales, bias)
 
     def layer(self, i: int) -> LayerWeights:
@@ -219,16 +252,25 @@ class _Maker:
             down=self.matrix([p + "down"]),
             attn_norm=self.norm(p + "attn_norm"),
             mlp_norm=self.norm(p + "mlp_norm"),
-            q_norm=self.norm(p + "q_norm")[self._order].contiguous() if per_head else None,
-            k_norm=self.norm(p + "k_norm")[self._order].contiguous() if per_head else None,
+            q_norm=self._ordered(p + "q_norm", self.norm(p + "q_norm")).contiguous() if per_head else None,
+            k_norm=self._ordered(p + "k_norm", self.norm(p + "k_norm")).contiguous() if per_head else None,
             post_attn_norm=self.norm(p + "post_attn_norm") if sandwich else None,
             post_mlp_norm=self.norm(p + "post_mlp_norm") if sandwich else None,
         )
 
     def _ordered(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if name.rsplit(".", 1)[-1] not in ("q", "k"):
+        """Rows of a matrix, or of its bias or norm: q and k in rotary order, with the keys' scales."""
+        prefix, _, member = name.rpartition(".")
+        if member not in ("q", "k", "q_norm", "k_norm"):
             return tensor
-        heads = tensor.reshape(-1, self.config.blocks[0].mixer.head_dim, *tensor.shape[1:])
+        mixer = self.config.blocks[0].mixer
+        heads = tensor.reshape(-1, mixer.head_dim, *tensor.shape[1:])
+        if self._key_scales is not None and member.endswith("_norm") == (mixer.qk_norm == "head"):
+            by = torch.from_numpy(self._key_scales[f"{prefix}.key_scale"]).to(tensor.device)
+            by = by.view(-1, mixer.head_dim)
+            by = by[torch.arange(len(heads)) // (len(heads) // len(by)) if len(heads) > 1 else [0]]
+            by = by.view(*by.shape, *[1] * (heads.dim() - 2))
+            heads = heads * by if member.startswith("q") else heads / by
         return heads[:, self._order].flatten(0, 1)
 
 

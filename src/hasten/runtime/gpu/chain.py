@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from hasten.runtime.gpu.plain import PagedCache, PlainStep, Span, upload
+from hasten.runtime.gpu.plain import PagedCache, PlainStep, Span, greedy_tokens, upload
 from hasten.runtime.gpu.shape import PAGE
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from hasten.runtime.gpu.persistent import PersistentDecoder
     from hasten.runtime.pages import CachedSequence
 
-SIZES = (1, 2, 4, 8, *range(16, 65, 8), *range(96, 257, 32))
+SIZES = (1, 2, 4, 8, *range(16, 65, 8), *range(96, 257, 32), *range(320, 513, 64))
 """Rows that graphs of the batched step are made for; others run in the next larger one, some rows idle."""
 
 
@@ -43,7 +43,7 @@ behind gets."""
 
 
 class Pending:
-    """Values on their way to the host, such as the tokens that a step chooses, one a row."""
+    """Values on their way to the host, such as the tokens that a step chooses, one a row; -1: no number."""
 
     def __init__(self, values: torch.Tensor, event: torch.cuda.Event | None = None) -> None:
         self._values, self._event = values, event
@@ -96,7 +96,7 @@ class Rows(Protocol):
 
 
 class BatchRows:
-    """Up to 256 rows, a graph a size: the batched step."""
+    """Up to 512 rows, a graph a size: the batched step."""
 
     def __init__(self, step: BatchStep, cache: PagedCache) -> None:
         self.step, self.cache, self.count, self.limit = step, cache, 0, step.options.rows
@@ -193,7 +193,7 @@ class PlainRows:
         live = [row for row, position in enumerate(self._positions) if position >= 0]
         spans = [Span(self._positions[row], 1, self._pages[row]) for row in live]
         ids = np.array([self._tokens[row] for row in live], np.int32)
-        chosen = self.step.logits(self.step.final(self.step.run(ids, spans))).argmax(-1).tolist()
+        chosen = greedy_tokens(self.step.logits(self.step.final(self.step.run(ids, spans)))).tolist()
         for row, token in zip(live, chosen, strict=True):
             self._tokens[row], self._positions[row] = token, self._positions[row] + 1
         return Pending(torch.tensor(self._tokens))
@@ -296,6 +296,6 @@ def move_first_tokens(cache: PagedCache, table: torch.Tensor, pages: Sequence[Mo
     moves = upload(np.array(pages, np.int32), table.device)
     layers, _, heads, _, size = cache.keys.shape
     move_first[(len(pages), layers)](
-        moves, table, cache.keys, cache.values, cache.keys.stride(0), TABLE=table.shape[1], KV=heads, D=size,
-        PAGE=PAGE, HEADS=1 << (heads - 1).bit_length(), DIMS=1 << (size - 1).bit_length(), num_warps=4,
+        moves, table, *cache.arrays, cache.keys.stride(0), SLAB=cache.slab, TABLE=table.shape[1], KV=heads,
+        D=size, HEADS=1 << (heads - 1).bit_length(), DIMS=1 << (size - 1).bit_length(), num_warps=4,
     )  # fmt: skip

@@ -382,19 +382,23 @@ class Kernel:
             found[name] = value.value
         return found
 
-    def launch(self, blocks: int, threads: int, arguments: Sequence[Any], stream: int) -> None:
-        """Launch with all blocks resident at once, or not at all (a cooperative launch).
+    def launch(
+        self, blocks: int, threads: int, arguments: Sequence[Any], stream: int, resident: bool = True
+    ) -> None:
+        """Launch the kernel.
 
         Args:
             arguments: ctypes values, one a parameter.
             stream: a CUDA stream's handle.
+            resident: all blocks at once, or not at all (a cooperative launch).
 
         Raises:
             MachineError: the launch is refused.
         """
         attribute = _Attribute(_COOPERATIVE, 0)
         attribute.value[0] = 1
-        launch = _Launch(blocks, 1, 1, threads, 1, 1, self.shared_bytes, stream, ctypes.pointer(attribute), 1)
+        attributes = ctypes.pointer(attribute), int(resident)
+        launch = _Launch(blocks, 1, 1, threads, 1, 1, self.shared_bytes, stream, *attributes)
         pointers = [ctypes.cast(ctypes.byref(value), ctypes.c_void_p) for value in arguments]
         _check(
             _driver().cuLaunchKernelEx(

@@ -3,7 +3,7 @@
 A step goes one of three ways, all over the same pages of keys and values:
 
 - sequences that each get a greedy token: a `Chain`, which runs a step ahead of the host; one sequence in the
-  persistent kernel, 2 to 256 in the batched step's graphs;
+  persistent kernel, 2 to 512 in the batched step's graphs;
 - a few rows of any kind (sampled tokens, drafts to verify, the end of a prompt): the batched step, a row a
   token, and sampling on the host from logits that cross;
 - more rows: plain torch.
@@ -33,11 +33,11 @@ from hasten.runtime.executor import Draw, Executor, Part, PartResult, Ticket, fi
 from hasten.runtime.gpu.batch_weights import BatchWeights, Precision, TensorOf, load
 from hasten.runtime.gpu.chain import SIZES, BatchRows, Chain, OneRow, Pending, PlainRows, Row, Rows, to_host
 from hasten.runtime.gpu.driver import current_device, telling
-from hasten.runtime.gpu.plain import PagedCache, PlainStep, Span, send, upload
+from hasten.runtime.gpu.plain import PagedCache, PlainStep, Span, greedy_tokens, send, upload
 from hasten.runtime.gpu.shape import GROUPS, PAGE, WeightFormat
 from hasten.runtime.gpu.tiles import Weights, kept
 from hasten.runtime.pages import DeviceMemory, KvPlan, PagePool, context_of, plan_pages
-from hasten.runtime.sampling import Choice
+from hasten.runtime.sampling import Choice, no_token
 from hasten.weights.formats import PANEL
 from hasten.weights.packed import PackedLinear, PackedModel, values_of
 
@@ -170,7 +170,7 @@ class GpuExecutor(Executor):
     Raises:
         MachineError: there is no usable GPU, or too little memory on it.
         ModelError: the model has parts that no kernel here computes; they are named.
-        UsageError: options out of range, or keys and values in int8.
+        UsageError: options out of range.
     """
 
     def __init__(
@@ -193,13 +193,14 @@ class GpuExecutor(Executor):
         least = 1 if device == "cpu" else _LEAST_CHUNK
         self.chunk = max(options.prefill_chunk, least)
         tensors = tensors or tensors_of(packed, device)
+        self._is_kv_int8 = packed.recipe.kv == "int8"
         self._weights: BatchWeights = self._load(tensors, options)
         self._tiled = self._tile(tensors) if device == "cuda" else None
         self._limit = next((n for n in SIZES if n >= max(options.max_sequences, _FEW)), SIZES[-1])
         self.kv = self._plan(options)
         self.context = self.kv.context
         # one more for each row ahead of its sequence, and one for rows that idle
-        self.cache = PagedCache(config, self.kv.pages + self._limit + 1, device)
+        self.cache = PagedCache(config, self.kv.pages + self._limit + 1, device, self._is_kv_int8)
         self.pool = PagePool(self.kv.pages, PAGE)
         self._plain = self._in_torch()
         self._rows_in_torch = PlainRows(self._plain)
@@ -212,12 +213,7 @@ class GpuExecutor(Executor):
 
     @staticmethod
     def check(recipe: Recipe) -> None:
-        """Refuse keys and values in int8."""
-        if recipe.kv == "int8":
-            raise UsageError(
-                "the GPU engine keeps keys and values in bf16, and the recipe asks for int8",
-                hint="use a recipe without -kv8, or --device cpu",
-            )
+        """Every recipe runs: formats without kernels of their own as their values in bf16."""
 
     @staticmethod
     def give_back() -> None:
@@ -235,7 +231,15 @@ class GpuExecutor(Executor):
         if memory is not None and needed > memory.left:
             raise self._too_large(needed, tensors, memory)
         try:
-            return load(self.config, tensors.of, self.context, tensors.precision, self._device, tensors.head)
+            return load(
+                self.config,
+                tensors.of,
+                self.context,
+                tensors.precision,
+                self._device,
+                tensors.head,
+                self._is_kv_int8,
+            )
         except torch.OutOfMemoryError as error:
             raise self._too_large(needed, tensors, self._memory(options) or memory) from error
 
@@ -256,6 +260,9 @@ class GpuExecutor(Executor):
         """A second copy of the weights, for the persistent kernel; None where it cannot run."""
         from hasten.runtime.gpu.persistent import tiled_copy
 
+        if self._is_kv_int8:
+            _log.info("no persistent kernel for one sequence: it reads keys and values in bf16")
+            return None
         free, _ = torch.cuda.mem_get_info()
         if torch.cuda.get_device_capability()[0] != 9 or free < 2 * self._weights.bytes:
             _log.info("no persistent kernel for one sequence: it needs an H100 or H200, and memory")
@@ -291,8 +298,7 @@ class GpuExecutor(Executor):
 
     def _plan(self, options: EngineOptions) -> KvPlan:
         """Pages for `max_sequences` full contexts, or for what the device has free."""
-        values = sum(block.mixer.kv_heads * block.mixer.head_dim for block in self.config.blocks)
-        size = 2 * 2 * values * PAGE  # keys and values in bf16
+        size = PagedCache.page_bytes(self.config, self._is_kv_int8)
         memory = self._memory(options)
         room = None if memory is None else memory.room(_RESERVE + (self._limit + 1) * size)
         return plan_pages(self.config, size, options, room)
@@ -403,7 +409,7 @@ class GpuExecutor(Executor):
         if tokens is None and (wanted := [row for i in greedy for row in range(firsts[i], ends[i])]):
             place = {row: at for at, row in enumerate(wanted)}
             firsts = {i: place.get(first, 0) for i, first in firsts.items()}
-            tokens = to_host(self._plain.logits(self._final(residual, wanted)).argmax(-1))
+            tokens = to_host(greedy_tokens(self._plain.logits(self._final(residual, wanted))))
         wanted = [row for i in others for row in range(starts[i] + parts[i].first_row, ends[i])]
         hidden = to_host(self._final(residual, wanted)) if wanted else None
         return _Result(tokens, firsts, hidden, others)
@@ -511,14 +517,20 @@ def _is_one_row(part: Part) -> bool:
 
 
 def _choice(part: Part, which: int, tokens: Sequence[int], first: int) -> Choice:
-    """One answer's tokens: the drafts that are the largest logits' too, and one more."""
+    """One answer's tokens: the drafts that are the largest logits' too, and one more.
+
+    -1 is no token: a logit there is no number, and the answer ends with an error.
+    """
     drafts = part.drafts if which == 0 else ()
     taken = [tokens[first]]
     for n, draft in enumerate(drafts):
         if draft != taken[n]:
             break
         taken.append(tokens[first + n + 1])
-    return Choice(taken, [], len(drafts))
+    if taken[-1] >= 0:
+        return Choice(taken, [], len(drafts))
+    del taken[-1]
+    return Choice(taken, [], len(drafts), no_token("nan", part.draws[which].position + len(taken)))
 
 
 def _groups(parts: Sequence[Part], most: int) -> Iterator[tuple[list[int], bool]]:

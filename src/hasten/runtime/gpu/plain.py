@@ -7,7 +7,7 @@ On a GPU the products are the library's (cuBLAS in bf16, `_scaled_mm` in e4m3) a
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -20,53 +20,108 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hasten.core import ModelSpec
 from hasten.runtime.gpu.batch_weights import BatchWeights, Matrix
 from hasten.runtime.gpu.driver import never_freed
-from hasten.runtime.gpu.shape import PAGE
+from hasten.runtime.gpu.shape import E4M3_MAX, PAGE
 
 Angles = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 Attend = Callable[[int, torch.Tensor], torch.Tensor]
 """(layer, queries [N, H, D]) -> [N, H D]."""
 _QUERIES = 256  # rows of attention whose scores exist at a time
-_LONG = 2048  # queries from which on cuDNN's attention is worth its start
+LONG = 2048  # queries from which on cuDNN's attention is worth its start
 _ATTENTIONS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-_E4M3_MAX = 448.0
 _PIECE = 8 << 20  # bytes of a pinned buffer
 _OWN = threading.local()  # of each sender: a buffer and a stream
 _SENDERS = ThreadPoolExecutor(8, thread_name_prefix="hasten-weights")
 
 
 class PagedCache:
-    """Keys and values, bf16 [layers, pages, K, PAGE, D] each: the layout that every kernel reads."""
+    """Keys and values [layers, pages, K, PAGE, D] each: the layout that every kernel reads.
 
-    def __init__(self, config: ModelSpec, pages: int, device: str) -> None:
+    bf16; or int8 with a scale a token and head, 1 / 127 of the largest magnitude: half the bytes that
+    attention reads. A scale depends on nothing but its own token. int8 keys, values and scales of a page and
+    head lie side by side, in one piece.
+
+    Attributes:
+        arrays: keys, values, and their scales: float32 [layers, pages, K, PAGE] each, or None.
+        slab: values from a page and head to the next; scales are a quarter of that apart.
+    """
+
+    def __init__(self, config: ModelSpec, pages: int, device: str, is_int8: bool = False) -> None:
         mixer = config.blocks[0].mixer
-        shape = (len(config.blocks), pages, mixer.kv_heads, PAGE, mixer.head_dim)
+        most = (len(config.blocks), pages, mixer.kv_heads)
+        one = PAGE * mixer.head_dim
         # zeros: what was never written must be finite
-        self.keys = torch.zeros(shape, dtype=torch.bfloat16, device=device)
-        self.values = torch.zeros(shape, dtype=torch.bfloat16, device=device)
+        if is_int8:
+            store = torch.zeros((*most, 2 * one + 2 * 4 * PAGE), dtype=torch.int8, device=device)
+            parts = [store[..., :one], store[..., one : 2 * one]]
+            scales: list[torch.Tensor | None] = list(store.view(torch.float32)[..., one // 2 :].chunk(2, -1))
+            self._stores = [store]
+        else:
+            parts = [torch.zeros((*most, one), dtype=torch.bfloat16, device=device) for _ in range(2)]
+            scales, self._stores = [None, None], parts
+        self.keys, self.values = (part.view(*most, PAGE, mixer.head_dim) for part in parts)
+        self.arrays = (self.keys, self.values, *scales)
+        self.slab = parts[0].stride(1) // mixer.kv_heads  # a dimension of one head has any stride
+
+    @staticmethod
+    def page_bytes(config: ModelSpec, is_int8: bool) -> int:
+        """Bytes of a page, all layers."""
+        size = 2 * PAGE * sum(block.mixer.kv_heads for block in config.blocks)
+        return size * (
+            config.blocks[0].mixer.head_dim + 4 if is_int8 else 2 * config.blocks[0].mixer.head_dim
+        )
+
+    def of(self, layer: int) -> list[torch.Tensor | None]:
+        """A layer's `arrays`."""
+        return [None if part is None else part[layer] for part in self.arrays]
+
+    def put(self, layer: int, places: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Keep keys and values [N, K, D] of a layer's tokens, at page * PAGE + token in it [N]."""
+        page, slot = places // PAGE, places % PAGE
+        for whole, scales, new in zip(self.arrays[:2], self.arrays[2:], (keys, values), strict=True):
+            assert whole is not None
+            if scales is not None:
+                new = new.float()
+                peak = new.abs().amax(-1)
+                scales[layer][page, :, slot] = peak / 127
+                new = (new * torch.where(peak > 0, 127 / peak, 0.0)[..., None] + 0.5).floor()
+            whole[layer][page, :, slot] = new.to(whole.dtype)
+
+    def take(self, layer: int, table: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
+        """Keys, then values of a sequence's first `count` tokens: bf16 [K, count, D]."""
+        for whole, scales in zip(self.arrays[:2], self.arrays[2:], strict=True):
+            assert whole is not None
+            found = whole[layer].transpose(0, 1).index_select(1, table).flatten(1, 2)[:, :count]
+            if scales is not None:
+                by = scales[layer].transpose(0, 1).index_select(1, table).flatten(1, 2)[:, :count]
+                found = (found * by[..., None]).to(torch.bfloat16)
+            yield found
 
     @property
     def device(self) -> torch.device:
         """Where they are."""
-        return self.keys.device
+        return self._stores[0].device
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy pages, all layers."""
         if not sources:
             return
         pairs = upload(np.array([sources, targets], np.int64), self.device)
-        for part in (self.keys, self.values):
-            part.index_copy_(1, pairs[1], part.index_select(1, pairs[0]))
+        for store in self._stores:
+            store.index_copy_(1, pairs[1], store.index_select(1, pairs[0]))
 
     def read(self, page: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """One page's bytes, all layers: keys, then values."""
-        both = torch.stack((self.keys[:, page], self.values[:, page]))
-        return both.view(torch.uint8).cpu().numpy().reshape(-1)
+        """One page's bytes, all layers."""
+        parts = [store[:, page].contiguous().view(torch.uint8) for store in self._stores]
+        return torch.cat([part.flatten() for part in parts]).cpu().numpy()
 
     def write(self, page: int, data: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
         """Put what `read` gave into a page."""
-        one = self.keys[:, page]
-        found = torch.from_numpy(np.array(data, np.uint8)).view(torch.bfloat16).view(2, *one.shape)
-        self.keys[:, page], self.values[:, page] = found.to(self.device)
+        found, first = torch.from_numpy(np.array(data, np.uint8)).to(self.device), 0
+        for store in self._stores:
+            own = store[:, page]
+            size = own.numel() * own.element_size()
+            own.copy_(found[first : first + size].view(store.dtype).view(own.shape))
+            first += size
 
 
 def upload(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
@@ -138,6 +193,11 @@ class PlainStep:
         tables = [upload(np.asarray(s.pages[: -(-(s.past + s.count) // PAGE)]), device) for s in spans]
         angles = {name: (r.cos[at], r.sin[at]) for name, r in w.rotations.items()}
 
+        return self.layers(ids, angles, to, self.attention(spans, tables))
+
+    def attention(self, spans: Sequence[Span], tables: Sequence[torch.Tensor]) -> Attend:
+        """Attention of these spans over their pages."""
+
         def attend(layer: int, q: torch.Tensor) -> torch.Tensor:
             mixed, first = [], 0
             for span, table in zip(spans, tables, strict=True):
@@ -145,10 +205,10 @@ class PlainStep:
                 first += span.count
             return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
 
-        return self.layers(ids, angles, to, attend)
+        return attend
 
     def layers(self, ids: torch.Tensor, angles: Angles, places: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """All layers over token ids int64 [N]: the residual stream, float32 [N, E].
+        """All layers over token ids int64 [N] (-1: none was chosen): the residual stream, float32 [N, E].
 
         Args:
             angles: cosines and sines [N, D / 2] of each rotation.
@@ -156,7 +216,7 @@ class PlainStep:
             attend: mixes values for a layer's queries [N, H, D]: [N, H D].
         """
         w = self.weights
-        x, y, post = w.embed[ids].float() * w.config.embedding.scale, None, None
+        x, y, post = w.embed[ids.clamp(min=0)].float() * w.config.embedding.scale, None, None
         for i, layer in enumerate(w.layers):
             x, inputs = self.add_and_norm(x, y, post, layer.attn_norm)
             q = self.heads(i, multiply(layer.qkv, inputs), angles[w.rotation_of(i)], places)
@@ -203,11 +263,9 @@ class PlainStep:
         for part, gamma in ((q, w.q_norm), (k, w.k_norm)):
             one = part.float() if gamma is None else self._norm(part, gamma)
             a, b = one.chunk(2, -1)
-            turned.append(torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(torch.bfloat16))
-        page, slot = places // PAGE, places % PAGE
-        self.cache.keys[layer][page, :, slot] = turned[1]
-        self.cache.values[layer][page, :, slot] = v.to(torch.bfloat16)
-        return turned[0]
+            turned.append(torch.cat((a * cos - b * sin, b * cos + a * sin), -1))
+        self.cache.put(layer, places, turned[1], v)
+        return turned[0].to(torch.bfloat16)
 
     @torch.inference_mode()
     def final(self, residual: torch.Tensor) -> torch.Tensor:
@@ -234,14 +292,17 @@ class PlainStep:
         window = c.blocks[layer].mixer.window
         if window is not None and total <= window:
             window = None
-        k, v = (
-            part[layer].transpose(0, 1).index_select(1, table).flatten(1, 2)[:, :total]
-            for part in (self.cache.keys, self.cache.values)
-        )  # [K, S, D]
+        k, v = self.cache.take(layer, table, total)
         is_plain = window is None and mixer.softcap is None and mixer.head_dim <= 256
         if q.is_cuda and is_plain:
             return _library_attention(q, k, v, mixer.score_scale, span.past)
         return _written_out(q, k, v, c, span.past, window)
+
+
+def greedy_tokens(logits: torch.Tensor) -> torch.Tensor:
+    """The largest logit's id in each row of float32 [R, V]; -1 where one is no number: int64 [R]."""
+    best = logits.max(-1)  # NaN is larger than all
+    return torch.where(best.values.isnan(), -1, best.indices)
 
 
 def rounded(x: torch.Tensor, is_fp8: bool) -> Inputs:
@@ -250,7 +311,7 @@ def rounded(x: torch.Tensor, is_fp8: bool) -> Inputs:
     if not is_fp8:
         return Inputs(values)
     peak = values.abs().amax(-1, keepdim=True).float().clamp_min(1e-30)
-    return Inputs((values.float() * (_E4M3_MAX / peak)).to(torch.float8_e4m3fn), peak / _E4M3_MAX)
+    return Inputs((values.float() * (E4M3_MAX / peak)).to(torch.float8_e4m3fn), peak / E4M3_MAX)
 
 
 def multiply(matrix: Matrix, inputs: Inputs) -> torch.Tensor:
@@ -281,7 +342,7 @@ def _library_attention(
         found = flash(*padded, 0.0, is_causal=True, scale=scale)[0][..., :size]
     else:
         # cuDNN is faster for long prompts and takes seconds to load
-        with sdpa_kernel([*([SDPBackend.CUDNN_ATTENTION] if count >= _LONG else []), *_ATTENTIONS]):
+        with sdpa_kernel([*([SDPBackend.CUDNN_ATTENTION] if count >= LONG else []), *_ATTENTIONS]):
             found = F.scaled_dot_product_attention(
                 one, keys, values, is_causal=count > 1, scale=scale, enable_gqa=True
             )

@@ -24,6 +24,7 @@ ProductName = Literal["qkv", "o", "gate_up", "down", "head"]
 PRODUCTS: tuple[ProductName, ...] = ("qkv", "o", "gate_up", "down", "head")
 PAGE = 32  # tokens
 TILE_ROWS = 8
+E4M3_MAX = 448.0
 GROUPS = (32, 64, 128)  # inputs that may share a scale
 STEP_COLS = 32  # columns one tensor-core instruction takes
 _KINDS: tuple[WeightKind, ...] = ("bf16", "fp8", "int8", "int4")

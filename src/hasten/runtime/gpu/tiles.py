@@ -9,11 +9,10 @@ import torch
 
 from hasten.errors import ModelError
 from hasten.runtime.gpu.plain import send
-from hasten.runtime.gpu.shape import TILE_ROWS, TileLayout, WeightFormat
+from hasten.runtime.gpu.shape import E4M3_MAX, TILE_ROWS, TileLayout, WeightFormat
 from hasten.weights.formats import PANEL
 from hasten.weights.packed import PackedLinear
 
-_E4M3_MAX = 448.0
 _NIBBLE_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of a word, for 8 neighbouring columns: pairs lie 16 bits apart
 
 
@@ -125,7 +124,7 @@ def rounded(values: torch.Tensor, fmt: WeightFormat) -> Weights:
     if fmt.kind == "bf16":
         return Weights(fmt, values.to(torch.bfloat16))
     if not fmt.group:
-        most = _E4M3_MAX if fmt.kind == "fp8" else 127.0
+        most = E4M3_MAX if fmt.kind == "fp8" else 127.0
         scales = (values.float().abs().amax(1) * (1 / most)).clamp_min(1e-30)
         return Weights(fmt, _codes(values.float() / scales[:, None], fmt), scales)
     rows, cols = values.shape
@@ -139,14 +138,14 @@ def rounded(values: torch.Tensor, fmt: WeightFormat) -> Weights:
         minimums = low.half()
         scaled = (grouped - minimums.float()[..., None]) / scales.float()[..., None]
         return Weights(fmt, _codes(scaled.reshape(rows, cols), fmt), scales, minimums)
-    most = _E4M3_MAX if fmt.kind == "fp8" else levels // 2
+    most = E4M3_MAX if fmt.kind == "fp8" else levels // 2
     scales = (torch.maximum(high, -low) * (1 / most)).half().clamp_min(2**-24)
     return Weights(fmt, _codes((grouped / scales.float()[..., None]).reshape(rows, cols), fmt), scales)
 
 
 def _codes(scaled: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
     if fmt.kind == "fp8":
-        return scaled.clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
+        return scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     levels = 16 if fmt.kind == "int4" else 256
     offset = 0 if fmt.minimum else levels // 2
     return (scaled.round() + offset).clamp(0, levels - 1).to(torch.uint8)

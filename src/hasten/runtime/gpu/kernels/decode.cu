@@ -155,7 +155,10 @@ DEVICE void head_product(Block& b, const Args& a, u32 tag) {
         sum *= norm_of_all(b.s.squares, WIDTH);
         if (LOGIT_CAP > 0.f) sum = capped(sum, LOGIT_CAP);
         if (a.logits) a.logits[row] = sum;
-        if (is_better(sum, row, best, best_row)) best = sum, best_row = row;
+        const bool is_number = sum == sum;  // one that is none is better than all, and stands in no row
+        const float value = is_number ? sum : __int_as_float(0x7f800000);
+        const int place = is_number ? row : -1;
+        if (is_better(value, place, best, best_row)) best = value, best_row = place;
       });
   keep_block_best(b, best, best_row);
   if (b.thread == 0) {
@@ -172,7 +175,7 @@ DEVICE int greedy_token(Block& b, const Args& a, u32 tag) {
   }
   consumers_barrier();  // the block's own best has been read by all
   keep_block_best(b, best, best_row);
-  return (u32)best_row < VOCAB ? best_row : 0;  // logits all NaN: still a token that exists, or the next step faults
+  return best_row < VOCAB ? best_row : 0;  // -1: a logit is no number; 0: all are minus infinity
 }
 
 constexpr int RING_BYTES = SLOTS * SLOT_BYTES, SHARED_AT = RING_BYTES,
@@ -267,7 +270,7 @@ DEVICE void consume(Block& b, Attention& attention, const Args& a, int token, in
   const int next = greedy_token(b, a, tag);
   if (b.thread == 0) {
     a.tokens[position + 1] = next;
-    a.state[0] = next, a.state[1] = position + 1, a.state[2] = (int)(epoch + 1);
+    a.state[0] = max_of(next, 0), a.state[1] = position + 1, a.state[2] = (int)(epoch + 1);
   }
 }
 
