@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
 import hasten
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_at_most_twelve_names() -> None:
@@ -35,6 +39,16 @@ def test_functions_document_arguments_and_errors(name: str) -> None:
     assert all(
         p.annotation is not inspect.Parameter.empty for p in inspect.signature(function).parameters.values()
     )
+
+
+def test_every_dependency_is_imported() -> None:
+    """What nothing imports is not installed for everybody."""
+    declared = re.search(r"(?ms)^dependencies = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text())
+    assert declared is not None
+    names = set(re.findall(r'(?m)^    "([\w-]+)', declared[1]))
+    files = "\n".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
+    imported = set(re.findall(r"(?m)^\s*(?:import|from) (\w+)", files))
+    assert "numpy" in names and {"yaml" if name == "pyyaml" else name for name in names} <= imported
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
