@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hasten.cache.reading import is_there
 from hasten.core import Budget, EngineOptions, Recipe
 from hasten.errors import ArtifactError, UsageError
 from hasten.recipe import share_of
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
 
 _MIX = "mix:"
 _TOKENS = 8192  # a mixture is judged on: what `hasten eval` reads unless told otherwise
-_FILES = (".yaml", ".yml")
 _MIX_HINT = "use mix:1% for a perplexity increase of at most 1 %"
 
 
@@ -115,21 +113,13 @@ def _wanted(recipe: str | Recipe) -> Recipe | Budget | None:
         name = recipe.strip()
         if name.startswith(_MIX):
             return _budget(name)
-        if name.lower().endswith(_FILES):
-            return _read(name)
         try:
             recipe = Recipe.parse(name)
         except UsageError:
-            if is_there(name) and not Path(name).is_dir():
-                return _read(name)
-            raise
+            from hasten.compress.recipe_file import recipe_from  # loads the reader of YAML
+
+            return recipe_from(name)
     return None if recipe.is_plain else recipe
-
-
-def _read(path: str) -> Recipe:
-    from hasten.compress.recipe_file import read_recipe
-
-    return read_recipe(path)
 
 
 def _budget(name: str) -> Budget:
