@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from fakes import FakeWorkshop, one
+from fakes import FakeModel, FakeWorkshop, one
 from hasten.compress.result import Progress
-from hasten.core import Budget, EngineOptions, Goal
-from hasten.errors import BudgetError, UsageError
+from hasten.core import Budget, EngineOptions, Goal, Recipe
+from hasten.errors import BudgetError, DeviceLost, MachineError, UsageError
 from hasten.optimize.search import WORKLOADS, Effort, OptimizeResult, Search, check
 from hasten.optimize.workshop import Workshop
 from hasten.quality.text import Text
@@ -275,6 +275,23 @@ def test_calibration_can_be_left_out(run: Run, tmp_path: Path, texts: dict[int, 
     result = search.run(tmp_path / "out.hasten")
     assert "w4-best" not in [c.recipe.name for c in result.candidates]
     assert any("switched off" in reason for reason in result.plan.because)
+
+
+def test_a_recipe_without_room_is_left_out_and_said(run: Run) -> None:
+    class Small(FakeWorkshop):
+        def build(self, recipe: Recipe) -> FakeModel:
+            if recipe.name in ("w8", "base"):
+                raise MachineError("the weights take 16 GB, 4 GB are free")
+            if recipe.name == "w6" and self.name == "lost":
+                raise DeviceLost("the GPU stopped working")
+            return super().build(recipe)
+
+    found = run(Small())
+    assert "w8" not in [c.recipe.name for c in found.candidates] and len(found.candidates) > 2
+    said = "the weights take 16 GB, 4 GB are free."
+    assert {f"w8 was not tried: {said}", f"No mixture was tried: {said}"} <= set(found.plan.because)
+    with pytest.raises(DeviceLost):
+        run(Small(name="lost", seed=3))
 
 
 def test_the_machine_is_looked_at_once(

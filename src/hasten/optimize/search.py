@@ -29,7 +29,7 @@ from hasten.core import (
     Workload,
     as_json,
 )
-from hasten.errors import BudgetError, MachineError, UsageError
+from hasten.errors import BudgetError, DeviceLost, MachineError, UsageError
 from hasten.optimize.calibrated import Made, mixture_name
 from hasten.optimize.mixture import Mixing
 from hasten.optimize.sensitivity import Sensitivity, SensitivityMap, uniform
@@ -272,6 +272,7 @@ class Search:
     observer: Observer = silent
     calibrate: bool = True
     _source: Built | None = field(default=None, init=False)
+    _left_out: list[str] = field(default_factory=list, init=False)  # what did not fit, one sentence each
 
     def run(self, out: Path) -> OptimizeResult:
         try:
@@ -389,13 +390,38 @@ class Search:
         shapes = self.workshop.config.linear_shapes()
         widest = max(self.workshop.kept()[name].bits_per_weight for name in shapes)
         recipes = uniform(widest, self.calibrated is not None, self.workshop.options.device)
-        return [self.trials.attempt(recipe) for recipe in recipes]
+        return [found for recipe in recipes if (found := self._attempt(recipe)) is not None]
+
+    def _attempt(self, recipe: Recipe) -> Candidate | None:
+        """Judged, and timed if it passes; None where the device has no room for it beside the source."""
+        try:
+            return self.trials.attempt(recipe)
+        except DeviceLost:
+            raise
+        except MachineError as why:
+            self._left_out.append(f"{recipe.name} was not tried: {why.message}.")
+            return None
 
     def _mixture(self, judged: Sequence[Candidate]) -> Candidate | None:
-        mixture = self.mixing.fit(judged)
+        try:
+            mixture = self.mixing.fit(judged)
+        except DeviceLost:
+            raise
+        except MachineError as why:
+            self._left_out.append(f"No mixture was tried: {why.message}.")
+            return None
         if mixture is not None and mixture.passes:
             mixture = replace(mixture, measurement=self.trials.attempt(mixture.recipe).measurement)
         return mixture
+
+    def _map(self) -> SensitivityMap:
+        """The map of harms; an empty one where the device has no room to draw it."""
+        try:
+            return self.mixing.map
+        except DeviceLost:
+            raise
+        except MachineError:
+            return SensitivityMap(())
 
     def _estimate(self, chosen: Candidate) -> Estimate | None:
         """What the speed model says of the chosen recipe, to be held against the measurement."""
@@ -421,7 +447,7 @@ class Search:
         self, out: Path, baseline: Baseline, candidates: Sequence[Candidate], recipe: Recipe
     ) -> OptimizeResult:
         self.observer(Progress("artifact", f"writing {out}"))
-        drawn = self.mixing.map
+        drawn = self._map()
         chosen = next(c for c in candidates if c.recipe == recipe)
         plan = Plan(
             model=self.workshop.name,
@@ -435,6 +461,7 @@ class Search:
                 *remarks(drawn, recipe),
                 *disturbances(candidates),
                 *self.uncalibrated(),
+                *self._left_out,
             ),
         )
         machine = self.workshop.machine()
