@@ -79,7 +79,7 @@ def probe(
     if measure and "cpu" in devices:
         own = load_or_measure(max_age_s, threads) if max_age_s > 0 else measure_ceilings(threads)
         found = replace(found, **own)
-    if measure and "cuda" in devices and found.gpus:
+    if measure and "cuda" in devices and (found.gpus or "cpu" not in devices):  # asked for by name
         found = replace(found, accelerators=gpu_ceilings(max_age_s))
     return found
 

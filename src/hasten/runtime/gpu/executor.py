@@ -195,7 +195,7 @@ class GpuExecutor(Executor):
         tensors = tensors or tensors_of(packed, device)
         self._is_kv_int8 = packed.recipe.kv == "int8"
         self._weights: BatchWeights = self._load(tensors, options)
-        self._tiled = self._tile(tensors) if device == "cuda" else None
+        self._tiled = self._tile(tensors, options) if device == "cuda" else None
         self._limit = next((n for n in SIZES if n >= max(options.max_sequences, _FEW)), SIZES[-1])
         self.kv = self._plan(options)
         self.context = self.kv.context
@@ -256,15 +256,16 @@ class GpuExecutor(Executor):
             said + left, hint="use a smaller model, close what else runs on the GPU, or use --device cpu"
         )
 
-    def _tile(self, tensors: Tensors) -> Any:
+    def _tile(self, tensors: Tensors, options: EngineOptions) -> Any:
         """A second copy of the weights, for the persistent kernel; None where it cannot run."""
         from hasten.runtime.gpu.persistent import tiled_copy
 
         if self._is_kv_int8:
             _log.info("no persistent kernel for one sequence: it reads keys and values in bf16")
             return None
-        free, _ = torch.cuda.mem_get_info()
-        if torch.cuda.get_device_capability()[0] != 9 or free < 2 * self._weights.bytes:
+        memory = self._memory(options)
+        has_room = memory is None or memory.left >= 2 * self._weights.bytes
+        if torch.cuda.get_device_capability()[0] != 9 or not has_room:
             _log.info("no persistent kernel for one sequence: it needs an H100 or H200, and memory")
             return None
         try:
