@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from test_executor import GREEDY, answers, device, is_greedy, running  # noqa: F401
+from test_executor import GREEDY, answers, device, is_greedy, patient, running  # noqa: F401
 
 from hasten.engine.grammar import Grammar
 from hasten.engine.request import Request
@@ -42,7 +42,9 @@ def test_two_features_together(
     device: str,  # noqa: F811  where "cuda" computes
     tiny_folder: Callable[..., Path],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    patient(monkeypatch)
     source, asked, stats = open_model(tiny_folder("qwen3")), requests_of(pair), list[Any]()
     limits: dict[str, Any] = {"context": 4 * PAGE, "max_sequences": 8}
     with running(source, **limits) as model:
