@@ -112,11 +112,11 @@ class PagedCache:
     def read(self, page: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """One page's bytes, all layers."""
         parts = [store[:, page].contiguous().view(torch.uint8) for store in self._stores]
-        return torch.cat([part.flatten() for part in parts]).cpu().numpy()
+        return fetched(torch.cat([part.flatten() for part in parts]))
 
     def write(self, page: int, data: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
         """Put what `read` gave into a page."""
-        found, first = torch.from_numpy(np.array(data, np.uint8)).to(self.device), 0
+        found, first = send(np.asarray(data, np.uint8), str(self.device)), 0
         for store in self._stores:
             own = store[:, page]
             size = own.numel() * own.element_size()
@@ -127,6 +127,14 @@ class PagedCache:
 def upload(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
     """A small array on the device, without waiting: the driver keeps a copy of what is on its way."""
     return torch.from_numpy(array).to(device, non_blocking=True)
+
+
+def fetched(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """A tensor on the host, through pinned memory, which torch keeps for the next one."""
+    if not tensor.is_cuda:
+        return tensor.numpy()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor).numpy()
 
 
 def send(data: np.ndarray[Any, np.dtype[np.uint8]], device: str) -> torch.Tensor:
