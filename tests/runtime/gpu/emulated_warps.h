@@ -87,7 +87,6 @@ inline unsigned __float2uint_rn(float x) { return x > 0 ? (unsigned)std::nearbyi
 inline float __expf(float x) { return std::exp(x); }
 
 inline void copy16(void* to, const void* from) { memcpy(__builtin_assume_aligned(to, 16), from, 16); }
-inline void copy8(void* to, const void* from) { memcpy(to, from, 8); }
 inline void copy4(void* to, const void* from) { memcpy(to, from, 4); }
 inline uint32_t permuted(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t both = (uint64_t)b << 32 | a;

@@ -30,7 +30,7 @@ HERE = Path(__file__).parent
 KERNEL = Path(batch_attention.__file__).parent / "kernels" / "paged_attention.cu"
 LENGTHS = (1, 33, 64)
 TABLE = 3
-INLINE = ("copy16", "copy8", "copy4", "permuted", "packed", "transposed", "multiply_add")
+INLINE = ("copy16", "copy4", "permuted", "packed", "transposed", "multiply_add")
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 

@@ -2,15 +2,14 @@
 //
 // A block takes one row, TOGETHER KV heads and one split of the row's tokens; the warps of a head take the split's
 // pages in turn. Warps of different heads read what lies side by side. A warp copies pages into its own ring in shared
-// memory (cp.async) and every lane reads back what it copied itself, so that a page costs no block barrier. The tensor
-// cores compute scores and outputs transposed, with the query heads on the side of 8 columns: with heads on the side of
-// 16 rows half the work and half the registers would be padding.
+// memory (cp.async), so that a page costs no block barrier. The tensor cores compute scores and outputs transposed,
+// with the query heads on the side of 8 columns: with heads on the side of 16 rows half the work and half the registers
+// would be padding.
 //
 // All products are of int8: keys and values are taken as they are stored. A query is 128 * high + low, 15 bits with a
 // scale a head, and so is a weight, 14 bits: nothing is lost that bf16 would keep. Up to 4 heads share a KV head in
 // most models; then high parts are columns 0 to 3 of one product and low parts columns 4 to 7, else there are two
-// products. (Turned into bf16 first, as many bytes took as long: something else bounds it, at 2.6 of a copy's 4.2
-// TB/s.)
+// products. (Turned into bf16 first, as many bytes took as long: the arithmetic is not what bounds it.)
 //
 // Which value sits where in an operand is free as long as both operands agree, so lanes take 16 neighbouring bytes at
 // once and no value moves between lanes but the weights (movmatrix).
@@ -24,6 +23,7 @@ typedef unsigned int u32;
 #define DEVICE __device__ __forceinline__
 
 constexpr int PAGE = 32, D = HEAD_DIM, HEADS = 8, HEAD_COUNT = KV_HEADS * SHARE;
+constexpr int UNITS = D / 16;                         // of 16 bytes in a key or value
 constexpr int KEY_CHUNKS = D / 64;                    // 16 bytes of a key that a lane takes: 4 lanes a key
 constexpr int VALUE_BYTES = D / 8 < 16 ? D / 8 : 16;  // of a value that a lane takes at once: 8 lanes a value
 constexpr int VALUE_CHUNKS = D / 8 / VALUE_BYTES;
@@ -56,9 +56,6 @@ extern "C" __constant__ int layout[2] = {WARPS * STAGES * STAGE_BYTES, WARPS * 3
 
 DEVICE void copy16(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from));
-}
-DEVICE void copy8(void* to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from));
 }
 DEVICE void copy4(void* to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from));
@@ -98,28 +95,21 @@ struct Place {
   int first, stride, count;    // pages of this warp: first, first + stride, ..
 };
 
-// A page of keys, values and scales on its way into a stage; every lane takes what it will read itself.
+// Where 16 bytes of a token's key or value stand in a stage, in units of 16 bytes: turned about within the token so
+// that neither the 8 lanes that copy a token nor the 8 that read together meet in a bank.
+DEVICE int key_place(int token, int unit) { return token * UNITS + (unit ^ (UNITS < 8 ? 0 : token % 2 * 4)); }
+DEVICE int value_place(int token, int unit) { return token * UNITS + (unit ^ (token / 2 % 4 * (UNITS < 8 ? 1 : 2))); }
+// A page of keys, values and scales on its way into a stage. Neighbouring lanes copy neighbouring bytes: memory answers
+// whole lines, asked for by 8 lanes at a time.
 DEVICE void fetch(const Args& a, const Place& p, u8* stage, int page, int lane) {
-  const int g = lane / 4, t = lane % 4;
   const size_t at = (size_t)page * KV_HEADS + p.head;
   const u8 *keys = a.keys + at * SLAB, *values = a.values + at * SLAB;
 #pragma unroll
-  for (int i = 0; i < 4; i++)
-#pragma unroll
-    for (int c = 0; c < KEY_CHUNKS; c++)
-      copy16(stage + ((i * KEY_CHUNKS + c) * 32 + lane) * 16, keys + (g + 8 * i) * D + c * 64 + t * 16);
-  u8* to = stage + PAGE * D;
-#pragma unroll
-  for (int i = 0; i < 8; i++)
-#pragma unroll
-    for (int c = 0; c < VALUE_CHUNKS; c++) {
-      u8* place = to + ((i * VALUE_CHUNKS + c) * 32 + lane) * VALUE_BYTES;
-      const u8* from = values + (2 * t + i % 2 * 8 + i % 4 / 2 + i / 4 * 16) * D + c * 128 + g * VALUE_BYTES;
-      if (VALUE_BYTES == 16)
-        copy16(place, from);
-      else
-        copy8(place, from);
-    }
+  for (int i = 0; i < UNITS; i++) {
+    const int from = 32 * i + lane, token = from / UNITS, unit = from % UNITS;
+    copy16(stage + key_place(token, unit) * 16, keys + from * 16);
+    copy16(stage + PAGE * D + value_place(token, unit) * 16, values + from * 16);
+  }
   float* scales = (float*)(stage + 2 * PAGE * D);
   copy4(scales + lane, a.key_scales + at * (SLAB / 4) + lane);
   copy4(scales + PAGE + lane, a.value_scales + at * (SLAB / 4) + lane);
@@ -183,15 +173,15 @@ DEVICE void load_queries(const Args& a, const Place& p, int lane, Queries& q) {
 // Scores of 32 tokens, [half][token g or g + 8 of it, by head], in log2.
 DEVICE void scores_of(const Args& a, const Place& p, const u8* stage, const Queries& q, int token0, int lane,
                       float (&s)[2][4]) {
-  const int g = lane / 4;
+  const int g = lane / 4, t = lane % 4;
   const float* scales = (const float*)(stage + 2 * PAGE * D);
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     int sums[PARTS][4] = {};
 #pragma unroll
     for (int c = 0; c < KEY_CHUNKS; c++) {
-      const uint4 x = *(const uint4*)(stage + ((2 * half * KEY_CHUNKS + c) * 32 + lane) * 16),
-                  y = *(const uint4*)(stage + (((2 * half + 1) * KEY_CHUNKS + c) * 32 + lane) * 16);
+      const uint4 x = *(const uint4*)(stage + key_place(16 * half + g, 4 * c + t) * 16),
+                  y = *(const uint4*)(stage + key_place(16 * half + 8 + g, 4 * c + t) * 16);
 #pragma unroll
       for (int part = 0; part < PARTS; part++) {
         multiply_add(sums[part], x.x, y.x, x.y, y.y, q.words[part][4 * c], q.words[part][4 * c + 1]);
@@ -259,7 +249,8 @@ DEVICE void add_values(const u8* values, const u32 (&weights)[PARTS][2], float s
     u32 v[8][VALUE_WORDS];
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      const u8* from = values + ((i * VALUE_CHUNKS + c) * 32 + lane) * VALUE_BYTES;
+      const int byte = c * 128 + lane / 4 * VALUE_BYTES, token = lane % 4 * 2 + i % 2 * 8 + i % 4 / 2 + i / 4 * 16;
+      const u8* from = values + value_place(token, byte / 16) * 16 + byte % 16;
       if constexpr (VALUE_WORDS == 4) {
         const uint4 x = *(const uint4*)from;
         v[i][0] = x.x, v[i][1] = x.y, v[i][2] = x.z, v[i][3] = x.w;
