@@ -67,7 +67,7 @@ namespace hasten {
 const Kernels kAmxKernels = {
     .name = "amx",
     .ways = avx512::kIntWays,
-    .usual_way = {3, 2, 2, 2, 2, 4},
+    .usual_way = {3, 2, 2, 5, 5, 4},
     .linear_bf16 = amx::linear_bf16,
     .linear_wide = amx::linear_wide,
     .quantize = avx512::quantize,

@@ -13,19 +13,20 @@ namespace hasten::avx512 {
 namespace {
 
 constexpr int kTile = 6;
+constexpr int kOnePass = 8;  // up to so many tokens a panel is read once
 constexpr int kTokenBlock = 96;
 
-template <int M, int R>
+// AHEAD: with software prefetch, for weights that come from memory.
+template <int M, int R, bool AHEAD>
 void bf16_tile(const Packed& w, int p, const bf16* x, size_t ldx, float* out, size_t ldo, bool add) {
   const bf16* panel[R];
   repeat<R>(HASTEN_EACH(r) { panel[r] = reinterpret_cast<const bf16*>(w.panel(p + r)); });
   __m512 sum[M][R];
   repeat<M>(HASTEN_EACH(m) { repeat<R>(HASTEN_EACH(r) { sum[m][r] = _mm512_setzero_ps(); }); });
   const int pairs = w.padded_cols() / 2;
-  // Software prefetch only pays where weights come from memory, that is with few tokens.
   constexpr int kStep = 16;
   for (int i = 0; i < pairs; i += kStep) {
-    if constexpr (M <= 2)
+    if constexpr (AHEAD)
       repeat<R>(HASTEN_EACH(r) {
         for (int line = 0; line < kStep; line++)
           _mm_prefetch(reinterpret_cast<const char*>(panel[r]) + 4096 + 64 * line, _MM_HINT_T0);
@@ -41,25 +42,21 @@ void bf16_tile(const Packed& w, int p, const bf16* x, size_t ldx, float* out, si
   });
 }
 
-template <int M>
+template <int M, bool AHEAD>
 void bf16_panels(const Packed& w, int p0, int p1, const bf16* x, size_t ldx, float* out, size_t ldo, bool add) {
   int p = p0;
   if constexpr (M == 1)
-    for (; p + 4 <= p1; p += 4) bf16_tile<M, 4>(w, p, x, ldx, out, ldo, add);
-  for (; p + 2 <= p1; p += 2) bf16_tile<M, 2>(w, p, x, ldx, out, ldo, add);
-  for (; p < p1; p++) bf16_tile<M, 1>(w, p, x, ldx, out, ldo, add);
+    for (; p + 4 <= p1; p += 4) bf16_tile<M, 4, AHEAD>(w, p, x, ldx, out, ldo, add);
+  for (; p + 2 <= p1; p += 2) bf16_tile<M, 2, AHEAD>(w, p, x, ldx, out, ldo, add);
+  for (; p < p1; p++) bf16_tile<M, 1, AHEAD>(w, p, x, ldx, out, ldo, add);
 }
 
+// M tokens, a run-time number up to MOST.
+template <int MOST, bool AHEAD>
 void bf16_rest(const Packed& w, int p0, int p1, const bf16* x, size_t ldx, int m, float* out, size_t ldo, bool add) {
-  switch (m) {
-    case 1: return bf16_panels<1>(w, p0, p1, x, ldx, out, ldo, add);
-    case 2: return bf16_panels<2>(w, p0, p1, x, ldx, out, ldo, add);
-    case 3: return bf16_panels<3>(w, p0, p1, x, ldx, out, ldo, add);
-    case 4: return bf16_panels<4>(w, p0, p1, x, ldx, out, ldo, add);
-    case 5: return bf16_panels<5>(w, p0, p1, x, ldx, out, ldo, add);
-    case 6: return bf16_panels<6>(w, p0, p1, x, ldx, out, ldo, add);
-    default: return;
-  }
+  if constexpr (MOST > 1)
+    if (m < MOST) return bf16_rest<MOST - 1, AHEAD>(w, p0, p1, x, ldx, m, out, ldo, add);
+  if (m == MOST) bf16_panels<MOST, AHEAD>(w, p0, p1, x, ldx, out, ldo, add);
 }
 
 inline __mmask16 lanes_left(int left) {
@@ -69,13 +66,14 @@ inline __mmask16 lanes_left(int left) {
 }  // namespace
 
 void linear_bf16(const Packed& w, int p0, int p1, const bf16* x, size_t ldx, int m, float* out, size_t ldo, bool add) {
-  if (m <= kTile) return bf16_rest(w, p0, p1, x, ldx, m, out, ldo, add);
+  if (m <= kOnePass) return bf16_rest<kOnePass, true>(w, p0, p1, x, ldx, m, out, ldo, add);
   for (int t0 = 0; t0 < m; t0 += kTokenBlock)
     for (int p = p0; p < p1; p += 2) {
       const int t1 = std::min(m, t0 + kTokenBlock), p_end = std::min(p1, p + 2);
       int t = t0;
-      for (; t + kTile <= t1; t += kTile) bf16_panels<kTile>(w, p, p_end, x + t * ldx, ldx, out + t * ldo, ldo, add);
-      bf16_rest(w, p, p_end, x + t * ldx, ldx, t1 - t, out + t * ldo, ldo, add);
+      for (; t + kTile <= t1; t += kTile)
+        bf16_panels<kTile, false>(w, p, p_end, x + t * ldx, ldx, out + t * ldo, ldo, add);
+      bf16_rest<kTile - 1, false>(w, p, p_end, x + t * ldx, ldx, t1 - t, out + t * ldo, ldo, add);
     }
 }
 
@@ -172,7 +170,7 @@ namespace hasten {
 const Kernels kAvx512Kernels = {
     .name = "avx512",
     .ways = avx512::kIntWays,
-    .usual_way = {3, 2, 2, 2, 2, 4},
+    .usual_way = {3, 2, 2, 5, 5, 4},
     .linear_bf16 = avx512::linear_bf16,
     .linear_wide = nullptr,
     .quantize = avx512::quantize,

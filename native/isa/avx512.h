@@ -5,7 +5,7 @@
 
 namespace hasten::avx512 {
 
-extern const IntWay kIntWays[5];
+extern const IntWay kIntWays[6];
 void linear_bf16(const Packed& w, int p0, int p1, const bf16* x, size_t ldx, int m, float* out, size_t ldo, bool add);
 void quantize(const float* x, int n, int padded, int8_t* q, float* scale, int32_t* nsum, int32_t* nsum16);
 void to_bf16(const float* x, int n, int padded, bf16* out);

@@ -3,6 +3,7 @@
 // into L1 once and multiplied with tiles of 6 tokens x 32 rows. How many panels are streamed side by side, and whether
 // software prefetch helps, differs between processors: each is a way of its own.
 #include <algorithm>
+#include <vector>
 
 #include "isa/avx512.h"
 #include "isa/avx512_unpack.inl"
@@ -15,6 +16,11 @@ constexpr int kTile = 6;          // tokens a tile: 12 int and 12 float accumula
 constexpr int kTokenBlock = 192;  // tokens whose activations stay in L2 while panels pass by
 constexpr int kAhead = 2304;      // bytes each stream is asked for before it is needed, where prefetch is on
 constexpr int kDepth = 1024;      // inputs unpacked at a time: 32 KB of weights for a panel pair
+#ifdef HASTEN_SANITIZED
+constexpr int kWideTile = 3;
+#else
+constexpr int kWideTile = 8;  // tokens that one pass over a pair of panels serves, some of their sums on the stack
+#endif
 
 inline void store(float* out, __m512 value, bool add) {
   _mm512_storeu_ps(out, add ? _mm512_add_ps(_mm512_loadu_ps(out), value) : value);
@@ -38,8 +44,9 @@ struct Stream {
   using Plain = Stream<BITS, STEP, SYMMETRIC, ONE, false>;  // for the last panels of a matrix, which are few
 };
 
-// M tokens x R panels over the whole depth, weights taken straight from the packed blocks.
-template <typename S, int M, int R>
+// M tokens x R panels over the whole depth, weights taken straight from the packed blocks. SHIFTED: the sums of x were
+// multiplied by the zero point before.
+template <typename S, int M, int R, bool SHIFTED = false>
 void stream_tile(const Packed& w, int p, const QuantRows& x, float* out, size_t ldo, bool add) {
   constexpr int STEP = S::STEP;
   // One token and one panel would be one chain of sums; two chains, added at the end, are the same integer sooner.
@@ -49,10 +56,16 @@ void stream_tile(const Packed& w, int p, const QuantRows& x, float* out, size_t 
   const uint8_t* panel[R];
   repeat<R>(HASTEN_EACH(r) { panel[r] = w.panel(p + r); });
   const size_t cols = x.cols;
-  const int8_t* q[(M + 2) / 3];  // every third token's row: the two after it are within reach of an address
-  repeat<(M + 2) / 3>(HASTEN_EACH(i) { q[i] = x.q + 3 * i * cols; });
-  const float* act = x.scale;
-  const int32_t* nsum = STEP == 16 ? x.nsum16 : x.nsum;
+  constexpr int kThirds = (M + 2) / 3;  // every third token's row: the two after it are within reach of an address
+  const int8_t* q[kThirds];
+  const float* act[kThirds];
+  const int32_t* nsum[kThirds];
+  const size_t acts = cols / 32, sums = cols / STEP;
+  repeat<kThirds>(HASTEN_EACH(i) {
+    q[i] = x.q + 3 * i * cols;
+    act[i] = x.scale + 3 * i * acts;
+    nsum[i] = (STEP == 16 ? x.nsum16 : x.nsum) + 3 * i * sums;
+  });
   // Near the end of a panel the next bytes are those of panel p + R: this one's neighbours are being read already.
   const size_t jump = (R - 1) * w.format.panel_bytes(w.cols);
   const int blocks = w.padded_cols() / group, last_blocks = kAhead / block_bytes + 1;
@@ -68,8 +81,8 @@ void stream_tile(const Packed& w, int p, const QuantRows& x, float* out, size_t 
       __m512i dot[kChains][R][M];
       repeat<M>(HASTEN_EACH(m) {
         __m512i start = _mm512_setzero_si512();
-        if constexpr (S::SYMMETRIC)
-          start = _mm512_slli_epi32(_mm512_set1_epi32(nsum[m * (cols / STEP) + i]), S::BITS - 1);
+        if constexpr (S::SYMMETRIC) start = _mm512_set1_epi32(nsum[m / 3][m % 3 * sums]);
+        if constexpr (S::SYMMETRIC && !SHIFTED) start = _mm512_slli_epi32(start, S::BITS - 1);
         repeat<R>(HASTEN_EACH(r) { dot[0][r][m] = start; });
         if constexpr (kChains == 2) repeat<R>(HASTEN_EACH(r) { dot[1][r][m] = _mm512_setzero_si512(); });
       });
@@ -94,17 +107,21 @@ void stream_tile(const Packed& w, int p, const QuantRows& x, float* out, size_t 
       repeat<R>(HASTEN_EACH(r) {
         const __m512 scale = load_scales(panel[r] + scales0);
         repeat<M>(HASTEN_EACH(m) {
-          const float a = act[m * (cols / 32) + (STEP == 16 ? i / 2 : i)];
+          const float a = act[m / 3][m % 3 * acts];
           if constexpr (kChains == 2) dot[0][r][m] = _mm512_add_epi32(dot[0][r][m], dot[1][r][m]);
           sum[r][m] =
               _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[0][r][m]), _mm512_mul_ps(scale, _mm512_set1_ps(a)), sum[r][m]);
           if constexpr (!S::SYMMETRIC) {
-            const float total = a * static_cast<float>(-nsum[m * (cols / STEP) + i]);
+            const float total = a * static_cast<float>(-nsum[m / 3][m % 3 * sums]);
             sum[r][m] = _mm512_fmadd_ps(load_scales(panel[r] + scales0 + 32), _mm512_set1_ps(total), sum[r][m]);
           }
         });
       });
-      repeat<(M + 2) / 3>(HASTEN_EACH(n) { q[n] += STEP; });
+      repeat<kThirds>(HASTEN_EACH(n) {
+        q[n] += STEP;
+        act[n] += STEP == 16 ? i % 2 : 1;
+        nsum[n]++;
+      });
     }
     repeat<R>(HASTEN_EACH(r) { panel[r] += block_bytes; });
   }
@@ -132,19 +149,37 @@ void stream_tokens(const Packed& w, int p, const QuantRows& x, int m, float* out
   stream_tile<S, M, R>(w, p, x, out, ldo, add);
 }
 
+// The activations of m tokens with their sums multiplied by the zero point, in memory of this thread that the next
+// call takes again: one shift a step less where eight tokens leave none of the multipliers idle.
+template <typename S>
+QuantRows shifted(const QuantRows& x, int m) {
+  static thread_local std::vector<int32_t> products;
+  const size_t n = static_cast<size_t>(m) * x.cols / S::STEP;
+  products.resize(std::max(products.size(), n));
+  const int32_t* nsum = S::STEP == 16 ? x.nsum16 : x.nsum;
+  for (size_t i = 0; i < n; i++) products[i] = nsum[i] * (1 << (S::BITS - 1));
+  return {x.q, x.scale, products.data(), products.data(), x.cols};
+}
+
 // R panels at a time; more tokens than there are registers for are taken in equal tiles, the first of which reads the
-// panels from memory and the others from L1.
-template <typename S, int R>
+// panels from memory and the others from L1. WIDE: eight tokens at a time first.
+template <typename S, int R, bool WIDE = false>
 void stream(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add) {
   if constexpr (R > 2)
     if (m > 1) return stream<S, 2>(w, p0, p1, x, m, out, ldo, add);
-  const int tiles = (m + kMostTokens<S, R> - 1) / kMostTokens<S, R>;
+  const int first = WIDE ? m / kWideTile * kWideTile : 0, rest = m - first;
+  const int tiles = (rest + kMostTokens<S, R> - 1) / kMostTokens<S, R>;
+  const QuantRows wide = WIDE && S::SYMMETRIC && first > 0 ? shifted<S>(x, first) : x;
   int p = p0;
-  for (; p + R <= p1; p += R)
+  for (; p + R <= p1; p += R) {
+    if constexpr (WIDE)
+      for (int t = 0; t < first; t += kWideTile)
+        stream_tile<S, kWideTile, R, S::SYMMETRIC>(w, p, from_token(wide, t), out + t * ldo, ldo, add);
     for (int i = 0; i < tiles; i++) {
-      const int t = m * i / tiles, end = m * (i + 1) / tiles;
+      const int t = first + rest * i / tiles, end = first + rest * (i + 1) / tiles;
       stream_tokens<S, R>(w, p, from_token(x, t), end - t, out + t * ldo, ldo, add);
     }
+  }
   if constexpr (R > 1)
     if (p < p1) stream<typename S::Plain, R / 2>(w, p, p1, x, m, out, ldo, add);
 }
@@ -281,19 +316,21 @@ void blocked(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* 
     }
 }
 
-enum class How { kOne, kTwo, kTwoAhead, kFourAhead, kBlocked };
+enum class How { kOne, kTwo, kTwoAhead, kTwoWide, kFourAhead, kBlocked };
 
 template <How HOW, int BITS, int STEP, bool SYMMETRIC, bool ONE>
 void by_way(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add) {
   // Formats that recipes make (groups of 32, symmetric) have every way. For the others a pair of panels always comes
   // with prefetch.
-  constexpr bool kAheadToo =
-      HOW == How::kTwoAhead || HOW == How::kFourAhead || (HOW == How::kTwo && !(ONE && SYMMETRIC));
+  constexpr bool kAheadToo = HOW == How::kTwoAhead || HOW == How::kTwoWide || HOW == How::kFourAhead ||
+                             (HOW == How::kTwo && !(ONE && SYMMETRIC));
   constexpr int R = HOW == How::kOne ? 1 : HOW == How::kFourAhead ? 4 : 2;
   if constexpr (HOW == How::kBlocked)
     blocked<BITS, STEP, SYMMETRIC>(w, p0, p1, x, m, out, ldo, add);
   else
-    stream<Stream<BITS, STEP, SYMMETRIC, ONE, kAheadToo>, R>(w, p0, p1, x, m, out, ldo, add);
+    for (int t = 0; t < m; t += kTokenBlock)
+      stream<Stream<BITS, STEP, SYMMETRIC, ONE, kAheadToo>, R, HOW == How::kTwoWide>(
+          w, p0, p1, from_token(x, t), std::min(kTokenBlock, m - t), out + t * ldo, ldo, add);
 }
 
 template <How HOW, int BITS>
@@ -329,11 +366,12 @@ void unpack_whole(const PackedFormat& format, const uint8_t* block, uint8_t* out
 
 }  // namespace
 
-const IntWay kIntWays[5] = {{"avx512 one panel", 1, by_bits<How::kOne>},
+const IntWay kIntWays[6] = {{"avx512 one panel", 1, by_bits<How::kOne>},
                             {"avx512 two panels", 2, by_bits<How::kTwo>},
                             {"avx512 two panels, prefetch", 2, by_bits<How::kTwoAhead>},
                             {"avx512 four panels, prefetch", 4, by_bits<How::kFourAhead>},
-                            {"avx512 unpack", 2, by_bits<How::kBlocked>}};
+                            {"avx512 unpack", 2, by_bits<How::kBlocked>},
+                            {"avx512 two panels, eight tokens", 2, by_bits<How::kTwoWide>}};
 
 void unpack_block(const PackedFormat& format, const uint8_t* block, uint8_t* out, size_t stride) {
   switch (format.bits) {

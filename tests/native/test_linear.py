@@ -104,7 +104,7 @@ def test_every_way_gives_the_same_bits(isa: str, fmt: Format) -> None:
     """Tiles, panels side by side, prefetch, unpacking: a choice of these may cost time, never a bit."""
     if len(_native.int_ways()) == 1:
         pytest.skip(f"{isa} has one way only")
-    w, x = random_weights(fmt, 5 * PANEL - 5, 160), activations(25, 160)
+    w, x = random_weights(fmt, 5 * PANEL - 5, 160), activations(201, 160)
     what = (fmt.bits, fmt.group, fmt.symmetric)
     before = np.random.default_rng(1).standard_normal((7, len(w.u))).astype(np.float32)
     wanted = linear_native(w, x)
@@ -113,7 +113,7 @@ def test_every_way_gives_the_same_bits(isa: str, fmt: Format) -> None:
         for way in _native.int_ways():
             for row_class in range(len(_native.row_classes())):
                 _native.choose_way(*what, row_class, way)
-            for m in (1, 2, 3, 4, 5, 6, 7, 9, 13, 25):
+            for m in (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 25, 201):
                 assert _native.way_for(*what, m) == way
                 np.testing.assert_array_equal(
                     linear_native(w, x[:m]), wanted[:m], err_msg=f"{way}, {m} tokens"
