@@ -78,8 +78,8 @@ def test_few_rows_are_timed_on_more_weights_than_many() -> None:
     watch = Stopwatch({tokens: [1.0, 1.0, 1.0] for tokens in (1, 4, 256)})
     measure_ways(watch, W6, 896, 2)
     sizes = dict(watch.timed)
-    assert sizes[1] > 8 << 20
-    assert sizes[256] < sizes[1] / 4
+    assert sizes[1] > 6 << 20
+    assert sizes[256] < sizes[1] / 3
 
 
 def test_what_was_measured_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

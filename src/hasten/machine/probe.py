@@ -502,7 +502,7 @@ def measure_ways(native: Any, fmt: Format, columns: int, threads: int) -> tuple[
     found = []
     for rows in native.row_classes():
         tokens = min(rows, _PROMPT)
-        height = max(16, int(((16 << 20) if tokens <= 8 else 2 << 20) / row_bytes) // 16 * 16)
+        height = max(16, int(((8 << 20) if tokens <= 8 else 2 << 20) / row_bytes) // 16 * 16)
         taken = names.index(native.way_for(*fmt, rows))
         seconds = native.time_ways(*fmt, height, columns, tokens, threads, _ROUNDS)
         best = min(range(len(names)), key=seconds.__getitem__)
