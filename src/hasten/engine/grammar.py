@@ -460,6 +460,9 @@ def answer_grammar(
     if calls is not None:
         rules += _call_rules(calls.functions, calls.most, calls.style)
         ways.append("calls")
+        if not calls.forced and calls.style.name in ("hermes", "hermes_list", "phi"):
+            rules.append(f"bare: {_bare_calls(calls)}")
+            ways.append("bare")
     if form is not None and not (calls is not None and calls.forced):
         rules += _form_rules(form)
         ways.append("form")
@@ -473,6 +476,22 @@ def answer_grammar(
     source = "\n".join([f"start: {before}({' | '.join(ways)})", *rules]) + "\n"
     limited = thought if thought is not None and thought.most_tokens is not None else None
     return Grammar("structural", source, limited)
+
+
+def _bare_calls(calls: Calls) -> str:
+    """A call without its marks: small models forget them, and readers take it all the same. It is written as
+    a schema, so that its first signs are those of a form and both stay possible."""
+    defs: dict[str, Any] = {}
+    ways = []
+    for name, schema in calls.functions.items():
+        for key in ("$defs", "definitions"):
+            defs.setdefault(key, {}).update(schema.get(key) or {})
+        said = {"name": {"const": name}, calls.style.arguments_key: schema}
+        ways.append(
+            {"type": "object", "properties": said, "required": list(said), "additionalProperties": False}
+        )
+    shared = {key: value for key, value in defs.items() if value}
+    return f"%json {json.dumps(_with_options({'anyOf': ways, **shared}, _IN_CALLS))}"
 
 
 def _form_rules(form: Grammar) -> list[str]:

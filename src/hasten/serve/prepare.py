@@ -134,12 +134,13 @@ class Asker:
         most = _MOST_CHARS * limit
         if len(text) > most and len(text) > (most := max(most, tokenizer.longest_token * limit)):
             said = f"the prompt has {len(text):,} characters; {limit} tokens hold {most:,} at most"
-            raise refused(said, None, code)
+            raise refused(f"{said}; {self._context_words()}", None, code)
         tokens = 0
         for start in range(0, len(text), part):
             tokens += tokenizer.count(text[start : start + part], add_special=False)
             if tokens >= 2 * limit:
-                raise refused(f"the prompt has more than {limit} tokens", None, code)
+                said = f"the prompt has more than {limit} tokens; {self._context_words()}"
+                raise refused(said, None, code)
 
     def limit(self, asked: int | None, prompt: int) -> int:
         """Tokens an answer may have.
@@ -177,7 +178,7 @@ class Asker:
         context = self.served.context
         able = getattr(self.served.model.config, "context", context)
         more = f" (the model can {able})" if able > context else ""
-        return f"this server's maximum context length is {context} tokens; more with --context{more}"
+        return f"this model's maximum context length is {context} tokens here; more with --context{more}"
 
     def shared(self, spec: SharedFields) -> dict[str, Any]:
         """What every request of the engine has of its body; `client` is the user of an address or key."""
