@@ -33,6 +33,9 @@ class ByteTokenizer:
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         return list(text.encode())
 
+    def opened(self, ids: list[int]) -> list[int]:
+        return ids
+
     def count(self, text: str, add_special: bool = True) -> int:
         return len(text.encode())
 
@@ -73,6 +76,7 @@ class StandInModel:
     config: Any = field(default_factory=lambda: SimpleNamespace(vocab=VOCAB, architecture="llama"))
     recipe: Any = field(default_factory=lambda: SimpleNamespace(name="w8"))
     placement: dict[str, Any] = field(default_factory=dict)
+    sampling: dict[str, float] = field(default_factory=dict)
     closed: bool = False
 
     def close(self) -> None:

@@ -132,6 +132,19 @@ def test_defaults_are_openais(server: Running) -> None:
     assert server.engine.asked[-1].sampling.seed != first.sampling.seed
 
 
+def test_defaults_are_the_models_own_where_its_authors_advise_some(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advised = {"temperature": 0.6, "top_k": 20.0, "top_p": 0.95, "repetition_penalty": 1.05}
+    monkeypatch.setattr(server.models["echo"], "sampling", advised)
+    server.ask(PATH, chat("x", top_p=1))
+    sampling = server.engine.asked[-1].sampling
+    assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.6, 20, 1)
+    assert sampling.repetition_penalty == 1.05
+    document = server.ask("/v1/responses", {"input": "x"}).json
+    assert (document["temperature"], document["top_p"]) == (0.6, 0.95)
+
+
 @pytest.mark.parametrize(
     ("fields", "kind", "source"),
     [

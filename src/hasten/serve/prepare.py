@@ -206,7 +206,7 @@ class Asker:
         return Request(
             prompt=prompt,
             max_new_tokens=max_new_tokens,
-            sampling=sampling_of(spec, usual_sampling(self.served)),
+            sampling=sampling_of(spec, self.served.model.sampling),
             stop=((spec.stop,) if isinstance(spec.stop, str) else tuple(spec.stop or ())) + more_stops,
             stop_token_ids=tuple(spec.stop_token_ids or ()),
             n=spec.n or 1,
@@ -271,11 +271,6 @@ def _mended_call(call: Mapping[str, Any]) -> Mapping[str, Any]:
     except (ValueError, RecursionError):
         pass
     return {**call, "function": {**function, "arguments": {"malformed": str(arguments)}}}
-
-
-def usual_sampling(served: Served) -> Mapping[str, float]:
-    """What the model's authors advise; nothing where they say nothing."""
-    return getattr(served.model, "sampling", None) or {}
 
 
 @dataclass(frozen=True)
