@@ -367,3 +367,117 @@ def test_modules_with_a_width_and_an_order_of_their_own() -> None:
     for matrix in quantization.matrices(tensors, "here"):
         assert matrix.bits == bits[matrix.module]
         np.testing.assert_array_equal(matrix.values(), wanted[matrix.module])
+
+
+def stored(parts: dict[str, torch.Tensor | np.ndarray]) -> dict[str, SourceTensor]:
+    """Tensors as a file holds them."""
+    kinds = {"uint8": "U8", "int8": "I8", "float32": "F32", "float8_e4m3fn": "F8_E4M3", "bfloat16": "BF16"}
+    found = {}
+    for name, value in parts.items():
+        tensor = torch.as_tensor(value)
+        raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        kind = kinds[str(tensor.dtype).removeprefix("torch.")]
+        found[name] = SourceTensor(name, tuple(tensor.shape), kind, raw)
+    return found
+
+
+FP8 = {"quant_method": "fp8"}
+FLOATS = {
+    "quant_method": "compressed-tensors", "format": "float-quantized",
+    "config_groups": {"group_0": {"weights": {"type": "float", "num_bits": 8, "strategy": "channel"}}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config, part, shape",
+    [
+        (FP8, "weight_scale", ()),
+        (FP8, "weight_scale", (1,)),
+        (FLOATS, "weight_scale", (200, 1)),
+        ({"quant_method": "fbgemm_fp8"}, "weight_scale", (200, 1)),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, "weight_scale", ()),
+        ({**FP8, "weight_block_size": [128, 128]}, "weight_scale_inv", (2, 3)),
+        ({**FP8, "weight_block_size": [64, 32]}, "weight_scale_inv", (4, 9)),
+    ],
+)
+def test_fp8_by_tensor_row_and_block(config: dict[str, object], part: str, shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    codes = (torch.randn(200, 260, generator=generator) * 50).to(torch.float8_e4m3fn)
+    scale = torch.rand(shape, generator=generator) + 0.5
+    spread = scale
+    if part == "weight_scale_inv":
+        high, wide = config["weight_block_size"]  # type: ignore[misc]
+        spread = scale.repeat_interleave(high, 0)[:200].repeat_interleave(wide, 1)[:, :260]
+    wanted = (codes.float() * spread).numpy()
+    quantization = quantization_of({"quantization_config": config}, "here")
+    assert quantization is not None
+    (matrix,) = quantization.matrices(stored({"m.weight": codes, f"m.{part}": scale}), "here")
+    np.testing.assert_array_equal(dequantize(matrix.tensor()), wanted)
+
+
+def test_bitsandbytes_of_8_bits_keeps_its_integers() -> None:
+    rng = np.random.default_rng(1)
+    weight, peaks = rng.integers(-127, 128, (8, 64)).astype(np.int8), rng.uniform(1, 2, 8).astype(np.float32)
+    quantization = quantization_of({"quantization_config": {"quant_method": "bitsandbytes"}}, "here")
+    assert quantization is not None
+    parts = {"m.weight": weight, "m.SCB": peaks, "m.weight_format": np.array(0, np.uint8)}
+    (matrix,) = quantization.matrices(stored(parts), "here")
+    assert matrix.tensor().dtype == "S8_64"
+    wanted = weight.astype(np.float32) * (peaks / np.float32(127))[:, None]
+    np.testing.assert_array_equal(dequantize(matrix.tensor()), wanted)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_bitsandbytes_of_4_bits(nested: bool) -> None:
+    rng = np.random.default_rng(1)
+    rows, cols, size = 6, 96, 64
+    codes, blocks = rng.integers(0, 16, rows * cols), rows * cols // size
+    table = np.sort(rng.uniform(-1, 1, 16)).astype(np.float32)
+    peaks = rng.uniform(0.01, 0.1, blocks).astype(np.float32)
+    state = {"quant_type": "nf4", "blocksize": size, "shape": [rows, cols], "dtype": "bfloat16"}
+    parts: dict[str, np.ndarray] = {
+        "m.weight": (codes[::2] << 4 | codes[1::2]).astype(np.uint8)[:, None],
+        "m.weight.quant_map": table,
+        "m.weight.absmax": peaks,
+    }
+    if nested:
+        state |= {"nested_blocksize": 4, "nested_offset": 0.05}
+        levels, most = rng.uniform(-1, 1, 256).astype(np.float32), rng.uniform(0, 1, 3).astype(np.float32)
+        chosen = rng.integers(0, 256, blocks).astype(np.uint8)
+        more = {"absmax": chosen, "nested_quant_map": levels, "nested_absmax": most}
+        parts |= {f"m.weight.{name}": value for name, value in more.items()}
+        peaks = levels[chosen] * np.repeat(most, 4)[:blocks] + np.float32(0.05)
+    text = json.dumps(state).encode()
+    parts["m.weight.quant_state.bitsandbytes__nf4"] = np.frombuffer(text, np.uint8).copy()
+    quantization = quantization_of({"quantization_config": {"quant_method": "bitsandbytes"}}, "here")
+    assert quantization is not None
+    (matrix,) = quantization.matrices(stored(parts), "here")
+    wanted = (table[codes] * np.repeat(peaks, size)).reshape(rows, cols)
+    np.testing.assert_allclose(dequantize(matrix.tensor()), wanted, rtol=1e-6)
+
+
+def test_a_folder_in_fp8_computes_what_its_values_do(
+    tiny_folder: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensors = load_file(tiny_folder("llama") / "model.safetensors")
+    own, meant = {}, {}
+    for name, value in tensors.items():
+        if "_proj" in name and value.dim() == 2:
+            scale = value.abs().max().float() / 448
+            codes = (value.float() / scale).to(torch.float8_e4m3fn)
+            own |= {name: codes, f"{name}_scale": scale}
+            meant[name] = (codes.float() * scale).numpy()
+        else:
+            own[name] = value
+    folder = tmp_path / "fp8"
+    folder.mkdir()
+    for file in tiny_folder("llama").iterdir():
+        if file.name != "model.safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    save_file(own, folder / "model.safetensors")
+    change_model(folder, quantization_config={"quant_method": "fp8", "activation_scheme": "dynamic"})
+    source = open_model(folder)
+    assert "fp8 values" in caplog.text
+    for name, wanted in meant.items():
+        part = (FAMILIES["llama"].hf_names.parts(name) or ("",))[0]
+        np.testing.assert_array_equal(dequantize(source.tensors[part]), wanted)

@@ -164,8 +164,8 @@ def of_weights(**options: Any) -> dict[str, Any]:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quant_method 'bitsandbytes'"),
-    ({"quant_method": "fp8"}, "quant_method 'fp8'"),
+    ({"quant_method": "hqq"}, "quant_method 'hqq'"),
+    ({"quant_method": "fp8", "weight_block_size": 128}, "weight_block_size 128"),
     ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_method 'modelopt'"),
     ({"bits": 4}, "quant_method None"),
     ({"quant_method": "gptq", "bits": 5, "group_size": 32}, "bits 5"),
@@ -217,3 +217,11 @@ def test_modules_left_out_are_no_harm() -> None:
     ):
         assert quantization_of({"quantization_config": {**gptq, **more}}, "config.json") is not None
     assert quantization_of({"quantization_config": None}, "config.json") is None
+
+
+@pytest.mark.parametrize("method", ["fp8", "bitsandbytes"])
+def test_a_configuration_that_the_weights_do_not_follow(method: str) -> None:
+    found = quantization_of({"quantization_config": {"quant_method": method}}, "config.json")
+    assert found is not None
+    with pytest.raises(FormatError, match=f"the configuration says {method}"):
+        found.matrices({}, "here")

@@ -23,14 +23,15 @@ orders alone; q and scales are read when a tensor's data are.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from hasten.errors import FormatError
+from hasten.models.families.family import Fields
 from hasten.weights.tensors import SourceTensor
 
 Tensors = Mapping[str, SourceTensor]
@@ -98,6 +99,30 @@ class QuantizedMatrix:
         head = np.stack(numbers, axis=-1).astype("<f4").view(np.uint8)  # [rows, groups, 4 or 8]
         head = head[:, np.arange(self.cols // group) * group // self.group]
         return np.concatenate([head, u.reshape(self.rows, -1, group)], axis=2)
+
+
+@dataclass(frozen=True)
+class FloatMatrix:
+    """A quantised matrix whose codes are no integers of one scale a group: fp8, nf4. It is kept in bf16."""
+
+    module: str
+    rows: int
+    cols: int
+    values: Callable[[], npt.NDArray[np.float32]]  # [rows, cols]
+    used: tuple[str, ...]
+    kind: str  # what the codes are, in words
+
+    def tensor(self) -> SourceTensor:
+        """As a tensor named `module.weight`, whose data are made when they are read."""
+        name = f"{self.module}.weight"
+
+        def data() -> npt.NDArray[np.uint8]:
+            return np.ascontiguousarray(self.values(), np.float32).view(np.uint8).reshape(-1)
+
+        return SourceTensor(name, (self.rows, self.cols), "F32", data)
+
+
+Matrix = QuantizedMatrix | FloatMatrix
 
 
 def bit_fields(packed: npt.NDArray[np.int32], bits: int, count: int) -> npt.NDArray[np.uint8]:
@@ -202,7 +227,7 @@ def array(tensor: SourceTensor) -> npt.NDArray[np.generic]:
     if tensor.dtype == "BF16":
         wide = tensor.data.view("<u2").astype(np.uint32) << np.uint32(16)
         return wide.view(np.float32).reshape(tensor.shape)
-    kinds = {"F32": "<f4", "F16": "<f2", "I8": "i1", "I32": "<i4", "I64": "<i8"}
+    kinds = {"F32": "<f4", "F16": "<f2", "I8": "i1", "I32": "<i4", "I64": "<i8", "U8": "u1", "F8_E4M3": "u1"}
     return tensor.data.view(kinds[tensor.dtype]).reshape(tensor.shape)
 
 
@@ -221,6 +246,8 @@ def modules_with(tensors: Tensors, part: str) -> list[str]:
     return [name.removesuffix(f".{part}") for name in tensors if name.endswith(f".{part}")]
 
 
+SCALES = ("BF16", "F16", "F32")
+"""Types that scales come in."""
 UNUSED = ("input_scale", "input_zero_point", "output_scale", "output_zero_point", "k_scale", "v_scale")
 """Scales of activations and of keys and values: read by engines that round those by them."""
 _log = logging.getLogger("hasten.models")
@@ -229,7 +256,7 @@ _log = logging.getLogger("hasten.models")
 class Quantization(Protocol):
     """How a checkpoint's matrices are packed."""
 
-    def matrices(self, tensors: Tensors, where: str) -> list[QuantizedMatrix]:
+    def matrices(self, tensors: Tensors, where: str) -> Sequence[Matrix]:
         """Every quantised module; FormatError where a tensor is missing, misshapen or contradicts another."""
 
 
@@ -263,7 +290,7 @@ def merged(
             name in biases and not is_needed(name) and not array(tensor).any()
         ):
             unused.append(name)
-        elif tensor.dtype in ("I8", "I32", "I64"):
+        elif tensor.dtype in ("I8", "U8", "I32", "I64", "F8_E4M3"):
             raise FormatError(
                 f"{where}: tensor {name!r} holds integers ({tensor.dtype}) and is of no quantised module",
                 hint="the checkpoint is incomplete or packed in another way: download it again",
@@ -279,15 +306,31 @@ def merged(
     return result, tuple(unused)
 
 
-def _warn_of_bf16(matrices: list[QuantizedMatrix], where: str) -> None:
+def _warn_of_bf16(matrices: Sequence[Matrix], where: str) -> None:
     wide = [matrix for matrix in matrices if matrix.tensor().dtype == "F32"]
     if not wide:
         return
     megabytes = sum(matrix.rows * matrix.cols for matrix in wide) * 2e-6
-    ordered = any(matrix.groups_of is not None for matrix in wide)
+    floats = {matrix.kind for matrix in wide if isinstance(matrix, FloatMatrix)}
+    ordered = any(isinstance(m, QuantizedMatrix) and m.groups_of is not None for m in wide)
     reason = "inputs out of order (act-order)" if ordered else "groups of no multiple of 32"
+    reason = ", ".join(sorted(floats)) or reason
     _log.warning(
         "%s: %d of %d quantised matrices (%s ...) fit no integer layout: %s. Recipe source keeps them in "
         "bf16, %.0f MB; w8 or w6 is smaller and faster.",
         where, len(wide), len(matrices), wide[0].module, reason, megabytes,
     )  # fmt: skip
+
+
+def unsupported(fields: Fields, key: str, found: Any, known: str) -> FormatError:
+    """The error for an option that this program does not read."""
+    return FormatError(
+        f"{fields.where}: quantization_config.{key} {found!r:.80} is not supported",
+        hint=f"supported: {known}; else open the model it was made from and give a recipe (w4, w8)",
+    )
+
+
+def unsigned(signed: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:
+    """Signed integers of a width plus 2^(bits-1)."""
+    shifted = signed.astype(np.int8).view(np.uint8) + np.uint8(1 << (bits - 1))
+    return shifted & np.uint8((1 << bits) - 1)

@@ -30,6 +30,8 @@ groups of 32):
     weight_scale       [rows, 1], [rows, groups], or one value for all
     weight_zero_point  I8, as the scale
 
+fp8 and bitsandbytes: see quantized_floats.py.
+
 Sources: pack and forward of QuantLinear in AutoGPTQ (auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py);
 checkpoint_format in GPTQModel (gptqmodel/quantization/config.py); packing_format in AutoRound
 (auto_round/inference/backend.py); AutoAWQ (awq/utils/packing_utils.py, awq/modules/linear/gemm.py);
@@ -49,6 +51,7 @@ import numpy.typing as npt
 from hasten.errors import FormatError
 from hasten.models.families.family import Fields
 from hasten.models.quantized import (
+    SCALES,
     Parts,
     QAndScale,
     Quantization,
@@ -58,8 +61,11 @@ from hasten.models.quantized import (
     bit_fields,
     modules_with,
     scales,
+    unsigned,
+    unsupported,
     words,
 )
+from hasten.models.quantized_floats import BitsAndBytes, Fp8
 from hasten.weights.tensors import SourceTensor
 
 _GPTQ_BITS = (2, 3, 4, 8)
@@ -201,14 +207,6 @@ def group_size(fields: Fields, key: str = "group_size") -> int | None:
     return None if size == -1 else int(size)
 
 
-def unsupported(fields: Fields, key: str, found: Any, known: str) -> FormatError:
-    """The error for an option that this program does not read."""
-    return FormatError(
-        f"{fields.where}: quantization_config.{key} {found!r:.80} is not supported",
-        hint=f"supported: {known}; else open the model it was made from and give a recipe (w4, w8)",
-    )
-
-
 def _zero_offset(fields: Fields) -> int:
     if fields.text("quant_method").replace("_", "-") in ("auto-round", "intel/auto-round"):
         key = "packing_format" if fields.get("packing_format") is not None else "backend"
@@ -325,7 +323,6 @@ def _unpacked(tensor: SourceTensor) -> npt.NDArray[np.uint8]:
 _FORMATS = ("pack-quantized", "int-quantized")
 _STRATEGIES = ("group", "channel", "tensor")
 _PACKED_BITS = (4, 8)
-_SCALES = ("BF16", "F16", "F32")
 
 
 @dataclass(frozen=True)
@@ -418,7 +415,7 @@ class CompressedTensors:
     def _packed(self, parts: Parts) -> QuantizedMatrix:
         packed = parts.take("weight_packed", ("I32",), (None, None))
         rows, cols = (int(n) for n in array(parts.take("weight_shape", ("I64", "I32"), (2,))))
-        scale = parts.take("weight_scale", _SCALES, (None, None))
+        scale = parts.take("weight_scale", SCALES, (None, None))
         fitting = [s for s in self.schemes if s.fits(packed.shape[1], cols, scale.shape[1])]
         scheme = (fitting or self.schemes)[0]
         group = scheme.group or cols
@@ -428,7 +425,7 @@ class CompressedTensors:
                 f"[{rows}, {cols}] values of {scheme.bits} bits"
             )
         groups = -(-cols // group)
-        scale = parts.take("weight_scale", _SCALES, (rows, groups))
+        scale = parts.take("weight_scale", SCALES, (rows, groups))
         zero = _zero(parts, scheme, rows, groups)
         order = None
         if parts.has("weight_g_idx") and not _is_unset(parts.take("weight_g_idx", ("I32",), (cols,))):
@@ -450,12 +447,12 @@ class CompressedTensors:
         group = scheme.group or cols
         groups = -(-cols // group)
         one = parts.has("weight_scale") and parts.shape("weight_scale") in ((), (1,), (1, 1))
-        scale = parts.take("weight_scale", _SCALES, parts.shape("weight_scale") if one else (rows, groups))
+        scale = parts.take("weight_scale", SCALES, parts.shape("weight_scale") if one else (rows, groups))
         zero = _zero(parts, scheme, rows, groups)
 
         def read() -> QAndScale:
             values = np.broadcast_to(scales(scale).reshape((1, 1) if one else scale.shape), (rows, groups))
-            return _unsigned(array(weight), 8), np.ascontiguousarray(values)
+            return unsigned(array(weight), 8), np.ascontiguousarray(values)
 
         return QuantizedMatrix(parts.module, rows, cols, 8, group, zero, None, read, tuple(parts.used))
 
@@ -469,17 +466,11 @@ def _zero(parts: Parts, scheme: _Scheme, rows: int, groups: int) -> npt.NDArray[
     shape = parts.shape("weight_zero_point")
     if shape in ((), (1,), (1, 1)):
         value = array(parts.take("weight_zero_point", ("I8",), shape))
-        return np.broadcast_to(_unsigned(value.reshape(1, 1), scheme.bits), (rows, groups))
+        return np.broadcast_to(unsigned(value.reshape(1, 1), scheme.bits), (rows, groups))
     if shape == (rows, groups) and parts.dtype("weight_zero_point") != "I32":
-        return _unsigned(array(parts.take("weight_zero_point", ("I8",), shape)), scheme.bits)
+        return unsigned(array(parts.take("weight_zero_point", ("I8",), shape)), scheme.bits)
     packed = parts.take("weight_zero_point", ("I32",), (-(-rows * scheme.bits // 32), groups))
     return np.ascontiguousarray(bit_fields(words(packed).T, scheme.bits, rows).T)
-
-
-def _unsigned(signed: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:
-    """Signed integers of a width plus 2^(bits-1)."""
-    shifted = signed.astype(np.int8).view(np.uint8) + np.uint8(1 << (bits - 1))
-    return shifted & np.uint8((1 << bits) - 1)
 
 
 def _is_unset(order: SourceTensor) -> bool:
@@ -488,7 +479,7 @@ def _is_unset(order: SourceTensor) -> bool:
 
 
 KEYS = ("quantization_config", "compression_config")  # the second: compressed-tensors before it had the first
-METHODS = ("gptq", "awq", "compressed-tensors", "auto-round")
+METHODS = ("gptq", "awq", "compressed-tensors", "auto-round", "fp8", "fbgemm_fp8", "bitsandbytes")
 
 
 def quantization_of(values: Mapping[str, Any], where: str) -> Quantization | None:
@@ -514,12 +505,24 @@ def quantization_of(values: Mapping[str, Any], where: str) -> Quantization | Non
     if method == "awq":
         return Awq.parse(fields)
     if method == "compressed-tensors":
-        return CompressedTensors.parse(fields)
+        return Fp8.parse(fields, "float-quantized") if _is_fp8(fields) else CompressedTensors.parse(fields)
+    if method in ("fp8", "fbgemm-fp8") or (method == "modelopt" and fields.get("quant_algo") == "FP8"):
+        return Fp8.parse(fields, method)
+    if method == "bitsandbytes":
+        return BitsAndBytes()
     raise FormatError(
         f"{where}: {key}.quant_method {fields.get('quant_method')!r:.40} is not supported",
         hint=f"supported: {', '.join(METHODS)}, and GGUF files; else open the model it was made from and "
         "give a recipe (w4, w8)",
     )
+
+
+def _is_fp8(fields: Fields) -> bool:
+    """Whether compressed-tensors holds fp8 alone, by tensor, row or block."""
+    groups = [g for g in fields.mapping("config_groups").values() if isinstance(g, Mapping)]
+    kinds = [g["weights"] for g in groups if isinstance(g.get("weights"), Mapping)]
+    is_fp8 = bool(kinds) and all(w.get("type") == "float" and w.get("num_bits") == 8 for w in kinds)
+    return is_fp8 and fields.get("format") in ("float-quantized", "naive-quantized")
 
 
 def without_quantization(values: Mapping[str, Any]) -> dict[str, Any]:

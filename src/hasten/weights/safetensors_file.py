@@ -29,7 +29,7 @@ _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _MAX_TENSORS = 1 << 17  # of one file: seconds of work; those of the largest models hold some ten thousand
 _MAX_DIMS = 8
 _FLOATS = ("F32", "F16", "BF16")
-_INTEGERS = ("I8", "I32", "I64")
+_INTEGERS = ("I8", "U8", "I32", "I64", "F8_E4M3")
 _AGAIN = "download it again: the file is truncated or damaged"
 _ALIGN = 8
 
@@ -65,7 +65,7 @@ def open_safetensors(path: Path, integers: bool = False) -> dict[str, SourceTens
 
     Args:
         path: the file.
-        integers: whether it may hold I8, I32 and I64 too, as those of quantised checkpoints do.
+        integers: whether it may hold I8, U8, I32, I64 and fp8 too, as those of quantised checkpoints do.
 
     Raises:
         ModelError: the file is missing or may not be read.
@@ -80,7 +80,7 @@ def parse_safetensors(data: memoryview, name: str, integers: bool = False) -> di
     Args:
         data: the whole file.
         name: what errors call it.
-        integers: whether it may hold I8, I32 and I64 too.
+        integers: whether it may hold those of quantised checkpoints too.
 
     Raises:
         FormatError: the bytes are no safetensors file, contradict themselves, or hold a type other than F32,

@@ -66,6 +66,8 @@ TYPES: dict[str, TensorType] = {
         TensorType("TQ2_0", 35, 256, 66),
         TensorType("MXFP4", 39, 32, 17),
         TensorType("I8", -1, 1, 1),  # raw parts of quantised checkpoints: never a parameter by themselves
+        TensorType("U8", -1, 1, 1),
+        TensorType("F8_E4M3", -1, 1, 1),
         TensorType("I32", -1, 1, 4),
         TensorType("I64", -1, 1, 8),
         *(TensorType(f"S{b}_{g}", -1, g, 4 + g) for b in (4, 5, 6, 8) for g in (32, 64, 128)),
