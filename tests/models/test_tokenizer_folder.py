@@ -306,6 +306,26 @@ def test_added_tokens_have_the_ids_that_are_written(tmp_path: Path, listed: bool
     assert Tokenizer.load(again).encode("<|im_start|>the<|im_end|>") == [263, 257, 267]
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_added_tokens_beside_a_sentencepiece_file(tmp_path: Path, listed: bool) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model("bpe"))
+    plain = Tokenizer.from_folder(tmp_path)
+    added = {"<|im_start|>": plain.vocab_size, "<|im_end|>": plain.vocab_size + 3}
+    if listed:
+        entries = {str(i): {"content": token, "normalized": True} for token, i in added.items()}
+        write(tmp_path / "tokenizer_config.json", {"added_tokens_decoder": entries})
+    else:
+        write(tmp_path / "added_tokens.json", added)
+    ids = Tokenizer.from_folder(tmp_path).encode(
+        "<|im_start|>user a<|im_end|> b<|im_end|>", add_special=False
+    )
+    assert (ids[0], ids.count(added["<|im_end|>"]), ids[-1]) == (
+        added["<|im_start|>"],
+        2,
+        added["<|im_end|>"],
+    )
+
+
 def test_an_id_that_another_token_has_is_refused(tmp_path: Path) -> None:
     folder = slow_folder(tmp_path, "GPT2Tokenizer", {"<|im_end|>": 257}, True)
     with pytest.raises(TokenizerError, match=r"gives '<\|im_end\|>' the id 257, and 'the' has that id"):

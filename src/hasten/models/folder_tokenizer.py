@@ -53,7 +53,7 @@ def from_folder(folder: Path) -> tuple[Tokenizer, TokenizerFields]:
             hint="copy tokenizer.json of the model into the folder",
         )
     named.update({name: _content(config[name]) for name in NAMED_TOKENS if config.get(name) is not None})
-    _add_configured_tokens(backend, config, named, _json(folder / "added_tokens.json"))
+    _add_configured_tokens(backend, config, named, _json(folder / "added_tokens.json"), complete)
     bos_id, eos_id = _id(backend, named.get("bos_token")), _id(backend, named.get("eos_token"))
     _frame(backend, config, (bos_id, eos_id), complete, is_there(folder / "tokenizer.model"))
     return backend, TokenizerFields(
@@ -236,7 +236,11 @@ def _content(token: Any) -> str:
 
 
 def _add_configured_tokens(
-    backend: Tokenizer, config: Mapping[str, Any], named: Mapping[str, str], slow: Mapping[str, Any]
+    backend: Tokenizer,
+    config: Mapping[str, Any],
+    named: Mapping[str, str],
+    slow: Mapping[str, Any],
+    complete: bool,
 ) -> None:
     """Tokens that only the configuration knows: added ones at their ids, then the special ones.
 
@@ -245,6 +249,8 @@ def _add_configured_tokens(
         config: tokenizer_config.json.
         named: bos_token and the like.
         slow: added_tokens.json, token -> id, of the days before `added_tokens_decoder`.
+        complete: whether tokenizer.json was there. Tokenizers without one look for added tokens in the text
+            as it stands, whatever a flag says of normalising.
     """
     from tokenizers import AddedToken
 
@@ -256,9 +262,10 @@ def _add_configured_tokens(
     try:
         for content, index in slow.items():
             is_special = content in special
-            listed[int(index)] = AddedToken(content, normalized=not is_special, special=is_special)
+            listed[int(index)] = AddedToken(content, normalized=False, special=is_special)
         for index, entry in (config.get("added_tokens_decoder") or {}).items():
             options = {name: bool(entry[name]) for name in flags if name in entry}
+            options |= {} if complete else {"normalized": False}
             listed[int(index)] = AddedToken(_content(entry), **options)
     except (AttributeError, TypeError, ValueError) as error:
         raise TokenizerError(
