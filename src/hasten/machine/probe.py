@@ -459,6 +459,12 @@ KNOWN: dict[tuple[str, str], tuple[str, ...]] = {
         *["avx2 unpack, prefetch"] * 2,
         "avx2 unpack",
     ),
+    ("GenuineIntel 6 207 2", "avx512"): (  # Xeon with AVX512-VNNI that shows no AMX
+        "avx512 four panels, prefetch",
+        *["avx512 two panels, prefetch"] * 2,
+        *["avx512 two panels, eight tokens"] * 2,
+        "avx512 unpack",
+    ),
 }
 """(processor, instruction set) -> the way of each class of rows, for every format. Measured by
 benchmarks/kernels.py on machines of 2 cores; saves the first start there a second."""
