@@ -113,6 +113,13 @@ def test_other_words_mean_the_same(server: Running) -> None:
     assert (request.stop, request.sampling.seed) == (("x",), 3)
 
 
+def test_borders_that_others_allow(server: Running) -> None:
+    assert server.ask(CHAT, chat(top_p=0, seed=2**64)).status == 200
+    assert 0 < server.engine.asked[-1].sampling.top_p < 1e-3
+    assert server.ask(CHAT, chat(model="")).json["model"] == "echo"
+    assert server.ask("/tokenize", {"content": "abc"}).json["tokens"] == list(b"abc")
+
+
 def test_a_cap_is_a_cap(server: Running) -> None:
     assert server.ask(CHAT, chat(max_tokens=10**12)).status == 200
     assert server.engine.asked[-1].max_new_tokens == 4096 - len("<user>hello")

@@ -67,6 +67,7 @@ _SAME_AS = {
     "max_new_tokens": "max_tokens",
     "max_length": "max_tokens",
     "json_schema": "guided_json",
+    "content": "prompt",
 }
 _ENVELOPES = ("extra_body", "options")  # fields in one more object: a client's mistake, and Ollama's form
 _CAPS = ("max_tokens", "max_completion_tokens", "max_output_tokens")

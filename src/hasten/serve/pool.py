@@ -205,7 +205,7 @@ class ModelPool:
         Raises:
             Problem: 404, there is no model of that name; 503, it cannot be loaded.
         """
-        served = await self._acquire(self.default if name is None else name)
+        served = await self._acquire(name or self.default)
         try:
             yield served
         except EngineClosed:

@@ -81,6 +81,10 @@ def spelled_switches(document: Mapping[str, Any], ignored: set[str]) -> dict[str
             for pair in found["logit_bias"]
             if isinstance(pair, list) and len(pair) == 2
         }
+    if found.get("top_p") == 0 and not isinstance(found["top_p"], bool):
+        found["top_p"] = 1e-6  # the likeliest token alone, as OpenAI has it
+    if isinstance(found.get("seed"), int) and abs(found["seed"]) >= 2**63:
+        found["seed"] %= 2**63
     if found.get("min_tokens") == 0:
         del found["min_tokens"]
     if isinstance(found.get("response_format"), Mapping):
