@@ -258,7 +258,10 @@ def test_int8_pages_give_the_logits_of_rounded_keys_and_values(name: str) -> Non
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "partial rotary"])
 def test_sizes_of_keys_that_int8_evens_out_change_no_score(name: str) -> None:
-    """Keys are divided by powers of two and queries multiplied: their products are the same to the bit."""
+    """Keys are divided by powers of two and queries multiplied: their products are the same to the bit.
+
+    Where keys have biases (qwen2), what hardly turns of those is taken off too, which rounds otherwise.
+    """
     tensors = {key: torch.from_numpy(value) for key, value in tensors_of(name).items()}
     for key, value in tensors.items():
         if key.endswith((".k", ".k_norm", ".k.bias")):
@@ -275,7 +278,7 @@ def test_sizes_of_keys_that_int8_evens_out_change_no_score(name: str) -> None:
             step.tokens[0] = token
             step.step(1, 4)
         found.append((step.buffers.logits[0].clone(), step.keys[0].float().abs().amax((0, 1, 2))))
-    assert torch.equal(found[0][0], found[1][0])
+    assert error(found[1][0], found[0][0].cpu()) < (2e-2 if name == "qwen2" else 1e-30)
     spread = [float(sizes.log2().std()) for _, sizes in found]
     assert spread[1] < (1 if name == "qwen2" else 0.8) * spread[0]
 

@@ -232,7 +232,7 @@ def in_int8(a, b, AXIS: tl.constexpr):
 
 @triton.jit
 def place_head(a, b, h, places, cos, sin, q_norm, k_norm, queries, keys, values, key_scales, value_scales,
-               eps, live, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+               key_shift, eps, live, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
                PAGE: tl.constexpr, SLAB: tl.constexpr, M: tl.constexpr,
                QK_NORM: tl.constexpr):  # fmt: skip
     """Norm, rotate and store one head. a: its dimensions 0 to D/2, b: the others, [HALF, M] each."""
@@ -251,6 +251,11 @@ def place_head(a, b, h, places, cos, sin, q_norm, k_norm, queries, keys, values,
         c = tl.load(cos + angle, mask=inside, other=0.0)
         s = tl.load(sin + angle, mask=inside, other=0.0)
         a, b = a * c - b * s, b * c + a * s
+        if key_shift is not None:
+            shift = key_shift + tl.maximum(h - HEADS, 0) * D + i
+            is_key = (i < D // 2) & (h >= HEADS)
+            a -= tl.load(shift, mask=is_key, other=0.0)[:, None]
+            b -= tl.load(shift + D // 2, mask=is_key, other=0.0)[:, None]
     if h < HEADS:
         query = queries + m.to(tl.int64)[None, :] * (HEADS * D) + h * D + i[:, None]
         wanted = inside & (m >= 0)[None, :]
@@ -279,7 +284,7 @@ def place_head(a, b, h, places, cos, sin, q_norm, k_norm, queries, keys, values,
 
 @triton.jit
 def project_qkv(w, x, peaks, scales, bias, squares, parts, arrivals, places, cos, sin, q_norm, k_norm,
-                queries, keys, values, key_scales, value_scales, eps, live, E: tl.constexpr,
+                queries, keys, values, key_scales, value_scales, key_shift, eps, live, E: tl.constexpr,
                 HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
                 PAGE: tl.constexpr, SLAB: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
                 M: tl.constexpr,
@@ -318,8 +323,8 @@ def project_qkv(w, x, peaks, scales, bias, squares, parts, arrivals, places, cos
             b += tl.load(bias + first + D // 2)[:, None]
         inside = (i < D // 2)[:, None]
         place_head(tl.where(inside, a, 0.0), tl.where(inside, b, 0.0), h, places, cos, sin, q_norm, k_norm,
-                   queries, keys, values, key_scales, value_scales, eps, live, HEADS, KV, D, HALF, PAGE,
-                   SLAB, M, QK_NORM)  # fmt: skip
+                   queries, keys, values, key_scales, value_scales, key_shift, eps, live, HEADS, KV, D, HALF,
+                   PAGE, SLAB, M, QK_NORM)  # fmt: skip
 
 
 # ---- what is added to the residual: o and down -----------------------------------------------------

@@ -312,7 +312,7 @@ class BatchStep:
             w.qkv.values, *self._inputs(shape, b.hidden, layer, 0), w.qkv.scales, w.qkv.bias, b.squares[0],
             self._parts("products", 2 * heads * t.splits * half * shape.padded), b.arrivals, b.places,
             *b.angles[self.weights.rotation_of(layer)], w.q_norm, w.k_norm, b.queries,
-            *self.cache.of(layer), c.final_norm.eps, shape.rows, E=c.width, HEADS=mixer.heads,
+            *self.cache.of(layer), w.key_shift, c.final_norm.eps, shape.rows, E=c.width, HEADS=mixer.heads,
             KV=mixer.kv_heads, D=mixer.head_dim, HALF=half, PAGE=PAGE, SLAB=self.cache.slab, SQUARES=squares,
             SQUARES_BLOCK=_power(squares),
             QK_NORM=mixer.qk_norm == "head", **self._product(shape, "qkv"),

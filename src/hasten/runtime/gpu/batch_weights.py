@@ -13,7 +13,7 @@ from hasten.core import ModelSpec
 from hasten.errors import ModelError
 from hasten.models import rope
 from hasten.runtime.gpu.shape import E4M3_MAX
-from hasten.runtime.keys import key_scales
+from hasten.runtime.keys import key_scales, key_shifts
 
 Precision = Literal["bf16", "fp8"]
 TensorOf = Callable[[str], "torch.Tensor | None"]
@@ -49,6 +49,7 @@ class LayerWeights:
     k_norm: torch.Tensor | None
     post_attn_norm: torch.Tensor | None
     post_mlp_norm: torch.Tensor | None
+    key_shift: torch.Tensor | None = None  # float32 [K D], taken off turned keys (`key_shifts`)
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def load(
 
 
 def _key_scales(config: ModelSpec, tensor_of: TensorOf) -> KeyScales:
-    """`key_scales` of a model whose parameters are tensors."""
+    """`key_scales` and `key_shifts` of a model whose parameters are tensors."""
 
     def floats(name: str) -> np.ndarray[Any, np.dtype[np.float32]] | None:
         found = tensor_of(name)
@@ -175,7 +176,8 @@ def _key_scales(config: ModelSpec, tensor_of: TensorOf) -> KeyScales:
 
     names = [f"layers.{i}.{n}" for i in range(len(config.blocks)) for n in ("attn_norm", "k_norm", "k.bias")]
     vectors = {name: found for name in names if (found := floats(name)) is not None}
-    return key_scales(config, matrix, vectors, {})
+    shifts = key_shifts(config, vectors)
+    return {**key_scales(config, matrix, vectors, shifts), **shifts}
 
 
 def _check(config: ModelSpec, context: int) -> None:
@@ -256,7 +258,14 @@ class _Maker:
             k_norm=self._ordered(p + "k_norm", self.norm(p + "k_norm")).contiguous() if per_head else None,
             post_attn_norm=self.norm(p + "post_attn_norm") if sandwich else None,
             post_mlp_norm=self.norm(p + "post_mlp_norm") if sandwich else None,
+            key_shift=self._key_shift(p),
         )
+
+    def _key_shift(self, prefix: str) -> torch.Tensor | None:
+        found = None if self._key_scales is None else self._key_scales.get(prefix + "key_shift")
+        if found is None:
+            return None
+        return self._ordered(prefix + "k", torch.from_numpy(found).to(self.device)).contiguous()
 
     def _ordered(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Rows of a matrix, or of its bias or norm: q and k in rotary order, with the keys' scales."""

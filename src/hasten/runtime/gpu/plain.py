@@ -272,6 +272,8 @@ class PlainStep:
             one = part.float() if gamma is None else self._norm(part, gamma)
             a, b = one.chunk(2, -1)
             turned.append(torch.cat((a * cos - b * sin, b * cos + a * sin), -1))
+        if w.key_shift is not None:
+            turned[1] = turned[1] - w.key_shift.view(mixer.kv_heads, mixer.head_dim)
         self.cache.put(layer, places, turned[1], v)
         return turned[0].to(torch.bfloat16)
 

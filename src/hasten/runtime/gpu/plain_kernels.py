@@ -74,8 +74,8 @@ def round_rows(x, out, scales, K: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def place_heads(qkv, cos, sin, places, q_norm, k_norm, queries, keys, values, key_scales, value_scales, eps,
-                HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+def place_heads(qkv, cos, sin, places, q_norm, k_norm, queries, keys, values, key_scales, value_scales,
+                key_shift, eps, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
                 PAGE: tl.constexpr, SLAB: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
     """Norm and turn `GROUP` heads of a row; queries to [N, H, D], keys and values to pages.
 
@@ -97,6 +97,11 @@ def place_heads(qkv, cos, sin, places, q_norm, k_norm, queries, keys, values, ke
     s = tl.load(sin + row * (D // 2) + i, mask=i < D // 2, other=0.0)
     is_value = h >= HEADS + KV
     low, high = tl.where(is_value, a, first * c - second * s), tl.where(is_value, b, second * c + first * s)
+    if key_shift is not None:
+        is_key = (h >= HEADS) & (h < HEADS + KV)
+        shift = key_shift + tl.where(is_key, h - HEADS, 0) * D + i
+        low -= tl.load(shift, mask=inside & is_key, other=0.0)
+        high -= tl.load(shift + D // 2, mask=inside & is_key, other=0.0)
     to = queries + (row.to(tl.int64) * HEADS + h) * D + i
     tl.store(to, low.to(tl.bfloat16), mask=inside & (h < HEADS))
     tl.store(to + D // 2, high.to(tl.bfloat16), mask=inside & (h < HEADS))
@@ -206,8 +211,8 @@ class KernelStep(PlainStep):
         queries = torch.empty(len(qkv), mixer.heads, mixer.head_dim, dtype=torch.bfloat16, device=qkv.device)
         group = min(16, _power(mixer.heads + 2 * mixer.kv_heads))
         place_heads[(len(qkv), triton.cdiv(mixer.heads + 2 * mixer.kv_heads, group))](
-            qkv, *angles, places, w.q_norm, w.k_norm, queries, *self.cache.of(layer), c.final_norm.eps,
-            HEADS=mixer.heads, KV=mixer.kv_heads,
+            qkv, *angles, places, w.q_norm, w.k_norm, queries, *self.cache.of(layer), w.key_shift,
+            c.final_norm.eps, HEADS=mixer.heads, KV=mixer.kv_heads,
             D=mixer.head_dim, HALF=_power(mixer.head_dim // 2), PAGE=PAGE, SLAB=self.cache.slab,
             GROUP=group, num_warps=4,
         )  # fmt: skip
