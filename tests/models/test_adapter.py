@@ -156,3 +156,15 @@ def test_a_model_of_gguf_takes_an_adapter_of_a_folder(tiny_gguf: Callable[..., A
     source = open_model(with_adapters(str(base), [str(path)]))
     wanted = values + np.float32(2) * b @ a
     np.testing.assert_allclose(dequantize(source.tensors["layers.0.q"]), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_eval_finds_the_source_of_an_artifact_with_its_adapter(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from hasten.cli.eval import _source
+    from hasten.weights import artifact
+
+    ref = with_adapters(str(tmp_path), ["/gone/adapter"])
+    monkeypatch.setattr(artifact, "is_artifact", lambda path: True)
+    monkeypatch.setattr(artifact, "made_from", lambda path: {"ref": ref})
+    assert _source("a.hasten", None) == ref

@@ -115,11 +115,12 @@ def _source(model: str, against: str | None) -> str:
         return model
     if against is not None:
         return against
+    from hasten.models.source import ADAPTER
     from hasten.weights.artifact import made_from
 
     origin = made_from(model)
     ref = str(origin.get("ref") or origin.get("name") or "an unknown model")
-    place = Path(ref)
+    place = Path(ref.split(ADAPTER)[0])  # without the adapters that were merged
     if ref == "demo" or (place.exists() if place.is_absolute() else "/" in ref):  # a hub id has a slash
         return ref
     raise UsageError(
