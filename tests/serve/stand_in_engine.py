@@ -33,9 +33,6 @@ class ByteTokenizer:
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         return list(text.encode())
 
-    def opened(self, ids: list[int]) -> list[int]:
-        return ids
-
     def count(self, text: str, add_special: bool = True) -> int:
         return len(text.encode())
 
