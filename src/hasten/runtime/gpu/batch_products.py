@@ -232,8 +232,8 @@ def in_int8(a, b, AXIS: tl.constexpr):
 
 @triton.jit
 def place_head(a, b, h, places, cos, sin, q_norm, k_norm, queries, keys, values, key_scales, value_scales,
-               key_shift, eps, live, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
-               PAGE: tl.constexpr, SLAB: tl.constexpr, M: tl.constexpr,
+               key_shift, eps, live, HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr,
+               HALF: tl.constexpr, PAGE: tl.constexpr, SLAB: tl.constexpr, M: tl.constexpr,
                QK_NORM: tl.constexpr):  # fmt: skip
     """Norm, rotate and store one head. a: its dimensions 0 to D/2, b: the others, [HALF, M] each."""
     i, m = tl.arange(0, HALF), tl.arange(0, M)
