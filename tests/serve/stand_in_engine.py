@@ -30,6 +30,9 @@ class ByteTokenizer:
     def id_of(self, token: str) -> int | None:
         return None
 
+    def opened(self, ids: list[int]) -> list[int]:
+        return ids  # no bos
+
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         return list(text.encode())
 
