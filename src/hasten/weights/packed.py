@@ -284,6 +284,48 @@ def bf16_bits(linear: PackedLinear, first: int = 0, count: int | None = None) ->
     return np.ascontiguousarray(flat[:rows, : linear.cols])
 
 
+def piece_of(linear: PackedLinear, rows: slice, cols: slice) -> PackedLinear | None:
+    """Some rows and columns of a matrix, in its layout; nothing else of it is read.
+
+    None where they do not begin and end at whole panels and groups: decode all of it, and take them then.
+    """
+    layout = linear.layout
+    first, last, _ = rows.indices(linear.rows)
+    left, right, _ = cols.indices(linear.cols)
+    high, wide = last - first, right - left
+    if layout.table:
+        return _piece_of_table(linear, (first, last), (left, right))
+    step = 32 if layout.bits == 16 else max(layout.group, 32)
+    is_whole = (last % PANEL == 0 or last == linear.rows) and (right % step == 0 or right == linear.cols)
+    if first % PANEL or left % step or not is_whole:
+        return None
+    panels = _panels(linear, first, high).reshape(
+        -1, _padded(linear) // step, PANEL * _step_bytes(layout, step)
+    )
+    data = np.ascontiguousarray(panels[:, left // step : -(-right // step)]).reshape(-1)
+    return PackedLinear(layout, high, wide, data)
+
+
+def _step_bytes(layout: Format, step: int) -> int:
+    """Bytes a row has of so many columns."""
+    return int(step * layout.bits_per_weight) // 8
+
+
+def _piece_of_table(
+    linear: PackedLinear, rows: tuple[int, int], cols: tuple[int, int]
+) -> PackedLinear | None:
+    layout = linear.layout
+    found = from_bytes(linear.data, layout, linear.rows, linear.cols)
+    spans = []
+    for (first, last), each, size in ((rows, layout.rows, linear.rows), (cols, layout.group, linear.cols)):
+        if each and (first % each or (last % each and last != size)):
+            return None
+        spans.append(slice(first // each, -(-last // each)) if each else slice(None))
+    codes = found.codes[rows[0] : rows[1], cols[0] : cols[1]]
+    part = Encoded(layout, codes, np.ascontiguousarray(found.scales[spans[0], spans[1]]))
+    return PackedLinear(layout, len(codes), codes.shape[1], to_bytes(part))
+
+
 def row_pieces(linear: PackedLinear, weights: int = 1 << 22) -> list[tuple[int, int]]:
     """(first, count) of rows that cover a matrix, each of about `weights` weights."""
     step = max(1, weights // (linear.cols * PANEL)) * PANEL
