@@ -65,7 +65,7 @@ def is_command(function: ast.FunctionDef | ast.AsyncFunctionDef, path: Path) -> 
 
 def is_kernel(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     """A Triton kernel has one argument a pointer and a constant; Triton knows no keyword-only ones."""
-    return any(ast.unparse(decorator) == "triton.jit" for decorator in function.decorator_list)
+    return any(ast.unparse(decorator).split("(")[0] == "triton.jit" for decorator in function.decorator_list)
 
 
 def test_there_is_something_to_check() -> None:

@@ -376,8 +376,12 @@ class EngineOptions:
     device: str = field(
         default="cpu",
         metadata={
-            "help": "what computes: cpu, cuda, auto (a GPU that runs the model), or reference (NumPy, slow)"
+            "help": "what computes: cpu, cuda, auto (a GPU that runs the model), reference (NumPy, slow), "
+            "or torch (the GPU engine's plain twin on a CPU, slow)"
         },
+    )
+    tensor_parallel: int = field(
+        default=1, metadata={"help": "GPUs that compute one model together, each a share of every layer"}
     )
 
 

@@ -160,6 +160,7 @@ class LoadedModel:
         self.__dict__.pop("packed", None)
         if executor is not None:
             kind = type(executor)
+            executor.close()
             del executor
             kind.give_back()
 

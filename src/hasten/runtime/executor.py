@@ -33,8 +33,14 @@ EXECUTORS = {
     "cpu": "hasten.runtime.cpu:CpuExecutor",
     "reference": "hasten.runtime.reference:ReferenceExecutor",
     "cuda": "hasten.runtime.gpu.executor:GpuExecutor",
+    "torch": "hasten.runtime.gpu.executor:TorchExecutor",
 }
 """Devices by name. A new one is a file with a class that implements `Executor`, and a line here."""
+LEADERS = {
+    "cuda": "hasten.runtime.gpu.parallel:LeadingExecutor",
+    "torch": "hasten.runtime.gpu.parallel:TorchLeader",
+}
+"""Devices of which several compute one model together, and what leads them."""
 
 LONG = "long"
 """The class of pages whose keys LongRoPE rotated by its long factors."""
@@ -185,6 +191,10 @@ class Executor(Protocol):
         """Put another matrix in a linear layer's place; what was computed before cannot be continued."""
         ...
 
+    def close(self) -> None:
+        """End what runs outside this process; nothing is computed any more."""
+        return
+
 
 def choose_device(wanted: str) -> tuple[str, str]:
     """(device, why) of a name in `EXECUTORS`, or of "auto": a GPU that can be used, else the CPU.
@@ -209,13 +219,19 @@ def choose_device(wanted: str) -> tuple[str, str]:
         return "cpu", why.message
 
 
-def executor_class(device: str) -> type[Executor]:
-    """The class that runs models on a device of `EXECUTORS`.
+def executor_class(device: str, count: int = 1) -> type[Executor]:
+    """The class that runs models on a device of `EXECUTORS`, or on `count` of them together.
 
     Raises:
+        UsageError: several of this kind cannot compute together.
         MachineError: a library that it needs is not installed.
     """
-    module, _, kind = EXECUTORS[device].partition(":")
+    if count > 1 and device not in LEADERS:
+        raise UsageError(
+            f"--tensor-parallel {count} runs on GPUs, and the device is {device}",
+            hint="use --device cuda, or leave --tensor-parallel out",
+        )
+    module, _, kind = (LEADERS if count > 1 else EXECUTORS)[device].partition(":")
     with _needed_by(device):
         found: type[Executor] = getattr(import_module(module), kind)
     return found
@@ -269,7 +285,9 @@ def open_executor(packed: PackedModel, options: EngineOptions) -> Executor:
 
 
 def _opened(device: str, because: str, packed: PackedModel, options: EngineOptions) -> Executor:
-    kind = executor_class(device)
+    if options.tensor_parallel < 1:
+        raise UsageError(f"tensor_parallel is {options.tensor_parallel}", hint="use 1 (one device) or more")
+    kind = executor_class(device, options.tensor_parallel)
     with _needed_by(device):
         found: Executor = kind(packed, options)  # type: ignore[call-arg]
     found.device, found.because = device, because

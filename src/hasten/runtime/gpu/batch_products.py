@@ -25,6 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hasten.runtime.gpu.peers import await_pairs, best_of_ranks, push_pairs
 from hasten.runtime.gpu.shape import E4M3_MAX
 
 LARGEST = tl.constexpr(E4M3_MAX)
@@ -343,14 +344,16 @@ def add_to_residual(y, n, m, tile, residual, gamma, hidden, squares, next_peaks,
     put_inputs(hidden, next_peaks, scaled, at, inside, m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["live", "place"])
 def project_residual(w, x, peaks, scales, bias, parts, arrivals, residual, gamma, hidden, squares, next_peaks,
-                     plain, K: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-                     SPLITS: tl.constexpr, M: tl.constexpr, ROUND: tl.constexpr,
-                     PDL: tl.constexpr):  # fmt: skip
+                     plain, peers, turn, live, place, K: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr,
+                     BLOCK: tl.constexpr, SPLITS: tl.constexpr, M: tl.constexpr, ROUND: tl.constexpr,
+                     RANKS: tl.constexpr, PLACES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Product, bias, residual, and what the next norm needs; or, where `plain` is given, the product alone.
 
     `plain` (float32 [M, E]) is for models that norm this product before they add it: `norm_and_add` follows.
+    It follows too where RANKS GPUs have a part of the product each: the `live` rows of this one go to `peers`
+    as words (hasten.runtime.gpu.peers), with the tag of this `place` of the PLACES of a step.
     Grid: (tiles of E, SPLITS).
     """
     tile, split = tl.program_id(0), tl.program_id(1)
@@ -371,23 +374,34 @@ def project_residual(w, x, peaks, scales, bias, parts, arrivals, residual, gamma
         acc = unscaled(acc, scales, peaks, rows, m)
         if bias is not None:
             acc += tl.load(bias + rows)[:, None]
-        if plain is not None:
+        if peers is not None:
+            push_pairs(peers, acc, tile, live, tl.load(turn) * PLACES + place, E, ROWS, M, RANKS)
+        elif plain is not None:
             tl.store(plain + m[None, :] * E + n[:, None], acc, mask=(n < E)[:, None])
         else:
             add_to_residual(acc, n, m, tile, residual, gamma, hidden, squares, next_peaks, E, M)
 
 
-@triton.jit
-def norm_and_add(y, post_gamma, residual, gamma, hidden, squares, next_peaks, eps, E: tl.constexpr,
-                 BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """residual += norm(y) * post_gamma, and what the next norm needs. Grid: (rows,)."""
+@triton.jit(do_not_specialize=["place"])
+def norm_and_add(y, words, stop, turn, place, post_gamma, residual, gamma, hidden, squares, next_peaks, eps,
+                 E: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, RANKS: tl.constexpr,
+                 RANKS_BLOCK: tl.constexpr, PLACES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """residual += y, or norm(y) * post_gamma where it is given, and what the next norm needs. Grid: (rows,).
+
+    y is float32 [M, E], or where `words` are given what all ranks sent with the tag of this place.
+    """
     row, k = tl.program_id(0), tl.arange(0, BLOCK)
     wait_for_previous(PDL)
     inside = k < E
-    v = tl.load(y + row * E + k, mask=inside, other=0.0)
-    v = v * tl.rsqrt(tl.sum(v * v, 0) / E + eps) * tl.load(post_gamma + k, mask=inside, other=0.0)
-    x = tl.load(residual + row * E + k, mask=inside, other=0.0) + v
-    put_row(x, row, residual, gamma, hidden, squares, next_peaks, E, BLOCK)
+    x = tl.load(residual + row * E + k, mask=inside, other=0.0)
+    if words is not None:
+        v = await_pairs(words, stop, tl.load(turn) * PLACES + place, row, E, BLOCK // 2, STRIDE, RANKS,
+                        RANKS_BLOCK)  # fmt: skip
+    else:
+        v = tl.load(y + row * E + k, mask=inside, other=0.0)
+    if post_gamma is not None:
+        v = v * tl.rsqrt(tl.sum(v * v, 0) / E + eps) * tl.load(post_gamma + k, mask=inside, other=0.0)
+    put_row(x + v, row, residual, gamma, hidden, squares, next_peaks, E, BLOCK)
 
 
 @triton.jit
@@ -488,15 +502,19 @@ def project_head(w, x, peaks, scales, squares, logits, best, best_id, eps, softc
 
 
 @triton.jit
-def begin(embed, tokens, gamma, residual, hidden, squares, peaks, embed_scale, E: tl.constexpr,
+def begin(embed, tokens, gamma, residual, hidden, squares, peaks, turn, embed_scale, E: tl.constexpr,
           BLOCK: tl.constexpr, TILES: tl.constexpr, TILES_BLOCK: tl.constexpr, PEAKS: tl.constexpr,
           PEAKS_BLOCK: tl.constexpr, M: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Embed each row's token; clear the largest magnitudes of all layers. Grid: (rows,).
 
     Layer 0 adds `TILES` sums of squares like every other layer (one kernel serves all), so the others are 0.
+    `turn` counts steps, for the tags of what several GPUs send each other.
     """
     row, k = tl.program_id(0), tl.arange(0, BLOCK)
     wait_for_previous(PDL)
+    if turn is not None:  # noqa: SIM102 - the outer one is decided when this is compiled
+        if row == 0:
+            tl.store(turn, tl.load(turn) + 1)
     t = tl.arange(0, TILES_BLOCK)
     tl.store(squares + t * M + row, 0.0, mask=(t > 0) & (t < TILES))
     if peaks is not None:
@@ -508,20 +526,27 @@ def begin(embed, tokens, gamma, residual, hidden, squares, peaks, embed_scale, E
 
 
 @triton.jit
-def pick(best, best_id, tokens, positions, emitted, V: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
-         RING: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def pick(best, best_id, tokens, positions, emitted, peers, words, stop, turn, first, V: tl.constexpr,
+         TILES: tl.constexpr, BLOCK: tl.constexpr, RING: tl.constexpr, VOCAB: tl.constexpr,
+         ROWS: tl.constexpr, RANKS: tl.constexpr, RANKS_BLOCK: tl.constexpr, PLACES: tl.constexpr,
+         PDL: tl.constexpr):  # fmt: skip
     """Each row's greedy token becomes its next input; its position moves on. Grid: (rows,).
 
     -1 says that there is none: a logit is no number. `emitted` [rows, RING] keeps the token of position p at
-    p % RING: the host may read some steps late.
+    p % RING: the host may read some steps late. Where RANKS GPUs have V of the VOCAB logits each, this one's
+    from `first` on, they agree first.
     """
     row, t = tl.program_id(0), tl.arange(0, BLOCK)
     wait_for_previous(PDL)
     inside = t < TILES
     value = tl.load(best + row * TILES + t, mask=inside, other=float("-inf"))
     which = tl.load(best_id + row * TILES + t, mask=inside, other=V - 1)
-    token = tl.min(tl.where(value == tl.max(value, 0), which, V - 1), 0)
+    top = tl.max(value, 0)
+    token = tl.min(tl.where(value == top, which, V - 1), 0) + first
     token = tl.where(tl.max((value != value).to(tl.int32), 0) > 0, -1, token)
+    if peers is not None:
+        tag = tl.load(turn) * PLACES
+        token = best_of_ranks(peers, words, stop, tag, row, top, token, VOCAB, ROWS, RANKS, RANKS_BLOCK)
     position = tl.load(positions + row)
     if position >= 0:
         tl.store(tokens + row, token)

@@ -22,8 +22,11 @@ from hasten.errors import UsageError
 from hasten.runtime.gpu import batch_attention, batch_products
 from hasten.runtime.gpu.batch_tiles import AttentionTile, Product, Tile, attention_tile, tile
 from hasten.runtime.gpu.batch_weights import BatchWeights, Matrix
-from hasten.runtime.gpu.plain import PagedCache, greedy_tokens
+from hasten.runtime.gpu.peers import MOST_ROWS as WORD_ROWS
+from hasten.runtime.gpu.peers import PeerRanks, Words
+from hasten.runtime.gpu.plain import PagedCache
 from hasten.runtime.gpu.plain_kernels import KernelStep
+from hasten.runtime.gpu.ranks import Team
 from hasten.runtime.gpu.shape import PAGE
 
 MOST_ROWS = 512
@@ -91,6 +94,15 @@ class _Buffers:
     kept: list[torch.Tensor] = field(default_factory=list)  # smaller scratch that captured graphs still write
 
 
+class _Shared:
+    """What a step needs of a team whose ranks map each other's memory."""
+
+    def __init__(self, team: Team) -> None:
+        assert isinstance(team.ranks, PeerRanks)
+        self.ranks, self.words = team.ranks, Words(team.ranks)
+        self.shares_head, self.first = team.shares_head, team.shard.vocabulary.start
+
+
 class BatchStep:
     """Decodes up to 64 sequences a step.
 
@@ -110,10 +122,11 @@ class BatchStep:
         tiles: Callable[[Product, int], Tile] | None = None,
         attention: Callable[[int, bool], AttentionTile] | None = None,
         cache: PagedCache | None = None,
+        team: Team | None = None,
     ) -> None:
         """`tiles` (of padded rows) and `attention` (of rows, whether in CUDA C++) override the choice.
 
-        `cache` holds keys and values; None makes one.
+        `cache` holds keys and values; None makes one. `team`: these weights are a rank's share of a model.
         """
         if not 1 <= options.rows <= MOST_ROWS:
             raise UsageError(f"a batched step has 1 to {MOST_ROWS} rows, got {options.rows}")
@@ -131,7 +144,9 @@ class BatchStep:
         self._int8: batch_attention.Int8Attention | None = None
         if self.cache.keys.dtype == torch.int8 and batch_attention.Int8Attention.computes(c, device):
             self._int8 = batch_attention.Int8Attention(c, self.table.shape[1], self.cache.slab)
-        self._plain = KernelStep(weights, self.cache)
+        self._plain = KernelStep(weights, self.cache, team)
+        self._team = _Shared(team) if team is not None else None
+        self._vocab = weights.head.values.shape[0]  # of this rank
         self._is_fp8 = weights.layers[0].o.scales is not None
         self.buffers = self._make_buffers(m)
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
@@ -144,7 +159,7 @@ class BatchStep:
         def make(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        most_tiles = max(c.vocab, 2 * ways.width, mixer.heads + 2 * mixer.kv_heads, e) // 16 + 1
+        most_tiles = max(self._vocab, 2 * ways.width, mixer.heads + 2 * mixer.kv_heads, e) // 16 + 1
         return _Buffers(
             places=make(m, dtype=torch.int32),
             angles={
@@ -162,7 +177,7 @@ class BatchStep:
             squares=(make(e // 16 + 1, m), make(e // 16 + 1, m)),
             best=make(most_tiles, m),
             best_id=make(most_tiles, m, dtype=torch.int32),
-            logits=make(m, c.vocab) if self.options.keep_logits else None,
+            logits=make(m, self._vocab) if self.options.keep_logits else None,
             arrivals=make(most_tiles, dtype=torch.int32),
             row_arrivals=make(m * mixer.kv_heads, dtype=torch.int32),
         )
@@ -203,7 +218,7 @@ class BatchStep:
             "o": (c.width, mixer.heads * mixer.head_dim),
             "gate_up": (ways.width, c.width),
             "down": (c.width, ways.width),
-            "head": (c.vocab, c.width),
+            "head": (self._vocab, c.width),
         }
         if self._tiles is not None:
             return {product: self._tiles(product, m) for product in sizes}
@@ -270,11 +285,11 @@ class BatchStep:
         angles = {name: (cos[:m], sin[:m]) for name, (cos, sin) in b.angles.items()}
         x = self._plain.layers(self.tokens[:m].long(), angles, b.places[:m], attend)
         b.residual[:m] = x
-        logits = self._plain.logits(self._plain.final(x))
+        hidden = self._plain.final(x)
         if b.logits is not None:
-            b.logits[:m] = logits
+            b.logits[:m] = self._plain.logits_here(hidden)
         is_live = self.positions[:m] >= 0
-        self.tokens[:m] = torch.where(is_live, greedy_tokens(logits).int(), self.tokens[:m])
+        self.tokens[:m] = torch.where(is_live, self._plain.best(hidden).int(), self.tokens[:m])
         self.positions[:m] += is_live
         place = (self.positions[:m, None] % self.options.ring).clamp(min=0).long()
         self.emitted[:m].scatter_(1, place, self.tokens[:m, None])
@@ -287,7 +302,8 @@ class BatchStep:
         tiles, peaks = self._squares(shape.tiles["down"]), _PEAKS * len(c.blocks) + 1
         batch_products.begin[(shape.rows,)](
             self.weights.embed, self.tokens, self.weights.layers[0].attn_norm, b.residual, b.hidden,
-            b.squares[0], b.peaks, c.embedding.scale, E=c.width, BLOCK=_power(c.width), TILES=tiles,
+            b.squares[0], b.peaks, None if self._team is None else self._team.words.turn,
+            c.embedding.scale, E=c.width, BLOCK=_power(c.width), TILES=tiles,
             TILES_BLOCK=_power(tiles), PEAKS=peaks, PEAKS_BLOCK=_power(peaks), M=shape.padded, num_warps=8,
             **_early(shape),
         )  # fmt: skip
@@ -357,7 +373,7 @@ class BatchStep:
         """Attention's output into the residual stream."""
         w, b = self.weights.layers[layer], self.buffers
         inputs, peaks = self._inputs(shape, b.attended, layer, 1), self._peaks(shape, layer, 2)
-        self._add(shape, "o", w.o, inputs, (b.squares[1], peaks), w.mlp_norm, w.post_attn_norm)
+        self._add(shape, ("o", layer), w.o, inputs, (b.squares[1], peaks), w.mlp_norm, w.post_attn_norm)
 
     def gate_up(self, shape: Shape, layer: int) -> None:
         """Gate and up of a layer and their activation."""
@@ -377,24 +393,38 @@ class BatchStep:
         layers, b, w = self.weights.layers, self.buffers, self.weights.layers[layer]
         gamma = layers[layer + 1].attn_norm if layer + 1 < len(layers) else self.weights.final_norm
         inputs, peaks = self._inputs(shape, b.mixed, layer, 3), self._peaks(shape, layer + 1, 0)
-        self._add(shape, "down", w.down, inputs, (b.squares[0], peaks), gamma, w.post_mlp_norm)
+        self._add(shape, ("down", layer), w.down, inputs, (b.squares[0], peaks), gamma, w.post_mlp_norm)
 
-    def _add(self, shape: Shape, name: Product, matrix: Matrix,
+    def _add(self, shape: Shape, where: tuple[Product, int], matrix: Matrix,
              inputs: tuple[torch.Tensor, torch.Tensor | None], sums: tuple[torch.Tensor, torch.Tensor | None],
              gamma: torch.Tensor, post_norm: torch.Tensor | None) -> None:  # fmt: skip
-        """A product into the residual stream, through a norm of its own where the model has one."""
-        c, b, t = self.weights.config, self.buffers, shape.tiles[name]
-        e, tiles = c.width, math.ceil(c.width / t.rows)
+        """A product into the residual stream, through a norm of its own where the model has one.
+
+        Several ranks have a part of the product each: then `norm_and_add` adds them up.
+        """
+        c, b, (name, layer) = self.weights.config, self.buffers, where
+        e, t = c.width, shape.tiles[name]
+        tiles, team = math.ceil(e / t.rows), self._team
+        place = 2 * layer + 1 + (name == "down")
+        sent, heard = (None, None, 0), (None, None, None, 0)
+        ranks: dict[str, int] = {"RANKS": 1, "PLACES": 0}
+        if team is not None:
+            words, at = team.words, place % 2
+            ranks = {"RANKS": team.ranks.ranks, "PLACES": 2 * len(c.blocks) + 1}
+            sent = words.peers[at], words.turn, place  # type: ignore[assignment]
+            heard = words.own[at], team.ranks.stop, words.turn, place  # type: ignore[assignment]
         plain = None if post_norm is None else b.plain
         batch_products.project_residual[(tiles, t.splits)](
             matrix.values, *inputs, matrix.scales, matrix.bias,
             self._parts("products", tiles * t.splits * t.rows * shape.padded), b.arrivals, b.residual, gamma,
-            b.hidden, *sums, plain, K=matrix.values.shape[1], E=e, ROWS=t.rows, **self._product(shape, name),
+            b.hidden, *sums, plain, *sent[:2], shape.rows, sent[2], K=matrix.values.shape[1], E=e,
+            ROWS=t.rows, **ranks, **self._product(shape, name),
         )  # fmt: skip
-        if post_norm is not None:
+        if post_norm is not None or team is not None:
             batch_products.norm_and_add[(shape.rows,)](
-                b.plain, post_norm, b.residual, gamma, b.hidden, *sums, c.final_norm.eps, E=e,
-                BLOCK=_power(e), num_warps=8, **_early(shape),
+                b.plain, *heard, post_norm, b.residual, gamma, b.hidden, *sums, c.final_norm.eps, E=e,
+                BLOCK=_power(e), STRIDE=0 if team is None else team.words.stride,
+                RANKS_BLOCK=_power(ranks["RANKS"]), num_warps=8, **ranks, **_early(shape),
             )  # fmt: skip
 
     def head(self, shape: Shape) -> None:
@@ -405,20 +435,26 @@ class BatchStep:
         inputs = self._inputs(shape, b.hidden, len(c.blocks), 0)
         if head.scales is None:
             inputs, arguments["ROUND"] = (b.hidden, None), False
-        batch_products.project_head[(math.ceil(c.vocab / t.rows),)](
+        batch_products.project_head[(math.ceil(self._vocab / t.rows),)](
             head.values, *inputs, head.scales, b.squares[0], b.logits,
-            b.best, b.best_id, c.final_norm.eps, c.head.softcap or 0.0, E=c.width, V=c.vocab,
-            ROWS=t.rows, SQUARES=squares, SQUARES_BLOCK=_power(squares), SOFTCAP=c.head.softcap is not None,
-            **arguments,
+            b.best, b.best_id, c.final_norm.eps, c.head.softcap or 0.0, E=c.width,
+            V=self._vocab, ROWS=t.rows, SQUARES=squares, SQUARES_BLOCK=_power(squares),
+            SOFTCAP=c.head.softcap is not None, **arguments,
         )  # fmt: skip
 
     def pick(self, shape: Shape) -> None:
         """Greedy tokens, which become the next step's inputs."""
-        c, b = self.weights.config, self.buffers
-        tiles = math.ceil(c.vocab / shape.tiles["head"].rows)
+        c, b, team = self.weights.config, self.buffers, self._team
+        tiles = math.ceil(self._vocab / shape.tiles["head"].rows)
+        agree: tuple[Any, ...] = (None, None, None, None, 0)
+        ranks = 1
+        if team is not None and team.shares_head:
+            words, ranks = team.words, team.ranks.ranks
+            agree = words.token_peers, words.own[2], team.ranks.stop, words.turn, team.first
         batch_products.pick[(shape.rows,)](
-            b.best, b.best_id, self.tokens, self.positions, self.emitted, V=c.vocab, TILES=tiles,
-            BLOCK=_power(tiles), RING=self.options.ring, num_warps=8, **_early(shape),
+            b.best, b.best_id, self.tokens, self.positions, self.emitted, *agree, V=self._vocab, TILES=tiles,
+            BLOCK=_power(tiles), RING=self.options.ring, VOCAB=c.vocab, ROWS=WORD_ROWS, RANKS=ranks,
+            RANKS_BLOCK=_power(ranks), PLACES=2 * len(c.blocks) + 1, num_warps=8, **_early(shape),
         )  # fmt: skip
 
     # ---- what the kernels are given ------------------------------------------------------------------------
@@ -426,7 +462,8 @@ class BatchStep:
     def _squares(self, source: Tile) -> int:
         """How many tiles the sums of squares come in."""
         c = self.weights.config
-        return 1 if c.blocks[0].norms.placement == "sandwich" else math.ceil(c.width / source.rows)
+        is_whole = c.blocks[0].norms.placement == "sandwich" or self._team is not None
+        return 1 if is_whole else math.ceil(c.width / source.rows)
 
     def _inputs(
         self, shape: Shape, x: torch.Tensor, layer: int, which: int

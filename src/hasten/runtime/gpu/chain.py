@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from hasten.runtime.gpu.plain import PagedCache, PlainStep, Span, greedy_tokens, upload
+from hasten.runtime.gpu.plain import PagedCache, PlainStep, Span, upload
 from hasten.runtime.gpu.shape import PAGE
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ class PlainRows:
         live = [row for row, position in enumerate(self._positions) if position >= 0]
         spans = [Span(self._positions[row], 1, self._pages[row]) for row in live]
         ids = np.array([self._tokens[row] for row in live], np.int32)
-        chosen = greedy_tokens(self.step.logits(self.step.final(self.step.run(ids, spans)))).tolist()
+        chosen = self.step.best(self.step.final(self.step.run(ids, spans))).tolist()
         for row, token in zip(live, chosen, strict=True):
             self._tokens[row], self._positions[row] = token, self._positions[row] + 1
         return Pending(torch.tensor(self._tokens))

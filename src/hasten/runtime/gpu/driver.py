@@ -356,6 +356,15 @@ class Module:
         _check(driver.cuMemcpyDtoH_v2(values, address, 4 * count), name)
         return list(values)
 
+    def set_constant(self, name: str, value: int) -> None:
+        """Write a __constant__ 64-bit integer."""
+        address, size = ctypes.c_void_p(), ctypes.c_size_t()
+        found = _driver().cuModuleGetGlobal_v2(
+            ctypes.byref(address), ctypes.byref(size), self._handle, name.encode()
+        )
+        _check(found, name)
+        _check(_driver().cuMemcpyHtoD_v2(address, ctypes.byref(ctypes.c_uint64(value)), 8), name)
+
     def kernel(self, name: str, shared_bytes: int) -> Kernel:
         """A kernel that will use `shared_bytes` of dynamic shared memory."""
         function = ctypes.c_void_p()

@@ -18,7 +18,7 @@ import contextlib
 import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,8 @@ from hasten.runtime.executor import Draw, Executor, Part, PartResult, Ticket, fi
 from hasten.runtime.gpu.batch_weights import BatchWeights, Precision, TensorOf, load
 from hasten.runtime.gpu.chain import SIZES, BatchRows, Chain, OneRow, Pending, PlainRows, Row, Rows, to_host
 from hasten.runtime.gpu.driver import current_device, telling
-from hasten.runtime.gpu.plain import PagedCache, PlainStep, Span, greedy_tokens, send, upload
+from hasten.runtime.gpu.plain import PagedCache, PlainStep, Span, send, upload
+from hasten.runtime.gpu.ranks import Team
 from hasten.runtime.gpu.shape import GROUPS, PAGE, WeightFormat
 from hasten.runtime.gpu.tiles import Weights, kept
 from hasten.runtime.pages import DeviceMemory, KvPlan, PagePool, context_of, plan_pages
@@ -43,7 +44,7 @@ from hasten.weights.packed import PackedLinear, PackedModel, values_of
 
 Floats = npt.NDArray[np.float32]
 _FEW = 64  # rows that one sequence may have in the batched step, whose attention takes each by itself
-_LEAST_CHUNK = 2048  # prompt tokens a step: a GPU is not busy with the CPU's 512
+LEAST_CHUNK = 2048  # prompt tokens a step: a GPU is not busy with the CPU's 512
 _RESERVE = 2 << 30  # bytes of the device that pages leave free: products' workspaces, activations of a chunk
 
 _FP8_ROWS = 16  # the library multiplies e4m3 matrices of whole sixteens of rows
@@ -77,7 +78,7 @@ def tensors_of(packed: PackedModel, device: str) -> Tensors:
 
     def tensor(name: str) -> torch.Tensor | None:
         if name in linears:
-            return _values(linears[name], device)
+            return matrix_of(linears[name], device)
         found = packed.vectors.get(name)
         return None if found is None else torch.from_numpy(np.array(found))
 
@@ -85,7 +86,7 @@ def tensors_of(packed: PackedModel, device: str) -> Tensors:
         linear = linears[name]
         if linear.layout.is_integer:
             return kept(linear, device)
-        return Weights(WeightFormat(), _values(linear, device))
+        return Weights(WeightFormat(), matrix_of(linear, device))
 
     return Tensors(
         tensor,
@@ -133,7 +134,7 @@ def weight_bytes(config: ModelSpec, precision: Precision, head: Precision) -> in
     return layers * size[precision] + config.vocab * config.width * (2 + size[head])
 
 
-def _values(linear: PackedLinear, device: str) -> torch.Tensor:
+def matrix_of(linear: PackedLinear, device: str) -> torch.Tensor:
     """A matrix [rows, cols], taken out of its panels on the device: bf16 as it is stored, else float32."""
     if linear.layout.is_integer and linear.layout.group in GROUPS:
         return kept(linear, device).values()
@@ -166,6 +167,7 @@ class GpuExecutor(Executor):
         options: threads (for sampling), context and batch limits; `kv_gb` is of the device's memory.
         device: "cuda", or "cpu" for the plain twin.
         tensors: other weights than the packed ones.
+        team: this process computes one rank's share of the model; the weights are that share's.
 
     Raises:
         MachineError: there is no usable GPU, or too little memory on it.
@@ -179,8 +181,11 @@ class GpuExecutor(Executor):
         options: EngineOptions,
         device: str = "cuda",
         tensors: Tensors | None = None,
+        team: Team | None = None,
     ) -> None:
         config = self.config = dense(packed.config, "the GPU engine")
+        self.team = team
+        self._local = config if team is None else team.shard.local
         self.check(packed.recipe)
         self.threads = threads_of(options.threads)
         self.context = context_of(options.context, config)
@@ -190,17 +195,19 @@ class GpuExecutor(Executor):
         if device == "cuda":
             found = current_device()
             self.name = f"cuda {found.architecture}"
-        least = 1 if device == "cpu" else _LEAST_CHUNK
+        least = 1 if device == "cpu" else LEAST_CHUNK
         self.chunk = max(options.prefill_chunk, least)
         tensors = tensors or tensors_of(packed, device)
         self._is_kv_int8 = packed.recipe.kv == "int8"
         self._weights: BatchWeights = self._load(tensors, options)
         self._tiled = self._tile(tensors, options) if device == "cuda" else None
+        if not self._least(int(self._tiled is not None)):
+            self._tiled = None
         self._limit = next((n for n in SIZES if n >= max(options.max_sequences, _FEW)), SIZES[-1])
         self.kv = self._plan(options)
         self.context = self.kv.context
         # one more for each row ahead of its sequence, and one for rows that idle
-        self.cache = PagedCache(config, self.kv.pages + self._limit + 1, device, self._is_kv_int8)
+        self.cache = PagedCache(self._local, self.kv.pages + self._limit + 1, device, self._is_kv_int8)
         self.pool = PagePool(self.kv.pages, PAGE)
         self._plain = self._in_torch()
         self._rows_in_torch = PlainRows(self._plain)
@@ -227,12 +234,12 @@ class GpuExecutor(Executor):
 
     def _load(self, tensors: Tensors, options: EngineOptions) -> BatchWeights:
         memory = self._memory(options)
-        needed = weight_bytes(self.config, tensors.precision, tensors.head)
+        needed = weight_bytes(self._local, tensors.precision, tensors.head)
         if memory is not None and needed > memory.left:
             raise self._too_large(needed, tensors, memory)
         try:
             return load(
-                self.config,
+                self._local,
                 tensors.of,
                 self.context,
                 tensors.precision,
@@ -247,7 +254,7 @@ class GpuExecutor(Executor):
         """The weights do not fit: say what would."""
         said = f"the weights take {needed / 1e9:.2f} GB of GPU memory in {tensors.precision}"
         left = "" if memory is None else f", {memory.said}"
-        fp8 = weight_bytes(self.config, "fp8", "fp8")
+        fp8 = weight_bytes(self._local, "fp8", "fp8")
         if memory is not None and fp8 <= memory.left and fp8 < needed:
             return MachineError(
                 said + left, hint=f"use --recipe fp8, which takes {fp8 / 1e9:.2f} GB, or --device cpu"
@@ -276,33 +283,46 @@ class GpuExecutor(Executor):
 
     def _in_torch(self) -> PlainStep:
         if self._device == "cpu":
-            return PlainStep(self._weights, self.cache)
+            return PlainStep(self._weights, self.cache, self.team)
         from hasten.runtime.gpu.plain_kernels import KernelStep
 
-        return KernelStep(self._weights, self.cache)
+        return KernelStep(self._weights, self.cache, self.team)
+
+    def _least(self, value: int) -> int:
+        """The smallest of all ranks' values, where there are several."""
+        return value if self.team is None else self.team.ranks.least(value)
 
     def _make_kernels(self) -> None:
         from hasten.runtime.gpu.batch_step import BatchStep, StepOptions
 
         options = StepOptions(self._limit, 0, self.context)
-        self._batch = BatchRows(BatchStep(self._weights, options, cache=self.cache), self.cache)
-        if self._tiled is not None:
-            from hasten.runtime.gpu.persistent import PersistentDecoder
+        self._batch = BatchRows(
+            BatchStep(self._weights, options, cache=self.cache, team=self.team), self.cache
+        )
+        one = self._persistent()
+        self._one = one if self._least(int(one is not None)) else None  # all ranks, or none of them
 
-            try:
-                decoder = PersistentDecoder(self._tiled, self.context, cache=self.cache)
-            except MachineError as why:
-                _log.warning("one sequence decodes without its own kernel: %s", why.message)
-                self._tiled = None
-                return
-            self._one = OneRow(decoder, self.cache)
+    def _persistent(self) -> OneRow | None:
+        from hasten.runtime.gpu.persistent import PersistentDecoder
+
+        if self._tiled is None:
+            return None
+        try:
+            decoder = PersistentDecoder(self._tiled, self.context, cache=self.cache, team=self.team)
+        except MachineError as why:
+            _log.warning("one sequence decodes without its own kernel: %s", why.message)
+            self._tiled = None
+            return None
+        return OneRow(decoder, self.cache)
 
     def _plan(self, options: EngineOptions) -> KvPlan:
         """Pages for `max_sequences` full contexts, or for what the device has free."""
-        size = PagedCache.page_bytes(self.config, self._is_kv_int8)
+        size = PagedCache.page_bytes(self._local, self._is_kv_int8)
         memory = self._memory(options)
         room = None if memory is None else memory.room(_RESERVE + (self._limit + 1) * size)
-        return plan_pages(self.config, size, options, room)
+        if room is not None:
+            room = replace(room, bytes=self._least(room.bytes))
+        return plan_pages(self._local, size, options, room)
 
     def _memory(self, options: EngineOptions) -> DeviceMemory | None:
         """The device's memory now; None for the plain twin, unless it is given a limit."""
@@ -319,6 +339,17 @@ class GpuExecutor(Executor):
     @telling
     def replace(self, name: str, linear: PackedLinear) -> None:
         """Put another matrix in a linear layer's place; what was computed before cannot be continued."""
+        self._refuse_misfit(name, linear)
+        values, shard = matrix_of(linear, self._device), None if self.team is None else self.team.shard
+        for own in {name, "head"} if shard is not None else {name}:  # a share's head is a matrix of its own
+            if shard is None:
+                self._weights.replace(own, values)
+            elif shard.source(own) == name and (piece := shard.piece(own)) is not None:
+                self._weights.replace(own, piece.of(values, torch.cat))
+        self._chain, self.weights_version = None, self.weights_version + 1
+        self._one = self._tiled = None  # its copy is of other weights
+
+    def _refuse_misfit(self, name: str, linear: PackedLinear) -> None:
         self.pool.refuse_others()
         wanted = self.config.parameter_shapes().get(name)
         if wanted != (linear.rows, linear.cols):
@@ -327,9 +358,6 @@ class GpuExecutor(Executor):
                 f"{name} cannot be replaced by a matrix of {linear.rows} x {linear.cols}: {said}",
                 hint="take names and shapes from model.config.linear_shapes()",
             )
-        self._weights.replace(name, _values(linear, self._device))
-        self._chain, self.weights_version = None, self.weights_version + 1
-        self._one = self._tiled = None  # its copy is of other weights
 
     # ---- a step --------------------------------------------------------------------------------------------
 
@@ -337,6 +365,10 @@ class GpuExecutor(Executor):
     def submit(self, parts: Sequence[Part]) -> Ticket:
         """Begin a step: everything is launched when this returns, often the step after it too."""
         prepare(self, parts)
+        return self._launch(parts)
+
+    def _launch(self, parts: Sequence[Part]) -> Ticket:
+        """A step whose sequences have their pages."""
         with self.pool.computing():
             chain, self._chain = self._chain, None
             rows = self._known_ahead(chain, parts)
@@ -360,13 +392,13 @@ class GpuExecutor(Executor):
         """Parts whose results are computed ahead: number -> row. Empty if a part of one token is new."""
         if chain is None:
             return {}
-        rows = chain.find({i: part for i, part in enumerate(parts) if _is_step(part)})
+        rows = chain.find({i: part for i, part in enumerate(parts) if is_step(part)})
         rest = [part for i, part in enumerate(parts) if i not in rows]
         return {} if any(len(part.tokens) + len(part.drafts) == 1 for part in rest) else rows
 
     def _begin(self, parts: Sequence[Part]) -> tuple[Chain | None, list[_Result]]:
         """Launch a step of which nothing is known."""
-        if parts and all(_is_step(part) for part in parts):
+        if parts and all(is_step(part) for part in parts):
             rows = self._rows(len(parts))
             if len(parts) <= rows.limit:
                 chain = Chain(rows, parts, self.kv.pages, self.context)
@@ -375,7 +407,10 @@ class GpuExecutor(Executor):
             sequence = parts[0].sequence
             self._one.start([Row(parts[0].tokens[0], sequence.length, sequence.pages)])
             self._one.launch(sequence.length + 1)
-            return None, [_Result(None, {}, None, [0], to_host(self._one.decoder.logits[None]))]
+            logits = self._one.decoder.logits[None]
+            if self.team is not None and self.team.shares_head:
+                logits = self.team.ranks.gather(logits)
+            return None, [_Result(None, {}, None, [0], to_host(logits))]
         return None, [
             self._compute(parts, group, is_plain)
             for group, is_plain in _groups(parts, 0 if self._batch is None else self._limit)
@@ -410,7 +445,7 @@ class GpuExecutor(Executor):
         if tokens is None and (wanted := [row for i in greedy for row in range(firsts[i], ends[i])]):
             place = {row: at for at, row in enumerate(wanted)}
             firsts = {i: place.get(first, 0) for i, first in firsts.items()}
-            tokens = to_host(greedy_tokens(self._plain.logits(self._final(residual, wanted))))
+            tokens = to_host(self._plain.best(self._final(residual, wanted)))
         wanted = [row for i in others for row in range(starts[i] + parts[i].first_row, ends[i])]
         hidden = to_host(self._final(residual, wanted)) if wanted else None
         return _Result(tokens, firsts, hidden, others)
@@ -492,6 +527,13 @@ class GpuExecutor(Executor):
         self.pool.wrote([page])
 
 
+class TorchExecutor(GpuExecutor):
+    """The same in plain torch on a CPU: slow, for tests of what runs on GPUs."""
+
+    def __init__(self, packed: PackedModel, options: EngineOptions) -> None:
+        super().__init__(packed, options, "cpu")
+
+
 def _is_plain(draw: Draw) -> bool:
     """Whether the largest logit is all that decides."""
     o = draw.sampler.options
@@ -506,7 +548,7 @@ def _is_greedy(part: Part) -> bool:
     return part.hidden == 0 and part.scored is None and all(_is_plain(draw) for draw in part.draws)
 
 
-def _is_step(part: Part) -> bool:
+def is_step(part: Part) -> bool:
     """Whether a sequence gets its next greedy token, and nothing else."""
     return _is_one_row(part) and _is_greedy(part)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,8 +16,12 @@ from hasten.models import rope
 from hasten.runtime.gpu.batch_weights import BatchWeights, Matrix
 from hasten.runtime.gpu.driver import Device, Module, built, current_device, with_defines
 from hasten.runtime.gpu.plain import PagedCache, upload
+from hasten.runtime.gpu.ranks import Team
 from hasten.runtime.gpu.shape import PAGE, PRODUCTS, ProductName, Shape, WeightFormat, kernel_source
 from hasten.runtime.gpu.tiles import Weights, interleaved, joined, rounded, tiled
+
+if TYPE_CHECKING:
+    from hasten.runtime.gpu.peers import PeerRanks
 
 TensorOf = Callable[[str], "torch.Tensor | Weights | None"]
 """A parameter by canonical name, on any device; None: the model has none. Floats are
@@ -25,28 +29,31 @@ rounded to the product's format; a matrix may also be Weights, which are kept.""
 
 _NORMS = ("attn_norm", "post_attn_norm", "mlp_norm", "post_mlp_norm")
 _WORDS = ("qkv", "square", "part", "weight", "attention", "out", "feed", "down", "best")
+_SHARED_WORDS = ("out", "down", "best")  # that several ranks have a part of
 _MEMBERS: dict[str, tuple[str, ...]] = dict(READERS.items())
 
 
-class _Arguments(ctypes.Structure):
+def _arguments(ranks: int) -> Any:
     """`Args` of kernels/args.cuh: the same fields in the same order."""
-
-    _fields_ = [
+    several = ctypes.c_void_p * ranks
+    fields = [
         *((name, ctypes.c_void_p) for name in PRODUCTS),
         *((f"{name}_bias", ctypes.c_void_p) for name in PRODUCTS[:-1]),
         ("embedding", ctypes.c_void_p),
         *((name, ctypes.c_void_p) for name in (*_NORMS, "final_norm", "q_norm", "k_norm")),
         *((name, ctypes.c_void_p) for name in ("cosines", "sines", "keys", "values", "pages")),
         *((f"{name}_words", ctypes.c_void_p) for name in _WORDS),
+        *((f"{name}_peers", several) for name in _SHARED_WORDS),
         *((name, ctypes.c_void_p) for name in ("state", "tokens", "logits", "trace")),
         ("pages_held", ctypes.c_int),
         ("positions", ctypes.c_int),
     ]
+    return type("Arguments", (ctypes.Structure,), {"_fields_": fields})()
 
 
 @dataclass(frozen=True)
 class DeviceWeights:
-    """A model's parameters on the device, by the names of `_Arguments`."""
+    """A model's parameters on the device, by the names of `_arguments`."""
 
     shape: Shape
     tensors: Mapping[str, torch.Tensor]
@@ -86,7 +93,7 @@ def tiled_copy(fused: BatchWeights, stored: Callable[[str], Weights] | None = No
         ModelError: formats differ from layer to layer.
         MachineError: they do not fit beside the others.
     """
-    c, linears = fused.config, fused.config.linear_shapes()
+    c, linears = replace(fused.config, vocab=len(fused.head.values)), fused.config.linear_shapes()
     mixer = c.blocks[0].mixer
     if mixer.head_dim % 64 or rope.rotations(c)[0].dim != mixer.head_dim:
         raise UsageError("the persistent kernel pads or turns the heads of this model in its own way")
@@ -237,7 +244,9 @@ class PersistentDecoder:
         positions: int,
         pages: list[int] | None = None,
         cache: PagedCache | None = None,
+        team: Team | None = None,
     ) -> None:
+        self._team = team
         self.shape = weights.shape
         self.weights = weights
         self.device = current_device()
@@ -252,7 +261,7 @@ class PersistentDecoder:
 
     def _allocate(self, pages: list[int], cache: PagedCache | None) -> dict[str, torch.Tensor]:
         c = self.shape.config
-        mixer = c.blocks[0].mixer
+        mixer, ranks = c.blocks[0].mixer, 1 if self._team is None else self._team.ranks.ranks
         kv = (len(c.blocks), self._held, mixer.kv_heads, PAGE, self.shape.padded_head)
         cosines, sines = (torch.from_numpy(t) for t in rotation_tables(c, self.positions, self.positions))
         group = mixer.heads * self.shape.padded_head * self.shape.splits
@@ -262,36 +271,63 @@ class PersistentDecoder:
             "part": group,
             "weight": 2 * mixer.heads * self.shape.splits,
             "attention": mixer.heads * mixer.head_dim,
-            "out": c.width,
+            "out": ranks * (c.width + 2),
             "feed": c.blocks[0].feed_forward.width,
-            "down": c.width,
-            "best": 2 * self.shape.blocks,
+            "down": ranks * (c.width + 2),
+            "best": ranks * 2 * self.shape.blocks,
         }
         found = {f"{k}_words": torch.zeros(n + 2, dtype=torch.int64) for k, n in words.items()}
         found |= {"cosines": cosines, "sines": sines, "pages": torch.tensor(pages, dtype=torch.int32)}
         found |= {"state": torch.zeros(4, dtype=torch.int32), "logits": torch.zeros(c.vocab)}
         found["trace"] = torch.zeros(self.shape.blocks * (len(c.blocks) + 1) * 16, dtype=torch.int32)
-        on_device = {k: t.cuda() for k, t in found.items()}
+        on_device = {k: t.cuda() for k, t in found.items()} | self._shared_words(words)
         on_device["tokens"] = torch.zeros(self.positions + 1, dtype=torch.int32).pin_memory()
         for name in ("keys", "values"):  # zeros: what was never written must be finite
             given = None if cache is None else getattr(cache, name)
             on_device[name] = torch.zeros(kv, dtype=torch.bfloat16, device="cuda") if given is None else given
         return on_device
 
+    def _shared_words(self, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
+        """Words of all ranks, in memory that they map."""
+        if self._team is None:
+            return {}
+        own, starts = _peers(self._team).one.own.view(torch.int64), self._starts(sizes)
+        return {f"{k}_words": own[starts[k] : starts[k] + sizes[k]] for k in _SHARED_WORDS}
+
+    def _starts(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Where each of `_SHARED_WORDS` begins in a rank's memory, in words."""
+        return {"out": 0, "down": sizes["out"], "best": sizes["out"] + sizes["down"]}
+
     def _build(self) -> tuple[Any, int]:
-        text = with_defines(kernel_source(), self.shape.defines() | {"SLOTS": self.shape.slots(self.device)})
+        defines = self.shape.defines() | {"SLOTS": self.shape.slots(self.device)}
+        if self._team is not None:
+            shard = self._team.shard
+            defines |= {"RANKS": shard.ranks, "RANK": shard.rank}
+            defines |= {"TOKENS": shard.spec.vocab, "FIRST_TOKEN": shard.vocabulary.start}
+        text = with_defines(kernel_source(), defines)
         module = Module(built(text, self.device.architecture))
+        if self._team is not None:
+            module.set_constant("stop_word", _peers(self._team).stop.data_ptr())
         shared, threads, *tile_bytes, padded = module.constants("layout", 8)
         expected = [self.shape.layout(name).tile_bytes for name in PRODUCTS]
         if tile_bytes != expected or padded != self.shape.padded_head:
             raise ModelError(f"kernel and host disagree on the layout: {tile_bytes}, {expected}, {padded}")
         return module.kernel("decode_step", shared), threads
 
-    def _pointers(self) -> _Arguments:
-        arguments = _Arguments()
+    def _pointers(self) -> Any:
+        arguments = _arguments(1 if self._team is None else self._team.ranks.ranks)
         for name, tensor in {**self.weights.tensors, **self._buffers}.items():
             setattr(arguments, name, tensor.data_ptr())
         arguments.pages_held, arguments.positions = self._held, self.positions
+        sizes = {name: len(self._buffers[f"{name}_words"]) for name in _SHARED_WORDS}
+        starts = self._starts(sizes)
+        for name, size in sizes.items():
+            addresses = [self._buffers[f"{name}_words"].data_ptr()]
+            if self._team is not None:
+                at = starts[name] + self._team.shard.rank * (size // self._team.shard.ranks)
+                addresses = [address + 8 * at for address in _peers(self._team).one.addresses]
+            for rank, address in enumerate(addresses):
+                getattr(arguments, f"{name}_peers")[rank] = address
         return arguments
 
     @property
@@ -328,8 +364,9 @@ class PersistentDecoder:
         """Put `token` at `position`; keys and values of all positions before it must be there."""
         if not 0 <= position < self.positions:
             raise UsageError(f"position {position} is outside the {self.positions} positions held")
-        if not 0 <= token < self.shape.config.vocab:
-            raise UsageError(f"token ids are below {self.shape.config.vocab}, got {token}")
+        vocab = len(self.weights.tensors["embedding"])
+        if not 0 <= token < vocab:
+            raise UsageError(f"token ids are below {vocab}, got {token}")
         state = self._buffers["state"]
         state[:2] = upload(np.array([token, position], np.int32), state.device)
         self.position = position
@@ -346,6 +383,13 @@ class PersistentDecoder:
             torch.cuda.current_stream().cuda_stream,
         )
         self.position += 1
+
+
+def _peers(team: Team) -> PeerRanks:
+    from hasten.runtime.gpu.peers import PeerRanks
+
+    assert isinstance(team.ranks, PeerRanks)
+    return team.ranks
 
 
 def _refuse_device(device: Device, blocks: int) -> None:

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hasten.core import ModelSpec
 from hasten.runtime.gpu.batch_weights import BatchWeights, Matrix
 from hasten.runtime.gpu.driver import never_freed
+from hasten.runtime.gpu.ranks import Team, best
 from hasten.runtime.gpu.shape import E4M3_MAX, PAGE
 
 Angles = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
@@ -148,6 +149,7 @@ def send(data: np.ndarray[Any, np.dtype[np.uint8]], device: str) -> torch.Tensor
 
     def carry(first: int) -> None:
         if not hasattr(_OWN, "stream"):
+            torch.cuda.set_device(found.device)  # this thread's; the first one unless said otherwise
             _OWN.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             _OWN.pinned = torch.empty(_PIECE, dtype=torch.uint8, pin_memory=True)
             never_freed(_OWN.pinned)
@@ -182,8 +184,8 @@ class Inputs:
 class PlainStep:
     """Computes any step: prompt chunks, single tokens, drafts, ragged and together."""
 
-    def __init__(self, weights: BatchWeights, cache: PagedCache) -> None:
-        self.weights, self.cache = weights, cache
+    def __init__(self, weights: BatchWeights, cache: PagedCache, team: Team | None = None) -> None:
+        self.weights, self.cache, self.team = weights, cache, team
         self.is_fp8 = weights.layers[0].o.scales is not None
 
     @torch.inference_mode()
@@ -228,9 +230,9 @@ class PlainStep:
         for i, layer in enumerate(w.layers):
             x, inputs = self.add_and_norm(x, y, post, layer.attn_norm)
             q = self.heads(i, multiply(layer.qkv, inputs), angles[w.rotation_of(i)], places)
-            y = multiply(layer.o, self.round(attend(i, q)))
+            y = self.sum_of_all(layer.o, self.round(attend(i, q)))
             x, inputs = self.add_and_norm(x, y, layer.post_attn_norm, layer.mlp_norm)
-            y = multiply(layer.down, self.activate(multiply(layer.gate_up, inputs)))
+            y = self.sum_of_all(layer.down, self.activate(multiply(layer.gate_up, inputs)))
             post = layer.post_mlp_norm
         return x if y is None else x + (y if post is None else self._norm(y, post))
 
@@ -243,6 +245,14 @@ class PlainStep:
         if y is not None:
             x = x + (y if post is None else self._norm(y, post))
         return x, self.round(self._norm(x, gamma))
+
+    def sum_of_all(self, matrix: Matrix, inputs: Inputs) -> torch.Tensor:
+        """A product whose columns the ranks of a team share: [N, M]."""
+        if self.team is None:
+            return multiply(matrix, inputs)
+        ranks = self.team.ranks
+        room = ranks.room(len(inputs.values), len(matrix.values)) if inputs.values.is_cuda else None
+        return ranks.add(multiply(matrix, inputs, room))
 
     def activate(self, both: torch.Tensor) -> Inputs:
         """activation(gate) * up of [N, 2 F]."""
@@ -282,9 +292,22 @@ class PlainStep:
         """The final norm: float32 [R, E]."""
         return self._norm(residual, self.weights.final_norm)
 
-    @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The head, with its soft-cap: hidden states float32 [R, E] -> float32 [R, V]."""
+        found = self.logits_here(hidden)
+        is_part = self.team is not None and self.team.shares_head
+        return self.team.ranks.gather(found) if self.team is not None and is_part else found
+
+    def best(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Greedy tokens, int64 [R]: the largest logits', the lowest id of equals; -1: one is no number."""
+        found = self.logits_here(hidden)
+        if self.team is None or not self.team.shares_head:
+            return greedy_tokens(found)
+        return best(self.team.ranks, found, self.team.shard.vocabulary.start)
+
+    @torch.inference_mode()
+    def logits_here(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The same of the head's rows that are here: a part of the vocabulary where a team shares it."""
         head, cap = self.weights.head, self.weights.config.head.softcap
         if hidden.is_cuda and head.scales is None:  # bf16 sums would make ties of what is none
             found = torch.mm(hidden.to(torch.bfloat16), head.values.t(), out_dtype=torch.float32)
@@ -324,18 +347,18 @@ def rounded(x: torch.Tensor, is_fp8: bool) -> Inputs:
     return Inputs((values.float() * (E4M3_MAX / peak)).to(torch.float8_e4m3fn), peak / E4M3_MAX)
 
 
-def multiply(matrix: Matrix, inputs: Inputs) -> torch.Tensor:
-    """Inputs [N, K] times a matrix [M, K]: bf16 [N, M] on a GPU, else float32."""
+def multiply(matrix: Matrix, inputs: Inputs, room: torch.Tensor | None = None) -> torch.Tensor:
+    """Inputs [N, K] times a matrix [M, K]: bf16 [N, M] on a GPU, in `room` if given; else float32."""
     x, w, bias = inputs.values, matrix.values, matrix.bias
     if not x.is_cuda:
         out = F.linear(x.float(), w.float())
         if inputs.scales is not None and matrix.scales is not None:
             out = out * inputs.scales * matrix.scales
     elif inputs.scales is None or matrix.scales is None:
-        out = F.linear(x, w)
+        out = F.linear(x, w) if room is None else torch.mm(x, w.t(), out=room)
     else:
         scales = matrix.scales[None]
-        out = torch._scaled_mm(x, w.t(), inputs.scales, scales, out_dtype=torch.bfloat16)
+        out = torch._scaled_mm(x, w.t(), inputs.scales, scales, out_dtype=torch.bfloat16, out=room)
     return out if bias is None else out + bias
 
 

@@ -17,8 +17,8 @@ import triton.language as tl
 
 from hasten.core import ModelSpec
 from hasten.runtime.gpu.batch_products import LARGEST, activate, in_int8
-from hasten.runtime.gpu.batch_weights import BatchWeights, LayerWeights
-from hasten.runtime.gpu.plain import LONG, Attend, Inputs, PagedCache, PlainStep, Span, upload
+from hasten.runtime.gpu.batch_weights import LayerWeights
+from hasten.runtime.gpu.plain import LONG, Attend, Inputs, PlainStep, Span, upload
 from hasten.runtime.gpu.shape import PAGE
 
 _MOST_GATHERED = 1 << 18  # tokens whose keys and values may be out of their pages: 1 GB of an 8B model
@@ -164,9 +164,6 @@ def gather(keys, values, key_scales, value_scales, places, to_keys, to_values, K
 
 class KernelStep(PlainStep):
     """`PlainStep` on a GPU, with these kernels between the products."""
-
-    def __init__(self, weights: BatchWeights, cache: PagedCache) -> None:
-        super().__init__(weights, cache)
 
     def add_and_norm(
         self, x: torch.Tensor, y: torch.Tensor | None, post: torch.Tensor | None, gamma: torch.Tensor

@@ -8,7 +8,8 @@ struct Args {
   u16 *keys, *values;            // bf16 [layer][page][KV head][PAGE][PADDED]
   const int* pages;              // page table of the sequence
   u64 *qkv_words, *square_words, *part_words, *weight_words, *attention_words, *out_words, *feed_words, *down_words,
-      *best_words;  // the exchange
+      *best_words;  // the exchange; of the last two and `out`, all ranks' one behind another
+  u64 *out_peers[RANKS], *down_peers[RANKS], *best_peers[RANKS];  // this rank's words of those, in every rank's memory
   int* state;       // token, position, epoch
   int* tokens;      // [position + 1] is chosen here
   float* logits;    // [V], or null

@@ -90,8 +90,7 @@ DEVICE float norm_of_tiles(const u64* words, int tiles, u32 tag, int lane, int c
     u32 tries = 0;
     do {
       asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(words + e) : "memory");
-      count_try(tries);
-    } while ((u32)(v >> 32) != tag);
+    } while ((u32)(v >> 32) != tag && !is_over(tries));
     sum += value_of(v);
   }
   return rsqrtf(warp_sum(sum) / count + NORM_EPS);
@@ -271,8 +270,7 @@ DEVICE void merge_splits(const Args& a, const Place& p, u32 tag, int thread) {
     u32 tries = 0;
     do {
       x = peek(part), w = peek(weights);
-      count_try(tries);
-    } while (!is_tagged(x, tag) || !is_tagged(w, tag));
+    } while ((!is_tagged(x, tag) || !is_tagged(w, tag)) && !is_over(tries));
     float most = value_of(w.x);
 #pragma unroll
     for (int m = SPLITS / 2; m; m >>= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, m));

@@ -74,7 +74,7 @@ DEVICE void qkv_product(Block& b, const Args& a, int layer, u32 tag, const u16* 
                           NORM_AFTER && layer ? a.post_mlp_norm + (layer - 1) * WIDTH : nullptr};
   NormWeights<Qkv> weights;
   product<Qkv>(
-      b, {a.down_words, tag - 1, layer > 0}, [&] { ask_norms<Qkv>(b, norms, weights); },
+      b, {a.down_words, tag - 1, layer > 0, RANKS}, [&] { ask_norms<Qkv>(b, norms, weights); },
       [&](float (&v)[2 * Qkv::PAIRS]) { add_and_norm<Qkv>(b, layer ? nullptr : embedding, weights, v); },
       [&](int row, float sum, float) {
         const float norm = NORM_BEFORE ? norm_of_all(b.s.squares, WIDTH) : 1.f;
@@ -95,7 +95,7 @@ DEVICE void out_product(Block& b, const Args& a, int layer, u32 tag) {
       [&](int row, float sum, float) {
         if (row >= WIDTH) return;
         if (BIAS_O) sum += bias_of(a.o_bias + layer * WIDTH, row);
-        publish(a.out_words + row, sum, tag);
+        publish_to_all(a.out_peers, row, sum, tag);
       });
 }
 DEVICE void gate_up_product(Block& b, const Args& a, int layer, u32 tag) {
@@ -103,7 +103,7 @@ DEVICE void gate_up_product(Block& b, const Args& a, int layer, u32 tag) {
                           NORM_AFTER ? a.post_attn_norm + layer * WIDTH : nullptr};
   NormWeights<GateUp> weights;
   product<GateUp>(
-      b, {a.out_words, tag, true}, [&] { ask_norms<GateUp>(b, norms, weights); },
+      b, {a.out_words, tag, true, RANKS}, [&] { ask_norms<GateUp>(b, norms, weights); },
       [&](float (&v)[2 * GateUp::PAIRS]) { add_and_norm<GateUp>(b, nullptr, weights, v); },
       [&](int row, float gate, float up) {
         if (row >= FEED) return;
@@ -122,7 +122,7 @@ DEVICE void down_product(Block& b, const Args& a, int layer, u32 tag) {
       [&](int row, float sum, float) {
         if (row >= WIDTH) return;
         if (BIAS_DOWN) sum += bias_of(a.down_bias + layer * WIDTH, row);
-        publish(a.down_words + row, sum, tag);
+        publish_to_all(a.down_peers, row, sum, tag);
       });
 }
 DEVICE bool is_better(float v, int row, float than, int than_row) { return v > than || (v == than && row < than_row); }
@@ -148,7 +148,7 @@ DEVICE void head_product(Block& b, const Args& a, u32 tag) {
   const Residual norms = {a.final_norm, NORM_AFTER ? a.post_mlp_norm + (LAYERS - 1) * WIDTH : nullptr};
   NormWeights<Head> weights;
   product<Head>(
-      b, {a.down_words, tag - 1, true}, [&] { ask_norms<Head>(b, norms, weights); },
+      b, {a.down_words, tag - 1, true, RANKS}, [&] { ask_norms<Head>(b, norms, weights); },
       [&](float (&v)[2 * Head::PAIRS]) { add_and_norm<Head>(b, nullptr, weights, v); },
       [&](int row, float sum, float) {
         if (row >= VOCAB) return;
@@ -162,20 +162,21 @@ DEVICE void head_product(Block& b, const Args& a, u32 tag) {
       });
   keep_block_best(b, best, best_row);
   if (b.thread == 0) {
-    publish(a.best_words + 2 * blockIdx.x, best, tag);
-    publish(a.best_words + 2 * blockIdx.x + 1, __int_as_float(best_row), tag);
+    publish_to_all(a.best_peers, 2 * blockIdx.x, best, tag);
+    const int token = best_row >= 0 && best_row < VOCAB ? FIRST_TOKEN + best_row : best_row;
+    publish_to_all(a.best_peers, 2 * blockIdx.x + 1, __int_as_float(token), tag);
   }
 }
 DEVICE int greedy_token(Block& b, const Args& a, u32 tag) {
   float best = -3e38f;
   int best_row = 0x7fffffff;
-  for (int i = b.thread; i < BLOCKS; i += THREADS) {
+  for (int i = b.thread; i < RANKS * BLOCKS; i += THREADS) {
     const ulonglong2 v = await(a.best_words + 2 * i, tag);
     if (is_better(value_of(v.x), (int)(u32)v.y, best, best_row)) best = value_of(v.x), best_row = (int)(u32)v.y;
   }
   consumers_barrier();  // the block's own best has been read by all
   keep_block_best(b, best, best_row);
-  return best_row < VOCAB ? best_row : 0;  // -1: a logit is no number; 0: all are minus infinity
+  return best_row < TOKENS ? best_row : 0;  // -1: a logit is no number; 0: all are minus infinity
 }
 
 constexpr int RING_BYTES = SLOTS * SLOT_BYTES, SHARED_AT = RING_BYTES,

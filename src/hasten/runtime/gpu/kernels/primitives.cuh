@@ -8,6 +8,13 @@ typedef unsigned long long u64;
 #define DEVICE __device__ __forceinline__
 #define COMPILE_TIME __host__ __device__ constexpr
 
+#ifndef RANKS  // GPUs that compute one model together
+#define RANKS 1
+#define RANK 0
+#define FIRST_TOKEN 0
+#define TOKENS VOCAB  // of all of them
+#endif
+
 constexpr int THREADS = WARPS * 32;         // of the consumers
 constexpr int ALL_THREADS = THREADS + 128;  // and of the warps that stream the weights
 // Of a quarter of a multiprocessor's 512 registers a lane, in steps of 8: what the launch gives all its warps, less 24
@@ -30,6 +37,23 @@ DEVICE void consumers_barrier() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) 
 DEVICE void count_try(u32& tries) {
   if (++tries > MOST_TRIES) asm volatile("st.global.u32 [%0], %1;" ::"l"(0ull), "r"(tries) : "memory");
 }
+// Other GPUs may be late by what their hosts do: then a wait ends when this host writes the word, or after a minute, of
+// which it is told by the same word. What is computed from then on is void.
+#if RANKS > 1
+extern "C" __constant__ u64 stop_word = 0;  // the address of an int of the host's
+#endif
+DEVICE bool is_over(u32& tries) {
+#if RANKS > 1
+  if (++tries % 4096) return false;
+  int said;
+  asm volatile("ld.relaxed.sys.global.s32 %0, [%1];" : "=r"(said) : "l"(stop_word) : "memory");
+  if (tries > 15 * MOST_TRIES) asm volatile("st.relaxed.sys.global.s32 [%0], %1;" ::"l"(stop_word), "r"(said = 1) : "memory");
+  return said;
+#else
+  count_try(tries);
+  return false;
+#endif
+}
 DEVICE void init_mbarrier(u32 barrier, u32 arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
@@ -40,7 +64,7 @@ DEVICE void wait_mbarrier(u32 barrier, u32 parity) {
                  : "=r"(done)
                  : "r"(barrier), "r"(parity)
                  : "memory");
-    count_try(tries);
+    if (RANKS == 1) count_try(tries);
   } while (!done);
 }
 // Arrives once `loaded` is there: it depends on it through `zero`, which is 0 and the compiler does not know that. A
@@ -151,7 +175,11 @@ DEVICE void publish(u64* word, float value, u32 tag) {
 }
 DEVICE ulonglong2 peek(const u64* words) {
   ulonglong2 v;
+#if RANKS > 1
+  asm volatile("ld.relaxed.sys.global.v2.u64 {%0,%1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(words) : "memory");
+#else
   asm volatile("ld.relaxed.gpu.global.v2.u64 {%0,%1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(words) : "memory");
+#endif
   return v;
 }
 DEVICE bool is_tagged(ulonglong2 v, u32 tag) { return (u32)(v.x >> 32) == tag && (u32)(v.y >> 32) == tag; }
@@ -159,11 +187,19 @@ DEVICE float value_of(u64 word) { return __uint_as_float((u32)word); }
 DEVICE ulonglong2 await(const u64* words, u32 tag) {
   ulonglong2 v = peek(words);
   u32 tries = 0;
-  while (!is_tagged(v, tag)) {
-    count_try(tries);
-    v = peek(words);
-  }
+  while (!is_tagged(v, tag) && !is_over(tries)) v = peek(words);
   return v;
+}
+// What all ranks have a part of goes to all of them, and each reads it in its own memory: a hop over NVLink.
+DEVICE void publish_to_all(u64* const (&peers)[RANKS], int at, float value, u32 tag) {
+#pragma unroll
+  for (int r = 0; r < RANKS; r++) {
+    if (RANKS == 1)
+      publish(peers[r] + at, value, tag);
+    else
+      asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(peers[r] + at), "l"((u64)tag << 32 | __float_as_uint(value))
+                   : "memory");
+  }
 }
 // A lane's part of a slice: words first + 64 p + 2 lane and the next one, for p < PAIRS; 0 from `end` on.
 template <int PAIRS>
@@ -184,8 +220,7 @@ DEVICE void await_slice(const u64* first, int end, u32 tag, int lane, float (&ou
       }
 #pragma unroll
       for (int i = 0; i < AT_ONCE; i++) complete &= is_tagged(v[i], tag);
-      count_try(tries);
-    } while (!complete);
+    } while (!complete && !is_over(tries));
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++)
       if (p0 + i < PAIRS) out[2 * (p0 + i)] = value_of(v[i].x), out[2 * (p0 + i) + 1] = value_of(v[i].y);

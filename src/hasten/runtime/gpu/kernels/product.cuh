@@ -65,6 +65,7 @@ using Head = Product<0, HEAD_TYPE, HEAD_GROUP, HEAD_MINIMUM, VOCAB, WIDTH, 0>;
 
 constexpr int WINDOW_PAIRS = 64 / WARPS;  // of a warp's inputs that pass through shared memory at a time
 constexpr int WIDTH_SPAN = Qkv::SPAN;
+constexpr int RANK_WORDS = round_up(WIDTH + 2, 2);  // of what a rank publishes of the residual stream
 
 // The shared memory of a block, after the ring.
 struct Shared {
@@ -296,7 +297,22 @@ struct Awaited {
   const u64* words;
   u32 tag;
   bool is_there;  // else there is nothing to wait for
+  int parts = 1;  // that are added up: the ranks', one behind another
 };
+template <class P>
+DEVICE void await_input(const Block& b, const Awaited& input, float (&v)[2 * P::PAIRS]) {
+  const u64* words = input.words + b.warp * P::SPAN;
+  const int end = min(P::SPAN, P::COLS - b.warp * P::SPAN);
+  await_slice<P::PAIRS>(words, end, input.tag, b.lane, v);
+#pragma unroll
+  for (int r = 1; r < RANKS; r++)
+    if (r < input.parts) {
+      float more[2 * P::PAIRS];
+      await_slice<P::PAIRS>(words + r * RANK_WORDS, end, input.tag, b.lane, more);
+#pragma unroll
+      for (int i = 0; i < 2 * P::PAIRS; i++) v[i] += more[i];
+    }
+}
 template <class P, int STAGE>
 DEVICE void take_tile(Block& b, u32* words, u32* scales) {
   if constexpr (STAGE < P::STAGES) {
@@ -356,8 +372,6 @@ DEVICE void reduce(Block& b, int first, int tiles, Out out) {
 template <class P, class Ask, class Change, class Out>
 DEVICE void product(Block& b, Awaited input, Ask ask, Change change, Out out) {
   const int mine = ((int)blockIdx.x < P::TILES ? (P::TILES - 1 - (int)blockIdx.x) / BLOCKS + 1 : 0) << P::PAIR;
-  const u64* words_in = input.words + b.warp * P::SPAN;
-  const int end = min(P::SPAN, P::COLS - b.warp * P::SPAN);
   Input<P> in;
   ask();
   if constexpr (P::WHOLE) {
@@ -365,7 +379,7 @@ DEVICE void product(Block& b, Awaited input, Ask ask, Change change, Out out) {
     float v[2 * P::PAIRS];
     take_tiles<P>(b, mine, words, scales);
     mark(b, 3 * P::ID);
-    if (input.is_there) await_slice<P::PAIRS>(words_in, end, input.tag, b.lane, v);
+    if (input.is_there) await_input<P>(b, input, v);
     change(v);
     mark(b, 3 * P::ID + 1);
     make_input<P>(b, v, in);
@@ -390,7 +404,7 @@ DEVICE void product(Block& b, Awaited input, Ask ask, Change change, Out out) {
     if (mine) take_stage<P, P::steps_of(0)>(b, words, scales);
     mark(b, 3 * P::ID);
     float v[2 * P::PAIRS];
-    if (input.is_there) await_slice<P::PAIRS>(words_in, end, input.tag, b.lane, v);
+    if (input.is_there) await_input<P>(b, input, v);
     change(v);
     mark(b, 3 * P::ID + 1);
     make_input<P>(b, v, in);
