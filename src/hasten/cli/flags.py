@@ -46,6 +46,9 @@ RECIPE = (
 ModelArgument = Annotated[str, argument("MODEL", MODEL)]
 RecipeOption = Annotated[str | None, optional("--recipe", "R", RECIPE)]
 DeviceOption = Annotated[str, given("--device", "NAME", help_of(EngineOptions, "device"))]
+TensorParallelOption = Annotated[
+    int, given("--tensor-parallel", "N", help_of(EngineOptions, "tensor_parallel"), min=1)
+]
 GpuMemoryOption = Annotated[
     str | None, optional("--gpu-memory", "SIZE", help_of(EngineOptions, "gpu_memory"))
 ]

@@ -20,6 +20,7 @@ from hasten.cli.flags import (
     RecipeOption,
     SeedOption,
     TemperatureOption,
+    TensorParallelOption,
     ThreadsOption,
     TopKOption,
     TopPOption,
@@ -56,6 +57,7 @@ def command(
     context: ContextOption = None,
     device: DeviceOption = "cpu",
     gpu_memory: GpuMemoryOption = None,
+    tensor_parallel: TensorParallelOption = 1,
     json: JsonOption = False,
 ) -> None:
     """Continue one prompt and print the continuation.
@@ -70,7 +72,13 @@ def command(
 
     sampling = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     started = time.perf_counter()
-    options = EngineOptions(threads=threads, context=context, device=device, gpu_memory=gpu_memory)
+    options = EngineOptions(
+        threads=threads,
+        context=context,
+        device=device,
+        gpu_memory=gpu_memory,
+        tensor_parallel=tensor_parallel,
+    )
     running = opened(model, recipe, options)
     load_s = time.perf_counter() - started
     note_device(running)
