@@ -263,6 +263,7 @@ class Request:
     peer_python: str | None = None  # the Python the peers are installed in; None is this one
     device: str = "cpu"  # where all of them compute: cpu, cuda, or auto
     gpu_memory: str | None = None  # what ours may take of the GPU's
+    tensor_parallel: int = 1  # GPUs that ours computes on together
 
 
 def bout(request: Request, say: Say = lambda _: None) -> tuple[Comparison, Machine]:
@@ -307,6 +308,7 @@ def _contenders(request: Request) -> list[Contender]:
         batch=request.workload.batch,
         device=request.device,
         gpu_memory=request.gpu_memory,
+        tensor_parallel=request.tensor_parallel,
     )
     contenders = [Contender(base)]
     parsed = [(name, *parse(name)) for name in dict.fromkeys(request.against)]

@@ -12,6 +12,7 @@ from hasten.cli.flags import (
     JsonOption,
     ModelArgument,
     RecipeOption,
+    TensorParallelOption,
     ThreadsOption,
     given,
     optional,
@@ -50,6 +51,7 @@ def command(
     threads: ThreadsOption = None,
     device: DeviceOption = "cpu",
     gpu_memory: GpuMemoryOption = None,
+    tensor_parallel: TensorParallelOption = 1,
     runs: Annotated[int, given("--runs", "N", "Measured rounds.", min=1)] = 5,
     peer_python: PeerPythonOption = None,
     json: JsonOption = False,
@@ -77,6 +79,7 @@ def command(
         peer_python=peer_python,
         device=device,
         gpu_memory=gpu_memory,
+        tensor_parallel=tensor_parallel,
     )
     comparison, machine = bout(request, note)
     if json:

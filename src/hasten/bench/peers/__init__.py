@@ -38,6 +38,7 @@ class EngineSpec:
     batch: int = 1
     device: str = "cpu"  # "cuda" for a GPU; ours may be told "auto"
     gpu_memory: str | float | None = None  # as `EngineOptions.gpu_memory`
+    tensor_parallel: int = 1  # as `EngineOptions.tensor_parallel`
     chats: bool = False  # many requests at once, each timed for itself: `Engine.chats` in place of `generate`
 
 

@@ -39,6 +39,7 @@ def load(spec: EngineSpec, prepared: str) -> Subject | HastenEngine:
         max_sequences=max(spec.batch, EngineOptions.max_sequences if spec.device == "cpu" else 1),
         device=spec.device,
         gpu_memory=spec.gpu_memory,
+        tensor_parallel=spec.tensor_parallel,
     )  # keeping the model would write to the disk while others are timed
     model = load_model(prepared, recipe=spec.format or None, options=options, store=False)
     return Subject(model=model, version=hasten.__version__, format=model.recipe.name)
