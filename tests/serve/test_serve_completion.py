@@ -94,7 +94,7 @@ def test_models_are_listed_by_their_names_alone(server: Running) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../echo", "/etc/passwd", "echo/", "ECHO", "echo\0", "./echo", "%65cho", "", "e" * 900]
+    "name", ["../echo", "/etc/passwd", "echo/", "ECHO", "echo\0", "./echo", "%65cho", "e" * 900]
 )
 def test_no_name_is_taken_for_a_path(server: Running, name: str) -> None:
     reply = server.ask("/v1/chat/completions", chat(model=name))

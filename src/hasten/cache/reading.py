@@ -112,6 +112,8 @@ def map_array(path: str | Path) -> npt.NDArray[np.uint8]:
         if os.fstat(file.fileno()).st_size == 0:
             return np.zeros(0, np.uint8)
         mapped: np.memmap[Any, np.dtype[np.uint8]] = np.memmap(file, np.uint8, "r")
+        # numpy takes no name from a descriptor, and other processes ask for it to map the file too
+        mapped.filename = str(Path(path).resolve())
         return mapped
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -191,19 +192,25 @@ def test_a_fault_of_ours_is_not_called_the_devices() -> None:
     assert driver.fault_of(RuntimeError("Expected all tensors on cuda:0")) is None
 
 
+def loops(text: str) -> Iterator[str]:
+    """The `do` and `while` loops of CUDA source, each with its condition."""
+    for match in re.finditer(r"(?<!\} )\bwhile \(|\bdo \{", text):
+        depth, end = 0, match.start()
+        while depth or text[end] not in "{;":  # a block, or the end of a loop of one statement
+            depth += {"(": 1, ")": -1}.get(text[end], 0)
+            end += 1
+        while text[end] == "{" or depth:
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            end += 1
+        yield text[match.start() : text.index(";", end) if match.group() == "do {" else end]
+
+
 def test_every_wait_of_the_persistent_kernel_is_bounded() -> None:
     """A wait for another block or a copy counts its tries: a fault ends in an error and not in a hang."""
     found = []
     for path in (Path(driver.__file__).parent / "kernels").glob("*.cu*"):
-        text = path.read_text()
-        for match in re.finditer(r"\b(?:do|while [^{};]*) \{", text):
-            depth, end = 1, match.end()
-            while depth:
-                depth += {"{": 1, "}": -1}.get(text[end], 0)
-                end += 1
-            body = text[match.start() : end]
-            if "peek(" in body or "ld.relaxed" in body or "try_wait" in body:
-                found.append((path.name, "count_try" in body))
+        waits = [loop for loop in loops(path.read_text()) if re.search(r"peek\(|ld\.relaxed|try_wait", loop)]
+        found += [(path.name, "count_try(" in loop or "is_over(" in loop) for loop in waits]
     assert len(found) >= 5 and all(is_bounded for _, is_bounded in found), found
 
 

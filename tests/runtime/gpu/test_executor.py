@@ -371,7 +371,7 @@ def test_tables_mean_on_the_device_what_they_mean_in_numpy(
     layout: str, device: str, wide_heads: Source
 ) -> None:
     linear = pack_model(wide_heads, Recipe.parse(layout), 1).linears["layers.0.down"]
-    assert np.array_equal(gpu._values(linear, device).cpu().numpy(), values_of(linear))
+    assert np.array_equal(gpu.matrix_of(linear, device).cpu().numpy(), values_of(linear))
 
 
 @pytest.mark.parametrize("recipe", ["fp8", "fp8-head16"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +21,11 @@ from hasten.engine.model import LanguageModel, load_packed  # noqa: E402
 from hasten.engine.request import Request  # noqa: E402
 from hasten.errors import HastenError, MachineError, UsageError  # noqa: E402
 from hasten.models import Source, open_model  # noqa: E402
+from hasten.models.artifact import load_artifact  # noqa: E402
+from hasten.runtime.gpu.parallel import mapped_place  # noqa: E402
 from hasten.runtime.sampling import SamplingOptions  # noqa: E402
 from hasten.weights.packed import pack_model  # noqa: E402
+from tiny_artifacts import make, mixed  # noqa: E402
 from tiny_models import Tiny, prompts, save_folder  # noqa: E402
 
 GREEDY = SamplingOptions(ignore_eos=True)
@@ -123,6 +127,14 @@ def test_a_page_is_read_and_written_in_all_shares(folders: Callable[[str], Sourc
         model.executor.copy_page(5, 6)
         assert np.array_equal(model.executor.read_page(6), data)
         assert np.array_equal(model.logits(prompt), wanted)
+
+
+def test_matrices_of_an_artifact_are_mapped_by_every_process(tmp_path: Path) -> None:
+    """A follower reads the bytes itself; the leader does not send them."""
+    artifact = load_artifact(make(tmp_path, "llama", mixed()))
+    for name, linear in artifact.packed.linears.items():
+        found = pickle.loads(pickle.dumps(mapped_place(linear)))
+        assert np.array_equal(found.open().data, linear.data), name
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hasten.cache.reading import map_array
 from hasten.core import EngineOptions, ModelSpec, Recipe
 from hasten.errors import HastenError, MachineError
 from hasten.runtime.executor import Draw, Part, PartResult, Ticket, prepare
@@ -429,7 +430,7 @@ class Mapped:
 
     def open(self) -> PackedLinear:
         """The matrix; its bytes are read when they are looked at."""
-        return replace(self.linear, data=np.memmap(self.path, np.uint8, "r", self.offset, (self.size,)))
+        return replace(self.linear, data=map_array(self.path)[self.offset :][: self.size])
 
 
 def mapped_place(linear: PackedLinear) -> Mapped | None:
