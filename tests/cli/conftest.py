@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import io
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -59,24 +59,52 @@ class ByteModel:
     tokenizer: ByteTokenizer = field(default_factory=ByteTokenizer)
     recipe: Any = field(default_factory=lambda: SimpleNamespace(name="w8"))
     device: str = "cpu"
+
+    sampling: dict[str, float] = field(default_factory=dict)  # what its authors advise
+    requests: list[Any] = field(default_factory=list)
     device_because: str = ""
 
-    def stream(self, ids: Sequence[int], max_new_tokens: int, sampling: Any) -> Iterator[int]:
+    def engine(self, options: Any = None) -> ByteModel:
+        return self
+
+    def run(self, requests: list[Any]) -> Iterator[Any]:
+        (request,) = requests
+        self.requests.append(request)
+        ids = request.prompt
         if len(ids) > self.context:
             raise UsageError(
                 f"the prompt has {len(ids)} tokens, the context {self.context}", hint="raise --context"
             )
         self.asked.append(bytes(ids).decode())
-        for count, token in enumerate([*self.reply.encode(), END][:max_new_tokens]):
+        return self._outputs(request.max_new_tokens)
+
+    def _outputs(self, most: int) -> Iterator[Any]:
+        text, whole = ByteText(), [*self.reply.encode(), END]
+        for count, token in enumerate(whole[:most]):
             if count == self.interrupt_after:
                 raise KeyboardInterrupt
-            yield token
+            ended = token == END
+            new = "" if ended else text.push(token)
+            if count + 1 == len(whole[:most]):
+                new += text.flush()
+            reason = "stop" if ended else "length" if count + 1 == most else None
+            yield SimpleNamespace(token_ids=(token,), text=new, finish_reason=reason)
 
-    def engine(self) -> ByteModel:
-        return self
 
-    def tokens(self, request: Any) -> Iterator[int]:
-        return self.stream(*request)
+def _request(prompt: Any, max_new_tokens: int, sampling: Any, **more: Any) -> SimpleNamespace:
+    return SimpleNamespace(prompt=prompt, max_new_tokens=max_new_tokens, sampling=sampling, **more)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """As `SamplingOptions`, unchecked."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    repetition_penalty: float = 1.0
 
 
 @pytest.fixture
@@ -90,11 +118,11 @@ def model(monkeypatch: pytest.MonkeyPatch) -> ByteModel:
 
     engine, sampling = ModuleType("hasten.engine.model"), ModuleType("hasten.runtime.sampling")
     engine.load = load  # type: ignore[attr-defined]
-    sampling.SamplingOptions = SimpleNamespace  # type: ignore[attr-defined]
+    sampling.SamplingOptions = Sampling  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "hasten.engine.model", engine)
     monkeypatch.setitem(sys.modules, "hasten.runtime.sampling", sampling)
     request = ModuleType("hasten.engine.request")
-    request.Request = lambda *parts: parts  # type: ignore[attr-defined]
+    request.Request = _request  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "hasten.engine.request", request)
     return fake
 

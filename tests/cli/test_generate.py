@@ -107,3 +107,24 @@ def test_ctrl_c_keeps_the_text_so_far(model: Any, capsys: Any) -> None:
     out, err = capsys.readouterr()
     assert out == "h"
     assert "stopped." in err
+
+
+def test_it_goes_on_to_the_end_unless_a_number_is_given(model: Any, capsys: Any) -> None:
+    assert main(["generate", "m", "-p", "x"]) == 0
+    assert main(["generate", "m", "-p", "x", "-n", "3"]) == 0
+    assert [request.max_new_tokens for request in model.requests] == [model.context, 3]
+
+
+def test_what_is_asked_reaches_the_engine(model: Any, tmp_path: Any, capsys: Any) -> None:
+    schema = tmp_path / "s.json"
+    schema.write_text('{"type": "object"}')
+    flags = ["--stop", "a", "--stop", "b", "--repeat-penalty", "1.2", "--system", "short", "--top-k", "4"]
+    assert main(["generate", "m", "-p", "x", *flags, "--json-schema", str(schema), "--adapter", "tuned"]) == 0
+    request = model.requests[-1]
+    assert request.stop == ("a", "b") and request.grammar.source == '{"type": "object"}'
+    assert (request.sampling.repetition_penalty, request.sampling.top_k) == (1.2, 4)
+    assert model.asked == ["<system>short<user>x<assistant>"]
+    assert model.loaded["ref"] == "m+lora:tuned"
+    assert main(["generate", "m", "-p", "x", "--json-schema", "no such file"]) == 2
+    assert "--json-schema" in capsys.readouterr().err
+    assert main(["generate", "m", "-p", "x", "--raw", "--system", "short"]) == 2

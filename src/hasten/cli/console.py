@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from hasten.compress.result import Observer, Progress
     from hasten.engine.model import LanguageModel
-    from hasten.models.tokenizer import Tokenizer
+    from hasten.engine.request import Output
     from hasten.optimize.trials import Candidate
 
 _QUIET_S = 30.0
@@ -193,13 +193,17 @@ def watched() -> Iterator[Observer]:
         yield tell
 
 
-def opened(model: str, recipe: str | None, options: EngineOptions) -> LanguageModel:
-    """`hasten.load`, its progress shown."""
+def opened(
+    model: str, recipe: str | None, options: EngineOptions, adapters: Sequence[str] = ()
+) -> LanguageModel:
+    """`hasten.load`, its progress shown; LoRA adapters are merged."""
     from hasten.loading import load
+    from hasten.models.source import with_adapters
 
     threads, context = options.threads, options.context
     with watched() as observer:
-        return load(model, recipe, threads=threads, context=context, options=options, observer=observer)
+        ref = with_adapters(model, adapters)
+        return load(ref, recipe, threads=threads, context=context, options=options, observer=observer)
 
 
 def show(ticker: Ticker, progress: Progress) -> None:
@@ -236,7 +240,7 @@ class Answer:
     first_token_s: float | None = None
     decode_s: float = 0.0
     stopped: bool = False
-    ended: bool = False  # by an end-of-text token
+    ended: bool = False  # by an end-of-text token or a stop text
 
     @property
     def finish_reason(self) -> Literal["stop", "length", "interrupted"]:
@@ -263,35 +267,30 @@ class Answer:
         )
 
 
-def speak(
-    tokens: Iterable[int], tokenizer: Tokenizer, *, aloud: bool = True, patient: bool = False
-) -> Answer:
-    """Write the text of `tokens` to stdout as they come.
+def speak(outputs: Iterable[Output], *, aloud: bool = True, patient: bool = False) -> Answer:
+    """Write the text of one answer to stdout as it comes.
 
     Args:
-        tokens: token ids, computed as they are asked for.
-        tokenizer: turns them into text; only whole characters are written.
+        outputs: of the engine, computed as they are asked for.
         aloud: False collects the text without writing it.
         patient: Ctrl-C ends the answer instead of the program.
     """
     answer = Answer()
-    text = tokenizer.stream()
     start = time.perf_counter()
     try:
-        for token in tokens:
+        for output in outputs:
             now = time.perf_counter() - start
-            if answer.first_token_s is None:
+            if output.token_ids and answer.first_token_s is None:
                 answer.first_token_s = now
-            answer.decode_s = now - answer.first_token_s
-            answer.token_ids.append(token)
-            answer.ended = token in tokenizer.eos_ids
-            _write(answer, "" if answer.ended else text.push(token), aloud)
+            answer.decode_s = now - (answer.first_token_s or now)
+            answer.token_ids += output.token_ids
+            answer.ended = output.finish_reason == "stop"
+            _write(answer, output.text, aloud)
     except KeyboardInterrupt:
         if not patient:
             raise
         outlived()
         answer.stopped = True
-    _write(answer, text.flush(), aloud)
     return answer
 
 

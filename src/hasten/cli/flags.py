@@ -7,13 +7,18 @@ import inspect
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Optional, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Optional, get_args, get_origin, get_type_hints
 
 import typer
 
+from hasten.cache.reading import read_text
 from hasten.core import EngineOptions
 from hasten.errors import UsageError
 from hasten.recipe import appended_methods, share_of
+
+if TYPE_CHECKING:
+    from hasten.engine.grammar import Grammar
+    from hasten.runtime.sampling import SamplingOptions
 
 
 def help_of(noun: type, name: str) -> str:
@@ -61,21 +66,82 @@ TextOption = Annotated[
 ]
 TokensOption = Annotated[int, given("--tokens", "N", "Tokens to judge on; more narrow the interval.", min=1)]
 
-# Sampling, for generate and chat.
+# Sampling and what bounds an answer, for generate and chat.
 NewTokensOption = Annotated[
-    int, typer.Option("-n", "--max-new-tokens", metavar="N", min=0, help="Tokens to generate at most.")
+    int | None,
+    typer.Option(
+        "-n",
+        "--max-new-tokens",
+        metavar="N",
+        min=0,
+        help="Tokens to generate at most. Default: to the end of the text.",
+        show_default=False,
+    ),
 ]
+ADVICE = "Default: 0 for generate; for chat what the model's authors advise."
 TemperatureOption = Annotated[
-    float, given("--temperature", "T", "0 takes the likeliest token; above it, samples.", min=0.0)
+    float | None,
+    optional("--temperature", "T", f"0 takes the likeliest token; above it, samples. {ADVICE}", min=0.0),
 ]
-TopKOption = Annotated[int, given("--top-k", "K", "Sample among the K likeliest tokens; 0 is all.", min=0)]
+TopKOption = Annotated[int | None, optional("--top-k", "K", "Sample among the K likeliest; 0 is all.", min=0)]
 TopPOption = Annotated[
-    float, given("--top-p", "P", "Sample within this total probability.", min=0.0, max=1.0)
+    float | None, optional("--top-p", "P", "Sample within this total probability.", min=0.0, max=1.0)
 ]
 MinPOption = Annotated[
-    float, given("--min-p", "P", "Drop tokens below P times the likeliest one.", min=0.0, max=1.0)
+    float | None, optional("--min-p", "P", "Drop tokens below P times the likeliest one.", min=0.0, max=1.0)
+]
+RepeatPenaltyOption = Annotated[
+    float | None,
+    optional("--repeat-penalty", "X", "Above 1: tokens that were there already become less likely."),
 ]
 SeedOption = Annotated[int, given("--seed", "N", "Seed of the sampling: same seed, same text.")]
+StopOption = Annotated[
+    list[str] | None,
+    optional("--stop", "TEXT", "End the answer before this text; repeatable."),
+]
+SCHEMA = "The answer is JSON that follows this schema: JSON text, or a file of it."
+JsonSchemaOption = Annotated[str | None, optional("--json-schema", "SCHEMA", SCHEMA)]
+SystemOption = Annotated[str, optional("--system", "TEXT", "Instructions the conversation opens with.")]
+ADAPTER = "A LoRA adapter to merge into the model: a folder of PEFT, a GGUF file, or a hub id; repeatable."
+AdapterOption = Annotated[list[str] | None, optional("--adapter", "PATH", ADAPTER)]
+
+
+def sampling_of(
+    advised: Mapping[str, float], flags: Mapping[str, float | None], seed: int
+) -> SamplingOptions:
+    """How tokens are chosen: by the flags that were given, else as is advised, else greedily.
+
+    Raises:
+        UsageError: a value outside its range.
+    """
+    from hasten.runtime.sampling import SamplingOptions
+
+    values: dict[str, Any] = {**advised, **{name: v for name, v in flags.items() if v is not None}}
+    if "top_k" in values:
+        values["top_k"] = int(values["top_k"])
+    return SamplingOptions(**values, seed=seed)
+
+
+def grammar_of(schema: str | None) -> Grammar | None:
+    """The grammar of a `--json-schema` value: JSON text, or the name of a file that holds it.
+
+    Raises:
+        UsageError: a file that cannot be read.
+    """
+    if schema is None:
+        return None
+    from hasten.engine.grammar import Grammar
+
+    text = schema
+    if not schema.lstrip().startswith(("{", "true", "false")):
+        try:
+            text = read_text(schema.removeprefix("@"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(
+                f"--json-schema {schema!r:.60} is no JSON object, and no file that can be read: {error}",
+                hint='give a schema such as \'{"type": "object"}\', or a file of one',
+            ) from error
+    return Grammar("json_schema", text)
 
 
 def parameters(noun: type, env: Mapping[str, str] | None = None) -> list[inspect.Parameter]:

@@ -10,21 +10,28 @@ import typer
 
 from hasten.cli.console import CALIBRATED, Answer, emit, note, note_device, opened, read_stdin, speak
 from hasten.cli.flags import (
+    AdapterOption,
     ContextOption,
     DeviceOption,
     GpuMemoryOption,
     JsonOption,
+    JsonSchemaOption,
     MinPOption,
     ModelArgument,
     NewTokensOption,
     RecipeOption,
+    RepeatPenaltyOption,
     SeedOption,
+    StopOption,
+    SystemOption,
     TemperatureOption,
     TensorParallelOption,
     ThreadsOption,
     TopKOption,
     TopPOption,
+    grammar_of,
     optional,
+    sampling_of,
 )
 from hasten.core import SCHEMA_VERSION, EngineOptions
 from hasten.errors import UsageError
@@ -45,13 +52,18 @@ RawOption = Annotated[
 def command(
     model: ModelArgument,
     prompt: PromptOption,
-    max_new_tokens: NewTokensOption = 128,
+    max_new_tokens: NewTokensOption = None,
     recipe: RecipeOption = None,
-    temperature: TemperatureOption = 0.0,
-    top_k: TopKOption = 0,
-    top_p: TopPOption = 1.0,
-    min_p: MinPOption = 0.0,
+    adapter: AdapterOption = None,
+    system: SystemOption = "",
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
+    repeat_penalty: RepeatPenaltyOption = None,
     seed: SeedOption = 0,
+    stop: StopOption = None,
+    json_schema: JsonSchemaOption = None,
     raw: RawOption = False,
     threads: ThreadsOption = None,
     context: ContextOption = None,
@@ -62,15 +74,23 @@ def command(
 ) -> None:
     """Continue one prompt and print the continuation.
 
-    The continuation alone goes to stdout, as it comes; the speed goes to stderr. With -n 0 nothing is
-    generated and stdout stays empty.
+    The continuation alone goes to stdout, as it comes; the speed goes to stderr. It ends where the model ends
+    it, at a --stop text, or where -n or the context is full. With -n 0 nothing is generated and stdout stays
+    empty.
     """
     text = read_stdin() if prompt == "-" else prompt
     if not text.strip():
         raise UsageError("the prompt is empty", hint='give some text: -p "What is a mutex?"')
-    from hasten.runtime.sampling import SamplingOptions
+    if raw and system:
+        raise UsageError("--system needs the chat template, which --raw leaves out", hint="drop one of them")
+    flags = {
+        "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "repetition_penalty": repeat_penalty,
+    }  # fmt: skip
+    sampling, grammar = sampling_of({}, flags, seed), grammar_of(json_schema)
+    from hasten.core import ServingOptions
+    from hasten.engine.request import Request
 
-    sampling = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     started = time.perf_counter()
     options = EngineOptions(
         threads=threads,
@@ -79,12 +99,15 @@ def command(
         gpu_memory=gpu_memory,
         tensor_parallel=tensor_parallel,
     )
-    running = opened(model, recipe, options)
+    running = opened(model, recipe, options, adapter or ())
     load_s = time.perf_counter() - started
     note_device(running)
-    tokenizer = running.tokenizer
-    ids = tokenizer.encode(text) if raw else tokenizer.encode_chat([{"role": "user", "content": text}])
-    answer = speak(running.stream(ids, max_new_tokens, sampling), tokenizer, aloud=not json)
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": text})
+    ids = running.tokenizer.encode(text) if raw else running.tokenizer.encode_chat(messages)
+    most = running.context if max_new_tokens is None else max_new_tokens
+    request = Request(tuple(ids), most, sampling, stop=tuple(stop or ()), grammar=grammar)
+    answer = speak(running.engine(ServingOptions(prefix_cache=False)).run([request]), aloud=not json)
     if json:
         emit(_document(running, answer, len(ids), load_s))
         return

@@ -7,7 +7,7 @@ import sys
 from typing import Annotated, Any
 
 from hasten.cli.console import watched
-from hasten.cli.flags import RecipeOption, argument, fill, optional, parameters
+from hasten.cli.flags import AdapterOption, RecipeOption, argument, fill, optional, parameters
 from hasten.core import EngineOptions, ServingOptions
 from hasten.serve.options import ServeOptions
 
@@ -27,7 +27,11 @@ ModelOption = Annotated[
 
 
 def command(
-    models: ModelsArgument = None, model: ModelOption = None, recipe: RecipeOption = None, **flags: Any
+    models: ModelsArgument = None,
+    model: ModelOption = None,
+    recipe: RecipeOption = None,
+    adapter: AdapterOption = None,
+    **flags: Any,
 ) -> None:
     """Serve models with the OpenAI API, chat page included.
 
@@ -38,10 +42,12 @@ def command(
 
     engine = fill(EngineOptions, flags)
     choose_device(engine.device)  # or refuse it before anything else
+    from hasten.models.source import with_adapters
     from hasten.serve.pool import names_of
     from hasten.serve.server import ServeSetup, serve
 
-    refs, left = _prepared(names_of([*(models or ()), *(model or ())]), recipe)
+    named = names_of([*(models or ()), *(model or ())])
+    refs, left = _prepared({n: with_adapters(ref, adapter or ()) for n, ref in named.items()}, recipe)
     setup = ServeSetup(
         refs=refs,
         options=fill(ServeOptions, flags),
