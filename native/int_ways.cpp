@@ -96,6 +96,7 @@ std::vector<double> time_ways(const PackedFormat& format, int rows, int cols, in
   for (int i = 0; i < kWarmUps; i++) linear_by(*ways[0], {{&layer, out.data(), ldo}}, x, tokens, threads);
   for (int round = 0; round < rounds; round++)
     for (size_t i = 0; i < ways.size(); i++) {
+      if (tokens < ways[i]->least || tokens > ways[i]->most) continue;
       if (round >= kFairRounds && best[i] > 1.3 * std::ranges::min(best)) continue;
       if (tokens <= kFewTokens) forget_lines(data.data(), data.size());
       const auto start = Clock::now();

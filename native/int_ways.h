@@ -12,7 +12,7 @@
 namespace hasten {
 
 // The largest number of tokens of each class; the last class has no largest.
-constexpr int kClassRows[kRowClasses] = {1, 2, 4, 8, 24, 1 << 30};
+constexpr int kClassRows[kRowClasses] = {1, 2, 4, 8, 24, kAnyTokens};
 
 // The class of `tokens` tokens.
 int row_class(int tokens);
@@ -30,6 +30,7 @@ void forget_choices();
 // Seconds that each of int_ways() takes for one product of `tokens` tokens with a matrix [rows, cols]: the least of
 // `rounds`, taken in turn. With few tokens the weights are put out of the caches before, so that they come from memory
 // as a model's do. A way that takes over 1.3 times as long as the fastest drops out after two rounds.
+// A way that does what another does for so many tokens is not timed: its time is infinite.
 std::vector<double> time_ways(const PackedFormat& format, int rows, int cols, int tokens, int threads, int rounds);
 
 }  // namespace hasten

@@ -55,7 +55,8 @@ void bind_int_ways(nb::module_& m) {
   m.def("forget_ways", &forget_choices, "Go back to what is taken where nothing was measured.");
   m.def("time_ways", &timed, nb::arg("bits"), nb::arg("group"), nb::arg("symmetric"), nb::arg("rows"), nb::arg("cols"),
         nb::arg("tokens"), nb::arg("threads"), nb::arg("rounds"), nb::call_guard<WithoutGil>(),
-        "Seconds that each way takes for one product with a matrix [rows, cols]; inf for one that dropped out.");
+        "Seconds that each way takes for one product with a matrix [rows, cols]; inf for one that dropped out, or that "
+        "does what another does for so many tokens.");
 }
 
 }  // namespace hasten

@@ -308,9 +308,9 @@ void by_bits(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* 
 
 }  // namespace
 
-const IntWay kIntWays[4] = {{"avx2 stream", 1, by_bits<How::kStream>},
-                            {"avx2 stream, prefetch", 1, by_bits<How::kStreamAhead>},
-                            {"avx2 unpack", 1, by_bits<How::kBlocked>},
-                            {"avx2 unpack, prefetch", 1, by_bits<How::kBlockedAhead>}};
+const IntWay kIntWays[4] = {{"avx2 stream", 1, 1, kAnyTokens, by_bits<How::kStream>},
+                            {"avx2 stream, prefetch", 1, 1, kAnyTokens, by_bits<How::kStreamAhead>},
+                            {"avx2 unpack", 1, 1, kAnyTokens, by_bits<How::kBlocked>},
+                            {"avx2 unpack, prefetch", 1, 1, kAnyTokens, by_bits<How::kBlockedAhead>}};
 
 }  // namespace hasten::avx2

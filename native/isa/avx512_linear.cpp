@@ -17,7 +17,7 @@ constexpr int kTokenBlock = 192;  // tokens whose activations stay in L2 while p
 constexpr int kAhead = 2304;      // bytes each stream is asked for before it is needed, where prefetch is on
 constexpr int kDepth = 1024;      // inputs unpacked at a time: 32 KB of weights for a panel pair
 #ifdef HASTEN_SANITIZED
-constexpr int kWideTile = 3;
+constexpr int kWideTile = 3;  // large tiles compile slowly under the sanitizers
 #else
 constexpr int kWideTile = 8;  // tokens that one pass over a pair of panels serves, some of their sums on the stack
 #endif
@@ -366,12 +366,14 @@ void unpack_whole(const PackedFormat& format, const uint8_t* block, uint8_t* out
 
 }  // namespace
 
-const IntWay kIntWays[6] = {{"avx512 one panel", 1, by_bits<How::kOne>},
-                            {"avx512 two panels", 2, by_bits<How::kTwo>},
-                            {"avx512 two panels, prefetch", 2, by_bits<How::kTwoAhead>},
-                            {"avx512 four panels, prefetch", 4, by_bits<How::kFourAhead>},
-                            {"avx512 unpack", 2, by_bits<How::kBlocked>},
-                            {"avx512 two panels, eight tokens", 2, by_bits<How::kTwoWide>}};
+// The last two numbers are those of tokens: above one token the way of four panels runs that of two with prefetch, and
+// below eight the way of eight tokens does.
+const IntWay kIntWays[6] = {{"avx512 one panel", 1, 1, kAnyTokens, by_bits<How::kOne>},
+                            {"avx512 two panels", 2, 1, kAnyTokens, by_bits<How::kTwo>},
+                            {"avx512 two panels, prefetch", 2, 1, kAnyTokens, by_bits<How::kTwoAhead>},
+                            {"avx512 four panels, prefetch", 4, 1, 1, by_bits<How::kFourAhead>},
+                            {"avx512 unpack", 2, 1, kAnyTokens, by_bits<How::kBlocked>},
+                            {"avx512 two panels, eight tokens", 2, 8, kAnyTokens, by_bits<How::kTwoWide>}};
 
 void unpack_block(const PackedFormat& format, const uint8_t* block, uint8_t* out, size_t stride) {
   switch (format.bits) {

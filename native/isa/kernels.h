@@ -57,11 +57,14 @@ constexpr int kPageTokens = 32;
 constexpr int kPartTokens = 256;  // attention works through the context in parts of this many tokens
 constexpr int kFewestRows = 48;   // of a block of queries that need not be smaller
 
+constexpr int kAnyTokens = 1 << 30;
+
 // One way to compute integer layers. All ways of all instruction sets give the same bits; which is the fastest depends
 // on the processor, the format and the number of tokens, and is measured (int_ways.h).
 struct IntWay {
   const char* name;
-  int panels;  // read side by side
+  int panels;       // read side by side
+  int least, most;  // tokens for which it is a way of its own; for others it runs what another way runs
   // out[t][16*p + r] (+)= sum_k w[16*p + r][k] * x[t][k] for panels p0 <= p < p1, t < m. `out` has room for whole
   // panels. w.format.bits is 4, 5, 6 or 8.
   void (*run)(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add);

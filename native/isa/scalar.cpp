@@ -4,7 +4,7 @@
 namespace hasten {
 
 namespace {
-constexpr IntWay kWays[] = {{"scalar", 1, generic::linear_int}};
+constexpr IntWay kWays[] = {{"scalar", 1, 1, kAnyTokens, generic::linear_int}};
 }
 
 const Kernels kScalarKernels = {

@@ -148,11 +148,12 @@ def test_no_such_choice(row_class: int, way: str | None) -> None:
         _native.choose_way(4, 32, True, row_class, way or _native.int_ways()[0])
 
 
-def test_every_way_is_timed() -> None:
-    for tokens in (1, 30):
+def test_every_way_is_timed_that_is_no_other_one() -> None:
+    same = {1: {"avx512 two panels, eight tokens"}, 30: {"avx512 four panels, prefetch"}}
+    for tokens, skipped in same.items():
         seconds = _native.time_ways(4, 32, True, 160, 96, tokens, 2, 2)
-        assert len(seconds) == len(_native.int_ways())
-        assert all(0 < s < 60 for s in seconds)
+        for way, s in zip(_native.int_ways(), seconds, strict=True):
+            assert s == float("inf") if way in skipped else 0 < s < 60
 
 
 @pytest.mark.parametrize("fmt", FORMATS[1:], ids=str)
