@@ -278,8 +278,11 @@ def test_calibration_can_be_left_out(run: Run, tmp_path: Path, texts: dict[int, 
 
 
 def test_a_recipe_without_room_is_left_out_and_said(run: Run) -> None:
+    built: list[str] = []
+
     class Small(FakeWorkshop):
         def build(self, recipe: Recipe) -> FakeModel:
+            built.append(recipe.name)
             if recipe.name in ("w8", "base"):
                 raise MachineError("the weights take 16 GB, 4 GB are free")
             if recipe.name == "w6" and self.name == "lost":
@@ -290,6 +293,7 @@ def test_a_recipe_without_room_is_left_out_and_said(run: Run) -> None:
     assert "w8" not in [c.recipe.name for c in found.candidates] and len(found.candidates) > 2
     said = "the weights take 16 GB, 4 GB are free."
     assert {f"w8 was not tried: {said}", f"No mixture was tried: {said}"} <= set(found.plan.because)
+    assert built.count("base") == 1, "a map that does not fit is tried once"
     with pytest.raises(DeviceLost):
         run(Small(name="lost", seed=3))
 

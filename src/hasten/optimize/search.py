@@ -6,7 +6,8 @@ What a search ends with is plan.json, its record, of which the report and the ta
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -394,34 +395,35 @@ class Search:
 
     def _attempt(self, recipe: Recipe) -> Candidate | None:
         """Judged, and timed if it passes; None where the device has no room for it beside the source."""
-        try:
+        with self._unless_full(f"{recipe.name} was not tried"):
             return self.trials.attempt(recipe)
-        except DeviceLost:
-            raise
-        except MachineError as why:
-            self._left_out.append(f"{recipe.name} was not tried: {why.message}.")
-            return None
+        return None
 
     def _mixture(self, judged: Sequence[Candidate]) -> Candidate | None:
-        try:
-            mixture = self.mixing.fit(judged)
-        except DeviceLost:
-            raise
-        except MachineError as why:
-            self._left_out.append(f"No mixture was tried: {why.message}.")
-            return None
+        mixture = None
+        if self._map is not None:
+            with self._unless_full("No mixture was tried"):
+                mixture = self.mixing.fit(judged)
         if mixture is not None and mixture.passes:
             mixture = replace(mixture, measurement=self.trials.attempt(mixture.recipe).measurement)
         return mixture
 
-    def _map(self) -> SensitivityMap:
-        """The map of harms; an empty one where the device has no room to draw it."""
-        try:
+    @cached_property
+    def _map(self) -> SensitivityMap | None:
+        """The map of harms; None where the device has no room to draw it."""
+        with self._unless_full("No mixture was tried"):
             return self.mixing.map
+        return None
+
+    @contextmanager
+    def _unless_full(self, otherwise: str) -> Iterator[None]:
+        """Goes on where the device has no room for what is done inside; the plan then says `otherwise`."""
+        try:
+            yield
         except DeviceLost:
             raise
-        except MachineError:
-            return SensitivityMap(())
+        except MachineError as why:
+            self._left_out.append(f"{otherwise}: {why.message}.")
 
     def _estimate(self, chosen: Candidate) -> Estimate | None:
         """What the speed model says of the chosen recipe, to be held against the measurement."""
@@ -447,7 +449,7 @@ class Search:
         self, out: Path, baseline: Baseline, candidates: Sequence[Candidate], recipe: Recipe
     ) -> OptimizeResult:
         self.observer(Progress("artifact", f"writing {out}"))
-        drawn = self._map()
+        drawn = self._map or SensitivityMap(())
         chosen = next(c for c in candidates if c.recipe == recipe)
         plan = Plan(
             model=self.workshop.name,
