@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from hasten.engine.request import Request  # noqa: E402
 from hasten.errors import HastenError, MachineError, UsageError  # noqa: E402
 from hasten.models import Source, open_model  # noqa: E402
 from hasten.models.artifact import load_artifact  # noqa: E402
-from hasten.runtime.gpu.parallel import mapped_place  # noqa: E402
+from hasten.runtime.gpu.parallel import mapped_place, store_of_this_host  # noqa: E402
 from hasten.runtime.sampling import SamplingOptions  # noqa: E402
 from hasten.weights.packed import pack_model  # noqa: E402
 from tiny_artifacts import make, mixed  # noqa: E402
@@ -189,6 +190,15 @@ def test_a_rank_that_is_lost_ends_answers_within_seconds(
         with pytest.raises(MachineError, match="rank 1"):
             model.logits(list(prompts()[0]))
     assert process.wait(5) is not None
+
+
+def test_the_store_of_the_ranks_listens_on_this_host_alone() -> None:
+    store = store_of_this_host()
+    store.set("key", "value")
+    assert store.get("key") == b"value"
+    socket.create_connection(("127.0.0.1", store.port), timeout=5).close()
+    with pytest.raises(ConnectionRefusedError):  # another address of this machine
+        socket.create_connection(("127.0.0.2", store.port), timeout=5)
 
 
 def test_followers_end_with_the_model_and_with_its_process(folders: Callable[[str], Source]) -> None:

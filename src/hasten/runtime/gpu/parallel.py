@@ -127,19 +127,28 @@ class _Link:
             self.process.wait()
 
 
+def store_of_this_host() -> Any:
+    """A store in which ranks meet, on 127.0.0.1; a socket that torch opens listens on every address."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    listening = socket.create_server(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
+    return TCPStore(
+        "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
+    )
+
+
 class Crew:
     """The followers of one model, as their leader knows them."""
 
     def __init__(
         self, packed: PackedModel, options: EngineOptions, device: str, maker: str | None = None
     ) -> None:
-        from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
         count = options.tensor_parallel
         self._packed, self._failure, self._is_over = packed, "", False
         self._turn = threading.Lock()
         self.stop: Callable[[], None] = lambda: None  # ends what a GPU waits for
-        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._store = store_of_this_host()
         self.meeting = Meeting(0, count, self._store.port, self.check)
         bare = {name: replace(one, data=np.zeros(0, np.uint8)) for name, one in packed.linears.items()}
         self.links: list[_Link] = []
