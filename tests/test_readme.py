@@ -139,7 +139,6 @@ def test_the_chart_is_drawn_from_the_record() -> None:
 
 @pytest.mark.slow
 def test_the_site_builds_without_a_network(tmp_path: Path) -> None:
-    pytest.importorskip("material", reason="mkdocs-material is not installed")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"],
         cwd=ROOT,
