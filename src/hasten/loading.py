@@ -56,7 +56,7 @@ def load(
     from hasten.runtime.executor import choose_device
 
     options = options or EngineOptions()
-    choose_device(options.device)  # or refuse it before minutes of work
+    choose_device(options.device)  # a device that is not there is refused before minutes of work
     place, plain = prepared(ref, recipe, observer, store=store, threads=threads)
     try:
         return load_plain(place, recipe=plain, threads=threads, context=context, options=options, store=store)

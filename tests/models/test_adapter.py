@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,10 @@ def test_products_are_added(
         np.testing.assert_allclose(finite_values(source.tensors[part]), wanted, rtol=1e-5, atol=1e-5)
     same = [name for name in plain.tensors if name not in ("layers.0.q", "layers.1.down")]
     assert all(source.tensors[name].content == plain.tensors[name].content for name in same)
-    assert source.content != plain.content and source.name.endswith("+tuned")
+    assert source.content != plain.content and source.name == f"{plain.name}+tuned"
     assert open_model(ref_of(source)).content == source.content
+    downloaded = replace(source, name="owner/name+1+tuned")  # a hub id, whose name may hold a +
+    assert ref_of(downloaded) == f"owner/name+1+lora:{path}"
     assert {path / "adapter_config.json", path / "adapter_model.safetensors"} <= set(
         locate(with_adapters(str(base), [str(path)])).files()
     )

@@ -220,6 +220,7 @@ def test_a_chat_begins_with_one_bos(writes: bool) -> None:
     assert ids[0] == tokenizer.bos_id and ids.count(tokenizer.bos_id) == 1
     assert tokenizer.encode("<s>a b")[:1] == [tokenizer.bos_id]
     assert tokenizer.encode("<s>a b").count(tokenizer.bos_id) == 1
+    assert tokenizer.count("<s>a b") == len(tokenizer.encode("<s>a b"))
     bare = Tokenizer.from_gguf(
         metadata | {"tokenizer.ggml.add_bos_token": False, "tokenizer.chat_template": template}
     )

@@ -41,7 +41,7 @@ def command(
     from hasten.runtime.executor import choose_device
 
     engine = fill(EngineOptions, flags)
-    choose_device(engine.device)  # or refuse it before anything else
+    choose_device(engine.device)  # a device that is not there is refused before anything else
     from hasten.models.source import with_adapters
     from hasten.serve.pool import names_of
     from hasten.serve.server import ServeSetup, serve

@@ -11,28 +11,30 @@ Sources: PEFT's LoraConfig and the names of its saved tensors (peft/tuners/lora,
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from hasten.cache.reading import is_there, read_text
+from hasten.cache.reading import is_there
 from hasten.core import ModelSpec
-from hasten.errors import FormatError, ModelError
+from hasten.errors import ModelError
 from hasten.models.families import FAMILIES
 from hasten.models.families.family import Family, Fields, NameTable
 from hasten.models.gguf import GgufFile
 from hasten.models.rope import interleaved_rows
-from hasten.models.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Source, SourceFile, once
+from hasten.models.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Source, SourceFile, once, read_json_object
 from hasten.weights.packed import finite_values
 from hasten.weights.safetensors_file import open_safetensors
 from hasten.weights.tensors import SourceTensor
+
+if TYPE_CHECKING:
+    from hasten.models.tokenizer import Tokenizer
 
 _PAIR = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(\.(?!weight$)[^.]+)?\.weight")
 _SAVED = re.compile(r"(\.modules_to_save)?(\.default)?(?=\.(weight|bias)$)")
@@ -59,15 +61,15 @@ class Adapter:
     files: tuple[SourceFile, ...]
     family: Family
     is_gguf: bool = False
-    folder: Path | None = field(default=None)  # with a tokenizer of its own, perhaps
+    folder: Path | None = None  # where a tokenizer of its own lies
 
 
 def with_adapter(source: Source, path: Path) -> Source:
     """A model with an adapter merged into it.
 
     Args:
-        source: the base model, as it was opened.
-        path: a folder of PEFT, or a GGUF file.
+        source: the base model, as it was opened, under the name that `locate` gives it with the adapter.
+        path: a folder of PEFT, or a GGUF file; absolute.
 
     Raises:
         ModelError: it is no LoRA adapter, of a kind that is not supported, or of another model.
@@ -88,20 +90,20 @@ def with_adapter(source: Source, path: Path) -> Source:
                 f"{adapter.where} gives one of embedding and head {spec.vocab} rows, and not the other",
                 hint="the adapter is incomplete: save it with both in modules_to_save",
             )
-    is_resized = spec.vocab != source.config.vocab and adapter.folder is not None
-    load = once(lambda: _tokenizer_of(adapter.folder or path)) if is_resized else source.load_tokenizer
+    load, folder = source.load_tokenizer, adapter.folder
+    if folder is not None and spec.vocab != source.config.vocab:
+        load = once(lambda: _tokenizer_of(folder))
     return replace(
         source,
-        name=f"{source.name}+{path.name}",
         config=spec,
         tensors=tensors,
         files=source.files + adapter.files,
-        adapters=(*source.adapters, str(path.absolute())),
+        adapters=(*source.adapters, str(path)),
         load_tokenizer=load,
     )
 
 
-def _tokenizer_of(folder: Path) -> Any:
+def _tokenizer_of(folder: Path) -> Tokenizer:
     from hasten.models.tokenizer import Tokenizer
 
     return Tokenizer.from_folder(folder)
@@ -211,13 +213,7 @@ def _options(path: Path) -> Fields:
     """adapter_config.json, with what is not supported refused by name."""
     if not is_there(path):
         raise ModelError(f"{path.parent} is no adapter: it has no {path.name}", hint="give a folder of PEFT")
-    try:
-        values = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is no JSON: {error!s:.100}", hint="download it again") from error
-    if not isinstance(values, Mapping):
-        raise FormatError(f"{path} must hold an object", hint="download it again")
-    fields = Fields(values, str(path))
+    fields = Fields(read_json_object(path), str(path))
     if (kind := fields.text("peft_type", "LORA")) != "LORA":
         raise ModelError(
             f"{path}: an adapter of the kind {kind!r} is not supported",

@@ -56,13 +56,14 @@ def from_folder(folder: Path) -> tuple[Tokenizer, TokenizerFields]:
     _add_configured_tokens(backend, config, named, _json(folder / "added_tokens.json"), complete)
     bos_id, eos_id = _id(backend, named.get("bos_token")), _id(backend, named.get("eos_token"))
     _frame(backend, config, (bos_id, eos_id), complete, is_there(folder / "tokenizer.model"))
+    generation = _json(folder / "generation_config.json")
     return backend, TokenizerFields(
         bos_id=bos_id,
-        eos_ids=_eos_ids(folder, eos_id),
+        eos_ids=_eos_ids(eos_id, generation, _json(folder / "config.json")),
         vocab_size=backend.get_vocab_size(),
         special_tokens=MappingProxyType(named),
         chat_templates=MappingProxyType(_chat_templates(folder, config)),
-        sampling=advised_sampling(_json(folder / "generation_config.json")),
+        sampling=advised_sampling(generation),
     )
 
 
@@ -147,8 +148,7 @@ def _with_gaps_filled(path: Path, wrong: str) -> Tokenizer:
     from tokenizers import Tokenizer
 
     document = json.loads(read_text(path))
-    model = document["model"].get("vocab", {})
-    size = len(model)
+    size = len(document["model"].get("vocab", {}))
     added = {int(entry["id"]): entry for entry in document["added_tokens"]}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     for index in range(size, max(added)):
@@ -312,11 +312,11 @@ def _id(backend: Tokenizer, token: str | None) -> int | None:
     return None if token is None else backend.token_to_id(token)
 
 
-def _eos_ids(folder: Path, own: int | None) -> tuple[int, ...]:
-    """The tokenizer's eos, then what generation_config.json and config.json name (a number or a list)."""
+def _eos_ids(own: int | None, *configurations: Mapping[str, Any]) -> tuple[int, ...]:
+    """The tokenizer's eos, then what configurations name (a number or a list)."""
     ids = [] if own is None else [own]
-    for name in ("generation_config.json", "config.json"):
-        found = _json(folder / name).get("eos_token_id")
+    for values in configurations:
+        found = values.get("eos_token_id")
         for index in found if isinstance(found, list) else [found]:
             ids += [index] if isinstance(index, int) else []
     return tuple(dict.fromkeys(ids))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -360,6 +360,8 @@ def _check_extents(cursor: GgufCursor, infos: list[_Info], start: int) -> None:
 
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.gguf)", re.IGNORECASE)
+_MAX_PARTS = 1000
+_HELPING = re.compile(r"mmproj|imatrix", re.IGNORECASE)
 _PIECE = re.compile(
     r".+(\.gguf[.-](split|part|\d)|[.-]part[-_]?\d+of\d+|\.gguf-split-[a-z]).*", re.IGNORECASE
 )
@@ -368,7 +370,7 @@ _PIECE = re.compile(
 def part_names(name: str) -> tuple[str, ...]:
     """The names of all parts of a split model, first to last, from the name of any; () where it is none.
 
-    gguf-split calls them STEM-00001-of-00003.gguf.
+    gguf-split calls them STEM-00001-of-00003.gguf. A folder in front of the name stays in front of each.
     """
     found = _PART.fullmatch(name)
     if found is None or not 1 < (count := int(found["count"])) <= _MAX_PARTS:
@@ -383,16 +385,16 @@ def model_name(path: Path) -> str:
     return path.stem if found is None or not part_names(path.name) else found["stem"]
 
 
+def models_of(names: Iterable[str]) -> list[str]:
+    """The models among names of GGUF files, each by its first file; files that help a model are left out."""
+    firsts = dict.fromkeys((part_names(name) or (name,))[0] for name in sorted(names))
+    return [name for name in firsts if not _HELPING.search(name)]
+
+
 def models_in(folder: Path) -> list[Path]:
-    """The GGUF models of a folder by their (first) file; files that help a model are left out."""
+    """The GGUF models of a folder by their (first) file; files that help a model, where nothing else is."""
     names = sorted(p.name for p in folder.glob("*.gguf"))
-    firsts = (part_names(name)[:1] or (name,) for name in names)
-    found = list(dict.fromkeys(first for (first,) in firsts))
-    models = [name for name in found if not re.search(r"mmproj|imatrix", name, re.IGNORECASE)]
-    return [folder / name for name in models or found]
-
-
-_MAX_PARTS = 1000
+    return [folder / name for name in models_of(names) or names]
 
 
 def open_parts(path: Path) -> tuple[GgufFile, tuple[Path, ...]]:
@@ -511,6 +513,8 @@ __all__ = [
     "GgufMetadata",
     "model_name",
     "models_in",
+    "models_of",
     "open_parts",
     "other_kind",
+    "part_names",
 ]

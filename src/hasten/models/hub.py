@@ -15,7 +15,7 @@ from typing import Any
 from hasten.cache import digest
 from hasten.cache.reading import is_there, read_file
 from hasten.errors import ModelError
-from hasten.models.gguf import part_names
+from hasten.models.gguf import models_of, part_names
 
 _log = logging.getLogger("hasten.models")
 
@@ -117,19 +117,14 @@ def _chosen(repo: str, names: list[str], kind: str | None) -> str:
     Raises:
         ModelError: none has the word in its name, or several have.
     """
-    ggufs = sorted(name for name in names if name.lower().endswith(".gguf"))
-    firsts = []
-    for name in ggufs:
-        folder, _, file = name.rpartition("/")
-        first = (part_names(file) or (file,))[0]
-        firsts.append(f"{folder}/{first}" if folder else first)
-    models = [n for n in dict.fromkeys(firsts) if not re.search(r"mmproj|imatrix", n, re.IGNORECASE)]
+    models = models_of(name for name in names if name.lower().endswith(".gguf"))
     if kind is None and len(models) == 1:
         return models[0]
-    word = re.compile(rf"(?<![A-Za-z0-9]){re.escape(kind or _USUAL)}(?![A-Za-z0-9_])", re.IGNORECASE)
+    text = re.escape(kind or _USUAL)
+    word = re.compile(rf"(?<![A-Za-z0-9]){text}(?![A-Za-z0-9_])", re.IGNORECASE)
     found = [name for name in models if word.search(name)]
     if len(found) > 1:  # UD-Q4_K_XL and Q4_K_XL: the plainest name
-        found = [name for name in found if not re.search(rf"[A-Za-z]{{2}}-{kind or _USUAL}", name)] or found
+        found = [name for name in found if not re.search(rf"[A-Za-z]{{2}}-{text}", name)] or found
     if len(found) == 1:
         if kind is None:
             _log.warning("%s has %d GGUF files: %s is taken", repo, len(models), found[0])
@@ -144,9 +139,7 @@ def _chosen(repo: str, names: list[str], kind: str | None) -> str:
 
 def _hub_parts(repo: str, file: str) -> Path:
     """A GGUF file of a hub id with all its parts; the path of the first."""
-    folder, _, name = file.rpartition("/")
-    names = part_names(name) or (name,)
-    paths = [hub_file(repo, f"{folder}/{one}" if folder else one) for one in names]
+    paths = [hub_file(repo, one) for one in part_names(file) or (file,)]
     return paths[0]
 
 
@@ -273,8 +266,7 @@ def _asked(
     if not kind and ref == repo and any(name.endswith(".safetensors") for name in wanted):
         return "", wanted
     first = ref.split("/", 2)[2] if ref.count("/") > 1 else _chosen(repo, names, kind or None)
-    folder, _, name = first.rpartition("/")
-    parts = [f"{folder}/{one}" if folder else one for one in part_names(name) or (name,)]
+    parts = list(part_names(first) or (first,))
     missing = [part for part in parts if part not in names]
     if missing:
         raise ModelError(f"{repo} on the hub has no file {missing[0]}", hint="look at its files there")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,18 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hasten.cache.reading import NotAFile, is_there, open_file
+from hasten.cache.reading import is_there
 from hasten.core import ModelSpec
 from hasten.errors import FormatError, ModelError
 from hasten.models.families import FAMILIES, gguf_spec, hf_spec
 from hasten.models.families.config_json import token_ids
 from hasten.models.families.family import Fields, NameTable
 from hasten.models.gguf import GgufFile, model_name, models_in, open_parts, other_kind
+from hasten.models.hub import has_safetensors
 from hasten.models.quantized import Quantization, merged
 from hasten.models.quantized_formats import KEYS, quantization_of, without_quantization
 from hasten.models.rope import interleaved_rows
-from hasten.models.source import Place, Source, SourceFile, locate, once
-from hasten.weights.safetensors_file import NOT_A_FILE_HINT, open_safetensors
+from hasten.models.source import ADAPTER_CONFIG, Place, Source, SourceFile, locate, once, read_json_object
+from hasten.weights.safetensors_file import open_safetensors
 from hasten.weights.tensors import SourceTensor
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -118,7 +117,7 @@ def open_folder(folder: Path) -> Source:
             f"{folder} is an artifact of this program, not a source model",
             hint=f"run it: hasten generate {folder} -p TEXT; to optimize, give the model it was made from",
         )
-    if not is_there(folder / "config.json") or next(folder.glob("*.safetensors"), None) is None:
+    if not has_safetensors(folder):
         ggufs = models_in(folder)
         if len(ggufs) == 1:
             return open_gguf(ggufs[0])
@@ -144,8 +143,8 @@ def open_folder(folder: Path) -> Source:
 
 def _no_model(folder: Path) -> ModelError:
     """What a folder without config.json is, as far as its files tell."""
-    if is_there(folder / "adapter_config.json"):
-        base = read_json_object(folder / "adapter_config.json").get("base_model_name_or_path")
+    if is_there(folder / ADAPTER_CONFIG):
+        base = read_json_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
         shown = base if isinstance(base, str) and base else "BASE"
         return ModelError(
             f"{folder} is a LoRA adapter, a change to another model: {shown}",
@@ -256,7 +255,6 @@ def _with_side_file(values: Mapping[str, Any], folder: Path) -> Mapping[str, Any
 
 
 INDEX = "model.safetensors.index.json"
-_MAX_JSON_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -265,30 +263,6 @@ class Checkpoint:
 
     tensors: dict[str, SourceTensor]
     files: tuple[Path, ...]
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file that must hold an object.
-
-    Raises:
-        ModelError: it is missing or may not be read.
-        FormatError: it holds something else.
-    """
-    try:
-        with open_file(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > _MAX_JSON_BYTES:
-                raise FormatError(f"{path}: {size} bytes are too many for a configuration")
-            value = json.loads(file.read())
-    except NotAFile as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}", hint=NOT_A_FILE_HINT) from error
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}", hint=f"check it: ls -l {path}") from error
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is no JSON: {error!s:.100}", hint="download it again") from error
-    if not isinstance(value, dict):
-        raise FormatError(f"{path} must hold an object, got {type(value).__name__}")
-    return value
 
 
 def open_checkpoint(folder: Path, integers: bool = False) -> Checkpoint:

@@ -32,6 +32,7 @@ import numpy.typing as npt
 
 from hasten.errors import FormatError
 from hasten.models.families.family import Fields
+from hasten.weights.safetensors_file import INTEGERS
 from hasten.weights.tensors import SourceTensor
 
 Tensors = Mapping[str, SourceTensor]
@@ -246,7 +247,7 @@ def modules_with(tensors: Tensors, part: str) -> list[str]:
     return [name.removesuffix(f".{part}") for name in tensors if name.endswith(f".{part}")]
 
 
-SCALES = ("BF16", "F16", "F32")
+SCALES = ("F16", "BF16", "F32")
 """Types that scales come in."""
 UNUSED = ("input_scale", "input_zero_point", "output_scale", "output_zero_point", "k_scale", "v_scale")
 """Scales of activations and of keys and values: read by engines that round those by them."""
@@ -290,7 +291,7 @@ def merged(
             name in biases and not is_needed(name) and not array(tensor).any()
         ):
             unused.append(name)
-        elif tensor.dtype in ("I8", "U8", "I32", "I64", "F8_E4M3"):
+        elif tensor.dtype in INTEGERS:
             raise FormatError(
                 f"{where}: tensor {name!r} holds integers ({tensor.dtype}) and is of no quantised module",
                 hint="the checkpoint is incomplete or packed in another way: download it again",

@@ -86,7 +86,7 @@ class Fp8:
 
         def values() -> npt.NDArray[np.float32]:
             table = np.array(FORMATS["fp8-e4m3"].table, np.float32)
-            found: npt.NDArray[np.float32] = table[array(weight).astype(np.uint8)]
+            found: npt.NDArray[np.float32] = table[weight.data].reshape(rows, cols)
             by = scales(scale)
             if shape == blocks and shape not in ((1, 1), (rows, 1)):
                 by = np.repeat(np.repeat(by, self.block[0], 0)[:rows], self.block[1], 1)[:, :cols]
@@ -144,7 +144,7 @@ class BitsAndBytes:
             raise parts.missing("weight.quant_state.bitsandbytes__nf4")
         state = parts.take(f"weight.quant_state.bitsandbytes__{kind}", ("U8",), (None,))
         try:
-            known = json.loads(bytes(array(state).astype(np.uint8)))
+            known = json.loads(bytes(state.data))
             (rows, cols), size = (int(n) for n in known["shape"]), int(known["blocksize"])
             nested = int(known.get("nested_blocksize", 256))
             offset = float(known.get("nested_offset", 0.0))
@@ -168,7 +168,7 @@ class BitsAndBytes:
             if inner is not None:
                 levels, most = (scales(one) for one in inner)
                 by = levels[by.astype(np.int64)] * np.repeat(most, nested)[:blocks] + np.float32(offset)
-            codes = array(packed).reshape(-1).astype(np.uint8)
+            codes = packed.data
             both = np.stack([codes >> 4, codes & 15], axis=1).reshape(-1)[:count]
             found: npt.NDArray[np.float32] = scales(table)[both]
             found *= np.repeat(by.astype(np.float32), size)[:count]

@@ -144,7 +144,7 @@ class Gptq:
         rows, cols = packed.shape[1], packed.shape[0] * 32 // kind.bits
         group = kind.group or cols
         groups = -(-cols // group)
-        scale = parts.take("scales", ("F16", "BF16", "F32"), (groups, rows))
+        scale = parts.take("scales", SCALES, (groups, rows))
         if rows * kind.bits % 32:
             raise parts.error(f"{parts.module} has {rows} outputs, whose zero points fill no whole words")
         stored = parts.take("qzeros", ("I32",), (groups, rows * kind.bits // 32))
@@ -302,7 +302,7 @@ class Awq:
         cols, rows = packed.shape[0], packed.shape[1] * 8
         group = self.group or cols
         groups = -(-cols // group)
-        scale = parts.take("scales", ("F16", "BF16", "F32"), (groups, rows))
+        scale = parts.take("scales", SCALES, (groups, rows))
         zero = _unpacked(parts.take("qzeros", ("I32",), (groups, rows // 8)))
 
         def read() -> QAndScale:

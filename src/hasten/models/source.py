@@ -7,6 +7,8 @@ means that cache only), or "demo".
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,11 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from hasten.cache import cache_dir, digest, read_record, write_atomic, write_record
-from hasten.cache.reading import is_there, open_file
+from hasten.cache.reading import NotAFile, is_there, open_file
 from hasten.core import ModelSpec
-from hasten.errors import DiskError, ModelError
+from hasten.errors import DiskError, FormatError, ModelError
 from hasten.models.gguf import model_name, models_in, part_names
 from hasten.models.hub import OWNED, download, explained, has_safetensors, hub_file, is_hub_file
+from hasten.weights.safetensors_file import NOT_A_FILE_HINT
 from hasten.weights.tensors import SourceTensor
 
 if TYPE_CHECKING:
@@ -31,6 +34,31 @@ ADAPTER = "+lora:"
 """Stands between a model's name and that of an adapter that is merged into it."""
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _READ = (".safetensors", ".json", ".jinja", ".model", ".gguf", ".txt")
+_MAX_JSON_BYTES = 64 << 20
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON file that must hold an object.
+
+    Raises:
+        ModelError: it is missing or may not be read.
+        FormatError: it holds something else.
+    """
+    try:
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > _MAX_JSON_BYTES:
+                raise FormatError(f"{path}: {size} bytes are too many for a configuration")
+            value = json.loads(file.read())
+    except NotAFile as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}", hint=NOT_A_FILE_HINT) from error
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}", hint=f"check it: ls -l {path}") from error
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path} is no JSON: {error!s:.100}", hint="download it again") from error
+    if not isinstance(value, dict):
+        raise FormatError(f"{path} must hold an object, got {type(value).__name__}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -140,7 +168,7 @@ def locate(ref: str | Path) -> Place:
                 hint="give the model it was made from, with the same recipe",
             )
         paths = tuple(_adapter(one) for one in adapters)
-        return replace(place, name="+".join([place.name, *(path.name for path in paths)]), adapters=paths)
+        return replace(place, name=place.name + _merged_names(paths), adapters=paths)
     path = Path(ref).expanduser()
     if str(ref) == DEMO and not path.exists():
         file = demo_file()
@@ -152,15 +180,20 @@ def locate(ref: str | Path) -> Place:
 
 def _adapter(ref: str) -> Path:
     """Where an adapter lies: a folder, a GGUF file, or a hub id that is downloaded."""
-    path = Path(ref).expanduser()
-    if path.exists() or not OWNED.fullmatch(ref):
-        if not path.exists():
-            raise ModelError(f"there is no adapter {ref!r}", hint="give a folder of PEFT, or a .gguf file")
+    path = Path(ref).expanduser().absolute()
+    if path.exists():
         return path
+    if not OWNED.fullmatch(ref):
+        raise ModelError(f"there is no adapter {ref!r}", hint="give a folder of PEFT, or a .gguf file")
     with explained(ref):
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(ref, allow_patterns=["adapter_*", "tokenizer*", "*.jinja"]))
+
+
+def _merged_names(adapters: Sequence[str | Path]) -> str:
+    """What stands behind a model's name once adapters are merged into it."""
+    return "".join(f"+{Path(one).name}" for one in adapters)
 
 
 def with_adapters(ref: str, adapters: Sequence[str]) -> str:
@@ -171,9 +204,8 @@ def with_adapters(ref: str, adapters: Sequence[str]) -> str:
 def ref_of(source: Source) -> str:
     """What `locate` finds an opened model by again, from any folder: "demo", a hub id or an absolute path."""
     if source.adapters:
-        count, names = len(source.adapters), source.name.split("+")
-        plain = replace(source, adapters=(), name="+".join(names[: len(names) - count]))
-        return with_adapters(ref_of(plain), source.adapters)
+        name = source.name.removesuffix(_merged_names(source.adapters))
+        return with_adapters(ref_of(replace(source, adapters=(), name=name)), source.adapters)
     first = source.files[0] if source.files else None
     if first is None or "/" in source.name:
         return source.name

@@ -124,12 +124,13 @@ class Tokenizer:
         return self.bos_id is not None and len(ids) > 1 and ids[0] == ids[1] == self.bos_id
 
     def count(self, text: str, add_special: bool = True) -> int:
-        """How many ids `encode` gives, without a Python object for each.
+        """How many ids `encode` gives; without `add_special` no Python object is made for each.
 
         Raises:
             UsageError, TokenizerError: as `encode`.
         """
-        return len(self._encoded(text, add_special))
+        found = self._encoded(text, add_special)
+        return len(found) - (add_special and self._has_two(found.ids))
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of token ids. Ids that the vocabulary lacks give nothing; what is no UTF-8 gives U+FFFD.

@@ -29,7 +29,7 @@ _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _MAX_TENSORS = 1 << 17  # of one file: seconds of work; those of the largest models hold some ten thousand
 _MAX_DIMS = 8
 _FLOATS = ("F32", "F16", "BF16")
-_INTEGERS = ("I8", "U8", "I32", "I64", "F8_E4M3")
+INTEGERS = ("I8", "U8", "I32", "I64", "F8_E4M3")  # and codes: parts of quantised checkpoints
 _AGAIN = "download it again: the file is truncated or damaged"
 _ALIGN = 8
 
@@ -86,7 +86,7 @@ def parse_safetensors(data: memoryview, name: str, integers: bool = False) -> di
         FormatError: the bytes are no safetensors file, contradict themselves, or hold a type other than F32,
             F16 and BF16 and what `integers` allows.
     """
-    types = (*_FLOATS, *_INTEGERS) if integers else _FLOATS
+    types = (*_FLOATS, *INTEGERS) if integers else _FLOATS
     start, header = _header(data, name)
     header.pop("__metadata__", None)
     extents: list[tuple[int, int, str]] = []
