@@ -165,6 +165,7 @@ GIB = 1 << 30
         ("20GB", 20 * 10**9),
         ("512MiB", 512 << 20),
         ("1.5", 3 * GIB // 2),
+        ("4096b", 4096),
         ("0.5", 20 * GIB),
         (0.5, 20 * GIB),
         (".5", 20 * GIB),
@@ -177,7 +178,10 @@ def test_an_amount_is_gib_a_unit_or_a_share(text: object, wanted: int) -> None:
     assert memory.memory_amount(text, 40 * GIB, "--gpu-memory") == wanted  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("text", ["", "much", "-1", "0", "0%", "nan", "41", "101%", "20 GiB free", True])
+@pytest.mark.parametrize(
+    "text",
+    ["", "much", "-1", "0", "0%", "nan", "41", "1t", "101%", "20ib", "20i", "9" * 400, "20 GiB free", True],
+)
 def test_what_is_no_amount_is_refused_with_one_that_works(text: object) -> None:
     with pytest.raises(UsageError, match="--gpu-memory") as refused:
         memory.memory_amount(text, 40 * GIB, "--gpu-memory")  # type: ignore[arg-type]

@@ -49,8 +49,8 @@ def available_bytes(meminfo: Path = _MEMINFO) -> int | None:
     return min((value for value in known if value is not None), default=None)
 
 
-_SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%|[kmgt]?i?b?)\s*", re.IGNORECASE)
-_POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%|b?|[kmgt]i?b?)\s*", re.IGNORECASE)
+_POWERS = {"b": 0, "k": 1, "m": 2, "g": 3, "t": 4, "": 3}
 
 
 def memory_amount(text: str | float, whole: int, flag: str) -> int:
@@ -73,18 +73,19 @@ def memory_amount(text: str | float, whole: int, flag: str) -> int:
             f"{flag} takes GiB or a share, got {said!r}", hint=f"use {flag} 20GiB, {flag} 0.9 or {flag} 90%"
         )
     value, unit = float(match[1]), match[2].lower()
-    if unit == "%" or (not unit and value <= 1):
-        found = int(whole * (value / 100 if unit == "%" else value))
-    elif unit in ("", "b"):
-        found = int(value * ((1 << 30) if not unit else 1))
+    if not unit and value <= 1:
+        value, unit = 100 * value, "%"
+    if unit == "%":
+        found = whole * value / 100
     else:
-        found = int(value * (1024 if "i" in unit or "b" not in unit else 1000) ** _POWERS[unit[0]])
-    if not 0 < found <= whole:
+        base = 1000 if "b" in unit and "i" not in unit else 1024
+        found = value * base ** _POWERS[unit[:1]]
+    if not 1 <= found <= whole:
         raise UsageError(
             f"{flag} {said} is {found / (1 << 30):.4g} GiB, and there are {whole / (1 << 30):.4g} GiB",
             hint=f"use {flag} 0.9 for nine tenths of it",
         )
-    return found
+    return int(found)
 
 
 def reserve_bytes() -> int:
