@@ -44,10 +44,14 @@ def wheels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Wheel]:
         for i, package in enumerate(models.DEMO_PACKAGES)
     }
 
+    others = importlib.metadata.distribution  # libraries that are imported meanwhile ask for themselves
+
     def distribution(name: str) -> Any:
-        if name not in found:
+        if name in found:
+            return found[name]
+        if name in models.DEMO_PACKAGES:
             raise importlib.metadata.PackageNotFoundError(name)
-        return found[name]
+        return others(name)
 
     monkeypatch.setattr(importlib.metadata, "distribution", distribution)
     return found
