@@ -13,6 +13,7 @@ import numpy as np
 
 from hasten.engine.request import EngineStats, Output, Request, Usage
 from hasten.errors import DeadlineError, HastenError, QueueFull, TokenizerError
+from hasten.models.chat_template import prepared
 from hasten.models.tool_calls import ToolStyle, tool_style
 from hasten.runtime.sampling import TokenLogprob
 
@@ -58,9 +59,10 @@ class ByteTokenizer:
         tools: Any = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        if any("refuse me" in m["content"] for m in messages):
+        chat, _ = prepared(messages, tools, self.fields.chat_templates)
+        if any("refuse me" in m["content"] for m in chat):
             raise TokenizerError("the template refuses", hint="be polite")
-        return "".join(f"<{m['role']}>{m['content']}" for m in messages)
+        return "".join(f"<{m['role']}>{m['content']}" for m in chat)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         return bytes(i for i in ids if i < 256).decode("utf-8", "replace")

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import client_server
+import openai
 import pytest
 from client_server import NAME, Server
 from pydantic import BaseModel
@@ -90,7 +91,6 @@ def test_langchain(server: Server) -> None:
 
 def test_instructor(server: Server) -> None:
     instructor = pytest.importorskip("instructor")
-    openai = pytest.importorskip("openai")
     plain = openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0)
     for mode in (instructor.Mode.TOOLS, instructor.Mode.JSON_SCHEMA):
         client = instructor.from_openai(plain, mode=mode)
@@ -102,7 +102,6 @@ def test_instructor(server: Server) -> None:
 
 def test_openai_agents(server: Server) -> None:
     agents = pytest.importorskip("agents")
-    openai = pytest.importorskip("openai")
     agents.set_tracing_disabled(True)
 
     async def run(kind: Any) -> Any:

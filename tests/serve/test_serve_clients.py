@@ -83,10 +83,11 @@ def test_fields_of_real_clients_are_taken(server: Running, fields: dict[str, Any
 
 
 def test_what_is_left_out_is_said(server: Running) -> None:
-    reply = server.ask(CHAT, chat(metadata={"a": "b"}, no_such_field=1, temprature=2))
-    assert reply.headers["x-hasten-ignored"] == "metadata, no_such_field, temprature"
+    reply = server.ask(CHAT, chat(metadata={"a": "b"}, no_such_field=1, temprature=2, bad_words=[]))
+    assert reply.headers["x-hasten-ignored"] == "bad_words, metadata, no_such_field, temprature"
     page = server.ask("/metrics").body.decode()
-    assert 'hasten_ignored_fields_total{field="metadata"}' in page
+    for name in ("metadata", "bad_words"):
+        assert f'hasten_ignored_fields_total{{field="{name}"}}' in page
     assert 'hasten_ignored_fields_total{field="other"}' in page and "temprature" not in page
     assert "x-hasten-ignored" not in server.ask(CHAT, chat()).headers
 
@@ -185,6 +186,15 @@ def test_histories_as_clients_keep_them(
     )
     assert server.ask(CHAT, {"messages": messages}).status == 200
     assert bytes(server.engine.asked[-1].prompt).decode() == prompt
+
+
+def test_tools_are_told_once_where_the_template_knows_none(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = SimpleNamespace(chat_templates={"default": ""})
+    monkeypatch.setattr(server.models["echo"].tokenizer, "fields", fields)
+    assert server.ask(CHAT, chat(tools=[TOOL])).status == 200
+    assert bytes(server.engine.asked[-1].prompt).count(b"# Tools") == 1
 
 
 @pytest.mark.parametrize(

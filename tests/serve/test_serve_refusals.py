@@ -41,6 +41,8 @@ def server(strict_server: Running) -> Running:
         (CHAT, chat(stop=[""]), "stop.0", "invalid_value"),
         (CHAT, chat(logit_bias={"a": 1}), "logit_bias.a", "invalid_value"),
         (CHAT, chat(tool_choice="required"), "tool_choice", "invalid_value"),
+        (CHAT, chat(tool_choice="sometimes"), "tool_choice", "invalid_value"),
+        (CHAT, chat(tool_choice={"name": "add"}), "tool_choice.type", "missing_required_parameter"),
         (CHAT, {"messages": []}, "messages", "invalid_value"),
         (CHAT, {}, "messages", "missing_required_parameter"),
         (CHAT, {"messages": [{"role": "user"}]}, "messages.0.content", "missing_required_parameter"),

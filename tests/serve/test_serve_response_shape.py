@@ -12,13 +12,13 @@ from running_server import Running
 from stand_in_engine import ByteTokenizer, logprob
 
 from hasten.engine.request import Output
-from hasten.models.answers import ArgumentsDelta, CallStarted, TextDelta
+from hasten.models.answers import ArgumentsDelta, CallStarted, Reader, TextDelta
 from hasten.serve.prepare import Form
 from hasten.serve.responses import ResponseShape
 from hasten.serve.shape import TokenTexts, dumped, joined
 
 
-class Reader:
+class Held(Reader):
     """Gives the events it was told to, one list an output."""
 
     def __init__(self, *turns: Sequence[Any]) -> None:
@@ -65,7 +65,7 @@ def tokens(document: dict[str, Any]) -> list[str]:
 
 
 def test_each_token_has_its_logprobs_once_whatever_the_reader_makes_of_it() -> None:
-    reader = Reader([TextDelta("a"), TextDelta("b")], [], [TextDelta("cd")], [])
+    reader = Held([TextDelta("a"), TextDelta("b")], [], [TextDelta("cd")], [])
     document, streamed = shaped(reader, output("ab"), output("c"), output("d", "stop"))
     assert document["output"][0]["content"][0]["text"] == "abcd"
     assert tokens(document) == streamed == ["a", "b", "c", "d"]
@@ -73,7 +73,7 @@ def test_each_token_has_its_logprobs_once_whatever_the_reader_makes_of_it() -> N
 
 def test_tokens_of_a_call_have_no_logprobs() -> None:
     call = [CallStarted(0, "id", "f"), ArgumentsDelta(0, "{}")]
-    reader = Reader([TextDelta("a")], [], call, [])
+    reader = Held([TextDelta("a")], [], call, [])
     document, streamed = shaped(reader, output("a"), output("<"), output(">", "stop"))
     assert [item["type"] for item in document["output"]] == ["message", "function_call"]
     assert tokens(document) == streamed == ["a"]

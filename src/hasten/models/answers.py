@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
-from hasten.models.tool_calls import ToolStyle, new_call_id, read_calls
+from hasten.models.tool_calls import NAMED_CALL, ToolStyle, new_call_id, read_calls
 
 _FENCE = re.compile(r"\s*(?:```(?:json)?\s*)?(?=\{)")
 _BRACKET = re.compile(r"\s*(?=\[\s*[A-Za-z_])")
@@ -68,7 +68,6 @@ ToolEvent = TextDelta | ThoughtDelta | CallStarted | ArgumentsDelta
 _HEAD = re.compile(
     r'[\s,;]*\[?\s*\{\s*"name"\s*:\s*"([\w.:/-]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
 )
-_HEAD_ARGS = re.compile(r"\s*([\w.:/-]+)(?:\[CALL_ID\]\w+)?\s*(?:\[ARGS\])?\s*(?=\{)")
 _HEAD_CHARS = 512
 _AFTER = " \t\r\n;,}]"
 _LEXEME = re.compile(r'"|[{\[]|[}\]]|[^"{}\[\]]+')
@@ -240,7 +239,7 @@ class ToolCallStream:
 
     def _begins(self, body: str, events: list[ToolEvent]) -> bool:
         """Whether a body begins with the name of a call; its arguments then pass on as they come."""
-        pattern = _HEAD_ARGS if self._style.name == "mistral_args" else _HEAD
+        pattern = NAMED_CALL if self._style.name == "mistral_args" else _HEAD
         head = pattern.match(body[:_HEAD_CHARS])
         if head is None or (self._bare and head.group(1) not in self._names):
             return False
@@ -313,9 +312,9 @@ def begun(text: str, mark: str) -> int:
     return 0
 
 
-def _may_be_call(begun: str) -> bool:
+def _may_be_call(text: str) -> bool:
     """Whether JSON that begins so can become a call; a long JSON answer need not be held back."""
-    match = _FIRST_KEY.match(begun)
+    match = _FIRST_KEY.match(text)
     if match is None:
         return False
     key, closed = match.group(1) or "", match.group(2)
@@ -362,22 +361,24 @@ def thought_marks(template: str, special: Mapping[str, int]) -> ThoughtMarks | N
     return None
 
 
-def is_harmony(template: str) -> bool:
-    """Whether the model writes gpt-oss's channels."""
-    return "<|channel|>" in template and "<|message|>" in template
-
-
-class Reader(Protocol):
+class Reader(ABC):
     """What splits an answer: text goes in as it comes, what it means comes out."""
 
+    @abstractmethod
     def push(self, text: str) -> list[ToolEvent]:
         """What more text makes certain."""
 
+    @abstractmethod
     def flush(self, cut: bool = False) -> list[ToolEvent]:
         """What is left at the end; `cut`: the limit on tokens ended the answer, not the model."""
 
+    def read(self, text: str, finish: str | None) -> list[ToolEvent]:
+        """What more text makes certain, and what is left where the answer ends with it: `finish` says why."""
+        news = self.push(text)
+        return news if finish is None else [*news, *self.flush(finish == "length")]
 
-class AnswerReader:
+
+class AnswerReader(Reader):
     """A thought first, then content and calls.
 
     Args:
@@ -481,7 +482,7 @@ _CHANNEL_MARKS = (
 )
 
 
-class HarmonyReader:
+class HarmonyReader(Reader):
     """gpt-oss's messages: `<|channel|>analysis<|message|>thought<|end|><|start|>assistant<|channel|>...`.
 
     The channel `analysis` is the thought, `final` the content; a message `to=functions.NAME` is a call, its

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     import jinja2
 
     from hasten.models.template_limits import LimitedEnvironment
+
+Messages = list[dict[str, Any]]
+Tools = Sequence[Mapping[str, Any]]
 
 RAW_HINT = "use --raw to send text without a template"
 # What code inside a template can raise besides jinja2's own errors.
@@ -74,20 +77,16 @@ def render(
     return text
 
 
-def render_any(
-    templates: Mapping[str, str],
-    messages: Sequence[Mapping[str, Any]],
-    *,
-    add_generation_prompt: bool = True,
-    special_tokens: Mapping[str, str] | None = None,
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    variables: Mapping[str, Any] | None = None,
-) -> str:
-    """As `render`, in the first form of the messages that the template takes.
+def in_any_form(write: Callable[[Messages], str], messages: Sequence[Mapping[str, Any]]) -> str:
+    """What `write` makes of the first form of the messages that the template takes.
 
-    Templates differ in what they raise at: arguments of calls as a mapping or as text, a second system
-    message or one in the middle, two messages of one role. A conversation that one of them refuses is told in
-    another form that means the same: system messages joined at the start, turns of one role joined.
+    Templates differ in what they refuse: arguments of calls as a mapping or as text, a second system message
+    or one in the middle, two messages of one role. If a template refuses a conversation, it gets another form
+    that means the same: system messages joined at the start, turns of one role joined.
+
+    Args:
+        write: `render` with all its other arguments.
+        messages: a list that `check` let pass.
 
     Raises:
         UsageError, TokenizerError: as `render`, for the form that was given.
@@ -95,14 +94,7 @@ def render_any(
     first: TokenizerError | None = None
     for form in _forms(messages):
         try:
-            text = render(
-                templates,
-                form,
-                add_generation_prompt=add_generation_prompt,
-                special_tokens=special_tokens,
-                tools=tools,
-                variables=variables,
-            )
+            text = write(form)
         except TokenizerError as error:
             first = first or error
             continue
@@ -113,26 +105,20 @@ def render_any(
     raise first
 
 
-def _forms(messages: Sequence[Mapping[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """The same conversation in other forms, the given one first."""
+def _forms(messages: Sequence[Mapping[str, Any]]) -> Iterator[Messages]:
+    """The same conversation in other forms, the given one first; the others are made when they are needed."""
     given = [dict(message) for message in messages]
     yield given
-    as_text = _with_texts(given)
-    if as_text != given:
-        yield as_text
     joined = _one_system(given)
-    if joined != given:
-        yield joined
-        yield _with_texts(joined)
     turns = _alternating(joined)
-    if turns != joined:
-        yield turns
-    told = _alternating(_no_system(joined))
-    if told != turns:
-        yield told
+    seen = [given]
+    for form in (_with_texts(given), joined, _with_texts(joined), turns, _alternating(_no_system(joined))):
+        if form not in seen:
+            seen.append(form)
+            yield form
 
 
-def _with_texts(chat: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _with_texts(chat: Sequence[dict[str, Any]]) -> Messages:
     """Arguments of calls as JSON text."""
 
     def texted(call: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,7 +146,7 @@ def _is_python(text: str, chat: Sequence[Mapping[str, Any]]) -> bool:
     return False
 
 
-def _one_system(chat: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _one_system(chat: Sequence[dict[str, Any]]) -> Messages:
     """All system messages as one at the start."""
     told = [message for message in chat if message.get("role") == "system"]
     if not told or told == list(chat[:1]):
@@ -170,9 +156,9 @@ def _one_system(chat: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**told[0], "content": "\n\n".join(texts)}, *rest]
 
 
-def _alternating(chat: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _alternating(chat: Sequence[dict[str, Any]]) -> Messages:
     """Neighbours of one role as one message."""
-    joined: list[dict[str, Any]] = []
+    joined: Messages = []
     for message in chat:
         last = joined[-1] if joined else {}
         plain = not (message.get("tool_calls") or last.get("tool_calls"))
@@ -187,7 +173,7 @@ def _alternating(chat: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return joined
 
 
-def _no_system(chat: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _no_system(chat: Sequence[dict[str, Any]]) -> Messages:
     """The system message as words of the user, for templates that know no such role."""
     return [{**message, "role": "user"} if message.get("role") == "system" else message for message in chat]
 
@@ -300,9 +286,6 @@ def _plain(value: Any) -> Any:
         hint="use text, numbers, lists and mappings",
     )
 
-
-Messages = list[dict[str, Any]]
-Tools = Sequence[Mapping[str, Any]]
 
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _ALPHABET = string.ascii_letters + string.digits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,7 +179,7 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """Messages as text through the model's chat template; see `chat_template.render_any`.
+        """Messages as text through the model's chat template; see `chat_template.in_any_form`.
 
         Args:
             messages: as OpenAI's API takes them: contents may be lists of text parts, calls' arguments JSON
@@ -193,14 +193,15 @@ class Tokenizer:
         """
         chat_template.check(messages)
         chat, more = chat_template.prepared(messages, tools, self.fields.chat_templates)
-        return chat_template.render_any(
+        write = partial(
+            chat_template.render,
             self.fields.chat_templates,
-            chat,
             add_generation_prompt=add_generation_prompt,
             special_tokens=self.fields.special_tokens,
             tools=tools,
             variables={**more, **(variables or {})},
         )
+        return chat_template.in_any_form(write, chat)
 
     def encode_chat(
         self,

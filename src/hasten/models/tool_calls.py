@@ -109,9 +109,14 @@ def is_described(templates: Mapping[str, str]) -> bool:
     return "tool_use" not in templates and _read(template_of(templates), "")[1]
 
 
+def is_harmony(template: str) -> bool:
+    """Whether the model writes gpt-oss's channels."""
+    return "<|channel|>" in template and "<|message|>" in template
+
+
 def _read(template: str, architecture: str) -> tuple[StyleName, bool, bool]:
     """Style, described, spaced."""
-    if "<|channel|>" in template and "<|message|>" in template:
+    if is_harmony(template):
         return "harmony", False, False
     if "[TOOL_CALLS]" in template:
         return "mistral_args" if "[ARGS]" in template else "mistral", False, "[TOOL_CALLS] [" in template
@@ -129,7 +134,8 @@ def _read(template: str, architecture: str) -> tuple[StyleName, bool, bool]:
     return "hermes", True, False
 
 
-_NAMED = re.compile(r"\s*([\w.:/-]+)(?:\[CALL_ID\]\w+)?\s*(?:\[ARGS\])?\s*(?=\{)")
+# Mistral's newer way: a name before its arguments.
+NAMED_CALL = re.compile(r"\s*([\w.:/-]+)(?:\[CALL_ID\]\w+)?\s*(?:\[ARGS\])?\s*(?=\{)")
 _BETWEEN = " \t\r\n;,"
 
 
@@ -165,7 +171,7 @@ def read_calls(body: str, style: ToolStyle, bare: bool = False) -> tuple[list[To
     calls: list[ToolCall] = []
     rest = body.lstrip()
     while rest:
-        named = _NAMED.match(rest) if style.name.startswith("mistral") else None
+        named = NAMED_CALL.match(rest) if style.name.startswith("mistral") else None
         try:
             value, end = _DECODER.raw_decode(rest, named.end() if named else 0)
         except (ValueError, RecursionError):
@@ -181,7 +187,7 @@ def read_calls(body: str, style: ToolStyle, bare: bool = False) -> tuple[list[To
         after = rest.lstrip(_BETWEEN)
         if after.startswith(style.opening):
             after = after[len(style.opening) :].lstrip()
-        if after and after[0] not in "{[" and not (style.name == "mistral_args" and _NAMED.match(after)):
+        if after and after[0] not in "{[" and not (style.name == "mistral_args" and NAMED_CALL.match(after)):
             break
         rest = after
     return (calls, rest) if calls else None

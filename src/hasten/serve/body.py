@@ -72,14 +72,12 @@ _SAME_AS = {
 _ENVELOPES = ("extra_body", "options")  # fields in one more object: a client's mistake, and Ollama's form
 _CAPS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _KNOWN_NAMES = """
-    metadata store service_tier safety_identifier prompt_cache_retention prompt_cache_key verbosity keep_alive
-    cache_prompt conversation_id chat_id id trace_id session_id options extra_body length_penalty
-    early_stopping mirostat typical_p return_token_ids prediction client_metadata truncation background
-    include user moderation tags provider transforms models route usage plugins caching timeout
-    mirostat_tau mirostat_eta min_keep penalty_last_n repeat_last_n slot_id id_slot n_probs n_keep samplers
-    functions function_call best_of use_beam_search echo suffix audio modalities web_search_options
+    prompt_cache_key keep_alive cache_prompt conversation_id chat_id id trace_id session_id options extra_body
+    length_penalty early_stopping return_token_ids client_metadata user tags provider transforms models route
+    usage plugins caching timeout mirostat_tau mirostat_eta min_keep penalty_last_n repeat_last_n slot_id
+    id_slot n_probs n_keep samplers
 """
-KNOWN_NAMES = frozenset(_KNOWN_NAMES.split())
+KNOWN_NAMES = UNSUPPORTED | _NEUTRAL.keys() | frozenset(_KNOWN_NAMES.split())
 """Names of ignored fields that the metrics may show: a client must not be able to make new ones."""
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 

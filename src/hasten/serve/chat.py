@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from json.encoder import encode_basestring
@@ -13,8 +12,8 @@ from typing_extensions import NotRequired, TypedDict
 
 from hasten.engine.grammar import Thought, answer_grammar, checked_tools
 from hasten.engine.request import Output, Request
-from hasten.models.answers import CallStarted, TextDelta, ThoughtDelta, ToolEvent, gathered, is_harmony
-from hasten.models.tool_calls import ToolStyle, template_of
+from hasten.models.answers import CallStarted, TextDelta, ThoughtDelta, ToolEvent, gathered
+from hasten.models.tool_calls import ToolStyle, is_harmony, template_of
 from hasten.serve.body import JsonObject, SamplingFields, Strict, Text
 from hasten.serve.call import refused
 from hasten.serve.generate import asker_of, respond
@@ -27,6 +26,8 @@ from hasten.serve.prepare import (
     Tools,
     calls_of,
     form_of,
+    is_forced,
+    is_one_call,
     marks_of,
     offered,
 )
@@ -241,11 +242,8 @@ class ChatShape(Shape):
 
     def _read(self, number: int, part: Part, output: Output) -> str:
         """Events of an answer that may think or call tools."""
-        reader, events, logprobs = self._readers[number], [], self._logprobs(part, output)
-        news = reader.push(output.text)
-        if output.finish_reason is not None:
-            news = [*news, *reader.flush(output.finish_reason == "length")]
-        for one in news:
+        events, logprobs = [], self._logprobs(part, output)
+        for one in self._readers[number].read(output.text, output.finish_reason):
             if isinstance(one, ThoughtDelta) and not self._reading.thoughts:
                 continue
             if isinstance(one, TextDelta):
@@ -297,8 +295,7 @@ class ChatShape(Shape):
         reason = part.finish or "stop"
         calls: list[dict[str, Any]] = []
         if self._readers:
-            reader = self._readers[number]
-            thought, text, made = gathered([*reader.push(part.text), *reader.flush(reason == "length")])
+            thought, text, made = gathered(self._readers[number].read(part.text, reason))
             calls = [_whole(call, arguments) for call, arguments in made]
             message["content"] = text or (None if calls else "")
             if thought and self._reading.thoughts:
@@ -412,18 +409,19 @@ def prepare_chat(spec: ChatRequest, asker: Asker) -> tuple[Request, Reading]:
     asked = spec.max_tokens if spec.max_completion_tokens is None else spec.max_completion_tokens
     most = asker.limit(asked, len(prompt))
     form = form_of(spec, spec.response_format, strict=strict)
-    style = served.model.tokenizer.tool_style(served.model.config.architecture) if tools else None
-    if style is not None:
-        style = replace(style, schemas=checked_tools(tools or ()))
-    one_call = _calls_at_most_one(spec)
-    thought = _thought(thinking, marks, marks is not None and marks.is_open(text), most, form)
-    grammar = _grammar(spec, tools, style, form, thought)
+    style = None
+    if tools:
+        style = served.model.tokenizer.tool_style(served.model.config.architecture)
+        style = replace(style, schemas=checked_tools(tools))
+    one_call = style is not None and is_one_call(spec.tool_choice, spec.parallel_tool_calls)
+    inside = marks is not None and marks.is_open(text)
+    grammar = _grammar(spec, style, form, _thought(thinking, marks, inside, most, form))
     reading = Reading(
         style=style,
-        names=tuple(tool["function"]["name"] for tool in tools or ()),
+        names=tuple(style.schemas) if style is not None else (),
         marks=marks,
-        inside=marks is not None and marks.is_open(text),
-        most_calls=1 if one_call and style is not None else None,
+        inside=inside,
+        most_calls=1 if one_call else None,
         harmony=is_harmony(template_of(served.model.tokenizer.fields.chat_templates)),
         thoughts=thinking.shown,
         form=form,
@@ -441,12 +439,6 @@ def prepare_chat(spec: ChatRequest, asker: Asker) -> tuple[Request, Reading]:
     return request, reading
 
 
-def _calls_at_most_one(spec: ChatRequest) -> bool:
-    forced = spec.tool_choice == "required" or isinstance(spec.tool_choice, Mapping)
-    named = isinstance(spec.tool_choice, Mapping)
-    return named or spec.parallel_tool_calls is False or (forced and spec.parallel_tool_calls is not True)
-
-
 def _prompt(spec: ChatRequest, asker: Asker, tools: Tools | None, thinking: Thinking) -> str:
     variables = {**thinking.variables, **(spec.chat_template_kwargs or {})}
     if spec.continue_final_message:
@@ -458,8 +450,8 @@ def _prompt(spec: ChatRequest, asker: Asker, tools: Tools | None, thinking: Thin
 
 
 _FOR_THE_ANSWER = 1024
-"""Tokens of an answer's limit that a thought leaves to a form behind it, or three quarters of a small one: a
-model that thinks to the limit would give nothing at all."""
+"""Tokens that a thought leaves to the form behind it, or three quarters of a small limit: a model that thinks
+up to the limit would give no answer."""
 
 
 def _thought(
@@ -482,14 +474,10 @@ def _rounded(count: int) -> int:
 
 
 def _grammar(
-    spec: ChatRequest, tools: Tools | None, style: ToolStyle | None, form: Form, thought: Thought | None
+    spec: ChatRequest, style: ToolStyle | None, form: Form, thought: Thought | None
 ) -> Grammar | None:
-    """What the whole answer must match: the thought, then a call or the form."""
+    """What the whole answer must match: the thought, then a call or the form; a forced call has no form."""
     calls = None
-    if tools and style is not None:
-        calls = calls_of(tools, spec.tool_choice, spec.parallel_tool_calls, style, strict=False)
-        if form.grammar is None and not calls.forced:
-            calls = None  # the model calls freely
-    if calls is not None and calls.forced:
-        form = Form()  # the call wins
+    if style is not None and (form.grammar is not None or is_forced(spec.tool_choice)):
+        calls = calls_of(style, spec.tool_choice, spec.parallel_tool_calls)
     return answer_grammar(form.grammar, calls, thought)

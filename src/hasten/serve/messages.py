@@ -18,7 +18,7 @@ from hasten.serve.call import refused
 from hasten.serve.chat import ChatRequest, prepare_chat
 from hasten.serve.generate import asker_of, respond
 from hasten.serve.metrics import Tally
-from hasten.serve.shape import Answer, News, TokenTexts, dumps
+from hasten.serve.shape import Answer, News, TokenTexts, dumps, event
 
 if TYPE_CHECKING:
     from hasten.engine.request import Output
@@ -211,9 +211,7 @@ class MessageShape(Answer):
     def _read(self, output: Output) -> list[ToolEvent]:
         if self._reader is None:
             return [TextDelta(output.text)] if output.text else []
-        news = self._reader.push(output.text)
-        if output.finish_reason is not None:
-            news = [*news, *self._reader.flush(output.finish_reason == "length")]
+        news = self._reader.read(output.text, output.finish_reason)
         return news if self._reading.thoughts else [one for one in news if not isinstance(one, ThoughtDelta)]
 
     def _follow(self, one: ToolEvent) -> list[str]:
@@ -221,11 +219,11 @@ class MessageShape(Answer):
             return self._open({"type": "tool_use", "id": one.id, "name": one.name, "input": {}})
         events: list[str] = []
         if isinstance(one, TextDelta | ThoughtDelta):
-            kind, key = ("text", "text") if isinstance(one, TextDelta) else ("thinking", "thinking")
+            kind = "text" if isinstance(one, TextDelta) else "thinking"
             if not self._is_open or self._blocks[-1]["type"] != kind:
                 more = {"signature": ""} if kind == "thinking" else {}
-                events = self._open({"type": kind, key: "", **more})
-            delta: dict[str, Any] = {"type": f"{kind}_delta", key: one.text}
+                events = self._open({"type": kind, kind: "", **more})
+            delta: dict[str, Any] = {"type": f"{kind}_delta", kind: one.text}
         else:
             assert isinstance(one, ArgumentsDelta)
             delta = {"type": "input_json_delta", "partial_json": one.text}
@@ -294,7 +292,7 @@ class MessageShape(Answer):
         }
 
     def _event(self, kind: str, **fields: Any) -> str:
-        return f"event: {kind}\ndata: {dumps({'type': kind, **fields})}\n\n"
+        return event(dumps({"type": kind, **fields}), kind)
 
 
 async def messages(exchange: Exchange) -> None:

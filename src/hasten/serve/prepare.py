@@ -58,21 +58,16 @@ class Asker:
         Raises:
             Problem, UsageError: the template does not take it.
         """
-        from hasten.models.chat_template import prepared
-
-        tokenizer = self.served.model.tokenizer
         plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
         if not self.options.strict:
             plain = [dict(_mended(message)) for message in plain]
-        chat, named = prepared(plain, tools, tokenizer.fields.chat_templates)
         taken = _TEMPLATE_NAMES & (variables or {}).keys()
         if taken:
             said = f"chat_template_kwargs may not name {min(taken)}: the request has it already"
             raise refused(said, "chat_template_kwargs")
-        named = {**named, **(variables or {})}
         try:
-            return tokenizer.apply_chat(
-                chat, add_generation_prompt is not False, tools=tools, variables=named
+            return self.served.model.tokenizer.apply_chat(
+                plain, add_generation_prompt is not False, tools=tools, variables=variables
             )
         except TokenizerError as error:  # its hint is for the command line
             raise refused(error.message, "messages", "invalid_prompt") from error
@@ -345,7 +340,7 @@ def _of_schema(source: Any, must: bool) -> Form:
         return Form(Grammar("json_schema", source))
     kept = followed(schema)
     form = Grammar("json_schema", json.dumps(kept.schema))
-    return Form(form) if kept.is_whole else Form(form, schema, kept.checked, must)
+    return Form(form, schema, kept.checked, must) if kept.checked else Form(form)
 
 
 def _guided(*sources: Any) -> list[tuple[str, Any]]:
@@ -436,23 +431,27 @@ def offered(tools: Tools | None, choice: ToolChoice) -> Tools | None:
     return None if choice == "none" else tools
 
 
-def calls_of(
-    tools: Tools, choice: ToolChoice, parallel: bool | None, style: ToolStyle, *, strict: bool
-) -> Calls:
-    """The calls an answer may or must make: one where one is forced, unless several are asked for.
+def is_forced(choice: ToolChoice) -> bool:
+    """Whether the answer must be a call."""
+    return choice == "required" or isinstance(choice, Mapping)
 
-    Raises:
-        UsageError: the tools are not what they must be.
+
+def is_one_call(choice: ToolChoice, parallel: bool | None) -> bool:
+    """Whether an answer makes one call at most: a forced call is one, unless several are asked for."""
+    return parallel is False or isinstance(choice, Mapping) or (is_forced(choice) and parallel is not True)
+
+
+def calls_of(style: ToolStyle, choice: ToolChoice, parallel: bool | None) -> Calls:
+    """The calls that a grammar lets an answer make.
+
+    Args:
+        style: the model's way, with the schemas of the functions offered.
+        choice: `tool_choice`; a function it names is one of them.
+        parallel: `parallel_tool_calls`.
     """
-    from hasten.engine.grammar import MOST_CALLS, Calls, checked_tools
+    from hasten.engine.grammar import MOST_CALLS, Calls
     from hasten.engine.schema import followed
 
-    functions = checked_tools(tools)
-    forced = choice == "required" or isinstance(choice, Mapping)
-    if isinstance(choice, Mapping):
-        name = choice["function"]["name"]
-        functions = {name: functions[name]}
-    one = parallel is False or isinstance(choice, Mapping) or (forced and parallel is not True)
-    if not strict:
-        functions = {name: followed(schema).schema for name, schema in functions.items()}
-    return Calls(functions, forced, 1 if one else MOST_CALLS, style)
+    names = [choice["function"]["name"]] if isinstance(choice, Mapping) else [*style.schemas]
+    functions = {name: followed(style.schemas[name]).schema for name in names}
+    return Calls(functions, is_forced(choice), 1 if is_one_call(choice, parallel) else MOST_CALLS, style)

@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from json.encoder import encode_basestring
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import Discriminator, Field, Tag
 from typing_extensions import NotRequired, TypedDict
@@ -26,7 +26,7 @@ from hasten.serve.chat import (
 from hasten.serve.generate import asker_of, respond
 from hasten.serve.kept import StoredResponse
 from hasten.serve.metrics import Tally
-from hasten.serve.shape import Answer, News, TokenTexts, dumped, dumps, joined
+from hasten.serve.shape import Answer, News, TokenTexts, dumped, dumps, event, joined
 from hasten.serve.spelling import spelled_chat, spelled_items
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class TextOptions(TypedDict, total=False):
     verbosity: Literal["low", "medium", "high"] | None
 
 
-_INCLUDED = ("message.output_text.logprobs", "reasoning.encrypted_content")
+Included = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]
 
 
 class ResponseRequest(DrawingFields):
@@ -158,13 +158,7 @@ class ResponseRequest(DrawingFields):
     metadata: dict[Annotated[str, Field(max_length=64)], Label] | None = Field(None, max_length=16)
     max_output_tokens: int | None = Field(None, ge=1, lt=2**31)
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    include: (
-        Annotated[
-            list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]],
-            Field(max_length=16, fail_fast=True),
-        ]
-        | None
-    ) = None
+    include: Annotated[list[Included], Field(max_length=16, fail_fast=True)] | None = None
     text: TextOptions | None = None
     reasoning: JsonObject | None = Field(None, description="effort; summary and others are taken")
     tools: Annotated[list[FunctionTool], Field(max_length=256, fail_fast=True)] | None = None
@@ -188,8 +182,9 @@ class ResponseRequest(DrawingFields):
         if isinstance(choice, Mapping):
             found["tool_choice"] = _flat(choice)
         if isinstance(found.get("include"), list):
-            ignored.update(f"include.{one}"[:60] for one in found["include"] if one not in _INCLUDED)
-            found["include"] = [one for one in found["include"] if one in _INCLUDED]
+            served = get_args(Included)
+            ignored.update(f"include.{one}"[:60] for one in found["include"] if one not in served)
+            found["include"] = [one for one in found["include"] if one in served]
         if document.get("store") is True:
             found["store"] = True
             ignored.discard("store")
@@ -294,9 +289,7 @@ class ResponseShape(Answer):
     def _read(self, output: Output) -> list[ToolEvent]:
         if self._reader is None:
             return [TextDelta(output.text)] if output.text or output.logprobs else []
-        news = self._reader.push(output.text)
-        if output.finish_reason is not None:
-            news = [*news, *self._reader.flush(output.finish_reason == "length")]
+        news = self._reader.read(output.text, output.finish_reason)
         if news and all(isinstance(one, ThoughtDelta) for one in news):
             self._thought_tokens += len(output.token_ids)
         return news
@@ -329,7 +322,7 @@ class ResponseShape(Answer):
         body = f'"type":"{kind}","sequence_number":{self._sequence},{head}'
         self._sequence += 1
         delta = f'{{{body},"delta":{encode_basestring(text)},"logprobs":[{",".join(entries)}]}}'
-        return [*events, f"event: {kind}\ndata: {delta}\n\n"]
+        return [*events, event(delta, kind)]
 
     def _add_thought(self, text: str) -> list[str]:
         events = []
@@ -391,7 +384,7 @@ class ResponseShape(Answer):
     def _event(self, kind: str, **fields: Any) -> str:
         document = {"type": kind, "sequence_number": self._sequence, **fields}
         self._sequence += 1
-        return f"event: {kind}\ndata: {dumps(document)}\n\n"
+        return event(dumps(document), kind)
 
 
 Messages = list[dict[str, Any]]

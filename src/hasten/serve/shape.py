@@ -63,9 +63,9 @@ def joined(entries: Sequence[str]) -> Any:
     return orjson.Fragment(f"[{','.join(entries)}]")
 
 
-def event(text: str) -> str:
-    """One server-sent event."""
-    return f"data: {text}\n\n"
+def event(text: str, kind: str = "") -> str:
+    """One server-sent event, with its type where the API names types."""
+    return f"event: {kind}\ndata: {text}\n\n" if kind else f"data: {text}\n\n"
 
 
 class TokenTexts:
