@@ -181,6 +181,22 @@ def test_users_of_a_key_share_what_their_key_gets() -> None:
     assert share.of("a") == share.of("a/1") + share.of("a/2")
 
 
+def test_who_names_no_user_is_one_user_of_a_key() -> None:
+    """It waits neither for all of the key's users together, nor does its key get credit for theirs."""
+    share = FairShare()
+    for client in ("a/1", "a/2", "a"):
+        share.join(client, ())
+    share.serve("a/1", 100, 0)
+    share.serve("a/2", 100, 0)
+    share.serve("a", 10, 0)
+    assert share.order("a") < share.order("a/1")
+    share.join("b", ("a/1", "a/2"))
+    assert share.of("b") == share.of("a") == 210
+    for number in range(20_000):
+        share.join(f"{number}/x", ())
+    assert len(share._served) < 10_000
+
+
 def test_what_cannot_be_done_in_time_is_refused_at_once(start: Start, narrow: LanguageModel) -> None:
     engine = start(narrow, ServingOptions(speculate=False))
     engine.add(request("measured", new=20))

@@ -19,7 +19,7 @@ from plain_engine import random_prompt
 import hasten
 from hasten.core import EngineOptions
 from hasten.engine.async_engine import AsyncEngine
-from hasten.engine.grammar import Grammar, tool_grammar
+from hasten.engine.grammar import Calls, Grammar, answer_grammar
 from hasten.engine.grammar_child import COMPILE_STACK
 from hasten.engine.grammar_compiler import (
     GrammarCompiler,
@@ -59,12 +59,14 @@ def rules(links: int, name: str = "r", before: str = "", after: str = "") -> str
     return f"start: {name}0\n" + "".join(lines) + f'{name}{links}: "x"\n'
 
 
+def object_of(ref: dict[str, object]) -> dict[str, object]:
+    return {"type": "object", "properties": {"a": ref}}
+
+
 # Each ended the whole process on a stack of 8 MB.
 CHAINS: dict[str, Callable[[], Grammar]] = {
     "$ref": lambda: Grammar("json_schema", references(6000, lambda ref: ref)),
-    "objects": lambda: Grammar(
-        "json_schema", references(2500, lambda ref: {"type": "object", "properties": {"a": ref}})
-    ),
+    "objects": lambda: Grammar("json_schema", references(2500, object_of)),
     "arrays": lambda: Grammar("json_schema", references(3500, lambda ref: {"type": "array", "items": ref})),
     "anyOf": lambda: Grammar("json_schema", references(3500, lambda ref: {"anyOf": [ref, {"type": "null"}]})),
     "allOf": lambda: Grammar("json_schema", references(4500, lambda ref: {"allOf": [ref]})),
@@ -74,20 +76,7 @@ CHAINS: dict[str, Callable[[], Grammar]] = {
     "rules in parentheses": lambda: Grammar("lark", rules(5500, "r", "(" * 15, ")" * 15)),
     "terminals in parentheses": lambda: Grammar("lark", rules(5500, "T", "(" * 15, ")" * 15)),
     "a tool's schema": lambda: (
-        tool_grammar(
-            [
-                {
-                    "type": "function",
-                    "function": {
-                        "name": "f",
-                        "parameters": json.loads(
-                            references(3000, lambda ref: {"type": "object", "properties": {"a": ref}})
-                        ),
-                    },
-                }
-            ],
-            "required",
-        )
+        answer_grammar(None, Calls({"f": json.loads(references(3000, object_of))}, forced=True))
         or Grammar("regex")
     ),
 }
@@ -154,7 +143,7 @@ def test_values_that_nest_deeply_are_refused_wherever_they_stand(compiler: Gramm
             compiler.compile(Grammar("json_schema", deep))
         schema: dict[str, object] = {"type": "object", key: json.loads("[" * 900 + "]" * 900)}
         with pytest.raises(UsageError, match="nests deeper"):
-            tool_grammar([{"type": "function", "function": {"name": "f", "parameters": schema}}], "required")
+            answer_grammar(None, Calls({"f": schema}, forced=True))
 
 
 def test_a_process_that_ended_is_replaced() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hasten.engine.grammar import tool_grammar
+from hasten.engine.grammar import MOST_CALLS, Calls, answer_grammar, checked_tools
 from hasten.errors import UsageError
 from hasten.models import gguf_tokenizer
 from hasten.models.tokenizer import Tokenizer
@@ -47,9 +47,11 @@ def trained() -> dict[str, Any]:
     return {f"tokenizer.ggml.{k}": v for k, v in metadata.items()}
 
 
-def answer(vocabulary: Vocabulary, style: ToolStyle, rng: random.Random, **options: Any) -> str:
+def answer(vocabulary: Vocabulary, style: ToolStyle, rng: random.Random, only: str | None = None) -> str:
     """A forced answer as the server sees it: through the tokenizer's own text stream."""
-    grammar = tool_grammar(TOOLS, style=style, **options)
+    functions = checked_tools(TOOLS)
+    named = functions if only is None else {only: functions[only]}
+    grammar = answer_grammar(None, Calls(named, True, MOST_CALLS if only is None else 1, style))
     assert grammar is not None
     ids = vocabulary.draw(vocabulary.compiler.compile(grammar).start(), rng)
     stream = vocabulary.tokenizer.stream(keep=style.keep_ids)
@@ -66,7 +68,7 @@ def test_forced_calls_are_calls(name: str, trained: dict[str, Any]) -> None:
     counts = set()
     for seed in range(25):
         rng = random.Random(seed)
-        content, calls = parse_tool_calls(answer(vocabulary, style, rng, tool_choice="required"), style)
+        content, calls = parse_tool_calls(answer(vocabulary, style, rng), style)
         assert content == "" and calls
         counts.add(len(calls))
         for call in calls:
@@ -75,46 +77,41 @@ def test_forced_calls_are_calls(name: str, trained: dict[str, Any]) -> None:
                 assert isinstance(arguments["city"], str) and arguments.get("days", 0) <= 9
             else:
                 assert call.name == "time.now" and arguments == {}
-        named = {"type": "function", "function": {"name": "weather"}}
-        text = answer(vocabulary, style, rng, tool_choice=named, parallel=False)
+        text = answer(vocabulary, style, rng, "weather")
         content, calls = parse_tool_calls(text, style)
         assert content == "" and [call.name for call in calls] == ["weather"]
     assert counts == {1} if name == "llama" else max(counts) > 1
 
 
 def test_nothing_is_forced_where_the_model_may_choose() -> None:
-    assert tool_grammar(TOOLS, "none") is None and tool_grammar(TOOLS, "auto") is None
-    assert tool_grammar([], "auto") is None
-
-
-BAD_SCHEMA = [{"type": "function", "function": {"name": "f", "parameters": {"requierd": []}}}]
+    assert answer_grammar(None) is None
 
 
 @pytest.mark.parametrize(
-    ("tools", "choice", "says"),
+    ("tools", "says"),
     [
-        ([], "required", "no tools"),
-        (TOOLS, "sometimes", "sometimes"),
-        (TOOLS, {"type": "function", "function": {"name": "nobody"}}, "nobody"),
-        (TOOLS, {"name": "weather"}, "tool_choice"),
-        (TOOLS * 2, "auto", "two functions"),
-        ([{"type": "web_search"}], "auto", "web_search"),
-        (["weather"], "auto", "str"),
-        ("weather", "auto", "list"),
-        ([{"type": "function", "function": {"name": "a b"}}], "auto", "a b"),
-        ([{"type": "function", "function": {"name": "f", "parameters": [1]}}], "auto", "no JSON schema"),
+        (TOOLS * 2, "two functions"),
+        ([{"type": "web_search"}], "web_search"),
+        (["weather"], "str"),
+        ("weather", "list"),
+        ([{"type": "function", "function": {"name": "a b"}}], "a b"),
+        ([{"type": "function", "function": {"name": "f", "parameters": [1]}}], "no JSON schema"),
         (
             [{"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}],
-            "auto",
             "no object",
         ),
-        (BAD_SCHEMA, "required", "'f': .*'requierd'"),
-        ([{"type": "function", "function": {"name": str(i)}} for i in range(129)], "auto", "at most 128"),
+        ([{"type": "function", "function": {"name": str(i)}} for i in range(129)], "at most 128"),
     ],
 )
-def test_what_is_wrong_is_named(tools: Any, choice: Any, says: str) -> None:
+def test_what_is_wrong_is_named(tools: Any, says: str) -> None:
     with pytest.raises(UsageError, match=says) as caught:
-        tool_grammar(tools, choice)
+        checked_tools(tools)
+    assert caught.value.hint
+
+
+def test_a_wrong_schema_is_named_with_its_function() -> None:
+    with pytest.raises(UsageError, match=r"'f': .*'requierd'") as caught:
+        answer_grammar(None, Calls({"f": {"requierd": []}}, forced=True))
     assert caught.value.hint
 
 
@@ -129,5 +126,5 @@ def test_demo_style() -> None:
         [{"role": "user", "content": "x"}], tools=TOOLS
     )
     vocabulary = Vocabulary(tokenizer, padding=0)
-    text = answer(vocabulary, style, random.Random(0), tool_choice="required")
+    text = answer(vocabulary, style, random.Random(0))
     assert text.startswith("<tool_call>\n") and parse_tool_calls(text, style)[1]

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from hasten.engine.schema import CHECKED, FOLLOWED, SCHEMA_LISTS, SCHEMA_MAPS, SCHEMAS
 from hasten.errors import UsageError
 from hasten.models.answers import ThoughtMarks
 from hasten.models.tool_calls import ToolStyle
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
 GrammarKind = Literal["json_schema", "json_object", "regex", "lark", "choice", "structural"]
-ToolChoice = Literal["none", "auto", "required"] | Mapping[str, Any]
 
 MAX_BYTES = 256 << 10
 MAX_NESTING = 100  # levels of JSON; llguidance reads 128 with its own around them
@@ -28,18 +28,13 @@ WHITESPACE = r"(\x20|\x0D?\x0A[\x20\x09]{0,8})"
 _IN_CALLS = r"\x20"  # arguments are written on one line, as models were taught
 ANY_OBJECT = {"type": "object"}
 
-_SCHEMAS = {"items", "additionalProperties", "additionalItems", "propertyNames", "contains", "not"}
-_SCHEMAS |= {"if", "then", "else", "unevaluatedItems", "unevaluatedProperties", "contentSchema"}
-_SCHEMA_LISTS = {"allOf", "anyOf", "oneOf", "prefixItems", "items"}
-_SCHEMA_MAPS = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
-_RULES = {"type", "enum", "const", "multipleOf", "maximum", "minimum", "exclusiveMaximum"}
-_RULES |= {"exclusiveMinimum", "maxLength", "minLength", "pattern", "maxItems", "minItems", "uniqueItems"}
-_RULES |= {"maxContains", "minContains", "maxProperties", "minProperties", "required", "dependentRequired"}
-_RULES |= {"format", "$ref", "$dynamicRef", "$recursiveRef", "dependencies"}
-_NOTES = {"$schema", "$id", "$anchor", "$dynamicAnchor", "$vocabulary", "$comment", "id", "title"}
+_SCHEMAS = SCHEMAS | {"propertyNames", "contains", "not", "if", "then", "else"}
+_SCHEMAS |= {"unevaluatedItems", "unevaluatedProperties", "contentSchema"}
+_SCHEMA_MAPS = SCHEMA_MAPS | {"dependentSchemas"}
+_NOTES = {"$dynamicAnchor", "$vocabulary", "$comment", "title"}
 _NOTES |= {"description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly"}
 _NOTES |= {"contentEncoding", "contentMediaType", "discriminator", "externalDocs", "xml"}
-_KNOWN = _SCHEMAS | _SCHEMA_LISTS | _SCHEMA_MAPS | _RULES | _NOTES
+_KNOWN = FOLLOWED | CHECKED | _SCHEMAS | _NOTES
 
 MAX_TOOLS = 128
 MOST_CALLS = 8  # in one answer that is held to a grammar: a small model goes on for ever
@@ -171,7 +166,7 @@ def _holds(value: Any) -> bool:
 
 
 def _nested(key: str, value: Any) -> Iterable[Any]:
-    if key in _SCHEMA_LISTS and isinstance(value, list):
+    if key in SCHEMA_LISTS and isinstance(value, list):
         return value
     if key in _SCHEMA_MAPS and isinstance(value, Mapping):
         return value.values()
@@ -199,34 +194,6 @@ def _choice(source: str) -> str:
 def _quoted(text: str) -> str:
     """A text as a literal of a Lark grammar."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def tool_grammar(
-    tools: Sequence[Mapping[str, Any]],
-    tool_choice: ToolChoice = "auto",
-    parallel: bool = True,
-    style: ToolStyle | None = None,
-) -> Grammar | None:
-    """What an answer must match so that it calls tools as it was told to.
-
-    Args:
-        tools: as OpenAI's API: `{"type": "function", "function": {"name", "description", "parameters"}}`.
-        tool_choice: "none" and "auto" force nothing; "required" forces a call of any function, and
-            `{"type": "function", "function": {"name": ...}}` one of that function.
-        parallel: whether several calls may come; Llama's models make one at most.
-        style: the model's way, `tokenizer.tool_style(architecture)`.
-
-    Returns:
-        None where nothing is forced.
-
-    Raises:
-        UsageError: the tools or the choice are not what they must be; a schema has what is not supported.
-    """
-    functions = checked_tools(tools)
-    chosen = _chosen(functions, tool_choice)
-    if not chosen:
-        return None
-    return Grammar("structural", _grammar(chosen, parallel, style or ToolStyle()))
 
 
 def checked_tools(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -265,34 +232,6 @@ def _of_object(name: str, schema: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 _EXAMPLE = 'send tools like {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}'
-
-
-def _chosen(functions: dict[str, Any], choice: ToolChoice) -> dict[str, Any]:
-    if choice in ("none", "auto"):
-        return {}
-    if choice == "required":
-        if functions:
-            return functions
-        raise UsageError(
-            'tool_choice is "required", but there are no tools', hint='send tools, or use "auto"'
-        )
-    function = choice.get("function") if isinstance(choice, Mapping) else None
-    name = function.get("name") if isinstance(function, Mapping) else None
-    if not isinstance(name, str) or not isinstance(choice, Mapping) or choice.get("type") != "function":
-        raise UsageError(
-            f"tool_choice is {str(choice)[:80]!r}",
-            hint='use "none", "auto", "required" or {"type": "function", "function": {"name": "f"}}',
-        )
-    if name not in functions:
-        known = ", ".join(functions) or "none"
-        raise UsageError(
-            f"tool_choice names {name[:80]!r}, which is none of the tools", hint=f"known are: {known[:200]}"
-        )
-    return {name: functions[name]}
-
-
-def _grammar(functions: dict[str, Any], parallel: bool, style: ToolStyle) -> str:
-    return "\n".join(["start: calls", *_call_rules(functions, MOST_CALLS if parallel else 1, style)]) + "\n"
 
 
 def _call_rules(functions: Mapping[str, Any], most: int, style: ToolStyle) -> list[str]:

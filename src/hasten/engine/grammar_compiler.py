@@ -220,7 +220,6 @@ class GrammarState:
         self._ended = False
         self.failure: UsageError | None = None  # why the answer cannot go on
         self._thinks = compiled.thought is not None
-        self._closed = 0  # tokens of the mark that were forced
 
     @property
     def finished(self) -> bool:
@@ -280,12 +279,11 @@ class GrammarState:
                 return
             self._accepted.append(int(token))
             if self._thinks and (limit := self._compiled.thought) is not None:
-                self._closed += len(self._accepted) > limit.most
                 self._thinks = not limit.is_over(self._accepted)
 
     def _closing_row(self, limit: ThoughtLimit) -> MaskRows:
         """Nothing but the next token of the mark that ends the thought."""
-        token = limit.closing_ids[min(self._closed, len(limit.closing_ids) - 1)]
+        token = limit.closing_ids[min(len(self._accepted) - limit.most, len(limit.closing_ids) - 1)]
         row: MaskRows = np.zeros((1, (self._compiled.vocab_size + 31) // 32), np.uint32)
         row[0, token >> 5] = np.uint32(1 << (token & 31))
         return row

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TYPE_CHECKING
@@ -35,7 +35,7 @@ _FORCED = 15  # drafts that a grammar forces on one answer: a step's rows stay f
 PROMPT_WEIGHT = 1.0
 ANSWER_WEIGHT = 2.0  # the paper's weights: an answer's token costs more than a prompt's
 _MOST_DEBT = 2048.0  # weighted tokens that others get at most before a client that had much gets some
-_MOST_CLIENTS = 4096  # clients whose counters are kept
+_MOST_COUNTERS = 8192  # of keys and of their users
 _NEW = 0.2  # weight of the newest measurement
 _OUTLIER = 4.0  # it counts at most as so many times what was expected: the machine may have been stopped
 _DOUBT = 0.9
@@ -55,31 +55,40 @@ class FairShare:
     def join(self, client: str, active: Iterable[str]) -> None:
         """A client asks again: it gets no credit for the time it did not ask, and its debt is bounded."""
         there, key = list(active), _group(client)
-        users = [one for one in there if _group(one) == key] if client != key else there
-        for mine, others in ((client, users), (key, [_group(one) for one in there])):
-            last = self._last if mine == client else _group(self._last)
-            floor = min((self.of(one) for one in others), default=self.of(last))
-            self._served[mine] = min(max(self._served.pop(mine, 0.0), floor), floor + _MOST_DEBT)
-            if mine == key:
-                break
-        if len(self._served) > _MOST_CLIENTS:
+        self._level(key, [_group(one) for one in there], _group(self._last))
+        self._level(_user(client), [_user(one) for one in there if _group(one) == key], _user(self._last))
+        while len(self._served) > _MOST_COUNTERS:
             del self._served[next(iter(self._served))]
+
+    def _level(self, name: str, others: Sequence[str], last: str) -> None:
+        """Raise a counter to the least of those that are there, or to that of who was served last."""
+        floor = min(map(self.of, others), default=self.of(last))
+        self._served[name] = min(max(self._served.pop(name, 0.0), floor), floor + _MOST_DEBT)
 
     def serve(self, client: str, prompt: int, answer: int) -> None:
         """So many tokens were computed for a client."""
         self._last = client
         cost = PROMPT_WEIGHT * prompt + ANSWER_WEIGHT * answer
-        for one in {client, _group(client)}:
+        for one in (_group(client), _user(client)):
             self._served[one] = self._served.get(one, 0.0) + cost
 
-    def of(self, client: str) -> float:
-        """A client's counter."""
-        return self._served.get(client, 0.0)
+    def of(self, name: str) -> float:
+        """The counter of a key, or of one of its users (`KEY/USER`; `KEY/` is who names no user)."""
+        return self._served.get(name, 0.0)
+
+    def order(self, client: str) -> tuple[float, float]:
+        """Sorts clients, the one with the least first: by their keys, then within a key."""
+        return self.of(_group(client)), self.of(_user(client))
 
 
 def _group(client: str) -> str:
     """The key or address of a client that names a user too."""
     return client.partition("/")[0]
+
+
+def _user(client: str) -> str:
+    """Who asks below a key: all that name no user count together, beside those that do."""
+    return client if "/" in client else f"{client}/"
 
 
 class Scheduler:
@@ -112,9 +121,7 @@ class Scheduler:
         """Sorts answers, the first to run first."""
         request = answer.request
         deadline = float("inf") if request.deadline_ms is None else answer.deadline
-        share, client = self.share, request.client
-        of_key = share.of(_group(client))
-        return (-request.priority, deadline, of_key, share.of(client), self._arrival[id(answer)])
+        return (-request.priority, deadline, *self.share.order(request.client), self._arrival[id(answer)])
 
     def admit(
         self,

@@ -21,13 +21,13 @@ MAX_NESTING = 50  # schemas inside each other
 SCHEMAS = frozenset(["items", "additionalProperties", "additionalItems"])
 SCHEMA_LISTS = frozenset(["allOf", "anyOf", "oneOf", "prefixItems", "items"])
 SCHEMA_MAPS = frozenset(["properties", "patternProperties", "$defs", "definitions"])
-_FOLLOWED = SCHEMAS | SCHEMA_LISTS | SCHEMA_MAPS
-_FOLLOWED |= {"type", "enum", "const", "multipleOf", "maximum", "minimum", "exclusiveMaximum", "format"}
-_FOLLOWED |= {"exclusiveMinimum", "maxLength", "minLength", "pattern", "maxItems", "minItems", "$ref"}
-_FOLLOWED |= {"maxProperties", "minProperties", "required", "$schema", "$id", "$anchor", "id"}
-_CHECKED = {"uniqueItems", "propertyNames", "contains", "minContains", "maxContains", "not", "if", "then"}
-_CHECKED |= {"else", "unevaluatedItems", "unevaluatedProperties", "dependentRequired", "dependentSchemas"}
-_CHECKED |= {"dependencies", "$dynamicRef", "$recursiveRef"}
+FOLLOWED = SCHEMAS | SCHEMA_LISTS | SCHEMA_MAPS
+FOLLOWED |= {"type", "enum", "const", "multipleOf", "maximum", "minimum", "exclusiveMaximum", "format"}
+FOLLOWED |= {"exclusiveMinimum", "maxLength", "minLength", "pattern", "maxItems", "minItems", "$ref"}
+FOLLOWED |= {"maxProperties", "minProperties", "required", "$schema", "$id", "$anchor", "id"}
+CHECKED = {"uniqueItems", "propertyNames", "contains", "minContains", "maxContains", "not", "if", "then"}
+CHECKED |= {"else", "unevaluatedItems", "unevaluatedProperties", "dependentRequired", "dependentSchemas"}
+CHECKED |= {"dependencies", "$dynamicRef", "$recursiveRef"}
 _FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
 _TYPES = {
     "int": "integer",
@@ -57,12 +57,7 @@ class Followed:
     """A schema that a grammar follows, and what of the original it leaves out."""
 
     schema: Any
-    checked: tuple[str, ...] = ()  # keywords that narrow, to be checked in the answer
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether an answer that matches the grammar matches the schema."""
-        return not self.checked
+    checked: tuple[str, ...] = ()  # keywords that narrow: the answer is checked against them
 
 
 def followed(schema: Any) -> Followed:
@@ -115,10 +110,10 @@ def _rewritten(schema: Any, checked: set[str], depth: int) -> Any:
     _unevaluated(here)
     kept: dict[str, Any] = {}
     for key, value in here.items():
-        if key in _CHECKED:
+        if key in CHECKED:
             if not _says_nothing(key, value):
                 checked.add(key)
-        elif key in _FOLLOWED:
+        elif key in FOLLOWED:
             kept[key] = _inner(key, value, checked, depth + 1)
     _patterns(kept, checked)
     if kept.get("format") not in _FORMATS:
