@@ -398,11 +398,11 @@ def plan_pages(config: ModelSpec, page_bytes: int, options: EngineOptions, room:
 
 def _what_fits(room: Room, fitting: int, least: int, one: int) -> str:
     """The hint where a context does not fit; `one`: bytes of its keys and values."""
-    parts = [f"use --context {fitting}"] if fitting >= least else []
+    flags = [f"--context {fitting}"] if fitting >= least else []
     if room.used is not None:
         gib = math.ceil((room.used + one) / (1 << 30) * 100) / 100
-        parts.append(f"use --gpu-memory {gib:g}GiB" if not parts else f"--gpu-memory {gib:g}GiB")
-    return " or ".join(parts) or room.hint
+        flags.append(f"--gpu-memory {gib:g}GiB")
+    return f"use {' or '.join(flags)}" if flags else room.hint
 
 
 def _free_bytes(room: MemoryRoom, config: ModelSpec, options: EngineOptions, one: int) -> int:

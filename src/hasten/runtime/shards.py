@@ -42,7 +42,7 @@ class Shard:
 
     Raises:
         ModelError: the model is no dense decoder.
-        UsageError: the number of ranks divides its query heads or its feed-forward layer not.
+        UsageError: its query heads or feed-forward columns cannot be shared out evenly.
     """
 
     spec: ModelSpec  # of the whole model

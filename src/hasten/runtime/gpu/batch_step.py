@@ -104,7 +104,7 @@ class _Shared:
 
 
 class BatchStep:
-    """Decodes up to 64 sequences a step.
+    """Decodes up to 512 sequences a step.
 
     Attributes:
         tokens: int32 [M], each row's newest token: the step's input, then its output; -1 where a logit is no

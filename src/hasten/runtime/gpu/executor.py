@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,127 +25,28 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hasten.core import READERS, EngineOptions, Format, ModelSpec, Recipe, dense
+from hasten.core import EngineOptions, Recipe, dense
 from hasten.errors import HastenError, MachineError, UsageError
 from hasten.machine.cores import threads_of
 from hasten.machine.memory import available_bytes, installed_bytes
 from hasten.runtime.executor import Draw, Executor, Part, PartResult, Ticket, finish, prepare
-from hasten.runtime.gpu.batch_weights import BatchWeights, Precision, TensorOf, load
+from hasten.runtime.gpu.batch_weights import BatchWeights, load
 from hasten.runtime.gpu.chain import SIZES, BatchRows, Chain, OneRow, Pending, PlainRows, Row, Rows, to_host
 from hasten.runtime.gpu.driver import current_device, telling
-from hasten.runtime.gpu.plain import PagedCache, PlainStep, Span, send, upload
+from hasten.runtime.gpu.plain import PagedCache, PlainStep, Span, upload
 from hasten.runtime.gpu.ranks import Team
-from hasten.runtime.gpu.shape import GROUPS, PAGE, WeightFormat
-from hasten.runtime.gpu.tiles import Weights, kept
+from hasten.runtime.gpu.shape import PAGE
+from hasten.runtime.gpu.tiles import Tensors, matrix_of, tensors_of, weight_bytes
 from hasten.runtime.pages import DeviceMemory, KvPlan, PagePool, context_of, plan_pages
 from hasten.runtime.sampling import Choice, no_token
-from hasten.weights.formats import PANEL
-from hasten.weights.packed import PackedLinear, PackedModel, values_of
+from hasten.weights.packed import PackedLinear, PackedModel
 
 Floats = npt.NDArray[np.float32]
 _FEW = 64  # rows that one sequence may have in the batched step, whose attention takes each by itself
 LEAST_CHUNK = 2048  # prompt tokens a step: a GPU is not busy with the CPU's 512
 _RESERVE = 2 << 30  # bytes of the device that pages leave free: products' workspaces, activations of a chunk
 
-_FP8_ROWS = 16  # the library multiplies e4m3 matrices of whole sixteens of rows
-
 _log = logging.getLogger("hasten.runtime")
-
-
-@dataclass(frozen=True)
-class Tensors:
-    """Where weights come from, and the precision they get.
-
-    `tiles` are the linear layers in a format that the persistent kernel alone reads: one sequence is decoded
-    with them, and prompts and batches with the same values in bf16.
-    """
-
-    of: TensorOf
-    precision: Precision = "bf16"
-    head: Precision = "bf16"
-    tiles: Callable[[str], Weights] | None = None
-
-
-def tensors_of(packed: PackedModel, device: str) -> Tensors:
-    """A packed model's parameters; fp8 stays fp8 where all layers are and the GPU multiplies it, everything
-    else becomes bf16. Integers are kept beside that where each product has one format in all layers."""
-    linears, head = packed.linears, packed.config.head_name
-    layouts = {linears[name].layout for name in packed.config.linear_shapes() if name != head}
-    in_fp8 = all(layout.name.startswith("fp8") for layout in layouts) and _multiplies_fp8(device)
-    is_whole = packed.config.vocab % _FP8_ROWS == 0
-    head_in_fp8 = in_fp8 and is_whole and linears[head].layout.name.startswith("fp8")
-    are_integers = _has_tiles({name: linears[name].layout for name in packed.config.linear_shapes()})
-
-    def tensor(name: str) -> torch.Tensor | None:
-        if name in linears:
-            return matrix_of(linears[name], device)
-        found = packed.vectors.get(name)
-        return None if found is None else torch.from_numpy(np.array(found))
-
-    def tile(name: str) -> Weights:
-        linear = linears[name]
-        if linear.layout.is_integer:
-            return kept(linear, device)
-        return Weights(WeightFormat(), matrix_of(linear, device))
-
-    return Tensors(
-        tensor,
-        "fp8" if in_fp8 else "bf16",
-        "fp8" if head_in_fp8 else "bf16",
-        tile if are_integers else None,
-    )
-
-
-def _fp8_values(linear: PackedLinear, device: str) -> torch.Tensor:
-    """An e4m3 matrix, float32 [rows, cols]: codes row by row, then scales; multiplied on the device."""
-    rows, cols, layout = linear.rows, linear.cols, linear.layout
-    data = send(linear.data, device)
-    down, along = layout.blocks(rows, cols)
-    scales = data[rows * cols :].clone().view(torch.float32).view(down, along)
-    for dim, size, count in ((0, layout.rows, rows), (1, layout.group, cols)):
-        if scales.shape[dim] > 1:
-            scales = scales.repeat_interleave(size, dim).narrow(dim, 0, count)
-    return data[: rows * cols].view(torch.float8_e4m3fn).view(rows, cols).float() * scales
-
-
-def _multiplies_fp8(device: str) -> bool:
-    """Whether there are products of e4m3: from compute capability 8.9 on, and in the plain twin."""
-    return device == "cpu" or torch.cuda.get_device_capability() >= (8, 9)
-
-
-def _has_tiles(layouts: Mapping[str, Format]) -> bool:
-    """Whether the persistent kernel streams these linear layers as they are: integers in groups that it knows
-    and perhaps bf16, one format a product in all layers."""
-    by_product: dict[str, set[Format]] = {}
-    for name, layout in layouts.items():
-        member = name.rpartition(".")[2]
-        product = next((group for group, parts in READERS.items() if member in parts), "head")
-        by_product.setdefault(product, set()).add(layout)
-    found = {layout for some in by_product.values() for layout in some}
-    are_known = all((one.is_integer and one.group in GROUPS) or one.bits == 16 for one in found)
-    is_one_each = all(len(some) == 1 for some in by_product.values())
-    return are_known and is_one_each and any(one.is_integer for one in found)
-
-
-def weight_bytes(config: ModelSpec, precision: Precision, head: Precision) -> int:
-    """Bytes of a model's matrices on the device: the embedding in bf16, and a head of its own."""
-    shapes, size = config.linear_shapes(), {"bf16": 2, "fp8": 1}
-    layers = sum(rows * cols for name, (rows, cols) in shapes.items() if name != config.head_name)
-    return layers * size[precision] + config.vocab * config.width * (2 + size[head])
-
-
-def matrix_of(linear: PackedLinear, device: str) -> torch.Tensor:
-    """A matrix [rows, cols], taken out of its panels on the device: bf16 as it is stored, else float32."""
-    if linear.layout.is_integer and linear.layout.group in GROUPS:
-        return kept(linear, device).values()
-    if linear.layout.name.startswith("fp8"):
-        return _fp8_values(linear, device)
-    if linear.layout.bits != 16:
-        return torch.from_numpy(values_of(linear))
-    data = send(linear.data, device).view(torch.bfloat16)
-    width = -(-linear.cols // 32) * 32
-    panels = data.view(-1, width // 2, PANEL, 2).transpose(1, 2)  # [panels, PANEL, width / 2, 2]
-    return panels.reshape(-1, width)[: linear.rows, : linear.cols]
 
 
 @dataclass(frozen=True)

@@ -36,10 +36,10 @@ import torch
 from hasten.cache.reading import map_array
 from hasten.core import EngineOptions, ModelSpec, Recipe
 from hasten.errors import HastenError, MachineError
-from hasten.runtime.executor import Draw, Part, PartResult, Ticket, prepare
-from hasten.runtime.gpu.executor import LEAST_CHUNK, Floats, GpuExecutor, Tensors, is_step
+from hasten.runtime.executor import Draw, Part, PartResult, Ticket
+from hasten.runtime.gpu.executor import LEAST_CHUNK, Floats, GpuExecutor, is_step
 from hasten.runtime.gpu.ranks import GlooRanks, Meeting, Ranks, Team
-from hasten.runtime.gpu.shares import Pieces, cut, share_of_tensors, tensors_of_share
+from hasten.runtime.gpu.tiles import Pieces, Tensors, cut, share_of_tensors, tensors_of_share
 from hasten.runtime.pages import CachedSequence
 from hasten.runtime.sampling import Masks, SamplingOptions
 from hasten.runtime.shards import Piece, Shard, shards
@@ -285,7 +285,7 @@ class LeadingExecutor(GpuExecutor):
         self.close = weakref.finalize(self, crew.close)  # type: ignore[method-assign]
         try:
             ranks = _ranks(crew.meeting, packed.config, options, device)
-            crew.stop = _stopper(ranks)
+            self._check, crew.stop = ranks.check, ranks.end_waits
             tensors = _tensors(
                 packed, shard, device, maker, lambda name, piece: cut(packed.linears[name], piece)
             )
@@ -295,16 +295,15 @@ class LeadingExecutor(GpuExecutor):
             self.close()
             raise
 
-    def submit(self, parts: Sequence[Part]) -> Ticket:
-        """See `Executor.submit`."""
-        prepare(self, parts)
+    def _launch(self, parts: Sequence[Part]) -> Ticket:
+        """See `GpuExecutor`; the followers launch the same."""
         gone = [self._gone.popleft() for _ in range(len(self._gone))]
         told = [
             (self._changed(part.sequence), int(part.tokens[0]) if is_step(part) else _bare(part))
             for part in parts
         ]
         self._crew.tell("step", gone, told)
-        return self._launch(parts)
+        return super()._launch(parts)
 
     def collect(self, ticket: Ticket) -> list[PartResult]:
         """See `Executor.collect`."""
@@ -353,10 +352,6 @@ class LeadingExecutor(GpuExecutor):
         self._refuse_misfit(name, linear)
         self._crew.tell("replace", name, linear)
         super().replace(name, linear)
-
-    def _check(self) -> None:
-        check = getattr(self.team.ranks if self.team is not None else None, "check", self._crew.check)
-        check()
 
     def _changed(self, sequence: CachedSequence) -> tuple[int, int, int, list[int]]:
         """(number, length, pages that are as before, those behind): what a follower needs of a sequence."""
@@ -415,17 +410,6 @@ def _tensors(packed: PackedModel, shard: Shard, device: str, maker: str | None, 
         return tensors_of_share(packed, shard, device, pieces)
     module, _, name = maker.partition(":")
     return share_of_tensors(getattr(import_module(module), name)(packed, device), shard)
-
-
-def _stopper(ranks: Ranks) -> Callable[[], None]:
-    """What ends the waiting of this process's GPU."""
-
-    def stop() -> None:
-        word = getattr(ranks, "stop", None)
-        if word is not None:
-            word[0] = 1
-
-    return stop
 
 
 @dataclass(frozen=True)
@@ -497,7 +481,7 @@ class _Follower:
 class FollowingExecutor(GpuExecutor):
     """A rank's share of a model; its calls come from the leader."""
 
-    device = because = ""
+    device = ""
 
     def __init__(
         self, packed: PackedModel, options: EngineOptions, device: str, tensors: Tensors, team: Team

@@ -189,7 +189,8 @@ class Room:
 class Words:
     """Where the words of a decode step's sums travel, and those of its tokens.
 
-    Sums take two sets in turn, so that nobody overwrites what another still reads."""
+    Sums take two sets in turn, so that nobody overwrites what another still reads.
+    """
 
     def __init__(self, ranks: PeerRanks) -> None:
         pairs = MOST_ROWS * ranks.width // 2
@@ -224,6 +225,7 @@ class PeerRanks:
         """Not 0: nobody waits any more, and what is computed is void. The host writes it under way."""
         sums, words = rows * width * 2, self.ranks * MOST_ROWS * width // 2 * 8
         sizes = [sums, sums, self.ranks * 4, words, words, self.ranks * MOST_ROWS * 16]
+        # what the persistent kernel sends: o, down, the best tokens of at most 256 blocks
         sizes.append(self.ranks * 8 * (2 * width + 2 * 256 + 64))
         starts = [0]
         for size in sizes:
@@ -239,12 +241,12 @@ class PeerRanks:
         torch.cuda.synchronize()
         self._counts.least(0)  # nobody writes before all have cleared theirs
 
-    def check(self) -> None:
-        """Raise what ended the group.
+    def end_waits(self) -> None:
+        """See `Ranks`."""
+        self.stop[0] = 1
 
-        Raises:
-            MachineError: it did not stand until now: what was computed is void.
-        """
+    def check(self) -> None:
+        """See `Ranks`."""
         self._check()
         if int(self.stop[0]):
             raise MachineError("a GPU of the tensor-parallel group did not answer for a minute")

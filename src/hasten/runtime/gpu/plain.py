@@ -295,8 +295,9 @@ class PlainStep:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The head, with its soft-cap: hidden states float32 [R, E] -> float32 [R, V]."""
         found = self.logits_here(hidden)
-        is_part = self.team is not None and self.team.shares_head
-        return self.team.ranks.gather(found) if self.team is not None and is_part else found
+        if self.team is None or not self.team.shares_head:
+            return found
+        return self.team.ranks.gather(found)
 
     def best(self, hidden: torch.Tensor) -> torch.Tensor:
         """Greedy tokens, int64 [R]: the largest logits', the lowest id of equals; -1: one is no number."""

@@ -62,6 +62,18 @@ class Ranks(Protocol):
         """The smallest of all ranks' values; nobody goes on before all have come."""
         ...
 
+    def check(self) -> None:
+        """Raise what ended the group.
+
+        Raises:
+            MachineError: it did not stand until now: what was computed is void.
+        """
+        ...
+
+    def end_waits(self) -> None:
+        """Let nothing on this rank's device wait for the others any longer; any thread may call it."""
+        ...
+
 
 class Counts:
     """`Ranks.least` over a store."""
@@ -93,7 +105,7 @@ class GlooRanks:
         from torch.distributed import ProcessGroupGloo
 
         self.rank, self.ranks = meeting.rank, meeting.ranks
-        self._check, store = meeting.check, meeting.store()
+        self._meeting, store = meeting, meeting.store()
         self._counts = Counts(meeting, store)
         self._counts.least(0)  # gloo waits long for those who do not come
         self._group: Any = ProcessGroupGloo(store, self.rank, self.ranks, _MOST)
@@ -118,14 +130,21 @@ class GlooRanks:
         """See `Ranks`."""
         return self._counts.least(value)
 
+    def check(self) -> None:
+        """See `Ranks`."""
+        self._meeting.check()
+
+    def end_waits(self) -> None:
+        """See `Ranks`; gloo's waits end with the other process."""
+
     def _all(self, mine: torch.Tensor) -> list[torch.Tensor]:
         mine = mine.contiguous()
         found = [torch.empty_like(mine) for _ in range(self.ranks)]
-        self._check()
+        self.check()
         try:
             self._group.allgather([found], [mine]).wait()
         except RuntimeError as error:
-            self._check()
+            self.check()
             raise MachineError(f"a rank of the tensor-parallel group cannot be reached: {error}") from error
         return found
 

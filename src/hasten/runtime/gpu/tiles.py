@@ -1,19 +1,29 @@
-"""Weights as the persistent kernel streams them, and the roundings that make them; any torch device."""
+"""A packed model's weights on a device: as tensors, whole or a rank's share, and as the persistent kernel
+streams them, with the roundings that make them. Any torch device."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from hasten.core import READERS, Format, ModelSpec
 from hasten.errors import ModelError
+from hasten.runtime.gpu.batch_weights import Precision, TensorOf
 from hasten.runtime.gpu.plain import send
-from hasten.runtime.gpu.shape import E4M3_MAX, TILE_ROWS, TileLayout, WeightFormat
-from hasten.weights.formats import PANEL
-from hasten.weights.packed import PackedLinear
+from hasten.runtime.gpu.shape import E4M3_MAX, GROUPS, TILE_ROWS, TileLayout, WeightFormat
+from hasten.runtime.shards import Piece, Shard
+from hasten.weights.formats import FORMATS, PANEL
+from hasten.weights.packed import PackedLinear, PackedModel, pack_linear, piece_of, values_of
+from hasten.weights.tensors import SourceTensor
 
 _NIBBLE_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of a word, for 8 neighbouring columns: pairs lie 16 bits apart
+_FP8_ROWS = 16  # the library multiplies e4m3 matrices of whole sixteens of rows
+
+Pieces = Callable[[str, Piece], list[PackedLinear]]
+"""A matrix's name, and what is wanted of it -> that, one range of rows behind another."""
 
 
 @dataclass(frozen=True)
@@ -230,3 +240,162 @@ def _unit_numbers(weights: Weights, layout: TileLayout, rows: int, cols: int) ->
         for t in weights._numbers()
     ]
     return torch.stack(spread, 2).view(layout.tiles, TILE_ROWS, layout.tuning.warps, -1, layout.numbers)
+
+
+# ---- a packed model's parameters -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Where weights come from, and the precision they get.
+
+    `tiles` are the linear layers in a format that the persistent kernel alone reads: one sequence is decoded
+    with them, and prompts and batches with the same values in bf16.
+    """
+
+    of: TensorOf
+    precision: Precision = "bf16"
+    head: Precision = "bf16"
+    tiles: Callable[[str], Weights] | None = None
+
+
+def tensors_of(packed: PackedModel, device: str) -> Tensors:
+    """A packed model's parameters; fp8 stays fp8 where all layers are and the GPU multiplies it, everything
+    else becomes bf16. Integers are kept beside that where each product has one format in all layers."""
+    linears, head = packed.linears, packed.config.head_name
+    layouts = {linears[name].layout for name in packed.config.linear_shapes() if name != head}
+    in_fp8 = all(layout.name.startswith("fp8") for layout in layouts) and _multiplies_fp8(device)
+    is_whole = packed.config.vocab % _FP8_ROWS == 0
+    head_in_fp8 = in_fp8 and is_whole and linears[head].layout.name.startswith("fp8")
+    are_integers = _has_tiles({name: linears[name].layout for name in packed.config.linear_shapes()})
+
+    def tensor(name: str) -> torch.Tensor | None:
+        if name in linears:
+            return matrix_of(linears[name], device)
+        found = packed.vectors.get(name)
+        return None if found is None else torch.from_numpy(np.array(found))
+
+    def tile(name: str) -> Weights:
+        linear = linears[name]
+        if linear.layout.is_integer:
+            return kept(linear, device)
+        return Weights(WeightFormat(), matrix_of(linear, device))
+
+    return Tensors(
+        tensor,
+        "fp8" if in_fp8 else "bf16",
+        "fp8" if head_in_fp8 else "bf16",
+        tile if are_integers else None,
+    )
+
+
+def _fp8_values(linear: PackedLinear, device: str) -> torch.Tensor:
+    """An e4m3 matrix, float32 [rows, cols]: codes row by row, then scales; multiplied on the device."""
+    rows, cols, layout = linear.rows, linear.cols, linear.layout
+    data = send(linear.data, device)
+    down, along = layout.blocks(rows, cols)
+    scales = data[rows * cols :].clone().view(torch.float32).view(down, along)
+    for dim, size, count in ((0, layout.rows, rows), (1, layout.group, cols)):
+        if scales.shape[dim] > 1:
+            scales = scales.repeat_interleave(size, dim).narrow(dim, 0, count)
+    return data[: rows * cols].view(torch.float8_e4m3fn).view(rows, cols).float() * scales
+
+
+def _multiplies_fp8(device: str) -> bool:
+    """Whether there are products of e4m3: from compute capability 8.9 on, and in the plain twin."""
+    return device == "cpu" or torch.cuda.get_device_capability() >= (8, 9)
+
+
+def _has_tiles(layouts: Mapping[str, Format]) -> bool:
+    """Whether the persistent kernel streams these linear layers as they are: integers in groups that it knows
+    and perhaps bf16, one format a product in all layers."""
+    by_product: dict[str, set[Format]] = {}
+    for name, layout in layouts.items():
+        member = name.rpartition(".")[2]
+        product = next((group for group, parts in READERS.items() if member in parts), "head")
+        by_product.setdefault(product, set()).add(layout)
+    found = {layout for some in by_product.values() for layout in some}
+    are_known = all((one.is_integer and one.group in GROUPS) or one.bits == 16 for one in found)
+    is_one_each = all(len(some) == 1 for some in by_product.values())
+    return are_known and is_one_each and any(one.is_integer for one in found)
+
+
+def weight_bytes(config: ModelSpec, precision: Precision, head: Precision) -> int:
+    """Bytes of a model's matrices on the device: the embedding in bf16, and a head of its own."""
+    shapes, size = config.linear_shapes(), {"bf16": 2, "fp8": 1}
+    layers = sum(rows * cols for name, (rows, cols) in shapes.items() if name != config.head_name)
+    return layers * size[precision] + config.vocab * config.width * (2 + size[head])
+
+
+def matrix_of(linear: PackedLinear, device: str) -> torch.Tensor:
+    """A matrix [rows, cols], taken out of its panels on the device: bf16 as it is stored, else float32."""
+    if linear.layout.is_integer and linear.layout.group in GROUPS:
+        return kept(linear, device).values()
+    if linear.layout.name.startswith("fp8"):
+        return _fp8_values(linear, device)
+    if linear.layout.bits != 16:
+        return torch.from_numpy(values_of(linear))
+    data = send(linear.data, device).view(torch.bfloat16)
+    width = -(-linear.cols // 32) * 32
+    panels = data.view(-1, width // 2, PANEL, 2).transpose(1, 2)  # [panels, PANEL, width / 2, 2]
+    return panels.reshape(-1, width)[: linear.rows, : linear.cols]
+
+
+# ---- a rank's share of them ----------------------------------------------------------------------------
+
+
+def cut(linear: PackedLinear, piece: Piece) -> list[PackedLinear]:
+    """A piece of a matrix, in its own format; in bf16 where it begins or ends inside a group or a panel."""
+    found = [piece_of(linear, rows, piece.cols) for rows in piece.rows]
+    if all(found):
+        return [one for one in found if one is not None]
+    values = values_of(linear)
+    return [_in_bf16(values[rows][:, piece.cols]) for rows in piece.rows]
+
+
+def _in_bf16(values: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> PackedLinear:
+    data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    return pack_linear(SourceTensor("a piece", values.shape, "F32", data), FORMATS["bf16"])
+
+
+def _head(whole: Tensors, shard: Shard) -> Precision:
+    return whole.head if len(shard.vocabulary) % _FP8_ROWS == 0 else "bf16"
+
+
+def share_of_tensors(whole: Tensors, shard: Shard) -> Tensors:
+    """A share's parameters of a whole model's, which are made one by one."""
+
+    def tensor(name: str) -> torch.Tensor | None:
+        piece, found = shard.piece(name), whole.of(shard.source(name))
+        return None if piece is None or found is None else piece.of(found, torch.cat)
+
+    return Tensors(tensor, whole.precision, _head(whole, shard))
+
+
+def tensors_of_share(packed: PackedModel, shard: Shard, device: str, pieces: Pieces) -> Tensors:
+    """A share's parameters by the names of `shard.local`, as `tensors_of` gives a whole model's.
+
+    Args:
+        packed: the whole model; of its matrices only the formats are looked at.
+        pieces: gives them.
+    """
+    whole = tensors_of(packed, device)
+
+    def tensor(name: str) -> torch.Tensor | None:
+        piece, source = shard.piece(name), shard.source(name)
+        if piece is None:
+            return None
+        if source in packed.linears:
+            return torch.cat([matrix_of(one, device) for one in pieces(source, piece)])
+        found = packed.vectors.get(source)
+        return None if found is None else torch.from_numpy(np.array(piece.of(found, np.concatenate)))
+
+    def tile(name: str) -> Weights:
+        piece = shard.piece(name)
+        assert piece is not None
+        found = pieces(shard.source(name), piece)
+        if all(one.layout.is_integer for one in found):
+            return joined([kept(one, device) for one in found])
+        return Weights(WeightFormat(), torch.cat([matrix_of(one, device) for one in found]))
+
+    return Tensors(tensor, whole.precision, _head(whole, shard), tile if whole.tiles is not None else None)
