@@ -27,7 +27,7 @@ from datetime import date
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -39,11 +39,11 @@ from hasten.core import EngineOptions, ModelSpec, Recipe, ServingOptions
 from hasten.engine.model import LanguageModel
 from hasten.engine.request import Request
 from hasten.models.tokenizer import Tokenizer
-from hasten.runtime.executor import Draw, Part
+from hasten.runtime.executor import Draw, Executor, Part
 from hasten.runtime.gpu.chain import SIZES, Row
-from hasten.runtime.gpu.executor import GpuExecutor, Tensors
+from hasten.runtime.gpu.executor import GpuExecutor
 from hasten.runtime.gpu.shape import WeightFormat
-from hasten.runtime.gpu.tiles import Weights, rounded
+from hasten.runtime.gpu.tiles import Tensors, Weights, rounded
 from hasten.runtime.pages import CachedSequence
 from hasten.runtime.sampling import SamplingOptions, SequenceSampler
 from hasten.speed import page_bytes
@@ -127,15 +127,24 @@ def opened(
     packed = PackedModel(config, Recipe(precision, kv=kv), {})
     options = EngineOptions(1, context, sequences, 8192, device="cuda")
     tensors = tensors_of(config, precision)
+    with behind_engine(
+        f"{model} {precision}", packed, options, lambda: GpuExecutor(packed, options, tensors=tensors)
+    ) as running:
+        yield running
+
+
+@contextmanager
+def behind_engine(
+    name: str, packed: PackedModel, options: EngineOptions, make: Callable[[], Executor]
+) -> Iterator[LanguageModel]:
+    """A model whose executor `make` loads."""
     running = LanguageModel.__new__(LanguageModel)
-    running.name, running.packed, running.options, running.device = model, packed, options, "cuda"
-    running.tokenizer = words(config.vocab)
+    running.name, running.packed, running.options = name, packed, options
+    running.tokenizer = words(packed.config.vocab)
     began = time.perf_counter()
-    running.executor = GpuExecutor(packed, options, tensors=tensors)
-    print(
-        f"{model} {precision}: ready in {time.perf_counter() - began:.1f} s, {running.executor.summary}",
-        flush=True,
-    )
+    running.executor = make()
+    running.executor.device = "cuda"
+    print(f"{name}: ready in {time.perf_counter() - began:.1f} s, {running.executor.summary}", flush=True)
     try:
         yield running
     finally:
@@ -192,32 +201,71 @@ def bare_step(model: LanguageModel, count: int, steps: int = 64) -> float:
     return statistics.median(found[1:])
 
 
+def prompt_time(model: LanguageModel, tokens: int) -> float:
+    """Seconds from a prompt to its first token, a median."""
+    executor, sampler, times = model.executor, SequenceSampler(GREEDY, [], model.config.vocab), []
+    ids = np.random.default_rng(5).integers(300, model.config.vocab, tokens).tolist()
+    for _ in range(4):
+        sequence = CachedSequence()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        executor.collect(executor.submit([Part(sequence, ids, True, draws=(Draw(sampler, tokens),))]))
+        times.append(time.perf_counter() - began)
+        executor.pool.truncate(sequence, 0)
+    return statistics.median(times[1:])
+
+
 def git_commit() -> str | None:
     found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return found.stdout.strip() or None
 
 
+class Table(Protocol):
+    """Where rows go."""
+
+    def add(
+        self, name: str, value: float | None, bar: float | None, unit: str, at_most: bool = False, **more: Any
+    ) -> None:
+        """A row, as `row_of` makes it."""
+
+
+def row_of(
+    name: str, value: float | None, bar: float | None, unit: str, at_most: bool = False, **more: Any
+) -> dict[str, Any]:
+    """A measurement and whether it passes its bar, if it has one.
+
+    `value` None: it was not measured, and `why` is among `more`.
+    """
+    is_good = None
+    if bar is not None:
+        is_good = value is not None and (value <= bar if at_most else value >= bar)
+    return {"name": name, "value": value, "bar": bar, "unit": unit, "pass": is_good, **more}
+
+
 class Bars:
     """The record, written anew after every row."""
 
-    def __init__(self, path: Path, commit: str | None, is_added: bool) -> None:
+    def __init__(self, path: Path, commit: str | None, is_added: bool, command: str, gpus: int = 1) -> None:
         self.path, self.commit = path, commit or git_commit()
+        name = torch.cuda.get_device_name()
         self.value: dict[str, Any] = {
-            "machine": f"{torch.cuda.get_device_name()}, torch {torch.__version__}",
+            "machine": f"{name if gpus == 1 else f'{gpus} x {name}'}, torch {torch.__version__}",
             "date": date.today().isoformat(),
             "commit": self.commit,
-            "command": "python benchmarks/gpu/bars.py --saturated 500",
+            "command": command,
             "bars": json.loads(path.read_text())["bars"] if is_added else [],
         }
 
     def add(
-        self, name: str, value: float | None, bar: float, unit: str, at_most: bool = False, **more: Any
+        self, name: str, value: float | None, bar: float | None, unit: str, at_most: bool = False, **more: Any
     ) -> None:
-        """A row; `value` None: it was not measured, and `why` is among `more`."""
-        is_good = value is not None and (value <= bar if at_most else value >= bar)
-        row = {"name": name, "value": value, "bar": bar, "unit": unit, "pass": is_good, **more}
+        """See `Table`."""
+        self.keep(row_of(name, value, bar, unit, at_most, **more))
+
+    def keep(self, row: dict[str, Any]) -> None:
+        """A row in the place of one with its name."""
         row["commit"] = self.commit
-        self.value["bars"] = [*(one for one in self.value["bars"] if one["name"] != name), row]
+        self.value["bars"] = [*(one for one in self.value["bars"] if one["name"] != row["name"]), row]
         print(json.dumps(row), flush=True)
         self.path.write_text(json.dumps(self.value, indent=1) + "\n")
 
@@ -241,20 +289,8 @@ def decode(bars: Bars, model: LanguageModel, label: str, count: int, bar: float)
 
 def prefill(bars: Bars, model: LanguageModel, label: str, precision: str) -> None:
     """The rate of one prompt of 8k tokens, products of layers alone counted as work."""
-    executor: Any = model.executor
     config, tokens = model.config, 8192
-    mixer = config.blocks[0].mixer
-    sampler = SequenceSampler(GREEDY, [], config.vocab)
-    ids = np.random.default_rng(5).integers(300, config.vocab, tokens).tolist()
-    times = []
-    for _ in range(4):
-        sequence = CachedSequence()
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        executor.collect(executor.submit([Part(sequence, ids, True, draws=(Draw(sampler, tokens),))]))
-        times.append(time.perf_counter() - began)
-        executor.pool.truncate(sequence, 0)
-    seconds = statistics.median(times[1:])
+    mixer, seconds = config.blocks[0].mixer, prompt_time(model, tokens)
     flops = 2 * (config.weights_read - config.vocab * config.width) * tokens
     flops += 2 * 2 * tokens * tokens // 2 * mixer.heads * mixer.head_dim * len(config.blocks)
     bars.add(f"{label} prefill of 8k tokens", flops / seconds / GEMM[precision], 0.65, "of the GEMM rate",
@@ -349,13 +385,13 @@ def counted(progress: str) -> tuple[int, int]:
     return marks.count("."), len(marks) - marks.count("s")
 
 
-def guarded(bars: Bars, name: str, bar: float, work: Callable[[], None]) -> None:
+def guarded(bars: Table, name: str, bar: float, work: Callable[[], None]) -> None:
     """One measurement; what goes wrong is its row."""
     try:
         work()
     except Exception as error:  # noqa: BLE001 - the other rows go on
-        traceback.print_exc(limit=6)
-        bars.add(name, None, bar, "", why=repr(error)[:300])
+        traceback.print_exc(limit=8)
+        bars.add(name, None, bar, "", why=repr(error)[:400])
 
 
 def compile_beforehand(wanted: list[list[str]]) -> None:
@@ -416,7 +452,7 @@ def main() -> None:
     chosen = {label: rows for label, rows in DECODE.items() if options.only in label}
     if wanted := [label.split() for label in chosen if len(DECODE[label]) > 1]:
         compile_beforehand(wanted)
-    bars = Bars(options.json, options.commit, options.add)
+    bars = Bars(options.json, options.commit, options.add, "python benchmarks/gpu/bars.py --saturated 500")
     bars.value["copy_bytes_per_s"] = copy_bandwidth()
     torch.cuda.empty_cache()
     for label, rows in chosen.items():

@@ -9,7 +9,6 @@ real shapes, context 512 to 552, greedy, through `Engine`. Rows go to benchmarks
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import signal
@@ -18,10 +17,8 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,25 +27,32 @@ import numpy as np
 import torch
 from batch_models import MODELS, copy_bandwidth
 
-from bars import GREEDY, decode_times, git_commit, requests, tensors_of, words
+from bars import (
+    GREEDY,
+    Bars,
+    behind_engine,
+    decode_times,
+    guarded,
+    prompt_time,
+    requests,
+    row_of,
+    tensors_of,
+)
 from hasten.core import EngineOptions, ModelSpec, Recipe, ServingOptions
 from hasten.engine.model import LanguageModel
 from hasten.errors import HastenError
-from hasten.runtime.executor import Draw, Part
-from hasten.runtime.gpu.executor import GpuExecutor, Tensors
+from hasten.runtime.executor import Executor
+from hasten.runtime.gpu.executor import GpuExecutor
 from hasten.runtime.gpu.parallel import LeadingExecutor
-from hasten.runtime.pages import CachedSequence
-from hasten.runtime.sampling import SequenceSampler
+from hasten.runtime.gpu.tiles import Tensors
 from hasten.speed import page_bytes
 from hasten.weights.packed import PackedModel
 from hasten.weights.plan import FlatConfig
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu-two.json"
-LIMITS = {"tiny": 100, "exchange": 60, "8B bf16": 200, "70B fp8": 150, "lost": 50}
-"""Parts and the seconds each may take."""
 EXCHANGES = {1: (8, 6.0), 16: (128, 8.0), 64: (512, 9.0)}
 """Rows of 4,096 bf16 values: kilobytes, and the bar in microseconds."""
-WIDTH, TURNS = 4096, 32
+WIDTH = 4096
 PROMPT, CONTEXT = 512, 1024
 TINY = {
     "llama": FlatConfig("llama", 1024, 256, 512, 4, 8, 4, 64, 2048, norm_eps=1e-5),
@@ -78,26 +82,16 @@ def opened(
     model: str, precision: str, ranks: int, sequences: int, context: int = CONTEXT
 ) -> Iterator[LanguageModel]:
     """A model of random weights behind the engine, on one GPU or several; on 0, in plain torch on a CPU."""
-    config = SHAPES[model]
-    packed = PackedModel(config, Recipe(precision), {})
+    packed = PackedModel(SHAPES[model], Recipe(precision), {})
     options = EngineOptions(1, context, sequences, 8192, device="cuda", tensor_parallel=max(1, ranks))
-    running = LanguageModel.__new__(LanguageModel)
-    running.name, running.packed, running.options, running.device = model, packed, options, "cuda"
-    running.tokenizer = words(config.vocab)
-    began = time.perf_counter()
-    if ranks < 2:
-        device = ("cpu", "cuda")[ranks]
-        running.executor = GpuExecutor(packed, options, device, random_tensors(packed, "cuda"))
-    else:
-        running.executor = LeadingExecutor(packed, options, maker="two:random_tensors")
-    taken = time.perf_counter() - began
-    print(f"{model} {precision} on {ranks}: {taken:.1f} s, {running.executor.summary}", flush=True)
-    try:
+
+    def make() -> Executor:
+        if ranks > 1:
+            return LeadingExecutor(packed, options, maker="two:random_tensors")
+        return GpuExecutor(packed, options, ("cpu", "cuda")[ranks], random_tensors(packed, "cuda"))
+
+    with behind_engine(f"{model} {precision} on {ranks}", packed, options, make) as running:
         yield running
-    finally:
-        running.close()
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 class Rows:
@@ -106,21 +100,8 @@ class Rows:
     def add(
         self, name: str, value: float | None, bar: float | None, unit: str, at_most: bool = False, **more: Any
     ) -> None:
-        """A row; `value` None: it was not measured, and `why` is among `more`."""
-        is_good = None
-        if bar is not None:
-            is_good = value is not None and (value <= bar if at_most else value >= bar)
-        row = {"name": name, "value": value, "bar": bar, "unit": unit, "pass": is_good, **more}
-        print("ROW " + json.dumps(row), flush=True)
-
-
-def guarded(rows: Rows, name: str, work: Callable[[], None]) -> None:
-    """One measurement; what goes wrong is its row, and the others go on."""
-    try:
-        work()
-    except Exception as error:  # noqa: BLE001
-        traceback.print_exc(limit=8)
-        rows.add(name, None, 0, "", why=repr(error)[:400])
+        """See `Table`."""
+        print("ROW " + json.dumps(row_of(name, value, bar, unit, at_most, **more)), flush=True)
 
 
 def tokens_of(model: LanguageModel, count: int, prompt: int, output: int, together: bool) -> list[list[int]]:
@@ -181,7 +162,7 @@ def small(rows: Rows, name: str, precision: str, ranks: int) -> None:
 def tiny(rows: Rows, ranks: int) -> None:
     """Small models: every kernel of the way, before anything large."""
     for name, precision in (("llama", "bf16"), ("qwen3", "bf16"), ("gemma3", "bf16"), ("llama", "fp8")):
-        guarded(rows, f"tiny {name} {precision}", partial(small, rows, f"tiny {name}", precision, ranks))
+        guarded(rows, f"tiny {name} {precision}", 0, partial(small, rows, f"tiny {name}", precision, ranks))
 
 
 def step_time(model: LanguageModel, count: int) -> tuple[float, float]:
@@ -205,20 +186,6 @@ def step_time(model: LanguageModel, count: int) -> tuple[float, float]:
     return statistics.median(t for run in runs for t in run[0]), python
 
 
-def prompt_time(model: LanguageModel, tokens: int) -> float:
-    """Seconds from a prompt to its first token."""
-    sampler, times = SequenceSampler(GREEDY, [], model.config.vocab), []
-    ids = np.random.default_rng(5).integers(300, model.config.vocab, tokens).tolist()
-    for _ in range(4):
-        sequence = CachedSequence()
-        began = time.perf_counter()
-        part = Part(sequence, ids, True, draws=(Draw(sampler, tokens),))
-        model.executor.collect(model.executor.submit([part]))
-        times.append(time.perf_counter() - began)
-        model.executor.pool.truncate(sequence, 0)
-    return statistics.median(times[1:])
-
-
 def eight(rows: Rows, ranks: int) -> None:
     """8B in bf16: decode, prefill and equality, several GPUs and one."""
     seconds: dict[str, dict[int, float]] = {"1": {}, "64": {}, "16": {}, "prefill": {}}
@@ -228,14 +195,15 @@ def eight(rows: Rows, ranks: int) -> None:
         with opened("8B", "bf16", n, 64, 8704) as model:
             for count in (1, 64, 16):
                 name = f"8B bf16 on {n}, batch {count}"
-                guarded(rows, name, partial(_timed, model, count, n, seconds, outside))
-            guarded(rows, f"8B prefill on {n}", partial(_prompted, model, n, seconds))
+                guarded(rows, name, 0, partial(_timed, model, count, n, seconds, outside))
+            guarded(rows, f"8B prefill on {n}", 0, partial(_prompted, model, n, seconds))
             if n != 1:
                 found = outputs(model, 64, 32)
             else:
                 guarded(
                     rows,
                     "8B bf16",
+                    0,
                     partial(compared, rows, f"8B bf16, {ranks} GPUs against one", model, found, 32),
                 )
     for count, bar in (("1", 1.5), ("64", 1.6), ("16", None), ("prefill", 1.7)):
@@ -270,45 +238,47 @@ def seventy(rows: Rows, ranks: int) -> None:
                  tok_s=1 / step, bytes_a_gpu=read, copy_bytes_per_s=bandwidth)  # fmt: skip
 
 
-def lost(rows: Rows, ranks: int) -> None:
-    """A rank that is killed, one that is stopped: how long until the stream ends, and who is left."""
-    for how, name in ((signal.SIGKILL, "dies"), (signal.SIGSTOP, "hangs")):
-        if len(sys.argv) > 1 and f"lost {name}" not in sys.argv:
-            continue
-        with opened("tiny llama", "bf16", ranks, 4) as model:
-            executor: Any = model.executor
-            processes = [link.process for link in executor._crew.links]
-            stream = model.stream(list(range(300, 364)), 900, GREEDY)
-            for _ in range(20):
-                next(stream)
-            os.kill(processes[-1].pid, how)
-            began = time.monotonic()
-            try:
-                list(stream)
-                said = "it went on"
-            except HastenError as error:
-                said = error.message
-            seconds = time.monotonic() - began
-        left = sum(process.poll() is None for process in processes)
-        rows.add(f"a rank {name}: seconds until its streams end", seconds, 5, "s", True, left=left, said=said)
+def lost(how: signal.Signals, name: str, rows: Rows, ranks: int) -> None:
+    """A rank that gets a signal: how long until the stream ends, and how many ranks are left."""
+    with opened("tiny llama", "bf16", ranks, 4) as model:
+        executor: Any = model.executor
+        processes = [link.process for link in executor._crew.links]
+        stream = model.stream(list(range(300, 364)), 900, GREEDY)
+        for _ in range(20):
+            next(stream)
+        os.kill(processes[-1].pid, how)
+        began = time.monotonic()
+        try:
+            list(stream)
+            said = "it went on"
+        except HastenError as error:
+            said = error.message
+        seconds = time.monotonic() - began
+    left = sum(process.poll() is None for process in processes)
+    rows.add(f"a rank {name}: seconds until its streams end", seconds, 5, "s", True, left=left, said=said)
 
 
 def exchange(rows: Rows, ranks: int) -> None:
     """All-reduce with residual and norm in a graph, and sums of prompts."""
     from two_exchange import lead
 
-    lead(rows, ranks, EXCHANGES, WIDTH, TURNS)
+    lead(rows, ranks, EXCHANGES, WIDTH)
 
 
-PARTS: dict[str, Callable[[Rows, int], None]] = {
-    "tiny": tiny, "exchange": exchange, "8B bf16": eight, "70B fp8": seventy, "lost dies": lost,
-    "lost hangs": lost,
-}  # fmt: skip
+PARTS: dict[str, tuple[int, Callable[[Rows, int], None]]] = {
+    "tiny": (100, tiny),
+    "exchange": (60, exchange),
+    "8B bf16": (200, eight),
+    "70B fp8": (150, seventy),
+    "lost dies": (50, partial(lost, signal.SIGKILL, "dies")),
+    "lost hangs": (50, partial(lost, signal.SIGSTOP, "hangs")),
+}
+"""The seconds that each part may take, and what measures it."""
 
 
 def run_part(name: str, ranks: int, take: Callable[[dict[str, Any]], None]) -> None:
     """One part in a process of its own; its rows as they come."""
-    limit = LIMITS[name if name in LIMITS else name.split()[0]]
+    limit, _ = PARTS[name]
     command = [sys.executable, __file__, "--part", name, "--ranks", str(ranks)]
     began = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -337,27 +307,15 @@ def main() -> None:
     parser.add_argument("--part", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part is not None:
-        sys.argv = [sys.argv[0], options.part]
-        guarded(Rows(), options.part, lambda: PARTS[options.part](Rows(), options.ranks))
+        _, measure = PARTS[options.part]
+        guarded(Rows(), options.part, 0, partial(measure, Rows(), options.ranks))
         return
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    record: dict[str, Any] = {
-        "machine": f"{options.ranks} x {torch.cuda.get_device_name()}, torch {torch.__version__}",
-        "date": date.today().isoformat(),
-        "commit": options.commit or git_commit(),
-        "command": "python benchmarks/gpu/two.py",
-        "bars": json.loads(options.json.read_text())["bars"] if options.add and options.json.exists() else [],
-    }
-
-    def take(row: dict[str, Any]) -> None:
-        row["commit"] = record["commit"]
-        record["bars"] = [*(one for one in record["bars"] if one["name"] != row["name"]), row]
-        print(json.dumps(row), flush=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
-
+    is_added = options.add and options.json.exists()
+    record = Bars(options.json, options.commit, is_added, "python benchmarks/gpu/two.py", options.ranks)
     for name in PARTS:
         if any(text in name for text in options.only.split(",")):
-            run_part(name, options.ranks, take)
+            run_part(name, options.ranks, record.keep)
 
 
 if __name__ == "__main__":

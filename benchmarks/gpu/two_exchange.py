@@ -138,7 +138,7 @@ def _right(ranks: int, rows: int, width: int) -> torch.Tensor:
     return torch.stack(parts).sum(0)
 
 
-def lead(rows: Any, ranks: int, bars: Mapping[int, tuple[int, float]], width: int, turns: int) -> None:
+def lead(rows: Any, ranks: int, bars: Mapping[int, tuple[int, float]], width: int) -> None:
     """Measure on this process's GPU, with one more process for each other."""
     from torch.distributed import TCPStore
 
