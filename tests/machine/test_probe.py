@@ -242,7 +242,8 @@ def gpu(**changed: Any) -> Accelerator:
 
 def test_a_device_is_measured_through_torch() -> None:
     """On the CPU, with small sizes: every figure is there, and a copy counts both ways."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     found = machine_probe.measure_gpu(torch, "cpu", scale=1 / 128)
     figures = (found.copy_gb_per_s, found.bf16_tflops, found.to_device_gb_per_s, found.from_device_gb_per_s)
     assert all(0 < figure < 1e6 for figure in (*figures, found.launch_us, found.round_trip_us))

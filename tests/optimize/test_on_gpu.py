@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("torch")
-
 import hasten
 from hasten.cli import main
 from hasten.core import Accelerator, EngineOptions, Recipe, Workload
@@ -22,20 +20,13 @@ from hasten.optimize.workshop import Workshop
 from hasten.quality.text import default_text
 from hasten.runtime import executor as executors
 from hasten.runtime.gpu import driver
-from hasten.runtime.gpu.executor import GpuExecutor
+from hasten.runtime.gpu.executor import TorchExecutor
 from hasten.weights.packed import PackedModel
 
 GPU = Accelerator("Some GPU", 80 << 30, "9.0", 4000.0, 800.0, 1500.0, 50.0, 50.0, 3.0, 9.0)
 
 
-class OnTorch(GpuExecutor):
-    """The GPU's executor on a CPU."""
-
-    def __init__(self, packed: PackedModel, options: EngineOptions) -> None:
-        super().__init__(packed, options, "cpu")
-
-
-class Refusing(OnTorch):
+class Refusing(TorchExecutor):
     """A GPU that is too small for anything."""
 
     def __init__(self, packed: PackedModel, options: EngineOptions) -> None:
@@ -62,7 +53,7 @@ def test_a_search_on_a_gpu_tries_what_it_runs_and_judges_there(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    gpu("OnTorch")
+    gpu("TorchExecutor")
     monkeypatch.setitem(WORKLOADS, "latency", Workload(32, 4))
     whole = OFFERS["cuda"]
     monkeypatch.setitem(OFFERS, "cuda", replace(whole, uniform=("source", "fp8", "w4"), menu=whole.menu[:3]))
@@ -100,7 +91,7 @@ def test_auto_settles_on_the_cpu_where_the_gpu_refuses_the_source(
 def test_eval_judges_on_the_device(
     gpu: Callable[[str], None], tiny_folder: Callable[..., Path], capsys: Any
 ) -> None:
-    gpu("OnTorch")
+    gpu("TorchExecutor")
     flags = ["--recipe", "w4", "--tokens", "1024", "--threads", "1", "--device", "auto", "--json"]
     assert main(["eval", str(tiny_folder("llama")), *flags]) == 0
     shown = capsys.readouterr()

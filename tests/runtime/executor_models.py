@@ -13,21 +13,11 @@ import pytest
 from hasten.core import EngineOptions, ModelSpec, Recipe, RopeScaling
 from hasten.errors import ModelError
 from hasten.runtime.executor import EXECUTORS, Executor, Part, open_executor
-from hasten.runtime.gpu.executor import GpuExecutor
 from hasten.runtime.sampling import SamplingOptions
 from hasten.weights.packed import PackedModel, pack_model
 from hasten.weights.tensors import SourceTensor
 from specs import changed, spec
 
-
-class TorchExecutor(GpuExecutor):
-    """The GPU's executor in plain torch on a CPU."""
-
-    def __init__(self, packed: PackedModel, options: EngineOptions) -> None:
-        super().__init__(packed, options, device="cpu")
-
-
-EXECUTORS.setdefault("torch", f"{__name__}:TorchExecutor")
 DEVICES = [name for name in EXECUTORS if name != "cuda" or Path("/dev/nvidiactl").exists()]
 EXACT = [name for name in DEVICES if name not in ("cuda", "torch")]  # they round in more than one way
 VOCAB, CONTEXT = 263, 128

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from executor_models import TorchExecutor, options, packed
+from executor_models import options, packed
 
 from hasten.core import EngineOptions, Recipe
 from hasten.errors import HastenError, MachineError, ModelError, UsageError
 from hasten.runtime import executor as executors
 from hasten.runtime.executor import EXECUTORS, check_recipe, open_executor
+from hasten.runtime.gpu.executor import TorchExecutor
 from hasten.weights.packed import PackedModel
 
 

@@ -9,50 +9,36 @@ import asyncio
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from running_server import serving
 
-torch = pytest.importorskip("torch")
-
-from running_server import serving  # noqa: E402
-
-from hasten.core import EngineOptions  # noqa: E402
-from hasten.engine.async_engine import AsyncEngine, EngineClosed  # noqa: E402
-from hasten.engine.model import LanguageModel, load_packed  # noqa: E402
-from hasten.engine.request import Request  # noqa: E402
-from hasten.errors import MachineError  # noqa: E402
-from hasten.models import open_model  # noqa: E402
-from hasten.runtime.executor import EXECUTORS, choose_device  # noqa: E402
-from hasten.runtime.gpu.executor import GpuExecutor  # noqa: E402
-from hasten.runtime.gpu.plain import PlainStep  # noqa: E402
-from hasten.runtime.sampling import SamplingOptions  # noqa: E402
-from hasten.serve import pool  # noqa: E402
-from hasten.serve.options import ServeOptions  # noqa: E402
-from hasten.weights.packed import PackedModel, pack_model  # noqa: E402
+from hasten.core import EngineOptions
+from hasten.engine.async_engine import AsyncEngine, EngineClosed
+from hasten.engine.model import LanguageModel, load_packed
+from hasten.engine.request import Request
+from hasten.errors import MachineError
+from hasten.models import open_model
+from hasten.runtime.executor import choose_device
+from hasten.runtime.gpu.plain import PlainStep
+from hasten.runtime.sampling import SamplingOptions
+from hasten.serve import pool
+from hasten.serve.options import ServeOptions
+from hasten.weights.packed import pack_model
 
 FOREVER = SamplingOptions(ignore_eos=True)
 FAULT = "CUDA error: unspecified launch failure\nCompile with TORCH_USE_CUDA_DSA to enable assertions."
 
 
-class OnTorch(GpuExecutor):
-    """The GPU's executor on a CPU."""
-
-    def __init__(self, packed: PackedModel, options: EngineOptions) -> None:
-        super().__init__(packed, options, "cpu")
-
-
 @pytest.fixture
-def loaded(
-    tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[[], LanguageModel]]:
-    monkeypatch.setitem(EXECUTORS, "on torch", f"{__name__}:OnTorch")
+def loaded(tiny_folder: Callable[..., Path]) -> Callable[[], LanguageModel]:
     source = open_model(tiny_folder("qwen3"))
     packed = pack_model(source, _bf16(), 1)
-    options = EngineOptions(threads=1, context=256, max_sequences=4, device="on torch")
-    yield lambda: load_packed(packed, source, options)
+    options = EngineOptions(threads=1, context=256, max_sequences=4, device="torch")
+    return lambda: load_packed(packed, source, options)
 
 
 def _bf16() -> Any:

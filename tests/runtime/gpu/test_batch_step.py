@@ -6,8 +6,8 @@ import os
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
@@ -331,7 +331,6 @@ def test_a_row_of_nan_picks_no_token() -> None:
     assert int(step.tokens[0]) == -1 and int(step.tokens[1]) == int(step.buffers.logits[1].argmax())
     step.step(2, 11)  # the next one finds an embedding all the same
     assert int(step.tokens[0]) == -1 and step.buffers.logits[1].isfinite().all()
-    assert step.buffers.logits[1].isfinite().all()
 
 
 def test_what_is_not_computed_is_refused() -> None:

@@ -6,33 +6,31 @@ Logits differ by rounding (`BF16` of the spread); tokens must be equal where the
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from running_models import BF16, GREEDY, answers, is_greedy, patient, running
 
-torch = pytest.importorskip("torch")
+from hasten.core import Recipe, ServingOptions
+from hasten.engine.grammar import Grammar
+from hasten.engine.model import LanguageModel
+from hasten.engine.request import Request
+from hasten.errors import MachineError, ModelError, UsageError
+from hasten.models import Source, open_model
+from hasten.runtime import executor as executors
+from hasten.runtime.executor import Draw, Part
+from hasten.runtime.gpu import executor as gpu
+from hasten.runtime.gpu.shape import PAGE
+from hasten.runtime.gpu.tiles import matrix_of, weight_bytes
+from hasten.runtime.pages import CachedSequence, DeviceMemory
+from hasten.runtime.sampling import SamplingOptions, SequenceSampler
+from hasten.weights.packed import pack_model, values_of
+from tiny_models import Tiny, greedy, logits, prompts, save_folder
 
-from hasten.core import EngineOptions, Recipe, ServingOptions  # noqa: E402
-from hasten.engine import keep  # noqa: E402
-from hasten.engine.grammar import Grammar  # noqa: E402
-from hasten.engine.model import LanguageModel, load_packed  # noqa: E402
-from hasten.engine.request import Request  # noqa: E402
-from hasten.errors import MachineError, ModelError, UsageError  # noqa: E402
-from hasten.models import Source, open_model  # noqa: E402
-from hasten.runtime import executor as executors  # noqa: E402
-from hasten.runtime.executor import Draw, Part  # noqa: E402
-from hasten.runtime.gpu import executor as gpu  # noqa: E402
-from hasten.runtime.gpu.shape import PAGE  # noqa: E402
-from hasten.runtime.pages import CachedSequence, DeviceMemory  # noqa: E402
-from hasten.runtime.sampling import SamplingOptions, SequenceSampler  # noqa: E402
-from hasten.weights.packed import PackedModel, pack_model, values_of  # noqa: E402
-from tiny_models import Tiny, greedy, logits, prompts, save_folder  # noqa: E402
-
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 KINDS = [
     "llama",
     "llama-wide",
@@ -46,56 +44,7 @@ KINDS = [
 ]
 HEADS = Tiny("llama-64", "llama", {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}, None, 33)
 """Heads that the persistent kernel holds in the common layout of keys and values."""
-BF16 = 0.03  # of the logits' spread: two ways of rounding activations
 KV8 = 0.03  # of the logits' spread: keys and values rounded to int8
-GREEDY = SamplingOptions(ignore_eos=True)
-
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where `--device cuda` computes in a test."""
-    monkeypatch.setitem(executors.EXECUTORS, "cuda", f"{__name__}:{request.param.title()}Twin")
-    monkeypatch.setattr(executors, "choose_device", lambda wanted: (wanted, "in a test"))
-    return str(request.param)
-
-
-class CpuTwin(gpu.GpuExecutor):
-    """In plain torch."""
-
-    def __init__(self, packed: PackedModel, options: EngineOptions) -> None:
-        super().__init__(packed, options, "cpu")
-
-
-class CudaTwin(gpu.GpuExecutor):
-    """On the GPU."""
-
-
-@contextmanager
-def running(
-    source: Source, device: str = "cuda", recipe: str = "bf16", **options: Any
-) -> Iterator[LanguageModel]:
-    wanted = {"threads": 1, "context": min(512, source.config.context), "device": device}
-    model = load_packed(
-        pack_model(source, Recipe.parse(recipe), 1), source, EngineOptions(**(wanted | options))
-    )
-    try:
-        yield model
-    finally:
-        model.close()
-
-
-def answers(
-    model: LanguageModel, requests: Sequence[Request], stats: list[Any] | None = None, **options: Any
-) -> list[list[int]]:
-    """Tokens of each request, all run together; `stats` gets the engine's."""
-    found: dict[str, list[int]] = {str(i): [] for i in range(len(requests))}
-    named = [Request(**{**vars(one), "id": str(i)}) for i, one in enumerate(requests)]
-    with model.engine(ServingOptions(**options)) as engine:
-        for output in engine.run(named):
-            found[output.request_id] += output.token_ids
-        if stats is not None:
-            stats.append(engine.stats())
-    return list(found.values())
 
 
 def fitting(source: Source, room: int) -> list[list[int]]:
@@ -130,16 +79,6 @@ def test_logits_and_greedy_tokens_are_transformers(
         assert list(model.stream(first, count, GREEDY)) == greedy(right, first, count)
 
 
-def is_greedy(model: LanguageModel, prompt: Sequence[int], tokens: Sequence[int]) -> bool:
-    """Whether each token has the largest logit after those before it, or ties with it within rounding.
-
-    A token drawn blindly falls short by 2 to 3 times the spread.
-    """
-    found = model.logits([*prompt, *tokens])[len(prompt) - 1 : -1]
-    short = found.max(1) - np.take_along_axis(found, np.array(tokens)[:, None], 1)[:, 0]
-    return bool((short < 10 * BF16 * found.std()).all() and np.median(short) == 0)
-
-
 def test_chunks_pages_and_company_change_nothing(device: str, tiny_folder: Callable[..., Path]) -> None:
     source = open_model(tiny_folder("qwen3"))
     requests = [Request(tuple(prompt), 40 + 7 * i, GREEDY) for i, prompt in enumerate(fitting(source, 70))]
@@ -152,12 +91,6 @@ def test_chunks_pages_and_company_change_nothing(device: str, tiny_folder: Calla
             for request, tokens in zip(requests, one, strict=True):
                 assert len(tokens) == request.max_new_tokens
                 assert is_greedy(model, request.prompt, tokens)
-
-
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages from disk are waited for, however busy the machine is."""
-    for name in ("_LEAST_WAIT_S", "_MOST_WAIT_S"):
-        monkeypatch.setattr(keep, name, 30.0)
 
 
 @pytest.mark.parametrize("recipe", ["bf16", "bf16-kv8"])
@@ -371,7 +304,7 @@ def test_tables_mean_on_the_device_what_they_mean_in_numpy(
     layout: str, device: str, wide_heads: Source
 ) -> None:
     linear = pack_model(wide_heads, Recipe.parse(layout), 1).linears["layers.0.down"]
-    assert np.array_equal(gpu.matrix_of(linear, device).cpu().numpy(), values_of(linear))
+    assert np.array_equal(matrix_of(linear, device).cpu().numpy(), values_of(linear))
 
 
 @pytest.mark.parametrize("recipe", ["fp8", "fp8-head16"])
@@ -438,11 +371,13 @@ def test_a_model_too_large_for_the_gpu_is_told_what_fits(
     tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llama = open_model(tiny_folder("llama"))
-    monkeypatch.setitem(executors.EXECUTORS, "cuda", f"{__name__}:CpuTwin")
+    monkeypatch.setitem(executors.EXECUTORS, "cuda", executors.EXECUTORS["torch"])
     monkeypatch.setattr(executors, "choose_device", lambda wanted: (wanted, "in a test"))
-    bf16, fp8 = (gpu.weight_bytes(llama.config, kind, kind) for kind in ("bf16", "fp8"))
+    bf16, fp8 = (weight_bytes(llama.config, kind, kind) for kind in ("bf16", "fp8"))
     for left, hint in (((bf16 + fp8) // 2, "--recipe fp8"), (fp8 // 2, "--device cpu")):
-        monkeypatch.setattr(CpuTwin, "_memory", lambda self, _, left=left: DeviceMemory(left, 80 << 30, 0))
+        monkeypatch.setattr(
+            gpu.TorchExecutor, "_memory", lambda self, _, left=left: DeviceMemory(left, 80 << 30, 0)
+        )
         said = "the weights take .* GB .*free on the GPU"
         with pytest.raises(MachineError, match=said) as refused, running(llama):
             pass

@@ -14,17 +14,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from hasten.core import ModelSpec  # noqa: E402
-from hasten.runtime.gpu import batch_attention  # noqa: E402
-from hasten.runtime.gpu.batch_attention import Int8Attention  # noqa: E402
-from hasten.runtime.gpu.driver import with_defines  # noqa: E402
-from hasten.runtime.gpu.plain import PagedCache  # noqa: E402
-from hasten.runtime.gpu.shape import PAGE  # noqa: E402
-from specs import spec  # noqa: E402
+from hasten.core import ModelSpec
+from hasten.runtime.gpu import batch_attention
+from hasten.runtime.gpu.batch_attention import Int8Attention
+from hasten.runtime.gpu.driver import with_defines
+from hasten.runtime.gpu.plain import PagedCache
+from hasten.runtime.gpu.shape import PAGE
+from specs import spec
 
 HERE = Path(__file__).parent
 KERNEL = Path(batch_attention.__file__).parent / "kernels" / "paged_attention.cu"

@@ -9,10 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("torch")
-
-from test_executor import GREEDY, answers, device, is_greedy, patient, running  # noqa: F401
+from running_models import GREEDY, answers, is_greedy, patient, running
 
 from hasten.engine.grammar import Grammar
 from hasten.engine.request import Request
@@ -39,7 +36,7 @@ def requests_of(pair: tuple[str, str]) -> list[Request]:
 @pytest.mark.parametrize("pair", list(combinations(FEATURES, 2)), ids="-".join)
 def test_two_features_together(
     pair: tuple[str, str],
-    device: str,  # noqa: F811  where "cuda" computes
+    device: str,  # where "cuda" computes
     tiny_folder: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -7,29 +7,26 @@ import pickle
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from running_models import GREEDY, answers, running
 
-torch = pytest.importorskip("torch")
+from hasten.core import ServingOptions
+from hasten.engine.model import LanguageModel
+from hasten.engine.request import Request
+from hasten.errors import DeviceLost, HastenError, MachineError, UsageError
+from hasten.models import Source, open_model
+from hasten.models.artifact import load_artifact
+from hasten.runtime.gpu.parallel import TorchLeader, mapped_place, store_of_this_host
+from hasten.runtime.sampling import SamplingOptions
+from tiny_artifacts import make, mixed
+from tiny_models import Tiny, prompts, save_folder
 
-from hasten.core import EngineOptions, Recipe, ServingOptions  # noqa: E402
-from hasten.engine.model import LanguageModel, load_packed  # noqa: E402
-from hasten.engine.request import Request  # noqa: E402
-from hasten.errors import HastenError, MachineError, UsageError  # noqa: E402
-from hasten.models import Source, open_model  # noqa: E402
-from hasten.models.artifact import load_artifact  # noqa: E402
-from hasten.runtime.gpu.parallel import mapped_place, store_of_this_host  # noqa: E402
-from hasten.runtime.sampling import SamplingOptions  # noqa: E402
-from hasten.weights.packed import pack_model  # noqa: E402
-from tiny_artifacts import make, mixed  # noqa: E402
-from tiny_models import Tiny, prompts, save_folder  # noqa: E402
-
-GREEDY = SamplingOptions(ignore_eos=True)
 SAMPLED = SamplingOptions(0.8, top_p=0.9, seed=3, ignore_eos=True)
 ROUNDING = 2e-5  # of the logits' spread: sums in another order
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16}
@@ -51,27 +48,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Source]
     return made
 
 
-@contextmanager
-def running(source: Source, ranks: int, **options: Any) -> Iterator[LanguageModel]:
-    wanted = {"threads": 1, "context": 256, "device": "torch", "tensor_parallel": ranks, "max_sequences": 8}
-    model = load_packed(pack_model(source, Recipe("bf16"), 1), source, EngineOptions(**(wanted | options)))
-    try:
-        yield model
-    finally:
-        model.close()
-
-
-def answers(
-    model: LanguageModel, requests: Sequence[Request], stats: list[Any] | None = None, **options: Any
-) -> list[list[int]]:
-    found: dict[str, list[int]] = {str(i): [] for i in range(len(requests))}
-    named = [Request(**{**vars(one), "id": str(i)}) for i, one in enumerate(requests)]
-    with model.engine(ServingOptions(**options)) as engine:
-        for output in engine.run(named):
-            found[output.request_id] += output.token_ids
-        if stats is not None:
-            stats.append(engine.stats())
-    return list(found.values())
+def on_ranks(source: Source, ranks: int, **options: Any) -> AbstractContextManager[LanguageModel]:
+    """The model shared out among so many processes."""
+    wanted = {"device": "torch", "context": 256, "max_sequences": 8, "tensor_parallel": ranks}
+    return running(source, **(wanted | options))
 
 
 def processes(model: LanguageModel) -> list[Any]:
@@ -84,7 +64,7 @@ def processes(model: LanguageModel) -> list[Any]:
 )
 def test_two_ranks_compute_what_one_does(name: str, folders: Callable[[str], Source]) -> None:
     source, first = folders(name), [list(one) for one in prompts()]
-    with running(source, 1) as one, running(source, 2) as two:
+    with on_ranks(source, 1) as one, on_ranks(source, 2) as two:
         for prompt in first[:2]:
             wanted, got = one.logits(prompt), two.logits(prompt)
             assert np.abs(got - wanted).max() < max(ROUNDING * np.abs(wanted).max(), 0.02 * wanted.std())
@@ -106,10 +86,10 @@ def test_features_together_are_those_of_one_rank(folders: Callable[[str], Source
     ]
     found = {}
     for ranks in (1, 2):
-        with running(source, ranks) as model:
+        with on_ranks(source, ranks) as model:
             size = model.executor.page_bytes // ranks
         room = {"kv_gb": 6.5 * size / 1e9, "context": 128}
-        with running(source, ranks, **room) as model:
+        with on_ranks(source, ranks, **room) as model:
             model.executor.chunk = 16
             folder = tmp_path / str(ranks)
             found[ranks] = [answers(model, requests, stats, kv_disk=folder) for _ in range(2)]
@@ -120,7 +100,7 @@ def test_features_together_are_those_of_one_rank(folders: Callable[[str], Source
 
 def test_a_page_is_read_and_written_in_all_shares(folders: Callable[[str], Source]) -> None:
     prompt = list(prompts()[0])
-    with running(folders("llama"), 2) as model:
+    with on_ranks(folders("llama"), 2) as model:
         wanted = model.logits(prompt)
         data = model.executor.read_page(0)
         assert len(data) == model.executor.page_bytes and data.any()
@@ -141,7 +121,7 @@ def test_matrices_of_an_artifact_are_mapped_by_every_process(tmp_path: Path) -> 
 @pytest.mark.slow
 def test_a_cancelled_request_leaves_the_others_alone(folders: Callable[[str], Source]) -> None:
     prompt = tuple(prompts()[0])
-    with running(folders("llama"), 2) as model:
+    with on_ranks(folders("llama"), 2) as model:
         (alone,) = answers(model, [Request(prompt, 20, GREEDY)])
         with model.engine(ServingOptions()) as engine:
             engine.add(Request(prompt, 20, GREEDY, id="kept"))
@@ -158,7 +138,7 @@ def test_a_cancelled_request_leaves_the_others_alone(folders: Callable[[str], So
 @pytest.mark.slow
 def test_a_matrix_can_be_replaced(folders: Callable[[str], Source]) -> None:
     source, prompt = folders("llama"), list(prompts()[0])
-    with running(source, 1) as one, running(source, 2) as two:
+    with on_ranks(source, 1) as one, on_ranks(source, 2) as two:
         for model in (one, two):
             for name in ("layers.0.o", "layers.1.k", "embed", "head"):
                 if name in model.packed.linears:
@@ -178,7 +158,7 @@ def test_a_matrix_can_be_replaced(folders: Callable[[str], Source]) -> None:
 def test_a_rank_that_is_lost_ends_answers_within_seconds(
     how: signal.Signals, folders: Callable[[str], Source]
 ) -> None:
-    with running(folders("llama"), 2) as model:
+    with on_ranks(folders("llama"), 2) as model:
         (process,) = processes(model)
         stream = model.stream(list(prompts()[0]), 200, GREEDY)
         next(stream)
@@ -201,14 +181,30 @@ def test_the_store_of_the_ranks_listens_on_this_host_alone() -> None:
         socket.create_connection(("127.0.0.2", store.port), timeout=5)
 
 
+def test_a_fault_of_the_leaders_gpu_is_told(
+    folders: Callable[[str], Source], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The leader launches under the same guard as a model on one GPU."""
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    with on_ranks(folders("llama"), 2) as model:
+        executor: Any = model.executor
+        assert isinstance(executor, TorchLeader)
+        monkeypatch.setattr(executor._rows_in_torch.step, "run", fails)
+        with pytest.raises(DeviceLost, match="unspecified launch failure"):
+            list(model.stream(list(prompts()[0]), 4, GREEDY))
+
+
 def test_followers_end_with_the_model_and_with_its_process(folders: Callable[[str], Source]) -> None:
-    with running(folders("llama"), 2) as model:
+    with on_ranks(folders("llama"), 2) as model:
         (process,) = processes(model)
     assert process.poll() is not None
 
 
 def test_what_cannot_be_shared_out_is_refused(folders: Callable[[str], Source]) -> None:
-    with pytest.raises(UsageError, match="query heads"), running(folders("llama"), 3):
+    with pytest.raises(UsageError, match="query heads"), on_ranks(folders("llama"), 3):
         pass
-    with pytest.raises(UsageError, match="runs on GPUs"), running(folders("llama"), 2, device="cpu"):
+    with pytest.raises(UsageError, match="runs on GPUs"), on_ranks(folders("llama"), 2, device="cpu"):
         pass

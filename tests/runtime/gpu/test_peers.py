@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton")
@@ -20,13 +20,14 @@ if __name__ == "__main__":
 
     mended_interpreter.mend()
 
-from hasten.core import ModelSpec  # noqa: E402
-from hasten.runtime.gpu.batch_step import BatchStep, StepOptions  # noqa: E402
-from hasten.runtime.gpu.batch_weights import load  # noqa: E402
-from hasten.runtime.gpu.peers import MOST_ROWS, PeerRanks, Room  # noqa: E402
-from hasten.runtime.gpu.ranks import Team  # noqa: E402
-from hasten.runtime.shards import Shard  # noqa: E402
-from specs import changed, spec  # noqa: E402
+from hasten.core import ModelSpec
+from hasten.runtime.gpu.batch_step import BatchStep, StepOptions
+from hasten.runtime.gpu.batch_weights import load
+from hasten.runtime.gpu.peers import MOST_ROWS, PeerRanks, Room
+from hasten.runtime.gpu.ranks import Team
+from hasten.runtime.gpu.tiles import Tensors, share_of_tensors
+from hasten.runtime.shards import Shard
+from specs import changed, spec
 
 LLAMA = spec(
     "llama", 128, 64, 128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, context_length=512
@@ -71,16 +72,10 @@ def member(rank: int, ranks: int, width: int, owned: list[list[Any]]) -> PeerRan
 
 def decoded(config: ModelSpec, team: Team | None) -> tuple[np.ndarray, np.ndarray]:
     """Residual streams of the last step, and all tokens."""
-    if team is None:
-        weights = load(config, lambda name: tensor_of(config, name), 256, "bf16", "cpu")
-    else:
-        shard = team.shard
-
-        def part(name: str) -> Any:
-            piece, whole = shard.piece(name), tensor_of(config, shard.source(name))
-            return None if piece is None or whole is None else piece.of(whole, torch.cat)
-
-        weights = load(shard.local, part, 256, "bf16", "cpu")
+    tensors = Tensors(lambda name: tensor_of(config, name))
+    if team is not None:
+        config, tensors = team.shard.local, share_of_tensors(tensors, team.shard)
+    weights = load(config, tensors.of, 256, "bf16", "cpu")
     step = BatchStep(weights, StepOptions(ROWS, 24, 256), team=team)
     step.tokens[:ROWS] = torch.tensor([5, 9, 60], dtype=torch.int32)
     step.positions[:ROWS] = 0
