@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 import pytest
+from asking import all_of, hold_after_a_step, until
 from plain_engine import gather, plain, random_prompt
 
 import hasten
@@ -51,15 +52,6 @@ def request(seed: int, new: int = 12, **rest: Any) -> Request:
     return Request(random_prompt(seed, 30 + seed), new, FOREVER, id=f"r{seed}", **rest)
 
 
-async def all_of(stream: AsyncIterator[Output]) -> list[Output]:
-    return [output async for output in stream]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.005)
-
-
 def test_many_tasks_get_their_own(model: LanguageModel, run: Callable[..., None]) -> None:
     expected = [plain(model, request(seed)) for seed in range(9)]
 
@@ -88,11 +80,13 @@ def test_closing_a_stream_cancels(run: Callable[..., None]) -> None:
 
 def test_a_cancelled_task_cancels(run: Callable[..., None]) -> None:
     async def body(engine: AsyncEngine) -> None:
+        goes_on = hold_after_a_step(engine)
         task = asyncio.create_task(all_of(engine.stream(request(1, 200))))
         await until(lambda: engine.stats().running == 1)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+        goes_on.set()
         await until(lambda: engine.stats().cancelled == 1)
 
     run(body)
@@ -144,12 +138,14 @@ def test_draining_ends_what_runs_and_takes_nothing_new(
     model: LanguageModel, run: Callable[..., None]
 ) -> None:
     async def body(engine: AsyncEngine) -> None:
+        goes_on = hold_after_a_step(engine)
         task = asyncio.create_task(all_of(engine.stream(request(1, 60))))
         await until(lambda: engine.stats().running == 1)
         closing = asyncio.create_task(engine.close(drain=True))
         await asyncio.sleep(0)
         with pytest.raises(EngineClosed):
             await all_of(engine.stream(request(2)))
+        goes_on.set()
         assert gather(await task, "r1") == plain(model, request(1, 60))
         await closing
 
@@ -158,9 +154,13 @@ def test_draining_ends_what_runs_and_takes_nothing_new(
 
 def test_closing_at_once_tells_those_who_wait(run: Callable[..., None]) -> None:
     async def body(engine: AsyncEngine) -> None:
+        goes_on = hold_after_a_step(engine)
         task = asyncio.create_task(all_of(engine.stream(request(1, 200))))
         await until(lambda: engine.stats().running == 1)
-        await engine.close(drain=False)
+        closing = asyncio.create_task(engine.close(drain=False))
+        await asyncio.sleep(0)
+        goes_on.set()
+        await closing
         with pytest.raises(EngineClosed):
             await task
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from asking import all_of, hold_after_a_step, until
 from plain_engine import gather, plain, random_prompt
 
 import hasten
@@ -40,15 +41,6 @@ def engine(model: LanguageModel) -> Iterator[AsyncEngine]:
 
 def request(seed: int, new: int = 12, name: str = "") -> Request:
     return Request(random_prompt(seed, 30 + seed), new, FOREVER, id=name or f"r{seed}")
-
-
-async def all_of(stream: AsyncIterator[Output]) -> list[Output]:
-    return [output async for output in stream]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.002)
 
 
 def go(body: Any) -> Any:
@@ -212,10 +204,12 @@ def test_closing_at_once_stays_at_once(engine: AsyncEngine) -> None:
     """Also if somebody else wants to drain."""
 
     async def body() -> None:
+        goes_on = hold_after_a_step(engine)
         task = asyncio.create_task(all_of(engine.stream(request(1, 400))))
         await until(lambda: engine.stats().running == 1)
         engine._finish(drain=False)
         engine._finish(drain=True)
+        goes_on.set()
         with pytest.raises(EngineClosed):
             await task
 

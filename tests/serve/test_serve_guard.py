@@ -218,8 +218,9 @@ def test_a_client_that_does_not_read_is_cancelled(strict: Running) -> None:
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(strict.address)
+        before = len(engine.asked)
         connection.sendall(post(body, extra=f"authorization: {KEY['authorization']}\r\n"))
-        wait_for(lambda: engine.running == 1)
+        wait_for(lambda: len(engine.asked) > before)
         wait_for(lambda: engine.running == 0)
         wait_for(lambda: strict.connections == 0)  # not left open behind a full buffer
     engine.reply = None

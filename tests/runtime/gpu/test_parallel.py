@@ -22,7 +22,7 @@ from hasten.engine.request import Request
 from hasten.errors import DeviceLost, HastenError, MachineError, UsageError
 from hasten.models import Source, open_model
 from hasten.models.artifact import load_artifact
-from hasten.runtime.gpu.parallel import TorchLeader, mapped_place, store_of_this_host
+from hasten.runtime.gpu.parallel import Crew, TorchLeader, mapped_place, store_of_this_host
 from hasten.runtime.sampling import SamplingOptions
 from tiny_artifacts import make, mixed
 from tiny_models import Tiny, prompts, save_folder
@@ -170,6 +170,25 @@ def test_a_rank_that_is_lost_ends_answers_within_seconds(
         with pytest.raises(MachineError, match="rank 1"):
             model.logits(list(prompts()[0]))
     assert process.wait(5) is not None
+
+
+def test_the_lost_rank_is_named_where_gloo_notices_first(
+    folders: Callable[[str], Source], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail = Crew._fail
+
+    def fails_late(crew: Crew, why: str) -> None:
+        time.sleep(0.2)
+        fail(crew, why)
+
+    with on_ranks(folders("llama"), 2) as model:
+        monkeypatch.setattr(Crew, "_fail", fails_late)
+        (process,) = processes(model)
+        stream = model.stream(list(prompts()[0]), 200, GREEDY)
+        next(stream)
+        process.kill()
+        with pytest.raises(HastenError, match="rank 1"):
+            list(stream)
 
 
 def test_the_store_of_the_ranks_listens_on_this_host_alone() -> None:

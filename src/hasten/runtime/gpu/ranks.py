@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 
@@ -18,6 +18,7 @@ from hasten.errors import MachineError
 from hasten.runtime.shards import Shard
 
 _LOOK_S = 0.005  # between looks whether the others have come
+_WHO_S = 1.0  # longest wait for the watcher to name the rank that ended
 _MOST = timedelta(seconds=120)  # of any wait of gloo's; a rank that dies ends it at once
 
 
@@ -144,9 +145,16 @@ class GlooRanks:
         try:
             self._group.allgather([found], [mine]).wait()
         except RuntimeError as error:
-            self.check()
-            raise MachineError(f"a rank of the tensor-parallel group cannot be reached: {error}") from error
+            self._say_who(error)
         return found
+
+    def _say_who(self, error: RuntimeError) -> NoReturn:
+        """Raise what ended the group; gloo may notice a broken connection before the watcher says whose."""
+        until = time.monotonic() + _WHO_S
+        while time.monotonic() < until:
+            self.check()
+            time.sleep(_LOOK_S)
+        raise MachineError(f"a rank of the tensor-parallel group cannot be reached: {error}") from error
 
 
 @dataclass(frozen=True)
