@@ -212,12 +212,13 @@ void Decoder::rotate_and_store(int index) {
 }
 
 // residual += layer(activations), through a norm of the result where the model has one.
-void Decoder::project_back(const Linear& layer, const Activations& x, const float* post_norm, int n) {
+void Decoder::project_back(const Linear& layer, const Activations& x, const float* post_norm, int n,
+                           std::initializer_list<const Linear*> next) {
   if (post_norm == nullptr && layer.bias == nullptr) {
-    linear({{&layer, residual_.data(), ld_hidden_, true}}, x, n, threads_);
+    linear({{&layer, residual_.data(), ld_hidden_, true}}, x, n, threads_, next);
     return;
   }
-  linear({{&layer, out_.data(), ld_hidden_}}, x, n, threads_);
+  linear({{&layer, out_.data(), ld_hidden_}}, x, n, threads_, next);
   pool().split(threads_, n, kTokenGrain, [&](int begin, int end, int) {
     for (int t = begin; t < end; t++) {
       float *row = &out_[t * ld_hidden_], *residual = &residual_[t * ld_hidden_];
@@ -234,7 +235,7 @@ void Decoder::attention_block(int index, const std::vector<Span>& spans, int n) 
   {
     const Timer timer(profile_, Profile::kQkv);
     linear({{&layer.q, q_.data(), ld_q_}, {&layer.k, k_.data(), ld_kv_}, {&layer.v, v_.data(), ld_kv_}}, acts_, n,
-           threads_);
+           threads_, {&layer.o});
   }
   rotate_and_store(index);
   {
@@ -257,7 +258,7 @@ void Decoder::attention_block(int index, const std::vector<Span>& spans, int n) 
   pool().split(threads_, n, kTokenGrain, [&](int begin, int end, int) {
     for (int t = begin; t < end; t++) acts_.set(t, &out_[t * ld_q_]);
   });
-  project_back(layer.o, acts_, layer.post_attn_norm, n);
+  project_back(layer.o, acts_, layer.post_attn_norm, n, {&layer.gate, &layer.up});
 }
 
 void Decoder::mlp_block(int index, int n) {
@@ -271,13 +272,18 @@ void Decoder::mlp_block(int index, int n) {
     gate_and_up(layer, n);
   }
   const Timer timer(profile_, Profile::kDown);
-  project_back(layer.down, gated_, layer.post_mlp_norm, n);
+  if (index + 1 < config_.layers) {
+    const Layer& after = layers_[index + 1];
+    project_back(layer.down, gated_, layer.post_mlp_norm, n, {&after.q, &after.k, &after.v});
+  } else {
+    project_back(layer.down, gated_, layer.post_mlp_norm, n, {&head_layer()});
+  }
 }
 
 void Decoder::gate_and_up(const Layer& layer, int n) {
   {
     const Timer timer(profile_, Profile::kGateUp);
-    linear({{&layer.gate, gate_.data(), ld_ffn_}, {&layer.up, up_.data(), ld_ffn_}}, acts_, n, threads_);
+    linear({{&layer.gate, gate_.data(), ld_ffn_}, {&layer.up, up_.data(), ld_ffn_}}, acts_, n, threads_, {&layer.down});
   }
   const Timer timer(profile_, Profile::kGated);
   gated_.shape(config_.intermediate_size, {&layer.down}, prefill_);

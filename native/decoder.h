@@ -86,7 +86,8 @@ class Decoder {
   void mlp_block(int index, int n);
   void normed_activations(const float* norm, std::initializer_list<const Linear*> readers, int n);
   void gate_and_up(const Layer& layer, int n);
-  void project_back(const Linear& layer, const Activations& x, const float* post_norm, int n);
+  void project_back(const Linear& layer, const Activations& x, const float* post_norm, int n,
+                    std::initializer_list<const Linear*> next);
   const Linear& head_layer() const { return head_.present() ? head_ : embed_; }
 
   DecoderConfig config_;

@@ -112,7 +112,8 @@ namespace {
 // Up to here a step is a decode step, which a late worker must not hold up, and its results are few enough to be
 // copied.
 constexpr int kRetakenTokens = 24;
-constexpr int kMostCalls = 3;  // q, k, v
+constexpr int kMostCalls = 3;                      // q, k, v
+constexpr size_t kAheadBytes = size_t{256} << 10;  // that a waiting worker fetches: a part of its L2 cache
 
 // A piece is `panels` panels of all calls in a row, at most; it is computed beside its place and copied there.
 struct Product {
@@ -127,6 +128,7 @@ struct Product {
   const IntWay* way;
   int count = 0;
   Call calls[kMostCalls] = {};
+  Packed next[kMostCalls] = {};  // what the next product reads
 
   // Calls part(call, first panel, panels, where its results begin in the piece's scratch) for what a piece holds.
   template <typename Fn>
@@ -159,24 +161,40 @@ struct Product {
         std::copy_n(scratch.data() + at + t * width, width, call.out + t * call.ldo + p0 * kPanelRows);
     });
   }
+  // The beginning of the thread's share of the next product.
+  ThreadPool::Range ahead(int thread, int threads) const {
+    int all = 0;
+    for (const Packed& w : next) all += w.panels();
+    int panel = static_cast<int>(static_cast<int64_t>(all) * thread / threads);
+    for (const Packed& w : next) {
+      if (panel < w.panels()) {
+        const size_t left = (w.panels() - panel) * w.format.panel_bytes(w.cols);
+        return {w.panel(panel), std::min(left, kAheadBytes)};
+      }
+      panel -= w.panels();
+    }
+    return {};
+  }
 };
 
 void linear_retaken(std::initializer_list<LinearCall> calls, const Inputs& x, int tokens, int threads, int grain,
-                    const IntWay* way, int panels) {
+                    const IntWay* way, int panels, std::initializer_list<const Linear*> next) {
   const int wanted = std::min(8 * threads, ThreadPool::kMostPieces);
   Product product{x, tokens, round_up((panels + wanted - 1) / wanted, grain), way};
   for (const LinearCall& call : calls)
     product.calls[product.count++] = {call.layer->weight, call.out, call.ldo, call.add};
+  int i = 0;
+  for (const Linear* layer : next) product.next[i++] = layer->weight;
   pool().retake(threads, (panels + product.panels - 1) / product.panels, product);
 }
 
 void linear_in_pieces(std::initializer_list<LinearCall> calls, const Activations& x, int tokens, int threads, int grain,
-                      const IntWay* way) {
+                      const IntWay* way, std::initializer_list<const Linear*> next = {}) {
   int panels = 0;
   for (const LinearCall& call : calls) panels += call.layer->weight.panels();
   const Inputs inputs(x);
   if (threads > 1 && tokens <= kRetakenTokens && panels > grain && calls.size() <= kMostCalls)
-    return linear_retaken(calls, inputs, tokens, threads, grain, way, panels);
+    return linear_retaken(calls, inputs, tokens, threads, grain, way, panels, next);
   const auto piece = [&](int begin, int end, int) {
     int first = 0;
     for (const LinearCall& call : calls) {
@@ -193,10 +211,11 @@ void linear_in_pieces(std::initializer_list<LinearCall> calls, const Activations
 
 }  // namespace
 
-void linear(std::initializer_list<LinearCall> calls, const Activations& x, int tokens, int threads) {
+void linear(std::initializer_list<LinearCall> calls, const Activations& x, int tokens, int threads,
+            std::initializer_list<const Linear*> next) {
   int grain = 1;
   for (const LinearCall& call : calls) grain = std::max(grain, side_by_side(call.layer->weight, x, tokens));
-  linear_in_pieces(calls, x, tokens, threads, grain, nullptr);
+  linear_in_pieces(calls, x, tokens, threads, grain, nullptr, next);
 }
 
 void linear_by(const IntWay& way, std::initializer_list<LinearCall> calls, const Activations& x, int tokens,

@@ -60,8 +60,9 @@ void linear_gated(const Linear& gate, const Linear& up, Gate kind, const Activat
                   Activations& into);
 
 // Runs layers that read the same activations in one go, their panels shared out over the threads. Biases are the
-// caller's.
-void linear(std::initializer_list<LinearCall> calls, const Activations& x, int tokens, int threads);
+// caller's. `next`: the layers, at most three, that the next call will read; threads that wait fetch their beginnings.
+void linear(std::initializer_list<LinearCall> calls, const Activations& x, int tokens, int threads,
+            std::initializer_list<const Linear*> next = {});
 
 // The same for integer weights in one way, to time it.
 void linear_by(const IntWay& way, std::initializer_list<LinearCall> calls, const Activations& x, int tokens,

@@ -44,19 +44,53 @@ struct RowChoice {
   TokenScore score;
 };
 
+const float* logits_of(const SequenceRows& sequence, int row) {
+  return sequence.logits + static_cast<size_t>(row) * sequence.sampler->vocab();
+}
+
+// Whether the token is that of the highest logit, and nothing else is asked for.
+bool is_plain(const SequenceRows& sequence) {
+  const SequenceSampler& sampler = *sequence.sampler;
+  return !sampler.adjusts() && !sequence.mask && sequence.top < 0 && sampler.options().greedy();
+}
+
+// The tokens of the highest logits of plain rows: -1 where one is no number. A thread looks through the part of the
+// vocabulary whose logits it computed, while its cache holds them, and then through what others left.
+std::vector<int> best_tokens(const std::vector<const float*>& rows, int vocab, int threads) {
+  constexpr int kLeast = 4096;  // logits of a part
+  const int parts = std::clamp(vocab / kLeast, 1, std::max(threads, 1));
+  const auto begin = [&](int part) { return static_cast<int>(int64_t{vocab} * part / parts); };
+  std::vector<int> found(rows.size() * parts);
+  std::vector<std::atomic<size_t>> next(parts);
+  pool().run(parts, [&](int thread) {
+    for (int i = 0; i < parts; ++i) {
+      const int part = (thread + i) % parts, at = begin(part), count = begin(part + 1) - at;
+      for (size_t row = next[part].fetch_add(1); row < rows.size(); row = next[part].fetch_add(1)) {
+        const int best = kernels().argmax(rows[row] + at, count);
+        found[row * parts + part] = best < 0 ? -1 : at + best;
+      }
+    }
+  });
+  std::vector<int> tokens(rows.size());
+  for (size_t row = 0; row < rows.size(); ++row) {
+    const int* mine = &found[row * parts];
+    tokens[row] = mine[0];
+    for (int part = 1; part < parts && tokens[row] >= 0; ++part)
+      if (mine[part] < 0 || rows[row][mine[part]] > rows[row][tokens[row]]) tokens[row] = mine[part];
+  }
+  return tokens;
+}
+
+RowChoice chosen(int token) { return {token, token == kNoToken ? RowError::kNothingAllowed : RowError::kNone, {}}; }
+
 // One row at a time, with scratch between them.
 class RowChooser {
  public:
   RowChoice operator()(const SequenceRows& sequence, int j) {
     const SequenceSampler& sampler = *sequence.sampler;
     const int vocab = sampler.vocab();
-    const float* logits = sequence.logits + static_cast<size_t>(j) * vocab;
+    const float* logits = logits_of(sequence, j);
     const bool adjusts = sampler.adjusts() || sequence.mask, scores = sequence.top >= 0;
-    if (!adjusts && !scores && sampler.options().greedy()) {
-      const int token = kernels().argmax(logits, vocab);
-      if (token < 0) return {kNoToken, RowError::kNotANumber, {}};
-      return chosen(logits[token] == -kInfinity ? kNoToken : token);
-    }
     if ((scores || !adjusts) && !raw_.survey(logits, vocab)) return {kNoToken, RowError::kNotANumber, {}};
     if (adjusts && !adjust(sequence, j, logits)) return {kNoToken, RowError::kNotANumber, {}};
     RowChoice choice = chosen(sampler_.draw(adjusts ? &adjusted_ : &raw_, sampler.options(), sequence.position + j));
@@ -65,10 +99,6 @@ class RowChooser {
   }
 
  private:
-  static RowChoice chosen(int token) {
-    return {token, token == kNoToken ? RowError::kNothingAllowed : RowError::kNone, {}};
-  }
-
   bool adjust(const SequenceRows& sequence, int j, const float* logits) {
     const SequenceSampler& sampler = *sequence.sampler;
     const int vocab = sampler.vocab();
@@ -98,15 +128,31 @@ struct Place {
   int sequence, row;
 };
 
-// Row 0 of all sequences, then row 1 of those that have one, and so on: what comes late is least likely to count.
-std::vector<Place> places_of(const std::vector<SequenceRows>& sequences) {
+// Of the sequences that are plain, or of the others: row 0 of all, then row 1 of those that have one, and so on. What
+// comes late is least likely to count.
+std::vector<Place> places_of(const std::vector<SequenceRows>& sequences, bool plain) {
   std::vector<Place> places;
   int most = 0;
   for (const SequenceRows& s : sequences) most = std::max(most, s.rows);
   for (int row = 0; row < most; ++row)
     for (size_t i = 0; i < sequences.size(); ++i)
-      if (row < sequences[i].rows) places.push_back({static_cast<int>(i), row});
+      if (row < sequences[i].rows && is_plain(sequences[i]) == plain) places.push_back({static_cast<int>(i), row});
   return places;
+}
+
+void choose_plain(const std::vector<SequenceRows>& sequences, int threads, std::vector<std::vector<RowChoice>>& rows) {
+  const std::vector<Place> places = places_of(sequences, true);
+  if (places.empty()) return;
+  std::vector<const float*> logits;
+  for (const auto [i, row] : places) logits.push_back(logits_of(sequences[i], row));
+  const std::vector<int> tokens = best_tokens(logits, sequences[places[0].sequence].sampler->vocab(), threads);
+  for (size_t p = 0; p < places.size(); ++p) {
+    RowChoice& choice = rows[places[p].sequence][places[p].row];
+    if (tokens[p] < 0)
+      choice.error = RowError::kNotANumber;
+    else
+      choice = chosen(logits[p][tokens[p]] == -kInfinity ? kNoToken : tokens[p]);
+  }
 }
 
 bool goes_on(const SequenceRows& sequence, int row, const RowChoice& choice) {
@@ -171,25 +217,27 @@ void SequenceSampler::adjust(float* logits, const int32_t* drafts, int drafted) 
 }
 
 std::vector<SequenceChoice> choose(const std::vector<SequenceRows>& sequences, int threads) {
-  const std::vector<Place> places = places_of(sequences);
+  const std::vector<Place> places = places_of(sequences, false);
   std::vector<std::vector<RowChoice>> rows(sequences.size());
   std::vector<std::atomic<int>> last(sequences.size());  // the last row that can count, as far as is known
   for (size_t i = 0; i < sequences.size(); ++i) {
     rows[i].resize(sequences[i].rows);
     last[i] = sequences[i].rows - 1;
   }
+  choose_plain(sequences, threads, rows);
   std::atomic<size_t> next{0};
-  pool().run(std::min(threads, static_cast<int>(places.size())), [&](int) {
-    RowChooser& choose_row = row_chooser();
-    for (size_t p = next.fetch_add(1); p < places.size(); p = next.fetch_add(1)) {
-      const auto [i, row] = places[p];
-      if (row > last[i].load(std::memory_order_relaxed)) continue;
-      rows[i][row] = choose_row(sequences[i], row);
-      if (goes_on(sequences[i], row, rows[i][row])) continue;
-      for (int known = last[i]; row < known && !last[i].compare_exchange_weak(known, row);) {
+  if (!places.empty())
+    pool().run(std::min(threads, static_cast<int>(places.size())), [&](int) {
+      RowChooser& choose_row = row_chooser();
+      for (size_t p = next.fetch_add(1); p < places.size(); p = next.fetch_add(1)) {
+        const auto [i, row] = places[p];
+        if (row > last[i].load(std::memory_order_relaxed)) continue;
+        rows[i][row] = choose_row(sequences[i], row);
+        if (goes_on(sequences[i], row, rows[i][row])) continue;
+        for (int known = last[i]; row < known && !last[i].compare_exchange_weak(known, row);) {
+        }
       }
-    }
-  });
+    });
   std::vector<SequenceChoice> out;
   for (size_t i = 0; i < sequences.size(); ++i) out.push_back(gather(sequences[i], rows[i]));
   return out;

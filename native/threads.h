@@ -26,7 +26,12 @@ namespace hasten {
 class ThreadPool {
  public:
   using Scratch = std::vector<float>;
+  struct Range {
+    const uint8_t* data = nullptr;
+    size_t bytes = 0;
+  };
   static constexpr int kMostPieces = 256;
+  static constexpr int kMostShares = 64;
 
   ~ThreadPool();
 
@@ -65,15 +70,27 @@ class ThreadPool {
   // Computes pieces 0 .. pieces-1, each at least once, and commits each exactly once.
   //   job.compute(piece, scratch)   writes nothing but `scratch`; std::bad_alloc is all it may throw
   //   job.commit(piece, scratch)    puts the result in its place; short
-  // Both are const. The job is copied and may outlive the call inside a late worker, which goes on reading what the job
+  //   job.ahead(thread, threads)    may be left out: what that thread will probably read next; a worker that waits
+  //                                 fetches it
+  // All are const. The job is copied and may outlive the call inside a late worker, which goes on reading what the job
   // points to: before any of that memory is freed or moved, call quiesce().
+  //
+  // Each thread has a share of pieces that lie side by side, and takes them in order; who is done takes the last piece
+  // of another's share. Pieces dealt out in turn would cost bandwidth: the processor fetches on behind each of them
+  // what the other core reads.
   template <typename Job>
   void retake(int threads, int pieces, const Job& job) {
     static_assert(std::is_trivially_copyable_v<Job> && sizeof(Job) <= kJobBytes);
     retake_erased(
         threads, pieces, &job, sizeof(Job),
         [](const void* j, int piece, Scratch& scratch) { static_cast<const Job*>(j)->compute(piece, scratch); },
-        [](const void* j, int piece, const Scratch& scratch) { static_cast<const Job*>(j)->commit(piece, scratch); });
+        [](const void* j, int piece, const Scratch& scratch) { static_cast<const Job*>(j)->commit(piece, scratch); },
+        [](const void* j, int thread, int all) -> Range {
+          if constexpr (requires(const Job& some) { some.ahead(0, 1); })
+            return static_cast<const Job*>(j)->ahead(thread, all);
+          else
+            return {};
+        });
   }
 
   // Waits until no late worker is inside a job that retake() left.
@@ -96,8 +113,9 @@ class ThreadPool {
   using Task = void (*)(void*, int);
   using Compute = void (*)(const void*, int, Scratch&);
   using Commit = void (*)(const void*, int, const Scratch&);
+  using Ahead = Range (*)(const void*, int, int);
   static constexpr uint32_t kClosed = 1u << 31;
-  static constexpr int kJobBytes = 320;
+  static constexpr int kJobBytes = 384;
 
   struct Worker {
     std::thread thread;
@@ -116,19 +134,26 @@ class ThreadPool {
     alignas(64) unsigned char job[kJobBytes];
     Compute compute = nullptr;
     Commit commit = nullptr;
-    int pieces = 0;
-    alignas(64) std::atomic<int> next{0};
+    Ahead ahead = nullptr;
+    int pieces = 0, shares = 0;
+    struct Share {  // pieces of a retake() that nobody has begun: the first in the low half, the end in the high one
+      alignas(64) std::atomic<uint64_t> left{0};
+    };
+    Share share[kMostShares];
     std::atomic<int> done{0};
     std::atomic<uint8_t> state[kMostPieces] = {};  // of each piece: open, being committed, done
 
     void take_part(int number);
-    void take_pieces();
+    int take_piece(int number);
+    void take_pieces(int number);
     bool finish(int piece);
   };
 
   void run_erased(int threads, Task task, void* context);
-  void retake_erased(int threads, int pieces, const void* job, size_t bytes, Compute compute, Commit commit);
+  void retake_erased(int threads, int pieces, const void* job, size_t bytes, Compute compute, Commit commit,
+                     Ahead ahead);
   int available(int threads);
+  void wait_for_ticket(Worker& worker, uint32_t seen);
   void grow(int workers);
   void work(Worker& worker, int number);
   Slot& free_slot();

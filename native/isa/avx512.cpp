@@ -144,23 +144,35 @@ void rope(float* head, const float* cos, const float* sin, int half) {
   }
 }
 
+// Four searches side by side: each compare waits for the one before it, eight cycles long.
 int argmax(const float* x, int n) {
-  __m512 best = _mm512_set1_ps(-INFINITY);
-  __m512i where = _mm512_setzero_si512();
-  __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  constexpr int kChains = 4;
+  const __m512 none = _mm512_set1_ps(-INFINITY);
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  __m512 best[kChains];
+  __m512i where[kChains];
+  repeat<kChains>(HASTEN_EACH(c) { best[c] = none, where[c] = _mm512_add_epi32(lanes, _mm512_set1_epi32(16 * c)); });
   __mmask16 nan = 0;
-  for (int i = 0; i < n; i += 16) {
-    const __m512 v = _mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), lanes_left(n - i), x + i);
-    nan |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    const __mmask16 more = _mm512_cmp_ps_mask(v, best, _CMP_GT_OQ);
-    best = _mm512_mask_mov_ps(best, more, v);
-    where = _mm512_mask_mov_epi32(where, more, index);
-    index = _mm512_add_epi32(index, _mm512_set1_epi32(16));
+  for (int i = 0; i < n; i += 16 * kChains) {
+    const __m512i index = _mm512_add_epi32(lanes, _mm512_set1_epi32(i));
+    repeat<kChains>(HASTEN_EACH(c) {
+      const __m512 v = _mm512_mask_loadu_ps(none, lanes_left(n - i - 16 * c), x + i + 16 * c);
+      nan |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+      const __mmask16 more = _mm512_cmp_ps_mask(v, best[c], _CMP_GT_OQ);
+      best[c] = _mm512_mask_mov_ps(best[c], more, v);
+      where[c] = _mm512_mask_add_epi32(where[c], more, index, _mm512_set1_epi32(16 * c));
+    });
   }
   if (nan) return -1;
-  const float most = _mm512_reduce_max_ps(best);
-  const __mmask16 winners = _mm512_cmp_ps_mask(best, _mm512_set1_ps(most), _CMP_EQ_OQ);
-  return _mm512_mask_reduce_min_epi32(winners, where);
+  __m512 top = best[0];
+  repeat<kChains>(HASTEN_EACH(c) { top = _mm512_max_ps(top, best[c]); });
+  const __m512 most = _mm512_set1_ps(_mm512_reduce_max_ps(top));
+  int first = std::numeric_limits<int>::max();
+  repeat<kChains>(HASTEN_EACH(c) {
+    const __mmask16 winners = _mm512_cmp_ps_mask(best[c], most, _CMP_EQ_OQ);
+    if (winners) first = std::min(first, _mm512_mask_reduce_min_epi32(winners, where[c]));
+  });
+  return first;
 }
 
 }  // namespace hasten::avx512

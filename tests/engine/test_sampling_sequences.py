@@ -166,3 +166,37 @@ def test_our_own_mistakes_are_caught(change: dict[str, Any], message: str) -> No
     assert len(choose(**step)) == 2
     with pytest.raises(ValueError, match=message):
         choose(**(step | change))
+
+
+VOCAB_OF_PARTS = 3 * 4096 + 5  # enough that three threads search a part each
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_greedy_tokens_are_found_in_parts(threads: int) -> None:
+    """As numpy finds them: the lowest of equals, wherever parts meet; beside sequences that draw."""
+    logits = np.random.default_rng(4).standard_normal((9, VOCAB_OF_PARTS)).astype(np.float32)
+    places = [[0], [VOCAB_OF_PARTS - 1], [4097, 8195], [4096, 4095], [8194, 12292, 1], [6144, 6143], [9000]]
+    for row, places_of_row in enumerate(places):
+        logits[row, places_of_row] = 9.0
+    drawn = SamplingOptions(0.7, seed=5)
+    some = [
+        SequenceSampler(drawn if row == 7 else SamplingOptions(), (), VOCAB_OF_PARTS)
+        for row in range(len(logits))
+    ]
+    alone = [SequenceSampler(drawn, (), VOCAB_OF_PARTS)]
+    n = len(logits)
+    found = choose(logits, some, [[]] * n, [3] * n, [None] * n, [None] * n, threads=threads)
+    (seventh,) = choose(logits[7:8], alone, [[]], [3], [None], [None], threads=1)
+    wanted = [[int(row.argmax())] for row in logits]
+    assert [choice.tokens for choice in found] == [*wanted[:7], seventh.tokens, *wanted[8:]]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("at", [0, 4095, 4096, 8195, VOCAB_OF_PARTS - 1])
+def test_a_nan_in_any_part_is_an_error(threads: int, at: int) -> None:
+    logits = np.full((3, VOCAB_OF_PARTS), -INF, np.float32)
+    logits[0, at], logits[2, at] = NAN, -3.0
+    some = [SequenceSampler(SamplingOptions(), (), VOCAB_OF_PARTS) for _ in logits]
+    found = choose(logits, some, [[]] * 3, [0] * 3, [None] * 3, [None] * 3, threads=threads)
+    assert "no numbers" in found[0].error and "rule out all" in found[1].error
+    assert found[2].tokens == [at] and not found[2].error

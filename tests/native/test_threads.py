@@ -60,6 +60,13 @@ def test_every_piece_is_committed_once(threads: int) -> None:
             np.testing.assert_array_equal(squares(threads, pieces), np.arange(pieces) ** 2)
 
 
+@pytest.mark.parametrize("threads", [65, 70])
+def test_more_threads_than_shares_of_pieces(threads: int) -> None:
+    """64 shares at most: the threads above help with those of others."""
+    for pieces in [1, 63, 64, 65, 256]:
+        np.testing.assert_array_equal(squares(threads, pieces), np.arange(pieces) ** 2)
+
+
 def test_a_late_workers_piece_is_taken_over() -> None:
     """Workers sleep in every piece; the caller computes what they hold and throws away what they bring."""
     for _ in range(10):

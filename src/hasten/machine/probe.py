@@ -459,6 +459,11 @@ KNOWN: dict[tuple[str, str], tuple[str, ...]] = {
         *["avx2 unpack, prefetch"] * 2,
         "avx2 unpack",
     ),
+    ("AuthenticAMD 26 2 1", "avx512"): (  # Zen 5 servers
+        *["avx512 one panel"] * 2,
+        "avx512 two panels, prefetch",
+        *["avx512 two panels, eight tokens"] * 3,
+    ),
     ("GenuineIntel 6 207 2", "avx512"): (  # Xeon with AVX512-VNNI that shows no AMX
         "avx512 four panels, prefetch",
         *["avx512 two panels, prefetch"] * 2,
