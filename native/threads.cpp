@@ -228,8 +228,7 @@ void ThreadPool::retake_erased(int threads, int pieces, const void* job, size_t 
         std::memory_order_relaxed);
   for (int i = 0; i < pieces; i++) slot.state[i].store(kOpen, std::memory_order_relaxed);
   const auto start = Clock::now();
-  open(
-      slot, threads, [](void* s, int number) { static_cast<Slot*>(s)->take_pieces(number); }, &slot);
+  open(slot, threads, [](void* s, int number) { static_cast<Slot*>(s)->take_pieces(number); }, &slot);
   slot.take_part(0);
   // What is missing now is in workers' hands. With their cores they need about a piece's time; then it is taken over.
   const auto taken = Clock::now();

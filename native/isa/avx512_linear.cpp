@@ -337,8 +337,10 @@ template <How HOW, int BITS>
 void by_format(const Packed& w, int p0, int p1, const QuantRows& x, int m, float* out, size_t ldo, bool add) {
   const bool small = w.format.group == 16;
   if (w.format.symmetric && w.format.group == 32)
-    by_way<HOW, BITS, 32, true, true>(w, p0, p1, x, m, out, ldo, add);
-  else if (w.format.symmetric)
+    return by_way<HOW, BITS, 32, true, true>(w, p0, p1, x, m, out, ldo, add);
+  if constexpr (BITS <= 5)  // w4-asym, and files' Q4_1, Q5_1, Q4_K and Q5_K
+    if (w.format.group == 32) return by_way<HOW, BITS, 32, false, true>(w, p0, p1, x, m, out, ldo, add);
+  if (w.format.symmetric)
     (small ? by_way<HOW, BITS, 16, true, false> : by_way<HOW, BITS, 32, true, false>)(w, p0, p1, x, m, out, ldo, add);
   else
     (small ? by_way<HOW, BITS, 16, false, false> : by_way<HOW, BITS, 32, false, false>)(w, p0, p1, x, m, out, ldo, add);
