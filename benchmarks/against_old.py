@@ -150,7 +150,7 @@ class Version:
     """One of the two: a process that keeps a model, and the command line."""
 
     def __init__(self, name: str, python: str) -> None:
-        from hasten.bench.worker import die_with_parent
+        from hasten.bench.process import die_with_parent
 
         self.name = name
         self.python = python

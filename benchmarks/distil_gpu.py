@@ -37,8 +37,8 @@ from hasten.compress.distil.teacher import Decoder
 from hasten.compress.distil.trainer import Distilled, Training, distil
 from hasten.compress.prune.ffn import with_channels
 from hasten.compress.result import Progress
-from hasten.compress.source_tensors import changed
 from hasten.compress.torch_layer import tensor_values
+from hasten.compress.torch_tensors import changed
 from hasten.core import SCHEMA_VERSION, Budget, Recipe, as_json
 from hasten.errors import HastenError
 from hasten.machine.cores import usable_cores
@@ -112,7 +112,7 @@ def text(given: argparse.Namespace) -> None:
 
 def pruned_models(given: argparse.Namespace) -> None:
     """Prune, with and without repair."""
-    from hasten.compress.prune.prune import prune
+    from hasten.compress.prune import prune
 
     torch.set_num_threads(given.cores)
     source = open_model(given.model)

@@ -22,7 +22,7 @@ import numpy as np
 from bar import Bar, Settings, record, say
 from hasten.bench.measure import measure_model
 from hasten.compress.calibration import Calibration, cut
-from hasten.compress.prune.prune import prune
+from hasten.compress.prune import prune
 from hasten.core import Budget, EngineOptions, Recipe, Workload
 from hasten.engine.model import LanguageModel, load_packed
 from hasten.errors import HastenError

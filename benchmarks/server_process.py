@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hasten.bench.peers import EngineSpec
-from hasten.bench.process import Child
-from hasten.bench.worker import die_with_parent
+from hasten.bench.process import Child, die_with_parent
 from hasten.errors import MachineError, PeerError
-from hasten.machine.cgroup import group_folders
+from hasten.machine.cores import group_folders
 from http_load import Address, send_now
 
 POLL_S = 0.005

@@ -6,7 +6,7 @@ import numpy as np
 
 import tiny_models
 from hasten.compress.calibration import Calibration
-from hasten.compress.prune.prune import PartPruned, pruner_of, silent
+from hasten.compress.prune import PartPruned, pruner_of, silent
 from hasten.core import EngineOptions, Recipe
 from hasten.engine.model import load_packed
 from hasten.models.source import Source

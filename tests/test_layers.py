@@ -34,9 +34,8 @@ MODULE_COMPRESSION = {  # imported by none but hasten.compress.module, when it i
     "module",
     "module_layers",
     "compressed_module",
-    "memo_cache",
 }
-LANGUAGE_MODELS = {"torch_layer", "torch_machine", "source_tensors", "stream"} | {
+LANGUAGE_MODELS = {"torch_layer", "torch_tensors", "stream"} | {
     "quantise",
     "prune",
     "distil",

@@ -15,7 +15,7 @@ from hasten.weights.formats import FORMATS, TABLE_NAMES, Format
 class MethodEntry:
     """What is known of a method before its file is loaded, which takes torch."""
 
-    place: str  # "module:Class", an implementation of `hasten.compress.quantise.method.Method`
+    place: str  # "module:Class", an implementation of `hasten.compress.quantise.Method`
     help: str
     reads: Literal["", "moments", "states"] = ""
     """Of the calibration text: nothing; second moments of what each layer reads in the source, kept on disk;
@@ -27,7 +27,7 @@ class MethodEntry:
 class PruneEntry:
     """What is known of a kind of pruning before its file is loaded, which takes torch."""
 
-    place: str  # "module:Class", an implementation of `hasten.compress.prune.prune.Pruner`
+    place: str  # "module:Class", an implementation of `hasten.compress.prune.Pruner`
     help: str  # what goes
     takes: Literal["weights", "channels", "width", "layers", "words"]
     """Single weights, which become zeros; inputs of matrices; hidden dimensions; whole layers; tokens."""
@@ -36,9 +36,7 @@ class PruneEntry:
 
 _QUANTISE, _PRUNE = "hasten.compress.quantise", "hasten.compress.prune"
 METHODS = {
-    "rtn": MethodEntry(
-        f"{_QUANTISE}.method:Nearest", "to the nearest, scales searched for the least squared error"
-    ),
+    "rtn": MethodEntry(f"{_QUANTISE}:Nearest", "to the nearest, scales searched for the least squared error"),
     "hqq": MethodEntry(
         f"{_QUANTISE}.hqq:Hqq",
         "scales and minimums found with a loss that gives outliers little weight (HQQ)",

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from hasten.compress import memo_cache
-from hasten.compress.memo_cache import MemoCache
+from hasten.compress import compressed_module
+from hasten.compress.compressed_module import MemoCache
 from hasten.core import CachePolicy
 from hasten.errors import UsageError
 
@@ -242,7 +242,7 @@ def test_a_module_that_changes_while_it_runs_is_not_kept() -> None:
 
 
 def test_a_collision_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memo_cache, "_digest", lambda _: b"same")
+    monkeypatch.setattr(compressed_module, "_digest", lambda _: b"same")
     call = cached(Double())
     for _ in range(2):
         for value in (1.0, 2.0):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hasten.compress.calibration import cut
-from hasten.compress.prune.prune import prune
+from hasten.compress.prune import prune
 from hasten.models.open import open_model
 from hasten.quality.text import default_text
 from hasten.recipe import Pruning

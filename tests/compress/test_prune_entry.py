@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hasten.compress.calibration import Calibration
-from hasten.compress.prune.prune import prune
+from hasten.compress.prune import prune
 from hasten.errors import UsageError
 from hasten.models.open import open_folder
 from hasten.recipe import Pruning

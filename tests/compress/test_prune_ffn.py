@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from hasten.compress.prune.ffn import Channels, least_loss
-from hasten.compress.source_tensors import changed
 from hasten.compress.stream import Moments, fitted
 from hasten.compress.torch_layer import tensor_values
+from hasten.compress.torch_tensors import changed
 from hasten.errors import ModelError, UsageError
 from hasten.models.open import open_folder
 from hasten.recipe import Pruning

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hasten.compress.prune.prune import pruner_of, silent
+from hasten.compress.prune import pruner_of, silent
 from hasten.compress.prune.single_weights import (
     DAMPING,
     Magnitude,

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from hasten.compress.prune.width import Width, dimension_importance
-from hasten.compress.source_tensors import changed
 from hasten.compress.torch_layer import tensor_values
+from hasten.compress.torch_tensors import changed
 from hasten.core import EngineOptions, Recipe
 from hasten.engine.model import load_packed
 from hasten.errors import UsageError

@@ -27,7 +27,7 @@ COARSE = """
 from dataclasses import replace
 
 from hasten.compress.quantise.gptq import nearest
-from hasten.compress.quantise.method import Method, Rounded
+from hasten.compress.quantise import Method, Rounded
 
 
 class Coarse(Method):
@@ -39,8 +39,8 @@ class Coarse(Method):
 """
 FIRST = """
 from hasten.compress.prune.ffn import with_channels
-from hasten.compress.prune.prune import PartPruned, Pruner, kept_multiple
-from hasten.compress.source_tensors import changed
+from hasten.compress.prune import PartPruned, Pruner, kept_multiple
+from hasten.compress.torch_tensors import changed
 from hasten.compress.torch_layer import layer_weights
 
 

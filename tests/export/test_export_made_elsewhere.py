@@ -12,7 +12,7 @@ from test_export_graph import PEERS, near, plain, run
 from test_export_hf import check_values
 
 import hasten
-from hasten.compress.prune.prune import prune
+from hasten.compress.prune import prune
 from hasten.compress.quantise.rotate import rotate
 from hasten.core import Recipe
 from hasten.export import FORMATS, export

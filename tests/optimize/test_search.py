@@ -15,7 +15,7 @@ from hasten.compress.result import Progress
 from hasten.core import Budget, EngineOptions, Goal, Recipe
 from hasten.errors import BudgetError, DeviceLost, MachineError, UsageError
 from hasten.optimize.search import WORKLOADS, Effort, OptimizeResult, Search, check
-from hasten.optimize.workshop import Workshop
+from hasten.optimize.trials import Workshop
 from hasten.quality.text import Text
 
 TOKENS = 4096

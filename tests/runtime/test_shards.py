@@ -10,7 +10,7 @@ from executor_models import LLAMA, MODELS
 
 from hasten.core import ModelSpec
 from hasten.errors import UsageError
-from hasten.runtime.shards import Shard, shards
+from hasten.runtime.gpu.ranks import Shard, shards
 from specs import changed
 
 Floats = np.ndarray

@@ -13,7 +13,7 @@ import hasten
 from hasten.engine.model import LanguageModel
 from hasten.engine.request import Request
 from hasten.errors import UsageError
-from hasten.runtime.tokens import token_ids
+from hasten.runtime.executor import token_ids
 
 GOOD: list[Any] = [
     [],

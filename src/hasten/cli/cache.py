@@ -453,7 +453,7 @@ def _sizes(text: str, flag: str) -> list[float]:
 
 
 def _draw(path: Path, results: Sequence[ReplayResult], trace: Trace) -> None:
-    from hasten.report.replay_chart import replay_chart
+    from hasten.report import replay_chart
 
     title = f"{trace.model.model}: {len(trace.requests):,} recorded requests"
     write_atomic(path, replay_chart(results, title).encode())

@@ -103,7 +103,7 @@ class _Steps:
         return [f"hidden states turned: {because}"], {}
 
     def _prune(self, pruning: Pruning, clock: StageClock) -> Told:
-        from hasten.compress.prune.prune import prune
+        from hasten.compress.prune import prune
 
         pruned = prune(self.source, pruning, self.job.text, clock)
         self.source = pruned.source
@@ -171,7 +171,7 @@ def _text_record(text: Calibration) -> dict[str, Any]:
 def _threads(job: Job) -> contextlib.AbstractContextManager[None]:
     if job.recipe.is_plain:
         return contextlib.nullcontext()
-    from hasten.compress.torch_machine import torch_threads
+    from hasten.compress.torch_tensors import torch_threads
 
     return torch_threads(job.means.threads)
 

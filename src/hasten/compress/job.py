@@ -11,7 +11,14 @@ import hasten
 from hasten.cache.folders import refuse_foreign, tree_bytes
 from hasten.cache.store import free_bytes, why_not_writable
 from hasten.compress.calibration import Calibration, calibration_from, statistics_bytes, work_key
-from hasten.compress.recipe_check import checked, fitted, needs_text, pruned_shape, reads_moments
+from hasten.compress.recipe_check import (
+    checked,
+    fitted,
+    needs_text,
+    pruned_shape,
+    reads_moments,
+    refuse_short,
+)
 from hasten.compress.recipe_file import write_recipe
 from hasten.compress.result import Observer
 from hasten.core import Recipe
@@ -140,8 +147,7 @@ class Job:
                 hint="leave --calibration out, or use w4-best",
             )
         if found.distil is not None:
-            from hasten.compress.distil.trainer import refuse_short
-            from hasten.compress.torch_machine import device_of
+            from hasten.compress.torch_tensors import device_of
 
             device_of(means.device)
             refuse_short(lesson)

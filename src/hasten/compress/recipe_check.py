@@ -106,7 +106,7 @@ def pruned_shape(recipe: Recipe, config: ModelSpec, text: Calibration | None) ->
         UsageError: nothing would be left or taken, a pattern does not divide, too little calibration text.
     """
     if recipe.prune:
-        from hasten.compress.prune.prune import check
+        from hasten.compress.prune import check
 
         for pruning in recipe.prune:
             config = check(config, pruning, text)
@@ -323,3 +323,12 @@ def _refuse_rotation(recipe: Recipe, config: ModelSpec, where: str) -> None:
 
     if (why := obstacle(config)) is not None:
         raise UsageError(f"{where}: rotate: {why}", hint="leave rotate out of the recipe")
+
+
+def refuse_short(text: Calibration | None) -> None:
+    """Raise a UsageError where a text is too short to train on and hold out."""
+    if text is None or len(text.ids) < 2:
+        raise UsageError(
+            "distil: one window of text cannot be trained on and held out",
+            hint="give more calibration text, or shorter windows",
+        )

@@ -15,9 +15,8 @@ import hasten
 from hasten.core import EngineOptions, ModelSpec, Recipe, as_json
 from hasten.errors import UsageError
 from hasten.machine.cores import cores
-from hasten.runtime.executor import open_executor
+from hasten.runtime.executor import open_executor, token_ids
 from hasten.runtime.pages import CachedSequence
-from hasten.runtime.tokens import token_ids
 from hasten.weights.packed import checksum_of
 from hasten.weights.plan import LAYOUT_VERSION
 

@@ -19,9 +19,8 @@ from hasten.engine.keep import PrefixKeeper
 from hasten.engine.request import EngineStats, Request
 from hasten.engine.speculate import Speculator
 from hasten.errors import DeadlineError, QueueFull, UsageError
-from hasten.runtime.executor import Draw, Executor, Part, Scored
+from hasten.runtime.executor import Draw, Executor, Part, Scored, token_ids
 from hasten.runtime.sampling import Masks
-from hasten.runtime.tokens import token_ids
 
 if TYPE_CHECKING:
     from hasten.engine.loaded import LoadedModel

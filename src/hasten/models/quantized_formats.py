@@ -30,7 +30,7 @@ groups of 32):
     weight_scale       [rows, 1], [rows, groups], or one value for all
     weight_zero_point  I8, as the scale
 
-fp8 and bitsandbytes: see quantized_floats.py.
+fp8 and bitsandbytes: see quantized.py.
 
 Sources: pack and forward of QuantLinear in AutoGPTQ (auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py);
 checkpoint_format in GPTQModel (gptqmodel/quantization/config.py); packing_format in AutoRound
@@ -52,6 +52,8 @@ from hasten.errors import FormatError
 from hasten.models.families.family import Fields
 from hasten.models.quantized import (
     SCALES,
+    BitsAndBytes,
+    Fp8,
     Parts,
     QAndScale,
     Quantization,
@@ -65,7 +67,6 @@ from hasten.models.quantized import (
     unsupported,
     words,
 )
-from hasten.models.quantized_floats import BitsAndBytes, Fp8
 from hasten.weights.tensors import SourceTensor
 
 _GPTQ_BITS = (2, 3, 4, 8)

@@ -31,8 +31,7 @@ from hasten.compress.result import Observer
 from hasten.core import Budget, Recipe
 from hasten.optimize.calibrated import mixture_name, split
 from hasten.optimize.sensitivity import Check, Choice, Harms, Sensitivity, SensitivityMap, draw, measure_harms
-from hasten.optimize.trials import Candidate, SearchMemory, Trials, percent
-from hasten.optimize.workshop import Built, Workshop
+from hasten.optimize.trials import Built, Candidate, SearchMemory, Trials, Workshop, percent
 from hasten.quality.text import Text
 from hasten.weights.formats import format_named
 

@@ -35,16 +35,17 @@ from hasten.optimize.calibrated import Made, mixture_name
 from hasten.optimize.mixture import Mixing
 from hasten.optimize.sensitivity import Sensitivity, SensitivityMap, uniform
 from hasten.optimize.trials import (
+    Built,
     Candidate,
     SearchMemory,
     Trials,
+    Workshop,
     choose_candidate,
     explain,
     limit_of,
     slow_readers,
     spread,
 )
-from hasten.optimize.workshop import Built, Workshop
 from hasten.quality.divergence import Reference
 from hasten.quality.text import Text, default_text, text_from_file, windows
 from hasten.report.optimized import optimized_page

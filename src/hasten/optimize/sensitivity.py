@@ -26,7 +26,7 @@ from functools import cached_property
 
 from hasten.compress.result import Observer, Progress
 from hasten.core import READERS, Format, ModelSpec, Recipe
-from hasten.optimize.workshop import Built, Workshop
+from hasten.optimize.trials import Built, Workshop
 from hasten.quality.divergence import Reference
 from hasten.quality.text import Window, windows
 

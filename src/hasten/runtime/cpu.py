@@ -16,10 +16,9 @@ from hasten.machine.cores import threads_of
 from hasten.machine.memory import memory_room
 from hasten.machine.probe import Format, choose_kernels
 from hasten.models.rope import tables
-from hasten.runtime.executor import LONG, Executor, Part, PartResult, Ticket, finish, prepare
+from hasten.runtime.executor import LONG, Executor, Ids, Part, PartResult, Ticket, finish, prepare
 from hasten.runtime.keys import key_scales, key_shifts
 from hasten.runtime.pages import PAGE_TOKENS, PageMemory, PagePool, kv_plan
-from hasten.runtime.tokens import Ids
 from hasten.speed import page_bytes
 from hasten.weights.packed import PackedLinear, PackedModel, values_of
 

@@ -18,9 +18,8 @@ from hasten.errors import ModelError, UsageError
 from hasten.machine.cores import threads_of
 from hasten.machine.memory import memory_room
 from hasten.models.rope import frequencies, tables
-from hasten.runtime.executor import LONG, Bytes, Executor, PartResult, Ticket, finish, prepare
+from hasten.runtime.executor import LONG, Bytes, Executor, Ids, PartResult, Ticket, finish, prepare, token_ids
 from hasten.runtime.pages import PAGE_TOKENS, CachedSequence, PageMemory, PagePool, kv_plan
-from hasten.runtime.tokens import Ids, token_ids
 from hasten.weights.codec import Encoded, from_bytes
 from hasten.weights.packed import PackedLinear, PackedModel, bf16_bits, integers
 

@@ -24,9 +24,8 @@ from hasten.core import ModelSpec
 from hasten.runtime.gpu.batch_step import BatchStep, StepOptions
 from hasten.runtime.gpu.batch_weights import load
 from hasten.runtime.gpu.peers import MOST_ROWS, PeerRanks, Room
-from hasten.runtime.gpu.ranks import Team
+from hasten.runtime.gpu.ranks import Shard, Team
 from hasten.runtime.gpu.tiles import Tensors, share_of_tensors
-from hasten.runtime.shards import Shard
 from specs import changed, spec
 
 LLAMA = spec(

@@ -23,9 +23,10 @@ from hasten.compress.calibration import Calibration
 from hasten.compress.distil import losses
 from hasten.compress.distil.student import Layouts, Student
 from hasten.compress.distil.teacher import Decoder, Teacher, cached_teacher, live_teacher
+from hasten.compress.recipe_check import refuse_short
 from hasten.compress.result import Observer, Progress, silent
 from hasten.compress.torch_layer import layer_forward, tensor_values
-from hasten.compress.torch_machine import device_of, whole_state, write_state
+from hasten.compress.torch_tensors import device_of, whole_state, write_state
 from hasten.core import as_json
 from hasten.errors import ModelError, UsageError
 from hasten.models.source import Source
@@ -465,15 +466,6 @@ def _check(teacher: Source, student: Source, text: Calibration, options: Distill
             hint="leave hidden: out where the student was rotated, folded or is no copy of its teacher",
         )
     refuse_short(text)
-
-
-def refuse_short(text: Calibration | None) -> None:
-    """Raise a UsageError where a text is too short to train on and hold out."""
-    if text is None or len(text.ids) < 2:
-        raise UsageError(
-            "distil: one window of text cannot be trained on and held out",
-            hint="give more calibration text, or shorter windows",
-        )
 
 
 def _run_digest(

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from hasten.compress.calibration import Calibration
-from hasten.compress.prune.prune import Observer, PartPruned, Parts, Pruner, kept_multiple
-from hasten.compress.source_tensors import made_tensor, taken_rows
+from hasten.compress.prune import Observer, PartPruned, Parts, Pruner, kept_multiple
 from hasten.compress.stream import Found, Moments, Stream, refit, stream_linear, stream_weights
 from hasten.compress.torch_layer import Weights
+from hasten.compress.torch_tensors import made_tensor, taken_rows
 from hasten.core import ModelSpec
 from hasten.models.source import Source
 from hasten.recipe import Pruning

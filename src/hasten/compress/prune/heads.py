@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from hasten.compress.calibration import Calibration
-from hasten.compress.prune.prune import MULTIPLE, Observer, PartPruned, Parts, Pruner
-from hasten.compress.source_tensors import made_tensor, taken_rows
+from hasten.compress.prune import MULTIPLE, Observer, PartPruned, Parts, Pruner
 from hasten.compress.stream import Found, Moments, Stream, refit, stream_weights
 from hasten.compress.torch_layer import Weights
+from hasten.compress.torch_tensors import made_tensor, taken_rows
 from hasten.core import ModelSpec
 from hasten.errors import UsageError
 from hasten.models.source import Source

@@ -12,10 +12,10 @@ from dataclasses import replace
 import torch
 
 from hasten.compress.calibration import Calibration
+from hasten.compress.prune import Observer, PartPruned, Parts, Pruner
 from hasten.compress.prune.ffn import moments_of, to_middle
-from hasten.compress.prune.prune import Observer, PartPruned, Parts, Pruner
-from hasten.compress.source_tensors import made_tensor, renamed
 from hasten.compress.stream import Stream, refit, stream_weights
+from hasten.compress.torch_tensors import made_tensor, renamed
 from hasten.core import ModelSpec
 from hasten.errors import UsageError
 from hasten.models.source import Source

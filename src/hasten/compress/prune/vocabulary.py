@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from hasten.compress.calibration import Calibration
-from hasten.compress.prune.prune import Observer, PartPruned, Parts, Pruner
-from hasten.compress.source_tensors import taken_rows
+from hasten.compress.prune import Observer, PartPruned, Parts, Pruner
+from hasten.compress.torch_tensors import taken_rows
 from hasten.core import ModelSpec
 from hasten.errors import UsageError
 from hasten.models.source import Source, once

@@ -14,9 +14,9 @@ from dataclasses import replace
 
 import torch
 
+from hasten.compress.quantise import Layer, Method, Rounded, divided
 from hasten.compress.quantise.fold import evened, fold, foldable, shared_scales
 from hasten.compress.quantise.gptq import Gptq, lost, nearest
-from hasten.compress.quantise.method import Layer, Method, Rounded, divided
 from hasten.compress.torch_layer import Weights
 from hasten.core import READERS, Format, Group, ModelSpec
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hasten.compress.quantise.method import Head, Layer, Method, Rounded
-from hasten.compress.source_tensors import made_tensor
+from hasten.compress.quantise import Head, Layer, Method, Rounded
+from hasten.compress.torch_tensors import made_tensor
 from hasten.core import READERS, Format
 from hasten.errors import ModelError
 from hasten.weights.codec import Encoded

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from hasten.compress.quantise import Layer, Method, Rounded
 from hasten.compress.quantise.gptq import nearest
-from hasten.compress.quantise.method import Layer, Method, Rounded
 from hasten.core import Format
 from hasten.weights.codec import Encoded
 

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from hasten.compress.calibration import Calibration, work_key
-from hasten.compress.quantise.gptq import Factor, factor_of, gptq
-from hasten.compress.quantise.method import (
+from hasten.compress.quantise import (
     Head,
     QuantisedLayer,
     Streams,
@@ -19,12 +18,13 @@ from hasten.compress.quantise.method import (
     method_named,
     packed_layer,
 )
+from hasten.compress.quantise.gptq import Factor, factor_of, gptq
 from hasten.compress.quantise.sequential import advance_through
 from hasten.compress.quantise.statistics import HEAD, Observer, Statistics, readers_of
 from hasten.compress.recipe_check import reads_moments, reads_text
 from hasten.compress.stream import Stream
 from hasten.compress.torch_layer import tensor_values
-from hasten.compress.torch_machine import read_state, write_state
+from hasten.compress.torch_tensors import read_state, write_state
 from hasten.core import Format, Recipe
 from hasten.errors import UsageError
 from hasten.models.source import Source

@@ -24,8 +24,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hasten.compress.source_tensors import Values, changed
 from hasten.compress.torch_layer import tensor_values
+from hasten.compress.torch_tensors import Values, changed
 from hasten.core import ModelSpec
 from hasten.errors import UsageError
 from hasten.models.source import Source

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from hasten.compress.quantise import Head, Layer, Method, QuantisedLayer, Rounded, Streams
 from hasten.compress.quantise.gptq import DAMP, Factor, factor_of, gptq
-from hasten.compress.quantise.method import Head, Layer, Method, QuantisedLayer, Rounded, Streams
 from hasten.compress.quantise.statistics import StagedLayer, final_states, mean_gram, settle
 from hasten.compress.stream import fast_type, in_fast_type
 from hasten.compress.torch_layer import LINEARS, layer_weights

@@ -38,11 +38,10 @@ from hasten.core import EngineOptions, ModelSpec, Recipe
 from hasten.errors import HastenError, MachineError
 from hasten.runtime.executor import Draw, Part, PartResult, Ticket
 from hasten.runtime.gpu.executor import LEAST_CHUNK, Floats, GpuExecutor, is_step
-from hasten.runtime.gpu.ranks import GlooRanks, Meeting, Ranks, Team
+from hasten.runtime.gpu.ranks import GlooRanks, Meeting, Piece, Ranks, Shard, Team, shards
 from hasten.runtime.gpu.tiles import Pieces, Tensors, cut, share_of_tensors, tensors_of_share
 from hasten.runtime.pages import CachedSequence
 from hasten.runtime.sampling import Masks, SamplingOptions
-from hasten.runtime.shards import Piece, Shard, shards
 from hasten.weights.packed import PackedLinear, PackedModel
 
 SILENCE_S = 3.5
