@@ -47,6 +47,8 @@ def plain(model: LanguageModel, request: Request, index: int = 0) -> Plain:
             (result,) = executor.collect(executor.submit([part]))
             assert result.hidden is not None
             masks = None if grammar is None else grammar.masks([])
+            if request.min_new_tokens or request.allowed_tokens or request.forbidden:
+                masks = _ruled(model, request, done.tokens, masks)
             choice = choose(
                 executor.head(result.hidden), [sampler], [[]], [len(known)], [masks], [request.logprobs]
             )[0]
@@ -59,6 +61,24 @@ def plain(model: LanguageModel, request: Request, index: int = 0) -> Plain:
     finally:
         executor.pool.truncate(sequence, 0)
     return done
+
+
+def _ruled(model: LanguageModel, request: Request, made: list[int], masks: np.ndarray | None) -> np.ndarray:
+    """The mask with the bits of tokens that the request forbids taken out, unless that leaves none."""
+    ends = () if request.sampling.ignore_eos else model.tokenizer.eos_ids
+    vocabulary = model.config.vocab
+    allowed = np.zeros((vocabulary + 31) // 32, np.uint32)
+    for token in range(vocabulary):
+        answer = (*made, token)
+        is_early = len(answer) <= request.min_new_tokens and token in (*ends, *request.stop_token_ids)
+        is_other = bool(request.allowed_tokens) and token not in request.allowed_tokens
+        is_forbidden = any(answer[-len(run) :] == run for run in request.forbidden)
+        if not (is_early or is_other or is_forbidden):
+            allowed[token // 32] |= np.uint32(1 << token % 32)
+    if masks is None:
+        return allowed[None]
+    both = masks & allowed
+    return both if both.any() else masks
 
 
 def _finish(model: LanguageModel, request: Request, done: Plain, known: int) -> None:

@@ -43,6 +43,18 @@ REQUESTS = {
     "grammar": Request(SHARED, 30, SamplingOptions(1.0, seed=4), grammar=LETTERS),
     "grammar, penalties": Request(SHARED, 20, PENALISED, grammar=PAIRS, logprobs=2),
     "stop id": Request((*SHARED, 106), 30, SAMPLED, stop_token_ids=(101, 109, 116)),
+    "at least": Request(
+        SHARED[:20], 30, SamplingOptions(logit_bias={105: 100.0}),
+        stop_token_ids=(105,), min_new_tokens=7
+    ),
+    "few tokens": Request(
+        (*SHARED, 107), 12, SAMPLED,
+        allowed_tokens=(97, 98, 99, 100), forbidden=((97,), (98, 99))
+    ),
+    "grammar, at least": Request(
+        SHARED, 30, SamplingOptions(1.0, seed=4),
+        n=2, grammar=LETTERS, min_new_tokens=28
+    ),
     "short": Request((97,), 9, SAMPLED),
     "long": Request(random_prompt(2, 90), 30, SamplingOptions(ignore_eos=True)),
 }  # fmt: skip
@@ -221,6 +233,18 @@ def test_requests_that_come_and_go(
     assert engine.stats().preemptions
     engine.close()
     assert model.executor.pool.free == model.executor.pool.pages
+
+
+def test_rules_of_a_request_hold(expected: Callable[..., dict[tuple[str, int], Plain]]) -> None:
+    """What the twin gives, that the other tests compare with: the rules say something there."""
+    answers = expected("qwen3", "w4")
+    least = answers["at least", 0].tokens
+    assert 105 not in least[:7] and least[7:] == [105]  # the bias makes it the likeliest
+    few = answers["few tokens", 0].tokens
+    assert set(few) <= {98, 99, 100} and (98, 99) not in itertools.pairwise(few) and len(few) == 12
+    for index in (0, 1):
+        ended = answers["grammar, at least", index]
+        assert ended.finish == "stop" and len(ended.tokens) < 28  # the grammar cannot go on so far
 
 
 def test_stop_texts_beside_the_rest(load: Callable[..., LanguageModel]) -> None:

@@ -52,3 +52,9 @@ def test_nothing_is_held_back_for_long() -> None:
     assert found.push("abc") == ("", None)
     assert found.flush() == "abc"
     assert found.flush() == ""
+
+
+def test_the_stop_that_ended_it_is_shown_where_that_is_asked_for() -> None:
+    found = StopTexts(["bc"], shown=True)
+    assert found.push("ab") == ("a", None)
+    assert found.push("cd") == ("bc", "bc")

@@ -102,10 +102,15 @@ class StopTexts:
     """Finds stop texts in a stream, across the borders of its pieces.
 
     Holds back what may still become a stop text, so that no part of one is shown.
+
+    Args:
+        stops: the texts.
+        shown: the one that is found is shown all the same.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], shown: bool = False) -> None:
         self._stops = tuple(stops)
+        self._shown = shown
         self._longest = max(map(len, stops), default=0)
         self._held = ""
 
@@ -118,7 +123,7 @@ class StopTexts:
         if found:
             at, stop = min(found, key=lambda one: (one[0], -len(one[1])))
             self._held = ""
-            return text[:at], stop
+            return text[: at + len(stop) if self._shown else at], stop
         keep = self._possible(text)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], None
@@ -144,22 +149,76 @@ class AnswerText:
         self.request = request
         self.stop: str | int | None = None  # the stop text or token that ended it, if one did
         self._text = tokenizer.stream(request.skip_special, request.keep_special)
-        self._stops = StopTexts(request.stop)
+        self._stops = StopTexts(request.stop, request.shows_stop)
         self._eos = frozenset(() if request.sampling.ignore_eos else tokenizer.eos_ids)
-        self._ends = self._eos.union(request.stop_token_ids)
+        self._early = request.min_new_tokens  # tokens that must still come before a stop counts
+        self.ends = self._eos.union(request.stop_token_ids)
 
     def push(self, token: int) -> tuple[str, bool]:
         """A token -> (new text, whether the answer ends with it)."""
-        if token in self._ends:
+        if token in self.ends:
             self.stop = None if token in self._eos else token
-            return self.rest(), True
-        shown, self.stop = self._stops.push(self._text.push(token))
+            shown = ""
+            if self.request.shows_stop and self.stop is not None:
+                shown = self._stops.push(self._text.push(token))[0]
+            return shown + self.rest(), True
+        text = self._text.push(token)
+        if self._early > 0:
+            self._early -= 1
+            return text, False
+        shown, self.stop = self._stops.push(text)
         return shown, self.stop is not None
 
     def rest(self) -> str:
         """Text held back, when no more tokens come."""
         shown, stop = self._stops.push(self._text.flush())
         return shown if stop is not None else shown + self._stops.flush()
+
+
+class TokenRules:
+    """Which tokens a request lets come, whatever its grammar says of them.
+
+    Args:
+        request: its `min_new_tokens`, `allowed_tokens` and `forbidden` are the rules.
+        ends: tokens that would end the answer.
+        vocab_size: V.
+    """
+
+    def __init__(self, request: Request, ends: Iterable[int], vocab_size: int) -> None:
+        self._prompt = len(request.prompt)
+        self._least = request.min_new_tokens
+        self._ends = [token for token in ends if token < vocab_size]
+        self._forbidden = request.forbidden
+        self._always = bool(request.allowed_tokens or request.forbidden)
+        self._first = np.ones(vocab_size, np.bool_)  # what may come where nothing else is said
+        if request.allowed_tokens:
+            self._first[:] = False
+            self._first[list(request.allowed_tokens)] = True
+
+    def speak(self, tokens: Sequence[int]) -> bool:
+        """Whether anything is forbidden behind these tokens of prompt and answer."""
+        return self._always or len(tokens) - self._prompt < self._least
+
+    def masks(self, tokens: Sequence[int], drafts: Sequence[int]) -> Masks:
+        """Which tokens may come behind prompt and answer, and behind each draft.
+
+        Returns:
+            uint32 [1 + drafts, ceil(V / 32)]; bit t % 32 of word t / 32 allows token t.
+        """
+        rows = np.zeros((1 + len(drafts), (len(self._first) + 31) // 32 * 4), np.uint8)
+        known = [*tokens[self._prompt :], *drafts]
+        for number, row in enumerate(rows):
+            allowed = self._first.copy()
+            so_far = known[: len(known) - len(drafts) + number]
+            if len(so_far) < self._least:
+                allowed[self._ends] = False
+            for run in self._forbidden:
+                before = list(run[:-1])
+                if not before or so_far[-len(before) :] == before:
+                    allowed[run[-1]] = False
+            packed = np.packbits(allowed, bitorder="little")
+            row[: len(packed)] = packed
+        return rows.view(np.uint32)
 
 
 class Answer:
@@ -191,6 +250,7 @@ class Answer:
         self.siblings: list[Answer] = []  # wait for this one's prompt
         self.tally = Tally(arrived)
         self.text = AnswerText(request, tokenizer)
+        self._rules = TokenRules(request, self.text.ends, vocab_size) if _has_rules(request) else None
         self.results = PromptResults(request)
         self.is_first_pass = True  # its prompt was not computed to its end yet
         # its pages, which PrefixKeeper gives
@@ -219,10 +279,29 @@ class Answer:
         """Whether the next token to compute is prompt."""
         return self.cached.length < self.prompt_tokens
 
-    def first_masks(self) -> Masks:
-        """What its grammar allows as the first token: uint32 [1, ceil(V / 32)]."""
-        assert self.grammar is not None, "an answer without a grammar has no masks"
-        return self.grammar.masks([])
+    @property
+    def is_bound(self) -> bool:
+        """Whether some tokens may not come next: `masks` says which."""
+        return self.grammar is not None or (self._rules is not None and self._rules.speak(self.tokens))
+
+    def masks(self, drafts: Sequence[int] = ()) -> Masks:
+        """What may come next, and after each draft, by its grammar and by the request's own rules.
+
+        Where the grammar leaves nothing that the rules allow, it counts alone: an answer whose grammar can
+        only end does so before `min_new_tokens`.
+
+        Returns:
+            uint32 [1 + k, ceil(V / 32)], k <= len(drafts): drafts behind are cut.
+        """
+        if self._rules is None or not self._rules.speak(self.tokens):
+            assert self.grammar is not None, "an answer that is not bound has no masks"
+            return self.grammar.masks(drafts)
+        ruled = self._rules.masks(self.tokens, drafts)
+        if self.grammar is None:
+            return ruled
+        rows = self.grammar.masks(drafts)
+        both = rows & ruled[: len(rows)]
+        return np.where(both.any(axis=1, keepdims=True), both, rows)
 
     def take(self, choice: Choice) -> tuple[list[int], list[TokenLogprob], FinishReason | None, str]:
         """Add what was drawn, up to where the answer ends: (tokens, logprobs, how it ended, new text)."""
@@ -279,3 +358,7 @@ class Answer:
             ttft_ms=tally.since_ms(tally.first),
             e2e_ms=1000 * (now - tally.arrived),
         )
+
+
+def _has_rules(request: Request) -> bool:
+    return bool(request.min_new_tokens or request.allowed_tokens or request.forbidden)

@@ -201,11 +201,11 @@ class Engine:
         return self._end_all(first, now, "error", error=error)
 
     def _start_masks(self, works: list[Work]) -> dict[int, Callable[[], Masks]]:
-        """Start making the grammars' masks, in a thread, while the model computes."""
+        """Start making the masks of grammars and rules, in a thread, while the model computes."""
         return {
-            id(work): self._mask_maker.submit(work.answer.grammar.masks, work.drafts).result
+            id(work): self._mask_maker.submit(work.answer.masks, work.drafts).result
             for work in works
-            if work.answer.grammar is not None and work.completes
+            if work.answer.is_bound and work.completes
         }
 
     def _after(self, work: Work, result: PartResult, now: float) -> list[Output]:

@@ -31,6 +31,10 @@ class Request:
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     stop: tuple[str, ...] = ()  # texts that end the answer; they are not part of it
     stop_token_ids: tuple[int, ...] = ()
+    shows_stop: bool = False  # the stop text or stop token that ended the answer is part of it
+    min_new_tokens: int = 0  # before so many, no end token is drawn and no stop counts
+    allowed_tokens: tuple[int, ...] = ()  # nothing else is drawn; () = all tokens
+    forbidden: tuple[tuple[int, ...], ...] = ()  # runs of tokens that the answer must not have
     n: int = 1  # answers, drawn independently (seed, seed + 1, ...) from one computed prompt
     logprobs: int | None = None  # alternatives reported with each new token; 0 = the chosen one alone
     prompt_logprobs: int | None = None  # the same for the prompt's tokens; the prompt is then computed whole
@@ -50,6 +54,12 @@ class Request:
         self._need(
             self.max_new_tokens >= 0, f"{self.max_new_tokens} new tokens asked for", "ask for 0 or more"
         )
+        self._need(
+            0 <= self.min_new_tokens <= max(0, self.max_new_tokens),
+            f"at least {self.min_new_tokens} of {self.max_new_tokens} new tokens",
+            "ask for a minimum from 0 to the maximum",
+        )
+        self._need(all(self.forbidden), "a forbidden run of no tokens", "give at least one token")
         self._need(1 <= self.n <= 128, f"n is {self.n}", "ask for 1 to 128 answers")
         for name, value in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             self._need(value is None or 0 <= value <= 20, f"{name} is {value}", f"use {name} from 0 to 20")

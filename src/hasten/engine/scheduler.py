@@ -373,7 +373,7 @@ class Work:
         return [self.answer, *self.answer.siblings]
 
     def part(self, masks: Callable[[], Masks] | None) -> Part:
-        """This work as the executor takes it. `masks`: gives the masks of the answer's own grammar."""
+        """This work as the executor takes it. `masks`: gives the masks of the answer itself."""
         answer, done = self.answer, self.answer.cached.length
         request = answer.request
         draws = [
@@ -381,7 +381,7 @@ class Work:
                 one.sampler,
                 len(answer.tokens),
                 request.logprobs,
-                masks if one is answer else one.first_masks if one.grammar is not None else None,
+                masks if one is answer else one.masks if one.is_bound else None,
             )
             for one in self.drawn()
         ]

@@ -440,6 +440,16 @@ class SamplingFields(DrawingFields):
     stop: StopText | Annotated[list[StopText], Field(max_length=16, fail_fast=True)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] | None = None
     ignore_eos: bool | None = Field(None, description="go on past the end token: for benchmarks")
+    min_tokens: int | None = Field(None, ge=0, lt=2**31, description="no end and no stop before so many")
+    allowed_token_ids: Annotated[list[TokenId], Field(max_length=100_000, fail_fast=True)] | None = Field(
+        None, description="no other token is drawn"
+    )
+    bad_words: Annotated[list[StopText], Field(max_length=1000, fail_fast=True)] | None = Field(
+        None, description="texts that no run of the answer's tokens spells"
+    )
+    include_stop_str_in_output: bool | None = None
+    return_token_ids: bool | None = Field(None, description="ids of prompt and answer beside the texts")
+    return_tokens_as_token_ids: bool | None = Field(None, description="logprobs name tokens token_id:7")
     skip_special_tokens: bool | None = None
     stream_options: StreamOptions | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=20)

@@ -16,7 +16,7 @@ from hasten.models.answers import CallStarted, TextDelta, ThoughtDelta, ToolEven
 from hasten.models.tool_calls import ToolStyle, is_harmony, template_of
 from hasten.serve.body import JsonObject, SamplingFields, Strict, Text
 from hasten.serve.call import refused
-from hasten.serve.generate import asker_of, respond
+from hasten.serve.generate import asker_of, respond, texts_of
 from hasten.serve.metrics import Tally
 from hasten.serve.prepare import (
     Asker,
@@ -181,6 +181,7 @@ class ChatRequest(SamplingFields, ThinkingFields):
     chat_template_kwargs: JsonObject | None = Field(None, description="names the model's template reads")
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = Field(None, description="go on with the last message")
+    echo: bool | None = Field(None, description="a last message by the assistant comes before the answer")
     store: Literal[False] | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=16, fail_fast=True)] | None = None
     service_tier: Literal["auto", "default"] | None = None
@@ -201,9 +202,11 @@ class ChatShape(Shape):
         request: what is asked of the engine.
         reading: how its answers are read.
         streamed: they go out as they come.
+        echoed: what each answer's content begins with: words of the client's own.
     """
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    opens = True
 
     def __init__(
         self,
@@ -213,8 +216,10 @@ class ChatShape(Shape):
         request: Request,
         reading: Reading,
         streamed: bool = False,
+        echoed: str = "",
     ) -> None:
         super().__init__(model, texts, tally, request.n)
+        self._echoed = echoed
         self._reading = reading
         self._readers = [] if reading.is_plain else [reading.reader(streamed) for _ in range(request.n)]
         self._with_logprobs = request.logprobs is not None
@@ -226,10 +231,8 @@ class ChatShape(Shape):
         events = ""
         if not part.opened:
             part.opened = True
-            events = self._delta(number, '"role":"assistant","content":""')
-            if 0 in self.prompt_logprobs:
-                head = events[: -len(self.tail)]
-                events = f'{head[:-1]},"prompt_logprobs":{dumps(self.prompt_logprobs.pop(0))}}}{self.tail}'
+            events = self._opening(number, part)
+        self._note_ids(part, output)
         if self._readers:
             return events + self._read(number, part, output)
         if output.text or output.logprobs:
@@ -238,6 +241,19 @@ class ChatShape(Shape):
             self._note(part, output.text)
         if output.finish_reason is not None:
             events += self._finish(number, part, output.finish_reason, output.stop)
+        return events
+
+    def _opening(self, number: int, part: Part) -> str:
+        """The chunk that says who speaks, and what is known of the prompt; what is echoed behind it."""
+        events = self._delta(number, '"role":"assistant","content":""')
+        if 0 in self.prompt_logprobs:
+            head = events[: -len(self.tail)]
+            events = f'{head[:-1]},"prompt_logprobs":{dumps(self.prompt_logprobs.pop(0))}}}{self.tail}'
+        if self._prompts is not None:
+            ids = f'{{"prompt_token_ids":{dumps(self._prompts[0])},'
+            events = events.replace("{", ids, 1)
+        if self._echoed:
+            events += self._delta(number, f'"content":{encode_basestring(self._echoed)}')
         return events
 
     def _read(self, number: int, part: Part, output: Output) -> str:
@@ -269,14 +285,14 @@ class ChatShape(Shape):
         return f'{{"content":[{",".join(entries)}],"refusal":null}}' if entries else "null"
 
     def _delta(self, number: int, delta: str, logprobs: str = "null") -> str:
-        return (
-            f'{self.head}{{"index":{number},"delta":{{{delta}}},"logprobs":{logprobs},"finish_reason":null}}'
-            f"{self.tail}"
-        )
+        ids = self._ids(self.parts[number])
+        choice = f'"index":{number},"delta":{{{delta}}},"logprobs":{logprobs},"finish_reason":null{ids}'
+        return f"{self.head}{{{choice}}}{self.tail}"
 
     def _finish(self, number: int, part: Part, reason: str, stop: str | int | None) -> str:
         wrong = () if part.called else self._reading.form.violations(part.text, reason)
         more = f',"schema_violations":{dumps(wrong)}' if wrong else ""
+        more += self._ids(part) if part.token_ids else ""
         return (
             f'{self.head}{{"index":{number},"delta":{{}},"logprobs":null,"finish_reason":"{reason}",'
             f'"stop_reason":{dumps(self._stop(stop))}{more}}}{self.tail}'
@@ -311,6 +327,10 @@ class ChatShape(Shape):
             "stop_reason": self._stop(part.stop),
         }
         wrong = () if calls else self._reading.form.violations(message["content"] or "", reason)
+        if self._echoed:
+            message["content"] = self._echoed + (message["content"] or "")
+        if self._prompts is not None:
+            choice["token_ids"] = part.token_ids
         return {**choice, "schema_violations": list(wrong)} if wrong else choice
 
     def document(self) -> dict[str, Any]:
@@ -318,6 +338,8 @@ class ChatShape(Shape):
         document = super().document()
         if 0 in self.prompt_logprobs:
             document["prompt_logprobs"] = self.prompt_logprobs[0]
+        if self._prompts is not None:
+            document["prompt_token_ids"] = self._prompts[0]
         return document
 
 
@@ -348,9 +370,21 @@ async def chat(exchange: Exchange) -> None:
         request, reading = await exchange.work(partial(prepare_chat, spec, asker_of(exchange, served)))
         exchange.note_form(reading.form)
         tally = exchange.tally(served.name)
-        shape = ChatShape(served.name, served.texts, tally, request, reading, bool(spec.stream))
+        texts = texts_of(spec, served)
+        shape = ChatShape(served.name, texts, tally, request, reading, bool(spec.stream), echoed_of(spec))
         shape.report(spec.stream_options, len(request.prompt))
+        if spec.return_token_ids:
+            shape.show_ids([request])
         await respond(exchange, served, spec, [request], shape)
+
+
+def echoed_of(spec: ChatRequest) -> str:
+    """What an answer begins with: vLLM's `echo` repeats a last message by the assistant."""
+    last = spec.messages[-1]
+    if not spec.echo or last["role"] != "assistant":
+        return ""
+    content = last.get("content") or ""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def check(spec: ChatRequest, strict: bool) -> None:

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 from hasten.serve.call import NO_FAULT, Problem, problem_of
 from hasten.serve.kept import Recording
 from hasten.serve.prepare import Asker
-from hasten.serve.shape import Answer, News
+from hasten.serve.shape import Answer, News, TokenNumbers, TokenTexts
 
 if TYPE_CHECKING:
     from hasten.engine.async_engine import AsyncEngine
     from hasten.engine.request import Output, Request
-    from hasten.serve.body import DrawingFields
+    from hasten.serve.body import DrawingFields, SamplingFields
     from hasten.serve.pool import Served
     from hasten.serve.service import Exchange
 
@@ -172,6 +172,11 @@ def asker_of(exchange: Exchange, served: Served) -> Asker:
     """Who asks. The engine's id is the request's own and a few random digits: clients may repeat theirs."""
     call = exchange.call
     return Asker(served, exchange.service.options, call.client, f"{call.request_id}-{secrets.token_hex(4)}")
+
+
+def texts_of(spec: SamplingFields, served: Served) -> TokenTexts:
+    """What spells tokens in this answer."""
+    return TokenNumbers(served.texts) if spec.return_tokens_as_token_ids else served.texts
 
 
 async def respond(

@@ -56,6 +56,7 @@ class ServeOptions:
     )
     response_cache_mb: float = _flag(64.0, "most that memory may hold, MB")
     record: Path | None = _flag(None, "file to append a trace of requests to, for hasten cache replay")  # noqa: RUF009  it makes a field
+    any_model: bool = _flag(False, "answer requests for a model that is not here with the first one")
     strict: bool = _flag(
         False, "refuse fields that are not known or not served, and caps above what fits, instead of going on"
     )

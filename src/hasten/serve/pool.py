@@ -120,10 +120,19 @@ class ModelPool:
         refs: name -> what `hasten.load` takes. Only these names exist: no request can name a path.
         loader: loads one, in a thread.
         most: models in memory at once.
+        any_name: a name that is none of them means the first.
     """
 
-    def __init__(self, refs: dict[str, str], loader: Loader, most: int, log: Log | None = None) -> None:
+    def __init__(
+        self,
+        refs: dict[str, str],
+        loader: Loader,
+        most: int,
+        log: Log | None = None,
+        any_name: bool = False,
+    ) -> None:
         self.refs = refs
+        self._any_name = any_name
         self.created = int(time.time())
         self._loader = loader
         self._most = most
@@ -205,7 +214,8 @@ class ModelPool:
         Raises:
             Problem: 404, there is no model of that name; 503, it cannot be loaded.
         """
-        served = await self._acquire(name or self.default)
+        known = name if name in self.refs or not self._any_name else None
+        served = await self._acquire(known or self.default)
         try:
             yield served
         except EngineClosed:

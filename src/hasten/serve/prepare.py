@@ -196,6 +196,7 @@ class Asker:
         keep_special: tuple[int, ...] = (),
         more_stops: tuple[str, ...] = (),
     ) -> Request:
+        check_ids(self.served, spec.allowed_token_ids or (), "allowed_token_ids")
         if logprobs is not None or spec.prompt_logprobs is not None:
             _ = self.served.texts.values  # read here, not where streams are written
         return Request(
@@ -204,6 +205,10 @@ class Asker:
             sampling=sampling_of(spec, self.served.model.sampling),
             stop=((spec.stop,) if isinstance(spec.stop, str) else tuple(spec.stop or ())) + more_stops,
             stop_token_ids=tuple(spec.stop_token_ids or ()),
+            shows_stop=bool(spec.include_stop_str_in_output),
+            min_new_tokens=_least(spec, max_new_tokens),
+            allowed_tokens=tuple(spec.allowed_token_ids or ()),
+            forbidden=_runs(self.served, spec.bad_words or ()),
             n=spec.n or 1,
             logprobs=logprobs,
             prompt_logprobs=spec.prompt_logprobs,
@@ -212,6 +217,27 @@ class Asker:
             keep_special=keep_special,
             **self.shared(spec),
         )
+
+
+def _least(spec: SamplingFields, most: int) -> int:
+    """Tokens an answer must have: at most as many as it may have.
+
+    Raises:
+        Problem: 400, more are asked for than the request itself allows.
+    """
+    least = spec.min_tokens or 0
+    caps = [getattr(spec, name, None) for name in ("max_completion_tokens", "max_tokens")]
+    cap = next((cap for cap in caps if cap is not None), None)
+    if cap is not None and least > cap:
+        raise refused(f"min_tokens is {least}, and max_tokens is {cap}; ask for at most that", "min_tokens")
+    return min(least, most)
+
+
+def _runs(served: Served, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Words as the tokens that spell them, at the start of a text and behind a blank."""
+    encode = served.model.tokenizer.encode
+    runs = (tuple(encode(text, False)) for word in words for text in (word, f" {word.lstrip()}"))
+    return tuple(dict.fromkeys(run for run in runs if run))
 
 
 def check_ids(served: Served, ids: Sequence[int], param: str) -> None:

@@ -135,7 +135,8 @@ def _server(
 
     options = setup.options
     log = Log(requests=options.log)
-    pool = ModelPool(setup.refs, load, options.max_loaded or len(setup.refs), log)
+    most = options.max_loaded or len(setup.refs)
+    pool = ModelPool(setup.refs, load, most, log, options.any_model)
     metrics = Metrics(route.path for route in ROUTES)
     metrics.watch(pool.loaded)
     service = Service(options, pool, metrics, log)

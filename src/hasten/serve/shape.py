@@ -17,13 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+import hasten
 from hasten.engine.request import Output
 
 if TYPE_CHECKING:
+    from hasten.engine.request import Request
     from hasten.models.tokenizer import Tokenizer
     from hasten.runtime.sampling import TokenLogprob
     from hasten.serve.call import Problem
     from hasten.serve.metrics import Tally
+
+FINGERPRINT = f"fp_hasten_{hasten.__version__}"
+"""OpenAI's `system_fingerprint`: what beside the request decides an answer that has a seed."""
 
 News = tuple[int, Output]  # (which of the requests, its output)
 
@@ -87,13 +92,17 @@ class TokenTexts:
         """The token alone as text; bytes that are no character of their own come as U+FFFD."""
         return self.spelled(token).decode("utf-8", "replace")
 
+    def name(self, token: int) -> str:
+        """What log-probabilities call the token."""
+        return self.text(token)
+
     def chat(self, one: TokenLogprob) -> str:
         """An entry of `logprobs.content` of a chat choice."""
         top = [self._entry(*pair) for pair in one.top]
         return dumps({**self._entry(one.token, one.logprob), "top_logprobs": top})
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        return {"token": self.text(token), "logprob": finite(logprob), "bytes": list(self.spelled(token))}
+        return {"token": self.name(token), "logprob": finite(logprob), "bytes": list(self.spelled(token))}
 
     def prompt(self, logprobs: Sequence[TokenLogprob | None]) -> Any:
         """vLLM's `prompt_logprobs`: one entry a prompt token, by token id; null for the first.
@@ -109,6 +118,18 @@ class TokenTexts:
             entry = {"logprob": finite(logprob), "rank": rank, "decoded_token": self.text(token)}
             found.setdefault(str(token), entry)
         return found
+
+
+class TokenNumbers(TokenTexts):
+    """Names tokens by their ids (vLLM's `return_tokens_as_token_ids`): two may have the same text."""
+
+    def __init__(self, texts: TokenTexts) -> None:
+        super().__init__(texts._tokenizer)
+        self.values = texts.values
+
+    def name(self, token: int) -> str:
+        """The id, in vLLM's form."""
+        return f"token_id:{token}"
 
 
 def finite(logprob: float) -> float:
@@ -127,6 +148,7 @@ class Part:
     stop: str | int | None = None
     opened: bool = False  # the stream has said who speaks
     called: bool = False  # a tool
+    token_ids: list[int] = field(default_factory=list)  # not sent yet, where they are asked for
 
     @property
     def text(self) -> str:
@@ -184,6 +206,7 @@ class Shape(Answer):
     prefix: str
     kind: str
     chunk_kind: str
+    opens: bool = False  # the first chunk of an answer says who speaks, and nothing of what is said
 
     def __init__(self, model: str, texts: TokenTexts, tally: Tally, answers: int, requests: int = 1) -> None:
         super().__init__(texts, tally)
@@ -192,8 +215,10 @@ class Shape(Answer):
         self.model = model
         self.answers = answers
         self.parts = [Part() for _ in range(answers * requests)]
+        self._prompts: Sequence[Sequence[int]] | None = None  # ids, where they are asked for
         self._so_far: list[int] | None = None  # prompt and answer tokens, where every chunk reports them
         head = {"id": self.id, "object": self.chunk_kind, "created": self.created, "model": model}
+        head["system_fingerprint"] = FINGERPRINT
         self.head = event(dumps(head))[:-3] + ',"choices":['  # an open object, no closing brace
         self.with_usage = False
         self.tail = "]}\n\n"
@@ -205,10 +230,26 @@ class Shape(Answer):
             if options.get("continuous_usage_stats"):
                 self._so_far = [prompt_tokens, 0]
 
+    def show_ids(self, requests: Sequence[Request]) -> None:
+        """Show the token ids of prompts and answers: vLLM's `return_token_ids`."""
+        self._prompts = [request.prompt for request in requests]
+
+    def _note_ids(self, part: Part, output: Output) -> None:
+        if self._prompts is not None:
+            part.token_ids += output.token_ids
+
+    def _ids(self, part: Part) -> str:
+        """The ids that were not sent yet, as one more field of a choice."""
+        if self._prompts is None:
+            return ""
+        ids, part.token_ids = part.token_ids, []
+        return f',"token_ids":{dumps(ids)}'
+
     def take(self, news: Sequence[News]) -> None:
         for which, output in news:
             self.tally.take(which, output)
             part = self.parts[which * self.answers + output.index]
+            self._note_ids(part, output)
             part.texts.append(output.text)
             part.logprobs += self._entries(part, output)
             if output.finish_reason is not None:
@@ -219,17 +260,24 @@ class Shape(Answer):
         for which, output in news:
             self.tally.take(which, output)
             number = which * self.answers + output.index
-            events.append(self._running(self._chunk(number, self.parts[number], output), output))
+            part = self.parts[number]
+            opens = self.opens and not part.opened
+            events.append(self._running(self._chunk(number, part, output), output, opens))
         return "".join(events).encode("utf-8", "replace")
 
-    def _running(self, chunks: str, output: Output) -> str:
+    def _running(self, chunks: str, output: Output, opens: bool) -> str:
         """The chunks with the usage so far; no text holds the tail, for it has a bare new line."""
         if self._so_far is None:
             return chunks
+        if opens:
+            chunks = chunks.replace(self.tail, self._tail_now(), 1)
         self._so_far[1] += len(output.token_ids)
-        prompt, answer = self._so_far
+        return chunks.replace(self.tail, self._tail_now())
+
+    def _tail_now(self) -> str:
+        prompt, answer = self._so_far or (0, 0)
         usage = {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
-        return chunks.replace(self.tail, f'],"usage":{dumps(usage)}}}\n\n')
+        return f'],"usage":{dumps(usage)}}}\n\n'
 
     def last(self) -> bytes:
         usage = f'{self.head}],"usage":{dumps(self.tally.usage())}}}\n\n' if self.with_usage else ""
@@ -244,6 +292,7 @@ class Shape(Answer):
             "object": self.kind,
             "created": self.created,
             "model": self.model,
+            "system_fingerprint": FINGERPRINT,
             "choices": [self._choice(number, part) for number, part in enumerate(self.parts)],
             "usage": self.tally.usage(),
         }

@@ -7,7 +7,6 @@ llama.cpp's server has it.
 from __future__ import annotations
 
 import base64
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -23,10 +22,21 @@ from hasten.engine.request import Output, Request
 from hasten.serve.body import JsonObject, SamplingFields, SharedFields, Strict, Text, TokenId
 from hasten.serve.call import Problem, refused
 from hasten.serve.chat import Message, ResponseFormat, Tool
-from hasten.serve.generate import Feed, asker_of, respond
+from hasten.serve.generate import Feed, asker_of, respond, texts_of
 from hasten.serve.metrics import Tally
 from hasten.serve.prepare import Asker, Form, check_ids, form_of
-from hasten.serve.shape import News, Part, Shape, TokenTexts, dumped, dumps, event, finite, joined
+from hasten.serve.shape import (
+    News,
+    Part,
+    Shape,
+    TokenNumbers,
+    TokenTexts,
+    dumped,
+    dumps,
+    event,
+    finite,
+    joined,
+)
 from hasten.serve.spelling import spelled_switches
 
 if TYPE_CHECKING:
@@ -87,6 +97,7 @@ class CompletionShape(Shape):
         super().__init__(model, texts, tally, requests[0].n, len(requests))
         self._echoed = echoed
         self._given = given
+        self._firsts = [request.prompt[0] for request in requests]
         self._first: dict[int, list[tuple[str, ...]]] = {}  # entries of the prompts, by request
         self._scores = [[0.0, 0] for _ in self.parts]  # sum of the logprobs, and how many
 
@@ -98,15 +109,15 @@ class CompletionShape(Shape):
         return [self._entry(part, one) for one in logprobs if one is not None]
 
     def _entries(self, part: Part, output: Output) -> list[tuple[str, ...]]:
-        """Of each token: its text, its logprob, the likeliest ones, and where in the text it begins."""
+        """Of each token: its name, its logprob, the likeliest ones, where in the text it begins, its text."""
         return [self._entry(part, one) for one in output.logprobs]
 
     def _entry(self, part: Part, one: TokenLogprob) -> tuple[str, ...]:
-        text = self.texts.text(one.token)
-        top = {text: finite(one.logprob)}
-        top |= {self.texts.text(token): finite(logprob) for token, logprob in reversed(one.top)}
-        part.length += len(text)
-        return dumps(text), dumps(finite(one.logprob)), dumps(top), str(part.length - len(text))
+        text, name = self.texts.text(one.token), self.texts.name(one.token)
+        top = {name: finite(one.logprob)}
+        top |= {self.texts.name(token): finite(logprob) for token, logprob in reversed(one.top)}
+        at, part.length = part.length, part.length + len(text)
+        return dumps(name), dumps(finite(one.logprob)), dumps(top), str(at), text
 
     def take(self, news: Sequence[News]) -> None:
         """Note outputs; the likeliest are found by their mean."""
@@ -131,14 +142,17 @@ class CompletionShape(Shape):
 
     def _with_first(self, which: int, entries: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
         """Entries of a prompt with one for its first token, which nothing predicts."""
-        shown = "".join(json.loads(entry[0]) for entry in entries)
+        shown = "".join(entry[4] for entry in entries)
         text = self._echoed[which]
         first = text[: -len(shown)] if shown and text.endswith(shown) else ""
-        moved = [(*entry[:3], str(int(entry[3]) + len(first))) for entry in entries]
-        return [(dumps(first), "null", "null", "0"), *moved]
+        moved = [_moved(entry, len(first)) for entry in entries]
+        name = first if not isinstance(self.texts, TokenNumbers) else self.texts.name(self._firsts[which])
+        return [(dumps(name), "null", "null", "0", first), *moved]
 
     def _chunk(self, number: int, part: Part, output: Output) -> str:
+        is_first = not part.opened
         before, entries = self._begun(number, part, output)
+        part.opened = True
         logprobs = dumps(_columns([*entries, *self._entries(part, output)]))
         end = "null"
         extra = ""
@@ -148,6 +162,10 @@ class CompletionShape(Shape):
         prompt = self.prompt_logprobs.pop(number // self.answers, None)
         if prompt is not None:
             extra += f',"prompt_logprobs":{dumps(prompt)}'
+        if self._prompts is not None and is_first:
+            extra += f',"prompt_token_ids":{dumps(self._prompts[number // self.answers])}'
+        self._note_ids(part, output)
+        extra += self._ids(part)
         text = encode_basestring(before + output.text)
         return (
             f'{self.head}{{"index":{number},"text":{text},"logprobs":{logprobs},'
@@ -158,7 +176,7 @@ class CompletionShape(Shape):
         shown = part.length
         part.length = 0
         before, entries = self._begun(number, part, _NOTHING)
-        moved = [(*entry[:3], str(int(entry[3]) + part.length)) for entry in part.logprobs]
+        moved = [_moved(entry, part.length) for entry in part.logprobs]
         part.length += shown
         choice = {
             "index": number,
@@ -168,6 +186,9 @@ class CompletionShape(Shape):
             "stop_reason": part.stop,
         }
         prompt = None if self._echoed else self.prompt_logprobs.get(number // self.answers)
+        if self._prompts is not None:
+            ids = {"prompt_token_ids": self._prompts[number // self.answers], "token_ids": part.token_ids}
+            choice |= ids
         return choice if prompt is None else {**choice, "prompt_logprobs": prompt}
 
     def document(self) -> dict[str, Any]:
@@ -189,7 +210,13 @@ _NOTHING = Output("", 0)
 def _columns(entries: list[tuple[str, ...]]) -> dict[str, Any] | None:
     """Completions have a list a column, not an object a token."""
     names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
-    return dict(zip(names, map(joined, zip(*entries, strict=True)), strict=True)) if entries else None
+    columns = [*zip(*entries, strict=True)][: len(names)]
+    return dict(zip(names, map(joined, columns), strict=True)) if entries else None
+
+
+def _moved(entry: tuple[str, ...], characters: int) -> tuple[str, ...]:
+    """The entry of a token so many characters further on."""
+    return (*entry[:3], str(int(entry[3]) + characters), entry[4])
 
 
 DEFAULT_TOKENS = 16  # OpenAI's
@@ -209,7 +236,9 @@ async def completions(exchange: Exchange) -> None:
         requests, echoed, form = await exchange.work(asked)
         exchange.note_form(form)
         tally = exchange.tally(served.name)
-        shape = CompletionShape(served.name, served.texts, tally, requests, echoed, spec.n or 1)
+        shape = CompletionShape(served.name, texts_of(spec, served), tally, requests, echoed, spec.n or 1)
+        if spec.return_token_ids:
+            shape.show_ids(requests)
         shape.report(spec.stream_options, sum(len(request.prompt) for request in requests))
         await respond(exchange, served, spec, requests, shape)
 
@@ -238,7 +267,7 @@ def _each(
 def _to_complete(spec: CompletionRequest, asker: Asker, made: int) -> tuple[list[Request], list[str], Form]:
     """The engine's requests, the texts that are echoed, and what the answers must match."""
     form = form_of(spec, spec.response_format, strict=asker.options.strict)
-    asked = DEFAULT_TOKENS if spec.max_tokens is None else spec.max_tokens
+    asked = max(DEFAULT_TOKENS, spec.min_tokens or 0) if spec.max_tokens is None else spec.max_tokens
     prompts: Any = spec.prompt
     special = spec.add_special_tokens
     if spec.suffix:

@@ -1,0 +1,125 @@
+"""What users of vLLM's and llama.cpp's servers send, and look for in answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from running_server import Running, chat, serving
+from stand_in_engine import StandInEngine
+
+import hasten
+from hasten.serve.options import ServeOptions
+
+CHAT, COMPLETION, EMBED = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+USER = {"role": "user", "content": "hello"}
+BEGUN = [USER, {"role": "assistant", "content": "Once "}]
+
+
+def bodies(**fields: Any) -> list[tuple[str, dict[str, Any]]]:
+    return [(CHAT, chat(**fields)), (COMPLETION, {"prompt": "hello", **fields})]
+
+
+def test_rules_reach_the_engine(server: Running) -> None:
+    rules = {
+        "min_tokens": 3,
+        "max_tokens": 9,
+        "allowed_token_ids": [97, 98],
+        "bad_words": ["no"],
+        "include_stop_str_in_output": True,
+    }
+    for path, body in bodies(**rules):
+        assert server.ask(path, body).status == 200
+        request = server.engine.asked[-1]
+        assert (request.min_new_tokens, request.allowed_tokens) == (3, (97, 98))
+        assert request.forbidden == (tuple(b"no"), tuple(b" no"))
+        assert request.shows_stop
+
+
+def test_a_minimum_moves_what_nobody_asked_for(server: Running) -> None:
+    assert server.ask(COMPLETION, {"prompt": "abc", "min_tokens": 40}).status == 200
+    assert server.engine.asked[-1].max_new_tokens == 40
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"min_tokens": 10, "max_tokens": 9}, "min_tokens"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"allowed_token_ids": [300]}, "allowed_token_ids"),
+    ],
+)
+def test_rules_that_cannot_hold_are_refused(server: Running, fields: dict[str, Any], name: str) -> None:
+    for path, body in bodies(**fields):
+        assert server.ask(path, body).error["param"] == name
+
+
+def test_ids_beside_the_texts(server: Running) -> None:
+    server.engine.reply = "Hi."
+    whole = server.ask(CHAT, chat(return_token_ids=True)).json
+    assert bytes(whole["prompt_token_ids"]) == b"<user>hello"
+    assert bytes(whole["choices"][0]["token_ids"]) == b"Hi."
+    (choice,) = server.ask(COMPLETION, {"prompt": "abc", "return_token_ids": True}).json["choices"]
+    assert (bytes(choice["prompt_token_ids"]), bytes(choice["token_ids"])) == (b"abc", b"Hi.")
+    assert "token_ids" not in server.ask(COMPLETION, {"prompt": "abc"}).json["choices"][0]
+
+
+def test_ids_in_streams(server: Running) -> None:
+    server.engine.reply = "Hi."
+    events = server.ask(CHAT, chat(return_token_ids=True, stream=True)).events
+    assert bytes(events[0]["prompt_token_ids"]) == b"<user>hello"
+    assert not any("prompt_token_ids" in event for event in events[1:])
+    assert b"".join(bytes(event["choices"][0].get("token_ids", ())) for event in events) == b"Hi."
+    for echo in (False, True):
+        body = {"prompt": "abc", "return_token_ids": True, "stream": True, "echo": echo}
+        choices = [event["choices"][0] for event in server.ask(COMPLETION, body).events]
+        assert [bytes(choice.get("prompt_token_ids", ())) for choice in choices] == [b"abc", b"", b""]
+        assert b"".join(bytes(choice["token_ids"]) for choice in choices) == b"Hi."
+
+
+def test_tokens_are_named_by_their_ids(server: Running) -> None:
+    server.engine.reply = "Hi"
+    fields = {"return_tokens_as_token_ids": True}
+    found = server.ask(CHAT, chat(logprobs=True, top_logprobs=1, **fields)).json
+    entry = found["choices"][0]["logprobs"]["content"][0]
+    assert (entry["token"], entry["bytes"], entry["top_logprobs"][0]["token"]) == (
+        f"token_id:{ord('H')}",
+        [ord("H")],
+        f"token_id:{ord('H')}",
+    )
+    body = {"prompt": "ab", "logprobs": 0, "echo": True, **fields}
+    columns = server.ask(COMPLETION, body).json["choices"][0]["logprobs"]
+    assert columns["tokens"] == [f"token_id:{one}" for one in b"abHi"]
+    assert columns["text_offset"] == [0, 1, 2, 3]
+    assert columns["top_logprobs"][3] == {f"token_id:{ord('i')}": -0.5}
+
+
+def test_a_chat_repeats_what_it_goes_on_with(server: Running) -> None:
+    server.engine.reply = "upon"
+    body = {"messages": BEGUN, "continue_final_message": True, "echo": True}
+    assert server.ask(CHAT, body).json["choices"][0]["message"]["content"] == "Once upon"
+    events = server.ask(CHAT, {**body, "stream": True}).events
+    assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == "Once upon"
+    said = server.ask(CHAT, chat(echo=True)).json["choices"][0]["message"]["content"]
+    assert said == "upon"  # the user's words are not the assistant's
+
+
+def test_usage_so_far_begins_at_nothing(server: Running) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    events = server.ask(CHAT, chat(stream=True, stream_options=options)).events
+    counts = [event["usage"]["completion_tokens"] for event in events]
+    assert counts[:3] == [0, 1, 2]
+
+
+def test_the_fingerprint_is_this_versions(server: Running) -> None:
+    for path, body in bodies():
+        assert server.ask(path, body).json["system_fingerprint"].endswith(hasten.__version__)
+        events = server.ask(path, {**body, "stream": True}).events
+        assert all(event["system_fingerprint"].endswith(hasten.__version__) for event in events)
+
+
+def test_any_name_means_the_first_model_where_the_server_says_so() -> None:
+    options = ServeOptions(port=0, log=False, any_model=True)
+    with serving(options, {"first": StandInEngine(), "second": StandInEngine()}) as running:
+        for asked, got in (("gpt-4.1", "first"), ("second", "second"), (None, "first")):
+            assert running.ask(CHAT, chat(model=asked)).json["model"] == got
