@@ -1,7 +1,7 @@
 """AWQ (Lin et al. 2023): weights that meet large activations are rounded on a finer grid.
 
 Column j of the matrices that read an input is multiplied by s_j, and the input divided by it, which folds
-into what makes the input (`fold.py`). s_j is the input's size to a power between 0 and 1; the power is the
+into what makes the input (`fold`). s_j is the input's size to a power between 0 and 1; the power is the
 one that leaves the least error of the output, measured with the inputs' second moments, so that no
 activations are kept. Scales clipped below the largest weight, AWQ's other half, are what packing searches
 anyway.
@@ -14,8 +14,7 @@ from dataclasses import replace
 
 import torch
 
-from hasten.compress.quantise import Layer, Method, Rounded, divided
-from hasten.compress.quantise.fold import evened, fold, foldable, shared_scales
+from hasten.compress.quantise import Layer, Method, Rounded, divided, evened, fold, foldable, shared_scales
 from hasten.compress.quantise.gptq import Gptq, lost, nearest
 from hasten.compress.torch_layer import Weights
 from hasten.core import READERS, Format, Group, ModelSpec
