@@ -1,4 +1,5 @@
-// The block formats of GGUF files, read. Source: ggml's ggml-common.h and ggml-quants.c (the published formats).
+// The block formats of GGUF files, read, and the k-quants written. Source: ggml's ggml-common.h and ggml-quants.c (the
+// published formats).
 //
 // S*_* and A*_* are our own, for integers of quantised checkpoints (models/quantized.py) and of calibration:
 // BITS_GROUP, a block is one group: an fp32 scale, in A an fp32 minimum, then one byte u a value. S is symmetric,
@@ -86,5 +87,12 @@ void dequantize(Dtype dtype, const uint8_t* src, size_t n, float* out);
 // The same values taken apart: u[n] and a scale (and, if the format is asymmetric, a minimum) for each format.group
 // values, such that a value is scale * (u - 2^(bits-1)), or scale * u + minimum. Not for F32, F16 and BF16.
 void decode_groups(Dtype dtype, const uint8_t* src, size_t n, uint8_t* u, float* scale, float* minimum);
+
+// Whether quantize writes a dtype: Q4_K, Q5_K and Q6_K.
+bool is_written(Dtype dtype);
+
+// n finite values, a multiple of the block, rounded into blocks of a dtype that is_written: of a few tries for each
+// group the one with the least squared error. The same bytes on every machine.
+void quantize(Dtype dtype, const float* x, size_t n, uint8_t* out);
 
 }  // namespace hasten

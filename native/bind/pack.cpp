@@ -121,6 +121,21 @@ Floats py_dequantize(const Bytes& data, const std::string& dtype, size_t n, int 
   return owned(std::move(out), {n});
 }
 
+Owned<uint8_t> py_quantize(const Input<float, 2>& values, const std::string& dtype, int threads) {
+  const DtypeInfo& info = dtype_named(dtype);
+  require(is_written(info.dtype), "dtype " + dtype + " is not written");
+  const size_t rows = values.shape(0), cols = values.shape(1), row_bytes = bytes_of(info, cols);
+  require(cols % info.block == 0, "cols must be a multiple of " + std::to_string(info.block) + " for " + dtype);
+  std::unique_ptr<uint8_t[]> out(new uint8_t[rows * row_bytes]);
+  {
+    const WithoutGil others_run;
+    pool().split(threads, static_cast<int>(rows), 1, [&](int begin, int end, int) {
+      quantize(info.dtype, values.data() + begin * cols, (end - begin) * cols, out.get() + begin * row_bytes);
+    });
+  }
+  return owned(std::move(out), {rows, row_bytes});
+}
+
 }  // namespace
 
 void bind_pack(nb::module_& m) {
@@ -157,6 +172,8 @@ void bind_pack(nb::module_& m) {
         "Some rows of a packed matrix as float32 [R, cols]; row_ids int32 [R].");
   m.def("dequantize_ggml", &py_dequantize, nb::arg("data"), nb::arg("dtype"), nb::arg("n"), nb::arg("threads") = 1,
         "n values of raw data of any dtype as float32 [n].");
+  m.def("quantize_ggml", &py_quantize, nb::arg("values"), nb::arg("dtype"), nb::arg("threads") = 1,
+        "Finite values, float32 [rows, cols], in the blocks of Q4_K, Q5_K or Q6_K: uint8 [rows, bytes of a row].");
 }
 
 }  // namespace hasten

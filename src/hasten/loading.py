@@ -1,8 +1,13 @@
-"""`hasten.load` opens a model. Recipes that take work (`w4-best`, `mix:1%`, a file) run once and are kept."""
+"""`hasten.load` opens a model, `convert` writes it for another engine.
+
+Recipes that take work (`w4-best`, `mix:1%`, a file) run once and are kept.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from hasten.core import Budget, EngineOptions, Recipe
@@ -12,6 +17,8 @@ from hasten.recipe import share_of
 if TYPE_CHECKING:
     from hasten.compress.result import Observer
     from hasten.engine.model import LanguageModel
+    from hasten.export import Exported
+    from hasten.models.artifact import Artifact
 
 _MIX = "mix:"
 _TOKENS = 8192  # a mixture is judged on: what `hasten eval` reads unless told otherwise
@@ -101,6 +108,65 @@ def prepared(
     if isinstance(wanted, Budget):
         return _mixture(ref, wanted, observer, store, threads), None
     return _made(ref, wanted, observer, store, threads), None
+
+
+def convert(
+    ref: str | Path,
+    to: str,
+    out: str | Path | None = None,
+    *,
+    force: bool = False,
+    threads: int | None = None,
+    observer: Observer | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    said: Callable[[str], None] | None = None,
+) -> Exported:
+    """Write a model in another engine's format: opened, packed and written in one step.
+
+    Args:
+        ref: as for `load`; an artifact too.
+        to: `FORMAT`, `FORMAT:TYPE` or `FORMAT:RECIPE`, as `hasten.export.target` reads it. Floats that are
+            rounded to a type of GGUF files are rounded to bf16 before.
+        out: the file or folder; None: in the working folder, by the model's name.
+        force: replace what is there, in one step.
+        threads: None uses the cores this process may use.
+        observer: told of compression, where there is any.
+        progress: called with (done, total) tensors as they are written.
+        said: called with what is being done.
+
+    Raises:
+        UsageError, MachineError, ArtifactError, TokenizerError, DiskError: as `hasten.export.export`.
+        ModelError, FormatError, BudgetError: as `load`.
+    """
+    from hasten.export import check_target, export, target, write_artifact_as
+    from hasten.weights.artifact import is_artifact
+
+    if is_artifact(ref):
+        return export(ref, to, out, force=force, progress=progress, said=said)
+    wanted, say = target(to), said or (lambda _: None)
+    path = wanted.path(ref, out)
+    check_target(wanted, path, force)
+    place, plain = prepared(ref, wanted.recipe or None, observer, threads=threads)
+    with TemporaryDirectory(prefix="hasten-") as folder:
+        say(f"opening {ref}")
+        return write_artifact_as(_opened(place, plain, Path(folder), threads), wanted, path, progress, say)
+
+
+def _opened(place: str | Path, recipe: str | Recipe | None, folder: Path, threads: int | None) -> Artifact:
+    """A model as an exporter takes it: an artifact, or packed in memory with its tokenizer in a folder."""
+    from hasten.models import open_model
+    from hasten.models.artifact import Artifact, load_artifact
+    from hasten.models.tokenizer import Tokenizer
+    from hasten.weights.artifact import is_artifact
+    from hasten.weights.packed import pack_model
+
+    if is_artifact(place):
+        return load_artifact(place)
+    source = open_model(place)
+    parsed = Recipe.parse(recipe) if isinstance(recipe, str) else recipe or Recipe("source")
+    source.tokenizer().save(folder)
+    packed = pack_model(source, parsed, threads)
+    return Artifact(source.name, folder, packed, Tokenizer.load(folder), {})
 
 
 def _wanted(recipe: str | Recipe) -> Recipe | Budget | None:

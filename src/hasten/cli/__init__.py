@@ -22,7 +22,7 @@ VERBS = {  # verb -> its line in `hasten --help`: the first line of the docstrin
     "serve": "Serve models with the OpenAI API, chat page included.",
     "eval": "Measure what a recipe costs in quality against the source model.",
     "bench": "Measure speed, alone or side by side with other engines.",
-    "export": "Write an artifact in another engine's format.",
+    "convert": "Write a model in another engine's format, quantised if asked.",
     "cache": "See, check and empty what is kept on disk.",
 }
 
@@ -97,7 +97,7 @@ def overview() -> str:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    from hasten.cli.frame import check_text, unknown_verb
+    from hasten.cli.frame import OLDER_NAMES, check_text, unknown_verb
 
     check_text(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -108,7 +108,7 @@ def _dispatch(arguments: list[str]) -> int:
 
         sys.stdout.write(f"hasten {__version__}\n")
         return 0
-    if arguments[0] not in VERBS:
+    if arguments[0] not in VERBS and arguments[0] not in OLDER_NAMES:
         raise unknown_verb(arguments[0], list(VERBS))
     from hasten.cli.frame import run
 

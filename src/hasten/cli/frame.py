@@ -158,8 +158,12 @@ def unknown_verb(name: str, verbs: list[str]) -> UsageError:
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
+OLDER_NAMES = {"export": "convert"}
+"""Names that verbs had, which go on working; no help lists them."""
+
+
 def home_of(verb: str) -> str:
-    return f"hasten.cli.{verb}"
+    return f"hasten.cli.{OLDER_NAMES.get(verb, verb)}"
 
 
 def run(verb: str, arguments: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""An artifact in the file format of another engine.
+"""A model in the file format of another engine.
 
 Each of `FORMATS` has a `plan` that says no before any work and a `write` that writes all or nothing. What a
 file keeps and what it rounds is in the `Exported` that comes back. What several formats share is here too:
@@ -7,9 +7,10 @@ files beside the weights, rounding to float16, and whether two configurations me
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -21,11 +22,12 @@ import numpy.typing as npt
 
 from hasten.cache import write_json
 from hasten.cache.reading import read_file
-from hasten.core import Block, ModelSpec, Rotary
+from hasten.core import Block, ModelSpec, Recipe, Rotary
 from hasten.errors import DiskError, MachineError, UsageError
 from hasten.models import rope
 from hasten.models.artifact import Artifact, load_artifact
-from hasten.weights.artifact import is_artifact
+from hasten.models.source import file_name_of
+from hasten.weights.artifact import is_artifact, made_from
 from hasten.weights.packed import PackedLinear, bf16_bits, integers
 
 
@@ -38,16 +40,22 @@ class Format:
 
     `write(plan, path, progress)` writes all of it or nothing. It raises DiskError for a full, read-only or
     forbidden disk or a folder that is no model, and UsageError for a value that fits no type of the format.
+
+    Where a format has `types`, `plan(artifact, type)` takes one of them: the weights are rounded to it.
     """
 
     module: str
     loads_in: str
     suffix: str = ""  # of a file; "" for a folder
     package: str | None = None  # that writes it
+    types: tuple[str, ...] = ()  # that it rounds weights to by itself
 
 
+_GGUF_TYPES = ("q4_k_m", "q4_k_s", "q5_k_m", "q5_k_s", "q6_k", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "bf16")
 FORMATS: dict[str, Format] = {
-    "gguf": Format("hasten.export.gguf", "llama.cpp and what is built on it", suffix=".gguf"),
+    "gguf": Format(
+        "hasten.export.gguf", "llama.cpp and what is built on it", suffix=".gguf", types=_GGUF_TYPES
+    ),
     "compressed-tensors": Format(
         "hasten.export.compressed_tensors", "transformers with the compressed-tensors package, vLLM"
     ),
@@ -57,6 +65,76 @@ FORMATS: dict[str, Format] = {
     ),
     "onnx": Format("hasten.export.onnx", "onnxruntime, optimum-onnx", package="onnx"),
 }
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the value of `--to` means."""
+
+    name: str  # a key of FORMATS
+    type: str = ""  # one of the format's types
+    recipe: str = ""  # how the model is packed before it is written; "" for as it is
+
+    @property
+    def format(self) -> Format:
+        return FORMATS[self.name]
+
+    def path(self, ref: str | Path, out: str | Path | None) -> Path:
+        """The file or folder to write: `out`, or one in the working folder by the model's name."""
+        if out is not None:
+            return Path(out)
+        stem = "-".join(filter(None, (file_name_of(ref).removesuffix(".hasten"), self.type, self.recipe)))
+        if self.recipe:
+            stem = file_name_of(stem)  # a recipe may be a path, or `mix:1%`
+        return Path(f"{stem}{self.format.suffix or f'-{self.name}'}")
+
+
+def target(text: str) -> Target:
+    """The meaning of `FORMAT`, or `FORMAT:TYPE` with a type of the format (`gguf:q4_k_m`) or a recipe.
+
+    Raises:
+        UsageError: there is no such format, or no such type or recipe.
+    """
+    name, _, kind = text.strip().partition(":")
+    if name.lower() not in FORMATS:
+        homes = [one for one, format in FORMATS.items() if name.lower().replace("-", "_") in format.types]
+        near = [f"{one}:{name.lower()}" for one in homes] or _near(name, FORMATS)
+        raise UsageError(f"unknown format {name!r}", hint=_hint(near, f"formats: {', '.join(FORMATS)}"))
+    format = FORMATS[name.lower()]
+    plain = kind.lower().replace("-", "_")
+    if f"{plain}_m" in format.types:  # llama.cpp's short names
+        plain += "_m"
+    if not kind or plain in format.types:
+        return Target(name.lower(), type=plain)
+    if not _may_be_recipe(kind):
+        types = f"types: {', '.join(format.types)}; or a recipe" if format.types else "behind the colon"
+        raise UsageError(
+            f"--to {text}: {name} has no type {kind!r}, and it is no recipe",
+            hint=_hint(_near(plain, format.types), f"{types}: w8, w5, w4-g128, w4-best, mix:1%"),
+        )
+    return Target(name.lower(), recipe=kind)
+
+
+def _near(word: str, known: Iterable[str]) -> list[str]:
+    """The nearest of the known words, if it is near; of several the first."""
+    like = {one: difflib.SequenceMatcher(None, one, word.lower()).ratio() for one in known}
+    best = max(like, key=like.__getitem__, default="")
+    return [best] if like.get(best, 0.0) >= 0.5 else []
+
+
+def _hint(near: Sequence[str], known: str) -> str:
+    return f"did you mean {near[0]}? {known}" if near else known
+
+
+def _may_be_recipe(kind: str) -> bool:
+    """Whether it is a recipe's name, or may be a file of one: files are read when the model is packed."""
+    if kind.startswith("mix:") or Path(kind).suffix in (".yaml", ".yml") or Path(kind).is_file():
+        return True
+    try:
+        Recipe.parse(kind)
+    except UsageError:
+        return False
+    return True
 
 
 def export(
@@ -72,7 +150,7 @@ def export(
 
     Args:
         ref: an artifact, `NAME.hasten`.
-        to: a key of `FORMATS`.
+        to: a key of `FORMATS`, or `FORMAT:TYPE` with a type that the format rounds weights to.
         out: the file or folder; None: in the working folder, by the artifact's name.
         force: replace what is there, in one step.
         progress: called with (done, total) tensors.
@@ -84,31 +162,38 @@ def export(
         ArtifactError, TokenizerError: the artifact is damaged, or its tokenizer fits no word of the format.
         DiskError: something is there and not `force`; full, read-only or forbidden disk.
     """
-    if to not in FORMATS:
-        raise UsageError(f"unknown format {to!r}", hint=f"formats: {', '.join(FORMATS)}")
-    format = FORMATS[to]
+    wanted = target(to)
     if not is_artifact(ref):
+        raise UsageError(f"{ref} is no artifact", hint=f"hasten convert {ref} --to {to}")
+    if wanted.recipe:
+        source = made_from(ref).get("ref", "SOURCE")
         raise UsageError(
-            f"{ref} is no artifact", hint=f"make one first: hasten optimize {ref} --out NAME.hasten"
+            f"{ref} is an artifact, packed already; it cannot become {wanted.recipe!r}",
+            hint=f"drop :{wanted.recipe}, or convert its source: hasten convert {source} --to {to}",
         )
-    stem = Path(ref).resolve().name.removesuffix(".hasten")
-    path = Path(out if out is not None else f"{stem}{format.suffix or f'-{to}'}")
-    _check_target(path, to, force)
+    path = wanted.path(Path(ref).resolve(), out)
+    check_target(wanted, path, force)
     say = said or (lambda _: None)
     say("reading the artifact")
-    artifact = load_artifact(ref)
+    return write_artifact_as(load_artifact(ref), wanted, path, progress, say)
+
+
+def write_artifact_as(
+    artifact: Artifact,
+    wanted: Target,
+    path: Path,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Exported:
+    """Write a model that is in memory. `check_target` comes before; arguments and errors as `export`."""
     if table := next((x.layout for x in artifact.packed.linears.values() if x.layout.table), None):
         raise UsageError(
-            f"{ref} has weights in {table}, which no exporter writes",
+            f"{artifact.name} has weights in {table}, which no exporter writes",
             hint="make one of integers first: hasten compress MODEL --recipe w4 --out NAME.hasten",
         )
-    say(f"checking what {to} can carry")
-    if format.package and find_spec(format.package) is None:
-        raise MachineError(
-            f"--to {to} needs the package {format.package}", hint=f"pip install {format.package}"
-        )
-    module: Any = import_module(format.module)
-    plan = module.plan(artifact)
+    say(f"checking what {wanted.name} can carry")
+    module: Any = import_module(wanted.format.module)
+    plan = module.plan(artifact, wanted.type) if wanted.type else module.plan(artifact)
     say(f"writing {path}")
     written: Exported = module.write(plan, path, progress or (lambda done, total: None))
     if artifact.packed.recipe.kv != "int8":
@@ -117,10 +202,20 @@ def export(
     return replace(written, notes=(*written.notes, note))
 
 
-def _check_target(path: Path, to: str, force: bool) -> None:
-    is_file = bool(FORMATS[to].suffix)
+def check_target(wanted: Target, path: Path, force: bool) -> None:
+    """Before any work: what writes the format is installed, and the place may be written to.
+
+    Raises:
+        UsageError, MachineError, DiskError: as `export`.
+    """
+    to, format = wanted.name, wanted.format
+    if format.package and find_spec(format.package) is None:
+        raise MachineError(
+            f"--to {to} needs the package {format.package}", hint=f"pip install {format.package}"
+        )
+    is_file = bool(format.suffix)
     if is_file and path.is_dir():
-        raise UsageError(f"{path} is a folder; {to} is one file", hint=f"--out {path}/MODEL.gguf")
+        raise UsageError(f"{path} is a folder; {to} is one file", hint=f"--out {path}/MODEL{format.suffix}")
     if not is_file and path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file; {to} is a folder", hint="choose another --out")
     if is_artifact(path):

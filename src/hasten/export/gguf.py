@@ -11,7 +11,11 @@ Integer layouts keep their integers, scales and minimums:
 A group of 64 or 128 becomes blocks of 32 that repeat its scale. What no type carries (groups of 16, 6 or 8
 bits with a minimum) is rounded to F16, and rows that blocks of 32 do not divide go as F32, exactly.
 
-Source: ggml's block structures and dequantize_row functions (ggml-common.h, ggml-quants.c).
+`--to gguf:q4_k_m` and the other names of `FILE_TYPES` round the weights to the types that llama.cpp's file
+of this name has; scales are found by a search of our own, for the least squared error.
+
+Source: ggml's block structures and dequantize_row functions (ggml-common.h, ggml-quants.c); of the mixtures,
+llama.cpp's llama-quant.cpp.
 
 The metadata is the inverse of hasten.models.families.gguf_metadata, and is checked by it.
 Whatever the format or llama.cpp has no word for (a sliding window in a llama, soft caps, dynamic rope) comes
@@ -30,22 +34,25 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from hasten import _native
 from hasten.cache import write_atomic
 from hasten.core import Format, ModelSpec, RopeScaling, Rotary
 from hasten.errors import HastenError, UsageError
 from hasten.export import Exported, Loss, Progress, Rounding, difference, floats_of
 from hasten.export import gguf_tokenizer as words
+from hasten.machine.cores import usable_cores
 from hasten.models import rope
 from hasten.models.artifact import Artifact
 from hasten.models.families import FAMILIES, gguf_spec
 from hasten.models.gguf import MAGIC, GgufMetadata
 from hasten.models.rope import interleaved_rows
 from hasten.weights.codec import Encoded
-from hasten.weights.packed import PackedLinear, PackedModel, bf16_bits, integers, row_pieces
+from hasten.weights.packed import PackedLinear, PackedModel, bf16_bits, integers, pack_linear, row_pieces
 from hasten.weights.tensors import TYPES, SourceTensor
 
 _ALIGN = 32  # general.alignment's default
 _VERSION = 3
+_BF16 = 32  # llama.cpp's llama_ftype MOSTLY_BF16; of mixed files no number is true
 _U32, _I32, _F32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9  # value types of the specification
 
 
@@ -58,6 +65,7 @@ class _Tensor:
     parts: tuple[str, ...]  # canonical names
     rows: int
     cols: int  # 0: a vector of `rows`
+    is_rounded: bool = False  # its type is not the one that keeps the values
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -79,12 +87,17 @@ class GgufPlan:
     notes: tuple[str, ...]
 
 
-def plan(artifact: Artifact) -> GgufPlan:
+def plan(artifact: Artifact, type: str = "") -> GgufPlan:
+    """See `hasten.export.Format`; `type`: a key of `FILE_TYPES`, or "" to keep the values."""
     config = artifact.packed.config
     metadata, factors = config_metadata(config, artifact.name)
     metadata |= words.tokenizer_metadata(artifact.tokenizer, artifact.folder, config.vocab)
-    notes = words.check(artifact.tokenizer, metadata)
-    return GgufPlan(artifact, metadata, _tensors(artifact.packed), factors, notes)
+    notes, tensors = words.check(artifact.tokenizer, metadata), _tensors(artifact.packed)
+    if type:
+        metadata["general.file_type"] = FILE_TYPES[type].number
+        tensors = tuple(as_type(tensor, type, config) for tensor in tensors)
+        notes += _fallen(tensors, type, config)
+    return GgufPlan(artifact, metadata, tensors, factors, notes)
 
 
 def write(plan: GgufPlan, path: Path, progress: Progress) -> Exported:
@@ -96,7 +109,7 @@ def write(plan: GgufPlan, path: Path, progress: Progress) -> Exported:
         for done, tensor in enumerate(plan.tensors):
             progress(done, len(plan.tensors))
             loss = _write_tensor(file, plan.artifact.packed, tensor)
-            if tensor.kind == "F16":
+            if tensor.kind == "F16" or tensor.is_rounded:
                 rounding.append(Rounding(tensor.name, tensor.kind, loss.relative))
             file.write(bytes(-tensor.bytes % _ALIGN))
         for values in plan.factors.values():
@@ -189,7 +202,7 @@ def _write_tensor(file: BinaryIO, packed: PackedModel, tensor: _Tensor) -> Loss:
         pieces = [(0, linear.rows)] if order is not None else row_pieces(linear)
         for first, count in pieces:
             try:
-                data = encoded(linear, tensor.kind, first, count, loss)
+                data = (rounded if tensor.is_rounded else encoded)(linear, tensor.kind, first, count, loss)
             except OverflowError as large:
                 raise refuse(part, str(large)) from None
             file.write(np.ascontiguousarray(data if order is None else data[order]).data)
@@ -212,6 +225,11 @@ Bytes = npt.NDArray[np.uint8]
 _BY_BITS = {4: "Q4_0", 5: "Q5_0", 6: "Q8_0", 8: "Q8_0"}
 _WITH_MINIMUM = {4: "Q4_1", 5: "Q5_1"}
 _BITS = {"Q4_0": 4, "Q5_0": 5, "Q8_0": 8}
+_LAYOUTS: dict[str, tuple[int, int, bool]] = {
+    "Q4_0": (4, BLOCK, True), "Q4_1": (4, BLOCK, False), "Q5_0": (5, BLOCK, True), "Q5_1": (5, BLOCK, False),
+    "Q8_0": (8, BLOCK, True), "BF16": (16, BLOCK, True),
+}  # fmt: skip
+"""The layout that a type keeps as it is."""
 
 
 def carrier(layouts: Sequence[Format], cols: int) -> str:
@@ -230,6 +248,89 @@ def carrier(layouts: Sequence[Format], cols: int) -> str:
     if blocked and not any(layout.symmetric for layout in layouts) and len({x.bits for x in layouts}) == 1:
         return _WITH_MINIMUM.get(most, "F16")
     return "F16"
+
+
+@dataclass(frozen=True)
+class FileType:
+    """What llama.cpp's file of a name holds: one type for most matrices, a better one where it pays."""
+
+    number: int  # llama_ftype
+    kind: str
+    head: str  # of the output matrix, also where it is the embedding
+    better: str = ""  # of values and of what comes back from the feed-forward layer, in some layers
+    fused: str = ""  # of q, k and v in one matrix
+    is_small: bool = False  # fewer layers have better ones
+
+    def kind_of(self, tensor: _Tensor, config: ModelSpec) -> str:
+        """The type of a matrix whose rows have a length that its blocks divide."""
+        head = "token_embd.weight" if config.head.tied else "output.weight"
+        if tensor.name == head:
+            return self.head
+        part = tensor.name.removesuffix(".weight").rpartition(".")[2]
+        if part == "attn_qkv" and self.fused:
+            return self.fused
+        if part not in ("attn_v", "ffn_down") or not self.better:
+            return self.kind
+        layer, layers = int(tensor.name.split(".")[1]), len(config.blocks)
+        is_better = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+        if self.is_small:
+            is_better = layer < (4 if part == "attn_v" else layers // 8)
+        return self.better if is_better else self.kind
+
+
+FILE_TYPES = {
+    "q4_0": FileType(2, "Q4_0", "Q6_K"),
+    "q4_1": FileType(3, "Q4_1", "Q6_K"),
+    "q8_0": FileType(7, "Q8_0", "Q8_0"),
+    "q5_0": FileType(8, "Q5_0", "Q6_K"),
+    "q5_1": FileType(9, "Q5_1", "Q6_K"),
+    "q4_k_s": FileType(14, "Q4_K", "Q6_K", "Q5_K", is_small=True),
+    "q4_k_m": FileType(15, "Q4_K", "Q6_K", "Q6_K", "Q5_K"),
+    "q5_k_s": FileType(16, "Q5_K", "Q6_K"),
+    "q5_k_m": FileType(17, "Q5_K", "Q6_K", "Q6_K", "Q6_K"),
+    "q6_k": FileType(18, "Q6_K", "Q6_K"),
+    "bf16": FileType(_BF16, "BF16", "BF16"),
+}
+"""The types that weights can be rounded to."""
+_FALLS_TO = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # where blocks of 256 do not divide the rows
+
+
+def as_type(tensor: _Tensor, type: str, config: ModelSpec) -> _Tensor:
+    """The tensor as a file of that type has it: one of `FILE_TYPES`. Vectors stay F32."""
+    kind = FILE_TYPES[type].kind_of(tensor, config)
+    if tensor.cols % TYPES[kind].block:
+        kind = _FALLS_TO.get(kind, kind)
+    if tensor.cols == 0 or tensor.cols % TYPES[kind].block or kind == tensor.kind:
+        return tensor
+    return replace(tensor, kind=kind, is_rounded=True)
+
+
+def _fallen(tensors: Sequence[_Tensor], type: str, config: ModelSpec) -> tuple[str, ...]:
+    """Which types stand in for the file's own, in words."""
+    wanted = FILE_TYPES[type]
+    fallen = [t for t in tensors if t.cols and t.kind != wanted.kind_of(t, config)]
+    if not fallen:
+        return ()
+    kinds = ", ".join(sorted({tensor.kind for tensor in fallen}))
+    return (f"{len(fallen)} matrices have rows that the blocks of {type} do not divide: they are {kinds}",)
+
+
+def rounded(linear: PackedLinear, kind: str, first: int, count: int, loss: Loss) -> Bytes:
+    """Rows of a matrix in a type that does not hold their values: arguments and errors as `encoded`."""
+    values = np.ascontiguousarray(floats_of(linear, first, count))
+    if np.abs(values).max(initial=0.0) > 65504.0:
+        raise OverflowError("a value is larger than float16's 65504")
+    flat = values.reshape(-1)
+    if kind in _FALLS_TO:
+        data = _native.quantize_ggml(values, kind, usable_cores())
+    else:
+        layout = Format.of(*_LAYOUTS[kind])
+        packed = pack_linear(SourceTensor("", values.shape, "F32", flat.view(np.uint8)), layout)
+        data = encoded(packed, kind, 0, len(values), loss)
+    off = _native.dequantize_ggml(data.reshape(-1), kind, flat.size, usable_cores()) - flat
+    loss.error += float(np.vdot(off, off))
+    loss.squares += float(np.vdot(flat, flat))
+    return data
 
 
 def encoded(linear: PackedLinear, kind: str, first: int, count: int, loss: Loss) -> Bytes:
@@ -301,7 +402,6 @@ def _put_low(blocks: Bytes, at: int, u: Bytes, has_fifth: bool) -> None:
 ARCHITECTURES = {name: family.gguf for name, family in FAMILIES.items()}
 """What GGUF calls each architecture; a Mistral without a window is a llama."""
 _BIASES = {"llama": frozenset(("q", "k", "v", "o", "gate", "up", "down")), "qwen2": frozenset("qkv")}
-_BF16 = 32  # llama.cpp's llama_ftype MOSTLY_BF16; of mixed files no number is true
 Factors = dict[str, npt.NDArray[np.float32]]
 
 
