@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hasten.errors import UsageError
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
@@ -149,14 +151,24 @@ def read_stream(path: str | Path, most: int) -> bytes:
     return b"".join(parts)
 
 
-def read_text_stream(path: str | Path, most: int) -> str:
+def read_text_stream(path: Path, most: int, what: str, hint: str) -> str:
     """As `read_stream`, decoded: UTF-8, line ends as \\n.
 
+    Args:
+        what: the text's name in errors, such as "recipe file". hint: what else to give.
+
     Raises:
-        OSError: as `read_stream`.
-        UnicodeDecodeError: it is no UTF-8.
+        UsageError: it cannot be read, or is no UTF-8.
     """
-    return _decoded(read_stream(path, most))
+    try:
+        return _decoded(read_stream(path, most))
+    except OSError as wrong:
+        raise UsageError(f"{what} {path}: {wrong.strerror or 'cannot be read'}", hint=hint) from wrong
+    except UnicodeDecodeError as wrong:
+        raise UsageError(
+            f"{what} {path} is not UTF-8: byte {wrong.start} cannot be decoded",
+            hint=f"convert it first: iconv -t utf-8 {path} > {path.stem}-utf8{path.suffix}",
+        ) from wrong
 
 
 def add_byte(path: Path) -> None:

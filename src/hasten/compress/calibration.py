@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -151,23 +152,14 @@ def _has_rows(path: Path) -> bool:
 
 def _parts_of_file(path: Path, tokenizer: Chatter) -> list[str]:
     """Rows of JSON lines, or stretches of a text that end where a line does."""
-    hint = "give --calibration a readable UTF-8 text, a .jsonl file or a dataset such as owner/name"
-    try:
+    with contextlib.suppress(OSError):
         if path.is_file() and path.stat().st_size > _LARGEST:
             raise UsageError(
                 f"calibration text {path} has {path.stat().st_size / 1e9:.1f} GB; a thousandth is enough",
                 hint=f"take a part of it: head -c 50000000 {path} > part{path.suffix}",
             )
-        text = read_text_stream(path, _LARGEST)
-    except OSError as wrong:
-        raise UsageError(
-            f"calibration text {path}: {wrong.strerror or 'cannot be read'}", hint=hint
-        ) from None
-    except UnicodeDecodeError as wrong:
-        raise UsageError(
-            f"calibration text {path} is not UTF-8: byte {wrong.start} cannot be decoded",
-            hint=f"convert it first: iconv -t utf-8 {path} > {path.stem}-utf8{path.suffix}",
-        ) from None
+    hint = "give --calibration a readable UTF-8 text, a .jsonl file or a dataset such as owner/name"
+    text = read_text_stream(path, _LARGEST, "calibration text", hint)
     if _has_rows(path):
         return list(_rows_of_lines(text, str(path), tokenizer))
     return re.findall(rf"(?s).{{1,{_STRETCH}}}[^\n]*\n?", text)

@@ -135,17 +135,7 @@ def read_recipe(path: str | Path) -> Recipe:
             values of a wrong type, or asks for what cannot be.
     """
     path = Path(path)
-    try:
-        text = read_text_stream(path, _LARGEST)
-    except OSError as wrong:
-        raise UsageError(
-            f"recipe file {path}: {wrong.strerror or 'cannot be read'}",
-            hint="give --recipe a YAML file or a name",
-        ) from None
-    except UnicodeDecodeError as wrong:
-        raise UsageError(
-            f"recipe file {path} is not UTF-8: byte {wrong.start} cannot be decoded", hint=_HINT
-        ) from None
+    text = read_text_stream(path, _LARGEST, "recipe file", "give --recipe a YAML file or a name")
     return parse_recipe(text, path.stem, f"recipe file {path}")
 
 

@@ -211,7 +211,8 @@ _GPU_SIDE = 8192  # of matrices
 _HOST_BYTES = 256 << 20
 _LAUNCHES = 500
 _GPU_ROUNDS = 8
-_FP8_CAPABILITY = (8, 9)  # compute capability from which on there are e4m3 products
+FP8_CAPABILITY = (8, 9)
+"""Compute capability from which on a GPU multiplies e4m3."""
 
 
 def gpu_ceilings(max_age_s: float = 0.0) -> tuple[Accelerator, ...]:
@@ -271,7 +272,7 @@ def measure_gpu(torch: Any, device: str = "cuda", scale: float = 1.0) -> Acceler
             memory_bytes=memory,
             capability=f"{capability[0]}.{capability[1]}",
             **timer.copies(size, min(int(_HOST_BYTES * scale), size)),
-            **timer.products(max(64, int(_GPU_SIDE * scale) // 64 * 64), capability >= _FP8_CAPABILITY),
+            **timer.products(max(64, int(_GPU_SIDE * scale) // 64 * 64), capability >= FP8_CAPABILITY),
             **timer.launches(),
         )
     finally:

@@ -92,16 +92,7 @@ def text_from_file(path: str | Path) -> Text:
         UsageError: the file cannot be read, is not UTF-8 or holds no text.
     """
     path = Path(path)
-    try:
-        content = read_text_stream(path, _LARGEST)
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{path} is not UTF-8 text: byte {error.start} cannot be decoded",
-            hint=f"convert it first: iconv -t utf-8 {path} > {path.stem}-utf8.txt",
-        ) from error
-    except OSError as error:
-        reason = error.strerror or "cannot be read"
-        raise UsageError(f"text file {path}: {reason}", hint="give --text a readable UTF-8 file") from error
+    content = read_text_stream(path, _LARGEST, "text file", "give --text a readable UTF-8 file")
     if not content.strip():
         raise UsageError(f"text file {path} is empty", hint="give --text a file of some thousand words")
     cut = content.rfind("\n", 0, len(content) * (_CALIBRATION_EVERY - 1) // _CALIBRATION_EVERY) + 1

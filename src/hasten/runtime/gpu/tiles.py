@@ -11,6 +11,7 @@ import torch
 
 from hasten.core import READERS, Format, ModelSpec
 from hasten.errors import ModelError
+from hasten.machine.probe import FP8_CAPABILITY
 from hasten.runtime.gpu.batch_weights import Precision, TensorOf
 from hasten.runtime.gpu.plain import send
 from hasten.runtime.gpu.ranks import Piece, Shard
@@ -264,7 +265,9 @@ def tensors_of(packed: PackedModel, device: str) -> Tensors:
     else becomes bf16. Integers are kept beside that where each product has one format in all layers."""
     linears, head = packed.linears, packed.config.head_name
     layouts = {linears[name].layout for name in packed.config.linear_shapes() if name != head}
-    in_fp8 = all(layout.name.startswith("fp8") for layout in layouts) and _multiplies_fp8(device)
+    in_fp8 = all(layout.name.startswith("fp8") for layout in layouts) and (
+        device == "cpu" or torch.cuda.get_device_capability() >= FP8_CAPABILITY
+    )
     is_whole = packed.config.vocab % _FP8_ROWS == 0
     head_in_fp8 = in_fp8 and is_whole and linears[head].layout.name.startswith("fp8")
     are_integers = _has_tiles({name: linears[name].layout for name in packed.config.linear_shapes()})
@@ -299,11 +302,6 @@ def _fp8_values(linear: PackedLinear, device: str) -> torch.Tensor:
         if scales.shape[dim] > 1:
             scales = scales.repeat_interleave(size, dim).narrow(dim, 0, count)
     return data[: rows * cols].view(torch.float8_e4m3fn).view(rows, cols).float() * scales
-
-
-def _multiplies_fp8(device: str) -> bool:
-    """Whether there are products of e4m3: from compute capability 8.9 on, and in the plain twin."""
-    return device == "cpu" or torch.cuda.get_device_capability() >= (8, 9)
 
 
 def _has_tiles(layouts: Mapping[str, Format]) -> bool:
