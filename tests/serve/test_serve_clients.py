@@ -237,6 +237,19 @@ def test_a_forced_call_is_one(server: Running, choice: Any) -> None:
         assert several == (calls == 2 and not named)
 
 
+def test_a_strict_server_loosens_no_schema_of_a_tool(server: Running, strict_server: Running) -> None:
+    schema = {"type": "object", "properties": {"days": {"type": "array", "uniqueItems": True}}}
+    body = chat(tools=[{"type": "function", "function": {"name": "plan", "parameters": schema}}])
+    assert strict_server.ask(CHAT, body).status == 200  # no grammar is made for it
+    for choice in ("required", {"type": "function", "function": {"name": "plan"}}):
+        forced = {**body, "tool_choice": choice}
+        refused = strict_server.ask(CHAT, forced)
+        assert (refused.status, refused.error["param"]) == (400, "tools")
+        assert "'plan'" in refused.error["message"] and "uniqueItems" in refused.error["message"]
+        assert server.ask(CHAT, forced).status == 200
+        assert "uniqueItems" not in server.engine.asked[-1].grammar.source
+
+
 def test_one_call_at_most_where_it_is_asked_for(server: Running) -> None:
     server.engine.reply = CALL + CALL
     reply = server.ask(CHAT, chat(tools=[TOOL], parallel_tool_calls=False))

@@ -449,7 +449,7 @@ def prepare_chat(spec: ChatRequest, asker: Asker) -> tuple[Request, Reading]:
         style = replace(style, schemas=checked_tools(tools))
     one_call = style is not None and is_one_call(spec.tool_choice, spec.parallel_tool_calls)
     inside = marks is not None and marks.is_open(text)
-    grammar = _grammar(spec, style, form, _thought(thinking, marks, inside, most, form))
+    grammar = _grammar(spec, style, form, _thought(thinking, marks, inside, most, form), strict)
     reading = Reading(
         style=style,
         names=tuple(style.schemas) if style is not None else (),
@@ -508,10 +508,10 @@ def _rounded(count: int) -> int:
 
 
 def _grammar(
-    spec: ChatRequest, style: ToolStyle | None, form: Form, thought: Thought | None
+    spec: ChatRequest, style: ToolStyle | None, form: Form, thought: Thought | None, strict: bool
 ) -> Grammar | None:
     """What the whole answer must match: the thought, then a call or the form; a forced call has no form."""
     calls = None
     if style is not None and (form.grammar is not None or is_forced(spec.tool_choice)):
-        calls = calls_of(style, spec.tool_choice, spec.parallel_tool_calls)
+        calls = calls_of(style, spec.tool_choice, spec.parallel_tool_calls, strict=strict)
     return answer_grammar(form.grammar, calls, thought)

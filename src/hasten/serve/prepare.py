@@ -467,17 +467,27 @@ def is_one_call(choice: ToolChoice, parallel: bool | None) -> bool:
     return parallel is False or isinstance(choice, Mapping) or (is_forced(choice) and parallel is not True)
 
 
-def calls_of(style: ToolStyle, choice: ToolChoice, parallel: bool | None) -> Calls:
+def calls_of(style: ToolStyle, choice: ToolChoice, parallel: bool | None, *, strict: bool) -> Calls:
     """The calls that a grammar lets an answer make.
 
     Args:
         style: the model's way, with the schemas of the functions offered.
         choice: `tool_choice`; a function it names is one of them.
         parallel: `parallel_tool_calls`.
+        strict: schemas are followed whole; else what a grammar cannot follow of them is left out.
+
+    Raises:
+        Problem: a strict server, and a grammar cannot follow a schema.
     """
     from hasten.engine.grammar import MOST_CALLS, Calls
     from hasten.engine.schema import followed
 
     names = [choice["function"]["name"]] if isinstance(choice, Mapping) else [*style.schemas]
-    functions = {name: followed(style.schemas[name]).schema for name in names}
+    functions = {}
+    for name in names:
+        kept = followed(style.schemas[name])
+        if strict and kept.checked:
+            said = f"the parameters of {name!r} use what no grammar can follow: {', '.join(kept.checked)}"
+            raise refused(f"{said}; leave it out, or set tool_choice to auto"[:500], "tools")
+        functions[name] = kept.schema
     return Calls(functions, is_forced(choice), 1 if is_one_call(choice, parallel) else MOST_CALLS, style)
