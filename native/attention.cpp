@@ -107,6 +107,11 @@ void Attention::part(const AttentionCall& call, const Task& task, int part, Scra
       v[p] = reinterpret_cast<const bf16*>(sides[1]);
       continue;
     }
+    if (p + 1 < pages && rows <= kFewestRows) {
+      const int next = task.span->pages[first / kPageTokens + p + 1];
+      fetch_page(cache.keys(call.layer, next, task.head), values);
+      fetch_page(cache.values(call.layer, next, task.head), values);
+    }
     for (int side = 0; side < 2; side++) {
       bf16* to = scratch.unpacked.data() + (2 * p + side) * values;
       kernels().int8_to_bf16(reinterpret_cast<const int8_t*>(sides[side]), static_cast<int>(values), to);

@@ -134,10 +134,14 @@ void value_rows(const Work& w, int row, float* at, int dim) {
 
 using Rows = void (*)(const Work&, int row, float* at, int where);
 
-// Works through rows in tiles: many[i] takes i + 1 of them.
+// Works through rows in tiles of nearly the same size: many[i] takes i + 1 of them. Seven rows are 4 + 3, not 6 + 1,
+// whose last row would wait for its own sums.
 void by_rows(const Work& w, int first, int rows, int where, const Rows (&many)[kTile]) {
-  for (int row = 0; row < rows; row += kTile)
-    many[std::min(kTile, rows - row) - 1](w, first + row, w.a.scores + static_cast<size_t>(row) * w.tokens, where);
+  const int tiles = (rows + kTile - 1) / kTile;
+  for (int i = 0; i < tiles; i++) {
+    const int row = rows * i / tiles, count = rows * (i + 1) / tiles - row;
+    many[count - 1](w, first + row, w.a.scores + static_cast<size_t>(row) * w.tokens, where);
+  }
 }
 
 inline __m256 visible(const AttendPart& a, int row, __m256i position) {
@@ -213,9 +217,11 @@ void attend(const AttendPart& a) {
   const Work w(a, scratch);
   for (int first = 0; first < a.rows; first += kRows) {
     const int rows = std::min(kRows, a.rows - first);
-    for (int token = 0; token < w.tokens; token += 16)
+    for (int token = 0; token < w.tokens; token += 16) {
+      if (token % kPageTokens == 0) fetch_beside(a, token / kPageTokens);
       by_rows(w, first, rows, token,
               {score_rows<1>, score_rows<2>, score_rows<3>, score_rows<4>, score_rows<5>, score_rows<6>});
+    }
     for (int row = 0; row < rows; row++)
       softmax_row(a, first + row, w.tokens, a.scores + static_cast<size_t>(row) * w.tokens);
     for (int dim = 0; dim < a.head_dim; dim += 16)
