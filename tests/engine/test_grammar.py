@@ -14,9 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hasten.engine.grammar import Grammar
+from hasten.engine.grammar import Grammar, Thought, answer_grammar
 from hasten.errors import MachineError, UsageError
 from hasten.models import gguf_tokenizer
+from hasten.models.answers import ThoughtMarks
 from hasten.models.tokenizer import Tokenizer
 from masked_vocabulary import Vocabulary, bits
 from tiny_tokenizers import byte_level, byte_level_metadata, sentencepiece_metadata, sentencepiece_model
@@ -339,3 +340,18 @@ def test_demo_vocabulary() -> None:
     for text in ("Größe 你好 \U0001f980", "def f(x):\n    return {}\n"):
         ids = tokenizer.encode(text)
         assert b"".join(vocabulary.values[i] for i in ids).decode() == text
+
+
+def test_a_grammar_of_llama_cpp_is_followed(vocabulary: Vocabulary) -> None:
+    source = 'root ::= item+ "."\nitem ::= [ab] | "xy"  # a comment'
+    for seed in range(5):
+        text = vocabulary.text(vocabulary.draw(vocabulary.start("lark", source), random.Random(seed)))
+        assert re.fullmatch(r"([ab]|xy)+\.", text)
+    thought = Thought(ThoughtMarks("<think>", "</think>"), inside=True)
+    whole = answer_grammar(Grammar("lark", source), None, thought)
+    assert whole is not None
+    state = vocabulary.compiler.compile(whole).start()
+    state.accept(vocabulary.ids("hm</think>\n\nabxy."))
+    assert state.finished and not state.failure
+    with pytest.raises(UsageError, match="no GBNF"):
+        vocabulary.start("lark", "root ::= this is (not valid")

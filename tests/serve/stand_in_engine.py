@@ -42,6 +42,9 @@ class ByteTokenizer:
 
     longest_token = 4
 
+    def spelling(self, token: int) -> str | None:
+        return f"<{token:02x}>"
+
     def tool_style(self, architecture: str) -> ToolStyle:
         return tool_style(self.fields.chat_templates, architecture, {})
 

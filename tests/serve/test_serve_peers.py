@@ -61,7 +61,8 @@ def test_ids_beside_the_texts(server: Running) -> None:
     assert bytes(whole["choices"][0]["token_ids"]) == b"Hi."
     (choice,) = server.ask(COMPLETION, {"prompt": "abc", "return_token_ids": True}).json["choices"]
     assert (bytes(choice["prompt_token_ids"]), bytes(choice["token_ids"])) == (b"abc", b"Hi.")
-    assert "token_ids" not in server.ask(COMPLETION, {"prompt": "abc"}).json["choices"][0]
+    plain = server.ask(COMPLETION, {"prompt": "abc"}).json["choices"][0]
+    assert plain["token_ids"] is plain["prompt_token_ids"] is None
 
 
 def test_ids_in_streams(server: Running) -> None:
@@ -123,3 +124,74 @@ def test_any_name_means_the_first_model_where_the_server_says_so() -> None:
     with serving(options, {"first": StandInEngine(), "second": StandInEngine()}) as running:
         for asked, got in (("gpt-4.1", "first"), ("second", "second"), (None, "first")):
             assert running.ask(CHAT, chat(model=asked)).json["model"] == got
+
+
+GBNF = 'root ::= "a"{5,5}'
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"grammar": GBNF}, {"guided_grammar": GBNF}, {"structured_outputs": {"grammar": GBNF}}],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_a_grammar_under_every_name(server: Running, fields: dict[str, Any]) -> None:
+    for path, body in bodies(**fields):
+        assert server.ask(path, body).status == 200
+        assert server.engine.asked[-1].grammar.source == GBNF
+
+
+def test_tokens_are_counted_without_an_answer(server: Running) -> None:
+    for path, body, words in (
+        ("/v1/chat/completions/input_tokens", chat(), "<user>hello"),
+        ("/v1/responses/input_tokens", {"input": "hello", "instructions": "be"}, "<system>be<user>hello"),
+    ):
+        assert server.ask(path, body).json["input_tokens"] == len(words)
+    assert server.engine.asked == []
+    first = server.ask("/v1/responses", {"input": "hello"}).json
+    body = {"input": "more", "previous_response_id": first["id"]}
+    words = "<user>hello<assistant><user>hello<user>more"
+    assert server.ask("/v1/responses/input_tokens", body).json["input_tokens"] == len(words)
+
+
+def test_inputs_of_several_forms_are_embedded_together(server: Running) -> None:
+    given = ["abc", [97, 98, 99], {"prompt_string": "abc"}, {"content": [{"type": "text", "text": "abc"}]}]
+    entries = server.ask(EMBED, {"input": given}).json["data"]
+    assert len(entries) == 4 and all(one["embedding"] == entries[0]["embedding"] for one in entries)
+    assert len(server.ask(EMBED, {"input": given[3]}).json["data"]) == 1
+    for wrong in ({"content": "abc"}, {"content": [{"type": "image_url"}]}, {}):
+        assert server.ask(EMBED, {"input": wrong}).error["param"].startswith("input")
+
+
+def test_fields_that_vllm_always_sends_are_there(server: Running) -> None:
+    assert server.ask(CHAT, chat()).json["prompt_logprobs"] is None
+    assert server.ask(COMPLETION, {"prompt": "a"}).json["choices"][0]["prompt_logprobs"] is None
+    (model,) = server.ask("/v1/models").json["data"]
+    assert model["root"] == model["id"]
+    assert "out of vocabulary" in server.ask(COMPLETION, {"prompt": [9999]}).error["message"]
+
+
+def test_a_prompt_is_cut_where_that_is_asked_for(server: Running) -> None:
+    for fields, kept in (
+        ({"truncate_prompt_tokens": 3}, b"llo"),
+        ({"truncate_prompt_tokens": 3, "truncation_side": "right"}, b"hel"),
+        ({"truncate_prompt_tokens": 30}, b"hello"),
+    ):
+        echoed = server.ask(COMPLETION, {"prompt": "hello", "echo": True, "max_tokens": 0, **fields}).json
+        assert bytes(server.engine.asked[-1].prompt) == kept
+        assert echoed["choices"][0]["text"].encode() == kept
+    assert server.ask(CHAT, chat("x" * 5000, truncate_prompt_tokens=-1)).status == 200
+    assert len(server.engine.asked[-1].prompt) == 4095  # of 4096: one is left for the answer
+    assert server.ask(CHAT, chat(truncate_prompt_tokens=0)).error["param"] == "truncate_prompt_tokens"
+
+
+def test_chats_are_encoded_as_they_would_be_asked(server: Running) -> None:
+    body = {"messages": BEGUN, "continue_final_message": True, "return_token_strs": True}
+    found = server.ask("/tokenize", body).json
+    assert bytes(found["tokens"]) == b"<user>hello<assistant>Once "
+    assert found["token_strs"][:2] == ["<3c>", "<75>"]
+
+
+def test_all_wrong_ids_are_named(server: Running) -> None:
+    error = server.ask(CHAT, chat(logit_bias={"bad1": 5, "bad2": 5, "7": 1})).error
+    assert error["param"] == "logit_bias.bad1"
+    assert "bad1" in error["message"] and "bad2" in error["message"] and "7" not in error["message"]

@@ -93,11 +93,36 @@ def source_of(grammar: Grammar) -> str:
         case "regex":
             # \d means 0 to 9, as in JSON schemas, not the digits of all scripts
             return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(grammar.source, 'd')}/")
-        case "lark" | "structural":
+        case "lark":
+            return LLMatcher.grammar_from_lark(lark_of(grammar.source))
+        case "structural":
             return LLMatcher.grammar_from_lark(grammar.source)
     raise UsageError(
         f"unknown kind of grammar {grammar.kind!r}", hint="use json_schema, regex, lark or choice"
     )
+
+
+_GBNF_RULE = re.compile(r"^\s*[A-Za-z][\w-]*\s*::=", re.MULTILINE)
+
+
+def lark_of(source: str) -> str:
+    """A grammar in Lark's form; one in llama.cpp's (GBNF, rules with `::=`) is rewritten by llguidance.
+
+    Raises:
+        UsageError: it is no GBNF.
+    """
+    if not _GBNF_RULE.search(source):
+        return source
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    try:
+        return gbnf_to_lark(source).removeprefix("%llguidance {}").strip()
+    except Exception as error:  # noqa: BLE001  its own error, and what odd texts bring up
+        said = " ".join(str(error).split())[:300]
+        raise UsageError(
+            f"the grammar cannot be used: it has rules with ::=, and is no GBNF: {said}",
+            hint="write GBNF (root ::= ...) as llama.cpp takes it, or Lark (start: ...)",
+        ) from None
 
 
 def _check_text(source: str) -> None:
@@ -446,7 +471,8 @@ def _form_rules(form: Grammar) -> list[str]:
             return [f"form: /{regex_to_lark(form.source, 'd')}/"]
         case "choice":
             return [_choice(form.source).replace("start:", "form:", 1).rstrip()]
-    return [f"form: %lark {{\n{form.source}\n}}"]
+    source = lark_of(form.source) if form.kind == "lark" else form.source
+    return [f"form: %lark {{\n{source}\n}}"]
 
 
 def _thought_rules(thought: Thought) -> list[str]:

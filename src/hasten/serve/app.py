@@ -27,7 +27,7 @@ from hasten.errors import HastenError
 from hasten.serve import messages, responses, texts
 from hasten.serve.body import Strict
 from hasten.serve.call import App, Problem, call_of, problem_of
-from hasten.serve.chat import ChatRequest, chat
+from hasten.serve.chat import ChatRequest, chat, chat_tokens
 from hasten.serve.guard import Guard
 from hasten.serve.messages import CountRequest, MessagesRequest
 from hasten.serve.metrics import CONTENT_TYPE
@@ -117,7 +117,7 @@ def _started(pool: ModelPool) -> ModelPool:
 
 
 def _model(pool: ModelPool, name: str) -> dict[str, Any]:
-    entry = {"id": name, "object": "model", "created": pool.created, "owned_by": "hasten"}
+    entry = {"id": name, "object": "model", "created": pool.created, "owned_by": "hasten", "root": name}
     return {**entry, "loaded": pool.is_loaded(name), **pool.facts(name)}
 
 
@@ -182,6 +182,10 @@ ROUTES = (
     Route(
         "POST", "/v1/messages/count_tokens", messages.count_tokens, "Tokens of a conversation", CountRequest
     ),
+    Route(
+        "POST", "/v1/responses/input_tokens", responses.input_tokens, "Tokens of a request", ResponseRequest
+    ),
+    Route("POST", "/v1/chat/completions/input_tokens", chat_tokens, "Tokens of a conversation", ChatRequest),
     Route("GET", "/v1/responses/{response_id}", responses.retrieve, "A stored answer", refuses=(404,)),
     Route(
         "DELETE", "/v1/responses/{response_id}", responses.delete, "Forget a stored answer", refuses=(404,)

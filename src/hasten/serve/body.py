@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import TypedDict
@@ -67,6 +67,7 @@ _SAME_AS = {
     "max_new_tokens": "max_tokens",
     "max_length": "max_tokens",
     "json_schema": "guided_json",
+    "grammar": "guided_grammar",
     "content": "prompt",
 }
 _ENVELOPES = ("extra_body", "options")  # fields in one more object: a client's mistake, and Ollama's form
@@ -345,6 +346,16 @@ def _problem(error: ValidationError, document: Any) -> Problem:
         )
         wanted = dict.fromkeys(_told(message).removeprefix("should be ") for message in also)
         said = f"should be {' or '.join(wanted)}"
+    beside = [
+        str(at[-1])[:60]
+        for one, at in zip(errors, places, strict=True)
+        if one["type"] == kind
+        and one["msg"] == errors[number]["msg"]
+        and at != place
+        and at[:-1] == place[:-1]
+    ]
+    if beside and isinstance(place[-1], str):  # fields of one object with the same fault, such as wrong ids
+        said += f"; so should {', '.join(beside[:10])}"
     return Problem(400, f"{path or 'the body'}: {said}"[:500], param=path, code="invalid_value")
 
 
@@ -402,7 +413,7 @@ class StructuredOutputs(Strict):
     json_: JsonObject | Text | None = Field(None, alias="json", description="JSON schema")
     regex: Text | None = None
     choice: Annotated[list[StopText], Field(min_length=1, max_length=1000, fail_fast=True)] | None = None
-    grammar: Text | None = Field(None, description="Lark grammar")
+    grammar: Text | None = Field(None, description="grammar in Lark or GBNF")
     json_object: bool | None = None
 
 
@@ -451,6 +462,10 @@ class SamplingFields(DrawingFields):
     return_token_ids: bool | None = Field(None, description="ids of prompt and answer beside the texts")
     return_tokens_as_token_ids: bool | None = Field(None, description="logprobs name tokens token_id:7")
     skip_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=-1, lt=2**31, description="keeps so many of a longer prompt; -1: as many as fit"
+    )
+    truncation_side: Literal["left", "right"] | None = Field(None, description="what is cut off: left")
     stream_options: StreamOptions | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=20)
     guided_json: JsonObject | Text | None = Field(None, description="JSON schema")
@@ -458,5 +473,5 @@ class SamplingFields(DrawingFields):
     guided_choice: Annotated[list[StopText], Field(min_length=1, max_length=1000, fail_fast=True)] | None = (
         None
     )
-    guided_grammar: Text | None = Field(None, description="Lark grammar")
+    guided_grammar: Text | None = Field(None, description="grammar in Lark or GBNF")
     structured_outputs: StructuredOutputs | None = None

@@ -336,8 +336,7 @@ class ChatShape(Shape):
     def document(self) -> dict[str, Any]:
         """The response in one piece; vLLM puts the prompt's logprobs beside the choices."""
         document = super().document()
-        if 0 in self.prompt_logprobs:
-            document["prompt_logprobs"] = self.prompt_logprobs[0]
+        document["prompt_logprobs"] = self.prompt_logprobs.get(0)
         if self._prompts is not None:
             document["prompt_token_ids"] = self._prompts[0]
         return document
@@ -376,6 +375,21 @@ async def chat(exchange: Exchange) -> None:
         if spec.return_token_ids:
             shape.show_ids([request])
         await respond(exchange, served, spec, [request], shape)
+
+
+async def chat_tokens(exchange: Exchange) -> None:
+    """Tokens of a conversation, tools included, as llama.cpp's server counts them."""
+    spec = await exchange.body(ChatRequest)
+    count = await counted(exchange, spec)
+    await exchange.json({"object": "response.input_tokens", "input_tokens": count})
+
+
+async def counted(exchange: Exchange, spec: ChatRequest) -> int:
+    """Tokens of the prompt that a conversation becomes; nothing is generated."""
+    asked = spec.model_copy(update={"max_tokens": 0, "max_completion_tokens": None, "min_tokens": None})
+    async with exchange.service.pool.use(spec.model) as served:
+        request, _ = await exchange.work(partial(prepare_chat, asked, asker_of(exchange, served)))
+    return len(request.prompt)
 
 
 def echoed_of(spec: ChatRequest) -> str:
@@ -439,7 +453,7 @@ def prepare_chat(spec: ChatRequest, asker: Asker) -> tuple[Request, Reading]:
     if marks is not None and thinking.enabled is False and marks.is_open(text):
         text = f"{text.rstrip()}\n\n{marks.closing}\n\n"  # the template cannot leave the thought out
     asker.check_length(text)
-    prompt = asker.chat_tokens(text)
+    prompt = asker.kept(spec, asker.chat_tokens(text))
     asked = spec.max_tokens if spec.max_completion_tokens is None else spec.max_completion_tokens
     most = asker.limit(asked, len(prompt))
     form = form_of(spec, spec.response_format, strict=strict)

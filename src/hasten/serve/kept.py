@@ -66,7 +66,7 @@ class ResponseStore:
         if found is None or found.owner != owner:
             raise Problem(
                 404,
-                f"there is no stored response {name[:100]!r}; the last {self._most} are kept, in memory",
+                f"Response with id {name[:100]!r} not found: the last {self._most} are kept, in memory",
                 param=param,
                 code="response_not_found",
             )

@@ -15,7 +15,7 @@ from pydantic import Field
 from hasten.models.answers import ArgumentsDelta, CallStarted, TextDelta, ThoughtDelta, ToolEvent
 from hasten.serve.body import DrawingFields, JsonObject, Strict, Text, checked
 from hasten.serve.call import refused
-from hasten.serve.chat import ChatRequest, prepare_chat
+from hasten.serve.chat import ChatRequest, counted, prepare_chat
 from hasten.serve.generate import asker_of, respond
 from hasten.serve.metrics import Tally
 from hasten.serve.shape import Answer, News, TokenTexts, dumps, event
@@ -309,8 +309,5 @@ async def messages(exchange: Exchange) -> None:
 async def count_tokens(exchange: Exchange) -> None:
     """Tokens of a conversation, tools included."""
     spec = await exchange.body(CountRequest)
-    asked = as_chat(spec)
-    asked.max_tokens = 0
-    async with exchange.service.pool.use(spec.model) as served:
-        request, _ = await exchange.work(lambda: prepare_chat(asked, asker_of(exchange, served)))
-    await exchange.json({"input_tokens": len(request.prompt)})
+    asked = as_chat(spec).model_copy(update={"model": spec.model})
+    await exchange.json({"input_tokens": await counted(exchange, asked)})

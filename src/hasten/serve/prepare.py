@@ -111,6 +111,21 @@ class Asker:
         check_ids(self.served, prompt, "prompt")
         return tuple(prompt)
 
+    def kept(self, spec: SamplingFields, prompt: tuple[int, ...]) -> tuple[int, ...]:
+        """As much of a prompt as the request wants (vLLM's `truncate_prompt_tokens`): its end, unless told.
+
+        Raises:
+            Problem: 400, nothing would be left.
+        """
+        most = spec.truncate_prompt_tokens
+        if most is None:
+            return prompt
+        context = self.served.context
+        most = context - (spec.min_tokens or 1) if most == -1 else min(most, context)
+        if most < 1:
+            raise refused("truncate_prompt_tokens leaves nothing of the prompt", "truncate_prompt_tokens")
+        return prompt[:most] if spec.truncation_side == "right" else prompt[-most:]
+
     def check_length(self, text: str) -> None:
         """Refuse a text that cannot fit before all of it is encoded: a million characters take 1.3 s.
 
@@ -248,7 +263,7 @@ def check_ids(served: Served, ids: Sequence[int], param: str) -> None:
     """
     vocabulary = served.model.config.vocab
     if any(token >= vocabulary for token in ids):
-        raise refused(f"a token id is {max(ids)}; the vocabulary has {vocabulary}", param)
+        raise refused(f"token id {max(ids)} is out of vocabulary: it has {vocabulary}", param)
 
 
 def sampling_of(spec: SamplingFields, usual: Mapping[str, float] | None = None) -> SamplingOptions:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from json.encoder import encode_basestring
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -21,6 +22,7 @@ from hasten.serve.chat import (
     JsonSchema,
     NamedFunction,
     PlainFormat,
+    counted,
     prepare_chat,
 )
 from hasten.serve.generate import asker_of, respond
@@ -394,15 +396,12 @@ async def create(exchange: Exchange) -> None:
     """Answer; what is stored can be continued by `previous_response_id`."""
     spec = await exchange.body(ResponseRequest)
     service, owner = exchange.service, exchange.call.client
-    earlier: Sequence[Mapping[str, Any]] = ()
-    if spec.previous_response_id is not None:
-        earlier = service.stored.get(spec.previous_response_id, owner, "previous_response_id").messages
-    given = spec.input if isinstance(spec.input, str) else _dereferenced(spec.input, service.stored, owner)
+    earlier, given = _given(exchange, spec)
     async with service.pool.use(spec.model) as served:
 
         def prepare() -> tuple[Request, Reading, Messages, dict[str, Any], int]:
-            told = [*map(dict, earlier), *messages_of(given)]
-            request, reading = prepare_chat(as_chat(spec, told), asker_of(exchange, served))
+            asked, told = _as_told(spec, earlier, given)
+            request, reading = prepare_chat(asked, asker_of(exchange, served))
             fields = fields_of(spec, served.name, request)
             size = len(dumped(told)) + len(dumped(fields)) if fields["store"] else 0
             return request, reading, told, fields, size
@@ -419,6 +418,38 @@ async def create(exchange: Exchange) -> None:
                 service.stored.add(shape.id, StoredResponse(owner, shape.document(), messages, bytes_))
 
         await respond(exchange, served, spec, [request], shape, keep)
+
+
+async def input_tokens(exchange: Exchange) -> None:
+    """Tokens of what the request would answer, tools and the conversation before it included."""
+    spec = await exchange.body(ResponseRequest)
+    asked = await exchange.work(partial(_as_told, spec, *_given(exchange, spec)))
+    count = await counted(exchange, asked[0].model_copy(update={"model": spec.model}))
+    await exchange.json({"object": "response.input_tokens", "input_tokens": count})
+
+
+Given = str | Sequence[Mapping[str, Any]]
+
+
+def _given(exchange: Exchange, spec: ResponseRequest) -> tuple[Sequence[Mapping[str, Any]], Given]:
+    """The messages of the conversation so far, and what is asked now.
+
+    Raises:
+        Problem: 404, it names a response or an item that is not stored.
+    """
+    stored, owner = exchange.service.stored, exchange.call.client
+    earlier: Sequence[Mapping[str, Any]] = ()
+    if spec.previous_response_id is not None:
+        earlier = stored.get(spec.previous_response_id, owner, "previous_response_id").messages
+    return earlier, spec.input if isinstance(spec.input, str) else _dereferenced(spec.input, stored, owner)
+
+
+def _as_told(
+    spec: ResponseRequest, earlier: Sequence[Mapping[str, Any]], given: Given
+) -> tuple[ChatRequest, Messages]:
+    """The same question as a chat request, and its messages without the instructions."""
+    told = [*map(dict, earlier), *messages_of(given)]
+    return as_chat(spec, told), told
 
 
 def _dereferenced(
@@ -448,7 +479,7 @@ async def delete(exchange: Exchange) -> None:
     await exchange.json({"id": name, "object": "response", "deleted": True})
 
 
-def messages_of(given: str | Sequence[Mapping[str, Any]]) -> Messages:
+def messages_of(given: Given) -> Messages:
     """Items as chat messages; calls join the assistant's message before them."""
     if isinstance(given, str):
         return [{"role": "user", "content": given}]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from json.encoder import encode_basestring
@@ -185,11 +185,10 @@ class CompletionShape(Shape):
             "finish_reason": part.finish,
             "stop_reason": part.stop,
         }
-        prompt = None if self._echoed else self.prompt_logprobs.get(number // self.answers)
-        if self._prompts is not None:
-            ids = {"prompt_token_ids": self._prompts[number // self.answers], "token_ids": part.token_ids}
-            choice |= ids
-        return choice if prompt is None else {**choice, "prompt_logprobs": prompt}
+        choice["prompt_logprobs"] = None if self._echoed else self.prompt_logprobs.get(number // self.answers)
+        choice["prompt_token_ids"] = self._prompts[number // self.answers] if self._prompts else None
+        choice["token_ids"] = part.token_ids if self._prompts else None
+        return choice
 
     def document(self) -> dict[str, Any]:
         """The response in one piece; of answers made for a choice, the likeliest."""
@@ -243,7 +242,7 @@ async def completions(exchange: Exchange) -> None:
         await respond(exchange, served, spec, requests, shape)
 
 
-Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Sequence[str | Sequence[int]]
 
 
 def prompts_of(prompt: Prompts) -> list[str | Sequence[int]]:
@@ -275,13 +274,15 @@ def _to_complete(spec: CompletionRequest, asker: Asker, made: int) -> tuple[list
     ranked = spec.logprobs if made == (spec.n or 1) else spec.logprobs or 0
     scored = spec.logprobs if spec.echo else spec.prompt_logprobs
     requests, echoed = [], []
-    for (one, prompt), text in zip(_each(prompts, special, asker), prompts_of(prompts), strict=True):
+    for (one, whole), text in zip(_each(prompts, special, asker), prompts_of(prompts), strict=True):
+        prompt = one.kept(spec, whole)
         most = one.limit(asked, len(prompt))
         asks = spec.model_copy(update={"n": made, "prompt_logprobs": scored})
         request = one.request(asks, prompt, max_new_tokens=most, logprobs=ranked, grammar=form.grammar)
         requests.append(request)
         if spec.echo:
-            echoed.append(text if isinstance(text, str) else asker.served.model.tokenizer.decode(text, False))
+            as_sent = isinstance(text, str) and prompt == whole
+            echoed.append(str(text) if as_sent else asker.served.model.tokenizer.decode(prompt, False))
     return requests, echoed, form
 
 
@@ -366,7 +367,7 @@ async def infill(exchange: Exchange) -> None:
             extra = "".join(f"{one.get('text', '')}\n" for one in spec.input_extra or ())
             before = f"{extra}{spec.input_prefix}{spec.prompt or ''}"
             asker.check_length(before)
-            prompt = tuple(filled_in(asker, before, spec.input_suffix))
+            prompt = asker.kept(spec, tuple(filled_in(asker, before, spec.input_suffix)))
             most = asker.limit(spec.max_tokens, len(prompt))
             return asker.request(spec, prompt, max_new_tokens=most, logprobs=None, grammar=None)
 
@@ -384,11 +385,35 @@ class EmbeddingRequest(SharedFields):
         | Annotated[list[Text], Field(min_length=1, max_length=2048, fail_fast=True)]
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1, max_length=2048, fail_fast=True)]
+        | Annotated[list[Text | TokenIds], Field(min_length=1, max_length=2048, fail_fast=True)]
     )
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(None, ge=1, le=100_000, description="the first so many, of length 1")
     pooling: Literal["mean", "last"] | None = None
     add_special_tokens: bool | None = None
+
+    @classmethod
+    def understood(cls, document: dict[str, Any], ignored: set[str]) -> dict[str, Any]:
+        """Inputs as texts or ids, also where llama.cpp's server takes objects that hold a text."""
+        found = super().understood(document, ignored)
+        given = found.get("input")
+        if isinstance(given, Mapping):
+            found["input"] = _words(given)
+        elif isinstance(given, list):
+            found["input"] = [_words(one) if isinstance(one, Mapping) else one for one in given]
+        return found
+
+
+def _words(entry: Mapping[str, Any]) -> Any:
+    """The text of an object; the object itself where it holds something else, for the check to name."""
+    content = entry.get("prompt_string", entry.get("content"))
+    if isinstance(content, str) and "prompt_string" in entry:
+        return content
+    if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
+        texts = [part.get("text") for part in content if part.get("type") == "text"]
+        if len(texts) == len(content) and all(isinstance(text, str) for text in texts):
+            return "".join(str(text) for text in texts)
+    return entry
 
 
 async def embeddings(exchange: Exchange) -> None:
@@ -460,8 +485,9 @@ class TokenizeRequest(Strict):
     tools: Annotated[list[Tool], Field(max_length=256, fail_fast=True)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: JsonObject | None = None
-    return_token_strs: bool | None = None
+    return_token_strs: bool | None = Field(None, description="the tokens as the vocabulary spells them")
 
 
 class DetokenizeRequest(Strict):
@@ -492,10 +518,14 @@ def _tokens(spec: TokenizeRequest, asker: Asker) -> bytes:
         ids = tokenizer.encode(spec.prompt, spec.add_special_tokens is not False)
     else:
         generation, variables = spec.add_generation_prompt, spec.chat_template_kwargs
-        text = asker.chat_text(spec.messages or (), spec.tools or None, generation, variables)
+        messages = spec.messages or ()
+        if spec.continue_final_message:
+            text = asker.continued_text(messages, spec.tools or None, variables)
+        else:
+            text = asker.chat_text(messages, spec.tools or None, generation, variables)
         _check_size(text, "messages")
         ids = asker.chat_tokens(text)
-    texts = [tokenizer.decode([one], skip_special=False) for one in ids] if spec.return_token_strs else None
+    texts = [tokenizer.spelling(one) for one in ids] if spec.return_token_strs else None
     about = {"count": len(ids), "max_model_len": asker.served.context}
     return dumped({**about, "tokens": ids, "token_strs": texts})
 
