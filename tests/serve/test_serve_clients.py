@@ -98,6 +98,7 @@ def test_what_is_left_out_is_said(server: Running) -> None:
         ({"use_beam_search": True}, "use_beam_search"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"mirostat": 2}, "mirostat"),
+        ({"logprob_token_ids": [5]}, "logprob_token_ids"),
         ({"suffix": "x"}, "suffix"),
         ({"allowed_tokens": [1], "dry_multiplier": 1}, "dry_multiplier"),
     ],
@@ -289,8 +290,16 @@ def test_thoughts_are_kept_apart(thinker: Running) -> None:
     ]
     assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "Hm, so."
     assert "".join(delta.get("content") or "" for delta in deltas) == "Hi"
-    hidden = thinker.ask(CHAT, chat(include_reasoning=False)).json["choices"][0]["message"]
-    assert "reasoning_content" not in hidden
+    assert [delta.get("reasoning") for delta in deltas] == [
+        delta.get("reasoning_content") for delta in deltas
+    ]
+    reply = thinker.ask(CHAT, chat(include_reasoning=False)).json
+    assert not {"reasoning", "reasoning_content"} & reply["choices"][0]["message"].keys()
+    told = reply["usage"]["completion_tokens_details"]["reasoning_tokens"]
+    assert len("Hm, so.") - 1 <= told <= len("<think>\nHm, so.\n</think>")
+    body = chat(stream=True, stream_options={"include_usage": True})
+    last = thinker.ask(CHAT, body).events[-1]
+    assert last["usage"]["completion_tokens_details"]["reasoning_tokens"] == told
     thought, said, *_ = thinker.ask(RESPONSE, {"input": "x"}).json["output"]
     assert thought["type"] == "reasoning" and thought["content"][0]["text"] == "Hm, so."
     assert said["content"][0]["text"].startswith("Hi")

@@ -195,3 +195,10 @@ def test_all_wrong_ids_are_named(server: Running) -> None:
     error = server.ask(CHAT, chat(logit_bias={"bad1": 5, "bad2": 5, "7": 1})).error
     assert error["param"] == "logit_bias.bad1"
     assert "bad1" in error["message"] and "bad2" in error["message"] and "7" not in error["message"]
+
+
+def test_a_schema_beside_the_type_is_one(server: Running) -> None:
+    server.ask(CHAT, chat(response_format={"type": "json_object", "schema": {"const": 42}}))
+    assert server.engine.asked[-1].grammar.kind == "json_schema"
+    error = server.ask(CHAT, chat(response_format={"type": "json_object", "schema": 123})).error
+    assert error["param"].startswith("response_format")

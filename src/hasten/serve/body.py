@@ -41,6 +41,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "grammar": ("",),
     "include_stop_str_in_output": (False,),
     "logits_processors": ([],),
+    "logprob_token_ids": ([],),
     "lora": ([],),
     "min_tokens": (0,),
     "mirostat": (0,),

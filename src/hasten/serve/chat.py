@@ -31,10 +31,12 @@ from hasten.serve.prepare import (
     marks_of,
     offered,
 )
-from hasten.serve.shape import Part, Shape, TokenTexts, dumps, joined
+from hasten.serve.shape import News, Part, Shape, TokenTexts, dumps, joined
 from hasten.serve.spelling import spelled_chat
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from hasten.engine.grammar import Grammar
     from hasten.models.answers import ThoughtMarks
     from hasten.serve.service import Exchange
@@ -223,6 +225,24 @@ class ChatShape(Shape):
         self._reading = reading
         self._readers = [] if reading.is_plain else [reading.reader(streamed) for _ in range(request.n)]
         self._with_logprobs = request.logprobs is not None
+        self._thinkers = [reading.reader(False) for _ in range(request.n)] if reading.thinks else []
+        self._thought_tokens = 0  # those whose step gave nothing but a thought
+
+    def take(self, news: Sequence[News]) -> None:
+        """Note outputs, and how many of their tokens are thoughts."""
+        super().take(news)
+        for _, output in news if self._thinkers else ():
+            self._count(self._thinkers[output.index].read(output.text, output.finish_reason), output)
+
+    def _count(self, said: Sequence[ToolEvent], output: Output) -> None:
+        if said and all(isinstance(one, ThoughtDelta) for one in said):
+            self._thought_tokens += len(output.token_ids)
+
+    def _usage(self) -> dict[str, Any]:
+        usage = super()._usage()
+        if self._thinkers:
+            usage["completion_tokens_details"] = {"reasoning_tokens": self._thought_tokens}
+        return usage
 
     def _entries(self, part: Part, output: Output) -> list[str]:
         return [self.texts.chat(one) for one in output.logprobs]
@@ -259,7 +279,9 @@ class ChatShape(Shape):
     def _read(self, number: int, part: Part, output: Output) -> str:
         """Events of an answer that may think or call tools."""
         events, logprobs = [], self._logprobs(part, output)
-        for one in self._readers[number].read(output.text, output.finish_reason):
+        said = self._readers[number].read(output.text, output.finish_reason)
+        self._count(said, output)
+        for one in said:
             if isinstance(one, ThoughtDelta) and not self._reading.thoughts:
                 continue
             if isinstance(one, TextDelta):
@@ -315,7 +337,7 @@ class ChatShape(Shape):
             calls = [_whole(call, arguments) for call, arguments in made]
             message["content"] = text or (None if calls else "")
             if thought and self._reading.thoughts:
-                message["reasoning_content"] = thought
+                message["reasoning_content"] = message["reasoning"] = thought
             if calls:
                 message["tool_calls"] = calls
                 reason = "tool_calls" if reason == "stop" else reason
@@ -347,7 +369,8 @@ def _delta_of(one: ToolEvent) -> str:
     if isinstance(one, TextDelta):
         return f'"content":{encode_basestring(one.text)}'
     if isinstance(one, ThoughtDelta):
-        return f'"reasoning_content":{encode_basestring(one.text)}'
+        text = encode_basestring(one.text)
+        return f'"reasoning_content":{text},"reasoning":{text}'  # the older name, and vLLM's of today
     call = _begun(one) if isinstance(one, CallStarted) else {"function": {"arguments": one.text}}
     return f'"tool_calls":[{dumps({"index": one.index, **call})}]'
 

@@ -428,6 +428,11 @@ class Reading:
         """Whether all of the answer is content."""
         return self.style is None and self.marks is None and not self.harmony
 
+    @property
+    def thinks(self) -> bool:
+        """Whether a thought may come before the content."""
+        return self.marks is not None or self.harmony
+
     def reader(self, streamed: bool) -> Reader:
         from hasten.models.answers import AnswerReader, HarmonyReader, ToolCallStream
 

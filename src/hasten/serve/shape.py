@@ -280,7 +280,7 @@ class Shape(Answer):
         return f'],"usage":{dumps(usage)}}}\n\n'
 
     def last(self) -> bytes:
-        usage = f'{self.head}],"usage":{dumps(self.tally.usage())}}}\n\n' if self.with_usage else ""
+        usage = f'{self.head}],"usage":{dumps(self._usage())}}}\n\n' if self.with_usage else ""
         return usage.encode() + b"data: [DONE]\n\n"
 
     def failed(self, problem: Problem) -> bytes:
@@ -294,8 +294,11 @@ class Shape(Answer):
             "model": self.model,
             "system_fingerprint": FINGERPRINT,
             "choices": [self._choice(number, part) for number, part in enumerate(self.parts)],
-            "usage": self.tally.usage(),
+            "usage": self._usage(),
         }
+
+    def _usage(self) -> dict[str, Any]:
+        return self.tally.usage()
 
     @abstractmethod
     def _entries(self, part: Part, output: Output) -> list[Any]:

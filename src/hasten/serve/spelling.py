@@ -291,7 +291,7 @@ def spelled_format(form: Mapping[str, Any]) -> dict[str, Any]:
     """`response_format`, also with the schema beside the type as llama.cpp's server and others take it."""
     kind, schema = form.get("type"), form.get("schema")
     inner = form.get("json_schema")
-    if kind in ("json_object", "json_schema") and isinstance(schema, Mapping) and inner is None:
+    if kind in ("json_object", "json_schema") and schema is not None and inner is None:
         kept = {name: form[name] for name in ("name", "strict", "description") if form.get(name) is not None}
         return {"type": "json_schema", "json_schema": {**kept, "schema": schema}}
     if kind == "json_schema" and isinstance(inner, Mapping) and "schema" not in inner:
