@@ -280,3 +280,15 @@ def greedy(model: Any, prompt: Sequence[int], count: int) -> list[int]:
     for _ in range(count):
         ids.append(int(logits(model, ids)[-1].argmax()))
     return ids[len(prompt) :]
+
+
+def int8_groups(x: np.ndarray) -> np.ndarray:
+    """x rounded to int8 with one scale (largest magnitude / 127) a group of 32 inputs; float32 [T, cols].
+
+    This is the rounding of the native engine's int8 activations (native/layout.h, kActGroup), undone again.
+    """
+    rows, cols = x.shape
+    grouped = np.pad(x, ((0, 0), (0, -cols % 32))).reshape(rows, -1, 32)
+    scale = np.abs(grouped).max(axis=-1, keepdims=True) / 127
+    rounded = np.rint(grouped / np.maximum(scale, np.finfo(np.float32).tiny)) * scale
+    return np.asarray(rounded.reshape(rows, -1)[:, :cols], np.float32)

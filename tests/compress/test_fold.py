@@ -86,7 +86,7 @@ def test_a_layer_with_fewer_heads_and_channels_folds(tmp_path: Path) -> None:
 
 def test_types_stay_and_nothing_given_is_written_to(tmp_path: Path) -> None:
     source = opened("llama-odd", tmp_path)  # biases everywhere
-    weights = layer_weights(source, 0, torch.bfloat16)
+    weights = {name: value.bfloat16() for name, value in layer_weights(source, 0).items()}
     kept = {name: value.clone() for name, value in weights.items()}
     folded = fold(weights, source.config, "down", torch.full((100,), 2.0))
     assert all(torch.equal(weights[name], kept[name]) for name in kept)

@@ -13,7 +13,6 @@ from hasten.compress.quantise.rotate import residual_rotation, rotate
 from hasten.compress.torch_layer import Positions, layer_forward, layer_weights, plain_linear
 from hasten.core import READERS, ModelSpec
 from hasten.models.open import open_folder
-from hasten.runtime.reference import int8_groups
 
 NAMES = sorted(tiny_models.TINY)
 Layer = tuple[ModelSpec, dict[str, torch.Tensor], torch.Tensor]
@@ -94,7 +93,7 @@ def test_the_ends_of_alpha(tmp_path: Path) -> None:
     columns = torch.cat([none["gate"], none["up"]]).abs().max(0).values
     torch.testing.assert_close(columns, columns[:1].expand_as(columns), rtol=1e-3, atol=0)
     assert torch.equal(none["q"], weights["q"]), "only what was watched is smoothed"
-    named = smooth_layer(weights, config, watch, 0.5, groups=("o",))[0]
+    named = smooth_layer(weights, config, {"o": watch["o"]}, 0.5)[0]
     changed = {name for name in weights if not torch.equal(named[name], weights[name])}
     assert changed == {"o", "v"}
 
@@ -107,7 +106,7 @@ def test_int8_activations_lose_less(tmp_path: Path) -> None:
     exact = layer_forward(config, 1, weights, x, positions)
 
     def rounded(name: str, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
-        rows = torch.from_numpy(int8_groups(x.flatten(0, -2).numpy()))
+        rows = torch.from_numpy(tiny_models.int8_groups(x.flatten(0, -2).numpy()))
         return plain_linear(name, rows.view(x.shape), w, b)
 
     errors = [

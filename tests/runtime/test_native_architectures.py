@@ -19,11 +19,11 @@ from hasten.engine.model import LanguageModel, load_packed
 from hasten.engine.request import Request
 from hasten.models import Source, open_model
 from hasten.runtime.keys import key_shifts
-from hasten.runtime.reference import ReferenceDecoder, int8_groups
+from hasten.runtime.reference import ReferenceDecoder
 from hasten.runtime.sampling import SamplingOptions
 from hasten.weights.codec import encode
 from hasten.weights.packed import PackedModel, pack_model
-from tiny_models import TINY, greedy, logits, prompts
+from tiny_models import TINY, greedy, int8_groups, logits, prompts
 
 BF16_FROM_FLOAT32 = 0.03  # seen: 0.005 to 0.022
 BF16_FROM_TWIN = 0.015  # seen: 0.003 to 0.010

@@ -11,9 +11,9 @@ import tiny_gguf as gguf_files
 from ggml_blocks import dequantize
 from hasten.errors import ModelError, UsageError
 from hasten.models import Source, open_model
-from hasten.runtime.reference import ReferenceDecoder, int8_groups
+from hasten.runtime.reference import ReferenceDecoder
 from specs import changed, flat_of
-from tiny_models import TINY, Tiny, greedy, logits, prompts
+from tiny_models import TINY, Tiny, greedy, int8_groups, logits, prompts
 
 IN_GGUF = [name for name, tiny in TINY.items() if tiny.gguf]
 WINDOWED = [name for name in TINY if name in ("mistral", "qwen2-sliding", "gemma3", "phi3-sliding")]

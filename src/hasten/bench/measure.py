@@ -14,7 +14,7 @@ Prompts have exactly N token ids: the same for every engine, none twice in a run
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hasten.bench.figures import Sample, TokenClock, steady
@@ -91,8 +91,6 @@ def measure_model(
     runs: int = 5,
     *,
     machine: Machine | None = None,
-    first: int = 0,
-    say: Callable[[str], None] = lambda _: None,
 ) -> Measurement:
     """Time a loaded model alone: one warm-up and `runs` runs, each on a prompt of its own.
 
@@ -100,8 +98,6 @@ def measure_model(
 
     Args:
         machine: with measured ceilings; without it the fractions of them are None.
-        first: number of the first prompt; give another one to measure a model twice.
-        say: told of rounds that are taken again.
 
     Raises:
         UsageError: a workload or a number of runs that cannot be measured.
@@ -111,13 +107,12 @@ def measure_model(
     check(workload)
     ids = model.tokenizer.encode(default_text(), add_special=False)
     ring = PromptRing(ids)
-    run_once(model, ring.round(first, workload), workload.output)
-    found = steady(
-        lambda number: run_once(model, ring.round(first + number, workload), workload.output),
-        rates_of,
-        runs,
-        say,
-    )
+
+    def run(number: int) -> Sample:
+        return run_once(model, ring.round(number, workload), workload.output)
+
+    run(0)
+    found = steady(run, rates_of, runs)
     measurement = measurement_of(
         found.rounds,
         workload,

@@ -17,7 +17,6 @@ import time
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 _PIECE_OVERHEAD = 300  # bytes of Python objects an entry costs beside text and ids
@@ -41,29 +40,19 @@ class Encoder(Protocol):
         """The text cut so that the pieces' ids, joined, are the text's."""
 
 
-@dataclass
-class PromptCacheStats:
-    """What a prompt cache holds and did. `hit_chars` of the `chars` asked for were not encoded."""
-
-    pieces: int = 0
-    bytes: int = 0
-    chars: int = 0
-    hit_chars: int = 0
-
-
 class PromptCache:
     """Remembers the ids of long pieces of prompts, the least recently used go first. Thread-safe.
 
     Args:
         tokenizer: encodes what is new.
-        limit_bytes: most that texts and ids may take.
+        limit_bytes: most that texts and ids may take; `bytes` is what they take now.
     """
 
     def __init__(self, tokenizer: Encoder, limit_bytes: int = 16 << 20) -> None:
         self._tokenizer = tokenizer
         self._limit = limit_bytes
         self._ids: OrderedDict[str, array[int]] = OrderedDict()
-        self._counts = PromptCacheStats()
+        self.bytes = 0
         self._proofs = 0
         self._cuts = True
         self._lock = threading.Lock()
@@ -79,11 +68,6 @@ class PromptCache:
             return self._proved(text, pieces)
         return self._joined(pieces)
 
-    def stats(self) -> PromptCacheStats:
-        """Counters so far."""
-        with self._lock:
-            return replace(self._counts, pieces=len(self._ids))
-
     def _proved(self, text: str, pieces: Sequence[str]) -> list[int]:
         """Encode whole and in pieces; if the two ever differ, texts are no longer cut."""
         whole = self._tokenizer.encode(text, add_special=False)
@@ -93,7 +77,7 @@ class PromptCache:
             if not same:
                 self._cuts = False
                 self._ids.clear()
-                self._counts.bytes = 0
+                self.bytes = 0
         return whole
 
     def _joined(self, pieces: Iterable[str]) -> list[int]:
@@ -106,19 +90,17 @@ class PromptCache:
         if len(text) < _SHORT:
             return self._tokenizer.encode(text, add_special=False)
         with self._lock:
-            self._counts.chars += len(text)
             if (known := self._ids.get(text)) is not None:
                 self._ids.move_to_end(text)
-                self._counts.hit_chars += len(text)
                 return known
         new = array("i", self._tokenizer.encode(text, add_special=False))
         size = _size(text, new)
         with self._lock:
             if size <= self._limit and text not in self._ids:
                 self._ids[text] = new
-                self._counts.bytes += size
-                while self._counts.bytes > self._limit:
-                    self._counts.bytes -= _size(*self._ids.popitem(last=False))
+                self.bytes += size
+                while self.bytes > self._limit:
+                    self.bytes -= _size(*self._ids.popitem(last=False))
         return new
 
 
@@ -126,23 +108,11 @@ def _size(text: str, ids: array[int]) -> int:
     return 4 * len(text) + ids.itemsize * len(ids) + _PIECE_OVERHEAD  # 4: the most a character takes
 
 
-@dataclass
-class ResponseCacheStats:
-    """What a response cache holds and did."""
-
-    entries: int = 0
-    bytes: int = 0
-    hits: int = 0
-    misses: int = 0
-    expired: int = 0
-    evicted: int = 0
-
-
 class ResponseCache:
     """Answers by request, for `ttl_s` seconds, the least recently used go first. For any number of threads.
 
     Args:
-        limit_bytes: most that the answers may take.
+        limit_bytes: most that the answers may take; `bytes` is what they take now.
         ttl_s: seconds an answer is good for.
         clock: seconds, never going back.
     """
@@ -152,7 +122,7 @@ class ResponseCache:
         self._ttl_s = ttl_s
         self._clock = clock
         self._answers: OrderedDict[str, tuple[float, bytes]] = OrderedDict()  # key -> (made, answer)
-        self._counts = ResponseCacheStats()
+        self.bytes = 0
         self._lock = threading.Lock()
 
     @staticmethod
@@ -179,12 +149,8 @@ class ResponseCache:
             made, answer = self._answers.get(key, (now, b""))
             if key in self._answers and 0 <= now - made < self._ttl_s:
                 self._answers.move_to_end(key)
-                self._counts.hits += 1
                 return answer
-            if key in self._answers:
-                self._remove(key)
-                self._counts.expired += 1
-            self._counts.misses += 1
+            self._remove(key)
             return None
 
     def put(self, key: str, answer: bytes, *, finish_reasons: Iterable[str] = ("stop",)) -> bool:
@@ -201,25 +167,16 @@ class ResponseCache:
         if len(answer) + _ENTRY_OVERHEAD > self._limit or not set(finish_reasons) <= WHOLE:
             return False
         with self._lock:
-            self._insert(key, self._clock(), bytes(answer))
+            self._remove(key)
+            self._answers[key] = (self._clock(), bytes(answer))
+            self.bytes += len(answer) + _ENTRY_OVERHEAD
+            while self.bytes > self._limit:
+                self._remove(next(iter(self._answers)))
         return True
-
-    def stats(self) -> ResponseCacheStats:
-        """Counters so far."""
-        with self._lock:
-            return replace(self._counts, entries=len(self._answers))
-
-    def _insert(self, key: str, made: float, answer: bytes) -> None:
-        self._remove(key)
-        self._answers[key] = (made, answer)
-        self._counts.bytes += len(answer) + _ENTRY_OVERHEAD
-        while self._counts.bytes > self._limit:
-            self._remove(next(iter(self._answers)))
-            self._counts.evicted += 1
 
     def _remove(self, key: str) -> None:
         if (gone := self._answers.pop(key, None)) is not None:
-            self._counts.bytes -= len(gone[1]) + _ENTRY_OVERHEAD
+            self.bytes -= len(gone[1]) + _ENTRY_OVERHEAD
 
 
 def is_deterministic(request: Mapping[str, Any]) -> bool:

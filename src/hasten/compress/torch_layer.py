@@ -51,13 +51,11 @@ def tensor_values(
     return torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(device, dtype)
 
 
-def layer_weights(
-    source: Source, index: int, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-) -> dict[str, torch.Tensor]:
-    """All parameters of one layer by short name, unpacked now: 4 bytes a weight in float32."""
+def layer_weights(source: Source, index: int) -> dict[str, torch.Tensor]:
+    """All parameters of one layer by short name, float32, unpacked now: 4 bytes a weight."""
     prefix = f"layers.{index}."
     return {
-        name.removeprefix(prefix): tensor_values(tensor, dtype, device)
+        name.removeprefix(prefix): tensor_values(tensor)
         for name, tensor in source.tensors.items()
         if name.startswith(prefix)
     }

@@ -168,14 +168,14 @@ FEWEST_BLOCKS = 16
 _RESAMPLES = 2000
 
 
-def judge(found: Divergence, budget: Budget, *, seed: int = 0) -> Verdict:
+def judge(found: Divergence, budget: Budget) -> Verdict:
     """Holds a comparison against a budget.
 
     `pass`: the whole 95 % interval of the perplexity increase is within the budget. `fail`: the whole
     interval is above it. `insufficient`: the budget lies inside the interval, or there are fewer than 1,024
     tokens; more tokens narrow it. A comparison without any difference passes at any length.
     """
-    low, high = ppl_interval(found, seed=seed)
+    low, high = ppl_interval(found)
     identical = bool(np.array_equal(found.nll, found.nll_source))
     enough = identical or found.tokens >= BLOCK * FEWEST_BLOCKS
     status: Status = "insufficient"

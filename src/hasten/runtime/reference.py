@@ -40,7 +40,7 @@ class ReferenceDecoder:
         on_value: called with (name, value float32) of what an engine stores in fewer bits; what it returns is
             used instead. The input [T, cols] of every linear layer goes by the layer's canonical name, and
             attention's are `layers.{i}.queries` [T, H, D], scaled, `.keys` and `.values` [T, K, D]. Rounding
-            there (`int8_groups`) gives what such an engine computes; recording gives calibration data.
+            there gives what such an engine computes; recording gives calibration data.
 
     Raises:
         ModelError: a tensor is missing or has another shape than the config says, or the model is not dense.
@@ -282,18 +282,6 @@ class ReferenceExecutor(Executor):
     def _drop(self, first: int, count: int) -> None:
         for page in range(first, first + count):
             self._pages.pop(page, None)
-
-
-def int8_groups(x: Floats, group: int = 32) -> Floats:
-    """x rounded to int8 with one scale (largest magnitude / 127) a group of inputs; float32 [T, cols].
-
-    This is the rounding of the native engine's int8 activations (native/layout.h, kActGroup), undone again.
-    """
-    rows, cols = x.shape
-    grouped = np.pad(x, ((0, 0), (0, -cols % group))).reshape(rows, -1, group)
-    scale = np.abs(grouped).max(axis=-1, keepdims=True) / 127
-    rounded = np.rint(grouped / np.maximum(scale, np.finfo(np.float32).tiny)) * scale
-    return np.asarray(rounded.reshape(rows, -1)[:, :cols], np.float32)
 
 
 def _values(linear: PackedLinear) -> Floats:

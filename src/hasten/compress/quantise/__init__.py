@@ -18,7 +18,7 @@ unless a recipe says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Protocol
@@ -289,7 +289,6 @@ def smooth_layer(
     config: ModelSpec,
     maxima: Mapping[str, torch.Tensor],
     alpha: float,
-    groups: Collection[Group] = READERS,
 ) -> tuple[dict[str, torch.Tensor], dict[Group, torch.Tensor]]:
     """One layer with smoother activations and the same output, up to rounding.
 
@@ -300,7 +299,6 @@ def smooth_layer(
         maxima: largest magnitude of each input channel [cols] by short name of a linear layer; of a group
             that reads the same input any one will do.
         alpha: 0 to 1; the paper uses 0.5.
-        groups: which to smooth. The paper has `qkv` and `gate_up`.
 
     Returns:
         (the layer anew, by what each smoothed group's inputs are divided now [cols]).
@@ -308,7 +306,7 @@ def smooth_layer(
     new, used = dict(weights), dict[Group, torch.Tensor]()
     for group in READERS:
         given = [maxima[name] for name in READERS[group] if name in maxima]
-        if group in groups and given and foldable(config, group):
+        if given and foldable(config, group):
             scales = smooth_scales(new, group, given[0], alpha)
             used[group] = shared_scales(new, config, group, scales)
             new = fold(new, config, group, used[group])

@@ -36,7 +36,6 @@ def awq_scales(
     group: Group,
     gram: torch.Tensor,
     layouts: Mapping[str, Format],
-    powers: tuple[float, ...] = POWERS,
 ) -> torch.Tensor:
     """s of one group, float32 [cols], that leaves the least error of its outputs.
 
@@ -44,10 +43,9 @@ def awq_scales(
         group: a foldable one.
         gram: second moments of what it reads, [cols, cols].
         layouts: of matrices that become integers; others have no say.
-        powers: tried; 0 is no scaling.
     """
     best, least = torch.ones(len(gram)), float("inf")
-    for power in powers:
+    for power in POWERS:
         scales = shared_scales(weights, config, group, input_scales(gram, power))
         error = 0.0
         for name in READERS[group]:
