@@ -353,8 +353,7 @@ class EngineOptions:
     context: int | None = field(
         default=None,
         metadata={
-            "help": "longest prompt plus output, tokens; default: the model's, at most 8192, "
-            "less where memory is short"
+            "help": "longest prompt plus output, tokens; default: the model's own, less where memory is short"
         },
     )
     max_sequences: int = field(default=16, metadata={"help": "sequences that may decode together"})
@@ -363,7 +362,7 @@ class EngineOptions:
         default=None,
         metadata={
             "help": "most memory for keys and values, GB; "
-            "default: max_sequences full contexts, less where memory is short"
+            "default: max_sequences full contexts (on a GPU: of 8192 tokens), less where memory is short"
         },
     )
     gpu_memory: str | float | None = field(

@@ -48,7 +48,7 @@ def load(
             of a YAML recipe file, or a Recipe; None keeps the values the files hold. An artifact has its
             recipe already.
         threads: None uses the cores this process may use.
-        context: longest prompt plus output in tokens; None is the model's own, at most 8192.
+        context: longest prompt plus output in tokens; None is the model's own, less where memory is short.
         options: the rest of the engine's options; threads and context above come first.
         store: False neither reads nor keeps packed weights; so does `HASTEN_CACHE_PACKED=0`.
         observer: told of compression, where there is any.

@@ -78,7 +78,9 @@ class StandInModel:
     name: str = "stand-in"
     context: int = 4096
     tokenizer: ByteTokenizer = field(default_factory=ByteTokenizer)
-    config: Any = field(default_factory=lambda: SimpleNamespace(vocab=VOCAB, architecture="llama"))
+    config: Any = field(
+        default_factory=lambda: SimpleNamespace(vocab=VOCAB, architecture="llama", context=1 << 17)
+    )
     recipe: Any = field(default_factory=lambda: SimpleNamespace(name="w8"))
     placement: dict[str, Any] = field(default_factory=dict)
     sampling: dict[str, float] = field(default_factory=dict)

@@ -127,7 +127,15 @@ def test_a_cap_is_a_cap(server: Running) -> None:
     assert server.engine.asked[-1].max_new_tokens == 4096 - len("<user>hello")
     reply = server.ask(CHAT, chat("x" * 5000))
     assert "maximum context length is 4096 tokens" in reply.error["message"]
-    assert "--context" in reply.error["message"]
+    assert "more with --context (the model can 131072)" in reply.error["message"]
+
+
+def test_a_context_that_cannot_be_longer_names_no_flag(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.models["echo"].config, "context", 4096)
+    message = server.ask(CHAT, chat("x" * 5000)).error["message"]
+    assert "maximum context length is 4096 tokens" in message and "--context" not in message
 
 
 HISTORIES: dict[str, tuple[list[Any], str]] = {

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hasten.models.tokenizer import Tokenizer
 
 KEPT = "Nothing was changed."
-CONTEXT = "Tokens of context to reckon the memory for. Default: the model's own, at most 8192."
+CONTEXT = "Tokens of context to reckon the memory for. Default: the model's own."
 ContextOption = Annotated[int | None, optional("--context", "N", CONTEXT, min=1)]
 
 
@@ -150,7 +150,7 @@ def _formats(kinds: Mapping[str, str]) -> dict[str, dict[str, int]]:
 def _memory(spec: ModelSpec, weights: int, context: int | None) -> dict[str, int]:
     from hasten.speed import kv_read_bytes
 
-    tokens = min(context or min(spec.context, 8192), spec.context)
+    tokens = min(context or spec.context, spec.context)
     kv = round(kv_read_bytes(spec, tokens, False))
     return {"context": tokens, "weight_bytes": weights, "kv_bytes": kv, "bytes": weights + kv}
 

@@ -153,7 +153,7 @@ def load(
             values the files hold. An artifact has its recipe already; one in fp8 or mxfp4, for which the CPU
             engine has no kernels, is decoded while it loads with "bf16".
         threads: None uses the cores this process may use.
-        context: longest prompt plus output in tokens; None is the model's own, at most 8192.
+        context: longest prompt plus output in tokens; None is the model's own, less where memory is short.
         options: the rest of the engine's options; threads and context above come first.
         store: False neither reads nor keeps packed weights; so does `HASTEN_CACHE_PACKED=0`.
 

@@ -20,7 +20,8 @@ from hasten.core import EngineOptions, ModelSpec
 from hasten.errors import UsageError
 from hasten.machine.memory import LOOK_S, MemoryRoom, address_space_left, memory_amount
 
-_DEFAULT_CONTEXT = 8192
+_USUAL_CONTEXT = 8192
+"""Tokens that one sequence is reckoned to take where nobody said how long they are."""
 _LEAST_CONTEXT = 512
 """A default context is not cut below this many tokens where memory is short: the model is refused instead."""
 
@@ -353,16 +354,21 @@ def kv_plan(config: ModelSpec, page_bytes: int, options: EngineOptions, room: Me
     Raises:
         UsageError: what the options ask for does not fit; the hint says what does.
     """
-    longest = -(-context_of(options.context, config) // PAGE_TOKENS)
-    free = _free_bytes(room, config, options, longest * page_bytes)
+    context = context_of(options.context, config)
+    needed = context if options.context is not None else min(context, _USUAL_CONTEXT)
+    free = _free_bytes(room, config, options, -(-needed // PAGE_TOKENS) * page_bytes)
     return plan_pages(config, page_bytes, options, Room(free, " here"))
 
 
-def plan_pages(config: ModelSpec, page_bytes: int, options: EngineOptions, room: Room | None) -> KvPlan:
+def plan_pages(
+    config: ModelSpec, page_bytes: int, options: EngineOptions, room: Room | None, *, at_once: bool = False
+) -> KvPlan:
     """So many pages as `max_sequences` full contexts take, less where memory is short, no less than one's.
 
     Args:
         room: memory that they may take; None: as much as they need.
+        at_once: all of it is taken now, and not page by page: a default context counts as what sequences
+            usually take, but for one.
 
     Raises:
         UsageError: what the options ask for does not fit; the hint says what does.
@@ -374,15 +380,20 @@ def plan_pages(config: ModelSpec, page_bytes: int, options: EngineOptions, room:
         )
     tokens, size = PAGE_TOKENS, page_bytes
     context = context_of(options.context, config)
-    longest = -(-context // tokens)
+    least = min(_LEAST_CONTEXT, config.context)
     if options.kv_gb is not None:
-        return _wanted_plan(options.kv_gb, KvPlan(context, longest, size, "--kv-gb"), room)
-    most = longest * options.max_sequences
+        held = int(options.kv_gb * 1e9) // size * tokens
+        if options.context is None and least <= held < context:
+            _log.warning("the context is %d tokens and not %d: --kv-gb holds no more", held, context)
+            context = held
+        return _wanted_plan(options.kv_gb, KvPlan(context, -(-context // tokens), size, "--kv-gb"), room)
+    longest = -(-context // tokens)
+    each = min(context, _USUAL_CONTEXT) if at_once and options.context is None else context
+    most = max(longest, -(-each // tokens) * options.max_sequences)
     if room is None or room.bytes // size >= most:
-        return KvPlan(context, most, size, f"{options.max_sequences} sequences of {context} tokens")
+        return KvPlan(context, most, size, f"{options.max_sequences} sequences of {each} tokens")
     fitting = max(0, room.bytes // size * tokens)
     if fitting < context:
-        least = min(_LEAST_CONTEXT, config.context)
         if options.context is not None or fitting < least:
             raise UsageError(
                 f"keys and values of {context} tokens take {longest * size / 1e9:.2f} GB, {room.said}",
@@ -406,7 +417,7 @@ def _what_fits(room: Room, fitting: int, least: int, one: int) -> str:
 
 
 def _free_bytes(room: MemoryRoom, config: ModelSpec, options: EngineOptions, one: int) -> int:
-    """Bytes that pages may take; below 0 where not even a step fits. `one`: bytes of a full context."""
+    """Bytes that pages may take; below 0 where not even a step fits. `one`: bytes needed at least."""
     widest = max(block.feed_forward.width for block in config.blocks)
     chunk, widths = options.prefill_chunk, config.width + widest
     step = 4 * (4 * chunk * widths + options.max_sequences * config.vocab)  # float32 rows and logits
@@ -434,9 +445,9 @@ def _wanted_plan(kv_gb: float, one: KvPlan, room: Room | None) -> KvPlan:
 
 
 def context_of(wanted: int | None, config: ModelSpec) -> int:
-    """Longest sequence of an executor, tokens."""
+    """Longest sequence of an executor, tokens; by default the longest that the model was made for."""
     if wanted is None:
-        return min(config.context, _DEFAULT_CONTEXT)
+        return config.context
     if wanted < 1:
         raise UsageError(f"a context of {wanted} tokens", hint="use --context 1 or more")
     if wanted > config.context:

@@ -186,9 +186,11 @@ class Asker:
     def _context_words(self) -> str:
         """Programs look for the first words; people need the flag."""
         context = self.served.context
-        able = getattr(self.served.model.config, "context", context)
-        more = f" (the model can {able})" if able > context else ""
-        return f"this model's maximum context length is {context} tokens here; more with --context{more}"
+        able = self.served.model.config.context
+        if able <= context:
+            return f"this model's maximum context length is {context} tokens, all that it was made for"
+        said = f"this model's maximum context length is {context} tokens here"
+        return f"{said}; more with --context (the model can {able})"
 
     def shared(self, spec: SharedFields) -> dict[str, Any]:
         """What every request of the engine has of its body; `client` is the user of an address or key."""

@@ -194,13 +194,19 @@ def _check(config: ModelSpec, context: int) -> None:
             f"got {widths} and {mixer.head_dim}",
             hint="use --device cpu",
         )
+    if context > longest(config):
+        kind = rope.rotations(config)[0].scaling.kind
+        raise ModelError(
+            f"rope scaling {kind!r} past {longest(config)} tokens depends on a sequence's length",
+            hint=f"use --context {longest(config)} or less, or --device cpu",
+        )
+
+
+def longest(config: ModelSpec) -> int:
+    """Tokens of the longest sequence that is rotated here as the model does."""
     scaling = rope.rotations(config)[0].scaling
     original = scaling.original_context_length or config.context
-    if scaling.kind in ("dynamic", "longrope") and context > original:
-        raise ModelError(
-            f"rope scaling {scaling.kind!r} past {original} tokens depends on a sequence's length",
-            hint=f"use --context {original} or less, or --device cpu",
-        )
+    return original if scaling.kind in ("dynamic", "longrope") else config.context
 
 
 class _Maker:
@@ -302,10 +308,10 @@ def _rotations(config: ModelSpec, context: int, device: str) -> dict[str, Rotati
     def rotation(frequencies: rope.Frequencies, scale: float) -> Rotation:
         padded = np.zeros(half)
         padded[: len(frequencies)] = frequencies
-        angles = np.outer(np.arange(context), padded)
         factor = np.where(np.arange(half) < len(frequencies), scale, 1.0)  # what is not rotated is not scaled
-        cos, sin = np.cos(angles) * factor, np.sin(angles) * factor
-        return Rotation(*(torch.from_numpy(t.astype(np.float32)).to(device) for t in (cos, sin)))
+        each, by = (torch.from_numpy(values).to(device) for values in (padded, factor))
+        angles = torch.outer(torch.arange(context, dtype=torch.float64, device=device), each)
+        return Rotation((angles.cos() * by).float(), (angles.sin() * by).float())
 
     made = {"global": rotation(tables.global_inv_freq, tables.global_scale)}
     if tables.local_inv_freq is not None:

@@ -30,7 +30,7 @@ from hasten.errors import HastenError, MachineError, UsageError
 from hasten.machine.cores import threads_of
 from hasten.machine.memory import available_bytes, installed_bytes
 from hasten.runtime.executor import Draw, Executor, Part, PartResult, Ticket, finish, prepare
-from hasten.runtime.gpu.batch_weights import BatchWeights, load
+from hasten.runtime.gpu.batch_weights import BatchWeights, load, longest
 from hasten.runtime.gpu.chain import SIZES, BatchRows, Chain, OneRow, Pending, PlainRows, Row, Rows, to_host
 from hasten.runtime.gpu.driver import current_device, telling
 from hasten.runtime.gpu.plain import PagedCache, PlainStep, Span, upload
@@ -90,6 +90,8 @@ class GpuExecutor(Executor):
         self.check(packed.recipe)
         self.threads = threads_of(options.threads)
         self.context = context_of(options.context, config)
+        if options.context is None:
+            self.context = min(self.context, longest(config))
         self.page_tokens, self.weights_version = PAGE, 0
         self._device = device
         self.name = "torch"
@@ -217,13 +219,13 @@ class GpuExecutor(Executor):
         return OneRow(decoder, self.cache)
 
     def _plan(self, options: EngineOptions) -> KvPlan:
-        """Pages for `max_sequences` full contexts, or for what the device has free."""
+        """Pages for `max_sequences` contexts, or for what the device has free."""
         size = PagedCache.page_bytes(self._local, self._is_kv_int8)
         memory = self._memory(options)
         room = None if memory is None else memory.room(_RESERVE + (self._limit + 1) * size)
         if room is not None:
             room = replace(room, bytes=self._least(room.bytes))
-        return plan_pages(self._local, size, options, room)
+        return plan_pages(replace(self._local, context=self.context), size, options, room, at_once=True)
 
     def _memory(self, options: EngineOptions) -> DeviceMemory | None:
         """The device's memory now; None for the plain twin, unless it is given a limit."""

@@ -208,8 +208,10 @@ def _required(tensor_of: TensorOf, name: str, device: str) -> torch.Tensor | Wei
     return found
 
 
-def rotation_tables(config: ModelSpec, positions: int, length: int | None = None) -> tuple[Any, Any]:
-    """Cosines and sines, float32 [global, sliding layers][positions][rotary / 2].
+def rotation_tables(
+    config: ModelSpec, positions: int, length: int | None = None, device: str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines, float32 [global, sliding layers][positions][rotary / 2], made on a device.
 
     Args:
         length: longest sequence that they are for; LongRoPE takes its long factors past its threshold.
@@ -220,9 +222,13 @@ def rotation_tables(config: ModelSpec, positions: int, length: int | None = None
     if is_long and tables.long_inv_freq is not None:
         frequencies, scale = tables.long_inv_freq, tables.long_scale
     local = (frequencies, scale) if tables.local_inv_freq is None else (tables.local_inv_freq, 1.0)
-    angles = [(np.outer(np.arange(positions), f), s) for f, s in ((frequencies, scale), local)]
-    cosines, sines = (np.stack([turn(a) * s for a, s in angles]) for turn in (np.cos, np.sin))
-    return cosines.astype(np.float32), sines.astype(np.float32)
+    places = torch.arange(positions, dtype=torch.float64, device=device)
+    both = [
+        (torch.from_numpy(np.asarray(f, np.float64)).to(device), s) for f, s in ((frequencies, scale), local)
+    ]
+    angles = [(torch.outer(places, f), s) for f, s in both]
+    cosines, sines = (torch.stack([turn(a) * s for a, s in angles]) for turn in (torch.cos, torch.sin))
+    return cosines.float(), sines.float()
 
 
 class PersistentDecoder:
@@ -263,7 +269,7 @@ class PersistentDecoder:
         c = self.shape.config
         mixer, ranks = c.blocks[0].mixer, 1 if self._team is None else self._team.ranks.ranks
         kv = (len(c.blocks), self._held, mixer.kv_heads, PAGE, self.shape.padded_head)
-        cosines, sines = (torch.from_numpy(t) for t in rotation_tables(c, self.positions, self.positions))
+        cosines, sines = rotation_tables(c, self.positions, self.positions, "cuda")
         group = mixer.heads * self.shape.padded_head * self.shape.splits
         words = {
             "qkv": (mixer.heads + 2 * mixer.kv_heads) * mixer.head_dim,
