@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
 import pytest
-from running_server import Running
-from stand_in_engine import StandInEngine
+from running_server import Running, serving, wait_for
+from stand_in_engine import FULL, StandInEngine, refusing
+
+from hasten.engine.request import Output, Request
 
 PATH = "/v1/responses"
 TOOLS = [{"type": "function", "name": "add", "parameters": {"type": "object"}}]
@@ -136,3 +144,65 @@ def test_logprobs_where_included(server: Running) -> None:
     document = server.ask(PATH, {"input": "x", **include}).json
     assert [entry["token"] for entry in document["output"][0]["content"][0]["logprobs"]] == ["a", "b"]
     assert server.ask(PATH, {"input": "x", "top_logprobs": 1}).error["param"] == "top_logprobs"
+
+
+@dataclass
+class HeldEngine(StandInEngine):
+    """Gives an answer's first piece, and the rest when it is let."""
+
+    goes_on: threading.Event = field(default_factory=threading.Event)
+
+    async def stream(self, request: Request) -> AsyncGenerator[Output, None]:
+        async with aclosing(super().stream(request)) as outputs:
+            async for output in outputs:
+                yield output
+                while not self.goes_on.is_set():
+                    await asyncio.sleep(0.002)
+
+
+def status_of(server: Running, name: str) -> str:
+    return server.ask(f"{PATH}/{name}").json["status"]
+
+
+def test_a_response_is_made_in_the_background() -> None:
+    engine = HeldEngine("hello")
+    with serving(engines={"held": engine}) as server:
+        queued = server.ask(PATH, {"input": "hi", "background": True}).json
+        assert (queued["status"], queued["background"], queued["output"]) == ("queued", True, [])
+        wait_for(lambda: bool(engine.asked))
+        assert status_of(server, queued["id"]) == "in_progress"
+        body = {"input": "go on", "previous_response_id": queued["id"]}
+        assert server.ask(PATH, body).error["code"] == "response_not_ready"
+        engine.goes_on.set()
+        wait_for(lambda: status_of(server, queued["id"]) == "completed")
+        whole = server.ask(f"{PATH}/{queued['id']}").json
+        assert whole["output"][0]["content"][0]["text"] == "hello" and whole["usage"]["output_tokens"] == 5
+        assert server.ask(PATH, body).status == 200
+        assert bytes(engine.asked[-1].prompt) == b"<user>hi<assistant>hello<user>go on"
+        assert server.ask(f"{PATH}/{queued['id']}/cancel", b"", method="POST").json["status"] == "completed"
+
+
+def test_a_response_in_the_background_is_stopped() -> None:
+    engine = HeldEngine("hello")
+    with serving(engines={"held": engine}) as server:
+        name = server.ask(PATH, {"input": "hi", "background": True}).json["id"]
+        wait_for(lambda: bool(engine.asked))
+        assert server.ask(f"{PATH}/{name}/cancel", b"", method="POST").json["status"] == "cancelled"
+        assert status_of(server, name) == "cancelled"
+        assert len(engine.cancelled) == 1
+        name = server.ask(PATH, {"input": "hi", "background": True}).json["id"]
+        wait_for(lambda: len(engine.asked) == 2)
+        assert server.ask(f"{PATH}/{name}", method="DELETE").json["deleted"]
+        assert len(engine.cancelled) == 2 and server.ask(f"{PATH}/{name}").status == 404
+
+
+def test_what_goes_wrong_in_the_background_is_told(server: Running) -> None:
+    with refusing(server.engine, FULL):
+        name = server.ask(PATH, {"input": "hi", "background": True}).json["id"]
+        wait_for(lambda: status_of(server, name) == "failed")
+    assert "256 requests wait" in server.ask(f"{PATH}/{name}").json["error"]["message"]
+    for more in ({"store": False}, {"stream": True}):
+        error = server.ask(PATH, {"input": "hi", "background": True, **more}).error
+        assert error["param"] == "background"
+    whole = server.ask(PATH, {"input": "hi"}).json
+    assert server.ask(f"{PATH}/{whole['id']}/cancel", b"", method="POST").status == 400

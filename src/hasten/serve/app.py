@@ -190,6 +190,13 @@ ROUTES = (
     Route(
         "DELETE", "/v1/responses/{response_id}", responses.delete, "Forget a stored answer", refuses=(404,)
     ),
+    Route(
+        "POST",
+        "/v1/responses/{response_id}/cancel",
+        responses.cancel,
+        "Stop an answer made in the background",
+        refuses=(400, 404),
+    ),
     Route("POST", "/v1/embeddings", texts.embeddings, "Texts as vectors", EmbeddingRequest),
     Route("GET", "/v1/models", models, "The models"),
     Route("GET", "/v1/models/{name}", model, "One model", refuses=(404,)),

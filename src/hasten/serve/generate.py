@@ -199,10 +199,7 @@ async def respond(
     async with AsyncExitStack() as stack:
         batches = await _batches(exchange, served, spec, requests, answer, stack)
         if not spec.stream:
-            async for batch in batches:
-                for news in _few(batch):
-                    await _ready(exchange, answer, news)
-                    answer.take(news)
+            await _taken(exchange, answer, batches)
             keep()
             await exchange.json(answer.document())
             return
@@ -227,6 +224,35 @@ async def respond(
             return
         keep()
         await exchange.end(answer.last())
+
+
+async def _taken(exchange: Exchange, answer: Answer, batches: AsyncIterator[list[News]]) -> None:
+    async for batch in batches:
+        for news in _few(batch):
+            await _ready(exchange, answer, news)
+            answer.take(news)
+
+
+STOPPED = "response_cancelled"
+"""The code that an answer is told when its client stopped it."""
+
+
+async def make(
+    exchange: Exchange, spec: DrawingFields, request: Request, answer: Answer, keep: Callable[[], None]
+) -> None:
+    """Make an answer that nobody waits for. What goes wrong is told in it, that it was stopped too; `keep` is
+    called before and behind."""
+    keep()
+    try:
+        async with exchange.service.pool.use(spec.model) as served, AsyncExitStack() as stack:
+            await _taken(exchange, answer, await _batches(exchange, served, spec, [request], answer, stack))
+    except asyncio.CancelledError:
+        answer.failed(Problem(503, "the response was cancelled", code=STOPPED))
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # noqa: BLE001  a panic of a library too
+        answer.failed(problem_of(error))
+    keep()
 
 
 def _few(batch: list[News]) -> list[list[News]]:

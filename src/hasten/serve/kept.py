@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import pickle
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,12 @@ class StoredResponse:
     document: Mapping[str, Any]
     messages: Sequence[Mapping[str, Any]]
     size: int  # bytes, roughly
+    task: asyncio.Task[None] | None = None  # makes it, where nobody waits for it
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is still being made."""
+        return self.document["status"] in ("queued", "in_progress")
 
 
 class ResponseStore:
@@ -48,7 +55,9 @@ class ResponseStore:
         return len(self._kept)
 
     def add(self, name: str, response: StoredResponse) -> None:
-        """Keep one; what is too large for the store by itself is not kept."""
+        """Keep one, in place of one of that name; what is too large for the store by itself is not kept."""
+        earlier = self._kept.pop(name, None)
+        self._bytes -= earlier.size if earlier is not None else 0
         if response.size > self._most_bytes:
             return
         self._kept[name] = response
@@ -85,6 +94,18 @@ class ResponseStore:
                         return dict(item)
         said = f"no stored response has an item {name[:100]!r}; send the item itself, or store: true"
         raise Problem(404, said, param=param, code="item_not_found")
+
+    async def stop(self, name: str, owner: str) -> bool:
+        """End the making of a response; False: it was not made in the background.
+
+        Raises:
+            Problem: 404, as `get`.
+        """
+        task = self.get(name, owner).task
+        if task is not None and not task.done():
+            task.cancel()
+            await asyncio.wait([task])
+        return task is not None
 
     def remove(self, name: str, owner: str) -> None:
         self._bytes -= self.get(name, owner).size

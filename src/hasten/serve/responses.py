@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -25,11 +26,11 @@ from hasten.serve.chat import (
     counted,
     prepare_chat,
 )
-from hasten.serve.generate import asker_of, respond
+from hasten.serve.generate import STOPPED, asker_of, make, respond
 from hasten.serve.kept import StoredResponse
 from hasten.serve.metrics import Tally
 from hasten.serve.shape import Answer, News, TokenTexts, dumped, dumps, event, joined
-from hasten.serve.spelling import spelled_chat, spelled_items
+from hasten.serve.spelling import flat_tool, labels, spelled_chat, spelled_items
 
 if TYPE_CHECKING:
     from hasten.engine.request import Output, Request
@@ -167,7 +168,7 @@ class ResponseRequest(DrawingFields):
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
     parallel_tool_calls: bool | None = None
     truncation: Literal["disabled", "auto"] | None = None
-    background: Literal[False] | None = None
+    background: bool | None = Field(None, description="answer at once, and make the response meanwhile")
     service_tier: Literal["auto", "default"] | None = None
     prompt_cache_key: Label | None = None
     chat_template_kwargs: JsonObject | None = None
@@ -179,10 +180,10 @@ class ResponseRequest(DrawingFields):
         if isinstance(document.get("input"), list):
             found["input"] = spelled_items(document["input"], ignored)
         if isinstance(found.get("tools"), list):
-            found["tools"] = [_flat(tool) for tool in found["tools"]]
+            found["tools"] = [flat_tool(tool) for tool in found["tools"]]
         choice = found.get("tool_choice")
         if isinstance(choice, Mapping):
-            found["tool_choice"] = _flat(choice)
+            found["tool_choice"] = flat_tool(choice)
         if isinstance(found.get("include"), list):
             served = get_args(Included)
             ignored.update(f"include.{one}"[:60] for one in found["include"] if one not in served)
@@ -194,20 +195,8 @@ class ResponseRequest(DrawingFields):
         if isinstance(form, Mapping) and form.get("type") == "json_schema" and form.get("strict") is None:
             found["text"] = {**found["text"], "format": {k: v for k, v in form.items() if k != "strict"}}
         if isinstance(found.get("metadata"), Mapping):
-            found["metadata"] = _labels(found["metadata"])
+            found["metadata"] = labels(found["metadata"])
         return super().understood(found, ignored)
-
-
-def _flat(tool: Any) -> Any:
-    """A function without its inner object, as this endpoint has it."""
-    inner = tool.get("function") if isinstance(tool, Mapping) else None
-    return {"type": "function", **inner} if isinstance(inner, Mapping) else tool
-
-
-def _labels(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Metadata within OpenAI's bounds: it comes back with the response and does nothing else."""
-    few = list(metadata.items())[:16]
-    return {key[:64]: (value if isinstance(value, str) else dumps(value))[:512] for key, value in few}
 
 
 class ResponseShape(Answer):
@@ -269,8 +258,12 @@ class ResponseShape(Answer):
         return self._event(f"response.{self._status}", response=self.document()).encode("utf-8", "replace")
 
     def failed(self, problem: Problem) -> bytes:
-        self._status = "failed"
-        self._error = {"code": "server_error", "message": problem.message}
+        self._status = "cancelled" if problem.code == STOPPED else "failed"
+        self._error = (
+            None if problem.code == STOPPED else {"code": "server_error", "message": problem.message}
+        )
+        if problem.code == STOPPED:
+            self._close("incomplete")
         return self._event("response.failed", response=self.document()).encode("utf-8", "replace")
 
     def document(self) -> dict[str, Any]:
@@ -395,6 +388,9 @@ Messages = list[dict[str, Any]]
 async def create(exchange: Exchange) -> None:
     """Answer; what is stored can be continued by `previous_response_id`."""
     spec = await exchange.body(ResponseRequest)
+    if spec.background and (spec.stream or spec.store is False):
+        said = "background can only be used when `store` is true and `stream` is not"
+        raise refused(said, "background", None)
     service, owner = exchange.service, exchange.call.client
     earlier, given = _given(exchange, spec)
     async with service.pool.use(spec.model) as served:
@@ -415,9 +411,25 @@ async def create(exchange: Exchange) -> None:
             if fields["store"]:
                 messages = [*told, *messages_of(shape.output)]
                 bytes_ = size + 2 * len(dumped(shape.output))
-                service.stored.add(shape.id, StoredResponse(owner, shape.document(), messages, bytes_))
+                task = asyncio.current_task() if spec.background else None
+                stored = StoredResponse(owner, shape.document(), messages, bytes_, task)
+                service.stored.add(shape.id, stored)
 
+        if spec.background:
+            task = asyncio.get_running_loop().create_task(make(exchange, spec, request, shape, keep))
+            queued = {**shape.document(), "status": "queued"}
+            service.stored.add(shape.id, StoredResponse(owner, queued, told, size, task))
+            await exchange.json(queued)
+            return
         await respond(exchange, served, spec, [request], shape, keep)
+
+
+async def cancel(exchange: Exchange) -> None:
+    """Stop a response that is made in the background; one that has ended stays as it is."""
+    name, owner = exchange.scope["path_params"]["response_id"], exchange.call.client
+    if not await exchange.service.stored.stop(name, owner):
+        raise refused("Cannot cancel a synchronous response.", "response_id", None)
+    await exchange.json(exchange.service.stored.get(name, owner).document)
 
 
 async def input_tokens(exchange: Exchange) -> None:
@@ -440,7 +452,11 @@ def _given(exchange: Exchange, spec: ResponseRequest) -> tuple[Sequence[Mapping[
     stored, owner = exchange.service.stored, exchange.call.client
     earlier: Sequence[Mapping[str, Any]] = ()
     if spec.previous_response_id is not None:
-        earlier = stored.get(spec.previous_response_id, owner, "previous_response_id").messages
+        before = stored.get(spec.previous_response_id, owner, "previous_response_id")
+        if before.is_open:
+            said = f"the response {spec.previous_response_id[:100]!r} is not ready yet; ask again later"
+            raise refused(said, "previous_response_id", "response_not_ready")
+        earlier = before.messages
     return earlier, spec.input if isinstance(spec.input, str) else _dereferenced(spec.input, stored, owner)
 
 
@@ -475,6 +491,7 @@ async def retrieve(exchange: Exchange) -> None:
 
 async def delete(exchange: Exchange) -> None:
     name = exchange.scope["path_params"]["response_id"]
+    await exchange.service.stored.stop(name, exchange.call.client)
     exchange.service.stored.remove(name, exchange.call.client)
     await exchange.json({"id": name, "object": "response", "deleted": True})
 
@@ -571,7 +588,7 @@ def fields_of(spec: ResponseRequest, model: str, request: Request) -> dict[str, 
         "top_logprobs": spec.top_logprobs or 0,
         "top_p": request.sampling.top_p,
         "truncation": spec.truncation or "disabled",
-        "background": False,
+        "background": spec.background is True,
         "service_tier": "default",
         "user": spec.user,
     }

@@ -316,6 +316,19 @@ _LIKE_CALLS = {"custom_tool_call": "input", "local_shell_call": "action", "mcp_c
 _STATUS = ("in_progress", "completed", "incomplete")
 
 
+def flat_tool(tool: Any) -> Any:
+    """A function without its inner object, as `/v1/responses` has it."""
+    inner = tool.get("function") if isinstance(tool, Mapping) else None
+    return {"type": "function", **inner} if isinstance(inner, Mapping) else tool
+
+
+def labels(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata within OpenAI's bounds: it comes back with the response and does nothing else."""
+    few = list(metadata.items())[:16]
+    said = ((key, value if isinstance(value, str) else json.dumps(value)) for key, value in few)
+    return {key[:64]: value[:512] for key, value in said}
+
+
 def spelled_items(items: Sequence[Any], ignored: set[str]) -> list[Any]:
     """Items of `/v1/responses` in its own words; items of tools that are not served are left out."""
     spelled: list[Any] = []
