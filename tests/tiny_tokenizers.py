@@ -163,3 +163,18 @@ def save_tokenizer(folder: Path) -> None:
         "chat_template": CHAT_TEMPLATE,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def assert_same(mine: Any, reference: Any, texts: list[str]) -> None:
+    """Encoding and decoding, with and without special tokens, and streaming."""
+    for text in texts:
+        for special in (False, True):
+            ids = mine.encode(text, add_special=special)
+            theirs = reference.encode(text, add_special_tokens=special)
+            doubled = special and theirs[:2] == [mine.bos_id] * 2  # a bos that is typed gets no second one
+            assert ids == (theirs[1:] if doubled else theirs), text
+            for skip in (False, True):
+                expected = reference.decode(ids, skip_special_tokens=skip)
+                assert mine.decode(ids, skip_special=skip) == expected, text
+                stream = mine.stream(skip_special=skip)
+                assert "".join([*map(stream.push, ids), stream.flush()]) == expected, text

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from hasten.engine.engine import Engine
 from hasten.engine.grammar_compiler import GrammarCompiler
 from hasten.engine.model import LanguageModel
 from hasten.engine.request import Output, Request
@@ -109,3 +110,13 @@ def gather(outputs: list[Output], request_id: str, index: int = 0) -> Plain:
 def random_prompt(seed: int, length: int) -> tuple[int, ...]:
     """Byte tokens of the tiny vocabulary, no special ones."""
     return tuple(int(token) for token in np.random.default_rng(seed).integers(97, 122, length))
+
+
+def finish(engine: Engine, most: int = 3000) -> list[Output]:
+    """Steps until nothing is left to do, which must come."""
+    outputs: list[Output] = []
+    for _ in range(most):
+        if not engine.busy:
+            return outputs
+        outputs += engine.step()
+    raise AssertionError("the engine never ends")

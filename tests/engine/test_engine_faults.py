@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from plain_engine import gather, plain, random_prompt
+from plain_engine import finish, gather, plain, random_prompt
 
 import hasten
 from hasten.core import EngineOptions, ServingOptions
@@ -46,15 +46,6 @@ def small(tiny_folder: Callable[..., Path]) -> LanguageModel:
     page = hasten.load(tiny_folder("qwen3"), "w8", options=options).executor.page_bytes
     few = EngineOptions(threads=1, context=128, max_sequences=4, prefill_chunk=64, kv_gb=10.5 * page / 1e9)
     return hasten.load(tiny_folder("qwen3"), "w8", options=few)
-
-
-def finish(engine: Engine, most: int = 3000) -> list[Output]:
-    outputs: list[Output] = []
-    for _ in range(most):
-        if not engine.busy:
-            return outputs
-        outputs += engine.step()
-    raise AssertionError("the engine never ends")
 
 
 def check_pages(engine: Engine) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from plain_engine import gather, plain, random_prompt
+from plain_engine import finish, gather, plain, random_prompt
 
 import hasten
 from hasten.core import EngineOptions, ServingOptions
@@ -17,7 +17,7 @@ from hasten.engine.engine import Engine
 from hasten.engine.grammar import Grammar
 from hasten.engine.grammar_compiler import GrammarState
 from hasten.engine.model import LanguageModel
-from hasten.engine.request import Output, Pooling, Request
+from hasten.engine.request import Pooling, Request
 from hasten.engine.scheduler import Forecast
 from hasten.errors import UsageError
 from hasten.runtime.sampling import SamplingOptions
@@ -39,16 +39,6 @@ def load(tiny_folder: Callable[..., Path]) -> Load:
         return hasten.load(tiny_folder(name), recipe, options=EngineOptions(**known))
 
     return get
-
-
-def finish(engine: Engine, most: int = 2000) -> list[Output]:
-    """Steps until nothing is left to do, which must come."""
-    outputs: list[Output] = []
-    for _ in range(most):
-        if not engine.busy:
-            return outputs
-        outputs += engine.step()
-    raise AssertionError("the engine never ends")
 
 
 def test_pages_before_the_threshold_are_not_taken_for_those_after(load: Load) -> None:

@@ -44,3 +44,8 @@ def sample_row(
         return int(np.argmax(logits))
     mass = np.cumsum(kept(logits, temperature, top_k, top_p, min_p))
     return int(np.searchsorted(mass, uniform_at(seed, position) * mass[-1], side="right"))
+
+
+def rows(count: int, vocab: int, seed: int = 0, spread: float = 3.0) -> np.ndarray:
+    """Random logits."""
+    return (np.random.default_rng(seed).standard_normal((count, vocab)) * spread).astype(np.float32)

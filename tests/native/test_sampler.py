@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import sampler_twin as twin
+from sampler_twin import rows
 
 from hasten.errors import HastenError
 from hasten.runtime.sampling import SamplingOptions
@@ -29,10 +30,6 @@ def sample(
 
 def repeated(logits: list[float] | np.ndarray, times: int) -> np.ndarray:
     return np.tile(np.asarray(logits, np.float32), (times, 1))
-
-
-def rows(count: int, vocab: int, seed: int = 0, spread: float = 3.0) -> np.ndarray:
-    return (np.random.default_rng(seed).standard_normal((count, vocab)) * spread).astype(np.float32)
 
 
 def test_twin_knows_philox() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import choose_twin as twin
 import numpy as np
 import pytest
+from sampler_twin import rows
 
 from hasten import _native
 from hasten.runtime.sampling import Choice, SamplingOptions, SequenceSampler, choose
@@ -26,10 +27,6 @@ SINGLE: dict[str, dict[str, Any]] = {
     "min_p": {"temperature": 1.0, "min_p": 0.05},
 }
 PAIRS = [*((name,) for name in SINGLE), *combinations(SINGLE, 2)]
-
-
-def rows(count: int, vocab: int, seed: int = 0) -> np.ndarray:
-    return (np.random.default_rng(seed).standard_normal((count, vocab)) * 3).astype(np.float32)
 
 
 def options_of(names: tuple[str, ...]) -> SamplingOptions:

@@ -7,13 +7,10 @@ from typing import Any
 import choose_twin as twin
 import numpy as np
 import pytest
+from sampler_twin import rows
 
 from hasten.errors import HastenError
 from hasten.runtime.sampling import SamplingOptions, SequenceSampler, TokenLogprob, choose, score
-
-
-def rows(count: int, vocab: int, seed: int = 0, spread: float = 3.0) -> np.ndarray:
-    return (np.random.default_rng(seed).standard_normal((count, vocab)) * spread).astype(np.float32)
 
 
 def check(found: TokenLogprob, logits: np.ndarray, token: int, top: int) -> None:

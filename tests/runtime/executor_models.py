@@ -95,3 +95,8 @@ def shared(device: str, name: str) -> Executor:
 
 def compute(executor: Executor, *parts: Part) -> list[Any]:
     return executor.collect(executor.submit(parts))
+
+
+def distance(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Root mean square of the difference over the spread of what is wanted."""
+    return float(np.sqrt(np.mean((found - wanted) ** 2)) / wanted.std())

@@ -23,6 +23,7 @@ from executor_models import (
     MODELS,
     VOCAB,
     compute,
+    distance,
     of_each_family,
     on_each_device,
     on_each_exact_device,
@@ -99,10 +100,6 @@ def greedy(executor: Executor, ids: Sequence[int], count: int) -> list[int]:
             known += result.choices[0].tokens
             draw = replace(draw, position=len(known))
         return known[len(ids) :]
-
-
-def distance(found: np.ndarray, wanted: np.ndarray) -> float:
-    return float(np.sqrt(np.mean((found - wanted) ** 2)) / wanted.std())
 
 
 def assert_same(device: str, found: np.ndarray, wanted: np.ndarray) -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from executor_models import distance
 
 import tiny_gguf as gguf_files
 from hasten import _native
@@ -35,10 +36,6 @@ GREEDY = SamplingOptions(ignore_eos=True)
 # one model for each way of going through the decoder
 KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gemma3-capped", "phi3", "smollm3", "olmo2"]
 WHOLE_GROUPS = [name for name in TINY if name != "llama-odd"]  # 66 inputs are no whole groups of 32
-
-
-def distance(got: np.ndarray, wanted: np.ndarray) -> float:
-    return float(np.sqrt(np.mean((got - wanted) ** 2)) / wanted.std())
 
 
 @contextmanager
