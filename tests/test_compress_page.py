@@ -14,7 +14,7 @@ from hasten.cli import main
 from hasten.compress.recipe_check import checked
 from hasten.compress.recipe_file import parse_recipe
 from hasten.core import Recipe
-from hasten.models import open_model
+from hasten.models.open import open_model
 from hasten.recipe import METHODS, PRUNINGS, Distillation, DistilLoss, MethodEntry, PruneEntry, Pruning
 
 PAGE = Path(__file__).parents[1] / "docs" / "compress.md"

@@ -9,8 +9,8 @@ import numpy as np
 
 from hasten import _native
 from hasten.core import Format, Recipe
-from hasten.models import open_model
 from hasten.models.artifact import save
+from hasten.models.open import open_model
 from hasten.weights.packed import PackedLinear, pack_model
 from tiny_models import TINY, save_folder
 

@@ -154,8 +154,8 @@ def convert(
 
 def _opened(place: str | Path, recipe: str | Recipe | None, folder: Path, threads: int | None) -> Artifact:
     """A model as an exporter takes it: an artifact, or packed in memory with its tokenizer in a folder."""
-    from hasten.models import open_model
     from hasten.models.artifact import Artifact, load_artifact
+    from hasten.models.open import open_model
     from hasten.models.tokenizer import Tokenizer
     from hasten.weights.artifact import is_artifact
     from hasten.weights.packed import pack_model

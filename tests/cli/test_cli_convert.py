@@ -10,8 +10,8 @@ import pytest
 
 from hasten.cli import main
 from hasten.core import Format, Recipe
-from hasten.models import open_model
 from hasten.models.artifact import save
+from hasten.models.open import open_model
 from hasten.weights.packed import pack_model
 from tiny_models import TINY, save_folder
 

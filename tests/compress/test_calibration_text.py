@@ -14,7 +14,7 @@ import pytest
 
 from hasten.compress.calibration import FEWEST, calibration_from, cut
 from hasten.errors import MachineError, TokenizerError, UsageError
-from hasten.models import open_model
+from hasten.models.open import open_model
 from hasten.models.tokenizer import Tokenizer
 from hasten.quality.text import default_text
 

@@ -22,8 +22,8 @@ from hasten.compress.recipe_file import parse_recipe
 from hasten.compress.result import Progress, StageClock, silent
 from hasten.core import Format, Recipe
 from hasten.errors import DiskError, HastenError, MachineError, ModelError, TokenizerError, UsageError
-from hasten.models import open_model
 from hasten.models.artifact import load_artifact
+from hasten.models.open import open_model
 from hasten.recipe import Distillation, Pruning
 from hasten.weights.packed import PackedModel, checksum_of, pack_model
 

@@ -17,8 +17,8 @@ from hasten.compress.recipe_check import needs_text
 from hasten.compress.recipe_file import parse_recipe, write_recipe
 from hasten.core import Format, Recipe
 from hasten.errors import UsageError
-from hasten.models import open_model
 from hasten.models.artifact import load_artifact
+from hasten.models.open import open_model
 from hasten.recipe import METHODS, PRUNINGS, MethodEntry, PruneEntry, Pruning
 from hasten.weights.packed import integers
 from test_compress_page import methods, prunings

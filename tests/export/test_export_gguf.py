@@ -18,8 +18,8 @@ from hasten.core import Format, Recipe
 from hasten.errors import DiskError, TokenizerError, UsageError
 from hasten.export import Loss, export
 from hasten.export.gguf import carrier, encoded
-from hasten.models import open_model
 from hasten.models.artifact import load_artifact, save
+from hasten.models.open import open_model
 from hasten.models.tokenizer import Tokenizer
 from hasten.weights.packed import integers, pack_model
 from tiny_artifacts import make, mixed, packed, values_of

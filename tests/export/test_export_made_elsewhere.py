@@ -16,8 +16,8 @@ from hasten.compress.prune import prune
 from hasten.compress.quantise.rotate import rotate
 from hasten.core import Recipe
 from hasten.export import FORMATS, export
-from hasten.models import open_model
 from hasten.models.artifact import save
+from hasten.models.open import open_model
 from hasten.recipe import Pruning
 from hasten.weights.packed import pack_model
 from prune_models import text

@@ -15,7 +15,7 @@ from hasten.errors import DiskError, UsageError
 from hasten.export import FORMATS, Target, export, target
 from hasten.export.gguf import FILE_TYPES, _Tensor
 from hasten.loading import convert
-from hasten.models import open_model
+from hasten.models.open import open_model
 from specs import changed
 from tiny_artifacts import make, values_of
 from tiny_models import TINY, save_folder

@@ -12,8 +12,8 @@ import pytest
 
 from hasten.core import Attention, Block, FeedForward, Norms, Recipe, RopeScaling, Rotary
 from hasten.export import difference, export
-from hasten.models import open_model
 from hasten.models.artifact import load_artifact
+from hasten.models.open import open_model
 from hasten.weights.packed import pack_model
 from specs import spec
 from tiny_artifacts import make, mixed, values_of

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from ggml_blocks import dequantize
 from gguf_bytes import STRING, Gguf, Tensor, scalar
 from hasten.errors import ModelError
-from hasten.models import open_model
+from hasten.models.open import open_model
 from hasten.models.rope import interleaved_rows
 from hasten.models.source import locate, ref_of, with_adapters
 from hasten.weights.packed import finite_values

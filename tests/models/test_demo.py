@@ -11,8 +11,9 @@ import pytest
 
 from gguf_bytes import smallest_model
 from hasten.errors import ModelError
-from hasten.models import open_model, sha256_of
 from hasten.models import source as models
+from hasten.models.open import open_model
+from hasten.models.source import sha256_of
 
 FILE = smallest_model().build()
 

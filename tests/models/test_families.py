@@ -12,9 +12,10 @@ import pytest
 
 from hasten.core import Attention, Block, FeedForward, ModelSpec, Norms, Rotary, as_json, dense
 from hasten.errors import ModelError
-from hasten.models import families, open_model
+from hasten.models import families
 from hasten.models.families import FAMILIES, hf_spec
 from hasten.models.families.family import Family, Fields, Flags
+from hasten.models.open import open_model
 from hasten.weights.plan import config_from, config_json
 from specs import flat_of, spec
 from tiny_models import TINY

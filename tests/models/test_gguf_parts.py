@@ -9,8 +9,8 @@ import pytest
 
 from gguf_bytes import I32, STRING, U16, U32, Gguf, array, floats, scalar, smallest_model
 from hasten.errors import FormatError, ModelError
-from hasten.models import open_model
 from hasten.models.gguf import part_names
+from hasten.models.open import open_model
 from hasten.models.source import file_name_of, locate
 
 

@@ -17,9 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from gguf_bytes import smallest_model
 from hasten.errors import FormatError, ModelError
-from hasten.models import open_model, sha256_of
-from hasten.models.open import INDEX
-from hasten.models.source import file_name_of, ref_of
+from hasten.models.open import INDEX, open_model
+from hasten.models.source import file_name_of, ref_of, sha256_of
 
 
 def test_a_gguf_file_and_a_folder_that_holds_one(tmp_path: Path) -> None:

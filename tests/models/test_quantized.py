@@ -16,10 +16,11 @@ from ggml_blocks import check_finite, dequantize
 from hasten import _native
 from hasten.core import Format, Recipe
 from hasten.errors import FormatError, ModelError
-from hasten.models import Source, open_model
 from hasten.models.families import FAMILIES
+from hasten.models.open import open_model
 from hasten.models.quantized import QuantizedMatrix, bit_fields
 from hasten.models.quantized_formats import quantization_of
+from hasten.models.source import Source
 from hasten.weights.packed import PackedLinear, pack_linear, pack_model
 from hasten.weights.tensors import SourceTensor
 from quantized_folders import (

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ggml_blocks import dequantize
 from hasten.errors import FormatError, ModelError
-from hasten.models import open_model
+from hasten.models.open import open_model
 from hasten.models.quantized_formats import quantization_of
 from hasten.weights.packed import pack_linear
 from quantized_folders import Make, Packing, change_model, rewrite

@@ -13,11 +13,11 @@ from safetensors.numpy import load_file, save_file
 from ggml_blocks import check_finite, dequantize
 from gguf_bytes import Gguf, Tensor, floats, smallest_model
 from hasten.errors import ModelError
-from hasten.models import Source, open_model
 from hasten.models.families import FAMILIES
 from hasten.models.gguf import GgufFile
-from hasten.models.open import gguf_source
+from hasten.models.open import gguf_source, open_model
 from hasten.models.rope import interleaved_rows
+from hasten.models.source import Source
 
 
 def opened(model: Gguf) -> Source:

@@ -18,7 +18,8 @@ from hasten import _native
 from hasten.core import EngineOptions, Format, Recipe
 from hasten.engine.model import LanguageModel, load_packed
 from hasten.engine.request import Request
-from hasten.models import Source, open_model
+from hasten.models.open import open_model
+from hasten.models.source import Source
 from hasten.runtime.keys import key_shifts
 from hasten.runtime.reference import ReferenceDecoder
 from hasten.runtime.sampling import SamplingOptions

@@ -12,8 +12,9 @@ from hasten import _native
 from hasten.core import EngineOptions, Recipe
 from hasten.engine.model import load_packed
 from hasten.machine.cores import usable_cores
-from hasten.models import Source, open_model
+from hasten.models.open import open_model
 from hasten.models.rope import rotations
+from hasten.models.source import Source
 from hasten.quality.text import default_text
 from hasten.weights.packed import pack_model
 

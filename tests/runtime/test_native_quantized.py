@@ -10,7 +10,7 @@ import torch
 
 from hasten.core import EngineOptions, Recipe
 from hasten.engine.model import load_packed
-from hasten.models import open_model
+from hasten.models.open import open_model
 from hasten.weights.packed import pack_model
 from quantized_folders import Make, Packing, with_values
 from tiny_models import TINY, logits, prompts

@@ -10,7 +10,8 @@ import pytest
 import tiny_gguf as gguf_files
 from ggml_blocks import dequantize
 from hasten.errors import ModelError, UsageError
-from hasten.models import Source, open_model
+from hasten.models.open import open_model
+from hasten.models.source import Source
 from hasten.runtime.reference import ReferenceDecoder
 from specs import changed, flat_of
 from tiny_models import TINY, Tiny, greedy, int8_groups, logits, prompts

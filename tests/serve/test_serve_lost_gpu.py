@@ -21,7 +21,7 @@ from hasten.engine.async_engine import AsyncEngine, EngineClosed
 from hasten.engine.model import LanguageModel, load_packed
 from hasten.engine.request import Request
 from hasten.errors import MachineError
-from hasten.models import open_model
+from hasten.models.open import open_model
 from hasten.runtime.executor import choose_device
 from hasten.runtime.gpu.plain import PlainStep
 from hasten.runtime.sampling import SamplingOptions

@@ -16,8 +16,8 @@ from hasten import _native
 from hasten.core import Recipe, as_json
 from hasten.errors import UsageError
 from hasten.export import export
-from hasten.models import open_model
 from hasten.models.artifact import save
+from hasten.models.open import open_model
 from hasten.weights import codec
 from hasten.weights.codec import encode, from_bytes, to_bytes
 from hasten.weights.formats import FORMATS, Format, FormatParts, format_named

@@ -60,7 +60,7 @@ def _heard() -> Iterator[list[str]]:
 
 
 def _of_source(ref: str, context: int | None) -> dict[str, Any]:
-    from hasten.models import open_model
+    from hasten.models.open import open_model
     from hasten.weights.packed import source_layout
 
     tokenizer = None

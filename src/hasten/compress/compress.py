@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from hasten.compress.calibration import TOKENS, Calibration
+from hasten.compress.calibration import TOKENS
 from hasten.compress.job import Job, Means
 from hasten.compress.recipe_check import fitted, notes
 from hasten.compress.recipe_file import recipe_from, write_recipe
@@ -48,6 +48,7 @@ def carried_out(job: Job) -> Compressed:
     with _threads(job):
         packed = steps.run()
     found = list(steps.notes) + list(notes(packed.recipe, steps.source.config))
+    text = job.text
     return Compressed(
         None,
         packed,
@@ -57,7 +58,7 @@ def carried_out(job: Job) -> Compressed:
         time.monotonic() - began,
         peak_rss_bytes(),
         tuple(steps.done),
-        None if job.text is None else _text_record(job.text),
+        None if text is None else {"name": text.name, "tokens": text.tokens, "sha256": text.sha256},
         tuple(found),
     )
 
@@ -162,10 +163,6 @@ def _lesson(progress: Any) -> str:
     parts += [f"held-out KL {progress.kl:.4f}"] if progress.kl is not None else []
     parts += [f"{progress.tokens_per_s:,.0f} tokens/s"] if progress.tokens_per_s is not None else []
     return ", ".join(parts)
-
-
-def _text_record(text: Calibration) -> dict[str, Any]:
-    return {"name": text.name, "tokens": text.tokens, "sha256": text.sha256}
 
 
 def _threads(job: Job) -> contextlib.AbstractContextManager[None]:

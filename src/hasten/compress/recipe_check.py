@@ -32,12 +32,10 @@ def layer_names(config: ModelSpec) -> list[str]:
 def matches(rule: str, names: Iterable[str]) -> frozenset[str]:
     """The names that a rule stands for."""
     wanted = rule.strip().split(".")
-    return frozenset(name for name in names if _fits(wanted, name.split(".")))
-
-
-def _fits(wanted: list[str], parts: list[str]) -> bool:
-    pairs = zip(wanted, parts, strict=False)
-    return len(wanted) == len(parts) and all(_part_fits(want, part) for want, part in pairs)
+    split = ((name, name.split(".")) for name in names)
+    return frozenset(
+        name for name, parts in split if len(wanted) == len(parts) and all(map(_part_fits, wanted, parts))
+    )
 
 
 def _part_fits(wanted: str, part: str) -> bool:
@@ -116,11 +114,6 @@ def pruned_shape(recipe: Recipe, config: ModelSpec, text: Calibration | None) ->
 GROUPS = (128, 64, 32)
 
 
-def needs_torch(recipe: Recipe) -> bool:
-    """Whether more is to be done than to pack the source's values."""
-    return not recipe.is_plain
-
-
 def needs_text(recipe: Recipe) -> bool:
     """Whether calibration text is read."""
     pruned = any(one.repair or not PRUNINGS[one.kind].blind for one in recipe.prune)
@@ -154,7 +147,7 @@ def checked(recipe: Recipe, config: ModelSpec) -> Recipe:
         PRUNINGS[one.kind].takes in ("channels", "width") for one in recipe.prune
     ):  # else columns change yet
         _refuse_groups(found, config, where)
-    if needs_torch(recipe):
+    if not recipe.is_plain:
         if find_spec("torch") is None:
             raise MachineError("compressing needs torch", hint="pip install 'hasten[compress]'")
         _refuse_rotation(found, config, where)

@@ -39,7 +39,8 @@ def made_tensor(name: str, shape: tuple[int, ...], values: Values) -> SourceTens
     """
     if isinstance(values, torch.Tensor):
         assert tuple(values.shape) == shape, (name, values.shape, shape)
-        return SourceTensor(name, shape, _dtype(values), _bytes(values))
+        dtype = "BF16" if values.dtype == torch.bfloat16 else "F32"
+        return SourceTensor(name, shape, dtype, _bytes(values))
     return SourceTensor(name, shape, "F32", lambda: _bytes(values().float()))
 
 
@@ -59,10 +60,6 @@ def changed(source: Source, values: Mapping[str, Values], *, config: ModelSpec |
     )
     assert not wrong, f"tensors do not fit the new shape: {sorted(wrong)[:4]}"
     return replace(source, config=shape_of, tensors=tensors)
-
-
-def _dtype(values: torch.Tensor) -> str:
-    return "BF16" if values.dtype == torch.bfloat16 else "F32"
 
 
 def _bytes(values: torch.Tensor) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:

@@ -504,17 +504,3 @@ def other_kind(file: GgufFile) -> ModelError | None:
 
 def _other(file: GgufFile, what: str, hint: str) -> ModelError:
     return ModelError(f"{file.name} is no language model, it is {what}", hint=hint)
-
-
-__all__ = [
-    "MAGIC",
-    "FormatError",
-    "GgufFile",
-    "GgufMetadata",
-    "model_name",
-    "models_in",
-    "models_of",
-    "open_parts",
-    "other_kind",
-    "part_names",
-]

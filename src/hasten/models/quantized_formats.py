@@ -429,7 +429,8 @@ class CompressedTensors:
         scale = parts.take("weight_scale", SCALES, (rows, groups))
         zero = _zero(parts, scheme, rows, groups)
         order = None
-        if parts.has("weight_g_idx") and not _is_unset(parts.take("weight_g_idx", ("I32",), (cols,))):
+        given = parts.take("weight_g_idx", ("I32",), (cols,)) if parts.has("weight_g_idx") else None
+        if given is not None and (array(given) != -1).any():  # it is made of -1
             order = parts.groups_of("weight_g_idx", cols, group)
 
         def read() -> QAndScale:
@@ -472,11 +473,6 @@ def _zero(parts: Parts, scheme: _Scheme, rows: int, groups: int) -> npt.NDArray[
         return unsigned(array(parts.take("weight_zero_point", ("I8",), shape)), scheme.bits)
     packed = parts.take("weight_zero_point", ("I32",), (-(-rows * scheme.bits // 32), groups))
     return np.ascontiguousarray(bit_fields(words(packed).T, scheme.bits, rows).T)
-
-
-def _is_unset(order: SourceTensor) -> bool:
-    """Whether all of weight_g_idx is -1, as it is made."""
-    return bool((array(order) == -1).all())
 
 
 KEYS = ("quantization_config", "compression_config")  # the second: compressed-tensors before it had the first

@@ -13,7 +13,7 @@ from hasten.core import EngineOptions, Recipe, ServingOptions
 from hasten.engine import keep
 from hasten.engine.model import LanguageModel, load_packed
 from hasten.engine.request import Request
-from hasten.models import Source
+from hasten.models.source import Source
 from hasten.runtime.sampling import SamplingOptions
 from hasten.weights.packed import pack_model
 

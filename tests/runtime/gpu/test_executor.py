@@ -20,7 +20,8 @@ from hasten.engine.grammar import Grammar
 from hasten.engine.model import LanguageModel
 from hasten.engine.request import Request
 from hasten.errors import MachineError, ModelError, UsageError
-from hasten.models import Source, open_model
+from hasten.models.open import open_model
+from hasten.models.source import Source
 from hasten.runtime import executor as executors
 from hasten.runtime.executor import Draw, Part
 from hasten.runtime.gpu import executor as gpu

@@ -13,7 +13,7 @@ from running_models import GREEDY, answers, is_greedy, patient, running
 
 from hasten.engine.grammar import Grammar
 from hasten.engine.request import Request
-from hasten.models import open_model
+from hasten.models.open import open_model
 from hasten.runtime.gpu.shape import PAGE
 from hasten.runtime.sampling import SamplingOptions
 from tiny_models import prompts

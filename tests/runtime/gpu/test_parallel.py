@@ -20,8 +20,9 @@ from hasten.core import ServingOptions
 from hasten.engine.model import LanguageModel
 from hasten.engine.request import Request
 from hasten.errors import DeviceLost, HastenError, MachineError, UsageError
-from hasten.models import Source, open_model
 from hasten.models.artifact import load_artifact
+from hasten.models.open import open_model
+from hasten.models.source import Source
 from hasten.runtime.gpu.parallel import Crew, TorchLeader, mapped_place, store_of_this_host
 from hasten.runtime.sampling import SamplingOptions
 from tiny_artifacts import make, mixed

@@ -234,9 +234,9 @@ def fold(
         new[_NORMS[group]] = _times(weights[_NORMS[group]], 1 / scales)
         return new
     maker = _MAKERS[group]
-    rows = (
-        scales if group == "down" else _of_kv_heads(scales, config.blocks[0].mixer.head_dim, _share(weights))
-    )
+    rows = scales
+    if group == "o":  # [H * D], equal over each KV head's query heads -> [K * D]
+        rows = scales.reshape(-1, _share(weights), config.blocks[0].mixer.head_dim)[:, 0].reshape(-1)
     new[maker] = _times(weights[maker], 1 / rows[:, None])
     if (bias := weights.get(f"{maker}.bias")) is not None:
         new[f"{maker}.bias"] = _times(bias, 1 / rows)
@@ -250,11 +250,6 @@ def _times(values: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
 def _share(weights: Mapping[str, torch.Tensor]) -> int:
     """Query heads a KV head serves, by the matrices' own shapes: heads may have been pruned."""
     return weights["o"].shape[1] // weights["v"].shape[0]
-
-
-def _of_kv_heads(scales: torch.Tensor, head_dim: int, share: int) -> torch.Tensor:
-    """[H * D], equal over each KV head's query heads -> [K * D]."""
-    return scales.reshape(-1, share, head_dim)[:, 0].reshape(-1)
 
 
 _FARTHEST = 256.0
