@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
 from running_server import Running, chat, serving
 from stand_in_engine import StandInEngine
 
+from hasten.cache.requests import ResponseCache
 from hasten.serve.options import ServeOptions
 
 PATH = "/v1/chat/completions"
 
 
+class TimedCache(ResponseCache):
+    """One whose time goes on when a test says so."""
+
+    now = 0.0
+
+    def __init__(self, limit_bytes: int, ttl_s: float) -> None:
+        super().__init__(limit_bytes, ttl_s, lambda: TimedCache.now)
+
+
 @pytest.fixture
 def remembering(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr("hasten.engine.loaded.fingerprint", lambda model: model.name)
-    with serving(ServeOptions(port=0, log=False, response_cache_ttl=0.5), {"a": StandInEngine()}) as server:
+    monkeypatch.setattr("hasten.serve.kept.ResponseCache", TimedCache)
+    monkeypatch.setattr(TimedCache, "now", 0.0)
+    with serving(ServeOptions(port=0, log=False, response_cache_ttl=5), {"a": StandInEngine()}) as server:
         yield server
 
 
@@ -55,10 +66,12 @@ def test_anything_else_is_computed(remembering: Running) -> None:
     assert len(remembering.engine.asked) == 8
 
 
-def test_answers_grow_old(remembering: Running) -> None:
-    for _ in range(2):
+def test_answers_grow_old(remembering: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seconds in (0, 4.9):
+        monkeypatch.setattr(TimedCache, "now", seconds)
         remembering.ask(PATH, chat(temperature=0))
-    time.sleep(0.6)
+    assert len(remembering.engine.asked) == 1
+    monkeypatch.setattr(TimedCache, "now", 5.1)
     remembering.ask(PATH, chat(temperature=0))
     assert len(remembering.engine.asked) == 2
 
