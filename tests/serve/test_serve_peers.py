@@ -202,3 +202,31 @@ def test_a_schema_beside_the_type_is_one(server: Running) -> None:
     assert server.engine.asked[-1].grammar.kind == "json_schema"
     error = server.ask(CHAT, chat(response_format={"type": "json_object", "schema": 123})).error
     assert error["param"].startswith("response_format")
+
+
+@pytest.mark.parametrize(("logprobs", "prompt_logprobs"), [(1, 2), (2, 0), (None, 1)])
+def test_an_echoed_prompt_is_scored_in_both_forms(
+    server: Running, logprobs: int | None, prompt_logprobs: int
+) -> None:
+    server.engine.reply = "!"
+    body = {"prompt": "abc", "echo": True, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
+    whole = server.ask(COMPLETION, body).json["choices"][0]
+    streamed = server.ask(COMPLETION, {**body, "stream": True}).events[0]["choices"][0]
+    for choice in (whole, streamed):
+        assert choice["prompt_logprobs"][0] is None and len(choice["prompt_logprobs"]) == 3
+        assert len(choice["prompt_logprobs"][1]) == max(1, prompt_logprobs)
+        columns = choice["logprobs"]
+        if logprobs is None:
+            assert columns is None
+        else:
+            assert columns["tokens"] == list("abc!") and len(columns["top_logprobs"][1]) == logprobs
+
+
+def test_a_prefix_of_a_proxy_is_no_other_path(server: Running) -> None:
+    assert server.ask("/llm/v1/chat/completions", chat()).status == 200
+    assert server.ask("/api/openai/v1/models").json["data"][0]["id"] == "echo"
+    assert server.ask("/v1/models/x/v1/models").status == 404  # a model's name
+    for path in ("/llm/v1/nothing", "/llm/metrics", "/a/b/c/d/e/v1/models"):
+        assert server.ask(path).status == 404
+    with serving(ServeOptions(port=0, log=False, api_keys=("key",))) as guarded:
+        assert guarded.ask("/llm/v1/models").status == 401

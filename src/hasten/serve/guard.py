@@ -105,14 +105,21 @@ _STOPPING = Problem(503, "the server is stopping", code="stopping", headers={"re
 _SHORT = ("/chat/completions", "/completions", "/embeddings", "/models", "/responses", "/messages")
 
 
+_PREFIXED = re.compile(rf"(?:/[\w.~-]+){{1,4}}?(/v1(?:{'|'.join(map(re.escape, _SHORT))}).*)", re.DOTALL)
+
+
 def plain_path(path: str) -> str:
-    """A path as the routes have it: base URLs come with and without `/v1`, with and without a slash."""
+    """A path as the routes have it: base URLs come with and without `/v1`, with and without a slash, and with
+    what a proxy has before `/v1`."""
     path = re.sub("/{2,}", "/", path)
     if len(path) > 1:
         path = path.rstrip("/") or "/"
     while path.startswith("/v1/v1/"):
         path = path[3:]
-    return f"/v1{path}" if path.startswith(_SHORT) else path
+    if path.startswith(_SHORT):
+        return f"/v1{path}"
+    prefixed = None if path.startswith("/v1/") else _PREFIXED.fullmatch(path)
+    return path if prefixed is None else prefixed.group(1)
 
 
 class Guard:

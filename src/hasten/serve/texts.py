@@ -81,6 +81,7 @@ class CompletionShape(Shape):
         requests: what is asked of the engine, one request a prompt.
         echoed: the prompts' texts, where they come before the answers.
         given: answers of a request that are given: the likeliest of those that are made.
+        ranks: alternatives that `logprobs` and `prompt_logprobs` ask for, of an echoed prompt.
     """
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
@@ -93,10 +94,13 @@ class CompletionShape(Shape):
         requests: Sequence[Request],
         echoed: Sequence[str] = (),
         given: int | None = None,
+        ranks: tuple[int | None, int | None] = (None, None),
     ) -> None:
         super().__init__(model, texts, tally, requests[0].n, len(requests))
         self._echoed = echoed
         self._given = given
+        self._ranks = ranks
+        self._scored: dict[int, Any] = {}  # vLLM's `prompt_logprobs` of echoed prompts, by request
         self._firsts = [request.prompt[0] for request in requests]
         self._first: dict[int, list[tuple[str, ...]]] = {}  # entries of the prompts, by request
         self._scores = [[0.0, 0] for _ in self.parts]  # sum of the logprobs, and how many
@@ -105,8 +109,12 @@ class CompletionShape(Shape):
         """The prompt's log-probabilities: as columns where the prompt is echoed, else as vLLM has them."""
         if not self._echoed:
             return super().spelled(logprobs)
-        part = Part()
-        return [self._entry(part, one) for one in logprobs if one is not None]
+        part, (shown, told) = Part(), self._ranks
+        entries = [self._entry(part, _best(one, shown or 0)) for one in logprobs if one is not None]
+        whole = None
+        if told is not None:
+            whole = super().spelled([None if one is None else _best(one, told) for one in logprobs])
+        return entries if shown is not None else [], whole
 
     def _entries(self, part: Part, output: Output) -> list[tuple[str, ...]]:
         """Of each token: its name, its logprob, the likeliest ones, where in the text it begins, its text."""
@@ -135,7 +143,8 @@ class CompletionShape(Shape):
         which = number // self.answers
         text, entries = self._echoed[which], self._first.get(which, [])
         if which in self.prompt_logprobs:
-            entries = self._first[which] = self._with_first(which, self.prompt_logprobs.pop(which))
+            read, self._scored[which] = self.prompt_logprobs.pop(which)
+            entries = self._first[which] = self._with_first(which, read) if self._ranks[0] is not None else []
         if entries:
             part.length = len(text)
         return text, entries
@@ -159,7 +168,8 @@ class CompletionShape(Shape):
         if output.finish_reason is not None:
             end = f'"{output.finish_reason}"'
             extra = f',"stop_reason":{dumps(output.stop)}'
-        prompt = self.prompt_logprobs.pop(number // self.answers, None)
+        scored = self._scored if self._echoed else self.prompt_logprobs
+        prompt = scored.pop(number // self.answers, None)
         if prompt is not None:
             extra += f',"prompt_logprobs":{dumps(prompt)}'
         if self._prompts is not None and is_first:
@@ -185,7 +195,8 @@ class CompletionShape(Shape):
             "finish_reason": part.finish,
             "stop_reason": part.stop,
         }
-        choice["prompt_logprobs"] = None if self._echoed else self.prompt_logprobs.get(number // self.answers)
+        scored = self._scored if self._echoed else self.prompt_logprobs
+        choice["prompt_logprobs"] = scored.get(number // self.answers)
         choice["prompt_token_ids"] = self._prompts[number // self.answers] if self._prompts else None
         choice["token_ids"] = part.token_ids if self._prompts else None
         return choice
@@ -213,6 +224,11 @@ def _columns(entries: list[tuple[str, ...]]) -> dict[str, Any] | None:
     return dict(zip(names, map(joined, columns), strict=True)) if entries else None
 
 
+def _best(one: TokenLogprob, count: int) -> TokenLogprob:
+    """With so many of the likeliest tokens."""
+    return replace(one, top=one.top[:count])
+
+
 def _moved(entry: tuple[str, ...], characters: int) -> tuple[str, ...]:
     """The entry of a token so many characters further on."""
     return (*entry[:3], str(int(entry[3]) + characters), entry[4])
@@ -235,7 +251,10 @@ async def completions(exchange: Exchange) -> None:
         requests, echoed, form = await exchange.work(asked)
         exchange.note_form(form)
         tally = exchange.tally(served.name)
-        shape = CompletionShape(served.name, texts_of(spec, served), tally, requests, echoed, spec.n or 1)
+        ranks = (spec.logprobs, spec.prompt_logprobs)
+        shape = CompletionShape(
+            served.name, texts_of(spec, served), tally, requests, echoed, spec.n or 1, ranks
+        )
         if spec.return_token_ids:
             shape.show_ids(requests)
         shape.report(spec.stream_options, sum(len(request.prompt) for request in requests))
@@ -272,7 +291,9 @@ def _to_complete(spec: CompletionRequest, asker: Asker, made: int) -> tuple[list
     if spec.suffix:
         prompts, special = [filled_in(asker, text, spec.suffix) for text in prompts_of(prompts)], False
     ranked = spec.logprobs if made == (spec.n or 1) else spec.logprobs or 0
-    scored = spec.logprobs if spec.echo else spec.prompt_logprobs
+    scored = spec.prompt_logprobs
+    if spec.echo and spec.logprobs is not None:
+        scored = max(spec.logprobs, scored or 0)
     requests, echoed = [], []
     for (one, whole), text in zip(_each(prompts, special, asker), prompts_of(prompts), strict=True):
         prompt = one.kept(spec, whole)
