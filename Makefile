@@ -1,7 +1,7 @@
 # make demo    install, optimise the demo model, answer a question with it
 # make test    every check: lint, format, types, tests that take seconds
 # make test-slow    crowds, kills, browsers, generated requests: slow by nature
-# Both do their own set-up in .venv; they need Python 3.10-3.13, a C++20 compiler and a package index.
+# Both do their own set-up in .venv; they need Python 3.10-3.14, a C++20 compiler and a package index.
 
 PYTHON ?= python3
 VENV ?= .venv

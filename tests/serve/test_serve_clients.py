@@ -561,7 +561,7 @@ def test_messages_say_what_is_wrong(server: Running) -> None:
 
 
 def test_models_are_named_as_hubs_name_them() -> None:
-    from hasten.serve.pool import names_of
+    from hasten.serve.options import names_of
 
     assert names_of(["org/name=demo"]) == {"org/name": "demo"}
     assert list(names_of(["./a=b/x.gguf"]).values()) == ["./a=b/x.gguf"]

@@ -15,8 +15,8 @@ from hasten.engine.async_engine import EngineClosed
 from hasten.errors import ModelError, UsageError
 from hasten.serve import pool
 from hasten.serve.call import Problem
-from hasten.serve.options import ServeOptions
-from hasten.serve.pool import ModelPool, names_of
+from hasten.serve.options import ServeOptions, names_of
+from hasten.serve.pool import ModelPool
 
 PATH = "/v1/chat/completions"
 

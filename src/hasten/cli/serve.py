@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from hasten.cli.console import watched
 from hasten.cli.flags import AdapterOption, RecipeOption, argument, fill, optional, parameters
 from hasten.core import EngineOptions, ServingOptions
-from hasten.serve.options import ServeOptions
+from hasten.serve.options import ServeOptions, names_of
 
 KEPT = "The server is down; what ran was cancelled."
 
@@ -43,7 +43,6 @@ def command(
     engine = fill(EngineOptions, flags)
     choose_device(engine.device)  # a device that is not there is refused before anything else
     from hasten.models.source import with_adapters
-    from hasten.serve.pool import names_of
     from hasten.serve.server import ServeSetup, serve
 
     named = names_of([*(models or ()), *(model or ())])

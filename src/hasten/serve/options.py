@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -91,3 +92,34 @@ class ServeOptions:
     @property
     def max_body_bytes(self) -> int:
         return int(self.max_body_mb * 1_000_000)
+
+
+def names_of(given: Iterable[str]) -> dict[str, str]:
+    """Served names of models: `NAME=MODEL` says one, else an artifact's or file's stem, or the hub id itself.
+
+    Raises:
+        UsageError: two models of one name, or none at all.
+    """
+    refs: dict[str, str] = {}
+    for text in given:
+        name, separator, ref = text.partition("=")
+        if not separator or name.startswith((".", "/", "~")) or Path(text).exists():
+            name, ref = "", text
+        name = name or _own_name(ref)
+        if not ref:
+            raise UsageError(f"{text!r} names no model", hint="use NAME=MODEL, for example chat=demo")
+        if name in refs:
+            raise UsageError(
+                f"two models would be served as {name!r}", hint=f"name one: --model other={refs[name]}"
+            )
+        refs[name] = ref
+    if not refs:
+        raise UsageError("no model is named", hint="hasten serve demo, or hasten serve NAME.hasten")
+    return refs
+
+
+def _own_name(ref: str) -> str:
+    path = Path(ref)
+    if path.suffix in (".hasten", ".gguf"):
+        return path.stem
+    return path.resolve().name if path.is_dir() else ref

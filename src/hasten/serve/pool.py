@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hasten.cache.requests import PromptCache
 from hasten.engine.async_engine import EngineClosed
-from hasten.errors import HastenError, UsageError
+from hasten.errors import HastenError
 from hasten.serve.call import Problem
 from hasten.serve.shape import TokenTexts
 
@@ -342,34 +341,3 @@ def _release(served: Served) -> None:
     served.used = time.monotonic()
     if served.users == 0:
         served.idle.set()
-
-
-def names_of(given: Iterable[str]) -> dict[str, str]:
-    """Served names of models: `NAME=MODEL` says one, else an artifact's or file's stem, or the hub id itself.
-
-    Raises:
-        UsageError: two models of one name, or none at all.
-    """
-    refs: dict[str, str] = {}
-    for text in given:
-        name, separator, ref = text.partition("=")
-        if not separator or name.startswith((".", "/", "~")) or Path(text).exists():
-            name, ref = "", text
-        name = name or _own_name(ref)
-        if not ref:
-            raise UsageError(f"{text!r} names no model", hint="use NAME=MODEL, for example chat=demo")
-        if name in refs:
-            raise UsageError(
-                f"two models would be served as {name!r}", hint=f"name one: --model other={refs[name]}"
-            )
-        refs[name] = ref
-    if not refs:
-        raise UsageError("no model is named", hint="hasten serve demo, or hasten serve NAME.hasten")
-    return refs
-
-
-def _own_name(ref: str) -> str:
-    path = Path(ref)
-    if path.suffix in (".hasten", ".gguf"):
-        return path.stem
-    return path.resolve().name if path.is_dir() else ref
