@@ -8,6 +8,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#elif defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 namespace hasten {
@@ -72,7 +75,15 @@ bool request_tiles() {
 
 #else
 
-CpuFeatures detect() { return {}; }
+// Source: Linux Documentation/arch/arm64/elf_hwcaps.rst.
+CpuFeatures detect() {
+  CpuFeatures f;
+#if defined(__aarch64__) && defined(__linux__)
+  f.arm_dotprod = (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+  f.arm_i8mm = (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0;
+#endif
+  return f;
+}
 bool request_tiles() { return false; }
 
 #endif
@@ -97,5 +108,9 @@ bool has_amx() {
   static const bool usable = has_avx512() && cpu().amx_tile && cpu().amx_int8 && cpu().amx_bf16 && request_tiles();
   return usable;
 }
+
+bool has_dotprod() { return cpu().arm_dotprod; }
+
+bool has_i8mm() { return has_dotprod() && cpu().arm_i8mm; }
 
 }  // namespace hasten

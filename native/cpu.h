@@ -3,7 +3,8 @@
 
 namespace hasten {
 
-// What CPUID reports and the operating system saves on a context switch; a flag is false where either is missing.
+// What CPUID reports and the operating system saves on a context switch, or what Linux says of an ARM processor; a flag
+// is false where it is missing.
 struct CpuFeatures {
   bool avx2 = false;  // with FMA and F16C
   bool avx_vnni = false;
@@ -16,9 +17,11 @@ struct CpuFeatures {
   bool amx_tile = false;
   bool amx_int8 = false;
   bool amx_bf16 = false;
+  bool arm_dotprod = false;
+  bool arm_i8mm = false;
 };
 
-// Asked once, then remembered. All false on a processor that is no x86-64.
+// Asked once, then remembered.
 const CpuFeatures& cpu();
 
 // Can code of native/isa/avx2.cpp, avx512_linear.cpp, avx512.cpp and amx.cpp run here? Each needs every flag its file
@@ -28,5 +31,9 @@ bool has_avx2();
 bool has_avx512_vnni();
 bool has_avx512();  // with bf16 products
 bool has_amx();
+
+// The same of native/isa/neon_dotprod.cpp and neon_i8mm.cpp. Every 64-bit ARM processor runs neon.cpp.
+bool has_dotprod();
+bool has_i8mm();
 
 }  // namespace hasten

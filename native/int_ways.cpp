@@ -39,6 +39,9 @@ void forget_lines(const uint8_t* data, size_t bytes) {
 #if defined(__x86_64__)
   for (size_t i = 0; i < bytes; i += 64) _mm_clflush(data + i);
   _mm_mfence();
+#elif defined(__aarch64__)
+  for (size_t i = 0; i < bytes; i += 64) asm volatile("dc civac, %0" : : "r"(data + i) : "memory");
+  asm volatile("dsb ish" : : : "memory");
 #else
   (void)data, (void)bytes;
 #endif

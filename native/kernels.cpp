@@ -28,7 +28,7 @@ const Kernels* avx512_vnni() {
 #endif
 
 // Names of all tables, best last.
-constexpr const char* kNames[] = {"scalar", "avx2", "avx512vnni", "avx512", "amx"};
+constexpr const char* kNames[] = {"scalar", "neon", "dotprod", "i8mm", "avx2", "avx512vnni", "avx512", "amx"};
 
 // The table of that name, or null if this machine cannot run it.
 const Kernels* find(const std::string& name) {
@@ -37,6 +37,10 @@ const Kernels* find(const std::string& name) {
   if (name == "avx512") return has_avx512() ? &kAvx512Kernels : nullptr;
   if (name == "avx512vnni") return has_avx512_vnni() ? avx512_vnni() : nullptr;
   if (name == "avx2") return has_avx2() ? &kAvx2Kernels : nullptr;
+#elif defined(__aarch64__)
+  if (name == "i8mm") return has_i8mm() ? &kI8mmKernels : nullptr;
+  if (name == "dotprod") return has_dotprod() ? &kDotprodKernels : nullptr;
+  if (name == "neon") return &kNeonKernels;
 #endif
   return name == "scalar" ? &kScalarKernels : nullptr;
 }
@@ -62,6 +66,8 @@ std::vector<const IntWay*> ways_of(const Kernels& table) {
   take(table);
 #if defined(__x86_64__)
   if (&table != &kScalarKernels) take(kAvx2Kernels);
+#elif defined(__aarch64__)
+  if (&table == &kI8mmKernels) take(kDotprodKernels);  // SMMLA is not twice as fast as SDOT everywhere
 #endif
   return found;
 }

@@ -95,6 +95,10 @@ const std::vector<const ProbeKernels*>& probe_kernels() {
     no_bf16.bf16 = {};
     if (has_avx512_vnni()) found.push_back(has_avx512() ? &kProbeAvx512 : &no_bf16);
     if (has_amx()) found.push_back(&kProbeAmx);
+#elif defined(__aarch64__)
+    found.push_back(&kProbeNeon);
+    if (has_dotprod()) found.push_back(&kProbeDotprod);
+    if (has_i8mm()) found.push_back(&kProbeI8mm);
 #endif
     return found;
   }();

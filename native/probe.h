@@ -28,6 +28,10 @@ extern const ProbeKernels kProbeScalar;
 extern const ProbeKernels kProbeAvx2;
 extern const ProbeKernels kProbeAvx512;
 extern const ProbeKernels kProbeAmx;
+#elif defined(__aarch64__)
+extern const ProbeKernels kProbeNeon;
+extern const ProbeKernels kProbeDotprod;
+extern const ProbeKernels kProbeI8mm;
 #endif
 
 // Those that run here, best last.

@@ -5,6 +5,7 @@
 
 #include "isa/avx2.h"
 #include "isa/avx2_unpack.inl"
+#include "isa/int_step.inl"
 #include "isa/repeat.h"
 
 namespace hasten::avx2 {
@@ -20,30 +21,6 @@ inline void store(float* out, __m256 value, bool add) {
   _mm256_storeu_ps(out, add ? _mm256_add_ps(_mm256_loadu_ps(out), value) : value);
 }
 
-// The activations of a tile's tokens at one step of STEP inputs.
-template <int STEP>
-struct Step {
-  const int8_t* q;
-  const float* scale;
-  const int32_t* nsum;
-  size_t cols, scales, nsums;  // of one token
-
-  Step(const QuantRows& x, int t, int k) : cols(x.cols), scales(cols / 32), nsums(cols / STEP) {
-    q = x.q + t * cols + k;
-    scale = x.scale + t * scales + k / 32;
-    nsum = (STEP == 16 ? x.nsum16 : x.nsum) + t * nsums + k / STEP;
-  }
-  // For all steps whose first input is a multiple of 32.
-  void to_next(int k) {
-    q += STEP;
-    nsum++;
-    scale += STEP == 32 ? 1 : k / 16 % 2;
-  }
-  const int8_t* inputs(int m, int i) const { return q + m * cols + i; }
-  float scale_of(int m) const { return scale[m * scales]; }
-  int nsum_of(int m) const { return nsum[m * nsums]; }
-};
-
 // Adds a step's integer sums to the float ones: scale is of one half, minimum too if there is one.
 template <int STEP, bool SYMMETRIC, int M>
 inline void add_step(const Step<STEP>& x, const __m256i (&dot)[M], __m256 scale, __m256 minimum, __m256 (&sum)[M]) {
@@ -58,7 +35,7 @@ inline void add_step(const Step<STEP>& x, const __m256i (&dot)[M], __m256 scale,
 // The integer sums of one half over a step. unpack(j, first, second) gives the weights of 8 inputs.
 template <int BITS, int STEP, bool SYMMETRIC, int M, typename Unpack>
 inline void dot_step(const Step<STEP>& x, __m256i (&dot)[M], const Unpack& unpack) {
-  for (int m = 0; m < M; m++) dot[m] = start_of<BITS, SYMMETRIC>(x.nsum_of(m));
+  for (int m = 0; m < M; m++) dot[m] = _mm256_set1_epi32(int_start<BITS, SYMMETRIC>(x.nsum_of(m)));
   constexpr int kRun = std::min(kSumsIn16<BITS>, STEP / 4);  // registers of 4 inputs summed in 16 bits
   __m256i pairs[M];
 #pragma GCC unroll 8
@@ -225,7 +202,8 @@ void block_tile(const Piece& piece, int t) {
   Step<STEP> step(*piece.x, t, piece.k0);
   for (int k = 0, depth = piece.depth; k < depth; k += STEP, u += STEP * 16, scale += 16, minimum += 16) {
     Dots<M> dot;
-    repeat<M>(HASTEN_EACH(m) { dot[m][0] = dot[m][1] = start_of<BITS, SYMMETRIC>(step.nsum_of(m)); });
+    repeat<M>(
+        HASTEN_EACH(m) { dot[m][0] = dot[m][1] = _mm256_set1_epi32(int_start<BITS, SYMMETRIC>(step.nsum_of(m))); });
     repeat<STEP / 4 / kRun>(HASTEN_EACH(i) { dot_run<BITS, kRun>(step, 4 * kRun * i, u + 64 * kRun * i, dot); });
     repeat<M>(HASTEN_EACH(m) {
       const float act = step.scale_of(m);

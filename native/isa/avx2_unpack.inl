@@ -94,13 +94,5 @@ inline __m256i widen(__m256i sums, __m256i pairs) {
   return sum;
 }
 
-// Where the integer sum starts, from minus the sum of q: it makes up for the zero point 2^(bits-1) of symmetric
-// weights, which signed 8-bit weights have already and asymmetric ones have not.
-template <int BITS, bool SYMMETRIC>
-inline __m256i start_of(int nsum) {
-  if (SYMMETRIC == (BITS == 8)) return _mm256_setzero_si256();
-  return _mm256_set1_epi32(SYMMETRIC ? nsum * (1 << (BITS - 1)) : -128 * nsum);
-}
-
 }  // namespace
 }  // namespace hasten::avx2

@@ -24,6 +24,9 @@ FLAGS = {
     "avx2": {"avx2", "fma", "f16c"},
     "avx512": {"avx512f", "avx512_vnni", "avx512_bf16"},
     "amx": {"amx_int8"},
+    "neon": {"asimd"},
+    "dotprod": {"asimddp"},
+    "i8mm": {"i8mm"},
 }
 
 
@@ -39,6 +42,10 @@ OPS_A_CYCLE = {  # one core
     ("avx512", "fp32"): 64,
     ("amx", "int8"): 2048,
     ("amx", "bf16"): 1024,
+    ("neon", "int8"): 128,
+    ("dotprod", "int8"): 128,
+    ("i8mm", "int8"): 256,
+    **{(isa, kind): 32 for isa in ("neon", "dotprod", "i8mm") for kind in ("bf16", "fp32")},
 }
 
 
@@ -54,7 +61,7 @@ def test_instruction_sets_match_what_the_system_reports() -> None:
     assert isas[0] == "scalar"
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    line = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    line = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "")
     reported = set(line.split())
     for isa in isas[1:]:
         assert reported >= FLAGS[isa]
