@@ -20,11 +20,12 @@ from pathlib import Path
 from bar import Benchmark, Settings, say
 from bar_command import asked, measured
 
-WITHOUT_ARTIFACT = ("gguf", "quality", "demo")
+WITHOUT_ARTIFACT = ("equal", "gguf", "quality", "demo")
 
 
 def benchmarks() -> dict[str, Benchmark]:
     """Subcommand -> what it measures."""
+    import equal_quality
     import peers
     import quality
     import scaling
@@ -32,6 +33,7 @@ def benchmarks() -> dict[str, Benchmark]:
 
     return {
         "peers": peers.measure,
+        "equal": equal_quality.measure,
         "batch": scaling.batch,
         "context": scaling.context,
         "startup": whole_process.startup,

@@ -187,8 +187,9 @@ def judge(
         model.close()
 
 
-def bits_of(path: Path) -> float | None:
+def bits_of(file: str | Path) -> float | None:
     """Stored bits a weight of a GGUF file, head included; None for a folder."""
+    path = Path(file)
     if path.suffix != ".gguf":
         return None
     source = open_model(path)

@@ -293,6 +293,20 @@ def bout(request: Request, say: Say = lambda _: None) -> tuple[Comparison, Machi
     return compare(contenders, request.workload, request.runs, machine=machine, say=say), machine
 
 
+def prepared(request: Request, say: Say = lambda _: None) -> dict[str, str]:
+    """What each contender needs on disk, made if it is missing: name -> path, "" for one that needs nothing.
+
+    Raises:
+        UsageError, PeerError: as `bout`.
+        HastenError: one of them cannot be prepared.
+    """
+    failed: dict[str, HastenError] = {}
+    found = _prepare_all(_contenders(request), failed, say)
+    for error in failed.values():
+        raise error
+    return found
+
+
 def _contenders(request: Request) -> list[Contender]:
     """Ours first, then the peers, each named once."""
     from hasten.machine.cores import usable_cores
