@@ -160,3 +160,7 @@ def test_the_openapi_document_names_every_route(server: Running) -> None:
     body = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]
     assert body["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/ChatRequest"}
     assert document["components"]["schemas"]["ChatRequest"]["additionalProperties"] is False
+    for path, methods in document["paths"].items():
+        wanted = [part[1:-1] for part in path.split("/") if part.startswith("{")]
+        for operation in methods.values():
+            assert [one["name"] for one in operation.get("parameters", ())] == wanted, path

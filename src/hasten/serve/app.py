@@ -287,7 +287,7 @@ def _operation(route: Route) -> dict[str, Any]:
         schema = {"$ref": f"#/components/schemas/{route.body.__name__}"}
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     if "{" in route.path:
-        name = route.path.split("{")[1].rstrip("}")
+        name = route.path.split("{")[1].split("}")[0]
         operation["parameters"] = [
             {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
         ]
