@@ -482,6 +482,18 @@ def test_filling_in(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     body = {"input_prefix": "a", "input_suffix": "b", "input_extra": [{"text": "x"}], "n_predict": 9}
     assert server.ask("/infill", body).json["content"] == "mid"
     assert server.engine.asked[-1].prompt == (260, *b"x\na", 261, 98, 262)
+    spelled = {
+        "top_p": 0,
+        "stop": "",
+        "seed": 2**64,
+        "logit_bias": [[7, False]],
+        "user": {"a": 1},
+        "store": True,
+    }
+    reply = server.ask("/infill", {**body, **spelled})
+    assert reply.status == 200 and {"store", "user"} <= set(reply.headers["x-hasten-ignored"].split(", "))
+    sampling = server.engine.asked[-1].sampling
+    assert 0 < sampling.top_p < 1e-3 and dict(sampling.logit_bias) == {7: -100.0}
     pieces = server.ask("/infill", {**body, "stream": True}).events
     assert "".join(piece["content"] for piece in pieces) == "mid" and pieces[-1]["stop"] is True
 

@@ -351,6 +351,11 @@ class InfillRequest(SamplingFields):
     prompt: Text | None = Field(None, description="what the middle begins with")
     max_tokens: int | None = Field(None, ge=0, lt=2**31)
 
+    @classmethod
+    def understood(cls, document: dict[str, Any], ignored: set[str]) -> dict[str, Any]:
+        """In the words of every other route."""
+        return super().understood(spelled_switches(document, ignored), ignored)
+
 
 class InfillShape(CompletionShape):
     """`/infill`: `content`, and numbers at its end."""
