@@ -13,7 +13,7 @@ from hasten.errors import UsageError
 from hasten.models import gguf_tokenizer
 from hasten.models.tokenizer import Tokenizer
 from hasten.models.tool_calls import ToolStyle
-from masked_vocabulary import Vocabulary
+from masked_vocabulary import Vocabulary, bits
 from tiny_tokenizers import byte_level, byte_level_metadata
 from whole_calls import parse_tool_calls
 
@@ -85,6 +85,56 @@ def test_forced_calls_are_calls(name: str, trained: dict[str, Any]) -> None:
 
 def test_nothing_is_forced_where_the_model_may_choose() -> None:
     assert answer_grammar(None) is None
+
+
+def spelled(vocabulary: Vocabulary, style: ToolStyle, text: str) -> bool:
+    """Whether a free grammar lets a whole answer be written: marks as their tokens, the rest as it may."""
+    grammar = answer_grammar(None, Calls(checked_tools(TOOLS), False, MOST_CALLS, style))
+    assert grammar is not None
+    state, rest = vocabulary.compiler.compile(grammar).start(), text.encode()
+    marks = {mark.encode(): token for mark, token in style.special.items()}
+    while rest:
+        allowed = bits(state.masks(())[0])
+        special = next((mark for mark in marks if rest.startswith(mark)), None)
+        words = {vocabulary.values[token]: token for token in allowed if token not in marks.values()}
+        part = special or next((one for one in sorted(words, key=len) if one and rest.startswith(one)), None)
+        if part is None or (special and marks[special] not in allowed):
+            return False
+        state.accept([marks[special] if special else words[part]])
+        rest = rest[len(part) :]
+    return bool(vocabulary.ends & set(bits(state.masks(())[0])))
+
+
+CALLS = {
+    "hermes": "Well.{op}\n{{call}}\n</tool_call>",
+    "hermes_list": "Well. {op}[{{call}}]</tool_call>",
+    "llama": "{{call}}",
+    "mistral": "Well.{op} [{{call}}]",
+    "mistral_args": "Well.{op}weather[ARGS]{{arguments}}",
+    "phi": "Well.{op}[{{call}}]<|/tool_call|>",
+    "described": "<tool_call>\n{{call}}\n</tool_call>",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_free_answer_is_text_or_follows_the_schemas(name: str, trained: dict[str, Any]) -> None:
+    """What a strict tool asks for where the model may choose."""
+    tokenizer = Tokenizer.from_gguf(trained | {"tokenizer.chat_template": TEMPLATES[name]})
+    vocabulary, style = Vocabulary(tokenizer), tokenizer.tool_style("llama")
+    for text in ("", "It rains.", 'Take {"name": 3} and\n\n <b>', "f() { return }", " \n 1, 2"):
+        assert spelled(vocabulary, style, text), text
+    shape = CALLS[name].replace("{op}", style.opening)
+
+    def answered(arguments: str) -> bool:
+        call = f'{{"name": "weather", "{style.arguments_key}": {arguments}}}'
+        text = shape.replace("{{call}}", call).replace("{{arguments}}", arguments)
+        return spelled(vocabulary, style, text)
+
+    assert answered('{"city": "x"}') and answered('{"city": "x", "days": 3}')
+    for wrong in ('{"town": "x"}', '{"city": 3}', "{}", '{"city": "x", "days": 30}', '{"city": "x", "a": 1}'):
+        assert not answered(wrong), wrong
+    if name != "mistral_args":  # a call without its mark would be read as one, and would be free
+        assert not spelled(vocabulary, style, '{"name": "weather", "arguments": {"town": "x"}}')
 
 
 @pytest.mark.parametrize(

@@ -223,6 +223,20 @@ def test_tools_in_other_forms(server: Running, tool: dict[str, Any]) -> None:
     assert reply.headers["x-hasten-ignored"] == "tools.web_search"
 
 
+def test_a_strict_tool_is_held_to_its_schema_where_the_model_may_choose(server: Running) -> None:
+    strict = {"type": "function", "function": {**WEATHER, "strict": True}}
+    plain = {"type": "function", "function": {**WEATHER, "name": "other", "strict": False}}
+    server.engine.reply = CALL
+    (choice,) = server.ask(CHAT, chat(tools=[strict, plain])).json["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    source = server.engine.asked[-1].grammar.source
+    assert "start: (calls | form)" in source and "before[lazy]" in source and "Oslo" in source
+    server.ask(CHAT, chat(tools=[plain]))
+    assert server.engine.asked[-1].grammar is None
+    server.ask(CHAT, chat(tools=[strict], tool_choice="none"))
+    assert server.engine.asked[-1].grammar is None
+
+
 def test_tools_beside_a_format_are_a_call_or_the_format(server: Running) -> None:
     server.engine.reply = CALL
     (choice,) = server.ask(CHAT, chat(tools=[TOOL], response_format=FORM)).json["choices"]

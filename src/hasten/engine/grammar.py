@@ -424,14 +424,18 @@ def answer_grammar(
     if calls is not None:
         rules += _call_rules(calls.functions, calls.most, calls.style)
         ways.append("calls")
-        if not calls.forced and calls.style.name in ("hermes", "hermes_list", "phi"):
+        may_be_bare = form is not None and calls.style.name in ("hermes", "hermes_list", "phi")
+        if may_be_bare and not calls.forced:
             rules.append(f"bare: {_bare_calls(calls)}")
             ways.append("bare")
     if form is not None and not (calls is not None and calls.forced):
         rules += _form_rules(form)
         ways.append("form")
-    elif calls is None or not calls.forced:
+    elif calls is None:
         rules.append("form: /(.|\\n)*/")
+        ways.append("form")
+    elif not calls.forced:
+        rules += _free_rules(calls.style, rules)
         ways.append("form")
     before = ""
     if thought is not None:
@@ -440,6 +444,40 @@ def answer_grammar(
     source = "\n".join([f"start: {before}({' | '.join(ways)})", *rules]) + "\n"
     limited = thought if thought is not None and thought.most_tokens is not None else None
     return Grammar("structural", source, limited)
+
+
+_NO_BARE_CALL = r'([ \n]*([^{ \n](.|\n)*|\{[ \n]*([^" \n]|"([^n]|n[^a]|na[^m]|nam[^e]|name[^"]))(.|\n)*)?)'
+"""A text that is no JSON object whose first key is "name"."""
+_NO_BARE = {"llama": r"(([ \n]*[^{ \n](.|\n)*)?)", "pythonic": r"(([ \n]*[^\[ \n](.|\n)*)?)"}
+"""By style: a text that no reader takes for a call without its mark."""
+
+
+def _free_rules(style: ToolStyle, rules: list[str]) -> list[str]:
+    """`form` is a free text, with calls behind it where a mark begins one: every call is one of the rules'.
+
+    The mark is a token of its own, which no text holds, or a text itself: the first place where it stands
+    then ends the free text, because a lazy lexeme is over as soon as it may be.
+
+    Args:
+        style: the model's way.
+        rules: those of the calls; the mark goes from the first of them to the end of the text.
+    """
+    text = _NO_BARE.get(style.name, _NO_BARE_CALL)
+    free = text.replace("/", "\\/")
+    if style.bare:
+        return [f"form: /{free}/"]
+    if style.opening in style.special:
+        return [f"form: free calls?\nfree: /{free}/"]
+    mark = re.escape(style.opening).replace("/", "\\/")
+    opening = _mark(style.opening, style)
+    head, _, rest = rules[0].partition(opening)
+    later = rules[0].replace(opening, "", 1)
+    assert head == "calls: " and rest
+    return [
+        f"form: free | before {later.removeprefix('calls: ')}",
+        f"free: /{free}/",
+        f"before[lazy]: /{free}{mark}/",
+    ]
 
 
 def _bare_calls(calls: Calls) -> str:

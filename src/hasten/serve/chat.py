@@ -547,8 +547,13 @@ def _rounded(count: int) -> int:
 def _grammar(
     spec: ChatRequest, style: ToolStyle | None, form: Form, thought: Thought | None, strict: bool
 ) -> Grammar | None:
-    """What the whole answer must match: the thought, then a call or the form; a forced call has no form."""
+    """What the whole answer must match: the thought, then a call or the form; a forced call has no form.
+
+    Calls that a model makes as it likes are free, unless a tool is strict.
+    """
     calls = None
-    if style is not None and (form.grammar is not None or is_forced(spec.tool_choice)):
+    is_strict = any(tool["function"].get("strict") is True for tool in spec.tools or ())
+    free = not is_strict or (style is not None and style.name == "harmony")  # its text is made of marks
+    if style is not None and (form.grammar is not None or is_forced(spec.tool_choice) or not free):
         calls = calls_of(style, spec.tool_choice, spec.parallel_tool_calls, strict=strict)
     return answer_grammar(form.grammar, calls, thought)
