@@ -168,8 +168,10 @@ def main() -> None:
             found[kind] = run(kind, "hf", f"pretrained={model},dtype={kind}", 16, folder)
     pairs = (("server", "bfloat16"), ("server", "float32"), ("bfloat16", "float32"))
     rows = [{"one": a, "other": b, **compared(found[a], found[b])} for a, b in pairs]
-    record = {"schema_version": SCHEMA_VERSION, "model": model.name, "rows": rows}
-    (RESULTS / "lm_eval_choices.json").write_text(json.dumps(record, indent=1) + "\n")
+    place = RESULTS / "lm_eval_choices.json"
+    models = json.loads(place.read_text())["models"] if place.is_file() else {}
+    record = {"schema_version": SCHEMA_VERSION, "models": {**models, model.name: rows}}
+    place.write_text(json.dumps(record, indent=1) + "\n")
     for row in rows:
         print(json.dumps(row))
 

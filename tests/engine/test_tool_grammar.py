@@ -133,8 +133,12 @@ def test_a_free_answer_is_text_or_follows_the_schemas(name: str, trained: dict[s
     assert answered('{"city": "x"}') and answered('{"city": "x", "days": 3}')
     for wrong in ('{"town": "x"}', '{"city": 3}', "{}", '{"city": "x", "days": 30}', '{"city": "x", "a": 1}'):
         assert not answered(wrong), wrong
-    if name != "mistral_args":  # a call without its mark would be read as one, and would be free
-        assert not spelled(vocabulary, style, '{"name": "weather", "arguments": {"town": "x"}}')
+    for before in ("", "\n", "```json\n", "```\n", " ```json"):  # what is read as a call is no free text
+        assert not spelled(vocabulary, style, before + '{"name": "weather", "arguments": {"town": "x"}}')
+        whole = f'{before}{{\n "name": "weather",\n "{style.arguments_key}": {{\n  "city": "x"\n }}\n}}'
+        assert spelled(vocabulary, style, whole) == (not style.bare), before
+    for text in ("```json\n[1]\n```", "```python\n{}", "`{`", "```jso", "```js\nlet a = {}"):
+        assert spelled(vocabulary, style, text), text
 
 
 @pytest.mark.parametrize(

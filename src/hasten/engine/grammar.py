@@ -437,6 +437,9 @@ def answer_grammar(
     elif not calls.forced:
         rules += _free_rules(calls.style, rules)
         ways.append("form")
+        if not calls.style.bare:
+            rules += _unmarked_rules(calls)
+            ways.append("unmarked")
     before = ""
     if thought is not None:
         rules += _thought_rules(thought)
@@ -446,10 +449,21 @@ def answer_grammar(
     return Grammar("structural", source, limited)
 
 
-_NO_BARE_CALL = r'([ \n]*([^{ \n](.|\n)*|\{[ \n]*([^" \n]|"([^n]|n[^a]|na[^m]|nam[^e]|name[^"]))(.|\n)*)?)'
-"""A text that is no JSON object whose first key is "name"."""
-_NO_BARE = {"llama": r"(([ \n]*[^{ \n](.|\n)*)?)", "pythonic": r"(([ \n]*[^\[ \n](.|\n)*)?)"}
-"""By style: a text that no reader takes for a call without its mark."""
+_ANY, _BLANK = r"(.|\n)*", r" \t\r\n"
+_NO_NAME = rf'\{{[{_BLANK}]*([^"{_BLANK}]|"([^n]|n[^a]|na[^m]|nam[^e]|name[^"])){_ANY}'
+"""A JSON object whose first key is not "name"."""
+
+
+def _no_call(style: ToolStyle) -> str:
+    """An expression of the texts that no reader takes for a call without its mark (`hasten.models.answers`):
+    blanks and the fence of a block of code may stand before one."""
+    if style.name == "pythonic":
+        return rf"([{_BLANK}]*[^\[{_BLANK}]{_ANY})?"
+    other = "" if style.bare else f"|{_NO_NAME}"
+    some = rf"([^{{{_BLANK}]{_ANY}{other})?"
+    half = "|".join(rf"{'json'[:n]}([^{'json'[n]}]{_ANY})?" for n in (1, 2, 3))
+    fenced = rf"[{_BLANK}]+{some}|[^{{j{_BLANK}]{_ANY}{other}|{half}|json[{_BLANK}]*{some}"
+    return rf"[{_BLANK}]*([^{{`{_BLANK}]{_ANY}{other}|``?([^`]{_ANY})?|```({fenced})?)?"
 
 
 def _free_rules(style: ToolStyle, rules: list[str]) -> list[str]:
@@ -462,8 +476,7 @@ def _free_rules(style: ToolStyle, rules: list[str]) -> list[str]:
         style: the model's way.
         rules: those of the calls; the mark goes from the first of them to the end of the text.
     """
-    text = _NO_BARE.get(style.name, _NO_BARE_CALL)
-    free = text.replace("/", "\\/")
+    free = _no_call(style).replace("/", "\\/")
     if style.bare:
         return [f"form: /{free}/"]
     if style.opening in style.special:
@@ -476,8 +489,27 @@ def _free_rules(style: ToolStyle, rules: list[str]) -> list[str]:
     return [
         f"form: free | before {later.removeprefix('calls: ')}",
         f"free: /{free}/",
-        f"before[lazy]: /{free}{mark}/",
+        f"before[lazy]: /({free}){mark}/",
     ]
+
+
+def _unmarked_rules(calls: Calls) -> list[str]:
+    """`unmarked`: one call that has no mark, perhaps as a block of code: what `_no_call` leaves out."""
+    begins = rf'[{_BLANK}]*(```(json)?[{_BLANK}]*)?\{{[{_BLANK}]*"name"'
+    rules = [f"unmarked_name[lazy]: /{begins}/", "BLANK: /[ \\n]+/"]
+    ways = []
+    for index, (name, schema) in enumerate(calls.functions.items()):
+        parts = [
+            '":"',
+            _quoted(json.dumps(name)),
+            '","',
+            _quoted(json.dumps(calls.style.arguments_key)),
+            '":"',
+        ]
+        value = f"%json {json.dumps(_with_options(schema))}"
+        rules.append(f"unmarked_{index}: BLANK? " + " BLANK? ".join([*parts, value, '"}"']))
+        ways.append(f"unmarked_{index}")
+    return [f"unmarked: unmarked_name ({' | '.join(ways)}) (BLANK? {_quoted('```')})?", *rules]
 
 
 def _bare_calls(calls: Calls) -> str:
