@@ -127,9 +127,9 @@ def test_one_that_never_ends_is_refused_in_bounded_time(compiler: GrammarCompile
 
 
 def test_time_is_in_proportion_to_size(compiler: GrammarCompiler) -> None:
-    """240 KB of properties took 13 s."""
+    """240 KB of properties took 13 s. A fast machine meets the library's own limit before the time is up."""
     many = {"type": "object", "properties": {f"p{at}": {"type": "string"} for at in range(8000)}}
-    with pytest.raises(UsageError, match=r"more than 3\.\d s"):
+    with pytest.raises(UsageError, match=r"more than 3\.\d s|needs too much work"):
         compiler.compile(Grammar("json_schema", json.dumps(many)))
     required = {**many, "properties": {f"p{at}": {"type": "integer"} for at in range(300)}}
     compiler.compile(Grammar("json_schema", json.dumps(required)))

@@ -71,7 +71,6 @@ def server(strict_server: Running) -> Running:
         (COMPLETION, {"prompt": [[]]}, "prompt.0", "invalid_value"),
         (COMPLETION, {"prompt": "x", "messages": []}, "messages", "unknown_parameter"),
         (EMBEDDING, {"input": "x", "dimensions": 0}, "dimensions", "invalid_value"),
-        (RESPONSE, {"input": "x", "background": True}, "background", "invalid_value"),
         (RESPONSE, {"input": "x", "conversation": "c"}, "conversation", "unsupported_parameter"),
         (RESPONSE, {"input": "x", "tools": [{"type": "web_search"}]}, "tools.0.type", "invalid_value"),
     ],
