@@ -209,6 +209,7 @@ class AsyncEngine:
         if self._listeners.get(request_id) is listener:  # else it ended, or another request has its id
             del self._listeners[request_id]
             self._engine.cancel(request_id)
+            self._stats = self._engine.stats()  # no step may follow that would count it
             self._tell(self._engine.news())  # its last output must not reach the next request of that id
 
     def _run(self) -> None:
