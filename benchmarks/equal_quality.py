@@ -13,11 +13,10 @@ from typing import Any
 
 import hasten
 from bar import Bar, Settings, say
-from hasten.bench.compare import Request, bout, prepared
-from hasten.cli.bench import document
+from hasten.bench.compare import prepared
 from hasten.quality.divergence import Reference
 from hasten.quality.text import WINDOW, default_text, windows
-from peers import WORKLOAD
+from peers import compared, request
 from quantisers import Judged, bits_of, judge
 
 PEERS = {"llama.cpp:q8_0": 1.4, "llama.cpp:q4_k_m": 1.4, "llama.cpp:q4_0": 1.4}
@@ -29,7 +28,7 @@ TOKENS = 8192
 
 def measure(settings: Settings) -> tuple[list[Bar], Any]:
     """Judge all, pair them, time the pairs."""
-    files = prepared(_request(settings, None, list(PEERS)), say)
+    files = prepared(request(settings, settings.model, None, list(PEERS)), say)
     source = hasten.load(settings.model, "bf16", threads=settings.threads, context=WINDOW)
     reference = Reference(source, windows(default_text().evaluation, source.tokenizer, tokens=TOKENS))
     ours = [_judged(name, settings.model, name, settings, reference) for name in RECIPES]
@@ -37,7 +36,7 @@ def measure(settings: Settings) -> tuple[list[Bar], Any]:
     bars, pairs = [], []
     for peer in theirs:
         rival = fastest(ours, peer)
-        record = _timed(settings, rival.name, peer.name)
+        record = compared(settings, settings.model, rival.name, [peer.name])
         low = record["ratios"][peer.name]["decode_interval"][0]
         name = f"{rival.name} / {peer.name}, KL {rival.kl_mean:.4f} / {peer.kl_mean:.4f}: decode, lower end"
         bars.append(Bar(name, low, PEERS[peer.name], "x"))
@@ -59,20 +58,3 @@ def _judged(name: str, model: str, recipe: str, settings: Settings, reference: R
     )
     say(found.line())
     return found
-
-
-def _timed(settings: Settings, recipe: str, peer: str) -> dict[str, Any]:
-    comparison, machine = bout(_request(settings, recipe, [peer]), say)
-    return document(comparison, machine)
-
-
-def _request(settings: Settings, recipe: str | None, against: list[str]) -> Request:
-    return Request(
-        model=settings.model,
-        workload=WORKLOAD,
-        recipe=recipe,
-        against=tuple(against),
-        threads=settings.threads,
-        runs=settings.runs,
-        peer_python=settings.peer_python,
-    )

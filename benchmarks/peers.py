@@ -20,8 +20,8 @@ CHOSEN = {"llama.cpp:q8_0": (2.2, 4.0), "openvino:int8": (1.9, 1.25), "transform
 
 def measure(settings: Settings) -> tuple[list[Bar], Any]:
     """Both comparisons; the ceilings come with the first."""
-    w4 = _compare(settings, settings.model, "w4", list(FOUR_BIT))
-    chosen = _compare(settings, settings.artifact, None, list(CHOSEN))
+    w4 = compared(settings, settings.model, "w4", list(FOUR_BIT))
+    chosen = compared(settings, settings.artifact, None, list(CHOSEN))
     subject = w4["subject"]
     bars = [
         *_bars("w4", w4, FOUR_BIT),
@@ -32,8 +32,17 @@ def measure(settings: Settings) -> tuple[list[Bar], Any]:
     return bars, {"w4": w4, "chosen": chosen}
 
 
-def _compare(settings: Settings, model: str, recipe: str | None, against: list[str]) -> dict[str, Any]:
-    request = Request(
+def compared(settings: Settings, model: str, recipe: str | None, against: list[str]) -> dict[str, Any]:
+    """One interleaved comparison, as `hasten bench --json` prints it."""
+    comparison, machine = bout(request(settings, model, recipe, against), say)
+    for name, error in comparison.failed.items():
+        say(f"{name} failed: {error.message}")
+    return document(comparison, machine)
+
+
+def request(settings: Settings, model: str, recipe: str | None, against: list[str]) -> Request:
+    """What is compared, and how: WORKLOAD, on the settings' threads."""
+    return Request(
         model=model,
         workload=WORKLOAD,
         recipe=recipe,
@@ -43,10 +52,6 @@ def _compare(settings: Settings, model: str, recipe: str | None, against: list[s
         runs=settings.runs,
         peer_python=settings.peer_python,
     )
-    comparison, machine = bout(request, say)
-    for name, error in comparison.failed.items():
-        say(f"{name} failed: {error.message}")
-    return document(comparison, machine)
 
 
 def _bars(subject: str, record: dict[str, Any], limits: dict[str, tuple[float, float]]) -> list[Bar]:
