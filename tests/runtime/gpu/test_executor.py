@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from running_models import BF16, GREEDY, answers, is_greedy, patient, running
+from running_models import BF16, FP8, GREEDY, answers, is_greedy, patient, running
 
 from hasten.core import Recipe, ServingOptions
 from hasten.engine.grammar import Grammar
@@ -313,7 +313,7 @@ def test_fp8_computes_with_a_vocabulary_of_any_size(recipe: str, device: str, wi
     """Its 263 rows are no multiple of 16."""
     prompt = prompts()[0]
     with running(wide_heads, recipe=recipe) as model:
-        assert is_greedy(model, prompt, list(model.stream(prompt, 20, GREEDY)))
+        assert is_greedy(model, prompt, list(model.stream(prompt, 20, GREEDY)), FP8)
 
 
 def test_a_replaced_layer_counts_from_the_next_step(device: str, tiny_folder: Callable[..., Path]) -> None:

@@ -301,20 +301,23 @@ class PlainStep:
 
     def best(self, hidden: torch.Tensor) -> torch.Tensor:
         """Greedy tokens, int64 [R]: the largest logits', the lowest id of equals; -1: one is no number."""
-        found = self.logits_here(hidden)
         if self.team is None or not self.team.shares_head:
-            return greedy_tokens(found)
-        return best(self.team.ranks, found, self.team.shard.vocabulary.start)
+            return greedy_tokens(self._scores(hidden))  # a soft-cap changes no order
+        return best(self.team.ranks, self.logits_here(hidden), self.team.shard.vocabulary.start)
 
     @torch.inference_mode()
     def logits_here(self, hidden: torch.Tensor) -> torch.Tensor:
         """The same of the head's rows that are here: a part of the vocabulary where a team shares it."""
-        head, cap = self.weights.head, self.weights.config.head.softcap
-        if hidden.is_cuda and head.scales is None:  # bf16 sums would make ties of what is none
-            found = torch.mm(hidden.to(torch.bfloat16), head.values.t(), out_dtype=torch.float32)
-        else:
-            found = multiply(head, rounded(hidden, head.scales is not None)).float()
+        found, cap = self._scores(hidden).float(), self.weights.config.head.softcap
         return found if cap is None else torch.tanh(found / cap) * cap
+
+    @torch.inference_mode()
+    def _scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits before their soft-cap: float32, or bf16 where an fp8 product gives no more."""
+        head = self.weights.head
+        if hidden.is_cuda and head.scales is None:  # bf16 sums would make ties of what is none
+            return torch.mm(hidden.to(torch.bfloat16), head.values.t(), out_dtype=torch.float32)
+        return multiply(head, rounded(hidden, head.scales is not None))
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x.float(), x.shape[-1:], weight, self.weights.config.final_norm.eps)
@@ -334,7 +337,7 @@ class PlainStep:
 
 
 def greedy_tokens(logits: torch.Tensor) -> torch.Tensor:
-    """The largest logit's id in each row of float32 [R, V]; -1 where one is no number: int64 [R]."""
+    """The largest logit's id in each row of float32 or bf16 [R, V]; -1 where one is no number: int64 [R]."""
     best = logits.max(-1)  # NaN is larger than all
     return torch.where(best.values.isnan(), -1, best.indices)
 
