@@ -213,7 +213,8 @@ def test_a_replaced_layer_leaves_nothing_stale(tiny_folder: Callable[..., Path],
     options = EngineOptions(threads=1, context=256, max_sequences=4, prefill_chunk=64)
     model = hasten.load(tiny_folder("qwen3"), "w8", options=options)
     name = next(name for name in model.packed.linears if "attn" in name or ".k" in name or "0" in name)
-    other = hasten.load(tiny_folder("qwen3"), "w4", options=options).packed.linears[name]
+    # the next layer's: the same layer in fewer bits draws the same tokens on some machines
+    other = model.packed.linears[name.replace(".0.", ".1.")]
     asked = Request(random_prompt(1, 100), 12, FOREVER, id="r")
     before = plain(model, asked)
     with Engine(model, ServingOptions(kv_disk=tmp_path / "kv")) as engine:

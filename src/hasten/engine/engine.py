@@ -18,7 +18,7 @@ from hasten.engine.request import EngineStats, FinishReason, Output, Request
 from hasten.engine.scheduler import Admission, Alone, Forecast, Planner, Scheduler, Work
 from hasten.engine.speculate import Speculator
 from hasten.errors import HastenError
-from hasten.runtime.executor import PartResult
+from hasten.runtime.executor import NO_FAULTS, PartResult
 from hasten.runtime.sampling import Choice, Masks
 
 if TYPE_CHECKING:
@@ -161,8 +161,12 @@ class Engine:
         results = self._executor.collect(ticket)
         computed = time.perf_counter()
         for work, result in zip(works, results, strict=True):
-            with self._alone(work.answer):
+            try:  # as `_alone`, which would cost every token a microsecond
                 outputs += self._after(work, result, computed)
+            except NO_FAULTS:
+                raise
+            except BaseException as wrong:  # noqa: BLE001  it ends this answer alone
+                self._fail(work.answer, wrong)
         self._observe(works, rows, computed - before)
         self.counters.step_s += time.perf_counter() - started
         self.counters.schedule_s += time.perf_counter() - started - (computed - before)
@@ -225,7 +229,10 @@ class Engine:
         if answer.request.max_new_tokens == 0:
             return self._end_all(answer, now, "length", embedding=answer.results.embedding(result))
         drawn = work.drawn()
-        self._fork(answer)
+        if answer.siblings:
+            self._fork(answer)
+        elif isinstance(choice := result.choices[0], Choice):
+            return [self._publish(answer, choice, now)]
         for one, choice in zip(drawn, result.choices, strict=True):
             with self._alone(one):
                 if isinstance(choice, BaseException):
@@ -256,7 +263,9 @@ class Engine:
             answer.tally.first = now
         # The newest token is not computed yet. Without a new token all known ones are computed and stay: a
         # shared page must not be cut, or the cache would hold it under a second key.
-        self._executor.pool.truncate(answer.cached, len(answer.tokens) - bool(tokens))
+        known = len(answer.tokens) - bool(tokens)
+        if answer.cached.length != known:
+            self._executor.pool.truncate(answer.cached, known)
         self._count(answer, choice.drafted, len(tokens))
         if answer.draft is not None and self._speculator is not None:
             self._speculator.accept(answer.draft, tokens, choice.drafted)
@@ -271,10 +280,11 @@ class Engine:
 
     def _count(self, answer: Answer, drafted: int, made: int) -> None:
         counters = self.counters
-        answer.tally.drafted += drafted
-        answer.tally.accepted += max(0, made - 1)
-        counters.drafted_tokens += drafted
-        counters.accepted_tokens += max(0, made - 1)
+        if drafted:
+            answer.tally.drafted += drafted
+            answer.tally.accepted += max(0, made - 1)
+            counters.drafted_tokens += drafted
+            counters.accepted_tokens += max(0, made - 1)
         counters.output_tokens += made
         self._scheduler.share.serve(answer.request.client, 0, made)
 

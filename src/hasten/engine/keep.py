@@ -228,6 +228,10 @@ class PrefixKeeper:
         """How many of an answer's tokens may be shared once they are computed."""
         return len(answer.tokens) if self.shares_answers else answer.prompt_tokens
 
+    def has_room(self, answer: Answer) -> bool:
+        """Whether the page of the next token is there."""
+        return answer.cached.length < len(answer.cached.pages) * self._pool.page_tokens
+
     def reserve(self, answer: Answer, tokens: int, *, alone: bool = False) -> bool:
         """Pages for `tokens` more tokens; False: there are not enough. `alone`: no other answer runs."""
         length = answer.cached.length + tokens
@@ -297,7 +301,7 @@ class PrefixKeeper:
         """Compute a little of an ended answer as prompt, for the next turn. False: nothing is left to do."""
         if not self._unsettled or self._prefix is None:
             return False
-        tokens, salt = self._unsettled.pop()
+        tokens, salt = self._unsettled[-1]  # counted until it is done: other threads look at `unsettled`
         kv_class = self._executor.kv_class(len(tokens), True)
 
         def compute(sequence: CachedSequence, end: int) -> None:
@@ -305,9 +309,12 @@ class PrefixKeeper:
             part = Part(sequence, tokens[sequence.length : end], as_prompt=True)
             self._executor.collect(self._executor.submit([part]))
 
-        _, done = self._prefix.settle(tokens, root_key(salt, kv_class), compute)
-        if not done:
-            self._unsettled.append((tokens, salt))
+        done = True  # what fails is not tried again
+        try:
+            _, done = self._prefix.settle(tokens, root_key(salt, kv_class), compute)
+        finally:
+            if done:
+                self._unsettled.pop()
         return bool(self._unsettled)
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from hasten.engine.keep import PrefixKeeper
 from hasten.engine.request import EngineStats, Request
 from hasten.engine.speculate import Speculator
 from hasten.errors import DeadlineError, QueueFull, UsageError
-from hasten.runtime.executor import Draw, Executor, Part, Scored, token_ids
+from hasten.runtime.executor import NO_FAULTS, Draw, Executor, Part, Scored, token_ids
 from hasten.runtime.sampling import Masks
 
 if TYPE_CHECKING:
@@ -67,9 +68,9 @@ class FairShare:
     def serve(self, client: str, prompt: int, answer: int) -> None:
         """So many tokens were computed for a client."""
         self._last = client
-        cost = PROMPT_WEIGHT * prompt + ANSWER_WEIGHT * answer
-        for one in (_group(client), _user(client)):
-            self._served[one] = self._served.get(one, 0.0) + cost
+        cost, served = PROMPT_WEIGHT * prompt + ANSWER_WEIGHT * answer, self._served
+        for one in _counters(client):
+            served[one] = served.get(one, 0.0) + cost
 
     def of(self, name: str) -> float:
         """The counter of a key, or of one of its users (`KEY/USER`; `KEY/` is who names no user)."""
@@ -77,7 +78,8 @@ class FairShare:
 
     def order(self, client: str) -> tuple[float, float]:
         """Sorts clients, the one with the least first: by their keys, then within a key."""
-        return self.of(_group(client)), self.of(_user(client))
+        group, user = _counters(client)
+        return self.of(group), self.of(user)
 
 
 def _group(client: str) -> str:
@@ -88,6 +90,12 @@ def _group(client: str) -> str:
 def _user(client: str) -> str:
     """Who asks below a key: all that name no user count together, beside those that do."""
     return client if "/" in client else f"{client}/"
+
+
+@lru_cache(_MOST_COUNTERS)
+def _counters(client: str) -> tuple[str, str]:
+    """The counters of a client: its key's, and its own below that. Every token asks for them."""
+    return _group(client), _user(client)
 
 
 class Scheduler:
@@ -101,6 +109,7 @@ class Scheduler:
         self.slots = slots
         self.waiting: list[Answer] = []
         self.running: dict[Answer, None] = {}  # in the order they came; a set would have none
+        self.departures = 0  # answers that ended, or were preempted, while they ran
         self.share = FairShare()
         self._arrivals = count()
         self._arrival: dict[int, int] = {}  # id of an answer -> its number
@@ -121,6 +130,20 @@ class Scheduler:
         request = answer.request
         deadline = float("inf") if request.deadline_ms is None else answer.deadline
         return (-request.priority, deadline, *self.share.order(request.client), self._arrival[id(answer)])
+
+    def in_order(self) -> list[Answer]:
+        """Running answers, the first to run first."""
+        shares: dict[str, tuple[float, float]] = {}  # one look at each client's counters, not one an answer
+        keyed: list[tuple[float, float, tuple[float, float], int, Answer]] = []
+        for answer in self.running:
+            request = answer.request
+            share = shares.get(request.client)
+            if share is None:
+                share = shares[request.client] = self.share.order(request.client)
+            deadline = float("inf") if request.deadline_ms is None else answer.deadline
+            keyed.append((-request.priority, deadline, share, self._arrival[id(answer)], answer))
+        keyed.sort()  # arrivals differ: answers themselves are never compared
+        return [one[-1] for one in keyed]
 
     def admit(
         self,
@@ -167,6 +190,7 @@ class Scheduler:
     def stand_back(self, answer: Answer) -> None:
         """A running answer waits again; it keeps its place in the order."""
         del self.running[answer]
+        self.departures += 1
         self.waiting.append(answer)
 
     def last(self) -> Answer:
@@ -176,6 +200,7 @@ class Scheduler:
     def leave(self, answer: Answer) -> None:
         """An answer ended."""
         self.running.pop(answer, None)
+        self.departures += 1
         if answer in self.waiting:
             self.waiting.remove(answer)
         self._arrival.pop(id(answer), None)
@@ -345,7 +370,7 @@ class Alone:
         return
 
     def __exit__(self, kind: object, wrong: BaseException | None, trace: object) -> bool:
-        if wrong is None or isinstance(wrong, KeyboardInterrupt | SystemExit | GeneratorExit):
+        if wrong is None or isinstance(wrong, NO_FAULTS):
             return False
         self._fail(self._answer, wrong)
         return True
@@ -376,6 +401,9 @@ class Work:
         """This work as the executor takes it. `masks`: gives the masks of the answer itself."""
         answer, done = self.answer, self.answer.cached.length
         request = answer.request
+        if not self.is_prompt and self.completes:  # one answer's next token: nearly all parts are this
+            draw = Draw(answer.sampler, len(answer.tokens), request.logprobs, masks)
+            return Part(answer.cached, answer.tokens[done:], False, self.drafts, (draw,))
         draws = [
             Draw(
                 one.sampler,
@@ -442,19 +470,30 @@ class Planner:
             if self._keeper.outgrows(answer, len(answer.tokens)):
                 with self._alone(answer):
                     self._outgrow(answer)
+        departures = scheduler.departures
+        works = self._decodes()
+        scheduler.admit(self._begin, self._preempt, self._keeper.is_reading)
+        if scheduler.departures != departures:
+            works = self._running(works)
+        departures = scheduler.departures
+        self._add_drafts(works)
+        if scheduler.departures != departures:
+            works = self._running(works)
+        return works + self._chunks(works)
+
+    def _decodes(self) -> list[Work]:
+        """A token of every answer whose prompt is computed, as far as there are pages."""
         works = []
-        for answer in sorted(scheduler.running, key=scheduler.order):
-            if answer.in_prompt or answer.pending != 1 or answer not in scheduler.running:
+        for answer in self._scheduler.in_order():
+            if answer.in_prompt or answer.pending != 1 or answer not in self._scheduler.running:
+                continue
+            if self._keeper.has_room(answer):  # the usual case: one token in 32 needs a new page
+                works.append(Work(answer, 1, is_prompt=False, completes=True))
                 continue
             with self._alone(answer):
                 if self._reserve(answer, 1):
                     works.append(Work(answer, 1, is_prompt=False, completes=True))
-        works = self._running(works)
-        scheduler.admit(self._begin, self._preempt, self._keeper.is_reading)
-        works = self._running(works)
-        self._add_drafts(works)
-        works = self._running(works)
-        return works + self._chunks(works)
+        return works
 
     def begin_anew(self) -> None:
         """A layer was replaced: what is cached is stale. Answers go on from the tokens they have."""
@@ -473,7 +512,7 @@ class Planner:
         budget, chunks = self._executor.chunk, []
         decoding = {id(work.answer) for work in works}
         making: set[bytes] = set()
-        for answer in sorted(self._scheduler.running, key=self._scheduler.order):
+        for answer in self._scheduler.in_order():
             if budget == 0 or id(answer) in decoding:
                 continue
             with self._alone(answer):

@@ -45,19 +45,24 @@ def _alphabet_bytes() -> dict[str, int]:
     return {character: byte for byte, character in byte_alphabet().items()}
 
 
+@functools.lru_cache(1 << 16)
+def _raw(piece: str) -> bytes:
+    """The bytes of a piece; kept, as texts use few tokens often."""
+    spelling = _alphabet_bytes()
+    try:
+        return bytes([spelling[character] for character in piece])
+    except KeyError:
+        return piece.encode()
+
+
 class _ByteLevel:
     """Characters of the byte alphabet to UTF-8; a piece with any other character stands for itself."""
 
     def __init__(self) -> None:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._bytes = _alphabet_bytes()
 
     def push(self, piece: str) -> list[str]:
-        try:
-            raw = bytes([self._bytes[character] for character in piece])
-        except KeyError:
-            raw = piece.encode()
-        return [self._utf8.decode(raw)]
+        return [self._utf8.decode(_raw(piece))]
 
     def flush(self) -> list[str]:
         return [self._utf8.decode(b"", final=True)]
@@ -198,7 +203,12 @@ class TextStream:
         if token_id in self._skip:
             return ""
         token = self._token_of(token_id)
-        return "" if token is None else "".join(self._through([token], 0))
+        if token is None:
+            return ""
+        if len(self._stages) == 1:  # byte-level decoders are one stage
+            (text,) = self._stages[0].push(token) or ("",)
+            return text
+        return "".join(self._through([token], 0))
 
     def flush(self) -> str:
         """The text still held back; what is no UTF-8 comes as U+FFFD."""

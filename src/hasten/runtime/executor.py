@@ -45,7 +45,7 @@ LEADERS = {
 LONG = "long"
 """The class of pages whose keys LongRoPE rotated by its long factors."""
 _SCORED_ROWS = 32  # positions whose logits exist at a time: 19 MB with a vocabulary of 150,000
-_NO_FAULTS = (KeyboardInterrupt, SystemExit, GeneratorExit)  # they end the process, not one answer
+NO_FAULTS = (KeyboardInterrupt, SystemExit, GeneratorExit)  # they end the process, not one answer
 
 
 @dataclass(slots=True)
@@ -346,9 +346,14 @@ def prepare(executor: Executor, parts: Sequence[Part]) -> tuple[Ids, list[int]]:
         admit(executor, part.sequence, count)
     for part, count in zip(parts, counts, strict=True):
         pool.grow(part.sequence, part.sequence.length + count)
+    written: list[int] = []
     for part, count in zip(parts, counts, strict=True):
-        first, last = part.sequence.length, part.sequence.length + count - 1
-        pool.wrote(part.sequence.pages[first // size : last // size + 1])
+        first, pages = part.sequence.length, part.sequence.pages
+        if count == 1:
+            written.append(pages[first // size])
+        else:
+            written += pages[first // size : (first + count - 1) // size + 1]
+    pool.wrote(written)
     return ids, counts
 
 
@@ -398,7 +403,7 @@ def _caught(make: Callable[[], Masks] | None) -> Masks | BaseException | None:
     """A grammar's masks, or why there are none: panics of native libraries are no `Exception`."""
     try:
         return None if make is None else make()
-    except _NO_FAULTS:
+    except NO_FAULTS:
         raise
     except BaseException as wrong:  # noqa: BLE001  raised where its answer is looked at
         return wrong
@@ -416,7 +421,7 @@ def _read(executor: Executor, part: Part, rows: Floats) -> PartResult:
             some = targets[at : at + _SCORED_ROWS]
             logits = executor.head(rows[first + at : first + at + len(some)])
             scores += score(logits, some, part.scored.top, threads=executor.threads)
-    except _NO_FAULTS:
+    except NO_FAULTS:
         raise
     except BaseException as wrong:  # noqa: BLE001
         result.scores = wrong
