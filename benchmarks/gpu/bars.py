@@ -64,7 +64,6 @@ DECODE = {
 }
 """Bars of 1, 16 and 64 sequences, tok/s."""
 INT4 = WeightFormat("int4", 128)
-MANY = 16_384  # prompt tokens of a step where 500 requests come at once
 SATURATED = {"8B bf16": 11_000, "8B fp8": 16_000}
 KV: dict[Literal["int8", "bf16"], str] = {"int8": "", "bf16": ", keys and values in bf16"}
 """How keys and values are kept, and how rows of many requests are called then."""
@@ -126,12 +125,11 @@ def opened(
     sequences: int,
     context: int = CONTEXT,
     kv: Literal["bf16", "int8"] = "bf16",
-    chunk: int = 8192,
 ) -> Iterator[LanguageModel]:
-    """A model of random weights behind the engine; `chunk`: prompt tokens of a step."""
+    """A model of random weights behind the engine."""
     config = MODELS[model]
     packed = PackedModel(config, Recipe(precision, kv=kv), {})
-    options = EngineOptions(1, context, sequences, chunk, device="cuda")
+    options = EngineOptions(1, context, sequences, 8192, device="cuda")
     tensors = tensors_of(config, precision)
     with behind_engine(
         f"{model} {precision}", packed, options, lambda: GpuExecutor(packed, options, tensors=tensors)
@@ -442,7 +440,7 @@ def measure_saturated(bars: Bars, label: str, count: int, kinds: list[Literal["i
             bars.add(name, None, bar, "tok/s", why="not asked for: --saturated 500")
             continue
         sequences = 512 if kv == "int8" else 256
-        with opened("8B", label.split()[1], sequences, 2048, kv, MANY) as model:
+        with opened("8B", label.split()[1], sequences, 2048, kv) as model:
             guarded(bars, name, bar, partial(saturated, bars, model, name, bar, count))
 
 
