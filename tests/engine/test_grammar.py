@@ -355,3 +355,60 @@ def test_a_grammar_of_llama_cpp_is_followed(vocabulary: Vocabulary) -> None:
     assert state.finished and not state.failure
     with pytest.raises(UsageError, match="no GBNF"):
         vocabulary.start("lark", "root ::= this is (not valid")
+
+
+@pytest.mark.parametrize("special", [False, True], ids=["mark of text", "mark of one token"])
+def test_a_budget_that_ends_inside_a_character_waits_for_its_end(
+    vocabulary: Vocabulary, special: bool
+) -> None:
+    """"🦀" is four tokens here: the mark that ends the thought cannot stand between them."""
+    token_of = vocabulary.tokenizer.id_of
+    own = "<s>" if token_of("<|im_start|>") is None else "<|im_start|>"
+    mark = own if special else "</think>"
+    marks = ThoughtMarks("<think>", mark, {own: token_of(own)} if special else {})
+    whole = answer_grammar(Grammar("regex", "[ab]+"), None, Thought(marks, inside=True, most_tokens=4))
+    assert whole is not None
+    for thought in ("hm 🦀", "hm é", "hm a", "hm <"):
+        state, told = vocabulary.compiler.compile(whole).start(), vocabulary.ids(thought)
+        for token in told:
+            assert token in bits(state.masks(())[0])
+            state.accept([token])
+        while len(told) < 30 and len(allowed := bits(state.masks(told[:3])[0])) == 1:
+            told += allowed
+            state.accept(allowed)
+        assert state.failure is None
+        ended = told if not special else told[: told.index(token_of(own))]
+        said = vocabulary.text(ended)
+        assert said == thought if special else said in (f"{thought}{mark}", f"{thought[:-1]}{mark}")
+        state.accept(vocabulary.ids("\nab"))
+        assert state.failure is None and set(bits(state.masks(())[0])) > vocabulary.ends
+
+
+def test_drafts_do_not_move_the_end_of_a_thought(vocabulary: Vocabulary) -> None:
+    marks = ThoughtMarks("<think>", "</think>")
+    whole = answer_grammar(Grammar("regex", "[ab]+"), None, Thought(marks, inside=True, most_tokens=4))
+    assert whole is not None
+    compiled, told = vocabulary.compiler.compile(whole), vocabulary.ids("abababab")
+    state = compiled.start()
+    state.accept(told[:1])
+    rows = state.masks(told[1:])
+    alone = compiled.start()
+    for count, row in enumerate(rows, 1):
+        alone.accept(told[count - 1 : count])
+        assert bits(row) == bits(alone.masks(())[0])
+    assert len(rows) == 3, "the fifth token is the first of the mark, and no draft's"
+
+
+def test_a_thought_that_was_never_opened_is_not_closed(vocabulary: Vocabulary) -> None:
+    marks = ThoughtMarks("<think>", "</think>")
+    whole = answer_grammar(Grammar("regex", "[ab<>]+"), None, Thought(marks, most_tokens=2))
+    assert whole is not None
+    state = vocabulary.compiler.compile(whole).start()
+    state.accept(vocabulary.ids("<t"))
+    told = b"<t"
+    while told != b"<think>":  # the library allows one way to spell what is forced
+        (token,) = bits(state.masks(())[0])
+        told += vocabulary.values[token]
+        assert b"<think>".startswith(told)
+        state.accept([token])
+    assert bits(state.masks(())[0]) == [vocabulary.compiler._get_vocabulary().tokenize_str("</think>")[0]]

@@ -378,10 +378,30 @@ class ThoughtLimit:
         )
         if self.closing in told:
             return True
-        if self.inside or self._opening_id in tokens[:4]:
-            return False
-        begins = b"".join(self._values[one] for one in tokens[:32] if one < len(self._values)).lstrip()
-        return not (begins.startswith(self._opening) or self._opening.startswith(begins))
+        return not (self._has_begun(tokens) or self._opening.startswith(self._begins(tokens)))
+
+    def is_due(self, tokens: Sequence[int]) -> bool:
+        """Whether an answer so far, which is in its thought or before it, has used up what a thought may take.
+
+        A thought that was never opened cannot be closed: half an opening mark is waited for.
+        """
+        return len(tokens) >= self.most and self._has_begun(tokens)
+
+    def next_closing(self, tokens: Sequence[int]) -> int:
+        """The token that the closing mark goes on with, or begins with."""
+        ids = self.closing_ids
+        for count in range(min(len(ids) - 1, len(tokens)), 0, -1):
+            if list(tokens[-count:]) == ids[:count]:
+                return ids[count]
+        return ids[0]
+
+    def _has_begun(self, tokens: Sequence[int]) -> bool:
+        return (
+            self.inside or self._opening_id in tokens[:4] or self._begins(tokens).startswith(self._opening)
+        )
+
+    def _begins(self, tokens: Sequence[int]) -> bytes:
+        return b"".join(self._values[one] for one in tokens[:32] if one < len(self._values)).lstrip()
 
 
 @dataclass(frozen=True)

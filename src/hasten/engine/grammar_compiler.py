@@ -242,9 +242,7 @@ class GrammarState:
         drafts = drafts if self._compiled.goes_back else ()
         limit = self._compiled.thought
         if self._thinks and limit is not None:
-            drafts = drafts[: max(0, limit.most - len(self._accepted))]
-            if len(self._accepted) >= limit.most and not self.failure:
-                return self._closing_row(limit)
+            drafts = drafts[: max(0, limit.most - 1 - len(self._accepted))]  # the next row may force the end
         rows: MaskRows = np.zeros((1 + len(drafts), (self._compiled.vocab_size + 31) // 32), np.uint32)
         reason = "" if self.failure else self._fill(rows[0])
         if reason:
@@ -252,6 +250,8 @@ class GrammarState:
         if self.failure:
             rows[0] = 0
             return rows[:1]
+        if self._thinks and limit is not None and limit.is_due(self._accepted):
+            _leave_alone(rows[0], limit.next_closing(self._accepted))
         if np.array_equal(rows[0], self._compiled.end_row):
             self._ended = True
         used = 0
@@ -280,13 +280,6 @@ class GrammarState:
             self._accepted.append(int(token))
             if self._thinks and (limit := self._compiled.thought) is not None:
                 self._thinks = not limit.is_over(self._accepted)
-
-    def _closing_row(self, limit: ThoughtLimit) -> MaskRows:
-        """Nothing but the next token of the mark that ends the thought."""
-        token = limit.closing_ids[min(len(self._accepted) - limit.most, len(limit.closing_ids) - 1)]
-        row: MaskRows = np.zeros((1, (self._compiled.vocab_size + 31) // 32), np.uint32)
-        row[0, token >> 5] = np.uint32(1 << (token & 31))
-        return row
 
     def forced(self) -> list[int]:
         """Tokens that the grammar leaves no choice about from here on, in order: drafts that cost nothing."""
@@ -322,6 +315,15 @@ class GrammarState:
         """A draft used its work up; the state before it is built again from the accepted tokens."""
         self._matcher = self._compiled.new_matcher()
         self._matcher.consume_tokens(self._accepted)
+
+
+def _leave_alone(row: MaskRows, token: int) -> None:
+    """Allow this token and no other, where it is allowed: inside a character of several tokens it is not, and
+    the character comes to its end first."""
+    only = np.uint32(1 << (token & 31))
+    if row[token >> 5] & only:
+        row[:] = 0
+        row[token >> 5] = only
 
 
 def _refusal(grammar: Grammar, reason: str) -> UsageError:
