@@ -361,7 +361,7 @@ def test_a_grammar_of_llama_cpp_is_followed(vocabulary: Vocabulary) -> None:
 def test_a_budget_that_ends_inside_a_character_waits_for_its_end(
     vocabulary: Vocabulary, special: bool
 ) -> None:
-    """"🦀" is four tokens here: the mark that ends the thought cannot stand between them."""
+    """\U0001f980 is four tokens here: the mark that ends the thought cannot stand between them."""
     token_of = vocabulary.tokenizer.id_of
     own = "<s>" if token_of("<|im_start|>") is None else "<|im_start|>"
     mark = own if special else "</think>"

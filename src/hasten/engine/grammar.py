@@ -381,7 +381,7 @@ class ThoughtLimit:
         return not (self._has_begun(tokens) or self._opening.startswith(self._begins(tokens)))
 
     def is_due(self, tokens: Sequence[int]) -> bool:
-        """Whether an answer so far, which is in its thought or before it, has used up what a thought may take.
+        """Whether an answer that is in its thought, or before it, has used up what a thought may take.
 
         A thought that was never opened cannot be closed: half an opening mark is waited for.
         """
@@ -396,9 +396,7 @@ class ThoughtLimit:
         return ids[0]
 
     def _has_begun(self, tokens: Sequence[int]) -> bool:
-        return (
-            self.inside or self._opening_id in tokens[:4] or self._begins(tokens).startswith(self._opening)
-        )
+        return self.inside or self._opening_id in tokens[:4] or self._begins(tokens).startswith(self._opening)
 
     def _begins(self, tokens: Sequence[int]) -> bytes:
         return b"".join(self._values[one] for one in tokens[:32] if one < len(self._values)).lstrip()

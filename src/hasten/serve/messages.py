@@ -135,14 +135,16 @@ def _messages(role: str, content: str | Sequence[Mapping[str, Any]], place: str)
     return [*results, said] if texts or calls or not results else results
 
 
-def _words(content: str | Sequence[Mapping[str, Any]], place: str) -> str:
+def _words(content: Any, place: str) -> str:
     """The text of blocks.
 
     Raises:
-        Problem: 400, a block that is no text.
+        Problem: 400, a block that is no text, or something else than text or a list of blocks.
     """
     if isinstance(content, str):
         return content
+    if not isinstance(content, list) or not all(isinstance(block, Mapping) for block in content):
+        raise refused(f"{place}: should be text or a list of blocks", place, "invalid_value")
     texts = []
     for block in content:
         text = block.get("text")

@@ -112,8 +112,10 @@ def _open_calls(messages: Sequence[Any]) -> list[str]:
             break
         if message.get("role") == "tool":
             answered.add(str(message.get("tool_call_id")))
-        elif message.get("tool_calls"):
-            return [call["id"] for call in message["tool_calls"] if call.get("id") not in answered]
+        elif isinstance(message.get("tool_calls"), list):
+            calls = (call for call in message["tool_calls"] if isinstance(call, Mapping))
+            ids = [call.get("id") for call in calls]
+            return [one for one in ids if isinstance(one, str) and one not in answered]
         else:
             break
     return []
@@ -260,9 +262,9 @@ _WORDS = {"any": "required", "": "auto", "auto": "auto", "none": "none", "requir
 def _choice(found: dict[str, Any]) -> None:
     """`tool_choice` as a word or a function; a list of allowed tools shortens the list of tools."""
     choice = found["tool_choice"]
-    tools = found.get("tools") or []
+    tools = found["tools"] if isinstance(found.get("tools"), list) else []
     if isinstance(choice, str):
-        names = [tool["function"].get("name") for tool in tools if isinstance(tool.get("function"), Mapping)]
+        names = [_name_of(tool) for tool in tools]
         named = {"type": "function", "function": {"name": choice}} if choice in names else choice
         found["tool_choice"] = _WORDS.get(choice, named)
         return
@@ -270,11 +272,13 @@ def _choice(found: dict[str, Any]) -> None:
         return
     kind = choice.get("type")
     if kind == "allowed_tools":
-        allowed = choice.get("allowed_tools", choice)
-        names = [_name_of(tool) for tool in allowed.get("tools") or () if isinstance(tool, Mapping)]
+        inner = choice.get("allowed_tools")
+        allowed = inner if isinstance(inner, Mapping) else choice
+        listed = allowed.get("tools")
+        names = [_name_of(tool) for tool in listed] if isinstance(listed, list) else []
         found["tools"] = [tool for tool in tools if _name_of(tool) in names]
         found["tool_choice"] = _WORDS.get(str(allowed.get("mode", "auto")), "auto")
-    elif kind in _WORDS:
+    elif isinstance(kind, str) and kind in _WORDS:
         found["tool_choice"] = _WORDS[kind]
         if choice.get("disable_parallel_tool_use") is True:
             found.setdefault("parallel_tool_calls", False)
@@ -282,9 +286,11 @@ def _choice(found: dict[str, Any]) -> None:
         found["tool_choice"] = {"type": "function", "function": {"name": _name_of(choice)}}
 
 
-def _name_of(tool: Mapping[str, Any]) -> Any:
-    inner = tool.get("function")
-    return inner.get("name") if isinstance(inner, Mapping) else tool.get("name")
+def _name_of(tool: Any) -> Any:
+    """What a tool or a choice names, nested or not; None of what is no object."""
+    inner = tool.get("function") if isinstance(tool, Mapping) else None
+    outer = inner if isinstance(inner, Mapping) else tool
+    return outer.get("name") if isinstance(outer, Mapping) else None
 
 
 def spelled_format(form: Mapping[str, Any]) -> dict[str, Any]:
@@ -343,16 +349,18 @@ def _item(item: Mapping[str, Any], ignored: set[str]) -> dict[str, Any] | None:
     found = dict(item)
     kind = found.get("type") or ("message" if "role" in found else "item_reference")
     found["type"] = kind
+    if not isinstance(kind, str):
+        return found  # wrong, and named by the check
     if kind in _LIKE_CALLS:
         given = found.get(_LIKE_CALLS[kind])
         text = given if isinstance(given, str) and kind == "mcp_call" else json.dumps({"input": given})
         name = found.get("name") or kind.removesuffix("_call")
         found = {"type": "function_call", "call_id": found.get("call_id") or found.get("id"), "name": name}
         return {**found, "arguments": text}
-    if isinstance(kind, str) and kind.endswith("_call_output"):
+    if kind.endswith("_call_output"):
         found["type"] = kind = "function_call_output"
     if kind not in _ITEM_KEPT:
-        if isinstance(kind, str) and (kind.endswith("_call") or kind in ("compaction", "item_list")):
+        if kind.endswith("_call") or kind in ("compaction", "item_list"):
             ignored.add(f"input.{kind}"[:60])
             return None
         return found
@@ -386,4 +394,7 @@ def _input_parts(content: Any) -> Any:
     parts = _content(content, thoughts)
     if not isinstance(parts, list):
         return parts
-    return [{**part, "type": "input_text"} if part.get("type") == "text" else part for part in parts]
+    return [
+        {**part, "type": "input_text"} if isinstance(part, Mapping) and part.get("type") == "text" else part
+        for part in parts
+    ]
