@@ -10,9 +10,9 @@ struct Args {
   u64 *qkv_words, *square_words, *part_words, *weight_words, *attention_words, *out_words, *feed_words, *down_words,
       *best_words;  // the exchange; of the last two and `out`, all ranks' one behind another
   u64 *out_peers[RANKS], *down_peers[RANKS], *best_peers[RANKS];  // this rank's words of those, in every rank's memory
-  int* state;       // token, position, epoch
-  int* tokens;      // [position + 1] is chosen here
-  float* logits;    // [V], or null
-  int* trace;       // clock marks [block][layer][16], with TRACE
+  int* state;                                                     // token, position, epoch
+  int* tokens;                                                    // [position + 1] is chosen here
+  float* logits;                                                  // [V], or null
+  int* trace;                                                     // clock marks [block][layer][16], with TRACE
   int pages_held, positions;
 };

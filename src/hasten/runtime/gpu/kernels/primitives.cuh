@@ -47,7 +47,8 @@ DEVICE bool is_over(u32& tries) {
   if (++tries % 4096) return false;
   int said;
   asm volatile("ld.relaxed.sys.global.s32 %0, [%1];" : "=r"(said) : "l"(stop_word) : "memory");
-  if (tries > 15 * MOST_TRIES) asm volatile("st.relaxed.sys.global.s32 [%0], %1;" ::"l"(stop_word), "r"(said = 1) : "memory");
+  if (tries > 15 * MOST_TRIES)
+    asm volatile("st.relaxed.sys.global.s32 [%0], %1;" ::"l"(stop_word), "r"(said = 1) : "memory");
   return said;
 #else
   count_try(tries);
@@ -197,7 +198,8 @@ DEVICE void publish_to_all(u64* const (&peers)[RANKS], int at, float value, u32 
     if (RANKS == 1)
       publish(peers[r] + at, value, tag);
     else
-      asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(peers[r] + at), "l"((u64)tag << 32 | __float_as_uint(value))
+      asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(peers[r] + at),
+                   "l"((u64)tag << 32 | __float_as_uint(value))
                    : "memory");
   }
 }
