@@ -61,7 +61,10 @@ sanitize: $(VENV)/.dev $(SANITIZED)/.made
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/reference.py > docs/reference.md
-	$(BIN)/python docs/chart.py > docs/speed.svg
+	$(BIN)/python docs/models.py > docs/models.md
+	$(BIN)/python docs/chart.py en > docs/speed.svg
+	$(BIN)/python docs/chart.py zh > docs/speed.zh-CN.svg
+	$(BIN)/python docs/benchmarks.py
 
 site: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict

@@ -111,30 +111,79 @@ def test_the_check_catches_what_it_is_for() -> None:
 
 def test_both_readmes_have_the_same_commands_code_and_figures() -> None:
     assert blocks(ENGLISH) == blocks(CHINESE)
-    assert re.findall(r"`(hasten \w+)", ENGLISH) == re.findall(r"`(hasten \w+)", CHINESE)
-    assert figures(ENGLISH) == figures(CHINESE)
-    assert ENGLISH.count("\n## ") == CHINESE.count("\n## ")
+    assert inline_commands(ENGLISH) == inline_commands(CHINESE)
+    assert figures(ENGLISH) == figures(CHINESE) and len(figures(ENGLISH)) > 30
+    assert headings(ENGLISH) == headings(CHINESE)
+    assert links(ENGLISH) == links(CHINESE)
 
 
-def figures(text: str) -> str:
+def links(text: str) -> set[str]:
+    """Where it leads, but for the other language and its chart."""
+    return {target for target in re.findall(r"(?<!!)\[[^]]*\]\(([^)]+)\)", text) if "README" not in target}
+
+
+def headings(text: str) -> list[str]:
+    """Marks of headings, without the words."""
+    return re.findall(r"^#+", text, re.MULTILINE)
+
+
+def measured(text: str) -> str:
     """The block of measured figures."""
-    match = re.search(r"<!-- figures:.*?<!-- figures end -->", text, re.DOTALL)
+    match = re.search(r"<!-- figures: .*?<!-- figures end -->", text, re.DOTALL)
     assert match, "no block of figures"
     return match.group()
 
 
+def figures(text: str) -> list[str]:
+    """The numbers of each row of the table of results, in their order."""
+    rows = [line for line in measured(text).splitlines() if line.startswith("|")]
+    return [number for row in rows for number in re.findall(r"\d[\d.,]*\d|\d", row)]
+
+
+def test_the_first_commands_are_those_that_check_a_clone() -> None:
+    assert shell(ENGLISH)[:4] == [
+        "make demo",
+        "make test",
+        "pip install '.[demo]'",
+        "hasten optimize demo --out demo.hasten",
+    ]
+
+
 def test_measured_figures_stand_in_their_block_alone() -> None:
+    speeds = r"\d[\d,.]* ?(?:tok/s|tokens/s|词元/秒|GB/s|TOPS)"
     for text in (ENGLISH, CHINESE):
-        rest = text.replace(figures(text), "")
-        assert not re.findall(r"\d[\d,.]* ?(?:tok/s|tokens/s|GB/s|TOPS)", rest)
+        assert not re.findall(speeds, text.replace(measured(text), ""))
 
 
-def test_the_chart_is_drawn_from_the_record() -> None:
-    drawn = subprocess.run(
-        [sys.executable, ROOT / "docs" / "chart.py"], capture_output=True, text=True, check=True
-    ).stdout
-    assert drawn == (ROOT / "docs" / "speed.svg").read_text(encoding="utf-8"), "run `make docs`"
-    assert drawn.count("<path") >= 3, "an engine is missing"
+def test_the_translation_has_one_word_for_token_and_no_english_table() -> None:
+    assert not re.findall(r"令牌|标记符|\b[Tt]okens?\b", CHINESE)
+    cells = [cell for line in CHINESE.splitlines() if line.startswith("| ") for cell in line.split("|")]
+    sentences = [
+        cell for cell in cells if len(re.findall(r"\b[a-z]{3,}\b", re.sub(r"`[^`]*`", "", cell))) > 3
+    ]
+    assert [cell for cell in sentences if not re.search(r"[\u4e00-\u9fff]", cell)] == []
+
+
+def made(script: str, *arguments: str) -> str:
+    """What a script of docs prints."""
+    command = [sys.executable, ROOT / "docs" / script, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False).stdout
+
+
+def test_every_block_of_figures_comes_from_its_record() -> None:
+    """Every record has a table on the page of benchmarks, and all blocks of all documents are as made."""
+    assert made("benchmarks.py", "--check") == ""
+
+
+@pytest.mark.parametrize(("language", "name"), [("en", "speed.svg"), ("zh", "speed.zh-CN.svg")])
+def test_the_chart_is_drawn_from_the_record(language: str, name: str) -> None:
+    drawn = made("chart.py", language)
+    assert drawn == (ROOT / "docs" / name).read_text(encoding="utf-8"), "run `make docs`"
+    assert drawn.count("<path") >= 6, "an engine is missing"
+
+
+def test_the_page_of_models_is_that_of_the_program() -> None:
+    assert made("models.py") == (ROOT / "docs" / "models.md").read_text(encoding="utf-8"), "run `make docs`"
 
 
 @pytest.mark.slow
@@ -195,13 +244,13 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.demo
 @pytest.mark.slow
 def test_readme_commands_run(tmp_path: Path) -> None:
-    """Every runnable command of the README, in its order, in an empty folder; then its Python block."""
+    """Every runnable command of the README, in an empty folder; then the Python of the Quickstart."""
     for command in shell(ENGLISH, runnable=True):
         words = shlex.split(command)
         if words[0] == "hasten":
             done = run([sys.executable, "-m", *words], tmp_path)
             assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
-    code = next(b.text for b in blocks(ENGLISH) if b.language == "python")
+    code = next(b.text for b in blocks(DOCUMENTS["index.md"]) if b.language == "python")
     done = run([sys.executable, "-c", code], tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "tokens/s" in done.stdout

@@ -8,7 +8,7 @@ or four mixtures on the same text and keeping the best that passes is a selectio
 to be within the budget, not its middle, which leaves room for it.
 
 Decoding is memory-bound, so the bytes read a token are the predicted time: on the development machine 4.5 and
-5.7 bits a weight took the same time a byte to 0.3 % (README). Timing each layout instead was tried; on a
+5.7 bits a weight took the same time a byte to 0.3 % (peers.json). Timing each layout instead was tried; on a
 machine that is not quiet it measures the others' load, and mixtures then avoid the wrong widths.
 
 Harms of separate groups add up to first order, as their errors are independent. So: the fewest bytes whose

@@ -151,7 +151,7 @@ def load(
     Raises:
         ModelError: the model has parts that these kernels do not compute.
     """
-    _check(config, context)
+    refuse_others(config, context)
     scales = _key_scales(config, tensor_of) if is_kv_int8 else None
     maker = _Maker(config, tensor_of, precision, device, scales)
     embed = maker.plain("embed").to(torch.bfloat16)
@@ -180,7 +180,12 @@ def _key_scales(config: ModelSpec, tensor_of: TensorOf) -> KeyScales:
     return {**key_scales(config, matrix, vectors, shifts), **shifts}
 
 
-def _check(config: ModelSpec, context: int) -> None:
+def refuse_others(config: ModelSpec, context: int) -> None:
+    """Refuse a model that the batched step does not compute, or a context past what it rotates.
+
+    Raises:
+        ModelError: what it is; every path of the GPU engine needs the batched step.
+    """
     mixer = config.blocks[0].mixer
     if mixer.qk_norm == "full" or config.blocks[0].norms.placement == "post":
         raise ModelError(
