@@ -23,7 +23,18 @@ def gpu_bars(record: Record) -> str:
         shown = [f"{figure(bar['value'])} ({_steps(bar)})" if bar else "" for bar in bars]
         rows.append((f"{SHAPES[model]}, {weights}", *shown))
     head = ("shape and weights", "1 sequence, tok/s (step: median, mean)", "16", "64")
-    return f"{table(head, rows)}\n{goals_table(record)}"
+    others = [
+        (
+            bar["name"],
+            figure(bar.get("tok_s", bar["value"])),
+            f"{percent(bar['value'], signed=False)} {bar['unit']}" if "tok_s" in bar else "",
+            figure(bar["seconds"]) if "seconds" in bar else "",
+        )
+        for bar in record["bars"]
+        if "tok_s" in bar or "seconds" in bar
+    ]
+    more = table(("workload", "tok/s", "of what is possible", "seconds"), others)
+    return f"{table(head, rows)}\n{more}\n{goals_table(record)}"
 
 
 def _steps(bar: Record) -> str:

@@ -123,7 +123,7 @@ def command(record: Record) -> str:
 
 def about(name: str, record: Record, made_by: str = "") -> str:
     """Where a table comes from, in one line: the record, the machine, the command, the commit and the day."""
-    said = [f"Record `{name}.json`", machine(record)]
+    said = [f"Record `benchmarks/results/{name}.json`", machine(record)]
     line = command(record) or made_by
     if line:
         said.append(f"`{line}`")

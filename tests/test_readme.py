@@ -221,6 +221,15 @@ def test_links_lead_somewhere() -> None:
             assert (base / target).exists(), f"{name} links to {target}"
 
 
+def test_links_to_headings_lead_to_one() -> None:
+    for name, text in DOCUMENTS.items():
+        for target, anchor in re.findall(r"\]\(([\w./-]*)#([^)]+)\)", text):
+            there = DOCUMENTS[Path(target).name] if target else text
+            titles = re.findall(r"^#+ (.+)$", there, re.MULTILINE)
+            slugs = {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", t).strip().lower()) for t in titles}
+            assert anchor in slugs, f"{name} links to {target}#{anchor}"
+
+
 def test_named_files_exist() -> None:
     """Paths between backquotes in CONTRIBUTING.md are real."""
     text = DOCUMENTS["CONTRIBUTING.md"]
