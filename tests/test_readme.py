@@ -15,6 +15,7 @@ import yaml
 
 from hasten.cli import VERBS
 from hasten.cli.frame import parser_of
+from hasten.models.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 ENGLISH = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -162,6 +163,12 @@ def test_the_translation_has_one_word_for_token_and_no_english_table() -> None:
         cell for cell in cells if len(re.findall(r"\b[a-z]{3,}\b", re.sub(r"`[^`]*`", "", cell))) > 3
     ]
     assert [cell for cell in sentences if not re.search(r"[\u4e00-\u9fff]", cell)] == []
+
+
+def test_both_readmes_name_every_family_of_models() -> None:
+    for text in (ENGLISH, CHINESE):
+        plain = re.sub(r"[\s\d.-]", "", text).lower()
+        assert [name for name in FAMILIES if re.sub(r"\d", "", name) not in plain] == []
 
 
 def made(script: str, *arguments: str) -> str:
