@@ -101,10 +101,11 @@ def test_reads_version_2_and_every_scalar_type() -> None:
 
 
 def test_strings_are_decoded_only_when_asked_for() -> None:
-    file = parse(Gguf([("bad", array(STRING, [b"ok", b"\xff\xfe"]))]).build())  # type: ignore[list-item]
-    assert "bad" in file.metadata and file.metadata.length("bad") == 2
-    with pytest.raises(FormatError, match=r"entry 1 of 'bad' is not UTF-8"):
-        file.metadata["bad"]
+    bad = "tokenizer.bad"
+    file = parse(Gguf([(bad, array(STRING, [b"ok", b"\xff\xfe"]))]).build())  # type: ignore[list-item]
+    assert bad in file.metadata and file.metadata.length(bad) == 2
+    with pytest.raises(FormatError, match=r"entry 1 of 'tokenizer.bad' is not UTF-8"):
+        file.metadata[bad]
 
 
 BIG = (1 << 64) - 1
@@ -132,8 +133,8 @@ LIES: dict[str, tuple[bytes, str]] = {
     "value type": (Gguf([("a", struct.pack("<I", 13) + b"\0" * 8)]).build(), "value type 13"),
     "boolean of 2": (Gguf([("a", scalar(BOOL, 2))]).build(), "boolean of 2"),
     "array of arrays": (
-        Gguf([("a", struct.pack("<IIQ", ARRAY, ARRAY, 1) + b"\0" * 20)]).build(),
-        "array of arrays",
+        Gguf([("a", struct.pack("<IIQ", ARRAY, ARRAY, 1 << 40) + b"\0" * 20)]).build(),
+        "arrays in 'a'",
     ),
     "element type": (Gguf([("a", struct.pack("<IIQ", ARRAY, 99, 1) + b"\0" * 20)]).build(), "value type 99"),
     "array count": (Gguf([("a", struct.pack("<IIQ", ARRAY, F64, BIG // 8))]).build(), "entries in 'a'"),

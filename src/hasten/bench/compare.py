@@ -362,4 +362,4 @@ def peer_source(ref: str) -> Path:
             hint="name the model it was made from: --source demo, a .gguf file, a folder or a hub id",
         )
     first = open_model(ref).files[0].path
-    return first if first.suffix == ".gguf" else first.parent
+    return first.parent if first.suffix == ".safetensors" else first

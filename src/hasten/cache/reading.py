@@ -80,6 +80,43 @@ def read_file(path: str | Path, most: int | None = None) -> bytes:
         return file.read()
 
 
+_BEGINNINGS: tuple[tuple[bytes, str, str], ...] = (
+    (b"version https://git-lfs", "a pointer of Git LFS, the file itself was not fetched", "git lfs pull"),
+    (b"<!doctype html", "a web page", "download the file itself; a page often asks to log in or to agree"),
+    (b"<html", "a web page", "download the file itself; a page often asks to log in or to agree"),
+    (b"<?xml", "an answer of a server (XML), perhaps an error", "read it, and download the file again"),
+    (b"gguf", "a GGUF file", "rename it to .gguf and open it"),
+    (b"pk\x03\x04", "a zip archive, perhaps a pickle of PyTorch", "unpack it, or take safetensors or GGUF"),
+    (b"\x80\x02", "a pickle of Python, which may run any program", "take safetensors or GGUF"),
+    (b"\x1f\x8b", "compressed by gzip", "unpack it: gunzip"),
+    (b"\xfd7zxz", "compressed by xz", "unpack it: unxz"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd", "unpack it: unzstd"),
+    *(
+        (magic, "a file for llama.cpp from before GGUF", "convert the original model again: GGUF is read")
+        for magic in (b"lmgg", b"fmgg", b"tjgg", b"algg")
+    ),
+)
+
+
+def known_content(data: bytes | memoryview) -> tuple[str, str] | None:
+    """What a file that is not what its name says is instead, and what to do; None: unknown.
+
+    Args:
+        data: the file, or at least its first 64 bytes.
+    """
+    if not data:
+        return "an empty file", "download it again: the transfer was cut off"
+    first = bytes(data[:64]).removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n").lower()
+    for begins, what, hint in _BEGINNINGS:
+        if first.startswith(begins):
+            return what, hint
+    if int.from_bytes(data[:8], "little") < 100_000_000 and bytes(data[8:9]) == b"{":
+        return "a safetensors file", "rename it to .safetensors, and put its config.json beside it"
+    if not first.strip(b"\0"):
+        return "nothing but zeros where its beginning belongs", "download it again: the transfer was cut off"
+    return None
+
+
 def read_text(path: str | Path) -> str:
     """The UTF-8 text of a regular file, line ends as \\n.
 

@@ -265,7 +265,7 @@ def _from_gguf(path: Path, family: Family) -> Adapter:
         ModelError, FormatError: as `with_adapter`.
     """
     file = GgufFile.open(path)
-    kind, architecture = (file.metadata.get(key) for key in ("adapter.type", "general.architecture"))
+    kind, architecture = (file.metadata.text(key) for key in ("adapter.type", "general.architecture"))
     if kind != "lora" or architecture != family.gguf:
         raise ModelError(
             f"{path} is no LoRA adapter of a {family.gguf} model: adapter.type is {kind!r}, "

@@ -16,7 +16,7 @@ from threading import Event, Thread
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from hasten.cache.reading import is_there, read_file, read_text
+from hasten.cache.reading import is_there, known_content, read_file, read_text
 from hasten.core import as_json
 from hasten.errors import ArtifactError, TokenizerError
 from hasten.models import sentencepiece
@@ -107,11 +107,13 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         if not is_there(path):
             return {}
-        document = json.loads(read_text(path))
+        data = read_file(path)
+        document = json.loads(data)
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error.strerror}", hint="check the file") from error
     except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path} is no JSON: {error}", hint=f"download {path.name} again") from error
+        what, hint = known_content(data) or (f"{error}", f"download {path.name} again")
+        raise TokenizerError(f"{path} is no JSON: {what}", hint=hint) from error
     if not isinstance(document, dict):
         raise TokenizerError(f"{path} must hold a JSON object", hint=f"download {path.name} again")
     return document
@@ -121,11 +123,14 @@ def _from_json(path: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
     try:
-        backend = Tokenizer.from_buffer(read_file(path))
+        data = read_file(path).removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise TokenizerError(f"{path} cannot be read: {error.strerror}", hint="check the file") from error
+    try:
+        backend = Tokenizer.from_buffer(data)
     except Exception as error:  # the library raises plain Exception
-        raise TokenizerError(
-            f"{path} cannot be used: {error}", hint="download tokenizer.json again"
-        ) from error
+        what, hint = known_content(data) or (f"{error}", "download tokenizer.json again")
+        raise TokenizerError(f"{path} cannot be used: {what}", hint=hint) from error
     if wrong := _misplaced(path, backend):
         backend = _with_gaps_filled(path, wrong)
     backend.no_truncation()  # some files carry the limits of their training run

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hasten.cache.reading import is_there
+from hasten.cache.reading import is_there, known_content
 from hasten.errors import FormatError, ModelError
 from hasten.weights.safetensors_file import map_file
 from hasten.weights.tensors import FOREIGN_NAMES, TYPES_BY_ID, SourceTensor, TensorType
@@ -28,6 +28,13 @@ _SCALARS: dict[int, np.dtype[Any]] = {
     }.items()
 }  # fmt: skip
 _MAX_COUNT = 1 << 24  # entries of an array, keys, tensors; the largest vocabularies have 2^18
+_MAX_DEPTH, _MAX_NESTED = 8, 1 << 17  # of arrays in arrays, which no key of a model has
+
+
+def _strictness(key: str) -> str:
+    """How bytes that are no UTF-8 are taken: what a tokenizer or template says must be exact, what a file
+    says for people (names, descriptions, tags) need not be."""
+    return "strict" if key.startswith("tokenizer.") else "replace"
 
 
 @dataclass(frozen=True)
@@ -49,11 +56,12 @@ class StringArray:
             FormatError: one is not UTF-8.
         """
         data, at, unpack, strings = self.data, self.start, _U64.unpack_from, []
+        errors = _strictness(key)
         try:
             for _ in range(self.count):
                 first = at + 8
                 at = first + unpack(data, at)[0]
-                strings.append(str(data[first:at], "utf-8"))
+                strings.append(str(data[first:at], "utf-8", errors))
         except UnicodeDecodeError as error:
             raise FormatError(f"{self.name}: entry {len(strings)} of {key!r} is not UTF-8") from error
         return strings
@@ -66,6 +74,7 @@ class GgufCursor:
         self.data = data
         self.name = name
         self.position = 0
+        self._nested = 0  # arrays in arrays so far
 
     @property
     def left(self) -> int:
@@ -96,12 +105,12 @@ class GgufCursor:
         """An unsigned 64-bit number."""
         return int(_U64.unpack_from(self.data, self.skip(8, what))[0])
 
-    def string(self, what: str) -> str:
-        """A string: its length in 64 bits, then UTF-8."""
+    def string(self, what: str, errors: str = "strict") -> str:
+        """A string: its length in 64 bits, then UTF-8; `errors` as `str` has it."""
         length = self.u64(f"the length of {what}")
         start = self.skip(length, what)
         try:
-            return str(self.data[start : start + length], "utf-8")
+            return str(self.data[start : start + length], "utf-8", errors)
         except UnicodeDecodeError as error:
             raise self.error(f"{what} is not UTF-8") from error
 
@@ -121,15 +130,21 @@ class GgufCursor:
         """A metadata value: a plain Python value, a NumPy array or a StringArray."""
         kind = self.u32(f"the type of {key!r}")
         if kind == _STRING:
-            return self.string(f"the value of {key!r}")
+            return self.string(f"the value of {key!r}", _strictness(key))
         if kind == _ARRAY:
-            return self._array(key)
+            return self._array(key, 0)
         return self._numbers(key, kind, 1)[0].item()
 
-    def _array(self, key: str) -> Any:
+    def _array(self, key: str, depth: int) -> Any:
         kind = self.u32(f"the element type of {key!r}")
-        if kind == _ARRAY:
-            raise self.error(f"metadata {key!r} is an array of arrays, which is not supported")
+        if kind == _ARRAY:  # nothing here reads one; other programs' tables must not be in the way
+            if depth == _MAX_DEPTH:
+                raise self.error(f"metadata {key!r} nests arrays deeper than {_MAX_DEPTH}")
+            self._nested += (count := self.count(f"arrays in {key!r}", 12, _MAX_NESTED))
+            if self._nested > _MAX_NESTED:
+                raise self.error(f"the metadata holds more than {_MAX_NESTED:,} arrays in arrays")
+            parts = (self._array(key, depth + 1) for _ in range(count))
+            return [part.decode(key) if isinstance(part, StringArray) else part for part in parts]
         if kind == _STRING:
             return self._strings(key, self.count(f"strings in {key!r}", 8))
         size = self._scalar(key, kind).itemsize
@@ -195,6 +210,11 @@ class GgufMetadata(Mapping[str, Any]):
     def __contains__(self, key: object) -> bool:  # without decoding
         return key in self._values
 
+    def text(self, key: str) -> str | None:
+        """A value that is text; None where the key is missing or holds something else."""
+        value = self._values.get(key)
+        return value if isinstance(value, str) else None
+
     def length(self, key: str) -> int | None:
         """Entries of an array, without decoding it; None if the key is missing or holds no array."""
         value = self._values.get(key)
@@ -244,10 +264,10 @@ class GgufFile:
 def _checked_version(cursor: GgufCursor) -> int:
     found = bytes(cursor.data[:4])
     if found != MAGIC:
-        raise cursor.error(
-            f"not a GGUF file: it starts with {found!r} where {MAGIC!r} belongs",
-            hint="give a .gguf file, or the folder of a safetensors model",
-        )
+        usual = "", "give a .gguf file, or the folder of a safetensors model"
+        what, hint = known_content(cursor.data) or usual
+        what = f"not a GGUF file but {what}" if what else "not a GGUF file"
+        raise cursor.error(f"{what}: it starts with {found!r} where {MAGIC!r} belongs", hint)
     cursor.skip(4, "the magic number")
     version = cursor.u32("the version")
     if version in (2, 3):
@@ -393,7 +413,7 @@ def models_of(names: Iterable[str]) -> list[str]:
 
 def models_in(folder: Path) -> list[Path]:
     """The GGUF models of a folder by their (first) file; files that help a model, where nothing else is."""
-    names = sorted(p.name for p in folder.glob("*.gguf"))
+    names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() == ".gguf")
     return [folder / name for name in models_of(names) or names]
 
 
@@ -453,10 +473,10 @@ def _open_single(path: Path) -> GgufFile:
             ) from error
         raise
     number, count = (file.metadata.get(f"split.{key}", 0) for key in ("no", "count"))
-    if isinstance(count, int) and count > 1:
+    if isinstance(count, int) and isinstance(number, int) and count > 1:
         raise ModelError(
-            f"{path} is part {int(number) + 1} of {count} of a model, and its name does not say so",
-            hint=f"call it NAME-{int(number) + 1:05d}-of-{count:05d}.gguf, the others likewise, side by side",
+            f"{path} is part {number + 1} of {count} of a model, and its name does not say so",
+            hint=f"call it NAME-{number + 1:05d}-of-{count:05d}.gguf, the others likewise, side by side",
         )
     return file
 
@@ -477,10 +497,10 @@ def other_kind(file: GgufFile) -> ModelError | None:
     Sources: `general.type` in the GGUF specification, and what llama.cpp's tools write into the files that
     help a model (convert_lora_to_gguf.py, tools/mtmd, tools/imatrix, tools/cvector-generator).
     """
-    get = file.metadata.get
-    kind, architecture = get("general.type"), get("general.architecture")
+    text = file.metadata.text
+    kind, architecture = text("general.type"), text("general.architecture")
     if kind == "adapter" or any(name.endswith(".lora_a") for name in file.tensors):
-        base = get("general.base_model.0.name") or f"its {architecture or ''} base model".replace("  ", " ")
+        base = text("general.base_model.0.name") or f"its {architecture or ''} base model".replace("  ", " ")
         return _other(
             file, "a LoRA adapter", f"open {base} with it: hasten generate BASE --adapter {file.name}"
         )
@@ -493,7 +513,7 @@ def other_kind(file: GgufFile) -> ModelError | None:
         return _other(
             file, "a control vector", "it steers a model and is not supported; give the model's file"
         )
-    if isinstance(kind, str) and kind not in ("model", ""):
+    if kind is not None and kind.lower() not in ("model", ""):
         return _other(file, f"of the type {kind!r}", "give the file of a language model")
     if not file.tensors and "tokenizer.ggml.tokens" in file.metadata:
         return _other(file, "a vocabulary alone: it has no tensors (no weights)", "give the model's own file")

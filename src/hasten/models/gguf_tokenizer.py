@@ -12,6 +12,7 @@ syntax). Each splits what the ones before it left, and keeps matches and the tex
 from __future__ import annotations
 
 import logging
+import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -79,7 +80,7 @@ class GgufVocabulary:
             types=types,
             merges=_strings(metadata, "merges"),
             ids={name: found for name, found in ids.items() if found is not None},
-            flags={name: bool(metadata[KEY + name]) for name in _FLAGS if KEY + name in metadata},
+            flags={name: flag for name in _FLAGS if (flag := _flag(metadata, name)) is not None},
             charsmap=_bytes(metadata, "precompiled_charsmap"),
             chat_templates=_templates(metadata),
         )
@@ -153,15 +154,25 @@ def _types(metadata: Mapping[str, object], count: int) -> list[int]:
 
 def _id(metadata: Mapping[str, object], name: str, count: int) -> int | None:
     value = metadata.get(KEY + name)
-    if value is None or value == _NO_TOKEN:
+    if value is None:
         return None
-    if not hasattr(value, "__index__"):
-        raise TokenizerError(f"{KEY}{name} is {value!r}, which is no id of the {count} tokens", hint=AGAIN)
-    if 0 <= (number := int(value)) < count:
+    try:
+        number = operator.index(int(value) if isinstance(value, float) and value.is_integer() else value)  # type: ignore[arg-type]
+    except TypeError:
+        said = f"{KEY}{name} is {value!r}, which is no id of the {count} tokens"
+        raise TokenizerError(said, hint=AGAIN) from None
+    if 0 <= number < count:
         return number
-    if number != -1:  # llama.cpp goes on without it too
+    if number not in (-1, _NO_TOKEN):  # llama.cpp goes on without it too
         _log.warning("%s%s is %d, which is none of the %d tokens: it is left out", KEY, name, number, count)
     return None
+
+
+def _flag(metadata: Mapping[str, object], name: str) -> bool | None:
+    value = metadata.get(KEY + name)
+    if value is None or isinstance(value, int):
+        return None if value is None else bool(value)
+    raise TokenizerError(f"{KEY}{name} must be true or false, got {value!r:.60}", hint=AGAIN)
 
 
 def _usual_ids(types: list[int]) -> list[tuple[str, int]]:

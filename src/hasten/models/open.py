@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from hasten.models.quantized import Quantization, merged
 from hasten.models.quantized_formats import KEYS, quantization_of, without_quantization
 from hasten.models.rope import interleaved_rows
 from hasten.models.source import ADAPTER_CONFIG, Place, Source, SourceFile, locate, once, read_json_object
-from hasten.weights.safetensors_file import open_safetensors
+from hasten.weights.safetensors_file import INTEGERS, open_safetensors
 from hasten.weights.tensors import SourceTensor
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -129,7 +130,7 @@ def open_folder(folder: Path) -> Source:
     where = str(folder / "config.json")
     values = _with_side_file(read_json_object(folder / "config.json"), folder)
     quantization = quantization_of(values, where)
-    checkpoint = open_checkpoint(folder, integers=quantization is not None)
+    checkpoint = open_checkpoint(folder)
     config, tensors, unused = _read_folder(folder, values, checkpoint, quantization)
 
     def load() -> Tokenizer:
@@ -159,9 +160,12 @@ def _no_model(folder: Path) -> ModelError:
             hint="give the folder in Hugging Face's form, or convert it: convert_llama_weights_to_hf.py of "
             "transformers",
         )
+    inside = next((one.parent for one in sorted(folder.glob("*/config.json"))), None)
     return ModelError(
         f"{folder} is no model folder: it has no config.json",
-        hint="give a folder with config.json and model.safetensors, or a .gguf file",
+        hint=f"a folder in it has one: give {inside}"
+        if inside is not None
+        else "give a folder with config.json and model.safetensors, or a .gguf file",
     )
 
 
@@ -265,12 +269,14 @@ class Checkpoint:
     files: tuple[Path, ...]
 
 
-def open_checkpoint(folder: Path, integers: bool = False) -> Checkpoint:
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
     """Map the checkpoint of a folder: by its index, as model.safetensors, or its only .safetensors file.
 
-    Args:
-        folder: where it lies.
-        integers: whether it may hold tensors of integers, as a quantised one does.
+    Shards whose names say how many there are need no index. Tensors may be of integers, which parts of
+    quantised checkpoints and masks are: whoever fills a parameter with one looks at its type.
 
     Raises:
         ModelError: there is none, a file is missing, or a tensor is in two files.
@@ -278,11 +284,14 @@ def open_checkpoint(folder: Path, integers: bool = False) -> Checkpoint:
     """
     index = folder / INDEX
     if is_there(index):
-        return _sharded(folder, index, integers)
+        return _sharded(folder, index)
     single = folder / "model.safetensors"
     found = [single] if is_there(single) else sorted(folder.glob("*.safetensors"))
+    shards = _shards_by_name(folder, found)
+    if shards:
+        return _joined(shards)
     if len(found) == 1:
-        return Checkpoint(open_safetensors(found[0], integers), (found[0],))
+        return Checkpoint(open_safetensors(found[0], integers=True), (found[0],))
     if found:
         raise ModelError(f"{folder} has {len(found)} .safetensors files and no {INDEX}", hint="add the index")
     others = _pickles(folder)
@@ -294,17 +303,50 @@ def open_checkpoint(folder: Path, integers: bool = False) -> Checkpoint:
     )
 
 
-def _sharded(folder: Path, index: Path, integers: bool) -> Checkpoint:
+def _shards_by_name(folder: Path, found: Sequence[Path]) -> list[Path]:
+    """All shards, where all files are some of one checkpoint by their names; [] where they are not.
+
+    Raises:
+        ModelError: one is missing; it is named.
+    """
+    names = [_SHARD.fullmatch(path.name) for path in found]
+    kinds = {(name["stem"], name["count"]) for name in names if name is not None}
+    if None in names or len(kinds) != 1:
+        return []
+    stem, count = kinds.pop()
+    shards = [folder / f"{stem}-{number:05d}-of-{count}.safetensors" for number in range(1, int(count) + 1)]
+    missing = [shard.name for shard in shards if shard not in found]
+    if missing:
+        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ModelError(
+            f"{folder} has {len(found)} of {int(count)} files of a checkpoint: {shown} missing",
+            hint="the download was cut off: start it again",
+        )
+    return shards
+
+
+def _joined(shards: Sequence[Path]) -> Checkpoint:
+    tensors: dict[str, SourceTensor] = {}
+    for shard in shards:
+        for name, tensor in open_safetensors(shard, integers=True).items():
+            if name in tensors:
+                raise FormatError(f"{shard}: tensor {name!r} is in another file of the checkpoint too")
+            tensors[name] = tensor
+    return Checkpoint(tensors, tuple(shards))
+
+
+def _sharded(folder: Path, index: Path) -> Checkpoint:
     names = read_json_object(index).get("weight_map")
     if not isinstance(names, Mapping) or not all(isinstance(v, str) for v in names.values()):
         raise FormatError(f"{index}: weight_map must map tensor names to file names")
+    names = {name: shard.removeprefix("./") for name, shard in names.items()}
     shards = sorted(set(names.values()))
     tensors: dict[str, SourceTensor] = {}
     stray: list[str] = []
     for shard in shards:
         if Path(shard).name != shard or shard in ("", ".", ".."):
             raise FormatError(f"{index}: {shard!r} is no name of a file beside it")
-        for name, tensor in open_safetensors(folder / shard, integers).items():
+        for name, tensor in open_safetensors(folder / shard, integers=True).items():
             if names.get(name) != shard:  # another model's, or an older one's
                 stray.append(f"{name} in {shard}")
                 continue
@@ -344,6 +386,7 @@ def fill(
         if is_tied_head or table.ignores(name):
             unused.append(name)
         elif parts is None or any(part not in shapes for part in parts):
+            _check_type(tensor, where)
             extra.append(name)
         else:
             _place(filled, tensor, parts, shapes, where)
@@ -372,6 +415,7 @@ def _place(
             f"{where}: tensor {tensor.name!r} must be {list(wanted)}, got {list(tensor.shape)}",
             hint="the file does not belong to its configuration",
         )
+    _check_type(tensor, where)
     first = 0
     for part in parts:
         if part in filled:
@@ -379,6 +423,14 @@ def _place(
         count = shapes[part][0]
         filled[part] = tensor.part(part, first, count)
         first += count
+
+
+def _check_type(tensor: SourceTensor, where: str) -> None:
+    if tensor.dtype in INTEGERS:
+        raise FormatError(
+            f"{where}: tensor {tensor.name!r} has type {tensor.dtype!r}, which is not supported",
+            hint="supported types: F32, F16, BF16; convert the checkpoint to bf16",
+        )
 
 
 def _listed(names: list[str], noun: str) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from hasten.cache import cache_dir, digest, read_record, write_atomic, write_record
-from hasten.cache.reading import NotAFile, is_there, open_file
+from hasten.cache.reading import NotAFile, is_there, known_content, open_file, read_text
 from hasten.core import ModelSpec
 from hasten.errors import DiskError, FormatError, ModelError
 from hasten.models.gguf import model_name, models_in, part_names
@@ -49,13 +49,16 @@ def read_json_object(path: Path) -> dict[str, Any]:
             size = os.fstat(file.fileno()).st_size
             if size > _MAX_JSON_BYTES:
                 raise FormatError(f"{path}: {size} bytes are too many for a configuration")
-            value = json.loads(file.read())
+            data = file.read()
+            value = json.loads(data)
     except NotAFile as error:
         raise ModelError(f"cannot read {path}: {error.strerror}", hint=NOT_A_FILE_HINT) from error
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}", hint=f"check it: ls -l {path}") from error
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is no JSON: {error!s:.100}", hint="download it again") from error
+        what, hint = known_content(data) or ("", "download it again")
+        what = f"no JSON but {what}" if what else f"no JSON: {error!s:.100}"
+        raise FormatError(f"{path} is {what}", hint=hint) from error
     if not isinstance(value, dict):
         raise FormatError(f"{path} must hold an object, got {type(value).__name__}")
     return value
@@ -174,7 +177,7 @@ def locate(ref: str | Path) -> Place:
         file = demo_file()
         return Place(DEMO, file.path, file)
     if path.exists() or (path.suffix == ".gguf" and not is_hub_file(str(ref))):
-        return _place(path)
+        return _place(_model_folder(path))
     return Place(str(ref), _place(download(str(ref))).path)
 
 
@@ -212,7 +215,7 @@ def ref_of(source: Source) -> str:
     if source.name == DEMO and first.sha256 == DEMO_SHA256:
         return DEMO
     path = first.path.absolute()
-    return str(path if path.suffix == ".gguf" else path.parent)
+    return str(path.parent if path.suffix == ".safetensors" else path)
 
 
 def file_name_of(ref: str | Path) -> str:
@@ -224,6 +227,23 @@ def file_name_of(ref: str | Path) -> str:
     name = path.resolve().name if path.exists() else path.name
     name = model_name(Path(name)) if name.lower().endswith(".gguf") else name
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
+
+
+def _model_folder(path: Path) -> Path:
+    """The folder of a model by one of its files, or by the folder of its snapshots in a cache of the hub."""
+    if path.is_dir():
+        snapshots = path / "snapshots"
+        if not snapshots.is_dir() or is_there(path / "config.json"):
+            return path
+        with suppress(OSError, ValueError):
+            named = snapshots / read_text(path / "refs" / "main").strip()
+            if named.is_dir():
+                return named
+        found = [one for one in snapshots.iterdir() if one.is_dir()]
+        return found[0] if len(found) == 1 else path
+    beside = path.parent / "config.json"
+    is_one = path.name == "config.json" or path.suffix == ".safetensors"
+    return path.parent if is_one and is_there(beside) else path
 
 
 def _place(path: Path) -> Place:

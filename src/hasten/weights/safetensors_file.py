@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten.cache import write_atomic
-from hasten.cache.reading import NotAFile, open_file
+from hasten.cache.reading import NotAFile, known_content, open_file
 from hasten.errors import FormatError, ModelError
 from hasten.weights.tensors import TYPES, SourceTensor
 
@@ -29,7 +29,7 @@ _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _MAX_TENSORS = 1 << 17  # of one file: seconds of work; those of the largest models hold some ten thousand
 _MAX_DIMS = 8
 _FLOATS = ("F32", "F16", "BF16")
-INTEGERS = ("I8", "U8", "I32", "I64", "F8_E4M3")  # and codes: parts of quantised checkpoints
+INTEGERS = ("I8", "U8", "I32", "I64", "BOOL", "F8_E4M3")  # and codes: parts of quantised checkpoints, masks
 _AGAIN = "download it again: the file is truncated or damaged"
 _ALIGN = 8
 
@@ -105,11 +105,9 @@ def _header(data: memoryview, name: str) -> tuple[int, dict[str, Any]]:
     if len(data) < 10:
         raise FormatError(f"{name}: not a safetensors file: it has {len(data)} bytes", hint=_AGAIN)
     length = int.from_bytes(data[:8], "little")
-    if bytes(data[:4]) == b"GGUF":
-        raise FormatError(
-            f"{name}: a GGUF file under a safetensors name", hint="rename it to .gguf and open it"
-        )
     if length > min(_MAX_HEADER_BYTES, len(data) - 8) or bytes(data[8:9]) != b"{":
+        if (known := known_content(data)) is not None and "safetensors" not in known[0]:
+            raise FormatError(f"{name}: not a safetensors file but {known[0]}", hint=known[1])
         raise FormatError(
             f"{name}: not a safetensors file: its header would be {length} bytes of the {len(data) - 8} that "
             f"follow and start with {bytes(data[8:9])!r}",
@@ -156,7 +154,7 @@ def _entry(
     if dtype not in types:
         raise FormatError(
             f"{name}: tensor {key!r} has type {dtype!r:.40}, which is not supported",
-            hint=f"supported types: {', '.join(types)}; convert the checkpoint to bf16",
+            hint=f"supported types: {', '.join(_FLOATS)}; convert the checkpoint to bf16",
         )
     if not isinstance(shape, list) or len(shape) > _MAX_DIMS or not all(_is_size(n) for n in shape):
         raise FormatError(f"{name}: tensor {key!r} has the shape {shape!r:.60}")

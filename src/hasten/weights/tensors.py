@@ -67,6 +67,7 @@ TYPES: dict[str, TensorType] = {
         TensorType("MXFP4", 39, 32, 17),
         TensorType("I8", -1, 1, 1),  # raw parts of quantised checkpoints: never a parameter by themselves
         TensorType("U8", -1, 1, 1),
+        TensorType("BOOL", -1, 1, 1),  # masks that old checkpoints hold
         TensorType("F8_E4M3", -1, 1, 1),
         TensorType("I32", -1, 1, 4),
         TensorType("I64", -1, 1, 8),

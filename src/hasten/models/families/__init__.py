@@ -66,7 +66,7 @@ def gguf_spec(metadata: GgufMetadata, tensors: gguf_metadata.Tensors, where: str
     Raises:
         ModelError: an architecture or feature that is not supported, or a value that makes no sense.
     """
-    name = metadata.get("general.architecture")
+    name = metadata.text("general.architecture")
     family = next((f for f in FAMILIES.values() if f.gguf == name), None)
     if family is None:
         raise _unsupported(name, where)

@@ -75,7 +75,7 @@ def decoder(fields: Fields, family: Family, embed_dtype: str) -> ModelSpec:
         embedding=Embedding(),
         final_norm=Norm(eps),
         head=Head(tied=fields.flag("tie_word_embeddings")),
-        bos_token_id=fields.integer("bos_token_id", None, low=0),
+        bos_token_id=next(iter(token_ids(fields, "bos_token_id")), None),
         eos_token_ids=token_ids(fields, "eos_token_id"),
     )
     return family.hf_finish(spec.with_blocks(lambda b: b.with_biases(biases)), fields, embed_dtype)
@@ -95,12 +95,21 @@ def activation_of(name: str, where: str) -> Activation:
 
 
 def token_ids(fields: Fields, key: str) -> tuple[int, ...]:
-    """One id or a list of ids; () where there is none."""
+    """One id or a list of ids; () where there is none.
+
+    Raises:
+        ModelError: something else is there.
+    """
     value = fields.get(key, [])
     ids = value if isinstance(value, list) else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+    if not all(_is_whole(i) for i in ids):
         raise fields.error(key, "a token id or a list of them", value)
-    return tuple(dict.fromkeys(ids))
+    return tuple(dict.fromkeys(int(i) for i in ids if i >= 0))  # -1 is written where there is none
+
+
+def _is_whole(value: Any) -> bool:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return whole or (isinstance(value, float) and value.is_integer())
 
 
 def _refuse_features(fields: Fields) -> None:

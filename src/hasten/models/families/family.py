@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from hasten.core import Attention, Block, FeedForward, ModelSpec, NormPlacement, Norms, QkNorm, Rotary
 from hasten.errors import ModelError
 
@@ -65,6 +67,8 @@ class Fields:
         value = self._value(key, default)
         if value is default:
             return value
+        if isinstance(value, float) and value.is_integer():  # some writers have no other numbers
+            value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise self.error(key, f"an integer from {low} to {high}", value)
         return value
@@ -84,12 +88,14 @@ class Fields:
         return float(value)
 
     def flag(self, key: str, default: bool = False) -> bool:
-        """True or False.
+        """True or False, which may be written as 1 or 0.
 
         Raises:
             ModelError: something else is there.
         """
         value = self._value(key, default)
+        if isinstance(value, int) and value in (0, 1):
+            return bool(value)
         if not isinstance(value, bool):
             raise self.error(key, "true or false", value)
         return value
@@ -202,6 +208,14 @@ _GGUF_BLOCK: dict[str, tuple[str, ...]] = {
 }
 
 
+# What training wraps around a model, or parts of it, and some scripts leave in the names that they save:
+# DistributedDataParallel, torch.compile, FSDP, activation checkpointing, PEFT.
+_WRAPPERS = re.compile(
+    r"^base_model\.model\.(?=model\.|lm_head\.)|(?<![^.])"
+    r"(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+
+
 @dataclass(frozen=True)
 class NameTable:
     """Names of one file format and architecture."""
@@ -214,7 +228,7 @@ class NameTable:
 
     def parts(self, name: str) -> tuple[str, ...] | None:
         """The parameters a file's tensor fills, in the order of its rows; None: none of ours."""
-        module, _, kind = name.rpartition(".")
+        module, _, kind = _WRAPPERS.sub("", name).rpartition(".")
         if kind not in ("weight", "bias"):
             return None
         suffix = ".bias" if kind == "bias" else ""
@@ -291,7 +305,9 @@ class Family:
             block_prefix=re.compile(r"layers\.(0|[1-9]\d{0,3})\.(.+)"),
             prefixes=("language_model.model.", "model.language_model.", "language_model.", "model.", ""),
             ignored=re.compile(
-                r"(^|\.)rotary_emb\.inv_freq$|(^|\.)(vision_tower|multi_modal_projector|mtp)\."
+                r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(^|\.)position_ids$"
+                r"|(^|\.)self_attn\.(bias|masked_bias|causal_mask)$"  # masks, which are made anew
+                r"|(^|\.)(vision_tower|multi_modal_projector|mtp|v_head)\."
             ),
         )
 
@@ -344,17 +360,25 @@ def layer_types(fields: Fields, layers: int) -> Flags | None:
     return tuple(t == "sliding_attention" for t in types)
 
 
+def _is_used(value: Any) -> bool:
+    if isinstance(value, list | np.ndarray):
+        return any(_is_used(one) for one in value)
+    return value is not None and value is not False and value != 0 and value != {}
+
+
 def refuse(features: Mapping[str, Any], where: str) -> None:
     """Refuse what no family here has.
 
     Args:
-        features: what it is in words -> its value in the file; None, 0, False, {} mean unused.
+        features: what it is in words -> its value in the file; None, 0, False, {} and arrays of them mean
+            unused.
 
     Raises:
         ModelError: one is used.
     """
-    for feature, value in features.items():
-        if value is not None and value is not False and value != 0 and value != {} and value != []:
+    for feature, given in features.items():
+        value = given.tolist() if isinstance(given, np.ndarray) else given
+        if _is_used(value):
             raise ModelError(
                 f"{where}: {feature} is not supported (found {value!r:.60})",
                 hint="dense decoders are supported, such as Llama, Qwen, Gemma and Phi",
