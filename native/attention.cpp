@@ -25,12 +25,13 @@ HASTEN_INLINE void add_scaled(const float* part, float take, float keep, int n, 
 HASTEN_CLONES void merge(const float* part, const float* part_max, const float* part_sum, int rows, int n, float* out,
                          float* max, float* sum) {
   for (int r = 0; r < rows; r++, part += n, out += n) {
-    if (part_sum[r] == 0) continue;  // the row sees nothing of it
-    const float top = std::max(max[r], part_max[r]);
-    const float keep = max[r] == kNone ? 0.0f : std::exp(max[r] - top), take = std::exp(part_max[r] - top);
+    if (part_sum[r] == 0) continue;           // the row sees nothing of it
+    const bool grows = part_max[r] > max[r];  // one of the two weighs 1
+    const float keep = max[r] == kNone ? 0.0f : grows ? std::exp(max[r] - part_max[r]) : 1.0f;
+    const float take = grows ? 1.0f : std::exp(part_max[r] - max[r]);
     add_scaled(part, take, keep, n, out);
     sum[r] = sum[r] * keep + part_sum[r] * take;
-    max[r] = top;
+    if (grows) max[r] = part_max[r];
   }
 }
 
@@ -119,8 +120,8 @@ void Attention::part(const AttentionCall& call, const Task& task, int part, Scra
       (side ? v_scale : k_scale)[p] = reinterpret_cast<const float*>(sides[side] + values);
     }
   }
-  scratch.scores.resize(static_cast<size_t>(rows) * kPartTokens);
-  scratch.weights.resize(static_cast<size_t>(rows) * kPartTokens);
+  scratch.scores.resize(static_cast<size_t>(rows) * kScoreRow);
+  scratch.weights.resize(static_cast<size_t>(rows) * kWeightRow);
   const AttendPart whole_block{.q = scratch.q.data(),
                                .rows = rows,
                                .position = scratch.position.data(),
@@ -246,7 +247,7 @@ void Attention::run(const AttentionCall& call, const std::vector<Span>& spans, i
     return;
   }
   // Few queries, long context: one piece a part, put together in order afterwards.
-  const size_t row_floats = dp + 2, task_floats = static_cast<size_t>(block) * group * row_floats;
+  const size_t task_floats = round_up(block * group * (dp + 2), 16);  // pieces begin at cache lines
   partials_.resize(parts * task_floats);
   std::vector<std::pair<int, int>> pieces;
   for (int i = 0; i < tasks; i++) {

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "kv_cache.h"
+#include "memory.h"
 
 namespace hasten {
 
@@ -48,8 +49,9 @@ class Attention {
     size_t partial;  // where its partial results start, in parts
   };
   struct Scratch {
-    std::vector<bf16> q, weights, unpacked;
-    std::vector<float> scores, part, max, sum;
+    LineVector<bf16> q, weights, unpacked;
+    LineVector<float> scores, part;
+    std::vector<float> max, sum;
     std::vector<int> position;
     std::vector<uint8_t> broken, unseen;
   };

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <new>
 #include <vector>
 
 namespace hasten {
@@ -28,5 +29,24 @@ struct HugeAllocator {
 
 template <typename T>
 using HugeVector = std::vector<T, HugeAllocator<T>>;
+
+// Begins at a cache line. Elsewhere every tile and every vector of 64 bytes lies in two.
+template <typename T>
+struct LineAllocator {
+  using value_type = T;
+  static constexpr std::align_val_t kLine{64};
+  LineAllocator() = default;
+  template <typename U>
+  LineAllocator(const LineAllocator<U>&) {}
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), kLine)); }
+  void deallocate(T* p, size_t) { ::operator delete(p, kLine); }
+  template <typename U>
+  bool operator==(const LineAllocator<U>&) const {
+    return true;
+  }
+};
+
+template <typename T>
+using LineVector = std::vector<T, LineAllocator<T>>;
 
 }  // namespace hasten

@@ -13,7 +13,8 @@ void rms_norm(const float* x, const float* weight, int n, float eps, float* out)
 void gated(Gate kind, float* gate, const float* up, int n);
 void rope(float* head, const float* cos, const float* sin, int half);
 void attend(const AttendPart& part);
-void softmax_part(const AttendPart& part);
+// max, sum and weights of `count` rows from row `first` on, whose scores and weights stand at `scores` and `weights`.
+void softmax_rows(const AttendPart& part, int first, int count, float* scores, bf16* weights);
 int argmax(const float* x, int n);
 
 // Unpacks one weight block's unsigned values: per 4 inputs [16 rows][4] u8, 64 bytes each, `stride` bytes apart.
