@@ -16,6 +16,7 @@ from typing import Any, get_args
 import numpy as np
 
 import hasten
+from hasten.bench.calibrate import kept
 from hasten.compress.result import Observer, Progress, silent
 from hasten.core import (
     SCHEMA_VERSION,
@@ -49,7 +50,7 @@ from hasten.optimize.trials import (
 from hasten.quality.divergence import Reference
 from hasten.quality.text import Text, default_text, text_from_file, windows
 from hasten.report.optimized import optimized_page
-from hasten.speed import estimate, on_gpu
+from hasten.speed import Pace, estimate, on_gpu
 
 
 @dataclass(frozen=True)
@@ -435,9 +436,18 @@ class Search:
                 WORKLOADS[self.goal],
                 chosen.recipe,
                 weight_bytes=chosen.weight_bytes,
+                pace=self._timed(chosen.recipe),
             )
         except MachineError:
             return None  # ceilings were not measured: unknown
+
+    def _timed(self, recipe: Recipe) -> Pace | None:
+        """What `hasten estimate` timed on this machine, where it did and the recipe's formats are known."""
+        options = self.workshop.options
+        knows = all(
+            layout is not None for layout in map(recipe.layout_for, self.workshop.config.linear_shapes())
+        )
+        return kept(options.threads) if options.device == "cpu" and knows else None
 
     def _ceilings(self, recipe: Recipe) -> Machine:
         """The machine, with the ceilings of what computes."""

@@ -6,7 +6,8 @@ For each format and number of rows, the time of a product of linear layers is a 
 
 The fixed part is forks, joins and the first misses; the slope is reading or arithmetic, whichever is slower.
 Between two measured numbers of rows both are interpolated. What works token by token (norms, rotation, gates)
-has such lines over its own sizes. Attention is fitted for all shapes, rows and contexts together:
+has such lines over its own sizes. Attention is fitted for each size of a head over all shapes,
+rows and contexts together:
 
     seconds = fixed + rows * H * D * a + bytes of keys and values * b + queries * keys * H * D * c
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -54,6 +55,12 @@ class Curve:
 
     points: tuple[Point, ...]
 
+    def scaled(self, factor: float) -> Curve:
+        """The same for a machine that takes so many times as long."""
+        return Curve(
+            tuple(replace(p, fixed_s=factor * p.fixed_s, unit_s=factor * p.unit_s) for p in self.points)
+        )
+
     def at(self, rows: float) -> Point:
         """The line at a number of rows: between neighbours, and on from the last two beyond them."""
         points = self.points
@@ -76,6 +83,10 @@ class Weighing:
 
     factors: tuple[float, ...]
     error: float
+
+    def scaled(self, factor: float) -> Weighing:
+        """The same for a machine that takes so many times as long."""
+        return Weighing(tuple(factor * one for one in self.factors), self.error)
 
     def seconds(self, features: Sequence[float]) -> float:
         return sum(factor * feature for factor, feature in zip(self.factors, features, strict=True))
@@ -131,12 +142,14 @@ class Calibration:
     isa: str
     threads: int
     curves: Mapping[str, Curve]  # `linear w4 answer` -> lines; also norm, rope, gated
-    attentions: Mapping[str, Weighing]  # `bf16 answer`, `int8 prompt` ...
+    attentions: Mapping[str, Weighing]  # `bf16 answer 64`, `int8 prompt 128` ...
     choose_s: float  # of greedy choice, a logit
     step_s: float  # of a step outside the kernels
     answer_s: float  # the same for each answer in it
     noise: float  # how much the machine's own speed moved: standard deviation of its logarithm
-    process_bytes: int  # of a process that holds no model
+    canary_s: tuple[
+        float, ...
+    ]  # of the steps of known speed that were timed beside: the machine's speed then
     seconds: float  # it took
     repeated: int  # rounds that other work disturbed and that were taken again
     untrusted: int = 0  # times that stayed disturbed to the end
@@ -154,7 +167,8 @@ class Calibration:
         attentions = {
             name: Weighing(tuple(one["factors"]), one["error"]) for name, one in record["attentions"].items()
         }
-        return cls(**{**record, "curves": curves, "attentions": attentions})
+        more = {"curves": curves, "attentions": attentions, "canary_s": tuple(record["canary_s"])}
+        return cls(**{**record, **more})
 
     @cached_property
     def formats(self) -> tuple[Format, ...]:
@@ -172,7 +186,7 @@ class Calibration:
         for piece in step.pieces:
             for mixer, count in load.mixers:
                 features = prompt_features(mixer, load.kv_int8, piece.past, piece.count)
-                self._attend(f"{_kv(load)} {PROMPT}", features, count, tally)
+                self._attend(load, PROMPT, mixer, features, count, tally)
         if step.drawn:
             for product in load.products:
                 if product.part == HEAD:
@@ -240,12 +254,17 @@ class Calibration:
     def _answers(self, load: Load, step: Step, tally: _Tally) -> None:
         for mixer, count in load.mixers:
             features = answer_features(mixer, load.kv_int8, step.answers, step.answer_rows, step.context)
-            tally.read += self._attend(f"{_kv(load)} {ANSWER}", features, count, tally)
+            tally.read += self._attend(load, ANSWER, mixer, features, count, tally)
 
-    def _attend(self, name: str, features: Sequence[float], count: int, tally: _Tally) -> float:
-        found = self.attentions[name]
-        seconds = count * found.seconds(features)
-        tally.add("attention", f"attention {name}", seconds, found.error)
+    def _attend(
+        self, load: Load, mode: str, mixer: Attention, features: Sequence[float], count: int, tally: _Tally
+    ) -> float:
+        """Seconds of `count` such layers, by the fit of the nearest head size."""
+        start = f"{'int8' if load.kv_int8 else 'bf16'} {mode} "
+        sizes = [int(name.removeprefix(start)) for name in self.attentions if name.startswith(start)]
+        name = f"{start}{min(sizes, key=lambda size: abs(math.log(size / mixer.head_dim)))}"
+        seconds = count * self.attentions[name].seconds(features)
+        tally.add("attention", f"attention {name}", seconds, self.attentions[name].error)
         return seconds
 
     def _curve(self, name: str) -> Curve:
@@ -255,10 +274,6 @@ class Calibration:
 def turned(mixer: Attention) -> int:
     """Values of a token's queries, keys and values: what rotation and the cache work on."""
     return (mixer.heads + 2 * mixer.kv_heads) * mixer.head_dim
-
-
-def _kv(load: Load) -> str:
-    return "int8" if load.kv_int8 else "bf16"
 
 
 class _Tally:

@@ -74,7 +74,7 @@ class Forecast:
     recipe: str
     case: Case
     ttft_ms: Range
-    tpot_ms: Range | None  # None: one token a sequence has no second
+    tpot_ms: Range | None  # from a token to the next of its sequence; None: one token has no second
     prefill_tok_per_s: Range
     decode_tok_per_s: Range | None  # all sequences together
     weight_bytes: int  # of linear layers that a decode step reads
@@ -108,17 +108,19 @@ def forecast(
     reading = _Sum()
     for step, times in _prompt_steps(case, chunk):
         reading.add(pace.spent(load, step), times)
-    answering, tokens = _Sum(), 0.0
+    answering, tokens, waited = _Sum(), 0.0, 0.0
     for step, repeated, made in _answer_steps(case, chunk):
-        answering.add(pace.spent(load, step), repeated)
+        spent = pace.spent(load, step)
+        answering.add(spent, repeated)
         tokens += made * repeated
+        waited += spent.seconds * step.answers * repeated
     ttft = reading.range()
     decode = answering.range() if tokens else None
     return Forecast(
         recipe=recipe.name,
         case=case,
         ttft_ms=ttft.scaled(1e3),
-        tpot_ms=None if decode is None else decode.scaled(1e3 * work.batch / tokens),
+        tpot_ms=None if decode is None else decode.scaled(1e3 * waited / (answering.seconds * tokens)),
         prefill_tok_per_s=ttft.per(work.batch * work.prompt),
         decode_tok_per_s=None if decode is None else decode.per(tokens),
         weight_bytes=round(load.read_bytes(work.batch * (1 + case.drafts))),
