@@ -64,10 +64,14 @@ def main() -> None:
         print(json.dumps(peak(asked.model, asked.peak)))
         return
     calibration = load_or_calibrate(fresh=asked.calibrate, say=told)
-    found = measured(asked.model, asked.rounds, calibration)
-    record = compared(asked.model, calibration, found)
+    found: dict[Key, list[Run]] = {}
+    for number in range(asked.rounds):
+        told(f"round {number + 1} of {asked.rounds}")
+        measure(asked.model, calibration, found)
+        record = compared(asked.model, calibration, found)
+        record["rounds"], record["memory"] = number + 1, []
+        asked.out.write_text(json.dumps(record, indent=1) + "\n")  # what was measured stays if it is stopped
     record["memory"] = [memory(asked.model, name) for name in RECIPES]
-    record["rounds"] = asked.rounds
     asked.out.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps({k: record[k] for k in ("steady", "raw")}, indent=1))
     print(*(f"{one['recipe']}: {one['error']:+.1%}" for one in record["memory"]))
@@ -77,23 +81,20 @@ def told(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def measured(ref: str, rounds: int, calibration: Calibration) -> dict[Key, list[Run]]:
-    """Every round of every point."""
-    found: dict[Key, list[Run]] = {}
+def measure(ref: str, calibration: Calibration, found: dict[Key, list[Run]]) -> None:
+    """One round of every point, behind those that were found."""
     canary = Canary(calibration.threads)
-    for number in range(rounds):
-        for name in RECIPES:
-            told(f"round {number + 1} of {rounds}: {name}")
-            model = hasten.load(ref, name, options=EngineOptions(context=2048))
-            ring = PromptRing(model.tokenizer.encode(default_text(), add_special=False))
-            run_once(model, ring.round(0, Workload(64, 4, 1)), 4)
-            for batch in BATCHES:
-                for prompt in PROMPTS:
-                    work = Workload(prompt, OUTPUT, batch)
-                    run = one_run(model, ring.round(1, work), canary, calibration.canary_s)
-                    found.setdefault((name, batch, prompt), []).append(run)
-            model.close()
-    return found
+    for name in RECIPES:
+        told(name)
+        model = hasten.load(ref, name, options=EngineOptions(context=2048))
+        ring = PromptRing(model.tokenizer.encode(default_text(), add_special=False))
+        run_once(model, ring.round(0, Workload(64, 4, 1)), 4)
+        for batch in BATCHES:
+            for prompt in PROMPTS:
+                work = Workload(prompt, OUTPUT, batch)
+                run = one_run(model, ring.round(1, work), canary, calibration.canary_s)
+                found.setdefault((name, batch, prompt), []).append(run)
+        model.close()
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,7 @@ def compared(ref: str, calibration: Calibration, found: dict[Key, list[Run]]) ->
     return {
         "model": ref,
         "version": hasten.__version__,
+        "command": "python benchmarks/predict.py",
         "machine": as_json(probe(measure=False)),
         "calibration": {
             key: getattr(calibration, key)

@@ -61,6 +61,7 @@ TABLES: dict[str, Callable[[Record], str]] = {
     "against_old_start": goals_table,
     "against_old_start_decode_memory_server": goals_table,
     "article_module": cpu.modules,
+    "predict": cpu.predicted,
 }
 """Record -> what makes its table."""
 MADE_BY = {

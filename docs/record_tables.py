@@ -445,3 +445,41 @@ def missed() -> str:
     reached = sum(goal.verdict == "reached" for _, goal in found)
     said = f"{reached} goals were reached, {len(rows)} were not:"
     return f"{said}\n\n{table(('what', 'figure', 'goal', 'verdict', 'rounds', 'record'), rows)}"
+
+
+def predicted(record: Record) -> str:
+    """Errors of predictions against measured runs, and whether they are what was demanded of them."""
+    names_of = {"ttft": "time to the first token", "tpot": "time a token", "all": "both"}
+    ways = {"raw": "as measured", "steady": "at the calibration's speed"}
+    rows = [
+        (
+            f"{names_of[kind]}, {said}",
+            str(found["points"]),
+            f"{100 * found['median_error']:.1f} %{_missed(found['median_error'], 0.08)}",
+            f"{100 * found['p90_error']:.1f} %{_missed(found['p90_error'], 0.2)}",
+            percent(found["bias"]),
+            f"{100 * found['inside']:.0f} %{_missed(-found['inside'], -0.9)}",
+        )
+        for way, said in ways.items()
+        for kind, found in record[way].items()
+    ]
+    head = ("predicted", "points", "median error", "90th percentile", "bias", "inside the interval")
+    memory = [
+        (
+            f"`{one['recipe']}`",
+            f"{one['predicted'] / 1e6:,.0f}",
+            f"{one['measured'] / 1e6:,.0f}",
+            percent(one["error"]),
+        )
+        for one in record["memory"]
+    ]
+    timed = record["calibration"]
+    return (
+        f"{record['rounds']} rounds; calibrated in {timed['seconds']:.0f} s, {timed['repeated']} rounds "
+        f"of it taken again, {timed['untrusted']} times that stayed disturbed.\n\n{table(head, rows)}\n"
+        f"{table(('recipe', 'peak of memory, predicted, MB', 'measured, MB', 'error'), memory)}"
+    )
+
+
+def _missed(value: float, limit: float) -> str:
+    return ", **missed**" if value > limit else ""

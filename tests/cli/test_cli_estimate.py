@@ -54,9 +54,7 @@ def test_a_70b_without_its_weights_takes_under_a_second(config: Path, timed: Non
     main(["estimate", str(config), "--machine", "h200"])  # imports
     capsys.readouterr()
     started = time.process_time()
-    found = estimated(
-        capsys, str(config), "--context", "4096,32768", "--rate", "0.01"
-    )
+    found = estimated(capsys, str(config), "--context", "4096,32768", "--rate", "0.01")
     assert time.process_time() - started < 1.0
     assert len(found["estimates"]) == 3 * 2 * 2 and len(found["fleets"]) == 3 * 2
     first = found["estimates"][0]
