@@ -84,10 +84,10 @@ Decoder::Decoder(DecoderConfig config, int threads, int kv_pages, bool kv_int8)
       threads_(threads),
       cache_(shape_of(config_, kv_int8), checked_pages(shape_of(config_, kv_int8), kv_pages)),
       layers_(config_.layers) {
-  ld_hidden_ = round_up(config_.hidden_size, kPanelRows);
-  ld_q_ = round_up(config_.heads * config_.head_dim, kPanelRows);
-  ld_kv_ = round_up(config_.kv_heads * config_.head_dim, kPanelRows);
-  ld_ffn_ = round_up(config_.intermediate_size, kPanelRows);
+  ld_hidden_ = row_stride(config_.hidden_size, 4);
+  ld_q_ = row_stride(config_.heads * config_.head_dim, 4);
+  ld_kv_ = row_stride(config_.kv_heads * config_.head_dim, 4);
+  ld_ffn_ = row_stride(config_.intermediate_size, 4);
 }
 
 void Decoder::reserve(int tokens) {

@@ -29,6 +29,10 @@ constexpr int kActGroup = 32;  // activations carry one scale for 32 inputs, wha
 
 constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
+// Values of `size` bytes from a row to the next, at least `count` and whole cache lines: an odd number of them. Rows a
+// power of two apart meet in one place of the first cache, and tiles of 16 rows then take half as long again.
+constexpr int row_stride(int count, int size) { return (((count * size + 63) / 64) | 1) * 64 / size; }
+
 // What a packed matrix is made of; the bytes themselves are elsewhere.
 struct PackedFormat {
   int bits = 16;

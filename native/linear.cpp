@@ -8,19 +8,21 @@
 namespace hasten {
 
 void Activations::reserve(int tokens, int cols) {
-  const size_t n = static_cast<size_t>(tokens) * round_up(cols, 128);
-  if (n <= bf16_.size()) return;  // the last one to grow: what an allocation error cut short is made up for
-  pool().quiesce();               // late workers still read the buffers that move now
+  const int padded = round_up(cols, 128);
+  const size_t n = static_cast<size_t>(tokens) * padded, floats = static_cast<size_t>(tokens) * row_stride(padded, 2);
+  if (floats <= bf16_.size()) return;  // the last one to grow: what an allocation error cut short is made up for
+  pool().quiesce();                    // late workers still read the buffers that move now
   q_.resize(n);
   scale_.resize(n / 32);
   nsum_.resize(n / 32);
   nsum16_.resize(n / 16);
-  bf16_.resize(n);
+  bf16_.resize(floats);
 }
 
 void Activations::shape(int cols, std::initializer_list<const Linear*> readers, bool prefill) {
   cols_ = cols;
   padded_ = round_up(cols, 128);
+  stride_ = row_stride(padded_, 2);
   wide_ = prefill && kernels().linear_wide != nullptr;
   integers_ = wants_bf16_ = false;
   for (const Linear* reader : readers) (wide_ || reader->weight.format.bits == 16 ? wants_bf16_ : integers_) = true;
@@ -30,14 +32,14 @@ void Activations::set(int token, const float* row) {
   const Kernels& k = kernels();
   const size_t at = static_cast<size_t>(token) * padded_;
   if (integers_) k.quantize(row, cols_, padded_, &q_[at], &scale_[at / 32], &nsum_[at / 32], &nsum16_[at / 16]);
-  if (wants_bf16_) k.to_bf16(row, cols_, padded_, &bf16_[at]);
+  if (wants_bf16_) k.to_bf16(row, cols_, padded_, &bf16_[static_cast<size_t>(token) * stride_]);
 }
 
 void Activations::set_group(int token, int group, const float* values, int count) {
   const Kernels& k = kernels();
   const size_t at = static_cast<size_t>(token) * padded_ + 32 * group;
   if (integers_) k.quantize(values, count, 32, &q_[at], &scale_[at / 32], &nsum_[at / 32], &nsum16_[at / 16]);
-  if (wants_bf16_) k.to_bf16(values, count, 32, &bf16_[at]);
+  if (wants_bf16_) k.to_bf16(values, count, 32, &bf16_[static_cast<size_t>(token) * stride_ + 32 * group]);
 }
 
 void Activations::clear_tail(int token) {
@@ -51,10 +53,10 @@ namespace {
 struct Inputs {
   QuantRows integers;
   const bf16* floats;
-  int padded;
+  int stride;
   bool wide;
   explicit Inputs(const Activations& x)
-      : integers(x.integers()), floats(x.floats()), padded(x.padded()), wide(x.wide()) {}
+      : integers(x.integers()), floats(x.floats()), stride(x.stride()), wide(x.wide()) {}
 };
 
 // Panels p0 <= p < p1 of a layer into `out`, whose first column is that of panel p0. Integers go `way`, or if it is
@@ -64,9 +66,9 @@ void run_panels(const Packed& w, int p0, int p1, const Inputs& x, int tokens, fl
   const Kernels& k = kernels();
   const Packed part{w.format, (p1 - p0) * kPanelRows, w.cols, w.panel(p0)};
   if (w.format.bits == 16)
-    k.linear_bf16(part, 0, p1 - p0, x.floats, x.padded, tokens, out, ldo, add);
+    k.linear_bf16(part, 0, p1 - p0, x.floats, x.stride, tokens, out, ldo, add);
   else if (x.wide)
-    k.linear_wide(part, 0, p1 - p0, x.floats, x.padded, tokens, out, ldo, add);
+    k.linear_wide(part, 0, p1 - p0, x.floats, x.stride, tokens, out, ldo, add);
   else
     (way != nullptr ? *way : way_for(w.format, tokens)).run(part, 0, p1 - p0, x.integers, tokens, out, ldo, add);
 }

@@ -34,11 +34,11 @@ class Activations {
 
   QuantRows integers() const { return {q_.data(), scale_.data(), nsum_.data(), nsum16_.data(), padded_}; }
   const bf16* floats() const { return bf16_.data(); }
-  int padded() const { return padded_; }
-  bool wide() const { return wide_; }  // integer weights are to be read with the bf16 form
+  int stride() const { return stride_; }  // bf16 values from a row to the next
+  bool wide() const { return wide_; }     // integer weights are to be read with the bf16 form
 
  private:
-  int cols_ = 0, padded_ = 0;
+  int cols_ = 0, padded_ = 0, stride_ = 0;
   bool integers_ = false, wants_bf16_ = false, wide_ = false;
   HugeVector<int8_t> q_;
   HugeVector<float> scale_;

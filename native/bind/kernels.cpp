@@ -74,9 +74,9 @@ void linear_panels(Rows x, Array<const uint8_t, 1> data, int rows, int bits, int
   acts.shape(cols, {&layer}, prefill);
   for (int t = 0; t < m; t++) acts.set(t, x.data() + static_cast<size_t>(t) * cols);
   if (bits == 16)
-    kernels().linear_bf16(w, first, last, acts.floats(), acts.padded(), m, out.data(), out.shape(1), add);
+    kernels().linear_bf16(w, first, last, acts.floats(), acts.stride(), m, out.data(), out.shape(1), add);
   else if (acts.wide())
-    kernels().linear_wide(w, first, last, acts.floats(), acts.padded(), m, out.data(), out.shape(1), add);
+    kernels().linear_wide(w, first, last, acts.floats(), acts.stride(), m, out.data(), out.shape(1), add);
   else
     way_for(w.format, m).run(w, first, last, acts.integers(), m, out.data(), out.shape(1), add);
 }
