@@ -46,6 +46,13 @@ def test_rounds_that_never_agree_are_counted() -> None:
     assert always.untrusted == 1 and always.wait_s < 10
 
 
+def test_rounds_are_few_once_it_is_late() -> None:
+    late, taken = watch([]), []
+    late.until = 0.0
+    assert late.rounds(lambda: taken.append(1) or {"a": float(len(taken))}, READS) == {"a": 1.0}  # type: ignore[func-returns-value]
+    assert len(taken) == 2 and late.untrusted == 1
+
+
 def test_quieter_moments_that_come_later_correct_what_came_before() -> None:
     made = Watch(iter([(0.02, 0.002)] * 4 + [(0.01, 0.002)] * 40).__next__, sleep=lambda _: None)
     made.learn(4)
