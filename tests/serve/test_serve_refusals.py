@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 import string
@@ -9,6 +10,11 @@ from typing import Any
 
 import pytest
 from running_server import Running, chat
+
+from hasten.serve.body import parse
+from hasten.serve.call import Problem
+from hasten.serve.chat import ChatRequest
+from hasten.serve.responses import ResponseRequest
 
 CHAT, COMPLETION, RESPONSE = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 EMBEDDING = "/v1/embeddings"
@@ -148,3 +154,34 @@ def test_a_thousand_malformed_bodies(server: Running) -> None:
     assert statuses.count(400) > 800
     assert server.ask("/health").status == 200
     assert server.engine.running == 0
+
+
+CALLED = {"id": "c", "type": "function", "function": {"name": "get weather f\u00fcr", "arguments": "{}"}}
+CUSTOM = {"id": "c", "type": "custom", "custom": {"name": "patch", "input": "text"}}
+
+
+@pytest.mark.parametrize("call", [CALLED, {**CALLED, "function": {"name": "", "arguments": "{}"}}, CUSTOM])
+def test_what_a_model_once_called_does_not_end_a_conversation(call: dict[str, Any]) -> None:
+    """A name that no tool may have came from the model; the next turns send it back."""
+    history = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}]
+    body = {"messages": [*history, {"role": "tool", "tool_call_id": "c", "content": "b"}]}
+    said = parse(ChatRequest, json.dumps(body).encode(), set()).messages[1]
+    name = call.get("function", call.get("custom"))["name"]
+    assert said["tool_calls"][0]["function"]["name"] == name
+    item = {"type": "function_call", "call_id": "c", "name": name, "arguments": "{}"}
+    parse(ResponseRequest, json.dumps({"input": [item]}).encode(), set())
+    with pytest.raises(Problem, match=r"pattern|character"):
+        parse(ChatRequest, json.dumps(chat(tools=[CALLED])).encode(), set())
+
+
+def test_roles_in_capitals() -> None:
+    messages = [{"role": "System", "content": "a"}, {"role": "USER", "content": "b"}]
+    found = parse(ChatRequest, json.dumps({"messages": messages}).encode(), set()).messages
+    assert [message["role"] for message in found] == ["system", "user"]
+
+
+def test_a_byte_order_mark_is_passed_over_and_compression_is_named() -> None:
+    body = json.dumps(chat()).encode()
+    assert parse(ChatRequest, b"\xef\xbb\xbf" + body) == parse(ChatRequest, body)
+    with pytest.raises(Problem, match="compressed by gzip"):
+        parse(ChatRequest, gzip.compress(body))

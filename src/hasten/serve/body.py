@@ -157,6 +157,7 @@ _MANY_ERRORS = 100  # to build the list of them costs 5 us each, in one piece
 _KEPT_FIELDS = 50
 _PIECE = 1 << 18  # bytes looked at in one piece
 _TEXTS = re.compile(rb'"[^"]*"?')
+_BOM = b"\xef\xbb\xbf"
 
 
 def parse(model: type[Item], body: bytes | bytearray, ignored: set[str] | None = None) -> Item:
@@ -170,6 +171,10 @@ def parse(model: type[Item], body: bytes | bytearray, ignored: set[str] | None =
     Raises:
         Problem: 400 that names the first field at fault.
     """
+    if body.startswith(_BOM):  # some editors and shells put it before every text
+        body = body[len(_BOM) :]
+    if body.startswith(b"\x1f\x8b"):
+        raise refused("the body is compressed by gzip; send it as plain JSON", None, "invalid_json")
     _check_parts(body)
     try:
         return model.model_validate_json(body)

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from hasten.serve.service import Exchange
 
 FunctionName = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[a-zA-Z0-9_.:/\-]+$")]
+SaidName = Annotated[str, Field(max_length=1000)]
+"""A function as a model once called it: a wrong name must not end the conversation."""
 
 
 class TextPart(TypedDict):
@@ -57,7 +59,7 @@ Content = Text | Annotated[list[TextPart], Field(min_length=1, max_length=10_000
 class CalledFunction(TypedDict):
     """A call the assistant made."""
 
-    name: FunctionName
+    name: SaidName
     arguments: Text  # JSON
 
 

@@ -19,10 +19,10 @@ from hasten.serve.call import refused
 from hasten.serve.chat import (
     ChatRequest,
     Function,
-    FunctionName,
     JsonSchema,
     NamedFunction,
     PlainFormat,
+    SaidName,
     counted,
     prepare_chat,
 )
@@ -74,7 +74,7 @@ class FunctionCall(Item):
 
     type: Literal["function_call"]
     call_id: Text
-    name: FunctionName
+    name: SaidName
     arguments: Text
 
 

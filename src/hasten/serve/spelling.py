@@ -19,6 +19,7 @@ _KEPT = {
     "assistant": ("role", "content", "name", "reasoning_content", "tool_calls"),
     "tool": ("role", "content", "name", "tool_call_id"),
 }
+_ROLES = {"function": "tool", "model": "assistant", "ai": "assistant", "human": "user"}
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal", "summary_text")
 _THOUGHT_PARTS = ("thinking", "reasoning", "redacted_thinking", "reasoning_text")
 
@@ -123,9 +124,8 @@ def _open_calls(messages: Sequence[Any]) -> list[str]:
 
 def _message(message: Mapping[str, Any], waiting: Sequence[str], ignored: set[str]) -> dict[str, Any]:
     found = dict(message)
-    role = {"function": "tool", "model": "assistant", "ai": "assistant", "human": "user"}.get(
-        str(found.get("role")), found.get("role")
-    )
+    said = str(found.get("role")).lower()
+    role = _ROLES.get(said, said if said in _KEPT else found.get("role"))
     found["role"] = role
     thoughts: list[str] = []
     found["content"] = _content(found.get("content"), thoughts)
@@ -195,6 +195,9 @@ def _call(call: Any, number: int) -> Any:
     """A call with id, type and arguments as JSON text."""
     if not isinstance(call, Mapping):
         return call
+    custom = call.get("custom")
+    if isinstance(custom, Mapping):  # a tool that takes a text
+        call = {**call, "function": {"name": custom.get("name"), "arguments": {"input": custom.get("input")}}}
     function = call.get("function", call if "name" in call else None)
     if not isinstance(function, Mapping):
         return dict(call)
