@@ -172,3 +172,20 @@ def test_version_and_no_arguments(capsys: Any) -> None:
     assert capsys.readouterr().out.startswith("hasten 0.")
     assert cli.main([]) == 0
     assert capsys.readouterr().out == cli.overview()
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams_are_as_good_as_none(closed: str) -> None:
+    command = f"{sys.executable} -m hasten show no-such-model {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "unexpected" not in done.stderr
+    assert ("error: " in done.stderr) == ("2>&-" not in closed)
+    version = subprocess.run(["sh", "-c", f"{sys.executable} -m hasten --help {closed}"], check=False)
+    assert version.returncode == 0
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("flag", ["--kv-gb", "--drain-s", "--max-body-mb"])
+def test_numbers_that_are_none_are_refused(capsys: pytest.CaptureFixture[str], flag: str, value: str) -> None:
+    assert cli.main(["serve", "no-such-model", f"{flag}={value}"]) == 2
+    assert f"error: {flag} must be a finite number, got {value}" in capsys.readouterr().err

@@ -87,7 +87,10 @@ def write_atomic(path: str | Path, data: bytes | memoryview | Callable[[BinaryIO
     target = Path(os.path.realpath(path))
     temporary = beside(target)
     with explained(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:  # where the system has no folders of ours, such as below /proc
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), error.filename) from error
         try:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             with os.fdopen(descriptor, "wb") as file:

@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
             this returns.
     """
     try:
-        from hasten.cli.frame import guarded
+        from hasten.cli.frame import guarded, with_standard_streams
 
         if argv is not None:
             return guarded(lambda: _dispatch(argv), verb=argv[0] if argv else "")
@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         gc.set_threshold(
             10_000
         )  # imports make many objects that stay: looking through them often costs time at start
+        with_standard_streams()
         arguments = sys.argv[1:]
         verb = arguments[0] if arguments else ""
         if verb == "serve":

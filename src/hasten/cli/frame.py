@@ -8,6 +8,7 @@ swallowing Ctrl-C is left out. It is imported when a verb is run: `hasten --help
 from __future__ import annotations
 
 import io
+import math
 import os
 import signal
 import sys
@@ -121,6 +122,21 @@ def _say(code: int, text: str, hint: str | None = None) -> int:
     return code
 
 
+def with_standard_streams() -> None:
+    """Point standard streams that are closed (`>&-`, some service managers) at nothing.
+
+    Python has None in their place, and the next file that is opened would get the number of stdout, into
+    which native code writes.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
 def _discard_stdout() -> None:
     """Point stdout at nothing, so that Python's flush at exit does not fail a second time."""
     devnull = os.open(os.devnull, os.O_WRONLY)
@@ -179,10 +195,24 @@ def run(verb: str, arguments: list[str]) -> int:
         parser = parser_of(verb)
     try:
         with parser.make_context(name, list(arguments)) as context:
+            _check_numbers(parser, context)
             parser.invoke(context)
     except typer.Exit as stop:
         return int(stop.exit_code)
     return 0
+
+
+def _check_numbers(parser: Any, context: Any) -> None:
+    """Python reads "nan" and "inf" as numbers, and no bound of a flag holds NaN off.
+
+    Raises:
+        UsageError: a flag has such a value.
+    """
+    for flag in parser.params:
+        value = context.params.get(flag.name)
+        for one in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(one, float) and not math.isfinite(one):
+                raise UsageError(f"{flag.opts[0]} must be a finite number, got {one}", hint="leave it out")
 
 
 def parser_of(verb: str) -> Any:
