@@ -71,6 +71,17 @@ def test_a_70b_without_its_weights_takes_under_a_second(config: Path, timed: Non
     assert any(help["what"] == "weights in 4 bits" and help["time"] < 0.97 for help in helps)
 
 
+def test_a_disturbed_calibration_is_told(config: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from dataclasses import replace
+
+    disturbed = replace(machine(), untrusted=98, timed=215)
+    monkeypatch.setattr(calibrate, "kept", lambda threads=None: disturbed)
+    estimated_with = main(["estimate", str(config), "--recipe", "w4", "--json"])
+    captured = capsys.readouterr()
+    assert estimated_with == 0 and json.loads(captured.out)["calibration"]["untrusted"] == 98
+    assert "98 of 215 times were disturbed" in captured.err and "--calibrate" in captured.err
+
+
 def test_published_peaks_are_marked(config: Path, capsys: Any) -> None:
     assert (
         main(["estimate", str(config), "--machine", "h200", "--tensor-parallel", "2", "--recipe", "fp8"]) == 0

@@ -148,6 +148,11 @@ def test_one_token_is_bound_by_memory_and_a_prompt_by_arithmetic() -> None:
     assert machine().spent(load, Step(pieces=(Piece(0, 512),))).bound == "compute"
 
 
+def test_a_calibration_that_was_disturbed_is_doubtful() -> None:
+    assert not replace(machine(), untrusted=20, timed=200).is_doubtful
+    assert replace(machine(), untrusted=21, timed=200).is_doubtful
+
+
 def test_a_calibration_survives_its_record() -> None:
     made = machine(noise=0.1)
     record = {k: v for k, v in as_json(made).items() if k not in ("source", "is_measured")}

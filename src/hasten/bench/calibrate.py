@@ -133,6 +133,7 @@ class Watch:
     until: float = math.inf  # on `time.perf_counter`: from then on two rounds must do
     repeated: int = 0
     untrusted: int = 0
+    timed: int = 0
     _seen: list[tuple[float, ...]] = field(default_factory=list)
     _base: tuple[float, ...] = ()
 
@@ -147,6 +148,7 @@ class Watch:
 
     def rounds(self, take: Callable[[], Mapping[str, float]], kind: int, least: int = 5) -> dict[str, float]:
         """Seconds by name: the median of the fastest half of the rounds, three times `least` at most."""
+        self.timed += 1
         taken: list[tuple[float, dict[str, float]]] = []
         before, is_late = self._look(), time.perf_counter() > self.until
         least, most = (2, 2) if is_late else (least, 3 * least)
@@ -497,6 +499,7 @@ def calibrate(
         seconds=time.perf_counter() - started,
         repeated=watch.repeated,
         untrusted=watch.untrusted,
+        timed=watch.timed,
         splits=isa == "amx",
     )
 
@@ -538,6 +541,6 @@ def _place(threads: int) -> tuple[Any, dict[str, Any]]:
         "version": __version__,
         "build": [built.st_size, built.st_mtime_ns],
         "formats": list(FORMATS_TIMED),
-        "form": 1,
+        "form": 2,
     }
     return cache_dir() / "machine" / f"speed-{isa}-{threads}.json", key

@@ -239,7 +239,13 @@ class _Where:
 
         if fresh or kept(threads) is None:
             note("timing layers on this machine, about a minute: other work on it lowers the figures ...")
-        return cls(load_or_calibrate(threads, fresh=fresh, say=note), None, 1)
+        found = load_or_calibrate(threads, fresh=fresh, say=note)
+        if found.is_doubtful:
+            note(
+                f"{found.untrusted} of {found.timed} times were disturbed by other work, so expect larger "
+                "errors than the intervals say; on a quiet machine, time it again: --calibrate"
+            )
+        return cls(found, None, 1)
 
     def pace(self, recipe: Recipe) -> Pace:
         if self.other is not None:

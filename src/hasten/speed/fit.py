@@ -153,6 +153,7 @@ class Calibration:
     seconds: float  # it took
     repeated: int  # rounds that other work disturbed and that were taken again
     untrusted: int = 0  # times that stayed disturbed to the end
+    timed: int = 0  # times in all
     splits: bool = False  # prompts and answers take different kernels, in two calls (AMX)
     source: str = field(default="measured on this machine", compare=False)
     is_measured: bool = field(default=True, compare=False)
@@ -169,6 +170,11 @@ class Calibration:
         }
         more = {"curves": curves, "attentions": attentions, "canary_s": tuple(record["canary_s"])}
         return cls(**{**record, **more})
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether more than a tenth of its times stayed disturbed: errors are larger than intervals say."""
+        return 10 * self.untrusted > self.timed
 
     @cached_property
     def formats(self) -> tuple[Format, ...]:
