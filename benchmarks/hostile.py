@@ -57,7 +57,12 @@ def attacks() -> list[Attack]:
     found = [
         of(f"{many} wrong ids", "/detokenize", {"tokens": [-1] * many}, SMALL_S),
         of("5,000 wrong messages", CHAT, {"messages": [{"role": 5}] * 5000}, SMALL_S),
-        of("10,000 unknown fields", CHAT, {**HELLO, **{f"x{i}": 1 for i in range(10_000)}}, SMALL_S),
+        of(
+            "10,000 unknown fields",
+            CHAT,
+            {**HELLO, "max_tokens": 1, **{f"x{i}": 1 for i in range(10_000)}},
+            SMALL_S,
+        ),
         of(
             "10,000 wrong biases",
             CHAT,
