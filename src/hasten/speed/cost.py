@@ -48,7 +48,7 @@ class Load:
     integers: bool  # some product has integer weights
     integer_products: tuple[Product, ...] = ()  # those of `products` that are multiplied as integers
 
-    def read_bytes(self, tokens: int) -> float:
+    def bytes_of(self, tokens: int) -> float:
         """Bytes of linear layers that a step of so many tokens reads, the head included."""
         return sum(product.read_by(tokens) for product in self.products)
 
@@ -217,7 +217,7 @@ def read_bytes(config: ModelSpec, recipe: Recipe, tokens: int) -> int:
     """
     for name in config.linear_shapes():
         _layout(recipe, name)
-    return round(load_of(config, recipe).read_bytes(tokens))
+    return round(load_of(config, recipe).bytes_of(tokens))
 
 
 def page_bytes(config: ModelSpec, int8: bool, tokens: int) -> int:

@@ -123,7 +123,7 @@ def forecast(
         tpot_ms=None if decode is None else decode.scaled(1e3 * waited / (answering.seconds * tokens)),
         prefill_tok_per_s=ttft.per(work.batch * work.prompt),
         decode_tok_per_s=None if decode is None else decode.per(tokens),
-        weight_bytes=round(load.read_bytes(work.batch * (1 + case.drafts))),
+        weight_bytes=round(load.bytes_of(work.batch * (1 + case.drafts))),
         bound=answering.bound if tokens else reading.bound,
         prefill_bound=reading.bound,
         decode_parts=answering.parts_of_one(),

@@ -58,7 +58,7 @@ class Published:
 @cache
 def known() -> dict[str, Published]:
     """Machines of the data file, by name."""
-    return {record["name"]: Published(**record) for record in json.loads(_FILE.read_text(encoding="utf-8"))}
+    return {record["name"]: Published(**record) for record in json.loads(read_text(_FILE))}
 
 
 def published(name: str) -> Published:
