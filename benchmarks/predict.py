@@ -39,8 +39,7 @@ from hasten.machine.probe import probe
 from hasten.models.open import open_model
 from hasten.runtime.sampling import SamplingOptions
 from hasten.speed.fit import Calibration
-from hasten.speed.forecast import Case, Forecast, forecast
-from hasten.speed.memory import memory_of
+from hasten.speed.forecast import Case, Forecast, forecast, memory_of
 from hasten.weights.packed import source_layout
 
 RECIPES = ("bf16", "w8", "w6", "w5", "w4", "w4-kv8", "source")

@@ -46,8 +46,8 @@ struct AttendPart {
   int first;      // absolute position of the part's first token
   int window;     // tokens a row may look back on, itself included; 0 = all
   float softcap;  // 0 = none
-  float* scores;  // scratch [rows][kScoreRow]
-  bf16* weights;  // scratch [rows][kWeightRow]
+  float* scores;  // scratch with room for [rows][kScoreRow]
+  bf16* weights;  // scratch with room for [rows][kWeightRow]
   float* out;     // [rows][head_dim] sum of exp(score - max) * v
   float* max;     // [rows] largest score of the part; -inf if the row sees nothing of it
   float* sum;     // [rows] sum of exp(score - max)
@@ -55,8 +55,8 @@ struct AttendPart {
 
 constexpr int kPageTokens = 32;
 constexpr int kPartTokens = 256;              // attention works through the context in parts of this many tokens
-constexpr int kScoreRow = kPartTokens + 16;   // rows that are a whole KB apart would meet in few places of the first
-constexpr int kWeightRow = kPartTokens + 32;  // cache: AMX took half as long again
+constexpr int kScoreRow = kPartTokens + 16;   // rows a whole KB apart meet in few places of the first
+constexpr int kWeightRow = kPartTokens + 32;  // cache: AMX takes half as long again
 constexpr int kFewestRows = 48;               // of a block of queries that need not be smaller
 
 // Asks for a page's keys or values. A page lies anywhere in memory and is too short for the processor to notice that it

@@ -315,7 +315,6 @@ def test_vllm_is_stepped_token_by_token_with_the_memory_that_is_free(monkeypatch
 
 
 def test_transformers_computes_on_the_device(tiny_folder):
-    pytest.importorskip("transformers")
     from hasten.bench.peers import hf_transformers
 
     wanted = dataclasses.replace(spec("bf16", "transformers"), device="cpu")

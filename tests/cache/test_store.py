@@ -238,7 +238,6 @@ def test_scratch_folders_of_dead_processes_go(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"hasten-models", "hasten-scratch-notmine!"}
 
 
-@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="Linux's /proc")
 def test_a_folder_that_the_system_will_not_make_is_an_error_of_the_disk() -> None:
     with pytest.raises(DiskError, match="cannot write"):
         write_atomic("/proc/self/hasten/file", b"x")

@@ -114,7 +114,7 @@ def test_a_file_that_is_there_gives_its_own_formats(tiny_gguf: Any, timed: None,
         (["--cached", "1.5"], "between 0 and 1"),
         (["--accepted", "2"], "cannot be accepted"),
         (["--tensor-parallel", "2"], "for GPUs"),
-        (["--rate", "0"], "none"),
+        (["--rate", "0"], "--rate must be above 0"),
         (["--recipe", "fp8"], "no kernel"),
     ],
 )

@@ -11,8 +11,7 @@ from hasten.core import Recipe, Workload
 from hasten.errors import UsageError
 from hasten.speed.cost import Load
 from hasten.speed.fleet import fleet_for
-from hasten.speed.forecast import Case, forecast
-from hasten.speed.memory import memory_of
+from hasten.speed.forecast import Case, forecast, memory_of
 from hasten.speed.pace import Ceilings, Link, Piece, Spent, Step
 from hasten.speed.published import known, published
 

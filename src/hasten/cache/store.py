@@ -89,7 +89,7 @@ def write_atomic(path: str | Path, data: bytes | memoryview | Callable[[BinaryIO
     with explained(target):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-        except FileNotFoundError as error:  # where the system has no folders of ours, such as below /proc
+        except FileNotFoundError as error:  # the system lets nobody make a folder there, such as below /proc
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), error.filename) from error
         try:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)

@@ -16,8 +16,7 @@ from hasten.errors import UsageError
 if TYPE_CHECKING:
     from hasten.speed.fit import Calibration
     from hasten.speed.fleet import Fleet
-    from hasten.speed.forecast import Case, Forecast, Range
-    from hasten.speed.memory import Memory
+    from hasten.speed.forecast import Case, Forecast, Memory, Range
     from hasten.speed.pace import Pace
     from hasten.speed.published import Published
 
@@ -254,7 +253,7 @@ class _Where:
         return self.calibration
 
     def memory(self, spec: ModelSpec, recipe: Recipe, case: Case) -> Memory:
-        from hasten.speed.memory import memory_of
+        from hasten.speed.forecast import memory_of
 
         return memory_of(spec, recipe, case)
 

@@ -161,11 +161,11 @@ class Engine:
         results = self._executor.collect(ticket)
         computed = time.perf_counter()
         for work, result in zip(works, results, strict=True):
-            try:  # as `_alone`, which would cost every token a microsecond
+            try:  # what `_alone` does; a context costs every token a microsecond
                 outputs += self._after(work, result, computed)
             except NO_FAULTS:
                 raise
-            except BaseException as wrong:  # noqa: BLE001  it ends this answer alone
+            except BaseException as wrong:  # noqa: BLE001  the fault ends this answer alone
                 self._fail(work.answer, wrong)
         self._observe(works, rows, computed - before)
         self.counters.step_s += time.perf_counter() - started
@@ -228,16 +228,13 @@ class Engine:
         answer.is_first_pass = False
         if answer.request.max_new_tokens == 0:
             return self._end_all(answer, now, "length", embedding=answer.results.embedding(result))
+        if not answer.siblings:
+            return [self._publish(answer, _drawn(result.choices[0]), now)]
         drawn = work.drawn()
-        if answer.siblings:
-            self._fork(answer)
-        elif isinstance(choice := result.choices[0], Choice):
-            return [self._publish(answer, choice, now)]
+        self._fork(answer)
         for one, choice in zip(drawn, result.choices, strict=True):
             with self._alone(one):
-                if isinstance(choice, BaseException):
-                    raise choice
-                outputs.append(self._publish(one, choice, now))
+                outputs.append(self._publish(one, _drawn(choice), now))
         return outputs
 
     def _fork(self, leader: Answer) -> None:
@@ -459,6 +456,13 @@ class Engine:
             self.cancel(name)
         self._mask_maker.shutdown()
         self._dropped()
+
+
+def _drawn(choice: Choice | BaseException) -> Choice:
+    """What an answer drew; a fault that stands in its place is raised."""
+    if isinstance(choice, BaseException):
+        raise choice
+    return choice
 
 
 def _good(output: Output) -> Output:

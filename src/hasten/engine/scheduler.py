@@ -133,17 +133,7 @@ class Scheduler:
 
     def in_order(self) -> list[Answer]:
         """Running answers, the first to run first."""
-        shares: dict[str, tuple[float, float]] = {}  # one look at each client's counters, not one an answer
-        keyed: list[tuple[float, float, tuple[float, float], int, Answer]] = []
-        for answer in self.running:
-            request = answer.request
-            share = shares.get(request.client)
-            if share is None:
-                share = shares[request.client] = self.share.order(request.client)
-            deadline = float("inf") if request.deadline_ms is None else answer.deadline
-            keyed.append((-request.priority, deadline, share, self._arrival[id(answer)], answer))
-        keyed.sort()  # arrivals differ: answers themselves are never compared
-        return [one[-1] for one in keyed]
+        return sorted(self.running, key=self.order)
 
     def admit(
         self,
@@ -353,8 +343,7 @@ class Admission:
 class Alone:
     """A context for what concerns one answer: an error inside ends this answer, and all others go on.
 
-    Panics of native libraries, which are no `Exception`, are caught too. It is a class because a
-    generator costs more, and every token enters it several times.
+    Panics of native libraries, which are no `Exception`, are caught too.
 
     Args:
         fail: ends the answer because of an error.
@@ -401,9 +390,6 @@ class Work:
         """This work as the executor takes it. `masks`: gives the masks of the answer itself."""
         answer, done = self.answer, self.answer.cached.length
         request = answer.request
-        if not self.is_prompt and self.completes:  # one answer's next token: nearly all parts are this
-            draw = Draw(answer.sampler, len(answer.tokens), request.logprobs, masks)
-            return Part(answer.cached, answer.tokens[done:], False, self.drafts, (draw,))
         draws = [
             Draw(
                 one.sampler,

@@ -206,8 +206,7 @@ class TextStream:
         if token is None:
             return ""
         if len(self._stages) == 1:  # byte-level decoders are one stage
-            (text,) = self._stages[0].push(token) or ("",)
-            return text
+            return "".join(self._stages[0].push(token))
         return "".join(self._through([token], 0))
 
     def flush(self) -> str:

@@ -353,7 +353,7 @@ def _item(item: Mapping[str, Any], ignored: set[str]) -> dict[str, Any] | None:
     kind = found.get("type") or ("message" if "role" in found else "item_reference")
     found["type"] = kind
     if not isinstance(kind, str):
-        return found  # wrong, and named by the check
+        return found  # it is wrong: the check of the body says so
     if kind in _LIKE_CALLS:
         given = found.get(_LIKE_CALLS[kind])
         text = given if isinstance(given, str) and kind == "mcp_call" else json.dumps({"input": given})

@@ -45,8 +45,12 @@ class Load:
     feed_forward: int  # F of the widest block
     vocab: int  # V
     kv_int8: bool
-    integers: bool  # some product has integer weights
     integer_products: tuple[Product, ...] = ()  # those of `products` that are multiplied as integers
+
+    @property
+    def integers(self) -> bool:
+        """Whether some product has integer weights."""
+        return bool(self.integer_products)
 
     def bytes_of(self, tokens: int) -> float:
         """Bytes of linear layers that a step of so many tokens reads, the head included."""
@@ -83,7 +87,6 @@ def load_of(config: ModelSpec, recipe: Recipe, *, keeps_integers: bool = True) -
         feed_forward=max((block.feed_forward.width for block in config.blocks), default=0),
         vocab=config.vocab,
         kv_int8=recipe.kv != "bf16",
-        integers=bool(whole),
         integer_products=whole,
     )
 

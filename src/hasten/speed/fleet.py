@@ -18,14 +18,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from hasten.core import ModelSpec, Recipe
+from hasten.core import EngineOptions, ModelSpec, Recipe
 from hasten.errors import UsageError
 from hasten.speed.cost import load_of
 from hasten.speed.forecast import Case, forecast
 from hasten.speed.pace import Pace, Step
 
-SLOTS = 16
-"""Answers that run together on one copy: `EngineOptions.max_sequences`."""
+SLOTS = EngineOptions.max_sequences
+"""Answers that run together on one copy."""
 BUSY = 0.85
 """Of a copy's capacity: above it, waiting grows steeply with the least change of the load."""
 _MOST = 10_000
@@ -54,7 +54,7 @@ def fleet_for(
         MachineError: as `forecast`.
     """
     if not 0 < rate < float("inf"):
-        raise UsageError(f"a load of {rate:g} requests a second is none", hint="use --rate 2")
+        raise UsageError(f"--rate must be above 0 requests a second, got {rate:g}", hint="use --rate 2")
     copy = _Copy.of(config, recipe, case, pace, slots)
     low, high = 0, 1
     while (found := copy.under(rate, high)) is None or found.busy > BUSY:

@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
-from hasten.core import Estimate, Machine, ModelSpec, Recipe, Workload
+from hasten.core import EngineOptions, Estimate, Machine, ModelSpec, Recipe, Workload
 from hasten.errors import UsageError
-from hasten.speed.cost import Load, load_of, read_bytes
+from hasten.speed.cost import Load, load_of, page_bytes, read_bytes, stored_bytes
 from hasten.speed.pace import Bound, Ceilings, Efficiency, Pace, Piece, Spent, Step
 
-CHUNK = 512
-"""Prompt tokens of a step: `EngineOptions.prefill_chunk`."""
+CHUNK = EngineOptions.prefill_chunk
+"""Prompt tokens of a step."""
 _MOST_STEPS = 96  # of a prompt phase that are looked at one by one; more are sampled evenly
 
 
@@ -267,3 +267,53 @@ def _with_bytes(load: Load, weight_bytes: int) -> Load:
         if product in load.integer_products:
             whole.append(changed)
     return replace(load, products=tuple(products), integer_products=tuple(whole))
+
+
+_PROCESS_BYTES, _TOKEN_BYTES = 98_000_000, 420
+"""Of a process with Python, NumPy, the engine and no model, and of a token of the vocabulary: measured on the
+CPU with a tiny model of 263 tokens and with the demo's 151,936."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak."""
+
+    weights: int  # every matrix as stored, the embedding table too
+    keys_and_values: int  # pages of all sequences at their full length
+    activations: int  # of the largest step, logits included
+    overhead: int  # of the process
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.keys_and_values + self.activations + self.overhead
+
+
+def memory_of(config: ModelSpec, recipe: Recipe, case: Case, *, chunk: int = CHUNK) -> Memory:
+    """What a case takes on the CPU engine.
+
+    Raises:
+        UsageError: the recipe keeps the source's values, so only the opened file knows.
+    """
+    from hasten._native import PAGE_TOKENS  # workers that time other engines run without the native module
+
+    work = case.workload
+    pages = work.batch * -(-(work.prompt + work.output) // PAGE_TOKENS)
+    return Memory(
+        weights=stored_bytes(config, recipe),
+        keys_and_values=pages * page_bytes(config, recipe.kv != "bf16", PAGE_TOKENS),
+        activations=_activations(
+            config, min(chunk, work.batch * work.prompt), work.batch * (1 + case.drafts)
+        ),
+        overhead=_PROCESS_BYTES + _TOKEN_BYTES * config.vocab,
+    )
+
+
+def _activations(config: ModelSpec, rows: int, drawn: int) -> int:
+    """Buffers of a step (`Decoder::reserve`): floats between layers, and what products read as bf16."""
+    widest = 0
+    for block in dict.fromkeys(config.blocks):
+        mixer, ways = block.mixer, block.feed_forward
+        inner, keys = mixer.heads * mixer.head_dim, mixer.kv_heads * mixer.head_dim
+        floats = 4 * (config.width + max(config.width, inner) + inner + 2 * keys)
+        widest = max(widest, floats + 2 * (max(config.width, inner) + ways.width))
+    return rows * widest + 4 * drawn * (config.vocab + config.width)
