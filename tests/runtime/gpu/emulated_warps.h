@@ -14,7 +14,7 @@
 #define __global__
 #define __constant__
 #define __grid_constant__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define DEVICE inline
 
 struct uint2 {
@@ -86,6 +86,10 @@ inline int __float2int_rn(float x) { return (int)std::nearbyint(x); }
 inline unsigned __float2uint_rn(float x) { return x > 0 ? (unsigned)std::nearbyint(x) : 0; }
 inline float __expf(float x) { return std::exp(x); }
 
+template <class T>
+T __ldcs(const T* from) {
+  return *from;
+}
 inline void copy16(void* to, const void* from) { memcpy(__builtin_assume_aligned(to, 16), from, 16); }
 inline void copy4(void* to, const void* from) { memcpy(to, from, 4); }
 inline uint32_t permuted(uint32_t a, uint32_t b, uint32_t selector) {

@@ -57,15 +57,15 @@ def source(defines: dict[str, int | str]) -> str:
 class OnCpu(Int8Attention):
     """The kernel behind the same call."""
 
-    def __init__(self, config: ModelSpec, slab: int, folder: Path, together: int) -> None:
+    def __init__(self, config: ModelSpec, slab: int, folder: Path, together: int, stages: int) -> None:
         self._mixer, self._groups = config.blocks[0].mixer, config.blocks[0].mixer.kv_heads // together
-        defines = self.defines(config, TABLE, slab, 2, 2, together)
+        defines = self.defines(config, TABLE, slab, 2, stages, together)
         (folder / "kernel.cpp").write_text(source(defines))
         command = ["g++", "-std=c++20", "-O1", "-w", "-pthread", "-shared", "-fPIC", f"-I{HERE}"]
         subprocess.run([*command, "-o", folder / "kernel.so", folder / "kernel.cpp"], check=True)
         self._library = ctypes.CDLL(str(folder / "kernel.so"))
 
-    def _start(self, blocks: int, arguments: Any) -> None:
+    def _start(self, stages: int, blocks: int, arguments: Any) -> None:
         self._library.run(ctypes.byref(arguments), blocks)
 
 
@@ -86,6 +86,7 @@ def attended(config: ModelSpec, cache: PagedCache, table: Any, queries: Any, row
     return torch.einsum("kgs,ksd->kgd", scores.softmax(-1), v[:, :length]).flatten()
 
 
+@pytest.mark.parametrize("stages", [1, 2])
 @pytest.mark.parametrize(
     ("head", "heads", "kv_heads", "window", "softcap", "together", "split"),
     [
@@ -96,7 +97,7 @@ def attended(config: ModelSpec, cache: PagedCache, table: Any, queries: Any, row
 )
 def test_it_attends_to_what_the_pages_hold(
     head: int, heads: int, kv_heads: int, window: int | None, softcap: float | None, together: int,
-    split: int, tmp_path: Path,
+    split: int, stages: int, tmp_path: Path,
 ) -> None:  # fmt: skip
     """Rows that end anywhere in a page; what lies behind their ends is another's and may be anything."""
     generator = torch.Generator().manual_seed(head)
@@ -129,7 +130,7 @@ def test_it_attends_to_what_the_pages_hold(
     arrivals = torch.zeros(rows * kv_heads, dtype=torch.int32)
     positions = torch.tensor(LENGTHS, dtype=torch.int32) - 1
     tensors = [queries, *cache.of(0), table, positions, out, peaks, *scratch, arrivals]
-    kernel = OnCpu(config, cache.slab, tmp_path, together)
+    kernel = OnCpu(config, cache.slab, tmp_path, together, stages)
     kernel.launch(tensors, rows, batch_attention.AttentionTile(split), splits, window or 0)
     assert float((out.float() - expected).norm() / expected.norm()) < 4e-3
     assert np.array_equal(peaks.view(torch.float32), out.float().abs().amax(1))

@@ -31,7 +31,7 @@ from hasten.runtime.gpu.batch_products import (
     prefetch,
     wait_for_previous,
 )
-from hasten.runtime.gpu.batch_tiles import AttentionTile
+from hasten.runtime.gpu.batch_tiles import INT8_STAGES, AttentionTile
 from hasten.runtime.gpu.driver import Module, built, current_device, with_defines
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -195,24 +195,22 @@ class _Arguments(ctypes.Structure):
 class Int8Attention:
     """The same over int8 pages by a kernel in CUDA C++: products of int8, which Triton makes slower."""
 
-    def __init__(
-        self, config: ModelSpec, table: int, slab: int, warps: int = 4, stages: int = 2, together: int = 1
-    ) -> None:
-        """How blocks are made may be chosen freely.
+    def __init__(self, config: ModelSpec, table: int, slab: int, together: int = 1) -> None:
+        """The kernel in each of its ways (`INT8_STAGES`), compiled or from the cache.
 
         Args:
             table: pages a row may have.
             slab: `PagedCache.slab`.
-            warps: of a block.
-            stages: pages that a warp has room for.
             together: KV heads that share a block.
         """
         self._mixer, self._groups = config.blocks[0].mixer, config.blocks[0].mixer.kv_heads // together
-        defines = self.defines(config, table, slab, warps, stages, together)
         source = read_text(Path(__file__).parent / "kernels" / "paged_attention.cu")
-        module = Module(built(with_defines(source, defines), current_device().architecture))
-        shared, self._threads = module.constants("layout", 2)
-        self._kernel = module.kernel("attend", shared)
+        self._kernels = {}
+        for stages in INT8_STAGES:
+            defines = self.defines(config, table, slab, 4, stages, together)
+            module = Module(built(with_defines(source, defines), current_device().architecture))
+            shared, threads = module.constants("layout", 2)
+            self._kernels[stages] = module.kernel("attend", shared), threads
 
     @staticmethod
     def defines(
@@ -253,8 +251,9 @@ class Int8Attention:
         )
         for (name, *_), tensor in zip(_Arguments._fields_, tensors, strict=False):
             setattr(arguments, name, None if tensor is None else tensor.data_ptr())
-        self._start(self._groups * rows * splits, arguments)
+        self._start(tile.stages, self._groups * rows * splits, arguments)
 
-    def _start(self, blocks: int, arguments: _Arguments) -> None:
+    def _start(self, stages: int, blocks: int, arguments: _Arguments) -> None:
         stream = torch.cuda.current_stream().cuda_stream
-        self._kernel.launch(blocks, self._threads, [arguments], stream, resident=False)
+        kernel, threads = self._kernels[stages]
+        kernel.launch(blocks, threads, [arguments], stream, resident=False)

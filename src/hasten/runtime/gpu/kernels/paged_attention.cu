@@ -1,10 +1,16 @@
 // Attention of a batched decode step over int8 pages: one query token a row, up to 8 query heads a KV head.
 //
 // A block takes one row, TOGETHER KV heads and one split of the row's tokens; the warps of a head take the split's
-// pages in turn. Warps of different heads read what lies side by side. A warp copies pages into its own ring in shared
-// memory (cp.async), so that a page costs no block barrier. The tensor cores compute scores and outputs transposed,
-// with the query heads on the side of 8 columns: with heads on the side of 16 rows half the work and half the registers
-// would be padding.
+// pages in turn. Warps of different heads read what lies side by side. A warp puts pages into its own places in shared
+// memory, so that a page costs no block barrier. There are two ways to bring them:
+// - STAGES > 1, for few rows: into a ring of so many places by cp.async, the next one while this one is computed.
+// - STAGES = 1, for many: through registers into the only place; other warps compute meanwhile, and there is room for
+//   more of them. Loads can also say that a line is read once (ld.cs), which cp.async past the L1 cannot. 512 rows of
+//   1,500 tokens with 8 KV heads of 128 on an H200: 380 us, 4.3 TB/s; a ring of 2 to 4 pages takes 422 to 437 us, and
+//   loads that compute nothing 366.
+//
+// The tensor cores compute scores and outputs transposed, with the query heads on the side of 8 columns: with heads on
+// the side of 16 rows half the work and half the registers would be padding.
 //
 // All products are of int8: keys and values are taken as they are stored. A query is 128 * high + low, 15 bits with a
 // scale a head, and so is a weight, 14 bits: nothing is lost that bf16 would keep. Up to 4 heads share a KV head in
@@ -15,8 +21,8 @@
 // once and no value moves between lanes but the weights (movmatrix).
 //
 // Names in capitals that are not defined here are -D options: KV_HEADS, SHARE (query heads of a KV head), HEAD_DIM (64,
-// 128 or 256), WARPS, TOGETHER (KV heads of a block), STAGES, TABLE (pages a row may have), SLAB (bytes from a page and
-// head to the next), SOFTCAP (0 or 1).
+// 128 or 256), WARPS, TOGETHER (KV heads of a block), STAGES (places of a warp), TABLE (pages a row may have), SLAB
+// (bytes from a page and head to the next), SOFTCAP (0 or 1).
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -32,6 +38,7 @@ constexpr int TILES = D / 16;                                               // o
 constexpr int GROUPS = KV_HEADS / TOGETHER, PAGE_WARPS = WARPS / TOGETHER;  // blocks of a row; warps of a KV head
 constexpr bool WIDE = SHARE > 4;  // high and low parts are products of their own
 constexpr int QUERY_WORDS = D / 16, PARTS = WIDE ? 2 : 1;
+constexpr int REGISTERS_OF = D <= 128 ? 16 : 8;  // warps of a multiprocessor, if STAGES is 1; more would spill
 constexpr float QUERY_STEPS = 127 * 128, WEIGHT_STEPS = 128 * 128 - 1;  // of the largest
 constexpr int STAGE_BYTES = 2 * PAGE * D + 2 * PAGE * 4;                // keys, values, their scales
 constexpr int MERGE_BYTES = HEADS * (D + 3) * 4;                        // of a warp
@@ -101,7 +108,7 @@ DEVICE int key_place(int token, int unit) { return token * UNITS + (unit ^ (UNIT
 DEVICE int value_place(int token, int unit) { return token * UNITS + (unit ^ (token / 2 % 4 * (UNITS < 8 ? 1 : 2))); }
 // A page of keys, values and scales on its way into a stage. Neighbouring lanes copy neighbouring bytes: memory answers
 // whole lines, asked for by 8 lanes at a time.
-DEVICE void fetch(const Args& a, const Place& p, u8* stage, int page, int lane) {
+DEVICE void begin_copy(const Args& a, const Place& p, u8* stage, int page, int lane) {
   const size_t at = (size_t)page * KV_HEADS + p.head;
   const u8 *keys = a.keys + at * SLAB, *values = a.values + at * SLAB;
 #pragma unroll
@@ -113,6 +120,31 @@ DEVICE void fetch(const Args& a, const Place& p, u8* stage, int page, int lane) 
   float* scales = (float*)(stage + 2 * PAGE * D);
   copy4(scales + lane, a.key_scales + at * (SLAB / 4) + lane);
   copy4(scales + PAGE + lane, a.value_scales + at * (SLAB / 4) + lane);
+}
+
+DEVICE void load_units(const u8* from, int lane, uint4 (&units)[UNITS]) {
+#pragma unroll
+  for (int i = 0; i < UNITS; i++) units[i] = __ldcs((const uint4*)from + 32 * i + lane);
+}
+// The same through registers: all of it is asked for before the first line is there. Pages of large heads come in two
+// parts.
+DEVICE void copy_page(const Args& a, const Place& p, u8* stage, int page, int lane) {
+  constexpr bool AT_ONCE = D <= 128;
+  const size_t at = (size_t)page * KV_HEADS + p.head;
+  uint4 keys[UNITS], values[UNITS];
+  load_units(a.keys + at * SLAB, lane, keys);
+  const float key_scale = __ldcs(a.key_scales + at * (SLAB / 4) + lane),
+              value_scale = __ldcs(a.value_scales + at * (SLAB / 4) + lane);
+  if (AT_ONCE) load_units(a.values + at * SLAB, lane, values);
+#pragma unroll
+  for (int i = 0; i < UNITS; i++)
+    *(uint4*)(stage + key_place((32 * i + lane) / UNITS, (32 * i + lane) % UNITS) * 16) = keys[i];
+  if (!AT_ONCE) load_units(a.values + at * SLAB, lane, values);
+#pragma unroll
+  for (int i = 0; i < UNITS; i++)
+    *(uint4*)(stage + PAGE * D + value_place((32 * i + lane) / UNITS, (32 * i + lane) % UNITS) * 16) = values[i];
+  float* scales = (float*)(stage + 2 * PAGE * D);
+  scales[lane] = key_scale, scales[PAGE + lane] = value_scale;
 }
 
 struct Queries {
@@ -371,7 +403,8 @@ DEVICE void merge(const Args& a, const Place& p, const float* shared, int splits
   raise_peak(a, p, largest);
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(const __grid_constant__ Args a) {
+extern "C" __global__ void __launch_bounds__(WARPS * 32, STAGES > 1 ? 1 : REGISTERS_OF / WARPS)
+    attend(const __grid_constant__ Args a) {
   extern __shared__ __align__(16) u8 ring[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   Place p;
@@ -393,21 +426,28 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(const __grid_con
   for (int j = 0; j < TILES; j++) r.out[j][0] = r.out[j][1] = r.out[j][2] = r.out[j][3] = 0;
   u8* mine = ring + warp * STAGES * STAGE_BYTES;
   int pages = 0;  // the numbers of 32 of the warp's pages, one a lane
+  auto page_of = [&](int n) {
+    if (n % 32 == 0) pages = a.table[(size_t)p.row * TABLE + min(p.first + (n + lane) * p.stride, (p.end - 1) / PAGE)];
+    return __shfl_sync(~0u, pages, n % 32);
+  };
   auto ask = [&](int n) {
-    if (n < p.count) {
-      if (n % 32 == 0)
-        pages = a.table[(size_t)p.row * TABLE + min(p.first + (n + lane) * p.stride, (p.end - 1) / PAGE)];
-      fetch(a, p, mine + n % STAGES * STAGE_BYTES, __shfl_sync(~0u, pages, n % 32), lane);
-    }
+    if (n < p.count) begin_copy(a, p, mine + n % STAGES * STAGE_BYTES, page_of(n), lane);
     asm volatile("cp.async.commit_group;" ::: "memory");
   };
+  if (STAGES > 1)
 #pragma unroll
-  for (int n = 0; n < STAGES - 1; n++) ask(n);
+    for (int n = 0; n < STAGES - 1; n++) ask(n);
 #pragma unroll 1
   for (int n = 0; n < p.count; n++) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
-    __syncwarp();  // the scales are other lanes' copies; and all have read the stage that is asked for next
-    ask(n + STAGES - 1);
+    if (STAGES > 1) {
+      asm volatile("cp.async.wait_group %0;" ::"n"(STAGES > 1 ? STAGES - 2 : 0) : "memory");
+      __syncwarp();  // the scales are other lanes' copies; and all have read the stage that is asked for next
+      ask(n + STAGES - 1);
+    } else {
+      __syncwarp();  // all have read the page that stands there
+      copy_page(a, p, mine, page_of(n), lane);
+      __syncwarp();
+    }
     add_page(a, p, mine + n % STAGES * STAGE_BYTES, q, (p.first + n * p.stride) * PAGE, lane, r);
   }
   asm volatile("cp.async.wait_group 0;" ::: "memory");
