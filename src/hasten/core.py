@@ -416,6 +416,7 @@ class Workload:
     prompt: int = 512
     output: int = 128
     batch: int = 1
+    shared: int = 0  # of the prompt: what all prompts begin with, its keys and values are there already
 
 
 @dataclass(frozen=True)

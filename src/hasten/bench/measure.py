@@ -55,6 +55,11 @@ def check(workload: Workload) -> Workload:
                 hint=f"use --{name} {least} or more"
                 + (": one token has no decode time" if name == "output" else ""),
             )
+    if not 0 <= workload.shared < workload.prompt:
+        raise UsageError(
+            f"{workload.shared} shared tokens leave none of a prompt of {workload.prompt} to compute",
+            hint="give each request tokens of its own",
+        )
     return workload
 
 
@@ -80,9 +85,13 @@ class PromptRing:
         return ring[:length]
 
     def round(self, number: int, workload: Workload) -> list[list[int]]:
-        """The prompts of one round: `batch` lists of `prompt` ids."""
-        first = number * workload.batch
-        return [self.prompt(first + i, workload.prompt) for i in range(workload.batch)]
+        """The prompts of one round: `batch` lists of `prompt` ids, the first `shared` of all the same."""
+        first, own = number * workload.batch, workload.prompt - workload.shared
+        return [self.shared(workload) + self.prompt(first + i, own) for i in range(workload.batch)]
+
+    def shared(self, workload: Workload) -> list[int]:
+        """What all prompts of a workload begin with."""
+        return self.prompt(0, workload.shared) if workload.shared else []
 
 
 def measure_model(
@@ -109,7 +118,7 @@ def measure_model(
     ring = PromptRing(ids)
 
     def run(number: int) -> Sample:
-        return run_once(model, ring.round(number, workload), workload.output)
+        return run_once(model, ring.round(number, workload), workload.output, ring.shared(workload))
 
     run(0)
     found = steady(run, rates_of, runs)
@@ -130,16 +139,23 @@ def measure_model(
     )
 
 
-def run_once(model: LanguageModel, prompts: list[list[int]], output: int) -> Sample:
-    """One timed run of all prompts together on the served road: greedy, past the end token, nothing drafted
-    and no prefix reused."""
+def run_once(
+    model: LanguageModel, prompts: list[list[int]], output: int, shared: Sequence[int] = ()
+) -> Sample:
+    """One timed run of all prompts together on the served road: greedy, past the end token, nothing drafted.
+
+    No prefix is reused but `shared`, what all prompts begin with: it is computed before the clock starts.
+    """
     from hasten.engine.request import Request
     from hasten.runtime.sampling import SamplingOptions
 
     options = SamplingOptions(temperature=0.0, ignore_eos=True)
     requests = [Request(tuple(ids), output, options, id=str(i)) for i, ids in enumerate(prompts)]
-    clock = TokenClock(prompts)
-    with model.engine(ServingOptions(prefix_cache=False, speculate=False)) as engine:
+    with model.engine(ServingOptions(prefix_cache=bool(shared), speculate=False)) as engine:
+        if shared:
+            for _ in engine.run([Request((*shared, *shared[:1]), 1, options, id="shared")]):
+                pass
+        clock = TokenClock(prompts)
         for news in engine.run(requests):
             for token in news.token_ids:
                 clock.push(int(news.request_id), token)
