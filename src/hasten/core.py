@@ -434,6 +434,10 @@ class Stat:
     p10: float
     p90: float
     n: int
+    values: tuple[float, ...] = ()  # of the runs, in the order they were taken; empty: they were not kept
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", tuple(self.values))  # a record read back has a list
 
 
 @dataclass(frozen=True)
@@ -499,6 +503,10 @@ class Machine:
     cores_because: str = ""  # why `cores` is less than the processors this process may run on
 
 
+GAP_SHARES = (0.0, *(n / 20 for n in range(1, 20)), 0.99, 1.0)
+"""Where `Measurement.gaps_ms` is taken: the least wait, every twentieth, the 99th percentile, the longest."""
+
+
 @dataclass(frozen=True)
 class Measurement:
     """One engine's speed on one workload of this machine."""
@@ -519,6 +527,11 @@ class Measurement:
     disturbed_rounds: int = 0  # rounds that other work slowed down and that were taken again
     device: str = "cpu"  # what computed
     fraction_of_gpu_ceiling: float | None = None  # prefill's linear layers, of the GPU's bf16 or fp8 rate
+    gaps_ms: tuple[float, ...] = ()  # from a sequence's token to its next, at GAP_SHARES of all such waits
+    decode_bytes: float | None = None  # that a step of the whole batch reads: weights, keys and values
+    decode_ops: float | None = None  # of that step; a multiply-add is two
+    prompt_bytes: float | None = None  # of weights, for one prompt, each read once
+    prompt_ops: float | None = None
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,8 @@ def test_the_document(asked, capsys):
     for entry in (record["subject"], *record["peers"]):
         assert wanted | figures <= set(entry)
         for figure in figures:
-            assert set(entry[figure]) == {"median", "p10", "p90", "n"}
+            assert set(entry[figure]) == {"median", "p10", "p90", "n", "values"}
+            assert len(entry[figure]["values"]) == 3
     assert record["subject"]["fraction_of_read_ceiling"] is None
     assert record["ratios"]["llama.cpp:q4_0"]["decode"] == 2.0
     assert record["machine"]["read_gb_per_s"] == 50.0 and record["workload"]["prompt"] == 512

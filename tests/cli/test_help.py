@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from importlib import import_module
 from typing import Any
 
 import pytest
 
 from hasten.cli import VERBS, main
-from hasten.cli.frame import home_of, parser_of
+from hasten.cli.frame import command_of, parser_of
 
 
 @pytest.mark.parametrize("name", VERBS)
@@ -23,7 +22,7 @@ def test_help_of_a_verb(name: str, capsys: Any) -> None:
 
 @pytest.mark.parametrize("name", VERBS)
 def test_overview_line_is_the_docstrings_first(name: str) -> None:
-    doc = inspect.getdoc(import_module(home_of(name)).command)
+    doc = inspect.getdoc(command_of(name))
     assert doc is not None
     assert doc.splitlines()[0] == VERBS[name]
 

@@ -17,8 +17,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hasten.bench.figures import Sample, TokenClock, steady
-from hasten.core import Machine, Measurement, ServingOptions, Workload
+from hasten.bench.figures import Sample, TokenClock, percentile, steady
+from hasten.core import GAP_SHARES, Machine, Measurement, ServingOptions, Stat, Workload
 from hasten.errors import UsageError
 from hasten.machine.memory import peak_rss_bytes
 from hasten.machine.probe import stat_of
@@ -187,21 +187,28 @@ def measurement_of(
     Raises:
         UsageError: there is no run.
     """
+    gaps = sorted(gap for sample in samples for gap in sample.gaps_s)
     return Measurement(
         engine=engine,
         version=version,
         format=form,
         weight_bytes=weight_bytes,
-        prefill_tok_per_s=stat_of([s.prefill_tok_per_s for s in samples]),
-        decode_tok_per_s=stat_of([s.decode_tok_per_s for s in samples]),
-        ttft_ms=stat_of([1000 * s.ttft_s for s in samples]),
-        tpot_ms=stat_of([s.tpot_ms for s in samples]),
+        prefill_tok_per_s=_kept([s.prefill_tok_per_s for s in samples]),
+        decode_tok_per_s=_kept([s.decode_tok_per_s for s in samples]),
+        ttft_ms=_kept([1000 * s.ttft_s for s in samples]),
+        tpot_ms=_kept([s.tpot_ms for s in samples]),
         peak_rss_bytes=peak_rss_bytes,
         workload=workload,
         threads=threads,
         disturbed_rounds=disturbed_rounds,
         device=device,
+        gaps_ms=tuple(1000 * percentile(gaps, share) for share in GAP_SHARES) if gaps else (),
     )
+
+
+def _kept(values: Sequence[float]) -> Stat:
+    """The figure with its rounds, which later comparisons need."""
+    return dataclasses.replace(stat_of(values), values=tuple(values))
 
 
 def rates_of(sample: Sample) -> tuple[float, float]:
@@ -210,8 +217,16 @@ def rates_of(sample: Sample) -> tuple[float, float]:
 
 
 def with_ceilings(measurement: Measurement, cost: Cost, machine: Machine) -> Measurement:
-    """The measurement with its fractions of the ceilings of what computed (formulas: `hasten.speed`)."""
+    """The measurement with what it asked of the machine, and its fractions of the ceilings of what computed
+    (formulas: `hasten.speed`)."""
     workload = measurement.workload
+    measurement = dataclasses.replace(
+        measurement,
+        decode_bytes=cost.weight_bytes + cost.kv_bytes,
+        decode_ops=cost.int8_ops + cost.bf16_ops + cost.attention_ops,
+        prompt_bytes=float(cost.weight_bytes),
+        prompt_ops=cost.prompt_int8_ops + cost.prompt_bf16_ops + cost.prompt_attention_ops,
+    )
     if measurement.device == "cuda":
         gpu = on_gpu(machine, measurement.format.startswith("fp8"))
         decode, prefill = measurement.decode_tok_per_s.median, measurement.prefill_tok_per_s.median

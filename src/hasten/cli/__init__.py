@@ -23,6 +23,8 @@ VERBS = {  # verb -> its line in `hasten --help`: the first line of the docstrin
     "serve": "Serve models with the OpenAI API, chat page included.",
     "eval": "Measure what a recipe costs in quality against the source model.",
     "bench": "Measure speed, alone or side by side with other engines.",
+    "compare": "Compare two results, and fail where a figure crosses a limit.",
+    "report": "Write the report of a search or a benchmark as one HTML file.",
     "convert": "Write a model in another engine's format, quantised if asked.",
     "cache": "See, check and empty what is kept on disk.",
 }

@@ -1,7 +1,8 @@
 """One verb from its arguments to its exit code: the parser, the call, and what is said of an exception.
 
-A verb's module has a function `command`. One with verbs of its own (`hasten cache ls`) has `SUBCOMMANDS` too,
-name -> function; `command` is then only its description. typer parses; its own way of printing errors and of
+A verb's module has a function `command`, or one of the verb's name where it holds several (`SHARED_HOMES`).
+One with verbs of its own (`hasten cache ls`) has `SUBCOMMANDS` too, name -> function; `command` is then only
+its description. typer parses; its own way of printing errors and of
 swallowing Ctrl-C is left out. It is imported when a verb is run: `hasten --help` answers without it.
 """
 
@@ -176,10 +177,20 @@ _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 OLDER_NAMES = {"export": "convert"}
 """Names that verbs had, which go on working; no help lists them."""
+SHARED_HOMES = {"compare": "results", "report": "results"}
+"""Files that hold several verbs, each as a function of its name."""
 
 
 def home_of(verb: str) -> str:
-    return f"hasten.cli.{OLDER_NAMES.get(verb, verb)}"
+    return f"hasten.cli.{SHARED_HOMES.get(verb) or OLDER_NAMES.get(verb, verb)}"
+
+
+def command_of(verb: str) -> Callable[..., object]:
+    """The function of a verb: its annotations are the flags, its docstring is the help."""
+    found: Callable[..., object] = getattr(
+        import_module(home_of(verb)), verb if verb in SHARED_HOMES else "command"
+    )
+    return found
 
 
 def run(verb: str, arguments: list[str]) -> int:
@@ -216,8 +227,8 @@ def _check_numbers(parser: Any, context: Any) -> None:
 
 
 def parser_of(verb: str) -> Any:
-    """The typer command of a verb: the function `command` of its module, or a group of its subcommands."""
-    command, own = import_module(home_of(verb)).command, subcommands_of(verb)
+    """The typer command of a verb, or a group of its subcommands."""
+    command, own = command_of(verb), subcommands_of(verb)
     return _parser(own, command) if own else _parser({verb: command})
 
 
