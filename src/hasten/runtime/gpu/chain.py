@@ -100,6 +100,7 @@ class BatchRows:
 
     def __init__(self, step: BatchStep, cache: PagedCache) -> None:
         self.step, self.cache, self.count, self.limit = step, cache, 0, step.options.rows
+        compile_moves(cache, step.table)
 
     def start(self, rows: Sequence[Row]) -> None:
         """See `Rows`."""
@@ -121,7 +122,8 @@ class BatchRows:
 
     def drop(self, rows: Sequence[int]) -> None:
         """See `Rows`."""
-        self.step.positions[upload(np.array(rows, np.int64), self.step.table.device)] = -1
+        ended = upload(np.array(rows, np.int64), self.step.table.device)
+        self.step.positions.index_fill_(0, ended, -1)  # `positions[ended] = -1` waits for the step that runs
 
     def launch(self, length: int) -> Pending:
         """See `Rows`."""
@@ -136,6 +138,7 @@ class OneRow:
 
     def __init__(self, decoder: PersistentDecoder, cache: PagedCache) -> None:
         self.decoder, self.cache = decoder, cache
+        compile_moves(cache, decoder.pages[None])
 
     def start(self, rows: Sequence[Row]) -> None:
         """See `Rows`."""
@@ -299,3 +302,12 @@ def move_first_tokens(cache: PagedCache, table: torch.Tensor, pages: Sequence[Mo
         moves, table, *cache.arrays, cache.keys.stride(0), SLAB=cache.slab, TABLE=table.shape[1], KV=heads,
         D=size, HEADS=1 << (heads - 1).bit_length(), DIMS=1 << (size - 1).bit_length(), num_warps=4,
     )  # fmt: skip
+
+
+def compile_moves(cache: PagedCache, table: torch.Tensor) -> None:
+    """The kernel of `move_first_tokens` is there: the first page that fills would wait 0.3 s for it.
+
+    A move from a page to itself, written to the end of a table that nobody has begun to use.
+    """
+    if cache.keys.is_cuda:
+        move_first_tokens(cache, table, [(0, table.shape[1] - 1, 0, 0)])
