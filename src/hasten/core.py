@@ -424,6 +424,7 @@ class Budget:
     """What may be given up: the quality limit of docs/concepts.md."""
 
     max_ppl_increase: float = 0.01  # 0.01 = +1 %
+    max_kl: float | None = None  # mean KL divergence from the source, nats; None: any
 
 
 @dataclass(frozen=True)
@@ -548,6 +549,9 @@ class Verdict:
     kl_p99: float  # nats
     top1_agreement: float  # 0..1
     tokens: int
+    kl_mean_low: float | None = None  # bootstrap 95 % interval; None: of an older version
+    kl_mean_high: float | None = None
+    ppl_detectable: float | None = None  # smallest rise beyond the budget that 9 of 10 such texts show
 
 
 @dataclass(frozen=True)

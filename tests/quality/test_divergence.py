@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ import pytest
 from fakes import ALPHABET, FakeModel, FakeWorkshop, LetterTokenizer
 from hasten.core import Recipe
 from hasten.errors import ModelError
-from hasten.quality.divergence import Divergence, Reference, divergence, log_softmax
+from hasten.quality.divergence import Divergence, Reference, States, divergence, log_softmax
 from hasten.quality.text import windows
+from hasten.weights.work_store import WorkStore
 
 FIGURES = ("kl", "nll_source", "nll")
 
@@ -130,3 +132,55 @@ def test_rows_are_paired(source: FakeModel, narrow: FakeModel) -> None:
 def test_joined_in_order() -> None:
     parts = [Divergence(np.full(n, float(n)), np.zeros(n), np.ones(n), np.ones(n, np.bool_)) for n in (2, 3)]
     assert Divergence.join(parts).kl.tolist() == [2, 2, 3, 3, 3]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HASTEN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def kept(source: FakeModel, narrow: FakeModel, tokens: int, identity: str = "a") -> list[Divergence]:
+    cut = windows(TEXT, LetterTokenizer(), tokens=tokens, length=300)
+    held = Reference(source, cut, states=States(identity, "letters"))
+    return [held.compare(narrow, index) for index in range(len(cut))]
+
+
+def test_the_source_runs_once_over_a_text(cache: Path, source: FakeModel, narrow: FakeModel) -> None:
+    first = kept(source, narrow, 600)
+    assert source.calls == 2
+    again = kept(source, narrow, 900)
+    assert source.calls == 3  # the third window is new
+    for one, other in zip(first, again, strict=False):
+        np.testing.assert_array_equal(one.kl, other.kl)
+    kept(source, narrow, 300, identity="b")
+    assert source.calls == 4
+
+
+def test_states_that_were_damaged_are_computed_again(
+    cache: Path, source: FakeModel, narrow: FakeModel
+) -> None:
+    first = kept(source, narrow, 300)
+    (file,) = cache.glob("compress/states/*/*.states")
+    data = bytearray(file.read_bytes())
+    data[5] ^= 1
+    file.write_bytes(data)
+    np.testing.assert_array_equal(kept(source, narrow, 300)[0].nll, first[0].nll)
+    assert source.calls == 2
+
+
+def test_states_that_cannot_be_kept_cost_a_warning(
+    cache: Path, source: FakeModel, narrow: FakeModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    (cache / "compress").mkdir(parents=True)
+    (cache / "compress" / "states").write_text("a file where the folder should be")
+    assert len(kept(source, narrow, 600)) == 2
+    assert caplog.text.count("not kept") == 1
+
+
+def test_kept_states_share_the_limit(cache: Path, source: FakeModel, narrow: FakeModel) -> None:
+    kept(source, narrow, 300)
+    (held,) = WorkStore().held()
+    assert held.path.parent.name == "states"
+    assert WorkStore().model(held.path) == "letters"
+    assert WorkStore().verify(held.path) is None

@@ -275,7 +275,8 @@ def _packed(folders: Sequence[Path]) -> Iterator[Entry]:
 def _compress(folders: Sequence[Path]) -> Iterator[Entry]:
     store = _work_store()
     for held in store.held():
-        part = {"statistics": "statistics", "linears": "matrices", "runs": "unfinished run"}
+        part = {"statistics": "statistics", "linears": "matrices", "states": "source states"}
+        part["runs"] = "unfinished run"
         name = f"{part[held.path.parent.name]} {held.path.name}"
         yield Entry("compress", name, held.path, held.bytes, held.last_used, store.model(held.path))
 
@@ -297,7 +298,7 @@ def _exports(folders: Sequence[Path]) -> Iterator[Entry]:
 
 
 def _records(folders: Sequence[Path]) -> Iterator[Entry]:
-    for part in ("machine", "optimize", "packed/sources", "demo", "folders"):
+    for part in ("machine", "optimize", "answers", "packed/sources", "demo", "folders"):
         for path in sorted((cache_dir() / part).glob("*.json")):
             yield _entry("records", f"{part}/{path.name}", path)
 
@@ -369,7 +370,7 @@ KINDS = {
         lambda entry: _packed_store().verify(entry.path),
     ),
     "compress": Kind(
-        "statistics, single matrices and unfinished runs of compress",
+        "statistics, single matrices and unfinished runs of compress, states of sources",
         _compress,
         lambda entry: _work_store().verify(entry.path),
     ),

@@ -2,6 +2,7 @@
 
     compress/statistics/KEY/  second moments of a model on a text, a file a layer
     compress/linears/KEY/     matrices found one by one, for mixtures
+    compress/states/KEY/      final hidden states of a source on a text, a file a window, to judge others by
     compress/runs/KEY/        of a run under way: finished layers, the teacher's states, a checkpoint
     compress/.../used.json    in each: of which model; a use sets its time
 
@@ -37,8 +38,8 @@ from hasten.cache.folders import (
 from hasten.cache.reading import open_file, read_array
 from hasten.cache.store import is_whole_record
 
-Part = Literal["statistics", "linears", "runs"]
-PARTS: tuple[Part, ...] = ("statistics", "linears", "runs")
+Part = Literal["statistics", "linears", "states", "runs"]
+PARTS: tuple[Part, ...] = ("statistics", "linears", "states", "runs")
 IN_USE_S = 6 * 3600.0
 """The longest that a process which is using something leaves it untouched: one layer of a large model."""
 STALE_S = 7 * 86400.0
@@ -182,10 +183,19 @@ def is_whole(path: Path, size: int | None = None) -> bool:
     try:
         if size is not None and path.stat().st_size != size + _SUM:
             return False
-        data = read_array(path)
     except OSError:
         return False
-    return data.size >= _SUM and data[-_SUM:].tobytes() == checksum(data[:-_SUM])
+    return read_checked(path) is not None
+
+
+def read_checked(path: Path) -> npt.NDArray[np.uint8] | None:
+    """What `write_checked` wrote; None where there is no such file, or it is not as it was written."""
+    try:
+        data = read_array(path)
+    except OSError:
+        return None
+    whole = data.size >= _SUM and data[-_SUM:].tobytes() == checksum(data[:-_SUM])
+    return data[:-_SUM] if whole else None
 
 
 def state_damage(path: Path) -> str | None:
