@@ -24,21 +24,8 @@ import numpy as np
 
 from bar import RESULTS, say
 from hasten.core import SCHEMA_VERSION
+from hasten.quality.tasks import CAPITALS, KINDS
 
-KINDS = {
-    "animal": "dog cat horse cow sheep pig lion tiger bear wolf rabbit mouse goat duck hen",
-    "fruit": "apple pear plum cherry banana grape lemon orange peach mango fig melon",
-    "colour": "red blue green yellow black white brown pink purple grey",
-    "tool": "hammer saw drill wrench chisel file axe spade rake pliers",
-    "vehicle": "car bus train bicycle lorry boat ship plane tram van",
-    "garment": "coat shirt hat glove sock scarf dress skirt boot belt",
-}
-CAPITALS = (
-    "France Paris Italy Rome Spain Madrid Germany Berlin Japan Tokyo China Beijing Russia Moscow Egypt Cairo "
-    "Greece Athens Austria Vienna Portugal Lisbon Norway Oslo Sweden Stockholm Finland Helsinki "
-    "Poland Warsaw Hungary Budapest Turkey Ankara Canada Ottawa Peru Lima Cuba Havana Kenya Nairobi "
-    "Iraq Baghdad Ireland Dublin Denmark Copenhagen Thailand Bangkok"
-)
 FACTS = """Ice is frozen|water|milk|sand|oil
 A week has this many days:|seven|five|nine|ten
 The sun rises in the|east|west|north|south

@@ -40,6 +40,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch, workshop: FakeWorkshop) -> FakeWorks
         return model
 
     monkeypatch.setattr("hasten.engine.model.load", load)
+    monkeypatch.setattr("hasten.engine.loaded.fingerprint", lambda model: model.recipe.name)
     return workshop
 
 
@@ -156,5 +157,26 @@ def test_eval_of_an_artifact_needs_its_source(
     assert main(["eval", str(folder), "--tokens", "512"]) == 0
 
 
-def test_against_is_for_artifacts(loaded: FakeWorkshop) -> None:
-    assert main(["eval", "letters", "--against", "letters"]) == 2
+def test_against_names_any_model(loaded: FakeWorkshop, capsys: pytest.CaptureFixture[str]) -> None:
+    """The candidate keeps its own values; the other one is in bf16."""
+    assert main(["eval", "letters", "--against", "other", "--tokens", "1024", "--json"]) == 0
+    assert loaded.built == ["bf16", "source"]
+    assert json.loads(capsys.readouterr().out)["status"] == "pass"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--url", "http://127.0.0.1:1"], "--task"),
+        (["--limit", "3"], "--task"),
+        (["--max-task-drop", "1%"], "--task"),
+        (["--task", "jsn"], "--task json"),
+        (["--task", "json", "--url", "http://127.0.0.1:1", "--recipe", "w4"], "drop --recipe"),
+        (["--task", "json", "--max-task-drop", "5"], "--max-task-drop 5%"),
+    ],
+)
+def test_flags_of_tasks_that_cannot_be(
+    loaded: FakeWorkshop, capsys: pytest.CaptureFixture[str], flags: list[str], said: str
+) -> None:
+    assert main(["eval", "letters", *flags]) == 2
+    assert said in capsys.readouterr().err.split("hint:")[1]

@@ -192,7 +192,7 @@ def fill(noun: type, values: Mapping[str, Any]) -> Any:
     return noun(**taken)
 
 
-def fraction(text: str) -> float:
+def fraction(text: str, flag: str = "--max-ppl-increase") -> float:
     """A quality budget: `1%` or `0.01` -> 0.01.
 
     Raises:
@@ -200,14 +200,11 @@ def fraction(text: str) -> float:
     """
     found = share_of(text)
     if found is None:
-        raise UsageError(
-            f"--max-ppl-increase must be a share such as 1% or 0.01, got {text!r}",
-            hint="use --max-ppl-increase 1%",
-        )
+        raise UsageError(f"{flag} must be a share such as 1% or 0.01, got {text!r}", hint=f"use {flag} 1%")
     value, in_percent = found
     if value >= 1 and not in_percent:
         raise UsageError(
-            f"--max-ppl-increase {text} would allow {value:.0%}; it is a share, or has a percent sign",
-            hint=f"use --max-ppl-increase {text.strip()}%",
+            f"{flag} {text} would allow {value:.0%}; it is a share, or has a percent sign",
+            hint=f"use {flag} {text.strip()}%",
         )
     return value

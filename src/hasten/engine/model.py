@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -83,6 +83,38 @@ class LanguageModel(LoadedModel):
                 tokens[which] += output.token_ids
                 times[which] += [now] * len(output.token_ids)
         return [self._completion(*one) for one in zip(ids, tokens, times, strict=True)]
+
+    def continued(
+        self,
+        prompts: Sequence[str],
+        most_tokens: int,
+        stop: tuple[str, ...] = (),
+        told: Callable[[int], None] | None = None,
+    ) -> list[str]:
+        """Greedy continuations of plain texts, what prompts share computed once.
+
+        Args:
+            prompts: texts, continued as they stand.
+            most_tokens: most tokens of each continuation.
+            stop: texts that end one; they are not part of it.
+            told: called with the number of continuations that are done.
+
+        Raises:
+            UsageError: an empty prompt, or one that leaves no room in the context.
+        """
+        texts, done = [""] * len(prompts), 0
+        requests = [
+            Request(tuple(self._encode(prompt, chat=False)), most_tokens, stop=stop, id=str(number))
+            for number, prompt in enumerate(prompts)
+        ]
+        with self.engine(ServingOptions()) as engine:
+            for output in engine.run(requests):
+                texts[int(output.request_id)] += output.text
+                if output.finish_reason is not None:
+                    done += 1
+                    if told is not None:
+                        told(done)
+        return texts
 
     def _encode(self, prompt: str, chat: bool) -> list[int]:
         if not prompt:
