@@ -42,10 +42,14 @@ int vocab_of(const Logits& logits) {
 }
 
 void init_sampler(PySampler* self, int vocab, double temperature, int top_k, double top_p, double min_p, uint64_t seed,
-                  double repetition, double presence, double frequency, SequenceSampler::Bias bias) {
+                  double repetition, double presence, double frequency, const Input<int32_t, 1>& biased,
+                  const Input<float, 1>& biases) {
   require(vocab > 0, "the vocabulary is empty");
-  for (const auto& entry : bias)
-    require(entry.first >= 0 && entry.first < vocab, "a bias for a token that is not in the vocabulary");
+  require(biased.size() == biases.size(), "one bias a token");
+  SequenceSampler::Bias bias(biased.size());
+  for (size_t i = 0; i < bias.size(); ++i) bias[i] = {biased.data()[i], biases.data()[i]};
+  require(std::all_of(bias.begin(), bias.end(), [=](const auto& b) { return b.first >= 0 && b.first < vocab; }),
+          "a bias for a token that is not in the vocabulary");
   const Penalties penalties{static_cast<float>(std::clamp(repetition, 1e-30, 1e30)), static_cast<float>(presence),
                             static_cast<float>(frequency)};
   new (self) PySampler(vocab, {temperature, top_k, top_p, min_p, seed}, penalties, std::move(bias));
@@ -151,7 +155,7 @@ void bind_sequence_sampler(nb::module_& m) {
   nb::class_<PySampler>(m, "SequenceSampler", "One answer's sampling options, and the tokens that penalties count.")
       .def("__init__", &init_sampler, nb::arg("vocab"), nb::arg("temperature"), nb::arg("top_k"), nb::arg("top_p"),
            nb::arg("min_p"), nb::arg("seed"), nb::arg("repetition"), nb::arg("presence"), nb::arg("frequency"),
-           nb::arg("bias"))
+           nb::arg("biased"), nb::arg("biases"))
       .def("add_prompt", &py_add_prompt, nb::arg("tokens"))
       .def("accept", &py_accept, nb::arg("tokens"));
   m.def(

@@ -102,7 +102,8 @@ class SequenceSampler:
         repetition: float,
         presence: float,
         frequency: float,
-        bias: Sequence[tuple[int, float]],
+        biased: NDArray[np.int32],
+        biases: NDArray[np.float32],
     ) -> None: ...
     def add_prompt(self, tokens: Sequence[int]) -> None: ...
     def accept(self, tokens: Sequence[int]) -> None: ...

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
+import time
 from dataclasses import asdict, replace
 from decimal import Decimal
 from typing import Any
@@ -12,6 +14,8 @@ import numpy as np
 import pytest
 
 from hasten.core import as_json
+from hasten.engine.answer import TokenRules
+from hasten.engine.request import Request
 from hasten.errors import UsageError
 from hasten.runtime.sampling import SamplingOptions, SequenceSampler, choose
 
@@ -200,3 +204,39 @@ def test_a_nan_in_any_part_is_an_error(threads: int, at: int) -> None:
     found = choose(logits, some, [[]] * 3, [0] * 3, [None] * 3, [None] * 3, threads=threads)
     assert "no numbers" in found[0].error and "rule out all" in found[1].error
     assert found[2].tokens == [at] and not found[2].error
+
+
+def test_the_answers_of_a_request_share_what_was_checked() -> None:
+    """128 answers with 10,000 biases each were checked for 2.4 s, in which nobody else got a token."""
+    options = SamplingOptions(logit_bias=dict.fromkeys(range(10000), 1.0))
+    began = time.monotonic()
+    for seed in range(128):
+        SequenceSampler(replace(options, seed=seed), [1], 20_000)
+    assert time.monotonic() - began < 1  # 0.01 s
+    with pytest.raises(UsageError, match="token 9999, the model has 9999"):
+        SequenceSampler(options, [1], 9999)
+
+
+@pytest.mark.parametrize("words", [0, 1, 3])
+def test_rules_say_which_tokens_may_come(words: int) -> None:
+    """Against a plain reading of them."""
+    rng = random.Random(words)
+
+    def some(count: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(4) for _ in range(count))
+
+    for _ in range(200):
+        vocab = rng.choice([5, 31, 32, 33, 70])
+        forbidden = tuple(some(rng.randrange(1, 4)) for _ in range(words))
+        least, allowed, ends = rng.randrange(4), some(rng.choice([0, 3])), some(2)
+        request = Request(some(3), 9, min_new_tokens=least, allowed_tokens=allowed, forbidden=forbidden)
+        answer, drafts = some(rng.randrange(5)), some(rng.randrange(3))
+        rules = TokenRules(request, ends, vocab)
+        bits = np.unpackbits(
+            rules.masks([*request.prompt, *answer], drafts).view(np.uint8), axis=1, bitorder="little"
+        )
+        for number, row in enumerate(bits):
+            said = (answer + drafts)[: len(answer) + number]
+            may = set(allowed or range(vocab)) - (set(ends) if len(said) < least else set())
+            may -= {run[-1] for run in forbidden if (*said, run[-1])[-len(run) :] == run}
+            assert set(np.flatnonzero(row)) == may

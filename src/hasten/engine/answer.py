@@ -152,7 +152,7 @@ class AnswerText:
         self._stops = StopTexts(request.stop, request.shows_stop)
         self._eos = frozenset(() if request.sampling.ignore_eos else tokenizer.eos_ids)
         self._early = request.min_new_tokens  # tokens that must still come before a stop counts
-        self.ends = self._eos.union(request.stop_token_ids)
+        self.ends = ends_of(request, tokenizer.eos_ids)
 
     def push(self, token: int) -> tuple[str, bool]:
         """A token -> (new text, whether the answer ends with it)."""
@@ -176,7 +176,9 @@ class AnswerText:
 
 
 class TokenRules:
-    """Which tokens a request lets come, whatever its grammar says of them.
+    """Which tokens a request lets come, whatever its grammar says of them. All its answers share one.
+
+    A row costs a look at the runs whose last token but one has just come, and a copy of 20 KB.
 
     Args:
         request: its `min_new_tokens`, `allowed_tokens` and `forbidden` are the rules.
@@ -187,13 +189,21 @@ class TokenRules:
     def __init__(self, request: Request, ends: Iterable[int], vocab_size: int) -> None:
         self._prompt = len(request.prompt)
         self._least = request.min_new_tokens
-        self._ends = [token for token in ends if token < vocab_size]
-        self._forbidden = request.forbidden
         self._always = bool(request.allowed_tokens or request.forbidden)
-        self._first = np.ones(vocab_size, np.bool_)  # what may come where nothing else is said
+        allowed = np.ones(vocab_size, np.bool_)
         if request.allowed_tokens:
-            self._first[:] = False
-            self._first[list(request.allowed_tokens)] = True
+            allowed[:] = False
+            allowed[np.asarray(request.allowed_tokens, np.int64)] = True
+        self._behind: dict[int, list[tuple[list[int], int]]] = {}  # by the last token before
+        for *before, last in (run for run in request.forbidden if max(run) < vocab_size):
+            if before:
+                self._behind.setdefault(before[-1], []).append((before, last))
+            else:
+                allowed[last] = False
+        self._longest = max(map(len, request.forbidden), default=0)
+        self._later = _packed(allowed)
+        allowed[[token for token in ends if token < vocab_size]] = False
+        self._early = _packed(allowed)
 
     def speak(self, tokens: Sequence[int]) -> bool:
         """Whether anything is forbidden behind these tokens of prompt and answer."""
@@ -205,20 +215,36 @@ class TokenRules:
         Returns:
             uint32 [1 + drafts, ceil(V / 32)]; bit t % 32 of word t / 32 allows token t.
         """
-        rows = np.zeros((1 + len(drafts), (len(self._first) + 31) // 32 * 4), np.uint8)
-        known = [*tokens[self._prompt :], *drafts]
+        rows = np.empty((1 + len(drafts), len(self._later)), np.uint32)
+        first = max(self._prompt, len(tokens) - self._longest)
+        known = [*tokens[first:], *drafts]
         for number, row in enumerate(rows):
-            allowed = self._first.copy()
-            so_far = known[: len(known) - len(drafts) + number]
-            if len(so_far) < self._least:
-                allowed[self._ends] = False
-            for run in self._forbidden:
-                before = list(run[:-1])
-                if not before or so_far[-len(before) :] == before:
-                    allowed[run[-1]] = False
-            packed = np.packbits(allowed, bitorder="little")
-            row[: len(packed)] = packed
-        return rows.view(np.uint32)
+            end = len(tokens) - first + number
+            row[:] = self._early if first + end - self._prompt < self._least else self._later
+            for before, last in self._behind.get(known[end - 1], ()) if end else ():
+                if end >= len(before) and known[end - len(before) : end] == before:
+                    row[last >> 5] &= np.uint32(~(1 << (last & 31)) & 0xFFFFFFFF)
+        return rows
+
+
+def _packed(allowed: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint32]:
+    """Bits of a row: uint32 [ceil(V / 32)]."""
+    row = np.zeros((len(allowed) + 31) // 32 * 4, np.uint8)
+    bits = np.packbits(allowed, bitorder="little")
+    row[: len(bits)] = bits
+    return row.view(np.uint32)
+
+
+def rules_of(request: Request, eos_ids: Iterable[int], vocab_size: int) -> TokenRules | None:
+    """The rules of a request; None where it has none."""
+    if not (request.min_new_tokens or request.allowed_tokens or request.forbidden):
+        return None
+    return TokenRules(request, ends_of(request, eos_ids), vocab_size)
+
+
+def ends_of(request: Request, eos_ids: Iterable[int]) -> frozenset[int]:
+    """Tokens that end an answer."""
+    return frozenset(() if request.sampling.ignore_eos else eos_ids).union(request.stop_token_ids)
 
 
 class Answer:
@@ -237,6 +263,7 @@ class Answer:
         tokenizer: Tokenizer,
         vocab_size: int,
         grammar: GrammarState | None = None,
+        rules: TokenRules | None = None,
     ) -> None:
         self.request = request
         self.index = index
@@ -250,7 +277,7 @@ class Answer:
         self.siblings: list[Answer] = []  # wait for this one's prompt
         self.tally = Tally(arrived)
         self.text = AnswerText(request, tokenizer)
-        self._rules = TokenRules(request, self.text.ends, vocab_size) if _has_rules(request) else None
+        self._rules = rules
         self.results = PromptResults(request)
         self.is_first_pass = True  # its prompt was not computed to its end yet
         # its pages, which PrefixKeeper gives
@@ -358,7 +385,3 @@ class Answer:
             ttft_ms=tally.since_ms(tally.first),
             e2e_ms=1000 * (now - tally.arrived),
         )
-
-
-def _has_rules(request: Request) -> bool:
-    return bool(request.min_new_tokens or request.allowed_tokens or request.forbidden)

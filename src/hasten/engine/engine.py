@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hasten.core import ServingOptions
-from hasten.engine.answer import Answer
+from hasten.engine.answer import Answer, rules_of
 from hasten.engine.keep import PrefixKeeper
 from hasten.engine.request import EngineStats, FinishReason, Output, Request
 from hasten.engine.scheduler import Admission, Alone, Forecast, Planner, Scheduler, Work
@@ -102,9 +102,10 @@ class Engine:
     def _answers_of(self, request: Request) -> list[Answer]:
         start = self.compiler().compile(request.grammar).start if request.grammar else None
         tokenizer, vocab = self.model.tokenizer, self.model.config.vocab
+        rules = rules_of(request, tokenizer.eos_ids, vocab)
         now = time.perf_counter()
         return [
-            Answer(request, index, now, tokenizer, vocab, start() if start else None)
+            Answer(request, index, now, tokenizer, vocab, start() if start else None, rules)
             for index in range(request.n)
         ]
 

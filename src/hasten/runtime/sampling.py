@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from numbers import Integral, Real
 from typing import Any
 
@@ -86,8 +87,20 @@ def _whole(value: Any) -> int:
     return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else -1
 
 
-def _bias_of(given: Any) -> dict[int, float]:
+class _Checked(dict[int, float]):
+    """A checked bias. The answers of a request share one: to check 10,000 tokens takes 15 ms."""
+
+    @cached_property
+    def arrays(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """Tokens and what is added to their logits."""
+        count = len(self)
+        return np.fromiter(self, np.int32, count), np.fromiter(self.values(), np.float32, count)
+
+
+def _bias_of(given: Any) -> _Checked:
     """A checked copy: what the caller does with theirs later changes nothing."""
+    if isinstance(given, _Checked):
+        return given
     if not isinstance(given, Mapping):
         raise UsageError(
             f"logit_bias is {type(given).__name__}",
@@ -102,7 +115,7 @@ def _bias_of(given: Any) -> dict[int, float]:
             raise UsageError(
                 f"logit_bias of token {token} is {bias!r}", hint="give each logit_bias from -100 to 100"
             )
-    return {int(token): float(bias) for token, bias in given.items()}
+    return _Checked((int(token), float(bias)) for token, bias in given.items())
 
 
 class SequenceSampler:
@@ -122,12 +135,13 @@ class SequenceSampler:
     __slots__ = ("_native", "options")
 
     def __init__(self, options: SamplingOptions, prompt: Sequence[int], vocab_size: int) -> None:
-        for token in options.logit_bias:
-            if token >= vocab_size:
-                raise UsageError(
-                    f"logit_bias is for token {token}, the model has {vocab_size}",
-                    hint=f"give token ids from 0 to {vocab_size - 1}",
-                )
+        assert isinstance(options.logit_bias, _Checked)
+        tokens, biases = options.logit_bias.arrays
+        if len(tokens) and int(tokens.max()) >= vocab_size:
+            raise UsageError(
+                f"logit_bias is for token {tokens.max()}, the model has {vocab_size}",
+                hint=f"give token ids from 0 to {vocab_size - 1}",
+            )
         self.options = options
         self._native = _native.SequenceSampler(
             vocab_size,
@@ -139,7 +153,8 @@ class SequenceSampler:
             float(options.repetition_penalty),
             float(options.presence_penalty),
             float(options.frequency_penalty),
-            list(options.logit_bias.items()),
+            tokens,
+            biases,
         )
         if options.repetition_penalty != 1.0:
             try:
