@@ -11,24 +11,24 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
+from llguidance import LLMatcher, LLTokenizer
 from plain_engine import random_prompt
 
 import hasten
 from hasten.core import EngineOptions
 from hasten.engine.async_engine import AsyncEngine
-from hasten.engine.grammar import Calls, Grammar, answer_grammar
+from hasten.engine.grammar import Calls, Grammar, answer_grammar, source_of
 from hasten.engine.grammar_child import COMPILE_STACK
-from hasten.engine.grammar_compiler import (
-    GrammarCompiler,
-    GrammarTrial,
-    shared_trial,
-    with_large_stack,
-)
+from hasten.engine.grammar_compiler import GrammarCompiler, with_large_stack
+from hasten.engine.grammar_trial import GrammarTrial, shared_trial
 from hasten.engine.model import LanguageModel
 from hasten.engine.request import Request
+from hasten.engine.schema import violations
 from hasten.errors import QueueFull, UsageError
 from hasten.runtime.sampling import SamplingOptions
 
@@ -184,9 +184,53 @@ def test_several_threads_may_try_at_once() -> None:
     assert reasons == [""] * 18
 
 
+def doubled(links: int) -> dict[str, object]:
+    """Definitions, each with two references to the next one: 2^links evaluations."""
+    parts = {f"d{at}": {"allOf": [{"$ref": f"#/$defs/d{at + 1}"}] * 2} for at in range(links)}
+    return {"not": {"not": {"$ref": "#/$defs/d0"}}, "$defs": {**parts, f"d{links}": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        (doubled(60), "takes more than 1.0 s"),
+        ({"not": {"$ref": "file:///etc/hostname"}}, "schemas are not fetched"),
+        ({"$id": "http://127.0.0.1:9/a", "not": {"$ref": "b"}}, "schemas are not fetched"),
+        ({"properties": {"a": {"pattern": "^(?=(a|a)+$)(a|a)+$"}}}, "does not match"),
+        (json.loads(references(20_000, lambda ref: {"not": ref})), ""),
+        ({"uniqueItems": True, "required": ["b"]}, "required"),
+    ],
+)
+def test_an_answer_is_checked_in_a_process_that_may_die(schema: Any, said: str) -> None:
+    """On the event loop the first never ended, and the next two had a server fetch what a client names."""
+    began = time.monotonic()
+    found = violations(schema, json.dumps({"a": "a" * 200 + "b"}))
+    assert time.monotonic() - began < 20
+    assert said in " ".join(found)
+    assert violations({"type": "object"}, "{}") == ()
+
+
+def test_nothing_is_fetched_for_a_check() -> None:
+    asked: list[str] = []
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+
+    with HTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        schema = {"type": "object", "not": {"$ref": f"http://127.0.0.1:{server.server_port}/x"}}
+        assert "not fetched" in violations(schema, "{}")[0]
+        source = source_of(Grammar("json_schema", json.dumps(schema["not"])))
+        assert not shared_trial().reason_against(source)
+        assert LLMatcher(LLTokenizer("byte"), source, log_level=0).is_error()
+        server.shutdown()
+    assert asked == []
+
+
 def test_the_child_ends_with_its_parent() -> None:
     program = (
-        "from hasten.engine.grammar_compiler import shared_trial\n"
+        "from hasten.engine.grammar_trial import shared_trial\n"
         "from llguidance import LLMatcher\n"
         "shared_trial().reason_against(LLMatcher.grammar_from_lark('start: \"x\"'))\n"
         "print(shared_trial()._process.pid, flush=True)\n"

@@ -1,8 +1,9 @@
-"""The program of the process that compiles grammars on trial; `hasten.engine.grammar_compiler` starts it.
+"""The program that compiles grammars on trial and checks answers; `hasten.engine.grammar_trial` starts it.
 
-It may die of a grammar: that is what it is for. Each grammar gets a smaller stack, less memory and less
-processor time than the server has for the same work, so a grammar that is read here is read there too. It
-imports nothing of Hasten, to start within 0.1 s, and ends by itself when its parent is gone or it is idle.
+It may die of a grammar or a schema: that is what it is for. Each grammar gets a smaller stack, less memory
+and less processor time than the server has for the same work, so a grammar that is read here is read there
+too. It imports nothing of Hasten, to start within 0.1 s, and ends by itself when its parent is gone or it is
+idle.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ import struct
 import sys
 import threading
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-REQUEST = struct.Struct("<Id")  # bytes of the grammar that follows, seconds of processor time it may take
+REQUEST = struct.Struct("<cId")  # kind, bytes that follow, seconds of processor time that they may take
+GRAMMAR, CHECK = b"g", b"c"
 READY, READ = b"!", b"+"
+SIZE = struct.Struct("<I")  # bytes of what came of it, which follow
 COMPILE_STACK = 64 << 20
 MASK_STACK = 512 << 10  # masks are made on ordinary threads, of 8 MB
 _MEMORY = 1 << 30  # beyond what the process has when it starts
@@ -63,12 +67,16 @@ def main() -> None:
         header = _receive(REQUEST.size)
         if len(header) < REQUEST.size:
             return
-        size, seconds = REQUEST.unpack(header)
+        kind, size, seconds = REQUEST.unpack(header)
         source = _receive(size).decode()
         signal.setitimer(signal.ITIMER_PROF, seconds)  # ends the process: SIGPROF has no handler
-        _try(vocabulary, source, limits)
+        found = b""
+        if kind == CHECK:
+            found = json.dumps(_violations(**json.loads(source))).encode()
+        else:
+            _try(vocabulary, source, limits)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        os.write(1, READ)
+        os.write(1, READ + SIZE.pack(len(found)) + found)
 
 
 def _try(vocabulary: Any, source: str, limits: Any) -> None:
@@ -77,6 +85,34 @@ def _try(vocabulary: Any, source: str, limits: Any) -> None:
     made: list[LLMatcher] = []
     _on_stack(COMPILE_STACK, lambda: made.append(LLMatcher(vocabulary, source, log_level=0, limits=limits)))
     _on_stack(MASK_STACK, lambda: _walk(made.pop()) if made else None)
+
+
+_BACKTRACKS = 100_000  # steps of a pattern that looks around
+_LONGEST = 300  # characters of a violation; so what is told of an answer fits the pipe
+
+
+def _violations(schema: Any, text: str, most: int) -> list[str]:
+    """What of a text does not match a schema. Nothing is fetched: a reference that leads out is refused."""
+    from jsonschema_rs import FancyRegexOptions, ValidationError, validator_for
+
+    def nothing_at(uri: str) -> Any:
+        raise ValueError("schemas are not fetched; put it into $defs")
+
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return [f"it is no JSON: {error}"]
+    try:
+        limits = FancyRegexOptions(backtrack_limit=_BACKTRACKS)
+        found = validator_for(schema, retriever=nothing_at, pattern_options=limits).iter_errors(value)
+        return [f"{_place(one)}{one.message}"[:_LONGEST] for one in islice(found, most)]
+    except (ValidationError, ValueError) as error:
+        return [f"the schema cannot be checked: {str(error).splitlines()[0][:200]}"]
+
+
+def _place(error: Any) -> str:
+    path = "".join(f"[{part!r}]" for part in error.instance_path)
+    return f"at {path}: " if path else ""
 
 
 def _walk(matcher: Any) -> None:

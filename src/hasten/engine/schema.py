@@ -5,7 +5,8 @@ rewritten, and what a grammar cannot follow (`uniqueItems`, `not`, `if`, `contai
 is left out too and named: the answer is checked against the whole schema when it is there.
 
 What llguidance follows: https://github.com/guidance-ai/llguidance/blob/main/docs/json_schema.md. What is
-checked: JSON Schema 2020-12, by jsonschema-rs (https://github.com/Stranger6667/jsonschema).
+checked: JSON Schema 2020-12, by jsonschema-rs (https://github.com/Stranger6667/jsonschema), in a process of
+its own: a schema of 40 definitions, each with two references to the next one, takes it for ever.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from hasten.engine.grammar_trial import shared_trial
+from hasten.errors import MachineError
 
 MAX_NESTING = 50  # schemas inside each other
 
@@ -67,27 +71,15 @@ def followed(schema: Any) -> Followed:
 
 
 def violations(schema: Any, text: str, most: int = 3) -> tuple[str, ...]:
-    """What of an answer does not match a schema, in words; nothing where it does.
+    """What of an answer does not match a schema, in words; nothing where it does. Waits for another process.
 
     Returns:
-        Also one line where the answer is no JSON, or the schema is one that the checker does not take.
+        Also one line where the answer is no JSON, or cannot be checked.
     """
-    from jsonschema_rs import ValidationError, validator_for
-
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return (f"it is no JSON: {error}",)
-    try:
-        found = validator_for(_plain(schema, 0)).iter_errors(value)
-        return tuple(f"{_place(one)}{one.message}"[:300] for one, _ in zip(found, range(most), strict=False))
-    except (ValidationError, ValueError) as error:
-        return (f"the schema cannot be checked: {str(error).splitlines()[0][:200]}",)
-
-
-def _place(error: Any) -> str:
-    path = "".join(f"[{part!r}]" for part in error.instance_path)
-    return f"at {path}: " if path else ""
+        return shared_trial().violations(_plain(schema, 0), text, most)
+    except MachineError as error:
+        return (f"it cannot be checked: {error.message}",)
 
 
 def _plain(schema: Any, depth: int) -> Any:

@@ -196,7 +196,13 @@ class ChatRequest(SamplingFields, ThinkingFields):
     @classmethod
     def understood(cls, document: dict[str, Any], ignored: set[str]) -> dict[str, Any]:
         """A chat in OpenAI's words; see `hasten.serve.spelling`."""
-        return super().understood(spelled_chat(document, ignored), ignored)
+        found = spelled_chat(document, ignored)
+        count = found.pop("n_probs", None) or found.get("logprobs")  # of llama.cpp; of Together
+        if isinstance(count, int) and not isinstance(count, bool):
+            found["logprobs"] = count > 0
+            if count > 0:
+                found.setdefault("top_logprobs", count)
+        return super().understood(found, ignored)
 
 
 class ChatShape(Shape):
@@ -222,7 +228,7 @@ class ChatShape(Shape):
         streamed: bool = False,
         echoed: str = "",
     ) -> None:
-        super().__init__(model, texts, tally, request.n)
+        super().__init__(model, texts, tally, request.n, is_checked=bool(reading.form.checked))
         self._echoed = echoed
         self._reading = reading
         self._readers = [] if reading.is_plain else [reading.reader(streamed) for _ in range(request.n)]

@@ -201,14 +201,16 @@ async def respond(
         if not spec.stream:
             await _taken(exchange, answer, batches)
             keep()
-            await exchange.json(answer.document())
+            await exchange.json(
+                await exchange.work(answer.document) if answer.is_checked else answer.document()
+            )
             return
         try:
             with Heartbeat(exchange):
                 async for batch in batches:
                     for news in _few(batch):
                         await _ready(exchange, answer, news)
-                        if data := answer.chunks(news):
+                        if data := await _written(exchange, answer, news):
                             await exchange.events(data)
         except asyncio.CancelledError:
             call = exchange.call
@@ -230,7 +232,19 @@ async def _taken(exchange: Exchange, answer: Answer, batches: AsyncIterator[list
     async for batch in batches:
         for news in _few(batch):
             await _ready(exchange, answer, news)
-            answer.take(news)
+            if _ends(answer, news):
+                await exchange.work(partial(answer.take, news))
+            else:
+                answer.take(news)
+
+
+async def _written(exchange: Exchange, answer: Answer, news: Sequence[News]) -> bytes:
+    return await exchange.work(partial(answer.chunks, news)) if _ends(answer, news) else answer.chunks(news)
+
+
+def _ends(answer: Answer, news: Sequence[News]) -> bool:
+    """Whether an answer that is checked against a schema ends with these outputs: that takes a while."""
+    return answer.is_checked and any(output.finish_reason is not None for _, output in news)
 
 
 STOPPED = "response_cancelled"

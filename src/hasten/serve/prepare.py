@@ -250,11 +250,21 @@ def _least(spec: SamplingFields, most: int) -> int:
     return min(least, most)
 
 
+_MOST_RULED = 10_000  # tokens of all forbidden words: some of them are compared at every step
+
+
 def _runs(served: Served, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """Words as the tokens that spell them, at the start of a text and behind a blank."""
+    """Words as the tokens that spell them, at the start of a text and behind a blank.
+
+    Raises:
+        Problem: 400, they have very many tokens.
+    """
     encode = served.model.tokenizer.encode
     runs = (tuple(encode(text, False)) for word in words for text in (word, f" {word.lstrip()}"))
-    return tuple(dict.fromkeys(run for run in runs if run))
+    found = tuple(dict.fromkeys(run for run in runs if run))
+    if sum(map(len, found)) > _MOST_RULED:
+        raise refused(f"bad_words have more than {_MOST_RULED:,} tokens; give fewer or shorter", "bad_words")
+    return found
 
 
 def check_ids(served: Served, ids: Sequence[int], param: str) -> None:
@@ -321,7 +331,7 @@ class Form:
     strict: bool = False  # an answer that does not match is an error
 
     def violations(self, text: str, finish: str) -> tuple[str, ...]:
-        """What of a whole answer does not match; nothing of one that was cut.
+        """What of a whole answer does not match; nothing of one that was cut. In a worker thread.
 
         Raises:
             Problem: it does not match a schema that the client called strict.
@@ -374,7 +384,7 @@ def form_of(spec: SamplingFields, response_format: Mapping[str, Any] | None, *, 
 
 
 def _of_schema(source: Any, must: bool) -> Form:
-    from hasten.engine.grammar import Grammar
+    from hasten.engine.grammar import MAX_BYTES, Grammar
     from hasten.engine.schema import followed
 
     try:
@@ -383,6 +393,9 @@ def _of_schema(source: Any, must: bool) -> Form:
         return Form(Grammar("json_schema", source))
     kept = followed(schema)
     form = Grammar("json_schema", json.dumps(kept.schema))
+    if kept.checked and len(json.dumps(schema)) > MAX_BYTES:
+        said = f"the JSON schema has more than {MAX_BYTES:,} bytes, and no grammar can follow its "
+        raise refused(f"{said}{kept.checked[0]}; leave that out, or send a shorter one", None)
     return Form(form, schema, kept.checked, must) if kept.checked else Form(form)
 
 

@@ -186,7 +186,7 @@ class ResponseRequest(DrawingFields):
             found["tool_choice"] = flat_tool(choice)
         if isinstance(found.get("include"), list):
             served = get_args(Included)
-            ignored.update(f"include.{one}"[:60] for one in found["include"] if one not in served)
+            ignored.update(f"include.{one}" for one in found["include"] if one not in served)
             found["include"] = [one for one in found["include"] if one in served]
         if document.get("store") is True:
             found["store"] = True
@@ -216,7 +216,7 @@ class ResponseShape(Answer):
         reading: Reading,
         streamed: bool = False,
     ) -> None:
-        super().__init__(texts, tally)
+        super().__init__(texts, tally, bool(reading.form.checked))
         self.id = f"resp_{secrets.token_hex(16)}"
         self.output: list[dict[str, Any]] = []
         self._fields = fields

@@ -164,9 +164,10 @@ class Answer(ABC):
         tally: counts for `usage`.
     """
 
-    def __init__(self, texts: TokenTexts, tally: Tally) -> None:
+    def __init__(self, texts: TokenTexts, tally: Tally, is_checked: bool = False) -> None:
         self.texts = texts
         self.tally = tally
+        self.is_checked = is_checked  # at its end, against a schema: it is then written in a worker thread
         self.prompt_logprobs: dict[int, Any] = {}  # by request, in the form of `TokenTexts.prompt`
 
     def spelled(self, logprobs: Sequence[TokenLogprob | None]) -> Any:
@@ -208,8 +209,16 @@ class Shape(Answer):
     chunk_kind: str
     opens: bool = False  # the first chunk of an answer says who speaks, and nothing of what is said
 
-    def __init__(self, model: str, texts: TokenTexts, tally: Tally, answers: int, requests: int = 1) -> None:
-        super().__init__(texts, tally)
+    def __init__(
+        self,
+        model: str,
+        texts: TokenTexts,
+        tally: Tally,
+        answers: int,
+        requests: int = 1,
+        is_checked: bool = False,
+    ) -> None:
+        super().__init__(texts, tally, is_checked)
         self.id = f"{self.prefix}-{secrets.token_hex(12)}"
         self.created = int(time.time())
         self.model = model
