@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from running_server import Running, chat, wait_for
 
 from hasten.serve import service
-from hasten.serve.body import MAX_PARTS, MAX_VALUES, Strict, parse
+from hasten.serve.body import MAX_PARTS, MAX_VALUES, Ignored, Strict, parse
 from hasten.serve.call import Problem
 from hasten.serve.chat import ChatRequest
 from hasten.serve.responses import ResponseRequest
@@ -83,6 +85,50 @@ def test_a_body_of_too_many_parts_is_refused_before_it_is_parsed(
 @pytest.mark.parametrize("text", [',:[{"' * 400_000, '\\",\\' * 1_100_000, '","' * 700_000])
 def test_what_a_text_holds_counts_as_one_value(text: str) -> None:
     assert parse(CompletionRequest, json.dumps({"prompt": text}).encode()).prompt == text
+
+
+TOOL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+HISTORIES: list[tuple[type[Strict], Callable[[int], Any]]] = [
+    (ChatRequest, lambda n: {"messages": [{"role": "tool", "content": "1"}] * n}),
+    (
+        ChatRequest,
+        lambda n: {"messages": [{"role": "assistant", "tool_calls": [TOOL] * 900}, *[{"role": "tool"}] * n]},
+    ),
+    (
+        ChatRequest,
+        lambda n: chat(
+            tools=[{"name": f"f{i}"} for i in range(n)],
+            tool_choice={"type": "allowed_tools", "tools": [{"name": f"f{i}"} for i in range(n)]},
+        ),
+    ),
+    (ChatRequest, lambda n: chat(**{f"x{i}": 1 for i in range(n)})),
+    (ChatRequest, lambda n: {"messages": [{"role": "user", "content": "a", f"x{i}": 1} for i in range(n)]}),
+    (ResponseRequest, lambda n: {"input": [{"type": f"x{i}_call"} for i in range(n)] + [{"role": "user"}]}),
+    (ResponseRequest, lambda n: {"input": "a", "include": [f"x{i}" for i in range(n)]}),
+]
+
+
+@pytest.mark.parametrize(("model", "body"), HISTORIES)
+def test_the_tolerant_reading_costs_no_more_than_the_length(
+    model: type[Strict], body: Callable[[int], Any]
+) -> None:
+    """9,000 results of tools took 4 s, 20,000 tools beside as many allowed ones 20 s."""
+    data = json.dumps(body(9000)).encode()
+    ignored = Ignored()
+    began = time.monotonic()
+    with contextlib.suppress(Problem):
+        parse(model, data, ignored)
+    assert time.monotonic() - began < 2  # 0.05 s
+    assert len(ignored) <= Ignored.most
+
+
+def test_half_a_character_is_read_as_a_sign_for_it() -> None:
+    """JavaScript's texts are cut between the halves of an emoji; a strict server says that it is no JSON."""
+    body = b'{"messages":[{"role":"user","content":"a \\ud83d b \\ude00 \\ud83d\\ude00 \\\\ud83d"}]}'
+    found = parse(ChatRequest, body, Ignored())
+    assert found.messages[0]["content"] == "a \ufffd b \ufffd \U0001f600 \\ud83d"
+    with pytest.raises(Problem, match="no valid JSON"):
+        parse(ChatRequest, body)
 
 
 def test_fields_that_are_null_do_not_hide_among_many_wrong_ones() -> None:

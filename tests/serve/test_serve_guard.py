@@ -197,20 +197,6 @@ def test_what_is_no_http_is_closed(strict: Running, noise: bytes) -> None:
     assert strict.ask("/health").status == 200
 
 
-def test_one_connection_too_many_is_refused(strict: Running) -> None:
-    wait_for(lambda: strict.connections == 0)
-    held = [strict.connect() for _ in range(8)]
-    try:
-        wait_for(lambda: strict.connections == 8)
-        with strict.connect() as extra:
-            assert b" 503 " in read_all(extra)
-    finally:
-        for connection in held:
-            connection.close()
-    wait_for(lambda: strict.connections == 0)
-    assert strict.ask("/health").status == 200
-
-
 def test_a_client_that_does_not_read_is_cancelled(strict: Running) -> None:
     engine = strict.engine
     engine.reply, engine.piece = "y" * 4000, 1

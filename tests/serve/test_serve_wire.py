@@ -88,6 +88,79 @@ def test_a_client_that_leaves_with_requests_in_line_is_cancelled(server: Running
     assert len(engine.asked) == 1
 
 
+GET = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "said", "answered"),
+    [
+        (request(whole("abc")), b'"content":"<user>abc"', 1),
+        (request(whole("abc", stream=True)), b"data: [DONE]", 1),
+        (request(json.dumps({"input": "abc"}).encode(), path="/v1/responses"), b"<user>abc", 1),
+        (GET, b'"ok"', 1),
+        (GET + request(whole("abc")) + GET, b'"content":"<user>abc"', 3),
+        (request(whole("abc")).replace(b"POST", b"GET"), b"method_not_allowed", 1),
+    ],
+)
+@pytest.mark.parametrize("delay_s", [0.0, 0.03])
+def test_who_sends_no_more_is_answered(
+    server: Running, sent: bytes, said: bytes, answered: int, delay_s: float
+) -> None:
+    """`nc -N`, `socat` and some load balancers close their sending side behind a request (half-close)."""
+    server.engine.delay_s = delay_s
+    with server.connect() as connection:
+        connection.sendall(sent)
+        connection.shutdown(socket.SHUT_WR)
+        found = answers(connection)  # to the end: the server closes
+    assert found.count(b"HTTP/1.1 ") - found.count(b"HTTP/1.1 100 ") == answered
+    assert said in found
+    assert server.engine.cancelled == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("after_s", [0.0, 0.3])
+@pytest.mark.parametrize("how", ["fin", "rst"])
+def test_who_sends_no_more_and_then_leaves_is_cancelled(
+    server: Running, stream: bool, after_s: float, how: str
+) -> None:
+    engine = server.engine
+    engine.reply, engine.delay_s = "x" * 4000, 0.02
+    with server.connect() as connection:
+        connection.sendall(request(whole(stream=stream)))
+        connection.shutdown(socket.SHUT_WR)
+        wait_for(lambda: engine.running == 1)
+        time.sleep(after_s)
+        assert engine.running == 1
+        if how == "rst":
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    wait_for(lambda: engine.running == 0, 5)
+    assert engine.steps < 400
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [request(whole())[:-5], b"GET /health HTTP/1.1\r\nhost: x\r\n", b"", GET + b"GET /he"],
+    ids=["a part of a body", "a part of a head", "nothing", "a request and a part of one"],
+)
+def test_who_sends_no_more_of_a_request_is_left(server: Running, sent: bytes) -> None:
+    with server.connect() as connection:
+        connection.sendall(sent)
+        connection.shutdown(socket.SHUT_WR)
+        answers(connection)
+    wait_for(lambda: server.connections == 0)
+    assert server.engine.running == 0
+
+
+def test_who_speaks_http_1_0_and_sends_no_more_is_gone(server: Running) -> None:
+    """Proxies speak it, and close when their own client has left: there is no way to ask whether it has."""
+    engine = server.engine
+    engine.reply, engine.delay_s = "x" * 4000, 0.02
+    with server.connect() as connection:
+        connection.sendall(request(whole()).replace(b"HTTP/1.1", b"HTTP/1.0"))
+        wait_for(lambda: engine.running == 1)
+    wait_for(lambda: engine.running == 0, 2)
+
+
 def test_requests_in_line_have_an_end(server: Running) -> None:
     """What is read ahead is bounded: a client cannot fill the memory with requests."""
     get = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"

@@ -1,13 +1,15 @@
 """uvicorn, and what it does not do.
 
 Of a connection: limits of its headers and of their time, offers to upgrade passed over, a client noticed that
-left while its requests wait in line. Of the server: it announces itself, drains, and is stopped by signals.
+left while its requests wait in line, one answered that only sends no more. Of the server: room made for who
+comes when it is full, it announces itself, drains, and is stopped by signals.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import signal
 import socket
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
 
 MAX_HEADERS = 100
 _PIPELINED = 16  # requests of a connection that are read while the first is answered
+_INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"  # any client passes over it, and one that is gone resets
+_FIRST_LOOK_S, _LOOK_S = 0.005, 2.0
+_TCP_CLOSE = 7  # of the kernel's states of a connection: it was reset
 _CROWDED = Problem(503, "too many connections", code="too_many_connections", headers={"retry-after": "1"})
 
 
@@ -74,10 +79,45 @@ class _Parser:
                 self._inner.feed_data(head)
 
 
+class Waiting:
+    """Connections that wait for their client: to ask, to send the rest of a request, or to ask again.
+
+    By address, of IPv6 by network (a host has 2^64 addresses), the longest waiting first.
+    """
+
+    def __init__(self) -> None:
+        self.leaving = 0  # that were told to close and are still there
+        self._of: dict[str, dict[LimitedProtocol, None]] = {}
+
+    def add(self, connection: LimitedProtocol) -> None:
+        """It waits from now on."""
+        self.discard(connection)
+        self._of.setdefault(connection.network, {})[connection] = None
+
+    def discard(self, connection: LimitedProtocol) -> None:
+        """It waits no more, or never did."""
+        mine = self._of.get(connection.network, {})
+        mine.pop(connection, None)
+        if not mine:
+            self._of.pop(connection.network, None)
+
+    def longest(self) -> LimitedProtocol | None:
+        """The longest waiting one of the address that has the most of them."""
+        most = max(self._of.values(), key=len, default=None)
+        return next(iter(most), None) if most is not None else None
+
+
 class LimitedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with limits: a connection that breaks one gets a short answer and is closed."""
+    """uvicorn's protocol with limits: a connection that breaks one gets a short answer and is closed.
+
+    A client may close its sending side and wait for the answer. TCP does not tell it from one that is gone,
+    which resets the connection when it is sent something: so such a client is sent an interim response now
+    and then, until its answer begins. HTTP/1.0 has none, and who speaks it (nginx, unless told) is gone.
+    """
 
     options: ServeOptions  # set by `limited`: uvicorn makes the objects
+    waiting: Waiting  # of all connections of a server
+    network = ""  # the client's
     _head_bytes = 0  # arrived while the headers were not complete
     _head_size = 0  # of the headers read
     _flooded = False
@@ -86,6 +126,8 @@ class LimitedProtocol(HttpToolsProtocol):
     _unsent = -1  # bytes of a complete answer that the client had not read when it was last looked at
     _head_timer: asyncio.TimerHandle | None = None
     _offered = False  # the head that is read offers to upgrade: it comes again without
+    _is_leaving = False  # it made room
+    _look: asyncio.TimerHandle | None = None  # whether a client that sends no more is still there
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -98,19 +140,63 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        if len(self.connections) > self.options.max_connections:
-            self._refuse(_CROWDED)
-            return
+        self.network = _network(self.client[0] if self.client else "")
+        most = self.options.max_connections
+        if most is not None and len(self.connections) - self.waiting.leaving > most:
+            other = self.waiting.longest()
+            if other is None:
+                self._refuse(_CROWDED)
+                return
+            other.make_room()
+        self.waiting.add(self)
         self._await_head()
+
+    def make_room(self) -> None:
+        """Close, for somebody who may have something to ask."""
+        self.waiting.discard(self)
+        self.waiting.leaving += 1
+        self._is_leaving = True
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()  # closing would wait for a client that does not read
+        elif self._head_bytes or not self._in_head:
+            self._refuse(_CROWDED)
+        else:
+            self._stop_timer()
+            self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self.waiting.discard(self)
+        self.waiting.leaving -= self._is_leaving
+        if self._look is not None:
+            self._look.cancel()
         super().connection_lost(exc)  # which tells the last request only
         for cycle in self._unanswered:
             if not cycle.response_complete:
                 cycle.disconnected = True
                 cycle.message_event.set()
         self._unanswered.clear()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Whether the connection stays open for answers, though the client sends no more."""
+        asked = [one for one in self._unanswered if not one.response_complete]
+        if not asked or self._refused or asked[-1].more_body or asked[0].scope["http_version"] == "1.0":
+            return False
+        asked[-1].keep_alive = False
+        if self._look is None:
+            self._look_for_client(_FIRST_LOOK_S)
+        return True
+
+    def _look_for_client(self, again_s: float) -> None:
+        if self.transport.is_closing():
+            return
+        if _is_reset(self.transport):
+            self.transport.abort()
+            return
+        now = next((one for one in self._unanswered if not one.response_complete), None)
+        if now is not None and not now.response_started and not self.transport.get_write_buffer_size():
+            self.transport.write(_INTERIM)
+        self._look = self.loop.call_later(again_s, self._look_for_client, min(2 * again_s, _LOOK_S))
 
     def data_received(self, data: bytes) -> None:
         if self._refused:
@@ -157,6 +243,13 @@ class LimitedProtocol(HttpToolsProtocol):
             return
         super().on_message_complete()
         self._in_head, self._head_bytes = True, 0
+        if not self.cycle.response_complete:
+            self.waiting.discard(self)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self.pipeline and not self.transport.is_closing():
+            self.waiting.add(self)
 
     def head_without_offer(self) -> bytes:
         """The head that was read, without its offer to upgrade."""
@@ -213,7 +306,26 @@ class LimitedProtocol(HttpToolsProtocol):
 
 
 def limited(options: ServeOptions) -> type[LimitedProtocol]:
-    return type("ServedProtocol", (LimitedProtocol,), {"options": options})
+    """The protocol of one server's connections."""
+    return type("ServedProtocol", (LimitedProtocol,), {"options": options, "waiting": Waiting()})
+
+
+def _network(address: str) -> str:
+    """Whose address it is: of IPv6 the first half; one of IPv4 may be written as one of IPv6."""
+    if ":" not in address:
+        return address
+    if "." in address:
+        return address.rpartition(":")[2]
+    return ":".join(ipaddress.ip_address(address).exploded.split(":")[:4])
+
+
+def _is_reset(transport: asyncio.Transport) -> bool:
+    """Whether a connection that is not read any more was reset."""
+    known = transport.get_extra_info("socket")
+    try:
+        return bool(known.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE)
+    except OSError:  # a socket of another family
+        return False
 
 
 def _flood(most_bytes: int) -> Problem:

@@ -41,7 +41,11 @@ class ServeOptions:
     max_loaded: int | None = _flag(
         None, "models in memory at once, the longest unused leaves; default: all that are named"
     )
-    max_connections: int = _flag(4096, "open connections; one more is refused at once")
+    max_connections: int | None = _flag(
+        None,
+        "open connections; one more takes the place of the longest idle one, or is refused; "
+        "default: 4096, fewer where fewer files may be open",
+    )
     max_body_mb: float = _flag(16.0, "longest request body, MB")
     max_header_kb: float = _flag(32.0, "most a request's headers may take, KB")
     header_timeout_s: float = _flag(10.0, "seconds a connection may take to send its headers")
@@ -67,7 +71,7 @@ class ServeOptions:
         self._need(0 <= self.port <= 65535, "port", "from 0 to 65535")
         self._need(all(self.api_keys), "api_keys", "without empty keys")
         self._need(self.max_loaded is None or self.max_loaded > 0, "max_loaded", "1 or more")
-        self._need(self.max_connections > 0, "max_connections", "1 or more")
+        self._need(self.max_connections is None or self.max_connections > 0, "max_connections", "1 or more")
         self._need(self.pooling in ("mean", "last"), "pooling", "mean or last")
         for name in ("max_prompt_tokens", "max_output_tokens", "response_cache_ttl"):
             value = getattr(self, name)

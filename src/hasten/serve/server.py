@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hasten.core import EngineOptions, ServingOptions
@@ -92,7 +92,8 @@ def made(
     setup: ServeSetup, say: Callable[[str], None], loader: Loader | None = None
 ) -> tuple[Any, socket.socket]:
     """uvicorn's server, its first model on its way, and the socket to run it on; see `serve`."""
-    allow_files(setup.options.max_connections)
+    options = replace(setup.options, max_connections=allow_files(setup.options.max_connections))
+    setup = replace(setup, options=options)
     listener = listen(setup.options)
     load = loader or setup.load
     first = _in_thread(lambda: load(next(iter(setup.refs.values()))))
@@ -167,6 +168,7 @@ def _server(
 
 
 _SEND_BUFFER = 256 << 10  # bytes the kernel may hold for a client that does not read; Linux doubles it
+_USUAL_CONNECTIONS = 4096
 _OWN_FILES = 256  # beside connections: weights, caches, sockets that are being refused
 
 
@@ -201,22 +203,30 @@ def listen(options: ServeOptions) -> socket.socket:
     return listener
 
 
-def allow_files(connections: int) -> None:
+def allow_files(connections: int | None) -> int:
     """Let the process open so many connections, as far as the system allows it.
 
+    Args:
+        connections: None is the usual number, or as many as there may be.
+
+    Returns:
+        How many there may be.
+
     Raises:
-        UsageError: it does not.
+        UsageError: fewer than were asked for.
     """
-    wanted = connections + _OWN_FILES
+    wanted = (connections or _USUAL_CONNECTIONS) + _OWN_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return
-    if hard != resource.RLIM_INFINITY and hard < wanted:
+        return wanted - _OWN_FILES
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if most < wanted and connections is not None:
         raise UsageError(
             f"--max-connections {connections} needs {wanted} files, {hard} are allowed",
             hint=f"use --max-connections {max(1, hard - _OWN_FILES)}, or raise it: ulimit -Hn {wanted}",
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return max(most - _OWN_FILES, most // 2)  # beside few files of others, too
 
 
 def url_of(listener: socket.socket) -> str:

@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from hasten.machine.cores import usable_cores
 from hasten.machine.memory import memory_room
-from hasten.serve.body import Strict, parse
+from hasten.serve.body import Ignored, Strict, parse
 from hasten.serve.call import NO_FAULT, Call, Deadline, LibraryPanic, Problem, Receive, Scope, Send, call_of
 from hasten.serve.kept import Recorder, ResponseMemory, ResponseStore
 from hasten.serve.metrics import Metrics, Tally
@@ -42,7 +42,6 @@ _EVENT_HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would collect tokens
 ]
-_NAMED = 50  # fields of one body that are named
 _MOST_TOLD = 1000  # fields that the log names in all
 _HEADER_NAME = re.compile(r"[\w.$/-]{1,60}", re.ASCII)
 _FROM_BROWSERS = (b"origin", b"sec-fetch-site", b"sec-fetch-mode")
@@ -129,7 +128,7 @@ class Exchange:
             said = f"the body did not arrive within {options.body_timeout_s:g} s"
             raise Problem(408, said, code="body_timeout", headers={"connection": "close"})
         self._size = len(data)
-        ignored: set[str] | None = None if options.strict else set()
+        ignored = None if options.strict else Ignored()
         if self._size <= _SMALL:
             found = parse(model, data, ignored)
         else:
@@ -140,7 +139,7 @@ class Exchange:
 
     def _note_ignored(self, names: set[str]) -> None:
         """Say which fields were left out: in a header, in the metrics, and once in the log."""
-        listed = sorted(names)[:_NAMED]
+        listed = sorted(names)
         shown = ", ".join(name for name in listed if _HEADER_NAME.fullmatch(name))
         self.call.headers["x-hasten-ignored"] = shown or str(len(names))
         self.service.metrics.ignored(listed)

@@ -96,33 +96,28 @@ def spelled_switches(document: Mapping[str, Any], ignored: set[str]) -> dict[str
 def spelled_messages(messages: Sequence[Any], ignored: set[str]) -> list[Any]:
     """Messages in OpenAI's words."""
     spelled: list[Any] = []
+    waiting: dict[str, None] = {}  # ids of the last calls that have no result yet
     for message in messages:
         if not isinstance(message, Mapping):
             spelled.append(message)
+            waiting = {}
             continue
-        waiting = _open_calls(spelled)
-        spelled.append(_message(message, waiting, ignored))
+        spelled.append(said := _message(message, next(iter(waiting), None), ignored))
+        if said.get("role") == "tool":
+            waiting.pop(str(said.get("tool_call_id")), None)
+        else:
+            waiting = dict.fromkeys(_call_ids(said))
     return spelled
 
 
-def _open_calls(messages: Sequence[Any]) -> list[str]:
-    """Ids of the last calls that have no result yet."""
-    answered: set[str] = set()
-    for message in reversed(messages):
-        if not isinstance(message, Mapping):
-            break
-        if message.get("role") == "tool":
-            answered.add(str(message.get("tool_call_id")))
-        elif isinstance(message.get("tool_calls"), list):
-            calls = (call for call in message["tool_calls"] if isinstance(call, Mapping))
-            ids = [call.get("id") for call in calls]
-            return [one for one in ids if isinstance(one, str) and one not in answered]
-        else:
-            break
-    return []
+def _call_ids(message: Mapping[str, Any]) -> list[str]:
+    calls = message.get("tool_calls")
+    ids = [call.get("id") for call in calls if isinstance(call, Mapping)] if isinstance(calls, list) else []
+    return [one for one in ids if isinstance(one, str)]
 
 
-def _message(message: Mapping[str, Any], waiting: Sequence[str], ignored: set[str]) -> dict[str, Any]:
+def _message(message: Mapping[str, Any], waiting: str | None, ignored: set[str]) -> dict[str, Any]:
+    """A message in OpenAI's words; `waiting` is the call that a result without an id belongs to."""
     found = dict(message)
     said = str(found.get("role")).lower()
     role = _ROLES.get(said, said if said in _KEPT else found.get("role"))
@@ -135,14 +130,14 @@ def _message(message: Mapping[str, Any], waiting: Sequence[str], ignored: set[st
         if not isinstance(found["content"], str | list):
             found["content"] = json.dumps(found["content"], ensure_ascii=False)
         if not isinstance(found.get("tool_call_id"), str):
-            found["tool_call_id"] = waiting[0] if waiting else "call_0"
+            found["tool_call_id"] = waiting or "call_0"
     kept = _KEPT.get(str(role))
     if kept is None:
         return found
     for name in [name for name in found if name not in kept]:
         value = found.pop(name)
         if value not in (None, "", [], {}) and name not in ("refusal", "function_call", "prefix"):
-            ignored.add(f"messages.{name}"[:60])
+            ignored.add(f"messages.{name}")
     return {name: value for name, value in found.items() if value is not None or name == "content"}
 
 
@@ -245,7 +240,7 @@ def spelled_tools(tools: Sequence[Any], ignored: set[str]) -> list[Any]:
         elif kind == "function" or kind is None:
             kept.append(dict(tool))  # wrong, and named by the check
         else:
-            ignored.add(f"tools.{kind}"[:60])
+            ignored.add(f"tools.{kind}")
     return kept
 
 
@@ -278,8 +273,8 @@ def _choice(found: dict[str, Any]) -> None:
         inner = choice.get("allowed_tools")
         allowed = inner if isinstance(inner, Mapping) else choice
         listed = allowed.get("tools")
-        names = [_name_of(tool) for tool in listed] if isinstance(listed, list) else []
-        found["tools"] = [tool for tool in tools if _name_of(tool) in names]
+        few = {str(_name_of(tool)) for tool in listed} if isinstance(listed, list) else set()
+        found["tools"] = [tool for tool in tools if str(_name_of(tool)) in few]
         found["tool_choice"] = _WORDS.get(str(allowed.get("mode", "auto")), "auto")
     elif isinstance(kind, str) and kind in _WORDS:
         found["tool_choice"] = _WORDS[kind]
@@ -364,13 +359,13 @@ def _item(item: Mapping[str, Any], ignored: set[str]) -> dict[str, Any] | None:
         found["type"] = kind = "function_call_output"
     if kind not in _ITEM_KEPT:
         if kind.endswith("_call") or kind in ("compaction", "item_list"):
-            ignored.add(f"input.{kind}"[:60])
+            ignored.add(f"input.{kind}")
             return None
         return found
     _item_contents(found)
     for name in [name for name in found if name not in _ITEM_KEPT[kind]]:
         if found.pop(name) not in (None, "", [], {}):
-            ignored.add(f"input.{name}"[:60])
+            ignored.add(f"input.{name}")
     if found.get("status") not in _STATUS:
         found.pop("status", None)
     if not isinstance(found.get("id"), str) and kind != "item_reference":

@@ -68,7 +68,10 @@ class CompletionRequest(SamplingFields):
     @classmethod
     def understood(cls, document: dict[str, Any], ignored: set[str]) -> dict[str, Any]:
         """In OpenAI's words of today."""
-        found = super().understood(spelled_switches(document, ignored), ignored)
+        found = spelled_switches(document, ignored)
+        if isinstance(found.get("n_probs"), int) and found["n_probs"] > 0:  # llama.cpp's
+            found.setdefault("logprobs", found.pop("n_probs"))
+        found = super().understood(found, ignored)
         if isinstance(found.get("logprobs"), bool):
             found["logprobs"] = 1 if found["logprobs"] else None
         return found
