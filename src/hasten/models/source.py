@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,7 @@ DEMO = "demo"
 ADAPTER = "+lora:"
 """Stands between a model's name and that of an adapter that is merged into it."""
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_log = logging.getLogger("hasten.models")
 _READ = (".safetensors", ".json", ".jinja", ".model", ".gguf", ".txt")
 _MAX_JSON_BYTES = 64 << 20
 
@@ -173,12 +175,28 @@ def locate(ref: str | Path) -> Place:
         paths = tuple(_adapter(one) for one in adapters)
         return replace(place, name=place.name + _merged_names(paths), adapters=paths)
     path = Path(ref).expanduser()
-    if str(ref) == DEMO and not path.exists():
-        file = demo_file()
-        return Place(DEMO, file.path, file)
+    if str(ref) == DEMO:
+        if not _holds_model(path):
+            file = demo_file()
+            return Place(DEMO, file.path, file)
+        _log.warning(
+            "demo: %s is opened, it hides the demo model; say ./demo to mean it, or start elsewhere",
+            path.absolute(),
+        )
     if path.exists() or (path.suffix == ".gguf" and not is_hub_file(str(ref))):
         return _place(_model_folder(path))
     return Place(str(ref), _place(download(str(ref))).path)
+
+
+_SIGNS = ("config.json", "plan.json", "params.json", ADAPTER_CONFIG)
+
+
+def _holds_model(path: Path) -> bool:
+    """Whether a path is a file, or a folder that was made for a model: an empty one is not."""
+    if not path.is_dir():
+        return path.exists()
+    names = [one.name for one in path.iterdir()]
+    return any(name in _SIGNS or Path(name).suffix.lower() in (".gguf", ".safetensors") for name in names)
 
 
 def _adapter(ref: str) -> Path:

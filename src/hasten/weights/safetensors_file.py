@@ -23,6 +23,7 @@ from hasten.cache import write_atomic
 from hasten.cache.reading import NotAFile, known_content, open_file
 from hasten.errors import FormatError, ModelError
 from hasten.weights.tensors import TYPES, SourceTensor
+from hasten.weights.unwritten import check_written
 
 NOT_A_FILE_HINT = "put the file itself there: it is read at many places, and again by the next run"
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -69,9 +70,12 @@ def open_safetensors(path: Path, integers: bool = False) -> dict[str, SourceTens
 
     Raises:
         ModelError: the file is missing or may not be read.
-        FormatError: as `parse_safetensors`.
+        FormatError: as `parse_safetensors`; or the file was not written to its end.
     """
-    return parse_safetensors(map_file(path), str(path), integers)
+    data = map_file(path)
+    tensors = parse_safetensors(data, str(path), integers)
+    check_written(data, tensors, path)
+    return tensors
 
 
 def parse_safetensors(data: memoryview, name: str, integers: bool = False) -> dict[str, SourceTensor]:
