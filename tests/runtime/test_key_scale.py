@@ -79,3 +79,15 @@ def test_uneven_keys_do_not_spoil_an_int8_cache(
     rough = {key: 1 / value for key, value in uneven(packed).items()}
     assert distance(key_scales) < 0.6 * distance(lambda *_: rough)
     assert distance(key_scales) < 1.2 * distance(lambda *_: {})
+
+
+@pytest.mark.parametrize("size", [1e30, 1e-30, 3e38])
+def test_no_size_of_weights_overflows(size: float, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    _, packed = packed_as("bf16-kv8", "qwen2", tmp_path)
+    vectors = {name: np.full_like(value, size) for name, value in packed.vectors.items()}
+    shifts = key_shifts(packed.config, vectors)
+    found = key_scales(
+        packed.config, lambda name: np.full_like(values_of(packed.linears[name]), size), vectors, shifts
+    )
+    assert all(np.isfinite(scale).all() for scale in found.values())
+    assert not recwarn.list

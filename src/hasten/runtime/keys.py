@@ -92,15 +92,19 @@ def _sizes(
     matrix: Callable[[str], Floats],
     vectors: Mapping[str, Floats],
     shifts: Mapping[str, Floats],
-) -> Floats:
-    """Mean square of each dimension of the keys, as the weights let expect it: [K * D]."""
+) -> npt.NDArray[np.float64]:
+    """Mean square of each dimension of the keys, as the weights let expect it: [K * D].
+
+    In float64, which holds the squares of all that float32 holds.
+    """
     norm = vectors.get(prefix + "k_norm")
     if norm is not None:  # keys are normed after the matrix: a head's, or all heads'
-        return np.tile(norm**2, mixer.kv_heads * mixer.head_dim // norm.size).astype(np.float32)
+        return np.tile(np.square(norm, dtype=np.float64), mixer.kv_heads * mixer.head_dim // norm.size)
     weight = matrix(prefix + "k")
-    before = vectors.get(prefix + "attn_norm")
-    found: Floats = np.square(weight if before is None else weight * before).sum(axis=1)
+    before = vectors.get(prefix + "attn_norm", np.float32(1))
+    found: npt.NDArray[np.float64] = np.square(np.multiply(weight, before, dtype=np.float64)).sum(axis=1)
     bias = vectors.get(prefix + "k.bias")
     if bias is not None:
-        found = found + np.square(bias - shifts.get(prefix + "key_shift", np.float32(0)))
+        shift = shifts.get(prefix + "key_shift", np.float32(0))
+        found = found + np.square(np.subtract(bias, shift, dtype=np.float64))
     return found
