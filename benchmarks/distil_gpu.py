@@ -32,13 +32,11 @@ import distil_text
 from bar import say
 from hasten.cache import write_atomic, write_json
 from hasten.compress.calibration import Calibration, cut
-from hasten.compress.distil.losses import divergence
 from hasten.compress.distil.teacher import Decoder
-from hasten.compress.distil.trainer import Distilled, Training, distil
+from hasten.compress.distil.trainer import Distilled, Training, distil, divergence
 from hasten.compress.prune.ffn import with_channels
 from hasten.compress.result import Progress
-from hasten.compress.torch_layer import tensor_values
-from hasten.compress.torch_tensors import changed
+from hasten.compress.torch_model import changed, tensor_values
 from hasten.core import SCHEMA_VERSION, Budget, Recipe, as_json
 from hasten.errors import HastenError
 from hasten.machine.cores import usable_cores

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from hasten.compress.distil.teacher import Decoder
-from hasten.compress.torch_layer import Positions, mlp
+from hasten.compress.torch_model import Positions, mlp
 
 
 class Writer:

@@ -11,7 +11,7 @@ from typing import get_args
 import pytest
 
 from hasten.cli import main
-from hasten.compress.recipe_check import checked
+from hasten.compress.job import checked
 from hasten.compress.recipe_file import parse_recipe
 from hasten.core import Recipe
 from hasten.models.open import open_model

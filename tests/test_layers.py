@@ -35,7 +35,7 @@ MODULE_COMPRESSION = {  # imported by none but hasten.compress.module, when it i
     "module_layers",
     "compressed_module",
 }
-LANGUAGE_MODELS = {"torch_layer", "torch_tensors", "stream"} | {
+LANGUAGE_MODELS = {"torch_model", "stream"} | {
     "quantise",
     "prune",
     "distil",

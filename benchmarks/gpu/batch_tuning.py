@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from hasten.runtime.gpu.batch_step import BatchStep, Shape
-from hasten.runtime.gpu.batch_tiles import AttentionTile, Product, Tile
+from hasten.runtime.gpu.batch_weights import AttentionTile, Product, Tile
 
 PRODUCTS: tuple[Product, ...] = ("qkv", "o", "gate_up", "down", "head")
 ATTENTION = [

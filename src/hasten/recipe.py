@@ -56,7 +56,7 @@ METHODS = {
         f"{_QUANTISE}.awq:AwqGptq", "scaled by the first, rounded by the second", reads="moments"
     ),
     "best": MethodEntry(
-        f"{_QUANTISE}.sequential:Best", "what measured best at 4 bits", reads="states", head_bits=8
+        f"{_QUANTISE}.gptq:Best", "what measured best at 4 bits", reads="states", head_bits=8
     ),
 }
 """How integers are found. A new one is a file with a class that implements `Method`, and a line here."""

@@ -20,7 +20,7 @@ from hasten.cache.folders import known_folders, remember_folder
 from hasten.cli import main
 from hasten.cli.cache import SUBCOMMANDS
 from hasten.cli.frame import subparser_of
-from hasten.compress.torch_tensors import write_state
+from hasten.compress.torch_model import write_state
 from hasten.core import EngineOptions
 from hasten.weights.work_store import WorkStore
 

@@ -71,7 +71,7 @@ def test_a_plain_recipe_needs_no_torch(tiny_folder: Callable[..., Path], tmp_pat
 def test_without_torch_it_says_what_to_install(
     tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hasten.compress.recipe_check.find_spec", lambda name: None)
+    monkeypatch.setattr("hasten.compress.job.find_spec", lambda name: None)
     with pytest.raises(MachineError, match="compressing needs torch") as error:
         compress(tiny_folder("qwen2"), "w4-gptq")
     assert error.value.hint == "pip install 'hasten[compress]'"
@@ -114,7 +114,7 @@ def test_all_steps_together(tiny_folder: Callable[..., Path], tmp_path: Path, ca
 
 def test_distilling_trains_what_is_stored(tiny_folder: Callable[..., Path]) -> None:
     """Through the layouts' rounding: the packed values are those that were trained, not rounded again."""
-    from hasten.compress.torch_layer import tensor_values
+    from hasten.compress.torch_model import tensor_values
     from hasten.weights.packed import integers
 
     recipe = Recipe("r", Format.of(4), Format.of(16), distil=Distillation(tokens=1024, batch_tokens=512))

@@ -13,8 +13,7 @@ import tiny_models
 from hasten import _native
 from hasten.compress.distil.student import Grid, Student, integer_tensor
 from hasten.compress.distil.teacher import Decoder
-from hasten.compress.torch_layer import tensor_values
-from hasten.compress.torch_tensors import made_tensor
+from hasten.compress.torch_model import made_tensor, tensor_values
 from hasten.core import Format
 from hasten.errors import UsageError
 from hasten.models.open import open_folder

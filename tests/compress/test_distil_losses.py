@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hasten.compress.distil.losses import divergence, hidden_error, in_parts
+from hasten.compress.distil.trainer import divergence, hidden_error, in_parts
 from hasten.recipe import DistilLoss
 
 KINDS: tuple[DistilLoss, ...] = ("forward", "reverse", "skewed")

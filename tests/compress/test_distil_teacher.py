@@ -15,8 +15,7 @@ import tiny_models
 from hasten.compress.calibration import Calibration
 from hasten.compress.distil import teacher as module
 from hasten.compress.distil.teacher import CachedTeacher, cached_teacher, live_teacher
-from hasten.compress.torch_layer import tensor_values
-from hasten.compress.torch_tensors import changed
+from hasten.compress.torch_model import changed, tensor_values
 from hasten.errors import DiskError, ModelError
 from hasten.models.open import open_folder
 from hasten.models.source import Source

@@ -22,8 +22,7 @@ from hasten.compress.distil.teacher import Decoder
 from hasten.compress.distil.trainer import FILE, Distilled, Training, distil, held_out
 from hasten.compress.quantise.rotate import rotate
 from hasten.compress.result import Progress
-from hasten.compress.torch_layer import tensor_values
-from hasten.compress.torch_tensors import changed
+from hasten.compress.torch_model import changed, tensor_values
 from hasten.core import Format, Recipe
 from hasten.errors import DiskError, MachineError, ModelError, UsageError
 from hasten.models.open import open_folder

@@ -9,7 +9,7 @@ import torch
 
 import tiny_models
 from hasten.compress.quantise import fold, foldable, obstacle, shared_scales
-from hasten.compress.torch_layer import Positions, layer_forward, layer_weights
+from hasten.compress.torch_model import Positions, layer_forward, layer_weights
 from hasten.core import READERS
 from hasten.models.open import open_folder
 from hasten.models.source import Source

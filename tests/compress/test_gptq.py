@@ -9,7 +9,7 @@ import torch
 from hasten.compress.quantise.awq import awq_scales, input_scales
 from hasten.compress.quantise.gptq import DAMP, Factor, gptq, lost, nearest
 from hasten.compress.quantise.statistics import mean_gram
-from hasten.compress.torch_tensors import made_tensor
+from hasten.compress.torch_model import made_tensor
 from hasten.core import Format
 from hasten.errors import ModelError
 from hasten.weights.packed import integers, pack_integers, pack_linear

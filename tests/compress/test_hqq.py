@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from hasten.compress.quantise.hqq import POWER, TURNS, hqq
-from hasten.compress.torch_layer import tensor_values
-from hasten.compress.torch_tensors import made_tensor
+from hasten.compress.torch_model import made_tensor, tensor_values
 from hasten.core import Format
 from hasten.errors import ModelError, UsageError
 from hasten.models.open import open_model

@@ -18,8 +18,7 @@ from hasten.compress.calibration import Calibration, work_key
 from hasten.compress.quantise.layerwise import CalibratedLinears, quantise
 from hasten.compress.quantise.statistics import HEAD, StagedLayer, Statistics, settle
 from hasten.compress.stream import Stream, stream_weights
-from hasten.compress.torch_layer import tensor_values
-from hasten.compress.torch_tensors import changed, write_state
+from hasten.compress.torch_model import changed, tensor_values, write_state
 from hasten.core import Format, Recipe
 from hasten.engine.model import LanguageModel, load_packed
 from hasten.errors import DiskError, ModelError, UsageError
@@ -307,7 +306,7 @@ def test_a_full_disk_leaves_what_was_finished(tmp_path: Path, monkeypatch: pytes
 
     from hasten.cache import write_atomic
 
-    monkeypatch.setattr("hasten.compress.torch_tensors.write_atomic", full)
+    monkeypatch.setattr("hasten.compress.torch_model.write_atomic", full)
     with pytest.raises(DiskError):
         quantise(source, recipe, text(), folder=work)
     monkeypatch.undo()

@@ -11,8 +11,7 @@ import torch
 
 from hasten.compress.prune.ffn import Channels, least_loss
 from hasten.compress.stream import Moments, fitted
-from hasten.compress.torch_layer import tensor_values
-from hasten.compress.torch_tensors import changed
+from hasten.compress.torch_model import changed, tensor_values
 from hasten.errors import ModelError, UsageError
 from hasten.models.open import open_folder
 from hasten.recipe import Pruning

@@ -10,8 +10,7 @@ import torch
 
 from hasten.compress.prune.heads import HeadPlan, Heads, kept_heads
 from hasten.compress.stream import Moments, fitted
-from hasten.compress.torch_layer import tensor_values
-from hasten.compress.torch_tensors import changed
+from hasten.compress.torch_model import changed, tensor_values
 from hasten.errors import UsageError
 from hasten.models.open import open_folder
 from hasten.recipe import Pruning

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from hasten.compress.prune.layers import influence, kept_layers
-from hasten.compress.torch_layer import tensor_values
-from hasten.compress.torch_tensors import changed
+from hasten.compress.torch_model import changed, tensor_values
 from hasten.errors import UsageError
 from hasten.models.open import open_folder
 from hasten.models.source import Source

@@ -18,7 +18,7 @@ from hasten.compress.prune.single_weights import (
     sparsegpt,
 )
 from hasten.compress.stream import gram_error
-from hasten.compress.torch_layer import LINEARS, tensor_values
+from hasten.compress.torch_model import LINEARS, tensor_values
 from hasten.errors import UsageError
 from hasten.models.open import open_folder
 from hasten.recipe import Pruning

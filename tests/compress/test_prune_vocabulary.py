@@ -17,8 +17,7 @@ from tokenizers import Tokenizer as Backend
 
 from hasten.compress.calibration import Calibration
 from hasten.compress.prune.vocabulary import Vocabulary
-from hasten.compress.torch_layer import tensor_values
-from hasten.compress.torch_tensors import changed
+from hasten.compress.torch_model import changed, tensor_values
 from hasten.errors import UsageError
 from hasten.models.open import open_folder
 from hasten.models.source import Source, once

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from hasten.compress.prune.width import Width, dimension_importance
-from hasten.compress.torch_layer import tensor_values
-from hasten.compress.torch_tensors import changed
+from hasten.compress.torch_model import changed, tensor_values
 from hasten.core import EngineOptions, Recipe
 from hasten.engine.model import load_packed
 from hasten.errors import UsageError

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hasten.compress.recipe_check import checked, layer_names, matches, needs_text, notes, spelled_out
+from hasten.compress.job import checked, layer_names, matches, needs_text, notes, spelled_out
 from hasten.compress.recipe_file import parse_recipe, read_recipe, recipe_from, write_recipe
 from hasten.core import Format, ModelSpec, Recipe
 from hasten.errors import UsageError

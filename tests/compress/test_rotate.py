@@ -11,8 +11,7 @@ import torch
 
 import tiny_models
 from hasten.compress.quantise.rotate import head_rotation, orthogonal, residual_rotation, rotate
-from hasten.compress.torch_layer import tensor_values
-from hasten.compress.torch_tensors import changed
+from hasten.compress.torch_model import changed, tensor_values
 from hasten.core import Recipe
 from hasten.errors import UsageError
 from hasten.models.open import open_folder, open_model

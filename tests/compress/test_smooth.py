@@ -10,7 +10,7 @@ import torch
 import tiny_models
 from hasten.compress.quantise import foldable, smooth_layer, smooth_scales
 from hasten.compress.quantise.rotate import residual_rotation, rotate
-from hasten.compress.torch_layer import Positions, layer_forward, layer_weights, plain_linear
+from hasten.compress.torch_model import Positions, layer_forward, layer_weights, plain_linear
 from hasten.core import READERS, ModelSpec
 from hasten.models.open import open_folder
 

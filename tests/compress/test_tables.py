@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from hasten.compress.compress import compress
-from hasten.compress.job import Means, work_bytes
-from hasten.compress.recipe_check import needs_text
+from hasten.compress.job import Means, needs_text, work_bytes
 from hasten.compress.recipe_file import parse_recipe, write_recipe
 from hasten.core import Format, Recipe
 from hasten.errors import UsageError
@@ -40,8 +39,8 @@ class Coarse(Method):
 FIRST = """
 from hasten.compress.prune.ffn import with_channels
 from hasten.compress.prune import PartPruned, Pruner, kept_multiple
-from hasten.compress.torch_tensors import changed
-from hasten.compress.torch_layer import layer_weights
+from hasten.compress.torch_model import changed
+from hasten.compress.torch_model import layer_weights
 
 
 class First(Pruner):

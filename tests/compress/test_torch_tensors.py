@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hasten.compress.torch_tensors import read_state, write_state
+from hasten.compress.torch_model import read_state, write_state
 from hasten.errors import DiskError
 from hasten.weights.work_store import state_damage
 

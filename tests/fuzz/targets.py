@@ -10,8 +10,7 @@ from hasten.errors import FormatError, HastenError
 from hasten.models.families import FAMILIES, hf_spec
 from hasten.models.gguf import GgufFile
 from hasten.models.open import fill, gguf_source
-from hasten.weights.safetensors_file import parse_safetensors
-from hasten.weights.tensors import SourceTensor
+from hasten.weights.tensors import SourceTensor, parse_safetensors
 
 CORPUS = Path(__file__).parent / "corpus"
 _MAX_VALUES = 1 << 16  # to unpack; a fuzzer is to look for new paths, not to multiply

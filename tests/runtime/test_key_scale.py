@@ -11,10 +11,9 @@ import tiny_models
 from hasten.core import EngineOptions, Recipe
 from hasten.engine.model import load_packed
 from hasten.models.open import open_folder
-from hasten.models.rope import rotations
+from hasten.models.rope import key_scales, key_shifts, rotations
 from hasten.models.source import Source
 from hasten.runtime import cpu
-from hasten.runtime.keys import key_scales, key_shifts
 from hasten.weights.packed import PackedModel, pack_model, values_of
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hasten.core import RopeScaling
-from hasten.runtime.keys import key_shifts
+from hasten.models.rope import key_shifts
 from specs import changed, spec
 
 CONFIG = spec(

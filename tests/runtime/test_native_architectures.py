@@ -19,8 +19,8 @@ from hasten.core import EngineOptions, Format, Recipe
 from hasten.engine.model import LanguageModel, load_packed
 from hasten.engine.request import Request
 from hasten.models.open import open_model
+from hasten.models.rope import key_shifts
 from hasten.models.source import Source
-from hasten.runtime.keys import key_shifts
 from hasten.runtime.reference import ReferenceDecoder
 from hasten.runtime.sampling import SamplingOptions
 from hasten.weights.codec import encode
@@ -192,7 +192,7 @@ def test_int8_cache_stays_close(name, tiny_model, tiny_folder):
 
 
 def test_large_key_biases_do_not_spoil_an_int8_cache(tiny_folder):
-    """Qwen2's are this large, in dimensions that hardly turn; see hasten.runtime.keys."""
+    """Qwen2's are this large, in dimensions that hardly turn; see hasten.models.rope."""
     source = open_model(tiny_folder("qwen2"))
     packed = pack_model(source, Recipe.parse("bf16-kv8"), 2)
     for layer in range(len(source.config.blocks)):

@@ -10,10 +10,8 @@ from paces import TOY, machine
 from hasten.core import Recipe, Workload
 from hasten.errors import UsageError
 from hasten.speed.cost import Load
-from hasten.speed.fleet import fleet_for
-from hasten.speed.forecast import Case, forecast, memory_of
-from hasten.speed.pace import Ceilings, Link, Piece, Spent, Step
-from hasten.speed.published import known, published
+from hasten.speed.forecast import Case, fleet_for, forecast, memory_of
+from hasten.speed.pace import Ceilings, Link, Piece, Spent, Step, known, published
 
 W8 = Recipe.parse("w8")
 

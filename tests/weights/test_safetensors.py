@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from hasten.errors import FormatError, ModelError
 from hasten.models.open import INDEX, open_checkpoint
-from hasten.weights.safetensors_file import open_safetensors, parse_safetensors
+from hasten.weights.tensors import open_safetensors, parse_safetensors
 
 
 def raw(header: Any, body: bytes = b"", length: int | None = None) -> bytes:

@@ -15,7 +15,7 @@ from hasten.compress.calibration import Calibration
 from hasten.compress.compress import compress
 from hasten.compress.quantise.layerwise import CalibratedLinears
 from hasten.compress.quantise.statistics import Statistics
-from hasten.compress.torch_tensors import write_state
+from hasten.compress.torch_model import write_state
 from hasten.core import Format, Recipe
 from hasten.errors import UsageError
 from hasten.models.artifact import find_packed, keep_packed

@@ -15,10 +15,8 @@ from hasten.errors import UsageError
 
 if TYPE_CHECKING:
     from hasten.speed.fit import Calibration
-    from hasten.speed.fleet import Fleet
-    from hasten.speed.forecast import Case, Forecast, Memory, Range
-    from hasten.speed.pace import Pace
-    from hasten.speed.published import Published
+    from hasten.speed.forecast import Case, Fleet, Forecast, Memory, Range
+    from hasten.speed.pace import Pace, Published
 
 KEPT = "A calibration that was not finished is not kept: run the same command again."
 
@@ -226,7 +224,7 @@ class _Where:
     @classmethod
     def of(cls, machine: str | None, devices: int, threads: int | None, fresh: bool) -> _Where:
         if machine is not None:
-            from hasten.speed.published import published
+            from hasten.speed.pace import published
 
             return cls(None, published(machine), devices)
         if devices > 1:
@@ -292,7 +290,7 @@ def _estimates(asked: _Asked, where: _Where) -> Iterator[_Estimate]:
 
 
 def _fleets(asked: _Asked, where: _Where, rate: float) -> Iterator[tuple[str, Workload, Fleet]]:
-    from hasten.speed.fleet import fleet_for
+    from hasten.speed.forecast import fleet_for
 
     for recipe in asked.recipes:
         for case in {replace(one, workload=replace(one.workload, batch=1)): None for one in asked.cases()}:

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from hasten.compress.calibration import TOKENS
-from hasten.compress.job import Job, Means
-from hasten.compress.recipe_check import fitted, notes
+from hasten.compress.job import Job, Means, fitted, notes
 from hasten.compress.recipe_file import recipe_from, write_recipe
 from hasten.compress.result import Compressed, Observer, Progress, StageClock, Step, silent
 from hasten.core import Recipe, as_json
@@ -168,7 +167,7 @@ def _lesson(progress: Any) -> str:
 def _threads(job: Job) -> contextlib.AbstractContextManager[None]:
     if job.recipe.is_plain:
         return contextlib.nullcontext()
-    from hasten.compress.torch_tensors import torch_threads
+    from hasten.compress.torch_model import torch_threads
 
     return torch_threads(job.means.threads)
 

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from hasten.compress.calibration import Calibration
-from hasten.compress.torch_layer import Linear, Positions, Weights, layer_forward, layer_weights
-from hasten.compress.torch_tensors import row_values
+from hasten.compress.torch_model import Linear, Positions, Weights, layer_forward, layer_weights, row_values
 from hasten.core import ModelSpec
 from hasten.errors import ModelError
 from hasten.models.source import Source

@@ -33,7 +33,7 @@ from hasten.weights.packed import PackedLinear, bf16_bits, integers
 
 @dataclass(frozen=True)
 class Format:
-    """A format that can be written. Its module has two functions:
+    """A format that can be written. `place` is a module, or an object of one, with two functions:
 
     `plan(artifact)` decides what the file or folder will hold and reads no weights. It raises UsageError or
     TokenizerError where the format cannot carry something of the model.
@@ -44,7 +44,7 @@ class Format:
     Where a format has `types`, `plan(artifact, type)` takes one of them: the weights are rounded to it.
     """
 
-    module: str
+    place: str  # "package.module", "package.module:object"
     loads_in: str
     suffix: str = ""  # of a file; "" for a folder
     package: str | None = None  # that writes it
@@ -57,9 +57,10 @@ FORMATS: dict[str, Format] = {
         "hasten.export.gguf", "llama.cpp and what is built on it", suffix=".gguf", types=_GGUF_TYPES
     ),
     "compressed-tensors": Format(
-        "hasten.export.compressed_tensors", "transformers with the compressed-tensors package, vLLM"
+        "hasten.export.quantized_folders:COMPRESSED_TENSORS",
+        "transformers with the compressed-tensors package, vLLM",
     ),
-    "gptq": Format("hasten.export.gptq", "GPTQModel and what reads its format"),
+    "gptq": Format("hasten.export.quantized_folders:GPTQ", "GPTQModel and what reads its format"),
     "openvino": Format(
         "hasten.export.openvino", "openvino, optimum-intel, OpenVINO GenAI", package="openvino"
     ),
@@ -192,10 +193,11 @@ def write_artifact_as(
             hint="make one of integers first: hasten compress MODEL --recipe w4 --out NAME.hasten",
         )
     say(f"checking what {wanted.name} can carry")
-    module: Any = import_module(wanted.format.module)
-    plan = module.plan(artifact, wanted.type) if wanted.type else module.plan(artifact)
+    module, _, name = wanted.format.place.partition(":")
+    writer: Any = getattr(import_module(module), name) if name else import_module(module)
+    plan = writer.plan(artifact, wanted.type) if wanted.type else writer.plan(artifact)
     say(f"writing {path}")
-    written: Exported = module.write(plan, path, progress or (lambda done, total: None))
+    written: Exported = writer.write(plan, path, progress or (lambda done, total: None))
     if artifact.packed.recipe.kv != "int8":
         return written
     note = "the recipe keeps keys and values in int8, which a file does not say: set it in the other engine"

@@ -17,7 +17,7 @@ of this name has; scales are found by a search of our own, for the least squared
 Source: ggml's block structures and dequantize_row functions (ggml-common.h, ggml-quants.c); of the mixtures,
 llama.cpp's llama-quant.cpp.
 
-The metadata is the inverse of hasten.models.families.gguf_metadata, and is checked by it.
+The metadata is the inverse of hasten.models.families.decoder, and is checked by it.
 Whatever the format or llama.cpp has no word for (a sliding window in a llama, soft caps, dynamic rope) comes
 back different from the check, and is refused by name before a byte is written.
 """

@@ -4,7 +4,7 @@ Integer weights go as integers of 4 or 8 bits with an fp16 scale a group: 5 and 
 that engines fuse (q, k and v; gate and up) get one scheme, the widest of theirs. What is no symmetric integer
 layout (a minimum, groups of 16, bf16), the embedding and the head go as floats, as readers expect them.
 
-config.json is the inverse of models/families/config_json.py, and is checked by it.
+config.json is the inverse of models/families/decoder.py, and is checked by it.
 Rope is written in the form of transformers 4 (`rope_theta`, `rope_scaling`), which every reader knows.
 """
 
@@ -26,7 +26,7 @@ from hasten.models.artifact import Artifact
 from hasten.models.families import FAMILIES, hf_spec
 from hasten.models.rope import rotations
 from hasten.weights.packed import PackedModel, bf16_bits, integers, row_pieces
-from hasten.weights.safetensors_file import Entry, write_safetensors
+from hasten.weights.tensors import Entry, write_safetensors
 
 WEIGHTS = "model.safetensors"
 
@@ -105,7 +105,7 @@ def write(
     progress: Progress,
     name: str,
     quantisation: Mapping[str, Any],
-    encode: Callable[[HfPlan, Module], Sequence[Entry]],
+    encode: Callable[[HfPlan, Module, Scheme], Sequence[Entry]],
 ) -> Exported:
     """Write the folder of the format `name`.
 
@@ -113,7 +113,9 @@ def write(
         quantisation: `quantization_config`, left out where nothing is quantised.
         encode: the tensors of a module that has a scheme.
     """
-    entries = [entry for m in made.modules for entry in (encode(made, m) if m.scheme else _floats(made, m))]
+    entries = [
+        entry for m in made.modules for entry in (encode(made, m, m.scheme) if m.scheme else _floats(made, m))
+    ]
     entries += _vectors(made)
     values = {**made.values, **({"quantization_config": dict(quantisation)} if made.quantised else {})}
     with new_folder(path, marker=MARKER) as fresh:

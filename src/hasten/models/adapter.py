@@ -30,8 +30,7 @@ from hasten.models.gguf import GgufFile
 from hasten.models.rope import interleaved_rows
 from hasten.models.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Source, SourceFile, once, read_json_object
 from hasten.weights.packed import finite_values
-from hasten.weights.safetensors_file import open_safetensors
-from hasten.weights.tensors import SourceTensor
+from hasten.weights.tensors import SourceTensor, open_safetensors
 
 if TYPE_CHECKING:
     from hasten.models.tokenizer import Tokenizer

@@ -14,9 +14,16 @@ import numpy as np
 
 from hasten.cache.reading import is_there, known_content
 from hasten.errors import FormatError, ModelError
-from hasten.weights.safetensors_file import map_file
-from hasten.weights.tensors import FOREIGN_NAMES, TYPES_BY_ID, SourceTensor, TensorType
-from hasten.weights.unwritten import HINT, check_written, zeros_at_end
+from hasten.weights.tensors import (
+    CUT_HINT,
+    FOREIGN_NAMES,
+    TYPES_BY_ID,
+    SourceTensor,
+    TensorType,
+    check_written,
+    map_file,
+    zeros_at_end,
+)
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
@@ -247,7 +254,7 @@ class GgufFile:
             if zeros < len(data) // 20:
                 raise
             said = f"{error.message} (its last {zeros:,} bytes at least are zeros)"
-            raise FormatError(said, hint=HINT) from error
+            raise FormatError(said, hint=CUT_HINT) from error
         check_written(data, file.tensors, path)
         return file
 

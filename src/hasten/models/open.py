@@ -15,7 +15,7 @@ from hasten.cache.reading import is_there
 from hasten.core import ModelSpec
 from hasten.errors import FormatError, ModelError
 from hasten.models.families import FAMILIES, gguf_spec, hf_spec
-from hasten.models.families.config_json import token_ids
+from hasten.models.families.decoder import token_ids
 from hasten.models.families.family import Fields, NameTable
 from hasten.models.gguf import GgufFile, model_name, models_in, open_parts, other_kind
 from hasten.models.hub import has_safetensors
@@ -23,8 +23,7 @@ from hasten.models.quantized import Quantization, merged
 from hasten.models.quantized_formats import KEYS, quantization_of, without_quantization
 from hasten.models.rope import interleaved_rows
 from hasten.models.source import ADAPTER_CONFIG, Place, Source, SourceFile, locate, once, read_json_object
-from hasten.weights.safetensors_file import INTEGERS, open_safetensors
-from hasten.weights.tensors import SourceTensor
+from hasten.weights.tensors import INTEGERS, SourceTensor, open_safetensors
 
 Shapes = Mapping[str, tuple[int, ...]]
 _log = logging.getLogger("hasten.models")

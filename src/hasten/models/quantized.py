@@ -37,8 +37,7 @@ import numpy.typing as npt
 from hasten.errors import FormatError
 from hasten.models.families.family import Fields
 from hasten.weights.formats import FORMATS
-from hasten.weights.safetensors_file import INTEGERS
-from hasten.weights.tensors import SourceTensor
+from hasten.weights.tensors import INTEGERS, SourceTensor
 
 Tensors = Mapping[str, SourceTensor]
 _NATIVE_GROUPS = (128, 64, 32)

@@ -24,8 +24,7 @@ from hasten.core import ModelSpec
 from hasten.errors import DiskError, FormatError, ModelError
 from hasten.models.gguf import model_name, models_in, part_names
 from hasten.models.hub import OWNED, download, explained, has_safetensors, hub_file, is_hub_file
-from hasten.weights.safetensors_file import NOT_A_FILE_HINT
-from hasten.weights.tensors import SourceTensor
+from hasten.weights.tensors import NOT_A_FILE_HINT, SourceTensor
 
 if TYPE_CHECKING:
     from hasten.models.tokenizer import Tokenizer

@@ -127,8 +127,7 @@ def compressed(ref: str | Path, asked: Asked, observer: Observer, threads: int |
     """
     from hasten.compress.calibration import TOKENS, cut
     from hasten.compress.compress import carried_out
-    from hasten.compress.job import Job, Means
-    from hasten.compress.recipe_check import needs_text
+    from hasten.compress.job import Job, Means, needs_text
     from hasten.models.open import open_model
 
     source = open_model(ref)

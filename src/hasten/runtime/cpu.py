@@ -15,9 +15,8 @@ from hasten.errors import MachineError, ModelError
 from hasten.machine.cores import threads_of
 from hasten.machine.memory import memory_room
 from hasten.machine.probe import Format, choose_kernels
-from hasten.models.rope import tables
+from hasten.models.rope import key_scales, key_shifts, tables
 from hasten.runtime.executor import LONG, Executor, Ids, Part, PartResult, Ticket, finish, prepare
-from hasten.runtime.keys import key_scales, key_shifts
 from hasten.runtime.pages import PAGE_TOKENS, PageMemory, PagePool, kv_plan
 from hasten.speed import page_bytes
 from hasten.weights.packed import PackedLinear, PackedModel, values_of

@@ -21,7 +21,7 @@ from hasten.core import RopeScaling  # noqa: E402
 from hasten.errors import ModelError, UsageError  # noqa: E402
 from hasten.runtime.gpu import batch_step, batch_weights  # noqa: E402
 from hasten.runtime.gpu.batch_step import MOST_ROWS, PAGE, BatchStep, StepOptions  # noqa: E402
-from hasten.runtime.gpu.batch_tiles import AttentionTile, Tile  # noqa: E402
+from hasten.runtime.gpu.batch_weights import AttentionTile, Tile  # noqa: E402
 from hasten.runtime.gpu.plain import PagedCache  # noqa: E402
 from hasten.runtime.reference import ReferenceDecoder  # noqa: E402
 from specs import changed, spec  # noqa: E402

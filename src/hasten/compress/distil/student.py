@@ -20,8 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from hasten.compress.distil.teacher import Change, Decoder
-from hasten.compress.torch_layer import LINEARS
-from hasten.compress.torch_tensors import changed, made_tensor
+from hasten.compress.torch_model import LINEARS, changed, made_tensor
 from hasten.core import Format
 from hasten.models.source import Source
 from hasten.weights.codec import Encoded

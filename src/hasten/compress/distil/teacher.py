@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hasten.cache.reading import map_array
 from hasten.compress.calibration import Calibration, work_key
-from hasten.compress.torch_layer import Positions, layer_forward, tensor_values
+from hasten.compress.torch_model import Positions, layer_forward, tensor_values
 from hasten.core import ModelSpec
 from hasten.errors import DiskError, ModelError
 from hasten.models.source import Source

@@ -13,8 +13,7 @@ import torch
 from hasten.compress.calibration import Calibration
 from hasten.compress.prune import Observer, PartPruned, Parts, Pruner, kept_multiple
 from hasten.compress.stream import Found, Moments, Stream, refit, stream_linear, stream_weights
-from hasten.compress.torch_layer import Weights
-from hasten.compress.torch_tensors import made_tensor, taken_rows
+from hasten.compress.torch_model import Weights, made_tensor, taken_rows
 from hasten.core import ModelSpec
 from hasten.models.source import Source
 from hasten.recipe import Pruning

@@ -15,8 +15,7 @@ import torch
 from hasten.compress.calibration import Calibration
 from hasten.compress.prune import MULTIPLE, Observer, PartPruned, Parts, Pruner
 from hasten.compress.stream import Found, Moments, Stream, refit, stream_weights
-from hasten.compress.torch_layer import Weights
-from hasten.compress.torch_tensors import made_tensor, taken_rows
+from hasten.compress.torch_model import Weights, made_tensor, taken_rows
 from hasten.core import ModelSpec
 from hasten.errors import UsageError
 from hasten.models.source import Source

@@ -15,7 +15,7 @@ from hasten.compress.calibration import Calibration
 from hasten.compress.prune import Observer, PartPruned, Parts, Pruner
 from hasten.compress.prune.ffn import moments_of, to_middle
 from hasten.compress.stream import Stream, refit, stream_weights
-from hasten.compress.torch_tensors import made_tensor, renamed
+from hasten.compress.torch_model import made_tensor, renamed
 from hasten.core import ModelSpec
 from hasten.errors import UsageError
 from hasten.models.source import Source

@@ -12,8 +12,7 @@ import torch
 from hasten.compress.calibration import Calibration
 from hasten.compress.prune import Observer, PartPruned, Parts, Pruner
 from hasten.compress.stream import Found, Stream, gram_error, stream_weights, symmetric_add
-from hasten.compress.torch_layer import LINEARS, Weights, layer_weights
-from hasten.compress.torch_tensors import changed
+from hasten.compress.torch_model import LINEARS, Weights, changed, layer_weights
 from hasten.core import READERS, ModelSpec
 from hasten.errors import UsageError
 from hasten.models.source import Source

@@ -20,7 +20,7 @@ import torch
 
 from hasten.compress.calibration import Calibration
 from hasten.compress.prune import Observer, PartPruned, Parts, Pruner
-from hasten.compress.torch_tensors import taken_rows
+from hasten.compress.torch_model import taken_rows
 from hasten.core import ModelSpec
 from hasten.errors import UsageError
 from hasten.models.source import Source, once

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from hasten.compress.calibration import Calibration
 from hasten.compress.prune import Observer, PartPruned, Parts, Pruner, kept_multiple
 from hasten.compress.stream import Found, Moments, Stream, fitted, refit, stream_weights
-from hasten.compress.torch_layer import LINEARS, Weights, tensor_values
-from hasten.compress.torch_tensors import Values, changed
+from hasten.compress.torch_model import LINEARS, Values, Weights, changed, tensor_values
 from hasten.core import READERS, ModelSpec
 from hasten.models.source import Source
 from hasten.recipe import Pruning

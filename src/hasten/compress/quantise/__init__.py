@@ -27,8 +27,7 @@ import torch
 
 from hasten.compress.quantise.statistics import LayerStatistics
 from hasten.compress.stream import Stream
-from hasten.compress.torch_layer import LINEARS, Weights, layer_weights, tensor_values
-from hasten.compress.torch_tensors import made_tensor
+from hasten.compress.torch_model import LINEARS, Weights, layer_weights, made_tensor, tensor_values
 from hasten.core import READERS, Format, Group, ModelSpec, Recipe
 from hasten.models.source import Source
 from hasten.recipe import METHODS
@@ -217,7 +216,7 @@ def fold(
     """One layer with a group's inputs divided by `scales` and its matrices' columns multiplied by them.
 
     Args:
-        weights: the layer by short name (compress/torch_layer.py), of any float type.
+        weights: the layer by short name (compress/torch_model.py), of any float type.
         group: whose inputs; it must be `foldable`.
         scales: [cols], positive; those of `o` go through `shared_scales` first.
 

@@ -16,7 +16,7 @@ import torch
 
 from hasten.compress.quantise import Layer, Method, Rounded, divided, evened, fold, foldable, shared_scales
 from hasten.compress.quantise.gptq import Gptq, lost, nearest
-from hasten.compress.torch_layer import Weights
+from hasten.compress.torch_model import Weights
 from hasten.core import READERS, Format, Group, ModelSpec
 
 POWERS = tuple(i / 10 for i in range(10))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from hasten.compress.calibration import Calibration, work_key
+from hasten.compress.job import reads_moments, reads_text
 from hasten.compress.quantise import (
     Head,
     QuantisedLayer,
@@ -18,13 +19,10 @@ from hasten.compress.quantise import (
     method_named,
     packed_layer,
 )
-from hasten.compress.quantise.gptq import Factor, factor_of, gptq
-from hasten.compress.quantise.sequential import advance_through
+from hasten.compress.quantise.gptq import Factor, advance_through, factor_of, gptq
 from hasten.compress.quantise.statistics import HEAD, Observer, Statistics, readers_of
-from hasten.compress.recipe_check import reads_moments, reads_text
 from hasten.compress.stream import Stream
-from hasten.compress.torch_layer import tensor_values
-from hasten.compress.torch_tensors import read_state, write_state
+from hasten.compress.torch_model import read_state, tensor_values, write_state
 from hasten.core import Format, Recipe
 from hasten.errors import UsageError
 from hasten.models.source import Source

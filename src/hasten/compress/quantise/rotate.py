@@ -24,8 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hasten.compress.torch_layer import tensor_values
-from hasten.compress.torch_tensors import Values, changed
+from hasten.compress.torch_model import Values, changed, tensor_values
 from hasten.core import ModelSpec
 from hasten.errors import UsageError
 from hasten.models.source import Source

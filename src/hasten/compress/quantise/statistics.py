@@ -17,8 +17,7 @@ import torch.nn.functional as F
 
 from hasten.compress.calibration import Calibration, statistics_bytes, work_key
 from hasten.compress.stream import Stream, stream_linear, stream_weights, symmetric_add
-from hasten.compress.torch_layer import Weights, activated, attended, tensor_values
-from hasten.compress.torch_tensors import read_state, write_state
+from hasten.compress.torch_model import Weights, activated, attended, read_state, tensor_values, write_state
 from hasten.core import READERS, Group
 from hasten.errors import ModelError
 from hasten.models.source import Source

@@ -15,11 +15,10 @@ import numpy as np
 
 from hasten.core import Activation, Attention, ModelSpec, NormPlacement, QkNorm, dense
 from hasten.errors import ModelError
-from hasten.models.families import config_json, gguf_metadata
+from hasten.models.families import decoder
 from hasten.models.families.family import Family, Fields
 from hasten.models.families.gemma3 import GEMMA3
-from hasten.models.families.llama import LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3
-from hasten.models.families.smollm3 import SMOLLM3
+from hasten.models.families.llama import LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3, SMOLLM3
 from hasten.models.gguf import GgufMetadata
 from hasten.models.rope import frequencies
 
@@ -52,10 +51,10 @@ def hf_spec(values: Any, where: str, embed_dtype: str = "BF16") -> ModelSpec:
         whole = {key: values[key] for key in _OF_THE_WHOLE if values.get(key) is not None}
         values = {**Fields(values, where).mapping("text_config"), **whole}
     fields = Fields(values, where, defaults=family.defaults)
-    return checked(config_json.decoder(fields, family, embed_dtype), where)
+    return checked(decoder.from_config(fields, family, embed_dtype), where)
 
 
-def gguf_spec(metadata: GgufMetadata, tensors: gguf_metadata.Tensors, where: str) -> ModelSpec:
+def gguf_spec(metadata: GgufMetadata, tensors: decoder.Tensors, where: str) -> ModelSpec:
     """Translate the metadata of a GGUF file.
 
     Args:
@@ -71,7 +70,7 @@ def gguf_spec(metadata: GgufMetadata, tensors: gguf_metadata.Tensors, where: str
     if family is None:
         raise _unsupported(name, where)
     fields = Fields(metadata, where, prefix=f"{name}.")
-    return checked(gguf_metadata.decoder(fields, family, metadata, tensors), where)
+    return checked(decoder.from_gguf(fields, family, metadata, tensors), where)
 
 
 def _unsupported(name: Any, where: str) -> ModelError:

@@ -1,7 +1,7 @@
 """What a family of models is: its names, its defaults, what sets it apart, and how its tensors are called.
 
-A family file fills a `Family`; config_json.py and gguf_metadata.py read files with it. Sources of the tensor
-names: the modules of transformers' models, and gguf's (gguf-py/gguf/constants.py).
+A family file fills a `Family`; decoder.py reads files with it. Sources of the tensor names: the modules of
+transformers' models, and gguf's (gguf-py/gguf/constants.py).
 """
 
 from __future__ import annotations

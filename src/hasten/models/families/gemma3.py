@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from hasten.core import Block, Embedding, Head, ModelSpec, Rotary
-from hasten.models.families.config_json import activation_of
+from hasten.models.families.decoder import activation_of
 from hasten.models.families.family import ATTENTION_BIAS, Family, Fields, Flags, bf16_rounded, layer_types
 
 _LAYERS_OF_1B, _LAYERS_OF_27B = 26, 62

@@ -31,7 +31,7 @@ from hasten.runtime.gpu.batch_products import (
     prefetch,
     wait_for_previous,
 )
-from hasten.runtime.gpu.batch_tiles import INT8_STAGES, AttentionTile
+from hasten.runtime.gpu.batch_weights import INT8_STAGES, AttentionTile
 from hasten.runtime.gpu.driver import Module, built, current_device, with_defines
 
 LOG2_E = tl.constexpr(1.4426950408889634)

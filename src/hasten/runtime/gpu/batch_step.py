@@ -20,8 +20,15 @@ import torch
 
 from hasten.errors import UsageError
 from hasten.runtime.gpu import batch_attention, batch_products
-from hasten.runtime.gpu.batch_tiles import AttentionTile, Product, Tile, attention_tile, tile
-from hasten.runtime.gpu.batch_weights import BatchWeights, Matrix
+from hasten.runtime.gpu.batch_weights import (
+    AttentionTile,
+    BatchWeights,
+    Matrix,
+    Product,
+    Tile,
+    attention_tile,
+    tile,
+)
 from hasten.runtime.gpu.peers import MOST_ROWS as WORD_ROWS
 from hasten.runtime.gpu.peers import PeerRanks, Words
 from hasten.runtime.gpu.plain import PagedCache

@@ -10,8 +10,7 @@ import torch
 
 import tiny_models
 from hasten.compress.calibration import cut
-from hasten.compress.torch_layer import Positions, layer_forward, layer_weights, tensor_values
-from hasten.compress.torch_tensors import changed
+from hasten.compress.torch_model import Positions, changed, layer_forward, layer_weights, tensor_values
 from hasten.errors import UsageError
 from hasten.models.open import open_folder
 from hasten.models.source import Source
