@@ -10,29 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hasten.cli.console import note, note_device, opened, speak
-from hasten.cli.flags import (
-    AdapterOption,
-    ContextOption,
-    DeviceOption,
-    GpuMemoryOption,
-    JsonSchemaOption,
-    MinPOption,
-    ModelArgument,
-    NewTokensOption,
-    RecipeOption,
-    RepeatPenaltyOption,
-    SeedOption,
-    StopOption,
-    SystemOption,
-    TemperatureOption,
-    ThreadsOption,
-    TopKOption,
-    TopPOption,
-    grammar_of,
-    sampling_of,
-)
-from hasten.core import EngineOptions
+from hasten.cli.console import note, speak
+from hasten.cli.flags import AnswerFlags, ModelArgument, fill, grammar_of, parameters, with_flags
 from hasten.errors import HastenError, UsageError
 from hasten.stopping import outlived
 
@@ -50,48 +29,28 @@ a line that ends with a backslash goes on in the next; so does all between two l
 SHORT = "/help lists what can be typed; Ctrl-C stops an answer, /exit or Ctrl-D leaves."
 
 
-def command(
-    model: ModelArgument,
-    system: SystemOption = "",
-    max_new_tokens: NewTokensOption = None,
-    recipe: RecipeOption = None,
-    adapter: AdapterOption = None,
-    temperature: TemperatureOption = None,
-    top_k: TopKOption = None,
-    top_p: TopPOption = None,
-    min_p: MinPOption = None,
-    repeat_penalty: RepeatPenaltyOption = None,
-    seed: SeedOption = 0,
-    stop: StopOption = None,
-    json_schema: JsonSchemaOption = None,
-    threads: ThreadsOption = None,
-    context: ContextOption = None,
-    device: DeviceOption = "cpu",
-    gpu_memory: GpuMemoryOption = None,
-) -> None:
+def command(model: ModelArgument, **flags: Any) -> None:
     """Talk with a model in the terminal.
 
     Answers stream to stdout, sampled as the model's authors advise unless flags say otherwise. /help lists
     what can be typed; /exit or Ctrl-D leaves; Ctrl-C stops an answer and not the program. Through a pipe,
     every line of stdin is one turn.
     """
-    flags = {
-        "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-        "repetition_penalty": repeat_penalty,
-    }  # fmt: skip
-    grammar = grammar_of(json_schema)
-    sampling_of({}, flags, seed)  # a wrong flag is said before the model is loaded
-    options = EngineOptions(threads=threads, context=context, device=device, gpu_memory=gpu_memory)
-    running = opened(model, recipe, options, adapter or ())
-    note_device(running)
-    limits = Limits(max_new_tokens, tuple(stop or ()), grammar)
-    conversation = Conversation(running, sampling_of(running.sampling, flags, seed), limits, system)
+    asked = fill(AnswerFlags, flags)
+    grammar = grammar_of(asked.json_schema)
+    asked.sampling()  # a wrong flag is said before the model is loaded
+    running = asked.opened(model)
+    limits = Limits(asked.max_new_tokens, tuple(asked.stop or ()), grammar)
+    conversation = Conversation(running, asked.sampling(running.sampling), limits, asked.system)
     if sys.stdin.isatty():
         note(f"{running.name} [{running.recipe.name}], {conversation.settings()}. {SHORT}")
     for line in _typed() if sys.stdin.isatty() else _piped():
         if line == "/exit":
             return
         _take(conversation, line)
+
+
+with_flags(command, parameters(AnswerFlags))
 
 
 def _take(conversation: Conversation, line: str) -> None:

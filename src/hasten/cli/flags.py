@@ -1,24 +1,32 @@
-"""Flags: those that several verbs share, and those that are made from the fields of a frozen dataclass."""
+"""Flags: those that several verbs share, and those that are made from the fields of a frozen dataclass.
+
+A verb whose `command` takes `**flags` gets the flags of dataclasses by `with_flags` and fills them by `fill`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
 from hasten.cache.reading import read_text
+from hasten.cli.console import note_device, opened
 from hasten.core import EngineOptions
 from hasten.errors import UsageError
 from hasten.recipe import appended_methods, share_of
 
 if TYPE_CHECKING:
     from hasten.engine.grammar import Grammar
+    from hasten.engine.model import LanguageModel
     from hasten.runtime.sampling import SamplingOptions
+
+_Noun = TypeVar("_Noun")
 
 
 def help_of(noun: type, name: str) -> str:
@@ -66,60 +74,93 @@ TextOption = Annotated[
 ]
 TokensOption = Annotated[int, given("--tokens", "N", "Tokens to judge on; more narrow the interval.", min=1)]
 
-# Sampling and what bounds an answer, for generate and chat.
-NewTokensOption = Annotated[
-    int | None,
-    typer.Option(
-        "-n",
-        "--max-new-tokens",
-        metavar="N",
-        min=0,
-        help="Tokens to generate at most. Default: to the end of the text.",
-        show_default=False,
-    ),
-]
-ADVICE = "Default: 0 for generate; for chat what the model's authors advise."
-TemperatureOption = Annotated[
-    float | None,
-    optional("--temperature", "T", f"0 takes the likeliest token; above it, samples. {ADVICE}", min=0.0),
-]
-TopKOption = Annotated[int | None, optional("--top-k", "K", "Sample among the K likeliest; 0 is all.", min=0)]
-TopPOption = Annotated[
-    float | None, optional("--top-p", "P", "Sample within this total probability.", min=0.0, max=1.0)
-]
-MinPOption = Annotated[
-    float | None, optional("--min-p", "P", "Drop tokens below P times the likeliest one.", min=0.0, max=1.0)
-]
-RepeatPenaltyOption = Annotated[
-    float | None,
-    optional("--repeat-penalty", "X", "Above 1: tokens that were there already become less likely."),
-]
-SeedOption = Annotated[int, given("--seed", "N", "Seed of the sampling: same seed, same text.")]
-StopOption = Annotated[
-    list[str] | None,
-    optional("--stop", "TEXT", "End the answer before this text; repeatable."),
-]
-SCHEMA = "The answer is JSON that follows this schema: JSON text, or a file of it."
-JsonSchemaOption = Annotated[str | None, optional("--json-schema", "SCHEMA", SCHEMA)]
-SystemOption = Annotated[str, optional("--system", "TEXT", "Instructions the conversation opens with.")]
 ADAPTER = "A LoRA adapter to merge into the model: a folder of PEFT, a GGUF file, or a hub id; repeatable."
 AdapterOption = Annotated[list[str] | None, optional("--adapter", "PATH", ADAPTER)]
 
 
-def sampling_of(
-    advised: Mapping[str, float], flags: Mapping[str, float | None], seed: int
-) -> SamplingOptions:
-    """How tokens are chosen: by the flags that were given, else as is advised, else greedily.
+_ADVICE = "Default: 0 for generate; for chat what the model's authors advise."
+_SCHEMA = "The answer is JSON that follows this schema: JSON text, or a file of it."
 
-    Raises:
-        UsageError: a value outside its range.
-    """
-    from hasten.runtime.sampling import SamplingOptions
 
-    values: dict[str, Any] = {**advised, **{name: v for name, v in flags.items() if v is not None}}
-    if "top_k" in values:
-        values["top_k"] = int(values["top_k"])
-    return SamplingOptions(**values, seed=seed)
+@dataclass(frozen=True)
+class AnswerFlags:
+    """What `generate` and `chat` ask of a model and of its answers."""
+
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "-n",
+            "--max-new-tokens",
+            metavar="N",
+            min=0,
+            help="Tokens to generate at most. Default: to the end of the text.",
+            show_default=False,
+        ),
+    ] = None
+    recipe: RecipeOption = None
+    adapter: AdapterOption = None
+    system: Annotated[str, optional("--system", "TEXT", "Instructions the conversation opens with.")] = ""
+    temperature: Annotated[
+        float | None,
+        optional("--temperature", "T", f"0 takes the likeliest token; above it, samples. {_ADVICE}", min=0.0),
+    ] = None
+    top_k: Annotated[
+        int | None, optional("--top-k", "K", "Sample among the K likeliest; 0 is all.", min=0)
+    ] = None
+    top_p: Annotated[
+        float | None, optional("--top-p", "P", "Sample within this total probability.", min=0.0, max=1.0)
+    ] = None
+    min_p: Annotated[
+        float | None,
+        optional("--min-p", "P", "Drop tokens below P times the likeliest one.", min=0.0, max=1.0),
+    ] = None
+    repeat_penalty: Annotated[
+        float | None,
+        optional("--repeat-penalty", "X", "Above 1: tokens that were there already become less likely."),
+    ] = None
+    seed: Annotated[int, given("--seed", "N", "Seed of the sampling: same seed, same text.")] = 0
+    stop: Annotated[
+        list[str] | None, optional("--stop", "TEXT", "End the answer before this text; repeatable.")
+    ] = None
+    json_schema: Annotated[str | None, optional("--json-schema", "SCHEMA", _SCHEMA)] = None
+    threads: ThreadsOption = None
+    context: ContextOption = None
+    device: DeviceOption = "cpu"
+    gpu_memory: GpuMemoryOption = None
+
+    def sampling(self, advised: Mapping[str, float] | None = None) -> SamplingOptions:
+        """How tokens are chosen: by the flags that were given, else as is advised, else greedily.
+
+        Raises:
+            UsageError: a value outside its range.
+        """
+        from hasten.runtime.sampling import SamplingOptions
+
+        values: dict[str, Any] = {
+            **(advised or {}),
+            **{name: v for name in _CHOOSING if (v := getattr(self, name)) is not None},
+        }
+        if self.repeat_penalty is not None:
+            values["repetition_penalty"] = self.repeat_penalty
+        if "top_k" in values:
+            values["top_k"] = int(values["top_k"])
+        return SamplingOptions(**values, seed=self.seed)
+
+    def opened(self, model: str, tensor_parallel: int = 1) -> LanguageModel:
+        """The model as it is asked for; a device that was chosen for the user is said."""
+        options = EngineOptions(
+            threads=self.threads,
+            context=self.context,
+            device=self.device,
+            gpu_memory=self.gpu_memory,
+            tensor_parallel=tensor_parallel,
+        )
+        running = opened(model, self.recipe, options, self.adapter or ())
+        note_device(running)
+        return running
+
+
+_CHOOSING = ("temperature", "top_k", "top_p", "min_p")
 
 
 def grammar_of(schema: str | None) -> Grammar | None:
@@ -150,10 +191,10 @@ def parameters(noun: type, env: Mapping[str, str] | None = None) -> list[inspect
     A tuple becomes a flag that may be given again and again, under the singular of its name.
 
     Args:
-        noun: the dataclass; every field has a default and `help` metadata.
+        noun: the dataclass; every field has a default, and `help` metadata or a flag for its type.
         env: field -> environment variable that stands in for the flag.
     """
-    hints = get_type_hints(noun)
+    hints = get_type_hints(noun, include_extras=True)
     return [
         _parameter(noun, item, hints[item.name], (env or {}).get(item.name))
         for item in dataclasses.fields(noun)
@@ -161,6 +202,10 @@ def parameters(noun: type, env: Mapping[str, str] | None = None) -> list[inspect
 
 
 def _parameter(noun: type, item: Any, hint: Any, env: str | None) -> inspect.Parameter:
+    if get_origin(hint) is Annotated:
+        return inspect.Parameter(
+            item.name, inspect.Parameter.KEYWORD_ONLY, default=item.default, annotation=hint
+        )
     repeated = get_origin(hint) is tuple
     name = (item.name.removesuffix("s") if repeated else item.name).replace("_", "-")
     flag = f"--{name}/--no-{name}" if hint is bool else f"--{name}"
@@ -182,7 +227,15 @@ def _metavar(hint: Any) -> str | None:
     return next((words[part] for part in (hint, *get_args(hint)) if part in words), None)
 
 
-def fill(noun: type, values: Mapping[str, Any]) -> Any:
+def with_flags(command: Callable[..., None], more: Iterable[inspect.Parameter]) -> None:
+    """Give a verb's `command` parameters in place of its `**flags`; its own come first in the help."""
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "flags"]
+    found = [*own, *more]
+    command.__signature__ = inspect.Signature(found)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in found}
+
+
+def fill(noun: type[_Noun], values: Mapping[str, Any]) -> _Noun:
     """The dataclass of flag values; flags that belong to others are passed over."""
     taken = {}
     for item in dataclasses.fields(noun):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from typing import Annotated, Any
 
 from hasten.cli.console import watched
-from hasten.cli.flags import AdapterOption, RecipeOption, argument, fill, optional, parameters
+from hasten.cli.flags import AdapterOption, RecipeOption, argument, fill, optional, parameters, with_flags
 from hasten.core import EngineOptions, ServingOptions
 from hasten.serve.options import ServeOptions, names_of
 
@@ -76,16 +75,11 @@ def _announce(url: str) -> None:
     sys.stdout.flush()
 
 
-def _with_flags() -> None:
-    """Give `command` the flags of the three dataclasses."""
-    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "flags"]
-    more = [
+with_flags(
+    command,
+    [
         *parameters(ServeOptions, {"api_keys": "HASTEN_API_KEY"}),
         *parameters(EngineOptions),
         *parameters(ServingOptions),
-    ]
-    command.__signature__ = inspect.Signature([*own, *more])  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in [*own, *more]}
-
-
-_with_flags()
+    ],
+)
