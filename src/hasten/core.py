@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from hasten.errors import ModelError
 from hasten.recipe import Recipe as Recipe
+from hasten.recipe import option
 from hasten.weights.formats import Format as Format
 
 SCHEMA_VERSION = 1
@@ -347,41 +348,28 @@ def _beyond_dense(spec: ModelSpec) -> Iterator[str]:
 class EngineOptions:
     """How the engine runs a model on this machine."""
 
-    threads: int | None = field(
-        default=None, metadata={"help": "threads to use; default: one a core, as far as CPU quotas allow"}
+    threads: int | None = option(None, "threads to use; default: one a core, as far as CPU quotas allow")
+    context: int | None = option(
+        None, "longest prompt plus output, tokens; default: the model's own, less where memory is short"
     )
-    context: int | None = field(
-        default=None,
-        metadata={
-            "help": "longest prompt plus output, tokens; default: the model's own, less where memory is short"
-        },
+    max_sequences: int = option(16, "sequences that may decode together")
+    prefill_chunk: int = option(512, "prompt tokens computed in one step")
+    kv_gb: float | None = option(
+        None,
+        "most memory for keys and values, GB; "
+        "default: max_sequences full contexts (on a GPU: of 8192 tokens), less where memory is short",
     )
-    max_sequences: int = field(default=16, metadata={"help": "sequences that may decode together"})
-    prefill_chunk: int = field(default=512, metadata={"help": "prompt tokens computed in one step"})
-    kv_gb: float | None = field(
-        default=None,
-        metadata={
-            "help": "most memory for keys and values, GB; "
-            "default: max_sequences full contexts (on a GPU: of 8192 tokens), less where memory is short"
-        },
+    gpu_memory: str | float | None = option(
+        None,
+        "most memory of the GPU for weights, keys and values and what steps compute with: GiB, "
+        "such as 20GiB or 20, or a share, such as 0.9; default: what is free",
     )
-    gpu_memory: str | float | None = field(
-        default=None,
-        metadata={
-            "help": "most memory of the GPU for weights, keys and values and what steps compute with: GiB, "
-            "such as 20GiB or 20, or a share, such as 0.9; default: what is free"
-        },
+    device: str = option(
+        "cpu",
+        "what computes: cpu, cuda, auto (a GPU that runs the model), reference (NumPy, slow), "
+        "or torch (the GPU engine's plain twin on a CPU, slow)",
     )
-    device: str = field(
-        default="cpu",
-        metadata={
-            "help": "what computes: cpu, cuda, auto (a GPU that runs the model), reference (NumPy, slow), "
-            "or torch (the GPU engine's plain twin on a CPU, slow)"
-        },
-    )
-    tensor_parallel: int = field(
-        default=1, metadata={"help": "GPUs that compute one model together, each a share of every layer"}
-    )
+    tensor_parallel: int = option(1, "GPUs that compute one model together, each a share of every layer")
 
 
 CachePolicy = Literal["lru", "lfu", "s3fifo", "cost"]
@@ -391,22 +379,12 @@ CachePolicy = Literal["lru", "lfu", "s3fifo", "cost"]
 class ServingOptions:
     """How the engine shares a model among many requests."""
 
-    prefix_cache: bool = field(
-        default=True, metadata={"help": "keep computed prompts and reuse them where another begins the same"}
-    )
-    cache_policy: CachePolicy = field(
-        default="lru", metadata={"help": "which cached page goes first: lru, lfu, s3fifo or cost"}
-    )
-    kv_disk: Path | None = field(
-        default=None, metadata={"help": "folder that keeps computed prompts over restarts; default: none"}
-    )
-    kv_disk_gb: float = field(default=8.0, metadata={"help": "most that folder may hold, GB"})
-    speculate: bool = field(
-        default=True, metadata={"help": "draft tokens from what was said before; never changes an answer"}
-    )
-    max_waiting: int = field(
-        default=256, metadata={"help": "requests that may wait; one more is refused at once"}
-    )
+    prefix_cache: bool = option(True, "keep computed prompts and reuse them where another begins the same")
+    cache_policy: CachePolicy = option("lru", "which cached page goes first: lru, lfu, s3fifo or cost")
+    kv_disk: Path | None = option(None, "folder that keeps computed prompts over restarts; default: none")
+    kv_disk_gb: float = option(8.0, "most that folder may hold, GB")
+    speculate: bool = option(True, "draft tokens from what was said before; never changes an answer")
+    max_waiting: int = option(256, "requests that may wait; one more is refused at once")
 
 
 @dataclass(frozen=True)

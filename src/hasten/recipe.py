@@ -5,10 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from hasten.errors import UsageError
 from hasten.weights.formats import FORMATS, TABLE_NAMES, Format
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with what its flag says of it."""
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -101,15 +106,11 @@ class Pruning:
     """One kind of weights to take out: single ones become zeros, all else makes a smaller dense model."""
 
     kind: str = field(metadata={"help": "what goes", "table": PRUNINGS})
-    amount: float = field(
-        default=0.25, metadata={"help": "fraction that goes: weights, channels, heads, ..."}
+    amount: float = option(0.25, "fraction that goes: weights, channels, heads, ...")
+    pattern: tuple[int, int] | None = option(
+        None, "N:M for single weights: N of every M inputs stay, such as 2:4"
     )
-    pattern: tuple[int, int] | None = field(
-        default=None, metadata={"help": "N:M for single weights: N of every M inputs stay, such as 2:4"}
-    )
-    repair: bool = field(
-        default=True, metadata={"help": "least-squares repair of the layer's output afterwards"}
-    )
+    repair: bool = option(True, "least-squares repair of the layer's output afterwards")
 
     def __post_init__(self) -> None:
         one_of("kind of pruning", self.kind, PRUNINGS)
@@ -134,21 +135,15 @@ class Pruning:
 class Distillation:
     """How the source teaches what was made from it."""
 
-    loss: DistilLoss = field(
-        default="forward", metadata={"help": "KL(teacher, student), its reverse, or skewed"}
-    )
-    skew: float = field(
-        default=0.1, metadata={"help": "part of the teacher mixed into the student, for skewed"}
-    )
-    temperature: float = field(default=1.0, metadata={"help": "softens both distributions"})
-    hidden: float = field(default=0.0, metadata={"help": "weight of the squared error of hidden states"})
-    lora: int | None = field(
-        default=None, metadata={"help": "train adapters of this rank; default: all weights"}
-    )
-    tokens: int = field(default=1_000_000, metadata={"help": "tokens to train on, repeats counted"})
-    batch_tokens: int = field(default=4096, metadata={"help": "tokens a step"})
-    learning_rate: float = field(default=5e-5, metadata={"help": "at its highest; a cosine follows"})
-    seed: int = field(default=0, metadata={"help": "of the order of texts"})
+    loss: DistilLoss = option("forward", "KL(teacher, student), its reverse, or skewed")
+    skew: float = option(0.1, "part of the teacher mixed into the student, for skewed")
+    temperature: float = option(1.0, "softens both distributions")
+    hidden: float = option(0.0, "weight of the squared error of hidden states")
+    lora: int | None = option(None, "train adapters of this rank; default: all weights")
+    tokens: int = option(1_000_000, "tokens to train on, repeats counted")
+    batch_tokens: int = option(4096, "tokens a step")
+    learning_rate: float = option(5e-5, "at its highest; a cosine follows")
+    seed: int = option(0, "of the order of texts")
 
     def __post_init__(self) -> None:
         one_of("distillation loss", self.loss, get_args(DistilLoss))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from hasten.core import CachePolicy, Stat
 from hasten.errors import UsageError
-from hasten.recipe import one_of
+from hasten.recipe import one_of, option
 
 PruneKind = Literal["channels", "weights"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
@@ -21,22 +21,16 @@ class ModuleRecipe:
         UsageError: a value that is out of range or not known.
     """
 
-    bits: int | None = field(
-        default=None,
-        metadata={"help": "8: int8 weights, activations rounded to int8 as they come; default: as they are"},
+    bits: int | None = option(
+        None, "8: int8 weights, activations rounded to int8 as they come; default: as they are"
     )
-    prune: float = field(default=0.0, metadata={"help": "fraction to prune, 0 up to but not 1"})
-    prune_kind: PruneKind = field(
-        default="channels",
-        metadata={"help": "channels: whole neurons, smaller dense layers; weights: zeros among the weights"},
+    prune: float = option(0.0, "fraction to prune, 0 up to but not 1")
+    prune_kind: PruneKind = option(
+        "channels", "channels: whole neurons, smaller dense layers; weights: zeros among the weights"
     )
-    compile: CompileMode | None = field(
-        default=None, metadata={"help": "torch.compile mode: default, reduce-overhead or max-autotune"}
-    )
-    cache_mb: float = field(default=0.0, metadata={"help": "memory for outputs of inputs seen, MB; 0: none"})
-    cache_policy: CachePolicy = field(
-        default="lru", metadata={"help": "which output goes first: lru, lfu, s3fifo or cost"}
-    )
+    compile: CompileMode | None = option(None, "torch.compile mode: default, reduce-overhead or max-autotune")
+    cache_mb: float = option(0.0, "memory for outputs of inputs seen, MB; 0: none")
+    cache_policy: CachePolicy = option("lru", "which output goes first: lru, lfu, s3fifo or cost")
 
     def __post_init__(self) -> None:
         if self.bits not in (None, 8):

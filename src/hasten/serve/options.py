@@ -6,13 +6,10 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from hasten.errors import UsageError
-
-
-def _flag(default: Any, help: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help})
+from hasten.recipe import option
 
 
 @dataclass(frozen=True)
@@ -23,49 +20,49 @@ class ServeOptions:
         UsageError: a value outside its range.
     """
 
-    host: str = _flag("127.0.0.1", "address to listen on; 0.0.0.0 is every network this machine has")
-    port: int = _flag(8000, "port to listen on; 0 picks a free one")
-    api_keys: tuple[str, ...] = _flag((), "key that lets a client in, repeatable; none: everybody is let in")
-    max_priority: tuple[int, ...] = _flag(
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 is every network this machine has")
+    port: int = option(8000, "port to listen on; 0 picks a free one")
+    api_keys: tuple[str, ...] = option((), "key that lets a client in, repeatable; none: everybody is let in")
+    max_priority: tuple[int, ...] = option(
         (),
         "highest priority of a request, repeatable: one for each --api-key in order, the last for all others",
     )
-    cors_origins: tuple[str, ...] = _flag(
+    cors_origins: tuple[str, ...] = option(
         (), "web origin whose pages may call the API, or * for all, repeatable; default: none"
     )
-    allowed_hosts: tuple[str, ...] = _flag(
+    allowed_hosts: tuple[str, ...] = option(
         (),
         "name by which the server may be asked (*.example.com: any below it; *: all), "
         "repeatable; default: localhost and addresses on --host 127.0.0.1 without a key, else all",
     )
-    max_loaded: int | None = _flag(
+    max_loaded: int | None = option(
         None, "models in memory at once, the longest unused leaves; default: all that are named"
     )
-    max_connections: int | None = _flag(
+    max_connections: int | None = option(
         None,
         "open connections; one more takes the place of the longest idle one, or is refused; "
         "default: 4096, fewer where fewer files may be open",
     )
-    max_body_mb: float = _flag(16.0, "longest request body, MB")
-    max_header_kb: float = _flag(32.0, "most a request's headers may take, KB")
-    header_timeout_s: float = _flag(10.0, "seconds a connection may take to send its headers")
-    body_timeout_s: float = _flag(30.0, "seconds a request may take to send its body")
-    send_timeout_s: float = _flag(30.0, "seconds a client may leave an answer unread before it is cancelled")
-    keep_alive_s: float = _flag(30.0, "seconds an idle connection is kept")
-    drain_s: float = _flag(30.0, "seconds that running requests get to finish when the server stops")
-    max_prompt_tokens: int | None = _flag(None, "longest prompt, tokens; default: the context")
-    max_output_tokens: int | None = _flag(None, "longest answer, tokens; default: what the context leaves")
-    pooling: Literal["mean", "last"] = _flag("mean", "how embeddings are pooled: mean, or the last token's")
-    response_cache_ttl: float | None = _flag(
+    max_body_mb: float = option(16.0, "longest request body, MB")
+    max_header_kb: float = option(32.0, "most a request's headers may take, KB")
+    header_timeout_s: float = option(10.0, "seconds a connection may take to send its headers")
+    body_timeout_s: float = option(30.0, "seconds a request may take to send its body")
+    send_timeout_s: float = option(30.0, "seconds a client may leave an answer unread before it is cancelled")
+    keep_alive_s: float = option(30.0, "seconds an idle connection is kept")
+    drain_s: float = option(30.0, "seconds that running requests get to finish when the server stops")
+    max_prompt_tokens: int | None = option(None, "longest prompt, tokens; default: the context")
+    max_output_tokens: int | None = option(None, "longest answer, tokens; default: what the context leaves")
+    pooling: Literal["mean", "last"] = option("mean", "how embeddings are pooled: mean, or the last token's")
+    response_cache_ttl: float | None = option(
         None, "seconds a repeated deterministic request is answered from memory; default: never"
     )
-    response_cache_mb: float = _flag(64.0, "most that memory may hold, MB")
-    record: Path | None = _flag(None, "file to append a trace of requests to, for hasten cache replay")  # noqa: RUF009  it makes a field
-    any_model: bool = _flag(False, "answer requests for a model that is not here with the first one")
-    strict: bool = _flag(
+    response_cache_mb: float = option(64.0, "most that memory may hold, MB")
+    record: Path | None = option(None, "file to append a trace of requests to, for hasten cache replay")
+    any_model: bool = option(False, "answer requests for a model that is not here with the first one")
+    strict: bool = option(
         False, "refuse fields that are not known or not served, and caps above what fits, instead of going on"
     )
-    log: bool = _flag(True, "write one JSON line a request to stderr")
+    log: bool = option(True, "write one JSON line a request to stderr")
 
     def __post_init__(self) -> None:
         self._need(0 <= self.port <= 65535, "port", "from 0 to 65535")
