@@ -47,7 +47,7 @@ from hasten.runtime.gpu.shape import WeightFormat
 from hasten.runtime.gpu.tiles import Tensors, Weights, rounded
 from hasten.runtime.pages import CachedSequence
 from hasten.runtime.sampling import SamplingOptions, SequenceSampler
-from hasten.speed import page_bytes
+from hasten.speed.cost import page_bytes
 from hasten.weights.artifact import write_artifact
 from hasten.weights.packed import PackedModel, pack_linear
 from hasten.weights.tensors import SourceTensor

@@ -30,7 +30,7 @@ from batch_models import CONTEXT, copy_bandwidth, random_weights
 
 from hasten.runtime.gpu.batch_step import BatchStep, StepOptions
 from hasten.runtime.gpu.batch_weights import AttentionTile, Product, Tile
-from hasten.speed import page_bytes
+from hasten.speed.cost import page_bytes
 
 BARS = {("0.6B", "bf16"): (12_000, 30_000), ("8B", "bf16"): (3_500, 11_000), ("8B", "fp8"): (5_200, 15_000)}
 FIRST, STEPS, ROUNDS = 512, 32, 5

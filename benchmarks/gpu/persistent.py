@@ -31,7 +31,7 @@ from persistent_models import REAL, TINY, Parameters, Twin, reference
 from hasten.runtime.gpu.driver import Device, built, current_device, with_defines
 from hasten.runtime.gpu.persistent import PersistentDecoder, load_weights, same_format
 from hasten.runtime.gpu.shape import PAGE, Shape, Tuning, WeightFormat, kernel_source
-from hasten.speed import page_bytes
+from hasten.speed.cost import page_bytes
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu-persistent.json"
 BF16, FP8, INT8 = WeightFormat("bf16"), WeightFormat("fp8"), WeightFormat("int8", 128)

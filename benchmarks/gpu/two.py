@@ -45,7 +45,7 @@ from hasten.runtime.executor import Executor
 from hasten.runtime.gpu.executor import GpuExecutor
 from hasten.runtime.gpu.parallel import LeadingExecutor
 from hasten.runtime.gpu.tiles import Tensors
-from hasten.speed import page_bytes
+from hasten.speed.cost import page_bytes
 from hasten.weights.packed import PackedModel
 from hasten.weights.plan import FlatConfig
 

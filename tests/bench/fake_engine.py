@@ -9,7 +9,7 @@ import time
 from hasten.bench.figures import TokenClock
 from hasten.bench.peers import Peer
 from hasten.errors import PeerError
-from hasten.speed import Cost
+from hasten.speed.cost import Cost
 
 PEER = Peer(("ok",), ("json",), "fake==1", crash_hint="build it anew")
 

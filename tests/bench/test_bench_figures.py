@@ -15,7 +15,7 @@ from hasten.bench.measure import PromptRing, check, default_text, measurement_of
 from hasten.core import Machine, Recipe, Workload, as_json
 from hasten.errors import PeerError, UsageError
 from hasten.machine.probe import stat_of
-from hasten.speed import Cost, cost, kv_read_bytes
+from hasten.speed.cost import Cost, cost, kv_read_bytes
 from specs import changed, spec
 
 values = st.lists(st.floats(0.1, 1e6), min_size=1, max_size=20)

@@ -14,7 +14,7 @@ from hasten.bench.measure import measurement_of, with_ceilings
 from hasten.cli import main
 from hasten.core import Accelerator, Machine, Workload
 from hasten.errors import PeerError
-from hasten.speed import Cost
+from hasten.speed.cost import Cost
 
 MACHINE = Machine("A Processor", ("scalar",), 2, None, None, None, None, read_gb_per_s=50.0)
 

@@ -14,7 +14,7 @@ from hasten.errors import UsageError
 from hasten.machine.memory import MemoryRoom
 from hasten.models.open import open_model
 from hasten.runtime.pages import PAGE_TOKENS, DeviceMemory, KvPlan, kv_plan, plan_pages
-from hasten.speed import page_bytes
+from hasten.speed.cost import page_bytes
 from specs import changed
 
 GB = 1_000_000_000

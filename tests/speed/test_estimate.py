@@ -25,7 +25,9 @@ from hasten.core import (
     Workload,
 )
 from hasten.errors import MachineError, UsageError
-from hasten.speed import Efficiency, cost, estimate, kv_read_bytes, page_bytes, prompt_flops, read_bytes
+from hasten.speed.cost import cost, kv_read_bytes, page_bytes, prompt_flops, read_bytes
+from hasten.speed.forecast import estimate
+from hasten.speed.pace import Efficiency
 from specs import changed, spec
 
 TINY = spec(

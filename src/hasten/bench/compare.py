@@ -17,7 +17,7 @@ from hasten.bench.process import WorkerProcess
 from hasten.cache import cache_dir
 from hasten.core import Machine, Measurement, Workload
 from hasten.errors import HastenError, PeerError, UsageError
-from hasten.speed import Cost
+from hasten.speed.cost import Cost
 
 PREPARE_LIMIT_S = 7200.0
 LOAD_LIMIT_S = 1200.0

@@ -22,7 +22,7 @@ from hasten.core import GAP_SHARES, Machine, Measurement, ServingOptions, Stat, 
 from hasten.errors import UsageError
 from hasten.machine.memory import peak_rss_bytes
 from hasten.machine.probe import stat_of
-from hasten.speed import Cost, cost, on_gpu
+from hasten.speed.cost import Cost, cost, on_gpu
 
 if TYPE_CHECKING:
     from hasten.engine.model import LanguageModel

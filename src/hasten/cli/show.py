@@ -148,7 +148,7 @@ def _formats(kinds: Mapping[str, str]) -> dict[str, dict[str, int]]:
 
 
 def _memory(spec: ModelSpec, weights: int, context: int | None) -> dict[str, int]:
-    from hasten.speed import kv_read_bytes
+    from hasten.speed.cost import kv_read_bytes
 
     tokens = min(context or spec.context, spec.context)
     kv = round(kv_read_bytes(spec, tokens, False))

@@ -18,7 +18,7 @@ from hasten.engine.request import EngineStats
 from hasten.errors import UsageError
 from hasten.runtime.executor import Part
 from hasten.runtime.pages import CachedSequence
-from hasten.speed import prompt_flops
+from hasten.speed.cost import prompt_flops
 
 log = logging.getLogger(__name__)
 

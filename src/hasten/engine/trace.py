@@ -39,7 +39,7 @@ from hasten.core import CachePolicy
 from hasten.engine.prefix import Bytes, Chain, Match, PrefixCache, root_key
 from hasten.errors import DiskError, FormatError, UsageError
 from hasten.runtime.pages import CachedSequence, PagePool
-from hasten.speed import prompt_flops
+from hasten.speed.cost import prompt_flops
 
 if TYPE_CHECKING:
     from hasten.engine.loaded import LoadedModel

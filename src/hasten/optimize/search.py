@@ -50,7 +50,9 @@ from hasten.optimize.trials import (
 from hasten.quality.divergence import Reference
 from hasten.quality.text import Text, default_text, text_from_file, windows
 from hasten.report.optimized import optimized_page
-from hasten.speed import Pace, estimate, on_gpu
+from hasten.speed.cost import on_gpu
+from hasten.speed.forecast import estimate
+from hasten.speed.pace import Pace
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from hasten.machine.probe import Format, choose_kernels
 from hasten.models.rope import key_scales, key_shifts, tables
 from hasten.runtime.executor import LONG, Executor, Ids, Part, PartResult, Ticket, finish, prepare
 from hasten.runtime.pages import PAGE_TOKENS, PageMemory, PagePool, kv_plan
-from hasten.speed import page_bytes
+from hasten.speed.cost import page_bytes
 from hasten.weights.packed import PackedLinear, PackedModel, values_of
 
 Floats = npt.NDArray[np.float32]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hasten.bench.figures import Answer, Sample
 from hasten.bench.peers import EngineSpec
 from hasten.core import Workload
-from hasten.speed import Cost
+from hasten.speed.cost import Cost
 
 if TYPE_CHECKING:
     from hasten.engine.engine import Engine
