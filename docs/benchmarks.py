@@ -1,8 +1,8 @@
 """Fills every block of figures in the documents from the records: `python docs/benchmarks.py`.
 
-A block stands between `<!-- figures: NAME -->` and `<!-- figures end -->`; NAME is an entry of `TABLES`.
-With `--check` it writes nothing and says what is not in step; a test runs that. A new record needs a line in
-`TABLES` and a block in docs/benchmarks.md.
+A block stands between `<!-- figures: NAME -->` and `<!-- figures end -->`; NAME is an entry of `TABLES`. For
+figures inside sentences see prose_figures.py. With `--check` it writes nothing and says what is not in step:
+a test runs that. A new record needs a line in `TABLES` and a block in docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import gpu_tables as gpu
+import prose_figures
 import readme_table
 import record_tables as cpu
 from records import Record, about, goals_table, names, read
@@ -93,14 +94,14 @@ def block(name: str) -> str:
 
 
 def filled(text: str) -> str:
-    """A document with all of its blocks made anew."""
-    return BLOCK.sub(lambda found: f"{found[1]}{block(found[2])}{found[3]}", text)
+    """A document with all of its blocks, and all figures in its sentences, made anew."""
+    return prose_figures.filled(BLOCK.sub(lambda found: f"{found[1]}{block(found[2])}{found[3]}", text))
 
 
 def documents() -> list[Path]:
-    """Documents that have blocks of figures."""
+    """Documents that have figures from records."""
     pages = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").glob("*.md"))]
-    return [page for page in pages if BLOCK.search(page.read_text(encoding="utf-8"))]
+    return [page for page in pages if "<!-- figure" in page.read_text(encoding="utf-8")]
 
 
 def wrong() -> list[str]:

@@ -1,4 +1,4 @@
-"""docs/records.py: what a record says of its goals, missed and disturbed ones among them."""
+"""docs/records.py: what a record says of its goals; docs/prose_figures.py: figures inside sentences."""
 
 from __future__ import annotations
 
@@ -10,17 +10,26 @@ from typing import Any
 
 import pytest
 
-PATH = Path(__file__).parents[1] / "docs" / "records.py"
+DOCS = Path(__file__).parents[1] / "docs"
 
 
-@pytest.fixture(scope="module")
-def records() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_records", PATH)
+def page_maker(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def records() -> ModuleType:
+    return page_maker("records")
+
+
+@pytest.fixture(scope="module")
+def prose(records: ModuleType) -> ModuleType:
+    return page_maker("prose_figures")
 
 
 def bar(**more: Any) -> dict[str, Any]:
@@ -92,3 +101,21 @@ def test_the_kind_of_processor_is_read_from_its_caches(records: ModuleType) -> N
     older = machine | {"isa": ["avx2"], "l1d_bytes": 32768}
     assert records.machine({"machine": older}) == "AMD EPYC, Zen 3 or older, AVX2, 2 cores"
     assert records.machine({"machine": "NVIDIA H200"}) == "NVIDIA H200"
+
+
+def test_a_figure_in_a_sentence_is_the_records(prose: ModuleType) -> None:
+    mark = "half zero: <!-- figure: us: wide, zeros / {} -->{}<!-- end --> us"
+    found = prose.filled(mark.format("as it was", "1"))
+    assert found != mark.format("as it was", "1") and prose.filled(found) == found
+    assert prose.filled(mark.format("as it was", "")) != prose.filled(mark.format("pruned", ""))
+
+
+@pytest.mark.parametrize("which", ["ms: wide", "us: wide, zeros / melted", "us: narrow / pruned"])
+def test_a_figure_that_no_record_has(prose: ModuleType, which: str) -> None:
+    with pytest.raises((KeyError, StopIteration)):
+        prose.filled(f"<!-- figure: {which} -->1<!-- end -->")
+
+
+def test_a_mark_without_an_end(prose: ModuleType) -> None:
+    with pytest.raises(ValueError, match="mark"):
+        prose.filled("<!-- figure: us: wide, zeros / pruned -->504 us")
