@@ -371,7 +371,6 @@ class KvAhead:
         return True
 
     def write(self, key: bytes, data: Bytes, cost: float, parent: bytes) -> None:
-        """As `KvDisk.write`."""
         self.disk.write(key, data, cost, parent)
 
     # In the reading thread --------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """What a server remembers of requests it has seen: token ids of prompts, and whole answers.
 
-Token ids: encoding a long prompt takes milliseconds. That is little beside computing it, but much of the wait where the prefix cache has them computed. A text between special tokens encodes on its own. So
-pieces are kept, not whole prompts: the turns of a conversation share all pieces but the last.
+Token ids: encoding a long prompt takes milliseconds. That is little beside computing it, but much of the wait
+where the prefix cache has it computed. A text between special tokens encodes on its own. So pieces are kept,
+not whole prompts: the turns of a conversation share all pieces but the last.
 
 Answers (opt-in): a request with temperature 0 or a seed has one answer. It does not depend on what else the
 engine runs, so the first answer is kept for all later ones, as long as the model is the same to the bit.

@@ -45,6 +45,8 @@ def compress_module(
     if find_spec("torch") is None:
         raise MachineError("compressing a module needs torch", hint="pip install 'hasten[compress]'")
     inputs = _checked(module, recipe, calibration, rounds)
+    from torch import get_num_threads
+
     from hasten.compress.compressed_module import (
         CompressedModule,
         Step,
@@ -72,7 +74,8 @@ def compress_module(
         steps += cached(result, inputs, steps[-1])
     stages = measured(steps, rounds)
     result.new_cache()  # without what was measured
-    result.report = ModuleReport(stages, _shapes(inputs), _threads())
+    shapes = ", ".join("x".join(map(str, tensor.shape)) or "scalar" for tensor in inputs)
+    result.report = ModuleReport(stages, shapes, get_num_threads())
     return result
 
 
@@ -154,13 +157,3 @@ def _quantised(work: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[nn.Mo
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}" + "s" * (number != 1)
-
-
-def _shapes(inputs: tuple[torch.Tensor, ...]) -> str:
-    return ", ".join("x".join(map(str, tensor.shape)) or "scalar" for tensor in inputs)
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()

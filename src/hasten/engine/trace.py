@@ -409,7 +409,6 @@ class NoDisk:
         self._file_bytes = page_bytes + HEADER_BYTES
 
     def has(self, key: bytes) -> bool:
-        """As `KvAhead.has`."""
         return key in self._shelf
 
     knows = has

@@ -318,7 +318,6 @@ class Loss:
 
     @property
     def relative(self) -> float:
-        """See `Rounding.relative_error`."""
         return float((self.error / self.squares) ** 0.5) if self.squares else 0.0
 
 

@@ -300,45 +300,28 @@ class PreTokenizerKind:
     add_bos: bool = False
 
 
-_KINDS: dict[tuple[str, ...], PreTokenizerKind] = {
-    ("default",): PreTokenizerKind(
-        (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]")
-    ),  # llama.cpp's
-    ("gpt-2", "mpt", "olmo", "jais", "phi-2"): PreTokenizerKind((GPT2,)),
-    (
-        "smollm",
-        "starcoder",
-        "refact",
-        "command-r",
-        "codeshell",
-        "exaone",
-        "minerva-7b",
-    ): PreTokenizerKind((r"\p{N}", GPT2)),
-    ("qwen2", "stablelm2", "deepseek-r1-qwen", "megrez", "kormo", "f2llmv2"): PreTokenizerKind((QWEN2,)),
-    ("qwen35",): PreTokenizerKind((QWEN35,)),
-    (
-        "llama-bpe",
-        "llama3",
-        "llama-v3",
-        "falcon3",
-        "falcon-h1",
-        "pixtral",
-        "midm-2.0",
-        "lfm2",
-    ): PreTokenizerKind((LLAMA3,), whole_words=True, add_bos=True),
-    ("dbrx", "smaug-bpe", "chatglm-bpe", "glm4"): PreTokenizerKind((LLAMA3,)),
-    ("tekken",): PreTokenizerKind((TEKKEN,), whole_words=True, add_bos=True),
-    ("gpt-4o", "llama4", "kanana2", "minimax-m2"): PreTokenizerKind((GPT4O,)),
-    ("deepseek-llm",): PreTokenizerKind(
+_KINDS = {
+    "default": PreTokenizerKind((r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),  # llama.cpp's
+    "gpt-2 mpt olmo jais phi-2": PreTokenizerKind((GPT2,)),
+    "smollm starcoder refact command-r codeshell exaone minerva-7b": PreTokenizerKind((r"\p{N}", GPT2)),
+    "qwen2 stablelm2 deepseek-r1-qwen megrez kormo f2llmv2": PreTokenizerKind((QWEN2,)),
+    "qwen35": PreTokenizerKind((QWEN35,)),
+    "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2": PreTokenizerKind(
+        (LLAMA3,), whole_words=True, add_bos=True
+    ),
+    "dbrx smaug-bpe chatglm-bpe glm4": PreTokenizerKind((LLAMA3,)),
+    "tekken": PreTokenizerKind((TEKKEN,), whole_words=True, add_bos=True),
+    "gpt-4o llama4 kanana2 minimax-m2": PreTokenizerKind((GPT4O,)),
+    "deepseek-llm": PreTokenizerKind(
         (r"[\r\n]", _DEEPSEEK_WORD, r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", _CJK_RUN, r"\p{N}+")
     ),
-    ("deepseek-coder",): PreTokenizerKind((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK_RUN, r"\p{N}")),
-    ("deepseek-v3",): PreTokenizerKind((r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK3)),
-    ("falcon",): PreTokenizerKind((r"[\p{P}\$\+<=>\^~\|`]+", GPT2, "[0-9][0-9][0-9]")),
-    ("bloom", "poro-chat", "gpt3-finnish"): PreTokenizerKind((_BLOOM,)),
-    ("viking",): PreTokenizerKind((_BLOOM, r"\p{N}")),
+    "deepseek-coder": PreTokenizerKind((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK_RUN, r"\p{N}")),
+    "deepseek-v3": PreTokenizerKind((r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK3)),
+    "falcon": PreTokenizerKind((r"[\p{P}\$\+<=>\^~\|`]+", GPT2, "[0-9][0-9][0-9]")),
+    "bloom poro-chat gpt3-finnish": PreTokenizerKind((_BLOOM,)),
+    "viking": PreTokenizerKind((_BLOOM, r"\p{N}")),
 }
-KINDS: dict[str, PreTokenizerKind] = {name: kind for names, kind in _KINDS.items() for name in names}
+KINDS: dict[str, PreTokenizerKind] = {name: kind for names, kind in _KINDS.items() for name in names.split()}
 
 
 def kind_of(name: str) -> PreTokenizerKind:

@@ -33,36 +33,15 @@ PARTS = 40_000  # words and signs of its code, a second to compile; a usual temp
 _BITS = 100_000  # of an integer
 
 _WITHOUT = ("urlize", "striptags", "wordwrap")  # slow on long texts; no chat template needs them
-_READS_ALL = frozenset(
-    [
-        "string",
-        "tojson",
-        "pprint",
-        "urlencode",
-        "xmlattr",
-        "escape",
-        "e",
-        "forceescape",
-        "upper",
-        "lower",
-        "join",
-    ]
-)
-_COPIES = frozenset(
-    [
-        "center",
-        "ljust",
-        "rjust",
-        "zfill",
-        "expandtabs",
-        "translate",
-        "to_bytes",
-        "indent",
-        "batch",
-        "slice",
-        "tojson",
-    ]
-)  # filters and methods whose result may hold an argument, or as many blanks, once for each part of the value
+_READS_ALL = frozenset({
+    "string", "tojson", "pprint", "urlencode", "xmlattr", "escape", "e", "forceescape", "upper", "lower",
+    "join",
+})  # fmt: skip
+# filters and methods whose result may hold an argument, or as many blanks, once for each part of the value
+_COPIES = frozenset({
+    "center", "ljust", "rjust", "zfill", "expandtabs", "translate", "to_bytes", "indent", "batch", "slice",
+    "tojson",
+})  # fmt: skip
 _WIDTH = re.compile(r"\d{5}|\*|:[^{}]*\{")  # in a format: text of that many blanks
 
 

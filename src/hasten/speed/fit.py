@@ -183,7 +183,6 @@ class Calibration:
         return tuple(FORMATS[name] for name in sorted(names))
 
     def spent(self, load: Load, step: Step) -> Spent:
-        """See `Pace.spent`."""
         tally = _Tally()
         for mode, rows in self._calls(load, step):
             self._layers(load, mode, rows, tally)

@@ -58,41 +58,23 @@ class TensorType:
 TYPES: dict[str, TensorType] = {
     t.name: t
     for t in (
-        TensorType("F32", 0, 1, 4),
-        TensorType("F16", 1, 1, 2),
-        TensorType("BF16", 30, 1, 2),
-        TensorType("Q8_0", 8, 32, 34),
-        TensorType("Q4_0", 2, 32, 18),
-        TensorType("Q4_1", 3, 32, 20),
-        TensorType("Q5_0", 6, 32, 22),
-        TensorType("Q5_1", 7, 32, 24),
-        TensorType("Q2_K", 10, 256, 84),
-        TensorType("Q3_K", 11, 256, 110),
-        TensorType("Q4_K", 12, 256, 144),
-        TensorType("Q5_K", 13, 256, 176),
-        TensorType("Q6_K", 14, 256, 210),
-        TensorType("IQ4_NL", 20, 32, 18),
-        TensorType("IQ4_XS", 23, 256, 136),
-        TensorType("IQ3_XXS", 18, 256, 98),
-        TensorType("IQ3_S", 21, 256, 110),
-        TensorType("IQ2_XXS", 16, 256, 66),
-        TensorType("IQ2_XS", 17, 256, 74),
-        TensorType("IQ2_S", 22, 256, 82),
-        TensorType("IQ1_S", 19, 256, 50),
-        TensorType("IQ1_M", 29, 256, 56),
-        TensorType("TQ1_0", 34, 256, 54),
-        TensorType("TQ2_0", 35, 256, 66),
+        TensorType("F32", 0, 1, 4), TensorType("F16", 1, 1, 2), TensorType("BF16", 30, 1, 2),
+        TensorType("Q8_0", 8, 32, 34), TensorType("Q4_0", 2, 32, 18), TensorType("Q4_1", 3, 32, 20),
+        TensorType("Q5_0", 6, 32, 22), TensorType("Q5_1", 7, 32, 24), TensorType("Q2_K", 10, 256, 84),
+        TensorType("Q3_K", 11, 256, 110), TensorType("Q4_K", 12, 256, 144), TensorType("Q5_K", 13, 256, 176),
+        TensorType("Q6_K", 14, 256, 210), TensorType("IQ4_NL", 20, 32, 18),
+        TensorType("IQ4_XS", 23, 256, 136), TensorType("IQ3_XXS", 18, 256, 98),
+        TensorType("IQ3_S", 21, 256, 110), TensorType("IQ2_XXS", 16, 256, 66),
+        TensorType("IQ2_XS", 17, 256, 74), TensorType("IQ2_S", 22, 256, 82), TensorType("IQ1_S", 19, 256, 50),
+        TensorType("IQ1_M", 29, 256, 56), TensorType("TQ1_0", 34, 256, 54), TensorType("TQ2_0", 35, 256, 66),
         TensorType("MXFP4", 39, 32, 17),
-        TensorType("I8", -1, 1, 1),  # raw parts of quantised checkpoints: never a parameter by themselves
-        TensorType("U8", -1, 1, 1),
-        TensorType("BOOL", -1, 1, 1),  # masks that old checkpoints hold
-        TensorType("F8_E4M3", -1, 1, 1),
-        TensorType("I32", -1, 1, 4),
-        TensorType("I64", -1, 1, 8),
+        # raw parts of quantised checkpoints, and masks that old ones hold: never a parameter by themselves
+        TensorType("I8", -1, 1, 1), TensorType("U8", -1, 1, 1), TensorType("BOOL", -1, 1, 1),
+        TensorType("F8_E4M3", -1, 1, 1), TensorType("I32", -1, 1, 4), TensorType("I64", -1, 1, 8),
         *(TensorType(f"S{b}_{g}", -1, g, 4 + g) for b in (4, 5, 6, 8) for g in (32, 64, 128)),
         *(TensorType(f"A{b}_{g}", -1, g, 8 + g) for b in (4, 5, 6, 8) for g in (32, 64, 128)),
     )
-}
+}  # fmt: skip
 """Every type this program reads."""
 
 TYPES_BY_ID: dict[int, TensorType] = {t.ggml_id: t for t in TYPES.values() if t.ggml_id >= 0}

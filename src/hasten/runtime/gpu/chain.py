@@ -103,7 +103,6 @@ class BatchRows:
         compile_moves(cache, step.table)
 
     def start(self, rows: Sequence[Row]) -> None:
-        """See `Rows`."""
         step, m = self.step, self.step.tokens.shape[0]
         self.count = next(size for size in SIZES if size >= len(rows))
         state = np.zeros((m, 2 + step.table.shape[1]), np.int32)
@@ -117,16 +116,13 @@ class BatchRows:
         step.table.copy_(found[:, 2:])
 
     def move(self, pages: Sequence[Move]) -> None:
-        """See `Rows`."""
         move_first_tokens(self.cache, self.step.table, pages)
 
     def drop(self, rows: Sequence[int]) -> None:
-        """See `Rows`."""
         ended = upload(np.array(rows, np.int64), self.step.table.device)
         self.step.positions.index_fill_(0, ended, -1)  # `positions[ended] = -1` waits for the step that runs
 
     def launch(self, length: int) -> Pending:
-        """See `Rows`."""
         self.step.step(self.count, length)
         return to_host(self.step.tokens)
 
@@ -141,7 +137,6 @@ class OneRow:
         compile_moves(cache, decoder.pages[None])
 
     def start(self, rows: Sequence[Row]) -> None:
-        """See `Rows`."""
         (row,) = rows
         table = self.decoder.pages
         pages = upload(np.array(row.pages[: len(table)], np.int32), table.device)
@@ -149,14 +144,12 @@ class OneRow:
         self.decoder.start(row.token, row.position)
 
     def move(self, pages: Sequence[Move]) -> None:
-        """See `Rows`."""
         move_first_tokens(self.cache, self.decoder.pages[None], pages)
 
     def drop(self, rows: Sequence[int]) -> None:
         """See `Rows`."""
 
     def launch(self, length: int) -> Pending:
-        """See `Rows`."""
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self.decoder.step()
         event.record()
@@ -175,24 +168,20 @@ class PlainRows:
         self._pages: list[list[int]] = []
 
     def start(self, rows: Sequence[Row]) -> None:
-        """See `Rows`."""
         self._tokens = [row.token for row in rows]
         self._positions = [row.position for row in rows]
         self._pages = [list(row.pages) for row in rows]
 
     def move(self, pages: Sequence[Move]) -> None:
-        """See `Rows`."""
         for row, place, spare, page in pages:
             self.step.cache.copy([spare], [page])
             self._pages[row][place:] = [page, spare]
 
     def drop(self, rows: Sequence[int]) -> None:
-        """See `Rows`."""
         for row in rows:
             self._positions[row] = -1
 
     def launch(self, length: int) -> Pending:
-        """See `Rows`."""
         live = [row for row, position in enumerate(self._positions) if position >= 0]
         spans = [Span(self._positions[row], 1, self._pages[row]) for row in live]
         ids = np.array([self._tokens[row] for row in live], np.int32)

@@ -358,7 +358,6 @@ class GpuExecutor(Executor):
 
     @telling
     def collect(self, ticket: Ticket) -> list[PartResult]:
-        """See `Executor.collect`."""
         parts, found = ticket.parts, [PartResult() for _ in ticket.parts]
         with self.pool.computing():
             others: list[int] = []

@@ -305,7 +305,6 @@ class LeadingExecutor(GpuExecutor):
         return super()._launch(parts)
 
     def collect(self, ticket: Ticket) -> list[PartResult]:
-        """See `Executor.collect`."""
         try:
             found = super().collect(ticket)
         finally:
@@ -313,7 +312,6 @@ class LeadingExecutor(GpuExecutor):
         return found
 
     def head(self, hidden: Floats) -> Floats:
-        """See `Executor.head`."""
         self.pool.refuse_others()
         self._crew.tell("head", hidden)
         logits = super().head(hidden)
@@ -347,7 +345,6 @@ class LeadingExecutor(GpuExecutor):
         super().write_page(page, mine)
 
     def replace(self, name: str, linear: PackedLinear) -> None:
-        """See `Executor.replace`."""
         self._refuse_misfit(name, linear)
         self._crew.tell("replace", name, linear)
         super().replace(name, linear)

@@ -242,27 +242,22 @@ class PeerRanks:
         self._counts.least(0)  # nobody writes before all have cleared theirs
 
     def end_waits(self) -> None:
-        """See `Ranks`."""
         self.stop[0] = 1
 
     def check(self) -> None:
-        """See `Ranks`."""
         self._check()
         if int(self.stop[0]):
             raise MachineError("a GPU of the tensor-parallel group did not answer for a minute")
 
     def least(self, value: int) -> int:
-        """See `Ranks`."""
         return self._counts.least(value)
 
     def room(self, rows: int, width: int) -> torch.Tensor | None:
-        """See `Ranks`."""
         if rows > self._rows or width != self.width:
             return None
         return self._partial.own.view(torch.bfloat16)[: rows * width].view(rows, width)
 
     def add(self, partial: torch.Tensor) -> torch.Tensor:
-        """See `Ranks`."""
         if len(partial) > self._rows:
             return torch.cat([self.add(part).clone() for part in partial.split(self._rows)])
         n = partial.numel()
@@ -283,7 +278,6 @@ class PeerRanks:
         )  # fmt: skip
 
     def gather(self, part: torch.Tensor) -> torch.Tensor:
-        """See `Ranks`."""
         rows, columns = part.shape
         most = self._total.own.numel() // (4 * self.ranks * columns)
         if rows > most:

@@ -177,7 +177,6 @@ class KernelStep(PlainStep):
         return x, out
 
     def activate(self, both: torch.Tensor) -> Inputs:
-        """See `PlainStep.activate`."""
         feed = both.shape[1] // 2
         out = self._room(len(both), feed)
         is_gelu = self.weights.config.blocks[0].feed_forward.activation == "gelu_tanh"
@@ -187,7 +186,6 @@ class KernelStep(PlainStep):
         return out
 
     def round(self, x: torch.Tensor) -> Inputs:
-        """See `PlainStep.round`."""
         if not self.is_fp8:
             return Inputs(x.to(torch.bfloat16))
         out, k = self._room(*x.shape), x.shape[1]
@@ -201,7 +199,6 @@ class KernelStep(PlainStep):
         angles: tuple[torch.Tensor, torch.Tensor],
         places: torch.Tensor,
     ) -> torch.Tensor:
-        """See `PlainStep.heads`."""
         c: ModelSpec = self.weights.config
         mixer = c.blocks[0].mixer
         w: LayerWeights = self.weights.layers[layer]

@@ -250,7 +250,6 @@ class Counts:
         self._meeting, self._store, self._turn = meeting, store, 0
 
     def least(self, value: int) -> int:
-        """See `Ranks`."""
         self._turn += 1
         me, name = self._meeting.rank, f"least/{self._turn}"
         self._store.set(f"{name}/{me}", str(value))
@@ -279,7 +278,6 @@ class GlooRanks:
         self._group: Any = ProcessGroupGloo(store, self.rank, self.ranks, _MOST)
 
     def add(self, partial: torch.Tensor) -> torch.Tensor:
-        """See `Ranks`."""
         found = self._all(partial)
         total = found[0]
         for one in found[1:]:
@@ -287,19 +285,15 @@ class GlooRanks:
         return total
 
     def room(self, rows: int, width: int) -> torch.Tensor | None:
-        """See `Ranks`."""
         return None
 
     def gather(self, part: torch.Tensor) -> torch.Tensor:
-        """See `Ranks`."""
         return torch.cat(self._all(part), -1)
 
     def least(self, value: int) -> int:
-        """See `Ranks`."""
         return self._counts.least(value)
 
     def check(self) -> None:
-        """See `Ranks`."""
         self._meeting.check()
 
     def end_waits(self) -> None:
