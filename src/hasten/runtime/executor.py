@@ -139,17 +139,14 @@ class Executor(Protocol):
     @property
     def page_bytes(self) -> int:
         """Bytes of `read_page`: keys and values of `page_tokens` tokens, all layers."""
-        ...
 
     @property
     def summary(self) -> str:
         """How much memory keys and values may take, and why, in one line."""
-        ...
 
     def kv_class(self, tokens: int, as_prompt: bool) -> str:
         """The class of the pages of a text of this length. Pages of two classes are never shared: their keys
         and values differ though their tokens are the same. A text whose class changes is computed anew."""
-        ...
 
     def submit(self, parts: Sequence[Part]) -> Ticket:
         """Begin a step; every sequence at most once. Returns before the device is done, where it can: a
@@ -163,7 +160,6 @@ class Executor(Protocol):
             UsageError: a sequence outgrows the context or was computed with weights that were replaced, a
                 token id is unknown, the cache is full, or another thread is computing.
         """
-        ...
 
     def hidden(self, sequence: CachedSequence, tokens: Sequence[int] | npt.NDArray[np.int32]) -> Floats:
         """Hidden states float32 [T, E] of all tokens of an empty sequence, computed as an answer's."""
@@ -179,7 +175,6 @@ class Executor(Protocol):
 
     def head(self, hidden: Floats) -> Floats:
         """float32 [R, E] hidden states -> float32 [R, V] logits: for whoever asks for them."""
-        ...
 
     def copy_page(self, source: int, target: int) -> None: ...
 
@@ -189,7 +184,6 @@ class Executor(Protocol):
 
     def replace(self, name: str, linear: PackedLinear) -> None:
         """Put another matrix in a linear layer's place; what was computed before cannot be continued."""
-        ...
 
     def close(self) -> None:
         """End what runs outside this process; nothing is computed any more."""

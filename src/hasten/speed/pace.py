@@ -85,12 +85,10 @@ class Pace(Protocol):
     @property
     def source(self) -> str:
         """Where its figures come from, in a few words."""
-        ...
 
     @property
     def is_measured(self) -> bool:
         """Whether they were measured on this machine."""
-        ...
 
     def spent(self, load: Load, step: Step) -> Spent:
         """Seconds of a step.
@@ -99,7 +97,6 @@ class Pace(Protocol):
             MachineError: a figure that it needs is unknown.
             UsageError: the machine cannot run a format.
         """
-        ...
 
 
 @dataclass(frozen=True)

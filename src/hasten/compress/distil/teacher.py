@@ -137,11 +137,9 @@ class Teacher(Protocol):
 
     def hidden(self, rows: npt.NDArray[np.int64]) -> torch.Tensor:
         """Final states of windows by number: [B, T, E]."""
-        ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, E] -> [R, V]."""
-        ...
 
 
 @dataclass

@@ -106,7 +106,6 @@ class Pruner(Protocol):
         Raises:
             UsageError: nothing would be left or taken, or a pattern does not divide.
         """
-        ...
 
     def run(self, source: Source, pruning: Pruning, text: Calibration | None, step: Observer) -> Parts:
         """Take it out; `after` was asked before.
@@ -118,7 +117,6 @@ class Pruner(Protocol):
             UsageError: as `after`.
             ModelError: activations that are not finite; the layer is named.
         """
-        ...
 
     def inputs(self, config: ModelSpec) -> int:
         """Most inputs of a matrix that is fitted: so many tokens are needed. 1 where none is."""

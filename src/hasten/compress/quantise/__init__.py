@@ -98,7 +98,6 @@ class Method(Protocol):
         Raises:
             ModelError: a weight or an activation is not finite; the layer is named.
         """
-        ...
 
     def head(self, head: Head) -> Encoded | None:
         """The integers of the head; None rounds to the nearest."""

@@ -80,19 +80,15 @@ class Rows(Protocol):
 
     def start(self, rows: Sequence[Row]) -> None:
         """Begin with these sequences."""
-        ...
 
     def move(self, pages: Sequence[Move]) -> None:
         """Give rows the pages that they own now."""
-        ...
 
     def drop(self, rows: Sequence[int]) -> None:
         """These compute nothing more."""
-        ...
 
     def launch(self, length: int) -> Pending:
         """A token for every row, none of which has more than `length` tokens then."""
-        ...
 
 
 class BatchRows:

@@ -216,19 +216,15 @@ class Ranks(Protocol):
 
     def add(self, partial: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' [N, E], in rank order; valid until the next call. `partial` may change."""
-        ...
 
     def room(self, rows: int, width: int) -> torch.Tensor | None:
         """Where a partial sum bf16 [rows, width] may be written so that `add` need not copy it."""
-        ...
 
     def gather(self, part: torch.Tensor) -> torch.Tensor:
         """All ranks' [R, C] of 4-byte values beside one another, in rank order: [R, ranks * C]."""
-        ...
 
     def least(self, value: int) -> int:
         """The smallest of all ranks' values; nobody goes on before all have come."""
-        ...
 
     def check(self) -> None:
         """Raise what ended the group.
@@ -236,11 +232,9 @@ class Ranks(Protocol):
         Raises:
             MachineError: it did not stand until now: what was computed is void.
         """
-        ...
 
     def end_waits(self) -> None:
         """Let nothing on this rank's device wait for the others any longer; any thread may call it."""
-        ...
 
 
 class Counts:
