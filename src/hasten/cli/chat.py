@@ -36,7 +36,7 @@ def command(model: ModelArgument, **flags: Any) -> None:
     what can be typed; /exit or Ctrl-D leaves; Ctrl-C stops an answer and not the program. Through a pipe,
     every line of stdin is one turn.
     """
-    asked = fill(AnswerFlags, flags)
+    asked: AnswerFlags = fill(AnswerFlags, flags)
     grammar = grammar_of(asked.json_schema)
     asked.sampling()  # a wrong flag is said before the model is loaded
     running = asked.opened(model)

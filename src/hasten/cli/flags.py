@@ -11,7 +11,7 @@ import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Optional, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from hasten.engine.grammar import Grammar
     from hasten.engine.model import LanguageModel
     from hasten.runtime.sampling import SamplingOptions
-
-_Noun = TypeVar("_Noun")
 
 
 def help_of(noun: type, name: str) -> str:
@@ -235,7 +233,7 @@ def with_flags(command: Callable[..., None], more: Iterable[inspect.Parameter]) 
     command.__annotations__ = {p.name: p.annotation for p in found}
 
 
-def fill(noun: type[_Noun], values: Mapping[str, Any]) -> _Noun:
+def fill(noun: type, values: Mapping[str, Any]) -> Any:
     """The dataclass of flag values; flags that belong to others are passed over."""
     taken = {}
     for item in dataclasses.fields(noun):

@@ -50,7 +50,7 @@ def command(
     it, at a --stop text, or where -n or the context is full. With -n 0 nothing is generated and stdout stays
     empty.
     """
-    asked = fill(AnswerFlags, flags)
+    asked: AnswerFlags = fill(AnswerFlags, flags)
     text = read_stdin() if prompt == "-" else prompt
     if not text.strip():
         raise UsageError("the prompt is empty", hint='give some text: -p "What is a mutex?"')
