@@ -127,7 +127,7 @@ def recipe_from(named: str | Path | Recipe) -> Recipe:
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """A recipe from a YAML file. Rules for layers stay as they are written: `recipe_check.checked` spells
+    """A recipe from a YAML file. Rules for layers stay as they are written: `job.checked` spells
     them out once the model is known.
 
     Raises:

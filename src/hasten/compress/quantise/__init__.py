@@ -132,7 +132,7 @@ def layer_to_round(
     """A layer as its recipe's method gets it.
 
     Args:
-        statistics: of the layer; needed where `recipe_check.reads_moments` says so.
+        statistics: of the layer; needed where `job.reads_moments` says so.
         streams: before the layer, for methods that read "states".
     """
     prefix = f"layers.{index}."
