@@ -11,7 +11,7 @@ import pytest
 
 from hasten.errors import FormatError
 from hasten.models.gguf import GgufFile
-from hasten.weights.safetensors_file import Entry, open_safetensors, write_safetensors
+from hasten.weights.tensors import Entry, open_safetensors, write_safetensors
 from tiny_gguf import write_gguf
 from tiny_models import TINY
 
