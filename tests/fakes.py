@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten.core import (
+    GAP_SHARES,
     EngineOptions,
     Format,
     Machine,
@@ -206,6 +207,11 @@ class FakeWorkshop:
             tpot_ms=one(1000 / decode, runs),
             peak_rss_bytes=None,
             workload=workload,
+            gaps_ms=tuple(1000 / decode * (1 + share) for share in GAP_SHARES),
+            decode_bytes=1.1 * model.weight_bytes,
+            decode_ops=2.2 * model.weight_bytes,
+            prompt_bytes=float(model.weight_bytes),
+            prompt_ops=2.0 * 512 * model.weight_bytes,
         )
 
     def claim(self, folder: Path) -> None:
@@ -225,4 +231,4 @@ class FakeWorkshop:
 
 def one(value: float, n: int = 1) -> Stat:
     """A figure whose runs were all alike."""
-    return Stat(value, value, value, n)
+    return Stat(value, value, value, n, (value,) * n)

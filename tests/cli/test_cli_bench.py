@@ -72,6 +72,49 @@ def test_the_document(asked, capsys):
     assert record["machine"]["read_gb_per_s"] == 50.0 and record["workload"]["prompt"] == 512
 
 
+def test_the_report_of_a_benchmark(asked, capsys, tmp_path):
+    assert main(["bench", "demo", "--against", "llama.cpp:q4_0", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    record["model"] = "<script>"
+    record["failed"] = {"openvino:int4": {"error": "<b>killed</b>", "hint": None}}
+    for one in (record["subject"], *record["peers"]):
+        one["gaps_ms"] = [5.0 + place for place in range(22)]
+    path = tmp_path / "speed.json"
+    path.write_text(json.dumps(record))
+    assert main(["report", str(path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'speed.html'}\n"
+    page = (tmp_path / "speed.html").read_text()
+    assert "<script" not in page and "<b>killed" not in page
+    for said in (
+        "llama.cpp:q4_0",
+        "2.00 [1.90, 2.10]",
+        "did not finish",
+        "median 15.0, p99 25.0 ms",
+        "512 tokens in",
+    ):
+        assert said in page, said
+    other = tmp_path / "other.html"
+    assert main(["report", str(path), "--out", str(other)]) == 0
+    assert other.read_text() == page
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"subject": {}}', "is no whole result: KeyError"),
+        ('{"candidates": [], "artifact": "a.hasten"}', "hint: hasten report a.hasten"),
+        ('{"name": 1}', "no result to report"),
+        ("[]", "no JSON object"),
+    ],
+)
+def test_what_cannot_be_reported_is_refused(text, said, capsys, tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    assert main(["report", str(path)]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "x.html").exists()
+
+
 def test_the_table_goes_to_stderr(asked, capsys):
     assert main(["bench", "demo"]) == 0
     shown = capsys.readouterr()

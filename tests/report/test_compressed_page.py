@@ -16,7 +16,7 @@ from test_page import EVIL, outline
 from hasten.compress.compress import compress
 from hasten.compress.job import Means
 from hasten.compress.recipe_file import parse_recipe
-from hasten.report.compressed import compressed_page, learning_curve
+from hasten.report.pages import compressed_page, learning_curve
 
 RECIPE = """
 default: w4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from hasten.report.optimized import sensitivity_map
+from hasten.report.pages import sensitivity_map
 
 
 def group(name: str, layout: str, at_4: float) -> dict[str, Any]:

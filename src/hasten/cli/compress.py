@@ -71,7 +71,7 @@ def command(
     from hasten.compress.job import Means
     from hasten.compress.recipe_file import recipe_from
     from hasten.models.source import file_name_of
-    from hasten.report.compressed import compressed_page
+    from hasten.report.pages import compressed_page
     from hasten.weights.artifact import read_plan
 
     if recipe.strip().startswith("mix:"):

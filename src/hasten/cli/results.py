@@ -554,15 +554,15 @@ def report(
 
 
 def _page(file: Path, record: Record) -> str:
-    from hasten.report.compressed import compressed_page
     from hasten.report.optimized import optimized_page
+    from hasten.report.pages import bench_page, compressed_page, load_page
 
+    pages = {"search": optimized_page, "compress": compressed_page, "load": load_page, "subject": bench_page}
     try:
-        if "search" in record:
-            return optimized_page(record)
-        if "compress" in record:
-            return compressed_page(record)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        for key, page in pages.items():
+            if key in record:
+                return page(record)
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise UsageError(
             f"{file} is no whole result: {type(error).__name__}: {error}", hint="make it again"
         ) from None

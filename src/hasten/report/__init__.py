@@ -68,10 +68,10 @@ def median(measurement: Mapping[str, Any] | None, figure: str) -> float | None:
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fdfdfb; --ink: #1d2329; --soft: #5b6670; --line: #dfe3e6;
-  --card: #f3f5f5; --good: #0b7a53; --bad: #b3401f; --pick: #0b57b0; --heat: 200, 90, 20; }
+  --card: #f3f5f5; --good: #0b7a53; --bad: #b3401f; --pick: #0b57b0; --peer: #8a6d00; --heat: 200, 90, 20; }
 @media (prefers-color-scheme: dark) {
   :root { --paper: #14181c; --ink: #e6e9eb; --soft: #9ba6af; --line: #2e363d; --card: #1c2227;
-    --good: #4cc38a; --bad: #f0855f; --pick: #6cb0ff; --heat: 240, 130, 60; }
+    --good: #4cc38a; --bad: #f0855f; --pick: #6cb0ff; --peer: #d9b84a; --heat: 240, 130, 60; }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 64rem; padding: 1.5rem 1rem 4rem; background: var(--paper);
@@ -86,8 +86,10 @@ code { font: .9em ui-monospace, "SF Mono", Menlo, Consolas, monospace; overflow-
 .tiles li { background: var(--card); border-radius: 8px; padding: .7rem .85rem; }
 .tiles b { display: block; font-size: 1.5rem; line-height: 1.2; font-variant-numeric: tabular-nums; }
 .tiles span { color: var(--soft); font-size: .86rem; }
-.chart { display: block; width: 100%; max-width: 46rem; height: auto; }
-.chart text { font: 12px system-ui, sans-serif; fill: var(--soft); }
+h3 { font-size: 1rem; margin: 1.6rem 0 .3rem; }
+.chart { display: block; width: 100%; max-width: 36rem; height: auto; }
+.chart text { font: 13px system-ui, sans-serif; fill: var(--soft); }
+@media (min-width: 40rem) { .chart text { font-size: 10px; } }
 .chart .name { fill: var(--ink); }
 .chart .strong { font-weight: 700; fill: var(--pick); }
 .chart .grid { stroke: var(--line); stroke-width: 1; }
@@ -100,6 +102,15 @@ code { font: .9em ui-monospace, "SF Mono", Menlo, Consolas, monospace; overflow-
 .chart .pass { fill: var(--good); stroke: var(--good); }
 .chart .fail { fill: var(--bad); stroke: var(--bad); }
 .chart .chosen { fill: var(--pick); stroke: var(--pick); }
+.chart .peer { fill: var(--peer); stroke: var(--peer); }
+.chart .before { fill: var(--line); stroke: var(--soft); }
+.chart .algorithm { fill: var(--pick); fill-opacity: .55; stroke: var(--pick); }
+.chart .hardware { fill: var(--good); fill-opacity: .55; stroke: var(--good); stroke-dasharray: 4 2; }
+.chart .cache { fill: var(--bad); stroke: var(--bad); }
+.chart .whisker { stroke: var(--soft); stroke-width: 1.5; }
+.chart .box { fill: var(--pick); fill-opacity: .35; stroke: var(--pick); }
+.chart .middle { stroke: var(--ink); stroke-width: 2; }
+.chart .roof { stroke: var(--ink); stroke-width: 1.5; }
 .chart .hollow { fill: var(--paper); stroke-width: 2; }
 .key { color: var(--soft); font-size: .88rem; }
 .key i { display: inline-block; width: .7em; height: .7em; margin: 0 .3em 0 0; border: 2px solid; }
@@ -109,6 +120,8 @@ code { font: .9em ui-monospace, "SF Mono", Menlo, Consolas, monospace; overflow-
 .k-pick { color: var(--pick); background: var(--pick); }
 .k-good { color: var(--good); background: var(--good); }
 .k-bad { color: var(--bad); }
+.k-peer { color: var(--peer); background: var(--peer); }
+.k-pick-line { color: var(--pick); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); font-size: .88rem; padding-bottom: .4rem; }
@@ -135,7 +148,18 @@ tr.chosen th { color: var(--pick); box-shadow: inset 3px 0 var(--pick); }
 .facts dt { color: var(--soft); }
 .facts dd { margin: 0; overflow-wrap: anywhere; max-width: 46rem; }
 @media (max-width: 34rem) { .facts { grid-template-columns: 1fr; } .facts dd { margin-bottom: .5rem; } }
-@media print { body { max-width: none; } .scroll { overflow: visible; } }
+@media print {
+  :root { color-scheme: light; --paper: #fff; --ink: #000; --soft: #444; --line: #ccc; --card: #f2f2f2;
+    --good: #0b7a53; --bad: #b3401f; --pick: #0b57b0; --peer: #8a6d00; --heat: 200, 90, 20; }
+  body { max-width: none; padding: 0; font-size: 10pt; }
+  .scroll { overflow: visible; }
+  .chart { max-width: 13cm; }
+  .chart, .facts, .tiles li, tr { break-inside: avoid; }
+  h2, h3 { break-after: avoid; }
+  table { font-size: 7.5pt; }
+  th, td { padding: .15rem .25rem; }
+  i, .map td, tr.chosen { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+}
 """
 
 

@@ -1,18 +1,16 @@
-"""report.html of a search: one file without script, nothing fetched, drawn from plan.json alone."""
+"""report.html of a search: one file without script, nothing fetched, drawn from plan.json alone.
+
+What a plan does not hold is called unknown, or its chart is left out; nothing is computed here but what
+follows from the record by arithmetic.
+"""
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hasten.core import READERS
 from hasten.report import (
-    Frame,
-    Place,
-    diamond,
     document,
     facts,
     headings,
@@ -24,10 +22,21 @@ from hasten.report import (
     small,
     table,
     text,
-    ticks,
     tiles,
     times,
 )
+from hasten.report.charts import (
+    Bar,
+    Foretold,
+    bars,
+    foretold,
+    frontier,
+    latencies,
+    reached,
+    roof_of,
+    roofline,
+)
+from hasten.report.pages import sensitivity_map
 
 Record = Mapping[str, Any]
 
@@ -35,6 +44,8 @@ _GOALS = {
     "latency": "The fastest answer",
     "throughput": "The most tokens of a batch",
     "memory": "The least memory",
+    "cost": "The lowest cost",
+    "energy": "The least energy",
 }
 
 
@@ -46,34 +57,42 @@ def optimized_page(plan: Record) -> str:
     """
     search = plan["search"]
     name = text(plan["model"])
-    body = "".join(
-        [
-            _head(plan, search),
-            "<h2>Speed against divergence</h2>",
-            frontier(search),
-            _KEY,
-            "<h2>What was tried</h2>",
-            _table(plan, search),
-            "<h2>Why</h2>",
-            _reasons(plan, search),
-            sensitivity_map(
-                plan.get("sensitivity") or [],
-                plan.get("sensitivity_method", "rtn"),
-                plan.get("sensitivity_error"),
-            ),
-            "<h2>How this was measured</h2>",
-            _facts(plan, search),
-        ]
+    parts = [
+        _head(plan, search),
+        _part("What was asked", facts(_asked(plan, search))),
+        _part("What was chosen, and why", _chosen(plan, search)),
+        _part("Speed against quality", frontier(search), _key(search)),
+        _part("Where the speed comes from", *_waterfall(search)),
+        _part("How near to what the machine can do", *_roofline(plan, search)),
+        _part("Predicted and measured", *_foretold(plan, search)),
+        _part("How long tokens take", *_latencies(search)),
+        _part("Memory", *_memory(plan, search)),
+        _part("Cost and energy", facts(_costs(plan, search))),
+        _part("Everything that was tried", _table(plan, search), _losers(search)),
+        sensitivity_map(
+            plan.get("sensitivity") or [],
+            plan.get("sensitivity_method", "rtn"),
+            plan.get("sensitivity_error"),
+        ),
+        _part("How this was measured", _facts(plan, search)),
+        _part("How to repeat it", facts(_repeated(plan, search))),
+    ]
+    return document(f"{name}: {text(search['chosen'])}", "".join(parts))
+
+
+def _part(title: str, figure: str, *more: str) -> str:
+    """A section; none where its figure is empty."""
+    return f"<section><h2>{title}</h2>{figure}{''.join(more)}</section>" if figure else ""
+
+
+def _key(search: Record) -> str:
+    peers = '<span><i class="k-peer"></i>another engine</span>' if search.get("peers") else ""
+    return (
+        '<p class="key"><span><i class="round k-pick"></i>chosen</span>'
+        '<span><i class="round k-good"></i>within the budget</span>'
+        f'<span><i class="turned k-bad"></i>not within the budget</span>{peers}'
+        "Hollow: not timed, speed predicted from its bytes.</p>"
     )
-    return document(f"{name}: {text(search['chosen'])}", body)
-
-
-_KEY = (
-    '<p class="key"><span><i class="round k-pick"></i>chosen</span>'
-    '<span><i class="round k-good"></i>within the budget</span>'
-    '<span><i class="turned k-bad"></i>not within the budget</span>'
-    "Hollow: not timed, speed predicted from its bytes.</p>"
-)
 
 
 def _head(plan: Record, search: Record) -> str:
@@ -176,12 +195,12 @@ def _timed(measured: Record | None, figure: str) -> str:
     return f'<span title="p10 to p90: {spread}, n {stat["n"]}">{number(stat["median"], digits)}</span>'
 
 
-def _reasons(plan: Record, search: Record) -> str:
-    chosen = [c for c in search["candidates"] if c["recipe"] == search["chosen"]]
+def _losers(search: Record) -> str:
+    """Every recipe that was not chosen, and every engine, with its reason."""
     others = [c for c in search["candidates"] if c["recipe"] != search["chosen"]]
-    said = [(text(c["recipe"]), text(c["because"])) for c in [*chosen, *others]]
-    extra = "".join(f"<p>{text(reason)}</p>" for reason in plan["because"][1:])
-    return facts(said, "reasons") + extra
+    said = [(text(c["recipe"]), text(c["because"])) for c in others]
+    said += [(text(peer["name"]), text(peer.get("because"))) for peer in search.get("peers") or ()]
+    return f"<h3>Why not the others</h3>{facts(said, 'reasons')}" if said else ""
 
 
 def _ceilings(machine: Record, measured: Record) -> list[tuple[str, str]]:
@@ -243,275 +262,232 @@ def _facts(plan: Record, search: Record) -> str:
             ", ".join(f"{text(k)} {text(v)}" for k, v in plan["versions"].items())
             + f"; {text(machine['os'])}",
         ),
-        ("Use it", f'<code>hasten generate {text(search["artifact"])} -p "What is a mutex?"</code>'),
     ]
     return facts(found)
 
 
-_FRAME = Frame(480, 340, left=46, right=14, top=26, bottom=44)
-_LABEL = 12  # font size
-
-Box = tuple[float, float, float, float]  # left, top, right, bottom
-
-
-@dataclass(frozen=True)
-class Point:
-    """One recipe in the figure."""
-
-    name: str
-    kl: float
-    speed: float  # decoded tokens a second
-    measured: bool  # False: predicted from its bytes
-    passes: bool
-    chosen: bool
+_BUDGETS = {
+    "max_ppl_increase": ("perplexity may rise by", lambda value: percent(value)),
+    "max_kl": ("KL divergence at most", lambda value: f"{small(value)} nats"),
+}
 
 
-def frontier(search: Mapping[str, Any]) -> str:
-    """The figure: KL divergence on a log axis, decode speed upwards, the start as a line."""
-    baseline = median(search["baseline"]["measurement"], "decode_tok_per_s")
-    points = points_of(search)
-    if not points:
-        return ""
-    across, powers = _log_axis([p.kl for p in points])
-    levels = ticks(max([p.speed for p in points] + [baseline or 0.0]), room=1.05)
-
-    def up(speed: float) -> float:
-        return _FRAME.up(speed / levels[-1])
-
-    left, top, floor = _FRAME.left, _FRAME.top, _FRAME.floor
-    upright = (f'x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{floor}"' for x in map(across, powers))
-    parts = [
-        f'<text x="{left - 40}" y="14">decode, tokens a second</text>',
-        *(f'<line class="grid" {place}/>' for place in upright),
-        *_FRAME.grid(
-            [(up(tick), f"{tick:g}") for tick in levels],
-            [(across(tick), f"{tick:g}") for tick in powers],
-            "mean KL divergence from the source, nats (log): closer is left",
-        ),
-    ]
-    taken: list[Box] = []
-    if baseline is not None:
-        y = up(baseline)
-        parts.append(f'<line class="start" x1="{left}" y1="{y:.1f}" x2="{_FRAME.end}" y2="{y:.1f}"/>')
-        parts.append(
-            f'<text class="soft" x="{left + 6}" y="{y - 5:.1f}">bf16 start {number(baseline)}</text>'
-        )
-        taken.append((left, y - _LABEL - 4, left + 130.0, y))
-    parts += [_mark(p, across(p.kl), up(p.speed)) for p in points]
-    taken += [(across(p.kl) - 6, up(p.speed) - 6, across(p.kl) + 6, up(p.speed) + 6) for p in points]
-    for p in sorted(points, key=lambda p: not p.chosen):
-        parts.append(_label(p, across(p.kl), up(p.speed), taken))
-    about = ". ".join([f"bf16 start: {number(baseline)} tokens a second", *map(_sentence, points)]) + "."
-    return _FRAME.chart("f", "Decode speed against divergence from the source", about, "".join(parts))
-
-
-def points_of(search: Mapping[str, Any]) -> list[Point]:
-    """Every candidate; one that was not timed gets the speed its bytes predict, marked as such."""
-    predict = predictor(search)
-    found = []
-    for candidate in search["candidates"]:
-        measured = median(candidate["measurement"], "decode_tok_per_s")
-        speed = measured if measured is not None else predict(candidate["weight_bytes"])
-        if speed is None:
-            continue
-        found.append(
-            Point(
-                name=candidate["recipe"],
-                kl=max(float(candidate["verdict"]["kl_mean"]), 1e-6),
-                speed=speed,
-                measured=measured is not None,
-                passes=candidate["verdict"]["status"] == "pass",
-                chosen=candidate["recipe"] == search["chosen"],
-            )
-        )
+def _picked(search: Record) -> Record:
+    found: Record = next(c for c in search["candidates"] if c["recipe"] == search["chosen"])
     return found
 
 
-def predictor(search: Mapping[str, Any]) -> Callable[[float], float | None]:
-    """Speed from bytes: time a token = fixed + bytes / rate, by least squares through what was timed."""
-    timed = [
-        (float(m["weight_bytes"]), 1 / m["decode_tok_per_s"]["median"])
-        for m in [search["baseline"]["measurement"], *(c["measurement"] for c in search["candidates"])]
-        if m is not None and m["weight_bytes"]
-    ]
-    try:
-        slope, fixed = statistics.linear_regression([x for x, _ in timed], [y for _, y in timed])
-    except statistics.StatisticsError:  # fewer than two sizes
-        return lambda _: None
-
-    def predict(weight_bytes: float) -> float | None:
-        seconds = fixed + slope * weight_bytes
-        return 1 / seconds if slope > 0 and seconds > 0 else None
-
-    return predict
-
-
-def _log_axis(values: Sequence[float]) -> tuple[Callable[[float], float], list[float]]:
-    low = math.floor(math.log10(min(values)) - 0.05)
-    high = max(math.ceil(math.log10(max(values)) + 0.05), low + 1)
-
-    def place(value: float) -> float:
-        return _FRAME.across((math.log10(value) - low) / (high - low))
-
-    return place, [10.0**power for power in range(low, high + 1)]
-
-
-def _mark(point: Point, x: float, y: float) -> str:
-    kind = "chosen" if point.chosen else "pass" if point.passes else "fail"
-    hollow = "" if point.measured else " hollow"
-    about = f"<title>{text(_sentence(point))}</title>"
-    if point.passes:  # a shape for each verdict: colour alone says nothing to some
-        return f'<circle class="{kind}{hollow}" cx="{x:.1f}" cy="{y:.1f}" r="5.5">{about}</circle>'
-    return f'<polygon class="{kind}{hollow}" points="{diamond(x, y)}">{about}</polygon>'
-
-
-def _label(point: Point, x: float, y: float, taken: list[Box]) -> str:
-    """The name where it covers nothing: beside, above or below its mark."""
-    wide = 0.58 * _LABEL * len(point.name) + 2
-    places = [(x + 9, y + 4), (x - 9 - wide, y + 4)]
-    places += [(x + dx, y + dy) for dy in (-10, 19, -24, 33) for dx in (-wide / 2, 9, -9 - wide)]
-
-    def clash(place: Place) -> float:
-        left, base = place
-        box = (left, base - _LABEL + 1, left + wide, base + 3)
-        beside = max(0.0, _FRAME.left - box[0]) + max(0.0, box[2] - _FRAME.width + 2)
-        outside = beside + max(0.0, _FRAME.top - 12 - box[1])
-        return outside * 20 + sum(_overlap(box, other) for other in taken)
-
-    left, base = min(places, key=clash)
-    taken.append((left, base - _LABEL + 1, left + wide, base + 3))
-    weight = ' class="name strong"' if point.chosen else ' class="name"'
-    return f'<text{weight} x="{left:.1f}" y="{base:.1f}">{text(point.name)}</text>'
-
-
-def _overlap(a: Box, b: Box) -> float:
-    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-
-
-def _sentence(point: Point) -> str:
-    how = "measured" if point.measured else "predicted from its bytes"
-    verdict = "chosen" if point.chosen else "within the budget" if point.passes else "not within the budget"
-    return f"{point.name}: {number(point.speed)} tokens a second {how}, KL {small(point.kl)}, {verdict}"
-
-
-_DARKEST = 0.75  # of the heat colour: text on it stays readable
-_KEPT_WIDTH = "source"
-_LEAST = 1e-5  # nats: below it a cell stays blank, as int8 activations alone cost fifty times as much
-
-Group = Mapping[str, Any]
-
-
-def sensitivity_map(groups: Sequence[Group], method: str = "rtn", error: float | None = None) -> str:
-    """A table of layers by part and width, shaded by KL (log), the chosen widths framed; empty without a map.
-
-    Args:
-        groups: as `plan.json` has them under `sensitivity`.
-        method: how the integers were found.
-        error: what predictions are off by, a fraction; None: not checked.
-    """
-    layers: dict[str, dict[str, Group]] = {}
-    for group in groups:
-        where, _, part = group["group"].rpartition(".")
-        layers.setdefault(where or part, {})[part] = group
-    if not layers:
-        return ""
-    parts: list[str] = [part for part in READERS if any(part in row for row in layers.values())] or [""]
-    widths = [
-        *sorted({width for group in groups for width in _harms(group) if "-" not in width}),
-        _KEPT_WIDTH,
-    ]
-    scale = _Scale(groups)
-    rows = "".join(_map_row(where, row, parts, widths, scale) for where, row in layers.items())
-    return "<h2>Where few bits hurt</h2>" + table(
-        "Sensitivity map", _map_about(method, error), _map_head(parts, widths), rows, "map"
+def _asked(plan: Record, search: Record) -> Iterator[tuple[str, str]]:
+    yield "Goal", text(_GOALS[plan["goal"]])
+    limits = []
+    for name, value in plan["budget"].items():
+        if value is not None:
+            words, show = _BUDGETS.get(name, (name.replace("_", " "), lambda value: text(value)))
+            limits.append(f"{words} {show(value)}")
+    yield "Within", "; ".join(limits)
+    yield "Load", _load(search["baseline"]["measurement"]["workload"])
+    yield "Judged on", f"{text(plan['text']['name'])}, up to {number(plan['text']['tokens'], 0)} tokens"
+    yield (
+        "On",
+        f"{text(plan['machine']['cpu'])}, {text(search['baseline']['measurement'].get('device', 'cpu'))}",
     )
 
 
-class _Scale:
-    """KL to a share of the heat colour, logarithmic, over what some groups show."""
-
-    def __init__(self, groups: Sequence[Group]) -> None:
-        shown = (harm for group in groups for width, harm in _harms(group).items() if "-" not in width)
-        found = [harm for harm in shown if harm > _LEAST] or [1.0]
-        self._low, self._wide = min(found), math.log(max(found) / min(found)) or 1.0
-
-    def heat(self, harm: float) -> float:
-        if harm <= _LEAST:
-            return 0.0
-        return _DARKEST * max(0.05, math.log(max(harm, self._low) / self._low) / self._wide)
-
-
-def _harms(group: Group) -> Mapping[str, float]:
-    """KL by width; of plans from before there were several, that at 4 bits alone."""
-    return group.get("kl") or {"w4": group["kl_at_4_bits"]}
-
-
-def _map_about(method: str, error: float | None) -> str:
-    how = "" if method == "rtn" else f" Integers found by {text(method.upper())}."
-    off = "" if error is None else f", which is {error:.0%} off (median) where both were measured"
+def _load(workload: Record) -> str:
+    together = "one request at a time" if workload["batch"] == 1 else f"{workload['batch']} at once"
+    shared = workload.get("shared")
+    known = f", {number(shared, 0)} of them the same in all" if shared else ""
     return (
-        "KL divergence in thousandths of a nat when this group alone goes to a width, on held-out "
-        "calibration text; darker hurts more. 4 bits are measured, the others are scaled from that"
-        f"{off}.{how} Framed: the width the chosen recipe gives the group; kept is the source's own."
+        f"{number(workload['prompt'], 0)} tokens in{known}, {number(workload['output'], 0)} out, {together}"
     )
 
 
-def _map_head(parts: Sequence[str], widths: Sequence[str]) -> str:
-    over = "".join(f'<th scope="col" colspan="{len(widths)}">{text(part)}</th>' for part in parts)
-    names = "".join(
-        f'<th scope="col" class="{_edge(i)}">{_width_label(width)}</th>'
-        for _ in parts
-        for i, width in enumerate(widths)
+def _chosen(plan: Record, search: Record) -> str:
+    """In words: the winner, what it was better than, and what the search learned on the way."""
+    candidate = _picked(search)
+    passing = [c for c in search["candidates"] if (c["verdict"] or {}).get("status") == "pass"]
+    said = (
+        f"<p><b>{text(search['chosen'])}</b>, {number(candidate['bits_per_weight'], 2)} bits a weight. "
+        f"{len(search['candidates'])} recipes were tried and {len(passing)} kept the budget.</p>"
     )
-    return f'<tr><th scope="col">layer</th>{over}</tr><tr><th scope="col">width</th>{names}</tr>'
+    reasons = [candidate["because"], *plan["because"][1:]]
+    return said + "".join(f"<p>{text(reason)}</p>" for reason in reasons)
 
 
-def _map_row(
-    where: str, row: Mapping[str, Group], parts: Sequence[str], widths: Sequence[str], scale: _Scale
-) -> str:
-    if set(row) & set(parts):
-        cells = "".join(_cells(row.get(part), widths, scale) for part in parts)
-    else:  # the head: as wide as all parts
-        cells = _cells(next(iter(row.values())), widths, scale, span=len(parts))
-    return f'<tr><th scope="row">{text(where.replace("layers.", "layer "))}</th>{cells}</tr>'
+# Where the speed comes from ---------------------------------------------------------------------------------
 
 
-def _cells(group: Group | None, widths: Sequence[str], scale: _Scale, span: int = 1) -> str:
-    if group is None:
-        return f'<td colspan="{span * len(widths)}"></td>'
-    harms = _harms(group)
-    return "".join(_cell(group, width, harms.get(width), scale, i, span) for i, width in enumerate(widths))
+@dataclass(frozen=True)
+class Factors:
+    """A request's time taken apart, milliseconds.
+
+    Algorithm: the recipe's fewer bytes and operations, at the rate that the start reached. Hardware: the
+    same work at another rate, by integer instructions and kernels that keep memory busier. Cache: work that
+    was done before.
+    """
+
+    start_ms: float
+    after_algorithm_ms: float
+    end_ms: float
+
+    @property
+    def algorithm(self) -> float:
+        return self.start_ms / self.after_algorithm_ms
+
+    @property
+    def hardware(self) -> float:
+        return self.after_algorithm_ms / self.end_ms
+
+    @property
+    def whole(self) -> float:
+        return self.start_ms / self.end_ms
 
 
-def _cell(group: Group, width: str, harm: float | None, scale: _Scale, at: int, span: int) -> str:
-    chosen = str(group["layout"])
-    base, _, variant = chosen.partition("-")  # w4-g64 stands in the column of w4
-    own = " own" if base == width else ""
-    if own and variant:
-        harm = _harms(group).get(chosen, harm)
-    across = f' colspan="{span}"' if span > 1 else ""
-    label = f"{_width_label(width)} " if span > 1 else ""
-    said = f"{text(group['group'])} at {_width_label(width)}"
-    if harm is None:
-        shown, heat = ("kept" if own and not label else ""), 0.0
+def factors(start: Record, chosen: Record) -> Factors | None:
+    """How much of a speed-up is whose; None: how much the two read is unknown."""
+    less_read = _shrunk("decode_bytes", start, chosen) or _shrunk("weight_bytes", start, chosen)
+    if less_read is None:
+        return None
+    less_computed = _shrunk("prompt_ops", start, chosen) or 1.0
+    steps = start["workload"]["output"] - 1
+    tpot, ttft = start["tpot_ms"]["median"], start["ttft_ms"]["median"]
+    return Factors(
+        start_ms=_request_ms(start),
+        after_algorithm_ms=ttft * less_computed + steps * tpot * less_read,
+        end_ms=_request_ms(chosen),
+    )
+
+
+def _shrunk(figure: str, start: Record, chosen: Record) -> float | None:
+    """How much of something is left; None: one of them does not know."""
+    before, after = start.get(figure), chosen.get(figure)
+    return float(after / before) if before and after else None
+
+
+def _request_ms(measured: Record) -> float:
+    steps = measured["workload"]["output"] - 1
+    return float(measured["ttft_ms"]["median"] + steps * measured["tpot_ms"]["median"])
+
+
+def _waterfall(search: Record) -> tuple[str, str]:
+    start, chosen = search["baseline"]["measurement"], _picked(search)["measurement"]
+    found = None if chosen is None else factors(start, chosen)
+    if found is None:
+        return "", ""
+    middle, end = found.after_algorithm_ms, found.end_ms
+    rows = [
+        Bar("start: bf16", _ms(found.start_ms), 0.0, found.start_ms, "before"),
+        Bar("algorithm: fewer bytes", _less(middle - found.start_ms), middle, found.start_ms, "algorithm"),
+        Bar("hardware: a higher rate", _less(end - middle), middle, end, "hardware"),
+        Bar("cache: nothing was kept", _less(0.0), end, end, "cache"),
+        Bar(str(search["chosen"]), _ms(end), 0.0, end, "chosen", strong=True),
+    ]
+    about = (
+        f"<p>A request of {_load(chosen['workload'])} became {times(found.whole)} as fast: "
+        f"{times(found.algorithm)} by algorithm &middot; {times(found.hardware)} by hardware &middot; "
+        "1&times; by cache. Algorithm is what the recipe spares, at the rate that the start reached; "
+        "hardware is the rate, by integer instructions and kernels that read faster; while recipes are timed "
+        "nothing is cached and nothing drafted, so that what they are themselves is seen.</p>"
+    )
+    return bars("waterfall", "The time of a request, by what made it shorter", rows, "milliseconds"), about
+
+
+def _ms(value: float) -> str:
+    return f"{value:,.0f} ms"
+
+
+def _less(value: float) -> str:
+    return f"{value:+,.0f} ms"
+
+
+# How near to the ceilings -----------------------------------------------------------------------------------
+
+
+def _roofline(plan: Record, search: Record) -> tuple[str, str]:
+    chosen = str(search["chosen"])
+    timed = [("bf16", search["baseline"]["measurement"])]
+    timed += [(c["recipe"], c["measurement"]) for c in search["candidates"] if c["measurement"] is not None]
+    points = [p for name, measured in timed for p in reached(str(name), measured, strong=name == chosen)]
+    bytes_per_s, ceilings = roof_of(plan["machine"], search["baseline"]["measurement"].get("device", "cpu"))
+    figure = roofline(bytes_per_s, ceilings, points)
+    about = (
+        '<p class="key"><span><i class="round k-pick"></i>answers of the chosen recipe</span>'
+        '<span><i class="k-pick"></i>its prompts</span>Hollow: the other recipes. Under the slope a run is '
+        "bound by reading memory, under a flat line by arithmetic; the lines were measured here.</p>"
+    )
+    return figure, about
+
+
+# Predictions, distributions, memory, money ------------------------------------------------------------------
+
+
+def _foretold(plan: Record, search: Record) -> tuple[str, str]:
+    rows = []
+    for candidate in search["candidates"]:
+        own = plan["estimate"] if candidate["recipe"] == search["chosen"] else None
+        guess, found = candidate.get("estimate") or own, candidate["measurement"]
+        if guess is not None and found is not None:
+            name, strong = str(candidate["recipe"]), candidate["recipe"] == search["chosen"]
+            measured = found["decode_tok_per_s"]["median"]
+            rows.append(Foretold(name, guess["decode_tok_per_s"], measured, strong=strong))
+    about = (
+        '<p class="key"><span><i class="turned k-pick-line"></i>predicted before it ran</span>'
+        '<span><i class="round k-good"></i>measured</span>Tokens a second while decoding.</p>'
+    )
+    return foretold("foretold", "Predicted and measured speed", rows, "tokens a second"), about
+
+
+def _latencies(search: Record) -> tuple[str, str]:
+    timed = [("bf16 (start)", search["baseline"]["measurement"], False)]
+    for candidate in search["candidates"]:
+        if candidate["measurement"] is not None:
+            strong = candidate["recipe"] == search["chosen"]
+            timed.append((str(candidate["recipe"]), candidate["measurement"], strong))
+    return latencies(timed)
+
+
+def _memory(plan: Record, search: Record) -> tuple[str, str]:
+    rows = []
+    for candidate in search["candidates"]:
+        read = candidate["weight_bytes"]
+        stored = candidate.get("stored_bytes") or read
+        strong = candidate["recipe"] == search["chosen"]
+        said = f"{stored / 1e6:,.0f} MB, {read / 1e6:,.0f} MB read a token"
+        kind = "chosen" if strong else "before"
+        rows.append(Bar(str(candidate["recipe"]), said, 0.0, stored / 1e6, kind, strong))
+    peak = (plan["measurement"] or {}).get("peak_rss_bytes")
+    about = (
+        "<p>Weights in memory, the embedding table included. Keys and values come on top: they grow with the "
+        f"context. The search itself held at most {megabytes(peak)}, two models at once among them.</p>"
+    )
+    return bars("memory", "Memory of the weights", rows, "MB of weights"), about
+
+
+def _costs(plan: Record, search: Record) -> Iterator[tuple[str, str]]:
+    measured = plan["measurement"] or {}
+    price, rate = plan.get("price_per_hour"), median(measured or None, "decode_tok_per_s")
+    if price is None or rate is None:
+        yield "Cost", "unknown: no price of the machine was given"
     else:
-        shown, heat = _thousandths(harm), scale.heat(harm)
-    more = f" {text(variant)}" if own and variant else ""
-    style = f'class="{_edge(at)}{own}" style="--a:{heat:.2f}" title="{said}"'
-    return f"<td{across} {style}>{label}{shown}{more}</td>"
+        million = price / 3600 / rate * 1e6
+        yield "Cost", f"{million:,.2f} a million tokens of answers, at {price:g} an hour and this load"
+    joules = measured.get("joules_per_token")
+    if joules is None:
+        yield "Energy", "unknown: no counter of this machine could be read"
+    else:
+        yield "Energy", f"{joules:.2g} J a token, {joules / 3.6:.2g} kWh a million tokens"
 
 
-def _edge(at: int) -> str:
-    return "edge" if at == 0 else "in"
-
-
-def _width_label(width: str) -> str:
-    return "kept" if width == _KEPT_WIDTH else text(width)
-
-
-def _thousandths(harm: float) -> str:
-    """2.7, 0.13, 0.02; blank below a hundredth."""
-    value = harm * 1000
-    if harm <= _LEAST:
-        return ""
-    return f"{value:.0f}" if value >= 10 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
+def _repeated(plan: Record, search: Record) -> Iterator[tuple[str, str]]:
+    options, budget = plan["options"], plan["budget"]
+    words = [f"hasten optimize {plan['model']}", f"--max-ppl-increase {100 * budget['max_ppl_increase']:g}%"]
+    words += [f"--for {plan['goal']}", f"--tokens {plan['text']['tokens']}", f"--runs {plan['runs']}"]
+    words += [f"--threads {options['threads']}"] if options.get("threads") else []
+    words += [f"--device {options['device']}"] if options.get("device", "cpu") != "cpu" else []
+    yield "The search", f"<code>{text(plan.get('command') or ' '.join(words))}</code>"
+    yield "This report", f"<code>hasten report {text(search['artifact'])}</code>"
+    yield "Its speed again", f"<code>hasten bench {text(search['artifact'])} --json</code>"
+    yield "Its quality again", f"<code>hasten eval {text(search['artifact'])} --json</code>"
+    yield "Use it", f'<code>hasten generate {text(search["artifact"])} -p "What is a mutex?"</code>'
+    for file in (plan.get("source") or {}).get("files", ()):
+        yield "Source", f"{text(file['path'])}, sha256 <code>{text(file['sha256'])}</code>"
