@@ -32,9 +32,10 @@ from typing import Any
 import numpy as np
 
 from bar import Bar, Settings, record, say
+from hasten.bench.load import Address, send
+from hasten.bench.process import ServerProcess, free_port
 from hasten.errors import HastenError, PeerError
-from http_load import Address, send
-from server_process import ControlGroup, ServerProcess, control_group, free_port
+from server_process import ControlGroup, control_group
 from serving_contenders import hasten_command
 
 LAYERS, HEADS, HEAD_DIM, HIDDEN, WIDTH = 32, 32, 128, 32, 64
@@ -181,7 +182,7 @@ def run(plan: Plan, model: Path) -> Found:
     command += ["--threads", str(plan.threads)]
     with (
         control_group(memory_bytes=plan.group_bytes) as group,
-        ServerProcess("hasten serve", command, address, ready="/ready", group=group) as server,
+        ServerProcess("hasten serve", command, address, ready="/ready", join=group.join) as server,
     ):
         server.wait_ready()
         asyncio.run(_load(plan, found, address, group))

@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from bar import Bar, Settings, record, say
+from hasten.bench.load import Address
+from hasten.bench.process import ServerProcess, free_port
 from hasten.errors import HastenError
-from http_load import Address
-from server_process import ServerProcess, free_port
 
 CHAT = "/v1/chat/completions"
 SMALL_S, LARGE_S = 0.05, 0.2  # the bars: of bodies of 100 KB, and of 15 MB

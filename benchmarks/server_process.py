@@ -1,28 +1,22 @@
-"""Servers that a benchmark starts, each in a process of its own, and control groups for them.
+"""Control groups for servers that a benchmark starts, and how the peers' server is started.
 
 A control group shows what a process does with little memory or little processor time.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import socket
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from hasten.bench.load import Address
 from hasten.bench.peers import EngineSpec
-from hasten.bench.process import Child, die_with_parent
-from hasten.errors import MachineError, PeerError
+from hasten.errors import MachineError
 from hasten.machine.cores import group_folders
-from http_load import Address, send_now
 
-POLL_S = 0.005
-SETTLED_S = 0.4
 _PERIOD_US = 100_000
 
 
@@ -138,95 +132,6 @@ def _remove(group: Path) -> None:
             group.rmdir()
             return
         time.sleep(0.05)
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class ServerProcess(Child):
-    def __init__(
-        self,
-        name: str,
-        command: Sequence[str],
-        address: Address,
-        *,
-        ready: str = "/v1/models",
-        environment: Mapping[str, str] | None = None,
-        group: ControlGroup | None = None,
-    ) -> None:
-        """Start it.
-
-        Args:
-            name: how messages call the server.
-            ready: path that is answered with 200 once the server is ready.
-            environment: variables beside this process's own.
-            group: the control group that the server runs in.
-        Raises:
-            PeerError: the command cannot be started.
-        """
-        self.address = address
-        self._ready = ready
-
-        def prepare() -> None:
-            die_with_parent()  # a benchmark that is killed leaves no server behind
-            if group is not None:
-                group.join()
-
-        self.started_s = time.perf_counter()
-        super().__init__(name, command, pipes=False, environment=environment, prepare=prepare)
-
-    def wait_ready(self, limit_s: float = 120.0) -> float:
-        """Seconds from start until it answered its readiness path with 200.
-
-        Raises:
-            PeerError: it died, or was not ready within the limit; with its last words.
-        """
-        while time.perf_counter() - self.started_s < limit_s:
-            if not self.running:
-                raise PeerError(f"{self.name} ended with code {self._process.returncode}{self.last_words()}")
-            with contextlib.suppress(PeerError):
-                if send_now(self.address, "GET", self._ready, limit_s=10.0).status == 200:
-                    return time.perf_counter() - self.started_s
-            time.sleep(POLL_S)
-        raise PeerError(f"{self.name} was not ready within {limit_s:.0f} s{self.last_words()}")
-
-    def settle(self, limit_s: float = 10.0) -> None:
-        """Wait until it has used next to no processor time for a while: ours tidies up when it is idle."""
-        until = time.perf_counter() + limit_s
-        used = self._cpu_s()
-        while time.perf_counter() < until:
-            time.sleep(SETTLED_S)
-            before, used = used, self._cpu_s()
-            if used - before < 0.1 * SETTLED_S:
-                return
-
-    def _cpu_s(self) -> float:
-        """Processor time of all its threads so far, seconds; 0 once it is gone."""
-        try:
-            text = Path(f"/proc/{self.pid}/stat").read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return 0.0
-        fields = text.rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def terminate(self, limit_s: float = 60.0) -> int:
-        """Ask it to end (SIGTERM) and wait; its exit code.
-
-        Raises:
-            PeerError: it did not end in time (it is killed then).
-        """
-        self.resume()
-        self._process.terminate()
-        try:
-            return self._process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            words = self.last_words()
-            self.kill()
-            raise PeerError(f"{self.name} did not end within {limit_s:.0f} s of SIGTERM{words}") from None
 
 
 def server_command(

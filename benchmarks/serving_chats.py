@@ -11,7 +11,7 @@ import serving_contenders as contenders
 from bar import Bar, Settings, say
 from chat_workloads import SharedChats
 from hasten.bench.figures import Answer, Ratio, paired_ratio, percentile
-from http_load import LoadFigures, figures
+from hasten.bench.load import LoadFigures, figures
 
 CLIENTS, OUTPUT = 8, 128
 PHASES = ("cold", "warm")

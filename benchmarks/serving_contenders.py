@@ -14,11 +14,11 @@ from bar import Settings, say
 from chat_workloads import Message
 from hasten.bench.compare import LOAD_LIMIT_S, PREPARE_LIMIT_S
 from hasten.bench.figures import Answer
+from hasten.bench.load import Address, Call, figures, run_calls
 from hasten.bench.peers import EngineSpec
-from hasten.bench.process import WorkerProcess
+from hasten.bench.process import ServerProcess, WorkerProcess, free_port
 from hasten.core import as_json
-from http_load import Address, Call, figures, run_calls
-from server_process import ServerProcess, free_port, server_command
+from server_process import server_command
 
 CONTEXT = 4096
 """Tokens of prompt plus output that every contender is set up for."""

@@ -8,11 +8,11 @@ import serving_contenders as contenders
 from bar import Bar, Settings, say
 from chat_workloads import SharedChats
 from hasten.bench.figures import Answer, paired_ratio, percentile
+from hasten.bench.load import Address, figures
 from hasten.bench.measure import PromptRing, default_text
+from hasten.bench.process import ServerProcess, free_port
 from hasten.errors import PeerError
 from hasten.machine.probe import stat_of
-from http_load import Address, figures
-from server_process import ServerProcess, free_port
 
 ZERO_HIT_ROUNDS = 5  # times --runs
 CLIENTS, PROMPT, OUTPUT = 8, 256, 64

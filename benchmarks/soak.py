@@ -25,8 +25,8 @@ import serving_contenders as contenders
 from bar import Bar, Settings, record, say
 from chat_workloads import TOPICS
 from hasten.bench.figures import percentile
+from hasten.bench.load import Address, send
 from hasten.errors import HastenError, PeerError
-from http_load import Address, send
 from serving import make_artifact
 from soak_clients import Client, Tally, ask_known
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from chat_workloads import TOPICS
 from hasten.bench.figures import Answer
+from hasten.bench.load import Address, Call, read_answer, send, stream_call
 from hasten.bench.measure import default_text
 from hasten.errors import PeerError
-from http_load import Address, Call, read_answer, send, stream_call
 
 LIMIT_S = 300.0
 """Longest a client waits for an answer: with 64 clients and little memory a long one takes a minute."""

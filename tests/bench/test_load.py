@@ -13,10 +13,23 @@ import pytest
 
 from chat_workloads import Conversation, SharedChats
 from hasten.bench.figures import Answer
+from hasten.bench.load import (
+    Address,
+    Asked,
+    Call,
+    Event,
+    HttpAnswer,
+    figures,
+    read_answer,
+    run_calls,
+    run_open,
+    send_now,
+)
 from hasten.bench.peers import EngineSpec, ours
+from hasten.bench.process import ServerProcess, free_port
+from hasten.bench.workload import Lengths, Traffic
 from hasten.errors import PeerError
-from http_load import Address, Call, Event, HttpAnswer, figures, read_answer, run_calls, send_now
-from server_process import ServerProcess, free_port, server_command
+from server_process import server_command
 
 EVENTS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -256,3 +269,88 @@ def test_our_engine_answers_chats_in_a_worker(tiny_folder: Callable[..., Path]) 
     assert [answer.prompt_tokens for answer in first] == [90, 40]
     assert all(0 < (answer.first_s or 0) <= answer.last_s for answer in first)
     assert [answer.cached_tokens for answer in second] > [0, 0]
+
+
+SMALL = Traffic("small", "", Lengths(3, 3, 3), Lengths(4, 4, 4), shared=2)
+
+
+def opened(script: Script, asked: Asked) -> tuple[dict[str, object], list[dict[str, object]]]:
+    """The record of an open load on a scripted server, and the bodies that it was sent."""
+    bodies: list[dict[str, object]] = []
+
+    def answer(request: bytes) -> Sequence[bytes]:
+        if request.startswith(b"GET /v1/models"):
+            body = b'{"data": [{"id": "letters"}]}'
+            return [b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)]
+        bodies.append(json.loads(request.partition(b"\r\n\r\n")[2]))
+        return script(request)
+
+    with serving(answer) as address:
+        return run_open(address, asked, range(100)), bodies
+
+
+def whole(request: bytes) -> list[bytes]:
+    """An answer of four tokens, three of whose prompt were cached."""
+    usage = {"prompt_tokens": 5, "completion_tokens": 4, "prompt_tokens_details": {"cached_tokens": 3}}
+    last = b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\n"
+    return [EVENTS, *chunked(event("a"), event("bcd"), event(None, finish_reason="length") + last)]
+
+
+def test_an_open_load_does_not_wait_for_answers() -> None:
+    """Thirty requests of 40 ms come within some 60 ms: a client that waited would take more than a second."""
+    load, bodies = opened(whole, Asked(SMALL, rate=500.0, count=30, seed=1))
+    rows = load["requests"]
+    assert isinstance(rows, list)
+    assert [row["at_s"] for row in rows] == sorted(row["at_s"] for row in rows)
+    assert max(row["at_s"] for row in rows) < 0.5
+    assert load["wall_s"] < 1.0
+    assert load["goodput"] == 1.0
+    assert load["cached"] == pytest.approx(3 / 5)
+    assert len(bodies) == 32  # two come first and are not counted
+    asked = [tuple(body["prompt"]) for body in bodies[2:]]
+    assert len(set(asked)) == 30
+    assert {len(prompt) for prompt in asked} == {5}
+    assert {prompt[:2] for prompt in asked} == {(0, 1)}
+    assert {body["model"] for body in bodies} == {"letters"}
+    assert "deadline_ms" not in bodies[0]
+    again, _ = opened(whole, Asked(SMALL, rate=500.0, count=30, seed=1))
+    assert [row["at_s"] for row in again["requests"]] == [row["at_s"] for row in rows]
+
+
+def test_an_open_load_tells_met_late_refused_and_failed_apart() -> None:
+    strict = Traffic("strict", "", Lengths(3, 3, 3), Lengths(4, 4, 4), deadline_ms=1500.0)
+    number = iter(range(100))
+
+    def script(request: bytes) -> Iterator[bytes]:
+        match next(number) - 2:
+            case 0:
+                yield b"HTTP/1.1 503 Busy\r\nContent-Length: 4\r\n\r\nlate"
+            case 1:
+                yield b"HTTP/1.1 500 Oh\r\nContent-Length: 2\r\n\r\nno"
+            case 2:
+                slowly = [b": wait\n\n"] * 170  # 10 ms apart
+                yield from [EVENTS, *chunked(*slowly, event("a"), event(None, finish_reason="length"))]
+            case 3:
+                fault = (
+                    b'data: {"error": {"message": "the deadline passed", "code": "deadline_exceeded"}}\n\n'
+                )
+                yield from [EVENTS, *chunked(event("a"), fault)]
+            case _:
+                yield from whole(request)
+
+    load, bodies = opened(script, Asked(strict, rate=20.0, count=8, seed=2))  # type: ignore[arg-type]
+    shares = {key: load[key] for key in ("goodput", "late", "refused", "failed")}
+    assert shares == pytest.approx({"goodput": 0.5, "late": 0.25, "refused": 0.125, "failed": 0.125})
+    assert {body["deadline_ms"] for body in bodies} == {1500.0}
+    rows = load["requests"]
+    assert rows[0]["refused_after_ms"] < 1500
+    assert rows[2]["latency_ms"] > 1500
+    assert rows[1]["error"].startswith("status 500")
+
+
+def test_a_server_that_names_no_model_is_no_server_to_load() -> None:
+    with (
+        serving(lambda _: [b"HTTP/1.1 404 No\r\nContent-Length: 2\r\n\r\n{}"]) as address,
+        pytest.raises(PeerError, match="names no model"),
+    ):
+        run_open(address, Asked(SMALL, 10.0, 2), range(100))

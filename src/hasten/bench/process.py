@@ -20,10 +20,12 @@ import json
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -36,6 +38,8 @@ from hasten.machine.memory import peak_rss_bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from hasten.bench.load import Address
 
 PACKAGE = Path(__file__).resolve().parent.parent
 """Folder of the `hasten` package."""
@@ -205,6 +209,104 @@ class WorkerProcess(Child):
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         self.kill()
         return PeerError(f"{self.name} {how} during {op!r}{self._tail}", hint=self._crash_hint)
+
+
+POLL_S = 0.005
+SETTLED_S = 0.4
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class ServerProcess(Child):
+    """A server that answers HTTP; it ends with this process, even if that is killed."""
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        address: Address,
+        *,
+        ready: str = "/v1/models",
+        environment: Mapping[str, str] | None = None,
+        join: Callable[[], None] | None = None,
+    ) -> None:
+        """Start it.
+
+        Args:
+            name: how messages call the server.
+            ready: path that is answered with 200 once the server is ready.
+            environment: variables beside this process's own.
+            join: called in the new process before the command, such as to enter a control group.
+
+        Raises:
+            PeerError: the command cannot be started.
+        """
+        self.address = address
+        self._ready = ready
+
+        def prepare() -> None:
+            die_with_parent()  # a benchmark that is killed leaves no server behind
+            if join is not None:
+                join()
+
+        self.started_s = time.perf_counter()
+        super().__init__(name, command, pipes=False, environment=environment, prepare=prepare)
+
+    def wait_ready(self, limit_s: float = 120.0) -> float:
+        """Seconds from start until it answered its readiness path with 200.
+
+        Raises:
+            PeerError: it died, or was not ready within the limit; with its last words.
+        """
+        from hasten.bench.load import send_now
+
+        while time.perf_counter() - self.started_s < limit_s:
+            if not self.running:
+                raise PeerError(f"{self.name} ended with code {self._process.returncode}{self.last_words()}")
+            with contextlib.suppress(PeerError):
+                if send_now(self.address, "GET", self._ready, limit_s=10.0).status == 200:
+                    return time.perf_counter() - self.started_s
+            time.sleep(POLL_S)
+        raise PeerError(f"{self.name} was not ready within {limit_s:.0f} s{self.last_words()}")
+
+    def settle(self, limit_s: float = 10.0) -> None:
+        """Wait until it has used next to no processor time for a while: ours tidies up when it is idle."""
+        until = time.perf_counter() + limit_s
+        used = self._cpu_s()
+        while time.perf_counter() < until:
+            time.sleep(SETTLED_S)
+            before, used = used, self._cpu_s()
+            if used - before < 0.1 * SETTLED_S:
+                return
+
+    def _cpu_s(self) -> float:
+        """Processor time of all its threads so far, seconds; 0 once it is gone."""
+        try:
+            text = Path(f"/proc/{self.pid}/stat").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return 0.0
+        fields = text.rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def terminate(self, limit_s: float = 60.0) -> int:
+        """Ask it to end (SIGTERM) and wait; its exit code.
+
+        Raises:
+            PeerError: it did not end in time (it is killed then).
+        """
+        self.resume()
+        self._process.terminate()
+        try:
+            return self._process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            words = self.last_words()
+            self.kill()
+            raise PeerError(f"{self.name} did not end within {limit_s:.0f} s of SIGTERM{words}") from None
 
 
 PR_SET_PDEATHSIG = 1

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from hasten.cli.console import emit, note, print_table, shown, speeds, watched
@@ -18,9 +22,12 @@ from hasten.cli.flags import (
     optional,
 )
 from hasten.core import SCHEMA_VERSION, Machine, Measurement, Workload, as_json
+from hasten.errors import UsageError
 
 if TYPE_CHECKING:
     from hasten.bench.compare import Comparison, Outcome
+    from hasten.bench.load import Address, Asked
+    from hasten.models.tokenizer import Tokenizer
 
 KEPT = "No figure is kept; what the engines had prepared in the cache is."
 
@@ -39,6 +46,13 @@ PeerPythonOption = Annotated[
     str | None, optional("--peer-python", "PATH", PEER_PYTHON, envvar="HASTEN_PEER_PYTHON")
 ]
 
+WORKLOAD = (
+    "chat, support, translate, summarize, decide, code, a JSON file, or a trace: instead of the lengths."
+)
+RATE = "Requests a second that come at random to a server (open loop): goodput instead of rounds."
+URL = "The server to ask, any with OpenAI's API. Default: one of MODEL, started for it."
+LATE = "milliseconds; later is not in time. Default: the workload's."
+
 
 def command(
     model: ModelArgument,
@@ -54,15 +68,32 @@ def command(
     tensor_parallel: TensorParallelOption = 1,
     runs: Annotated[int, given("--runs", "N", "Measured rounds.", min=1)] = 5,
     peer_python: PeerPythonOption = None,
+    workload: Annotated[str | None, optional("--workload", "NAME", WORKLOAD)] = None,
+    rate: Annotated[float | None, optional("--rate", "X", RATE)] = None,
+    requests: Annotated[int, given("--requests", "N", "Requests of such a load.", min=1)] = 100,
+    seed: Annotated[int, given("--seed", "N", "Of its lengths and moments.")] = 0,
+    ttft: Annotated[float | None, optional("--ttft", "MS", f"First token, {LATE}")] = None,
+    tpot: Annotated[float | None, optional("--tpot", "MS", f"A token after it, mean, {LATE}")] = None,
+    deadline: Annotated[float | None, optional("--deadline", "MS", f"The whole answer, {LATE}")] = None,
+    url: Annotated[str | None, optional("--url", "URL", URL)] = None,
     json: JsonOption = False,
 ) -> None:
     """Measure speed, alone or side by side with other engines.
 
     Every engine lives in a process of its own and they are asked in turn, round by round, on the same token
     ids; figures are medians. What another engine needs (a requantised file, an export) is made once, in the
-    cache.
+    cache. With --rate a server is asked instead, as users do: requests come at random moments, and what
+    counts is the share that is answered in time.
     """
+    limits = {"ttft_ms": ttft, "tpot_ms": tpot, "deadline_ms": deadline}
+    if rate is not None:
+        asked = _asked(workload, rate, requests, seed, limits)
+        served = _Served(model, recipe, threads, device, gpu_memory, url)
+        _bench_load(asked, served, json)
+        return
+    _refuse_alone(limits | {"url": url})
     from hasten.bench.compare import Request, bout
+    from hasten.bench.workload import traffic
     from hasten.errors import PeerError
     from hasten.loading import prepared
 
@@ -70,7 +101,7 @@ def command(
         place, plain = prepared(model, recipe, observer, threads=threads)
     request = Request(
         model=str(place),
-        workload=Workload(prompt, output, batch),
+        workload=Workload(prompt, output, batch) if workload is None else traffic(workload).typical(batch),
         recipe=None if plain is None else recipe,
         against=tuple(against or ()),
         source=source if source is not None or place == model else model,
@@ -175,3 +206,162 @@ def _cells(measurement: Measurement) -> list[str]:
 
 def _percent(fraction: float | None) -> str:
     return shown(None if fraction is None else 100 * fraction, "%", 0)
+
+
+# A load on a server -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Served:
+    """The server that a load goes to."""
+
+    model: str
+    recipe: str | None
+    threads: int | None
+    device: str
+    gpu_memory: str | None
+    url: str | None
+
+    def command(self, port: int, context: int) -> list[str]:
+        words = [sys.executable, "-m", "hasten", "serve", self.model, "--port", str(port)]
+        words += ["--context", str(context)]
+        flags = {"recipe": self.recipe, "threads": self.threads, "gpu-memory": self.gpu_memory}
+        flags["device"] = None if self.device == "cpu" else self.device
+        return words + [
+            part for name, value in flags.items() if value is not None for part in (f"--{name}", str(value))
+        ]
+
+    @contextmanager
+    def running(self, context: int) -> Iterator[Address]:
+        """The server's address, once it answers."""
+        from hasten.bench.load import Address
+        from hasten.bench.process import ServerProcess, free_port
+
+        if self.url is not None:
+            yield _address(self.url)
+            return
+        address = Address("127.0.0.1", free_port())
+        command = self.command(address.port, context)
+        with ServerProcess("hasten serve", command, address, ready="/ready") as server:
+            server.wait_ready(_START_LIMIT_S)
+            yield address
+
+
+_START_LIMIT_S = 600.0
+
+
+def _refuse_alone(flags: Mapping[str, object]) -> None:
+    """What belongs to a load says nothing without --rate.
+
+    Raises:
+        UsageError: it was given.
+    """
+    for name, value in flags.items():
+        if value is not None:
+            flag = f"--{name.removesuffix('_ms')}"
+            raise UsageError(f"{flag} belongs to a load, and there is no --rate", hint="add --rate 2")
+
+
+def _asked(name: str | None, rate: float, count: int, seed: int, limits: Mapping[str, float | None]) -> Asked:
+    """The load that the flags describe.
+
+    Raises:
+        UsageError: no workload, or a rate or limit that is none.
+    """
+    from hasten.bench.load import Asked
+    from hasten.bench.workload import traffic
+
+    if name is None:
+        raise UsageError("--rate needs a workload", hint=f"add --workload chat (--rate {rate:g})")
+    if rate <= 0:
+        raise UsageError(f"--rate must be above 0 requests a second, got {rate:g}", hint="use --rate 2")
+    given_limits: dict[str, Any] = {key: value for key, value in limits.items() if value is not None}
+    for key, value in given_limits.items():
+        if value <= 0:
+            flag = f"--{key.removesuffix('_ms')}"
+            raise UsageError(f"{flag} must be milliseconds above 0, got {value:g}", hint=f"use {flag} 500")
+    return Asked(replace(traffic(name), **given_limits), rate, count, seed)
+
+
+def _address(url: str) -> Address:
+    """Host and port of an `http://` address; a path such as /v1 behind it is passed over.
+
+    Raises:
+        UsageError: it is none.
+    """
+    from urllib.parse import urlsplit
+
+    from hasten.bench.load import Address
+
+    hint = "use --url http://127.0.0.1:8000"
+    try:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        raise UsageError(f"--url {url!r} is no address", hint=hint) from None
+    if parts.scheme != "http" or not host:
+        raise UsageError(f"--url {url!r} is no http:// address", hint=hint)
+    return Address(host, port or 80)
+
+
+def _bench_load(asked: Asked, served: _Served, json: bool) -> None:
+    from hasten import __version__
+    from hasten.bench.load import run_open
+    from hasten.bench.measure import default_text
+    from hasten.machine.probe import probe
+
+    ids = _tokenizer(served.model).encode(default_text(), add_special=False)
+    seconds = max(one.at_s for one in asked.arrivals(ids))
+    note(f"{asked.count} requests of {asked.traffic.name} within {seconds:.0f} s")
+    with served.running(asked.traffic.longest + 16) as address:
+        load = run_open(address, asked, ids)
+    machine = probe(measure=False)
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "machine": as_json(machine),
+        "versions": {"hasten": __version__, "python": machine.python},
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+        "model": served.model,
+        "server": served.url or " ".join(["hasten", *served.command(0, asked.traffic.longest + 16)[3:]]),
+        "load": load,
+    }
+    if json:
+        emit(record)
+    else:
+        _show_load(record)
+
+
+def _tokenizer(ref: str) -> Tokenizer:
+    from hasten.models.artifact import load_artifact
+    from hasten.models.open import open_model
+    from hasten.weights.artifact import is_artifact
+
+    return load_artifact(ref).tokenizer if is_artifact(ref) else open_model(ref).tokenizer()
+
+
+def _show_load(record: Mapping[str, Any]) -> None:
+    from hasten.bench.figures import percentile
+
+    load, rows = record["load"], []
+    for name, title in (("ttft_ms", "first token"), ("tpot_ms", "a token"), ("latency_ms", "whole answer")):
+        values = [one[name] for one in load["requests"] if one[name] is not None]
+        limit = load["limits"].get("deadline_ms" if name == "latency_ms" else name)
+        cells = [shown(percentile(values, at), "ms") if values else "" for at in (0.5, 0.9, 0.99)]
+        rows.append([title, *cells, "" if limit is None else shown(limit, "ms", 0)])
+    print_table(
+        f"{record['model']}: {load['count']} requests of {load['workload']} at {load['rate']:g} a second",
+        ("", "p50", "p90", "p99", "in time up to"),
+        rows,
+    )
+    shares = ", ".join(f"{_percent(load[key])} {key}" for key in ("late", "refused", "failed"))
+    note(f"in time: {_percent(load['goodput'])} of the requests ({shares})")
+    note(
+        f"{shown(load['good_per_s'], 'requests in time a second', 2)}, "
+        f"{shown(load['output_tok_per_s'], 'tok/s')}; {_percent(load['cached'])} of prompt tokens were cached"
+    )
+    late = max(one["client_late_ms"] for one in load["requests"])
+    if late > _LATE_MS:
+        note(f"the client itself was up to {late:.0f} ms late: times are too long by so much at most")
+
+
+_LATE_MS = 20.0

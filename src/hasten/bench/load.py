@@ -5,6 +5,9 @@ while an answer runs it only notes time and bytes of what comes: on two cores a 
 time from the server it measures. Source: RFC 9112 (HTTP/1.1), and the chapter "Server-sent events" of the
 HTML standard for the lines that begin with `data:`.
 
+A load may be closed, so many clients at once (`run_calls`), or open: requests come when they come, whatever
+became of those before, as users do (`run_open`). Of an open load the share answered in time is its goodput.
+
 Source of the figures' names and definitions: TTFT (time to first token), TPOT (time per output token after
 the first) and end-to-end latency as the field's serving benchmarks use them.
 """
@@ -17,11 +20,14 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from hasten.bench.figures import Answer, percentile
 from hasten.errors import PeerError
+
+if TYPE_CHECKING:
+    from hasten.bench.workload import Arrival, Traffic
 
 READ_BYTES = 1 << 16
 LAST_CHUNK = b"0\r\n\r\n"
@@ -414,3 +420,147 @@ class _Seen:
 
 Ask = Callable[[Sequence[Call]], "list[Answer]"]
 """Sends calls to whatever is measured."""
+
+
+# Open loads -------------------------------------------------------------------------------------------------
+
+REFUSALS = (429, 503)
+"""Statuses by which a server says early that it will not answer: it is full, or a deadline cannot be kept."""
+TOO_LATE = ("deadline_exceeded", "status 504")
+"""In the error of an answer whose deadline passed while it was made: it counts as late, not as failed."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An open load on a server."""
+
+    traffic: Traffic  # lengths, and what users wait for
+    rate: float | None  # requests a second, at random moments; None: as the traffic was recorded
+    count: int
+    seed: int = 0
+
+    def arrivals(self, ids: Sequence[int]) -> list[Arrival]:
+        """The requests, cut out of one text's token ids."""
+        return list(self.traffic.requests(ids, self.count, self.rate, seed=self.seed))
+
+    def call(self, arrival: Arrival, model: str) -> Call:
+        """One request as it is sent: token ids, greedy, past end tokens, its deadline where there is one."""
+        body = {
+            "model": model,
+            "prompt": list(arrival.prompt),
+            "max_tokens": arrival.output,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream_options": {"include_usage": True},
+        }
+        if self.traffic.deadline_ms is not None:
+            body["deadline_ms"] = self.traffic.deadline_ms
+        return Call(body, "/v1/completions")
+
+
+def run_open(address: Address, asked: Asked, ids: Sequence[int], limit_s: float = 600.0) -> dict[str, Any]:
+    """Sends every request at its moment, whatever became of those before, and waits for all.
+
+    Two requests of another seed come first and are not counted: a service that has begun knows what all
+    prompts begin with. Times count from the moment a request was due, so that a client that is late itself
+    makes no server look fast.
+
+    Returns:
+        The record: what was asked, one object a request, and the shares and rates of all.
+
+    Raises:
+        PeerError: the server says no model's name.
+    """
+    model = served_model(address)
+    first = replace(asked, count=2, seed=asked.seed + 1_000_003, rate=None)
+    run_calls(address, [asked.call(one, model) for one in first.arrivals(ids)], 1, limit_s)
+    arrivals = asked.arrivals(ids)
+    calls = [asked.call(one, model) for one in arrivals]
+    begun, answers = asyncio.run(_at_their_moments(address, arrivals, calls, limit_s))
+    rows = [
+        _row(arrival, answer, begun, asked.traffic) for arrival, answer in zip(arrivals, answers, strict=True)
+    ]
+    return _record(asked, rows, figures(answers))
+
+
+def served_model(address: Address) -> str:
+    """The first model that a server names.
+
+    Raises:
+        PeerError: it names none.
+    """
+    answer = send_now(address, "GET", "/v1/models")
+    try:
+        return str(answer.json()["data"][0]["id"])
+    except (KeyError, IndexError, TypeError):
+        raise PeerError(
+            f"http://{address.host}:{address.port}/v1/models names no model (status {answer.status})",
+            hint="give the address of a server with OpenAI's API",
+        ) from None
+
+
+async def _at_their_moments(
+    address: Address, arrivals: Sequence[Arrival], calls: Sequence[Call], limit_s: float
+) -> tuple[float, list[Answer]]:
+    """When the load began, on the clock of answers, and the answers in the order of the requests."""
+    begun = time.perf_counter()
+
+    async def one(arrival: Arrival, call: Call) -> Answer:
+        await asyncio.sleep(max(0.0, begun + arrival.at_s - time.perf_counter()))
+        asked = time.perf_counter()
+        answer = await stream_call(address, call, limit_s)
+        return answer if answer.sent_s else replace(answer, sent_s=asked)
+
+    return begun, await asyncio.gather(*map(one, arrivals, calls))
+
+
+def _row(arrival: Arrival, answer: Answer, begun: float, traffic: Traffic) -> dict[str, Any]:
+    """What became of one request; milliseconds from the moment it was due."""
+    late_s = answer.sent_s - begun - arrival.at_s
+    refused = answer.status in REFUSALS
+    first = None if answer.first_s is None else 1000 * (late_s + answer.first_s)
+    pace = None if answer.tpot_s is None else 1000 * answer.tpot_s
+    whole = None if answer.error else 1000 * (late_s + answer.last_s)
+    return {
+        "at_s": arrival.at_s,
+        "prompt_tokens": len(arrival.prompt),
+        "cached_tokens": answer.cached_tokens,
+        "output_tokens": answer.output_tokens,
+        "ttft_ms": None if answer.error else first,
+        "tpot_ms": None if answer.error else pace,
+        "latency_ms": whole,
+        "met": first is not None and whole is not None and traffic.in_time(first, pace, whole),
+        "refused": refused,
+        "refused_after_ms": 1000 * (late_s + answer.last_s) if refused else None,
+        "failed": bool(answer.error) and not refused and not any(one in answer.error for one in TOO_LATE),
+        "error": answer.error or None,
+        "client_late_ms": 1000 * late_s,
+    }
+
+
+def _record(asked: Asked, rows: Sequence[Mapping[str, Any]], whole: LoadFigures) -> dict[str, Any]:
+    traffic, count = asked.traffic, len(rows)
+    shares = {name: sum(row[key] for row in rows) / count for name, key in _SHARES.items()}
+    prompts = [row for row in rows if row["cached_tokens"] is not None]
+    known = sum(row["prompt_tokens"] for row in prompts)
+    return {
+        "workload": traffic.name,
+        "rate": asked.rate,
+        "count": count,
+        "seed": asked.seed,
+        "limits": {
+            "ttft_ms": traffic.ttft_ms,
+            "tpot_ms": traffic.tpot_ms,
+            "deadline_ms": traffic.deadline_ms,
+        },
+        **shares,
+        "late": max(0.0, 1.0 - sum(shares.values())),
+        "cached": sum(row["cached_tokens"] for row in prompts) / known if known else None,
+        "wall_s": whole.wall_s,
+        "output_tok_per_s": whole.tok_per_s,
+        "good_per_s": shares["goodput"] * count / whole.wall_s if whole.wall_s else None,
+        "requests": list(rows),
+    }
+
+
+_SHARES = {"goodput": "met", "refused": "refused", "failed": "failed"}
