@@ -144,7 +144,7 @@ def test_a_free_answer_is_text_or_follows_the_schemas(name: str, trained: dict[s
 @pytest.mark.parametrize(
     ("tools", "says"),
     [
-        (TOOLS * 2, "two functions"),
+        ([*TOOLS, {"type": "function", "function": {"name": TOOLS[0]["function"]["name"]}}], "two functions"),
         ([{"type": "web_search"}], "web_search"),
         (["weather"], "str"),
         ("weather", "list"),
@@ -154,7 +154,7 @@ def test_a_free_answer_is_text_or_follows_the_schemas(name: str, trained: dict[s
             [{"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}],
             "no object",
         ),
-        ([{"type": "function", "function": {"name": str(i)}} for i in range(129)], "at most 128"),
+        ([{"type": "function", "function": {"name": str(i)}} for i in range(257)], "at most 256"),
     ],
 )
 def test_what_is_wrong_is_named(tools: Any, says: str) -> None:

@@ -125,7 +125,7 @@ def read(model: type[Strict], document: Any) -> bool:
     try:
         asked = parse(model, json.dumps(document).encode(), set())
         if isinstance(asked, AskedFields):
-            as_chat(asked)
+            as_chat(asked, set())
     except Problem as problem:
         assert problem.status == 400 and problem.message
         return False

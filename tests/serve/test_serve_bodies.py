@@ -140,7 +140,12 @@ def test_fields_that_are_null_do_not_hide_among_many_wrong_ones() -> None:
 @pytest.mark.parametrize(
     ("path", "body", "param", "said"),
     [
-        ("/v1/chat/completions", chat(stop=["a"] * 17), "stop", "list should have at most 16 items, not 17"),
+        (
+            "/v1/chat/completions",
+            chat(stop=["a"] * 257),
+            "stop",
+            "list should have at most 256 items, not 257",
+        ),
         ("/v1/chat/completions", chat(stop=5), "stop", "should be a valid string or a valid array"),
         ("/v1/completions", {"prompt": ["a"] * 129}, "prompt", "list should have at most 128 items"),
         ("/v1/completions", {"prompt": [-1]}, "prompt.0", "greater than or equal to 0"),

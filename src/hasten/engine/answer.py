@@ -112,6 +112,9 @@ class StopTexts:
         self._stops = tuple(stops)
         self._shown = shown
         self._longest = max(map(len, stops), default=0)
+        self._by_first: dict[str, list[str]] = {}  # by their first character
+        for stop in stops:
+            self._by_first.setdefault(stop[0], []).append(stop)
         self._held = ""
 
     def push(self, text: str) -> tuple[str, str | None]:
@@ -131,8 +134,8 @@ class StopTexts:
     def _possible(self, text: str) -> int:
         """Length of the longest end of `text` that some stop text begins with."""
         for size in range(min(self._longest - 1, len(text)), 0, -1):
-            end = text[-size:]
-            if any(stop.startswith(end) for stop in self._stops):
+            stops = self._by_first.get(text[-size])
+            if stops is not None and any(stop.startswith(text[-size:]) for stop in stops):
                 return size
         return 0
 

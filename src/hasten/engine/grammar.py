@@ -36,7 +36,7 @@ _NOTES |= {"description", "default", "examples", "example", "deprecated", "readO
 _NOTES |= {"contentEncoding", "contentMediaType", "discriminator", "externalDocs", "xml"}
 _KNOWN = FOLLOWED | CHECKED | _SCHEMAS | _NOTES
 
-MAX_TOOLS = 128
+MAX_TOOLS = 256
 MOST_CALLS = 8  # in one answer that is held to a grammar: a small model goes on for ever
 _NAME = re.compile(r"[\w.:/-]{1,128}", re.ASCII)
 _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -241,11 +241,12 @@ def checked_tools(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 f"a function has the name {str(name)[:80]!r}",
                 hint="use 1 to 128 letters, digits and any of _ . : / -",
             )
-        if name in functions:
-            raise UsageError(f"two functions are named {name!r}", hint="give each function its own name")
         if schema is not None and not isinstance(schema, Mapping):
             raise UsageError(f"the parameters of {name!r} are no JSON schema", hint=_EXAMPLE)
-        functions[name] = _of_object(name, schema) if schema else _NO_ARGUMENTS
+        wanted = _of_object(name, schema) if schema else _NO_ARGUMENTS
+        if functions.get(name, wanted) != wanted:  # one that is sent twice is one
+            raise UsageError(f"two functions are named {name!r}", hint="give each function its own name")
+        functions[name] = wanted
     return functions
 
 

@@ -3,7 +3,7 @@
 One pass goes from bytes to checked values. A body that does not pass is read once more, tolerantly: other
 servers' spellings are understood, numbers may be texts, and fields that cannot change an answer are left out
 and noted. With `--strict` there is no second reading. Sources of the fields: the OpenAI API reference, vLLM's
-names for what OpenAI has no name for, and the references of llama.cpp's server and of Ollama.
+names for what OpenAI has no name for, and the references of llama.cpp's server, Ollama, SGLang and TGI.
 """
 
 from __future__ import annotations
@@ -36,11 +36,23 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": ({},),
     "background": (False,),
     "bad_words": ([],),
+    "chat_template": ("",),
     "conversation": ({}, ""),
+    "custom_token_bans": ("",),
+    "documents": ([],),
     "dry_multiplier": (0,),
     "dynatemp_range": (0,),
     "echo": (False,),
+    "encoder_repetition_penalty": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "format": ("",),
     "grammar": ("",),
+    "guidance_scale": (1,),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
     "include_stop_str_in_output": (False,),
     "logits_processors": ([],),
     "logprob_token_ids": ([],),
@@ -48,9 +60,18 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "min_tokens": (0,),
     "mirostat": (0,),
     "modalities": (["text"], []),
+    "negative_prompt": ("",),
+    "no_repeat_ngram_size": (0,),
+    "num_beams": (1,),
+    "penalty_alpha": (0,),
     "prompt": ({}, "", []),
+    "response_format": (),
     "return_tokens_as_token_ids": (False,),
+    "structured_outputs": ({},),
+    "smoothing_factor": (0,),
+    "stop_regex": ("", []),
     "suffix": ("",),
+    "tfs": (1,),
     "tfs_z": (1,),
     "top_a": (0,),
     "top_n_sigma": (0, -1),
@@ -69,7 +90,12 @@ _SAME_AS = {
     "num_predict": "max_tokens",
     "max_new_tokens": "max_tokens",
     "max_length": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "no_stop_trim": "include_stop_str_in_output",
+    "ban_eos_token": "ignore_eos",
     "json_schema": "guided_json",
+    "regex": "guided_regex",
+    "ebnf": "guided_grammar",
     "grammar": "guided_grammar",
     "content": "prompt",
 }
@@ -488,7 +514,7 @@ class SamplingFields(DrawingFields):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[TokenName, Bias] | None = Field(None, max_length=10_000)
     n: int | None = Field(None, ge=1, le=128)
-    stop: StopText | Annotated[list[StopText], Field(max_length=16, fail_fast=True)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=256, fail_fast=True)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] | None = None
     ignore_eos: bool | None = Field(None, description="go on past the end token: for benchmarks")
     min_tokens: int | None = Field(None, ge=0, lt=2**31, description="no end and no stop before so many")

@@ -106,11 +106,12 @@ _SHORT = ("/chat/completions", "/completions", "/embeddings", "/models", "/respo
 
 
 _PREFIXED = re.compile(rf"(?:/[\w.~-]+){{1,4}}?(/v1(?:{'|'.join(map(re.escape, _SHORT))}).*)", re.DOTALL)
+_WITHOUT_V1 = re.compile(r"(?:/[\w.~-]+){1,4}?(/chat/completions|/completions|/embeddings)")
 
 
 def plain_path(path: str) -> str:
     """A path as the routes have it: base URLs come with and without `/v1`, with and without a slash, and with
-    what a proxy has before `/v1`."""
+    what a proxy or a service (Azure's deployments) has before it."""
     path = re.sub("/{2,}", "/", path)
     if len(path) > 1:
         path = path.rstrip("/") or "/"
@@ -118,8 +119,12 @@ def plain_path(path: str) -> str:
         path = path[3:]
     if path.startswith(_SHORT):
         return f"/v1{path}"
-    prefixed = None if path.startswith("/v1/") else _PREFIXED.fullmatch(path)
-    return path if prefixed is None else prefixed.group(1)
+    if path.startswith("/v1/"):
+        return path
+    prefixed, bare = _PREFIXED.fullmatch(path), _WITHOUT_V1.fullmatch(path)
+    if prefixed is not None:
+        return prefixed.group(1)
+    return path if bare is None else f"/v1{bare.group(1)}"
 
 
 class Guard:

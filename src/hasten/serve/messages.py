@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from hasten.models.answers import ArgumentsDelta, CallStarted, TextDelta, ThoughtDelta, ToolEvent
-from hasten.serve.body import DrawingFields, JsonObject, Strict, Text, checked
+from hasten.serve.body import DrawingFields, Ignored, JsonObject, Strict, Text, checked
 from hasten.serve.call import refused
 from hasten.serve.chat import ChatRequest, counted, prepare_chat
 from hasten.serve.generate import asker_of, respond
@@ -44,10 +44,17 @@ class AskedFields(Strict):
     tools: Annotated[list[JsonObject], Field(max_length=256, fail_fast=True)] | None = None
     tool_choice: JsonObject | None = None
     thinking: JsonObject | None = Field(None, description="type (enabled, disabled), budget_tokens")
+    output_format: JsonObject | None = Field(None, description="type json_schema, schema")
+    reasoning_effort: str | None = Field(None, max_length=40)
 
     @classmethod
     def understood(cls, document: dict[str, Any], ignored: set[str]) -> dict[str, Any]:
         """Numbers and fields as elsewhere; keys of messages that ask for nothing are left out."""
+        document = dict(document)
+        config = document.pop("output_config", None)
+        if isinstance(config, dict):
+            document.setdefault("output_format", config.get("format"))
+            document.setdefault("reasoning_effort", config.get("effort"))
         found = super().understood(document, ignored)
         turns = found.get("messages")
         if isinstance(turns, list):
@@ -60,11 +67,18 @@ def _kept(turn: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "content": "" if kept.get("content") is None else kept["content"]}
 
 
+def _is_others(kind: Any) -> bool:
+    """Whether a block tells of a tool that another server ran by itself: its text says what came of it."""
+    return kind in ("server_tool_use", "mcp_tool_use", "compaction", "container_upload") or (
+        isinstance(kind, str) and kind.endswith("_tool_result")
+    )
+
+
 class MessagesRequest(DrawingFields, AskedFields):
     """The body of `/v1/messages`."""
 
     max_tokens: int | None = Field(None, ge=0, lt=2**31)
-    stop_sequences: Annotated[list[Text], Field(max_length=16, fail_fast=True)] | None = None
+    stop_sequences: Annotated[list[Text], Field(max_length=256, fail_fast=True)] | None = None
     metadata: JsonObject | None = Field(None, description="user_id: users share the machine evenly")
 
 
@@ -74,8 +88,11 @@ class CountRequest(AskedFields):
     model: str | None = Field(None, max_length=1000)
 
 
-def as_chat(spec: AskedFields) -> ChatRequest:
+def as_chat(spec: AskedFields, ignored: set[str]) -> ChatRequest:
     """The same question as a chat request.
+
+    Args:
+        ignored: gets the names of what is left out.
 
     Raises:
         Problem: 400, a block that is not served.
@@ -84,13 +101,15 @@ def as_chat(spec: AskedFields) -> ChatRequest:
     if spec.system:
         told.append({"role": "system", "content": _words(spec.system, "system")})
     for number, turn in enumerate(spec.messages):
-        told += _messages(turn.role, turn.content, f"messages.{number}")
+        told += _messages(turn.role, turn.content, f"messages.{number}", ignored)
     choice = dict(spec.tool_choice or {})
     document: dict[str, Any] = {
         "messages": told,
         "tools": spec.tools,
         "tool_choice": choice or None,
         "thinking": spec.thinking,
+        "response_format": spec.output_format,
+        "reasoning_effort": spec.reasoning_effort,
         "include_reasoning": (spec.thinking or {}).get("type") in ("enabled", "adaptive"),
         "continue_final_message": True if told[-1]["role"] == "assistant" else None,
     }
@@ -101,10 +120,12 @@ def as_chat(spec: AskedFields) -> ChatRequest:
         document |= {name: getattr(spec, name) for name in same}
         document["stop"] = [text for text in spec.stop_sequences or () if text] or None
         document["user"] = (spec.metadata or {}).get("user_id")
-    return checked(ChatRequest, ChatRequest.understood(document, set()))
+    return checked(ChatRequest, ChatRequest.understood(document, ignored))
 
 
-def _messages(role: str, content: str | Sequence[Mapping[str, Any]], place: str) -> list[dict[str, Any]]:
+def _messages(
+    role: str, content: str | Sequence[Mapping[str, Any]], place: str, ignored: set[str]
+) -> list[dict[str, Any]]:
     """A turn as chat messages: results of calls are messages of their own, before what else is said."""
     if isinstance(content, str):
         return [{"role": role, "content": content}]
@@ -125,6 +146,8 @@ def _messages(role: str, content: str | Sequence[Mapping[str, Any]], place: str)
             calls.append({"id": str(block.get("id")), "type": "function", "function": function})
         elif kind in ("thinking", "redacted_thinking"):
             thoughts.append(str(block.get("thinking") or ""))
+        elif _is_others(kind):
+            ignored.add(f"messages.{kind}")
         else:
             texts.append(_words([block], f"{place}.content.{number}"))
     said: dict[str, Any] = {"role": role, "content": "\n".join(texts)}
@@ -148,6 +171,8 @@ def _words(content: Any, place: str) -> str:
     texts = []
     for block in content:
         text = block.get("text")
+        if block.get("type") == "search_result":
+            text = _words(block.get("content") or "", place)
         if block.get("type") == "document" and isinstance(block.get("source"), Mapping):
             text = block["source"].get("data") if block["source"].get("type") == "text" else None
         if not isinstance(text, str):
@@ -300,7 +325,8 @@ class MessageShape(Answer):
 async def messages(exchange: Exchange) -> None:
     """Answer a conversation in Anthropic's form."""
     spec = await exchange.body(MessagesRequest)
-    asked = as_chat(spec)
+    asked = as_chat(spec, ignored := Ignored())
+    exchange.note_ignored(ignored)
     async with exchange.service.pool.use(spec.model) as served:
         request, reading = await exchange.work(lambda: prepare_chat(asked, asker_of(exchange, served)))
         tally, streamed = exchange.tally(served.name), bool(spec.stream)
@@ -311,5 +337,5 @@ async def messages(exchange: Exchange) -> None:
 async def count_tokens(exchange: Exchange) -> None:
     """Tokens of a conversation, tools included."""
     spec = await exchange.body(CountRequest)
-    asked = as_chat(spec).model_copy(update={"model": spec.model})
+    asked = as_chat(spec, Ignored()).model_copy(update={"model": spec.model})
     await exchange.json({"input_tokens": await counted(exchange, asked)})

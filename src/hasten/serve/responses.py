@@ -30,7 +30,7 @@ from hasten.serve.generate import STOPPED, asker_of, make, respond
 from hasten.serve.kept import StoredResponse
 from hasten.serve.metrics import Tally
 from hasten.serve.shape import Answer, News, TokenTexts, dumped, dumps, event, joined
-from hasten.serve.spelling import flat_tool, labels, spelled_chat, spelled_items
+from hasten.serve.spelling import flat_format, flat_tool, labels, spelled_chat, spelled_items
 
 if TYPE_CHECKING:
     from hasten.engine.request import Output, Request
@@ -194,6 +194,9 @@ class ResponseRequest(DrawingFields):
         form = found["text"].get("format") if isinstance(found.get("text"), Mapping) else None
         if isinstance(form, Mapping) and form.get("type") == "json_schema" and form.get("strict") is None:
             found["text"] = {**found["text"], "format": {k: v for k, v in form.items() if k != "strict"}}
+        wanted = found.pop("response_format", None)
+        if wanted is not None and form is None and found.get("text") is None:
+            found["text"] = {"format": flat_format(wanted)}
         if isinstance(found.get("metadata"), Mapping):
             found["metadata"] = labels(found["metadata"])
         return super().understood(found, ignored)

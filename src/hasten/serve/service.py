@@ -133,15 +133,18 @@ class Exchange:
             found = parse(model, data, ignored)
         else:
             found = await self.work(lambda: parse(model, data, ignored))
-        if ignored:
-            self._note_ignored(ignored)
+        self.note_ignored(ignored or Ignored())
         return found
 
-    def _note_ignored(self, names: set[str]) -> None:
+    def note_ignored(self, names: Ignored) -> None:
         """Say which fields were left out: in a header, in the metrics, and once in the log."""
+        if not names:
+            return
         listed = sorted(names)
-        shown = ", ".join(name for name in listed if _HEADER_NAME.fullmatch(name))
-        self.call.headers["x-hasten-ignored"] = shown or str(len(names))
+        before = self.call.headers.get("x-hasten-ignored")
+        shown = [before] if before else []
+        shown += [name for name in listed if _HEADER_NAME.fullmatch(name)]
+        self.call.headers["x-hasten-ignored"] = ", ".join(shown) or str(len(names))
         self.service.metrics.ignored(listed)
         new = [name for name in listed if name not in self.service.told]
         if new and len(self.service.told) < _MOST_TOLD:

@@ -19,6 +19,7 @@ _KEPT = {
     "assistant": ("role", "content", "name", "reasoning_content", "tool_calls"),
     "tool": ("role", "content", "name", "tool_call_id"),
 }
+_HEARD = ("refusal", "function_call", "prefix", "partial")  # of messages, that are heard and not kept
 _ROLES = {"function": "tool", "model": "assistant", "ai": "assistant", "human": "user"}
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal", "summary_text")
 _THOUGHT_PARTS = ("thinking", "reasoning", "redacted_thinking", "reasoning_text")
@@ -36,7 +37,7 @@ def spelled_chat(document: Mapping[str, Any], ignored: set[str]) -> dict[str, An
     if isinstance(messages, list):
         found["messages"] = spelled_messages(messages, ignored)
         last = messages[-1] if messages else None
-        if isinstance(last, Mapping) and last.get("prefix") is True and last.get("role") == "assistant":
+        if isinstance(last, Mapping) and last.get("role") == "assistant" and _is_begun(last):
             found.setdefault("continue_final_message", True)
     _functions(found)
     if isinstance(found.get("tools"), list):
@@ -54,6 +55,11 @@ def spelled_chat(document: Mapping[str, Any], ignored: set[str]) -> dict[str, An
     return spelled_switches(found, ignored)
 
 
+def _is_begun(message: Mapping[str, Any]) -> bool:
+    """Whether an answer is to go on with a message, in the words of Mistral and Moonshot."""
+    return message.get("prefix") is True or message.get("partial") is True
+
+
 def spelled_switches(document: Mapping[str, Any], ignored: set[str]) -> dict[str, Any]:
     """Fields with values that this server has one way for, of any request that generates."""
     found = dict(document)
@@ -65,17 +71,11 @@ def spelled_switches(document: Mapping[str, Any], ignored: set[str]) -> dict[str
         del found["service_tier"]
     if isinstance(found.get("prompt_cache_key"), str) and len(found["prompt_cache_key"]) > 512:
         del found["prompt_cache_key"]
-    if isinstance(found.get("user"), str):
-        found["user"] = found["user"][:512]  # agents put objects as text there
-    elif isinstance(found.get("user"), Mapping | list):
-        del found["user"]
-        ignored.add("user")
-    if isinstance(found.get("stop"), list):
-        found["stop"] = [one for one in found["stop"] if one != ""]
-    if found.get("stop") == "":
-        del found["stop"]
-    if isinstance(found.get("reasoning"), str):
-        found.setdefault("reasoning_effort", found.pop("reasoning"))
+    _user(found, ignored)
+    _stop(found)
+    if isinstance(found.get("stream_options"), Mapping):
+        found["stream_options"] = {k: v for k, v in found["stream_options"].items() if v is not None}
+    _thoughts(found)
     if isinstance(found.get("logit_bias"), list):  # llama.cpp's pairs
         found["logit_bias"] = {
             str(pair[0]): (-100 if pair[1] is False else pair[1])
@@ -88,9 +88,69 @@ def spelled_switches(document: Mapping[str, Any], ignored: set[str]) -> dict[str
         found["seed"] %= 2**63
     if found.get("min_tokens") == 0:
         del found["min_tokens"]
-    if isinstance(found.get("response_format"), Mapping):
-        found["response_format"] = spelled_format(found["response_format"])
+    if found.pop("do_sample", None) is False:
+        found["temperature"] = 0
+    _form(found)
     return found
+
+
+def _user(found: dict[str, Any], ignored: set[str]) -> None:
+    user = found.get("user")
+    if isinstance(user, str):
+        found["user"] = user[:512]  # agents put objects as text there
+    elif isinstance(user, int):
+        found["user"] = str(user)
+    elif isinstance(user, Mapping | list):
+        del found["user"]
+        ignored.add("user")
+
+
+def _stop(found: dict[str, Any]) -> None:
+    """Stop texts without those that say nothing."""
+    if isinstance(found.get("stop"), list):
+        found["stop"] = [one for one in found["stop"] if one not in ("", None)]
+    elif found.get("stop") == "":
+        del found["stop"]
+
+
+def _thoughts(found: dict[str, Any]) -> None:
+    """Switches of thoughts that others have under one name, as a word or as a truth."""
+    if isinstance(found.get("reasoning"), str):
+        found.setdefault("reasoning_effort", found.pop("reasoning"))
+    elif isinstance(found.get("reasoning"), bool):
+        found["reasoning"] = {"enabled": found["reasoning"]}
+    if isinstance(found.get("thinking"), str):
+        found["thinking"] = {"type": found["thinking"]}
+    think = found.pop("think", None)  # Ollama's
+    if isinstance(think, bool):
+        found.setdefault("enable_thinking", think)
+    elif isinstance(think, str):
+        found.setdefault("reasoning_effort", think)
+    if found.get("reasoning_format") == "hidden":  # Groq's
+        found.setdefault("include_reasoning", False)
+
+
+def _form(found: dict[str, Any]) -> None:
+    """What an answer must match, whatever the field is called: Ollama's `format`, TGI's `grammar`."""
+    form = found.get("response_format")
+    if form is None and found.get("format") not in (None, ""):
+        form = found.pop("format")
+        form = {"type": "json_schema", "schema": form} if isinstance(form, Mapping) else form
+    if isinstance(form, str):
+        form = {"type": form}
+    if isinstance(form, Mapping):
+        form = spelled_format(form)
+        kind = form.get("type")
+        text = form.get(kind, form.get("pattern")) if isinstance(kind, str) else None
+        if not kind:
+            form = None
+        elif kind in ("regex", "grammar") and isinstance(text, str):
+            found[f"guided_{kind}"], form = text, None
+    found["response_format"] = form
+    grammar = found.get("grammar")
+    if isinstance(grammar, Mapping):
+        found["guided_regex" if grammar.get("type") == "regex" else "guided_json"] = grammar.get("value")
+        del found["grammar"]
 
 
 def spelled_messages(messages: Sequence[Any], ignored: set[str]) -> list[Any]:
@@ -136,7 +196,7 @@ def _message(message: Mapping[str, Any], waiting: str | None, ignored: set[str])
         return found
     for name in [name for name in found if name not in kept]:
         value = found.pop(name)
-        if value not in (None, "", [], {}) and name not in ("refusal", "function_call", "prefix"):
+        if value not in (None, "", [], {}) and name not in _HEARD:
             ignored.add(f"messages.{name}")
     return {name: value for name, value in found.items() if value is not None or name == "content"}
 
@@ -222,9 +282,11 @@ def _functions(found: dict[str, Any]) -> None:
 def spelled_tools(tools: Sequence[Any], ignored: set[str]) -> list[Any]:
     """Functions, in the nested form; tools of other types are left out and said."""
     kept: list[Any] = []
-    for tool in tools:
+    for number, tool in enumerate(tools):
         if not isinstance(tool, Mapping):
             kept.append(tool)
+            continue
+        if number and tool == tools[number - 1]:  # sent twice
             continue
         kind = tool.get("type")
         inner = tool.get("function")
@@ -268,6 +330,9 @@ def _choice(found: dict[str, Any]) -> None:
         return
     if not isinstance(choice, Mapping):
         return
+    if not choice:
+        del found["tool_choice"]
+        return
     kind = choice.get("type")
     if kind == "allowed_tools":
         inner = choice.get("allowed_tools")
@@ -293,9 +358,9 @@ def _name_of(tool: Any) -> Any:
 
 def spelled_format(form: Mapping[str, Any]) -> dict[str, Any]:
     """`response_format`, also with the schema beside the type as llama.cpp's server and others take it."""
-    kind, schema = form.get("type"), form.get("schema")
+    kind, schema = form.get("type"), form.get("schema", form.get("value"))
     inner = form.get("json_schema")
-    if kind in ("json_object", "json_schema") and schema is not None and inner is None:
+    if kind in ("json", "json_object", "json_schema") and schema is not None and inner is None:
         kept = {name: form[name] for name in ("name", "strict", "description") if form.get(name) is not None}
         return {"type": "json_schema", "json_schema": {**kept, "schema": schema}}
     if kind == "json_schema" and isinstance(inner, Mapping) and "schema" not in inner:
@@ -317,6 +382,17 @@ _ITEM_KEPT = {
     "item_reference": ("type", "id"),
 }
 _LIKE_CALLS = {"custom_tool_call": "input", "local_shell_call": "action", "mcp_call": "arguments"}
+_LEFT_OUT: tuple[str, ...] = (
+    "compaction",
+    "compaction_summary",
+    "context_compaction",
+    "item_list",
+    "ghost_snapshot",
+    "other",
+)
+_LEFT_OUT += ("mcp_list_tools", "mcp_approval_request", "mcp_approval_response", "tool_search_output")
+"""Types of items that belong to tools and services of others."""
+_TEXT_ITEMS = ("input_text", "output_text", "text")
 _STATUS = ("in_progress", "completed", "incomplete")
 
 
@@ -324,6 +400,12 @@ def flat_tool(tool: Any) -> Any:
     """A function without its inner object, as `/v1/responses` has it."""
     inner = tool.get("function") if isinstance(tool, Mapping) else None
     return {"type": "function", **inner} if isinstance(inner, Mapping) else tool
+
+
+def flat_format(form: Mapping[str, Any]) -> dict[str, Any]:
+    """`response_format` as `text.format` of `/v1/responses`."""
+    inner = form.get("json_schema")
+    return {"name": "answer", **inner, "type": "json_schema"} if isinstance(inner, Mapping) else dict(form)
 
 
 def labels(metadata: Mapping[str, Any]) -> dict[str, str]:
@@ -358,7 +440,10 @@ def _item(item: Mapping[str, Any], ignored: set[str]) -> dict[str, Any] | None:
     if kind.endswith("_call_output"):
         found["type"] = kind = "function_call_output"
     if kind not in _ITEM_KEPT:
-        if kind.endswith("_call") or kind in ("compaction", "item_list"):
+        if kind in _TEXT_ITEMS and isinstance(found.get("text"), str):
+            role = "assistant" if kind == "output_text" else "user"
+            return {"type": "message", "role": role, "content": found["text"]}
+        if kind.endswith("_call") or kind in _LEFT_OUT:
             ignored.add(f"input.{kind}")
             return None
         return found

@@ -398,7 +398,8 @@ async def infill(exchange: Exchange) -> None:
             asker.check_length(before)
             prompt = asker.kept(spec, tuple(filled_in(asker, before, spec.input_suffix)))
             most = asker.limit(spec.max_tokens, len(prompt))
-            return asker.request(spec, prompt, max_new_tokens=most, logprobs=None, grammar=None)
+            grammar = form_of(spec, None, strict=asker.options.strict).grammar
+            return asker.request(spec, prompt, max_new_tokens=most, logprobs=None, grammar=grammar)
 
         request = await exchange.work(prepare)
         tally = exchange.tally(served.name)
