@@ -5,8 +5,9 @@
 
 While each body is answered, one client asks /health again and again and another reads a running stream; the
 longest wait between two of its answers, and the longest silence of the stream beyond its usual one, are
-compared with a bar. Then 500 clients send a chat and reset their connection at once: what still runs a second
-later must be nothing, and the next client must be answered.
+compared with a bar. A chat makes a stream wait for its prompt: bodies that are answered are compared with the
+same chat without what is hostile in it. Then 500 clients send a chat and reset their connection at once: what
+still runs a second later must be nothing, and the next client must be answered.
 
 Writes benchmarks/results/hostile.json. Exit code 1: a bar was missed.
 """
@@ -34,6 +35,8 @@ CHAT = "/v1/chat/completions"
 SMALL_S, LARGE_S = 0.05, 0.2  # the bars: of bodies of 100 KB, and of 15 MB
 RESETS = 500
 JSON = {"content-type": "application/json"}
+SHORT = {"max_tokens": 1}
+PLAIN_CHATS = 5  # asked to see how long a stream waits for an ordinary one
 HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "Count from one to a thousand."}]}
 
 
@@ -45,13 +48,15 @@ class Attack:
     path: str
     body: bytes
     limit_s: float
+    is_answered: bool = False  # it is a chat as well
 
 
 def attacks() -> list[Attack]:
     """Wrong values by the thousand in 100 KB, values by the million and texts of 15 MB."""
 
-    def of(name: str, path: str, body: Any, limit_s: float) -> Attack:
-        return Attack(name, path, body if isinstance(body, bytes) else json.dumps(body).encode(), limit_s)
+    def of(name: str, path: str, body: Any, limit_s: float, is_answered: bool = False) -> Attack:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return Attack(name, path, data, limit_s, is_answered)
 
     many, text = 20_000, "a" * 15_000_000
     found = [
@@ -60,8 +65,9 @@ def attacks() -> list[Attack]:
         of(
             "10,000 unknown fields",
             CHAT,
-            {**HELLO, "max_tokens": 1, **{f"x{i}": 1 for i in range(10_000)}},
+            {**HELLO, **SHORT, **{f"x{i}": 1 for i in range(10_000)}},
             SMALL_S,
+            True,
         ),
         of(
             "10,000 wrong biases",
@@ -72,7 +78,13 @@ def attacks() -> list[Attack]:
         of("4,000 wrong items", "/v1/responses", {"input": [{"role": 5}] * 4000}, SMALL_S),
         of("half a million wrong ids", "/detokenize", {"tokens": [-1] * 499_990}, LARGE_S),
         of("5 million wrong ids", "/detokenize", b'{"tokens":[' + b"-1," * 5_000_000 + b"1]}", LARGE_S),
-        of("99,000 unknown fields", CHAT, {**HELLO, **{f"x{i}": 1 for i in range(99_000)}}, LARGE_S),
+        of(
+            "99,000 unknown fields",
+            CHAT,
+            {**HELLO, **SHORT, **{f"x{i}": 1 for i in range(99_000)}},
+            LARGE_S,
+            True,
+        ),
         of("5 million lists", CHAT, b'{"x":[' + b"[]," * 5_000_000 + b"1]}", LARGE_S),
         of("half a million ids to decode", "/detokenize", {"tokens": [1000] * 499_990}, LARGE_S),
         of("1 MB to /tokenize", "/tokenize", {"prompt": "one more word " * 70_000}, LARGE_S),
@@ -157,6 +169,10 @@ def pauses(address: Address) -> tuple[list[Bar], list[dict[str, Any]]]:
     watcher.reset()
     time.sleep(3)
     quiet_s = watcher.stream_s  # a step of the engine
+    for _ in range(PLAIN_CHATS):
+        ask(address, "POST", CHAT, json.dumps({**HELLO, **SHORT}).encode())
+        time.sleep(0.2)
+    chat_s = watcher.stream_s
     bars, details = [], []
     for attack in attacks():
         watcher.reset()
@@ -165,14 +181,14 @@ def pauses(address: Address) -> tuple[list[Bar], list[dict[str, Any]]]:
         took = time.perf_counter() - began
         time.sleep(0.2)
         bars.append(Bar(f"{attack.name}: /health", watcher.health_s, attack.limit_s, "s", at_least=False))
-        stream_s = max(0.0, watcher.stream_s - quiet_s)
+        stream_s = max(0.0, watcher.stream_s - (chat_s if attack.is_answered else quiet_s))
         bars.append(Bar(f"{attack.name}: a stream", stream_s, attack.limit_s, "s", at_least=False))
         known = status in (200, 400)
         bars.append(Bar(f"{attack.name}: 200 or 400", float(known), 1.0, ""))
         details.append({"name": attack.name, "bytes": len(attack.body), "status": status, "seconds": took})
         details[-1]["said"] = said[:160].decode("utf-8", "replace")
     watcher.stop()
-    return bars, [{"quiet_stream_pause_s": quiet_s}, *details]
+    return bars, [{"quiet_stream_pause_s": quiet_s, "chat_stream_pause_s": chat_s}, *details]
 
 
 def resets(address: Address) -> tuple[list[Bar], dict[str, Any]]:
