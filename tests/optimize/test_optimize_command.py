@@ -139,6 +139,20 @@ def test_eval_for_people(loaded: FakeWorkshop, capsys: pytest.CaptureFixture[str
         assert word in out
 
 
+def test_eval_says_how_much_text_would_decide(
+    loaded: FakeWorkshop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The fake's text has 4,096 letters."""
+    assert main(["eval", "letters", "--recipe", "w4", "--tokens", "512"]) == 0
+    out, err = capsys.readouterr()
+    assert "insufficient" in out
+    assert "beyond it would be seen" in out
+    assert int(err.rsplit("--tokens ", 1)[1]) >= 1024
+    assert main(["eval", "letters", "--recipe", "w6", "--tokens", "9999", "--max-ppl-increase", "0"]) == 3
+    out, err = capsys.readouterr()
+    assert ("--text FILE" in err) is ("insufficient" in out)
+
+
 def test_eval_with_a_budget_that_is_not_met(loaded: FakeWorkshop) -> None:
     assert main(["eval", "letters", "--recipe", "w4", "--tokens", "2048", "--max-ppl-increase", "1%"]) == 3
     assert main(["eval", "letters", "--recipe", "w8", "--tokens", "2048", "--max-ppl-increase", "1%"]) == 0

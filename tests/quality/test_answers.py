@@ -54,6 +54,27 @@ def test_likelihoods_are_those_of_the_whole_text(model: LanguageModel) -> None:
             assert score == pytest.approx(sum(rows[at - 1, whole[at]] for at in places), abs=1e-3)
 
 
+def test_states_before_continuations_are_those_of_whole_texts(model: LanguageModel) -> None:
+    """To the bit, and no page stays taken."""
+    free = model.executor.pool.free
+    opening = model.tokenizer.encode("the cat sat on the mat, and the dog sat on the cat. then")
+    some = [[5], [7, 8, 9], list(range(10, 40)), [7, 8]]
+    for one, found in zip(some, model.hidden_before(opening, some), strict=True):
+        whole = model.hidden([*opening, *one])
+        np.testing.assert_array_equal(found, whole[len(opening) - 1 : -1])
+    assert model.executor.pool.free == free
+
+
+def test_classes_of_pages_that_change_share_nothing(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opening, some = [1, 2, 3], [[4, 5], [6, 7, 8]]
+    shared = model.hidden_before(opening, some)
+    monkeypatch.setattr(model.executor, "kv_class", lambda tokens, as_prompt: tokens > 4)
+    for one, other in zip(shared, model.hidden_before(opening, some), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_continued_is_what_generate_gives(model: LanguageModel) -> None:
     """Also where prompts begin alike and their beginning is computed once."""
     prompts = ["the cat sat on the mat and then " * 3 + end for end in ("x", "y", "the", "x")]

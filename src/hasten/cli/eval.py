@@ -145,7 +145,7 @@ def _judge_text(
     if as_document:
         emit(document)
     else:
-        _print(document, verdict, budget)
+        _print(document, verdict, budget, tokens)
     return verdict.status == "pass"
 
 
@@ -211,10 +211,9 @@ def _document(candidate: LanguageModel, verdict: Verdict, judged: Text, budget: 
     }
 
 
-def _print(document: dict[str, Any], verdict: Verdict, budget: Budget) -> None:
+def _print(document: dict[str, Any], verdict: Verdict, budget: Budget, asked: int) -> None:
+    """For people. `asked`: tokens that were to be read."""
     import sys
-
-    from hasten.quality.divergence import tokens_needed
 
     low, high = verdict.ppl_increase_low, verdict.ppl_increase_high
     sys.stdout.write(
@@ -227,8 +226,19 @@ def _print(document: dict[str, Any], verdict: Verdict, budget: Budget) -> None:
         f"of {document['text']['name']}; {verdict.ppl_detectable:.2%} beyond it would be seen\n"
     )
     if verdict.status == "insufficient":
-        needed = tokens_needed(verdict, budget)
-        note(f"hint: more text narrows the interval: --tokens {needed or verdict.tokens * 4}")
+        _hint(verdict, budget, asked)
+
+
+def _hint(verdict: Verdict, budget: Budget, asked: int) -> None:
+    """How to get a verdict."""
+    from hasten.quality.divergence import tokens_needed
+    from hasten.quality.text import WINDOW
+
+    needed = tokens_needed(verdict, budget) or verdict.tokens * 4
+    if verdict.tokens + WINDOW <= asked:
+        note(f"hint: the whole text was read; give a longer one, of some {needed:,} tokens: --text FILE")
+    else:
+        note(f"hint: more text narrows the interval: --tokens {needed}")
 
 
 # By tasks -------------------------------------------------------------------------------------------------
@@ -304,10 +314,13 @@ def _print_tasks(found: Sequence[TaskResult], drop: float) -> None:
     columns += ["source", "change", "(95 %)"] if paired else []
     rows = [_row(one, paired) for one in found]
     print_table(title, [*columns, "verdict"], rows, out=True)
+    said: dict[str, list[str]] = {}
     for one in found:
-        if one.because or one.left_out:
-            left = f"{one.left_out} questions are longer than the context" if one.left_out else ""
-            note(f"{one.task}: {'; '.join(filter(None, (one.because, left)))}")
+        left = f"{one.left_out} questions are longer than the context" if one.left_out else ""
+        for reason in filter(None, (one.because, left)):
+            said.setdefault(reason, []).append(one.task)
+    for reason, tasks in said.items():
+        note(f"{', '.join(tasks)}: {reason}")
 
 
 def _row(one: TaskResult, paired: bool) -> list[str]:
@@ -316,7 +329,7 @@ def _row(one: TaskResult, paired: bool) -> list[str]:
 
     row = [one.task, str(one.questions), share(one.share), f"{share(one.low)} to {share(one.high)}"]
     if paired:
-        change = [None if value is None else -value for value in (one.drop, one.drop_high, one.drop_low)]
+        change = [None if value is None else 0.0 - value for value in (one.drop, one.drop_high, one.drop_low)]
         shown = [share(value, "+") for value in change]
         row += [share(one.share_source), shown[0], f"{shown[1]} to {shown[2]}"]
     return [*row, one.status]

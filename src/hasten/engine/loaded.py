@@ -134,6 +134,36 @@ class LoadedModel:
         finally:
             self.executor.pool.truncate(sequence, 0)
 
+    def hidden_before(self, opening: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[Floats]:
+        """The states that predict the tokens of several continuations of one text, which is computed once.
+
+        Args:
+            opening: token ids, one or more.
+            continuations: token ids of each, one or more.
+
+        Returns:
+            Of each continuation float32 [its tokens, E], after the final norm: row r predicts its token r.
+
+        Raises:
+            UsageError: more tokens than the context, or what is no id of the vocabulary.
+        """
+        start, longest = len(opening), max(map(len, continuations))
+        kv_class = self.executor.kv_class
+        if kv_class(start, True) != kv_class(start + longest, True):  # nothing of the text can be shared
+            return [self.hidden([*opening, *one[:-1]])[start - 1 :] for one in continuations]
+        sequence, found = CachedSequence(), []
+        try:
+            first = self.executor.hidden(sequence, token_ids(opening, self.config.vocab))[-1:]
+            for one in continuations:
+                rows = [first]
+                if len(one) > 1:
+                    rows.append(self.executor.hidden(sequence, one[:-1]))
+                    self.executor.pool.truncate(sequence, start)
+                found.append(np.concatenate(rows))
+        finally:
+            self.executor.pool.truncate(sequence, 0)
+        return found
+
     def logits_of(self, hidden: Floats) -> Floats:
         """float32 [R, E] hidden states -> float32 [R, V] logits, soft-capped where the model does."""
         return self.executor.head(hidden)

@@ -21,6 +21,7 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -31,7 +32,7 @@ import hasten
 from hasten.cache import cache_dir, read_record, write_record
 from hasten.core import Status
 from hasten.errors import DiskError, PeerError, UsageError
-from hasten.quality.divergence import Doubles, Interval, Runnable, interval, log_softmax
+from hasten.quality.divergence import Doubles, Floats, Interval, Runnable, interval, log_softmax
 from hasten.quality.tasks import TASKS, Question, Task, names_of
 from hasten.quality.text import Encoder
 
@@ -40,7 +41,7 @@ _log = logging.getLogger("hasten.quality")
 Told = Callable[[int], None]
 """Told how many are done."""
 Step = Callable[[str, int, int], None]
-"""Told the task, questions that are answered, and questions in all."""
+"""Told the task and who answers, questions that are answered, and questions in all."""
 Bools = npt.NDArray[np.bool_]
 Q = TypeVar("Q")
 A = TypeVar("A")
@@ -83,6 +84,10 @@ class Continuing(Runnable, Protocol):
     @property
     def context(self) -> int: ...
 
+    def hidden_before(
+        self, opening: Sequence[int], continuations: Sequence[Sequence[int]]
+    ) -> list[Floats]: ...
+
     def continued(
         self, prompts: Sequence[str], most_tokens: int, stop: tuple[str, ...], told: Told
     ) -> list[str]: ...
@@ -121,24 +126,14 @@ class InProcess:
         return found
 
     def _likelihoods(self, prompt: str, choices: Sequence[str]) -> list[float]:
-        """Of one question. Choices of one token cost nothing beside the prompt; longer ones a pass each."""
         encode = self._model.tokenizer.encode
         opening, wholes = encode(prompt), [encode(prompt + choice) for choice in choices]
         start = min(_shared(opening, whole) for whole in wholes)
-        first = self._log_probabilities(opening[:start], 1)[0]
-        found = []
-        for whole in wholes:
-            behind = whole[start:]
-            rows = [first]
-            if len(behind) > 1:
-                rows = [first, *self._log_probabilities(whole[:-1], len(behind) - 1)]
-            found.append(float(sum(row[token] for row, token in zip(rows, behind, strict=True))))
-        return found
-
-    def _log_probabilities(self, ids: Sequence[int], rows: int) -> Any:
-        """[rows, V]: after each of the last `rows` tokens of a text."""
-        hidden = self._model.hidden(np.asarray(ids, np.int32))[-rows:]
-        return log_softmax(self._model.logits_of(np.ascontiguousarray(hidden)))
+        behind = [whole[start:] for whole in wholes]
+        hidden = np.concatenate(self._model.hidden_before(opening[:start], behind))  # [R, E]
+        tokens = [token for one in behind for token in one]
+        scores = log_softmax(self._model.logits_of(hidden))[np.arange(len(tokens)), tokens]
+        return [float(part.sum()) for part in np.split(scores, np.cumsum([len(one) for one in behind])[:-1])]
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:
@@ -362,8 +357,11 @@ def judge(
     for name in names:
         asked = TASKS[name].questions(name, limit or TASKS[name].limit)
         fit = [one for one in asked if _fits(one, TASKS[name], candidate, source)]
-        theirs = _right(source, name, fit, step) if source is not None else None
-        ours = _right(candidate, name, fit, step) if source is None or theirs is not None else None
+        ours = theirs = None
+        if source is not None:
+            theirs = _right(source, name, fit, partial(step, f"{name}, the source"))
+        if source is None or theirs is not None:
+            ours = _right(candidate, name, fit, partial(step, name))
         found.append(_result(name, fit, len(asked) - len(fit), ours, theirs, max_drop))
     return tuple(found)
 
@@ -389,12 +387,14 @@ def _fits(question: Question, task: Task, *subjects: Subject | None) -> bool:
     )
 
 
-def _right(subject: Subject, name: str, asked: Sequence[Question], step: Step) -> Bools | None:
+def _right(
+    subject: Subject, name: str, asked: Sequence[Question], step: Callable[[int, int], None]
+) -> Bools | None:
     """Which questions are answered rightly, [N]; None: the subject cannot be asked such questions."""
     task, prompts = TASKS[name], [one.prompt for one in asked]
 
     def told(done: int) -> None:
-        step(name, done, len(asked))
+        step(done, len(asked))
 
     if asked and asked[0].choices:
         scored = kept_answers(

@@ -162,9 +162,12 @@ class Executor(Protocol):
         """
 
     def hidden(self, sequence: CachedSequence, tokens: Sequence[int] | npt.NDArray[np.int32]) -> Floats:
-        """Hidden states float32 [T, E] of all tokens of an empty sequence, computed as an answer's."""
+        """Hidden states float32 [T, E] of tokens behind those of a sequence, computed as an answer's.
+
+        A sequence that is not empty must stay in its class: `kv_class` of its whole length.
+        """
         known: list[int] = token_ids(tokens, self.config.vocab).tolist()
-        sequence.kv_class = self.kv_class(len(known), True)
+        sequence.kv_class = self.kv_class(sequence.length + len(known), True)
         found = [np.zeros((0, self.config.width), np.float32)]
         for at in range(0, len(known), self.chunk):
             some = known[at : at + self.chunk]
