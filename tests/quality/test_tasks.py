@@ -12,8 +12,8 @@ import pytest
 
 from hasten.errors import UsageError
 from hasten.quality import sandbox
-from hasten.quality.answers import TaskResult, at_least, judge, wilson
-from hasten.quality.tasks import NEEDLE_LENGTHS, TASKS, Draw, Task, names_of, runs
+from hasten.quality.answers import TaskResult, at_least, judge, reached, wilson
+from hasten.quality.tasks import NEEDLE_LENGTHS, TASKS, Draw, Task, names_of, runs, wanted_of
 
 NAMES = sorted(TASKS)
 LIKELIHOODS = [name for name in NAMES if TASKS[name].questions(name, 1)[0].choices]
@@ -289,6 +289,43 @@ def test_shares_are_held_against_a_share() -> None:
     assert at_least(found, 0.9) == "insufficient"
     choices = one(Skilled(0.9), "knowledge")
     assert at_least(choices, 0.2) == "insufficient"  # guessing reaches it
+
+
+def test_several_shares_are_wanted() -> None:
+    good, bad = Skilled(0.95), Skilled(0.3)
+    status, found = reached(good, {"extract": 0.8, "copy": 0.7})
+    assert (status, [one.task for one in found]) == ("pass", ["extract", "copy"])
+    status, found = reached(bad, {"extract": 0.8, "copy": 0.7})
+    assert (status, [one.task for one in found]) == ("fail", ["extract"])
+    assert reached(good, {"extract": 0.8, "copy": 0.95})[0] == "insufficient"
+    assert reached(good, {}) == ("pass", ())
+
+
+@pytest.mark.parametrize(
+    ("written", "wanted"),
+    [("json:90%", ("json", 0.9)), (" copy : 0.5", ("copy", 0.5)), ("code:1", ("code", 1))],
+)
+def test_wanted_shares(written: str, wanted: tuple[str, float]) -> None:
+    assert wanted_of(written) == wanted
+
+
+@pytest.mark.parametrize(
+    ("written", "hint"),
+    [
+        ("json", "json:90%"),
+        ("json:", "json:90%"),
+        ("json:2", "json:90%"),
+        ("json:0", "json:90%"),
+        ("knowledge:20%", "knowledge:90%"),  # guessing gives 25 %
+        ("all:90%", "90%"),
+        ("jsn:90%", "json"),
+        ("", "--task"),
+    ],
+)
+def test_wanted_shares_that_cannot_be(written: str, hint: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        wanted_of(written)
+    assert hint in (caught.value.hint or "")
 
 
 def test_progress_is_told() -> None:

@@ -378,6 +378,34 @@ def at_least(result: TaskResult, share: float) -> Status:
     return "fail" if result.high < share else "insufficient"
 
 
+def reached(
+    subject: Subject,
+    wanted: Mapping[str, float],
+    limit: int | None = None,
+    *,
+    step: Step = lambda task, done, total: None,
+) -> tuple[Status, tuple[TaskResult, ...]]:
+    """Whether a subject surely has the least shares of right answers that are wanted of tasks.
+
+    Args:
+        subject: who is asked.
+        wanted: task -> least share, 0 to 1; `hasten.quality.tasks.wanted_of` reads one.
+        limit, step, and what is raised: as for `judge`.
+
+    Returns:
+        `pass` where every share is surely reached, `fail` where one is surely missed, else `insufficient`;
+        and what each task found. Tasks behind one that failed are not asked.
+    """
+    found: list[TaskResult] = []
+    statuses: list[Status] = []
+    for name, share in wanted.items():
+        found += judge(subject, [name], limit, step=step)
+        statuses.append(at_least(found[-1], share))
+        if statuses[-1] == "fail":
+            break
+    return max(statuses, key=("pass", "insufficient", "fail").index, default="pass"), tuple(found)
+
+
 def _fits(question: Question, task: Task, *subjects: Subject | None) -> bool:
     text = question.prompt + max(question.choices, key=len, default="")
     return all(

@@ -20,6 +20,7 @@ from typing import Any
 
 from hasten.errors import UsageError
 from hasten.quality import sandbox
+from hasten.recipe import share_of
 
 
 class Draw(random.Random):
@@ -438,3 +439,21 @@ def names_of(text: str) -> tuple[str, ...]:
             hint=f"--task {near[0]}" if near else "--task all, or names with commas between them",
         )
     return names
+
+
+def wanted_of(text: str) -> tuple[str, float]:
+    """`NAME:SHARE`, such as `json:90%` or `json:0.9`, as a task and the least share of right answers.
+
+    Raises:
+        UsageError: another form, a name that no task has, or a share that guessing reaches or none can.
+    """
+    name, _, share = text.partition(":")
+    (task,) = names_of(name.strip() or "?")[:1]
+    found = share_of(share)
+    if found is None or not TASKS[task].chance < found[0] <= 1 or name.strip() == "all":
+        least = f"above {TASKS[task].chance:.0%}, which guessing gives, " if TASKS[task].chance else ""
+        raise UsageError(
+            f"{text!r} must be a task and a share of right answers {least}up to 100 %",
+            hint=f"for example {task}:90%",
+        )
+    return task, found[0]
