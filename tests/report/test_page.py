@@ -260,7 +260,7 @@ def test_listed_charts_are_valid_and_their_marks_lie_inside() -> None:
             "a", "A", [Bar("one", "5 ms", 0.0, 5.0, "before"), Bar("two", "-3 ms", 2.0, 5.0, "cache")], "ms"
         ),
         spreads("b", "B", [Spread("one", shares), Spread("two", (), (3.0, 4.0))], "ms"),
-        foretold("c", "C", [Foretold("one", 9.0, 10.0, 8.0, 11.0)], "tok/s"),
+        foretold("c", "C", [Foretold("one", "tok/s", 9.0, 10.0, 8.0, 11.0)]),
     ]
     for chart in charts:
         svg = ET.fromstring(chart)
@@ -272,8 +272,8 @@ def test_listed_charts_are_valid_and_their_marks_lie_inside() -> None:
         assert all(0 <= float(mark.attrib["cx"]) <= width for mark in svg.iter("circle"))
         assert all(float(one.attrib["transform"][10:-1].split()[1]) <= height for one in svg.iter("g"))
     assert "median 20.0, p99 30.0 ms" in charts[1]  # GAP_SHARES has 0.5 in the middle and 0.99 before the end
-    assert "9.0 predicted, 10.0 measured: -10 %" in charts[2]
-    assert not any((bars("a", "A", [], "ms"), spreads("b", "B", [], "ms"), foretold("c", "C", [], "x")))
+    assert "9.0 for 10.0 tok/s: -10 %" in charts[2]
+    assert not any((bars("a", "A", [], "ms"), spreads("b", "B", [], "ms"), foretold("c", "C", [])))
 
 
 def test_peers_stand_in_the_figure_and_in_the_list_of_losers(plan: dict[str, Any]) -> None:
@@ -291,11 +291,23 @@ def test_peers_stand_in_the_figure_and_in_the_list_of_losers(plan: dict[str, Any
 
 def test_cost_and_energy_are_computed_where_they_are_known(plan: dict[str, Any]) -> None:
     rich = copy.deepcopy(plan)
-    rich["price_per_hour"] = 3.6
+    rich["aims"] = {"price_per_hour": 3.6, "tpot_ms": 20.0, "traffic": {"name": "chat", "about": "turns"}}
+    rich["search"]["untried"] = [{"recipe": "w3", "because": "slower, as predicted"}]
+    rich["seconds"] = 90.0
     rich["measurement"]["joules_per_token"] = 7.2
-    rich["measurement"]["decode_tok_per_s"]["median"] = 100.0
+    work = {"prompt": 512, "output": 101, "batch": 2}
+    speed = {"decode_tok_per_s": {"median": 100.0}, "ttft_ms": {"median": 20.0}}
+    rich["measurement"] |= {
+        "workload": work,
+        **{k: {**rich["measurement"][k], **v} for k, v in speed.items()},
+    }
     html = optimized_page(rich)
-    assert "10.00 a million tokens of answers, at 3.6 an hour" in html
+    # 202 tokens in 0.02 s and 200 / 100 s are 100 a second: 10,000 s at 0.001 each
+    assert "10 a million tokens of answers" in html
+    assert "20 ms a token" in html
+    assert "1 more could not win" in html
+    assert "<dt>w3</dt><dd>slower, as predicted</dd>" in html
+    assert "took 1.5 minutes" in html
     assert "7.2 J a token, 2 kWh a million tokens" in html
 
 

@@ -177,8 +177,8 @@ _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 OLDER_NAMES = {"export": "convert"}
 """Names that verbs had, which go on working; no help lists them."""
-SHARED_HOMES = {"compare": "results", "report": "results"}
-"""Files that hold several verbs, each as a function of its name."""
+SHARED_HOMES = {"compare": "results", "report": "results", "pull": "show"}
+"""Verbs that stand in a file with others, each as a function of its name."""
 
 
 def home_of(verb: str) -> str:

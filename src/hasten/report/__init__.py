@@ -155,7 +155,7 @@ tr.chosen th { color: var(--pick); box-shadow: inset 3px 0 var(--pick); }
   .scroll { overflow: visible; }
   .chart { max-width: 13cm; }
   .chart, .facts, .tiles li, tr { break-inside: avoid; }
-  h2, h3 { break-after: avoid; }
+  h2, h3, caption { break-after: avoid; }
   table { font-size: 7.5pt; }
   th, td { padding: .15rem .25rem; }
   i, .map td, tr.chosen { print-color-adjust: exact; -webkit-print-color-adjust: exact; }

@@ -332,10 +332,11 @@ class Foretold:
     """A prediction and what was measured of the same."""
 
     name: str
+    unit: str
     predicted: float
     measured: float
-    low: float | None = None  # of the prediction's interval
-    high: float | None = None
+    low: float  # of the measured rounds, 10th percentile
+    high: float  # 90th
     strong: bool = False
 
     @property
@@ -343,36 +344,31 @@ class Foretold:
         return self.predicted / self.measured - 1
 
 
-def foretold(mark: str, title: str, rows: Sequence[Foretold], unit: str) -> str:
-    """Predictions (hollow, with their interval) and measurements (full) on one axis from 0."""
+def foretold(mark: str, title: str, rows: Sequence[Foretold]) -> str:
+    """Predictions (hollow) as shares of what was measured, whose rounds spread around 1 (full)."""
     if not rows:
         return ""
-    marks = ticks(max(max(row.predicted, row.measured, row.high or 0.0) for row in rows))
+    marks = ticks(max(max(row.predicted, row.high, 1.2 * row.measured) / row.measured for row in rows))
 
     def across(value: float) -> float:
         return _place(value, 0, marks[-1])
 
     def drawn(row: Foretold) -> str:
-        guess, found = across(row.predicted), across(row.measured)
-        low, high = (across(one) for one in (row.low or row.predicted, row.high or row.predicted))
+        guess, found = across(row.predicted / row.measured), across(1.0)
+        low, high = (across(one / row.measured) for one in (row.low, row.high))
         return (
             f'<line class="whisker" x1="{low:.1f}" x2="{high:.1f}" y1="26" y2="26"/>'
-            f'<line class="grid" x1="{guess:.1f}" x2="{found:.1f}" y1="26" y2="26"/>'
+            f'<circle class="pass" cx="{found:.1f}" cy="26" r="4"/>'
             f'<polygon class="chosen hollow" points="{diamond(guess, 26)}"/>'
-            f'<circle class="pass" cx="{found:.1f}" cy="26" r="5"/>'
         )
 
-    listed = [
-        (
-            row.name,
-            f"{_short(row.predicted)} predicted, {_short(row.measured)} measured: {100 * row.off:+.0f} %",
-            drawn(row),
-            row.strong,
-        )
-        for row in rows
-    ]
-    axis = _axis([(across(tick), f"{tick:g}") for tick in marks], unit, len(rows) * _STEP)
-    return _listed(mark, title, listed, axis, 40)
+    listed = []
+    for row in rows:
+        said = f"{_short(row.predicted)} for {_short(row.measured)} {row.unit}: {100 * row.off:+.0f} %"
+        listed.append((row.name, said, drawn(row), row.strong))
+    axis = [(across(tick), f"{tick:g}") for tick in marks]
+    below = "predicted, as a share of what was measured"
+    return _listed(mark, title, listed, _axis(axis, below, len(rows) * _STEP), 40)
 
 
 def _short(value: float) -> str:

@@ -198,6 +198,7 @@ def _timed(measured: Record | None, figure: str) -> str:
 def _losers(search: Record) -> str:
     """Every recipe that was not chosen, and every engine, with its reason."""
     others = [c for c in search["candidates"] if c["recipe"] != search["chosen"]]
+    others += search.get("untried") or []
     said = [(text(c["recipe"]), text(c["because"])) for c in others]
     said += [(text(peer["name"]), text(peer.get("because"))) for peer in search.get("peers") or ()]
     return f"<h3>Why not the others</h3>{facts(said, 'reasons')}" if said else ""
@@ -272,6 +273,14 @@ _BUDGETS = {
 }
 
 
+_LIMITS = {
+    "ttft_ms": lambda value: f"first token within {value:g} ms",
+    "tpot_ms": lambda value: f"{value:g} ms a token",
+    "memory_bytes": lambda value: f"{megabytes(value)} of memory",
+    "rate": lambda value: f"{value:g} requests a second",
+}
+
+
 def _picked(search: Record) -> Record:
     found: Record = next(c for c in search["candidates"] if c["recipe"] == search["chosen"])
     return found
@@ -284,7 +293,11 @@ def _asked(plan: Record, search: Record) -> Iterator[tuple[str, str]]:
         if value is not None:
             words, show = _BUDGETS.get(name, (name.replace("_", " "), lambda value: text(value)))
             limits.append(f"{words} {show(value)}")
+    aims = _aims(plan)
+    limits += [show(aims[name]) for name, show in _LIMITS.items() if aims.get(name) is not None]
     yield "Within", "; ".join(limits)
+    if aims.get("traffic"):
+        yield "Workload", f"{text(aims['traffic']['name'])}: {text(aims['traffic']['about'])}"
     yield "Load", _load(search["baseline"]["measurement"]["workload"])
     yield "Judged on", f"{text(plan['text']['name'])}, up to {number(plan['text']['tokens'], 0)} tokens"
     yield (
@@ -308,8 +321,12 @@ def _chosen(plan: Record, search: Record) -> str:
     passing = [c for c in search["candidates"] if (c["verdict"] or {}).get("status") == "pass"]
     said = (
         f"<p><b>{text(search['chosen'])}</b>, {number(candidate['bits_per_weight'], 2)} bits a weight. "
-        f"{len(search['candidates'])} recipes were tried and {len(passing)} kept the budget.</p>"
+        f"{len(search['candidates'])} recipes were tried and {len(passing)} kept the quality budget"
     )
+    untried, spent = search.get("untried"), plan.get("seconds")
+    said += f"; {len(untried)} more could not win and were not tried" if untried else ""
+    said += "." if spent is None else f". The search took {spent / 60:.1f} minutes."
+    said += "</p>"
     reasons = [candidate["because"], *plan["because"][1:]]
     return said + "".join(f"<p>{text(reason)}</p>" for reason in reasons)
 
@@ -421,20 +438,29 @@ def _roofline(plan: Record, search: Record) -> tuple[str, str]:
 # Predictions, distributions, memory, money ------------------------------------------------------------------
 
 
+_PREDICTED = {
+    "decode_tok_per_s": ("answers", "tok/s"),
+    "prefill_tok_per_s": ("prompts", "tok/s"),
+    "ttft_ms": ("first token", "ms"),
+}
+
+
 def _foretold(plan: Record, search: Record) -> tuple[str, str]:
     rows = []
     for candidate in search["candidates"]:
         own = plan["estimate"] if candidate["recipe"] == search["chosen"] else None
         guess, found = candidate.get("estimate") or own, candidate["measurement"]
-        if guess is not None and found is not None:
-            name, strong = str(candidate["recipe"]), candidate["recipe"] == search["chosen"]
-            measured = found["decode_tok_per_s"]["median"]
-            rows.append(Foretold(name, guess["decode_tok_per_s"], measured, strong=strong))
+        if guess is None or found is None:
+            continue
+        for figure, (name, unit) in _PREDICTED.items():
+            stat, strong = found[figure], candidate["recipe"] == search["chosen"]
+            measured = stat["median"], stat["p10"], stat["p90"]
+            rows.append(Foretold(f"{candidate['recipe']}, {name}", unit, guess[figure], *measured, strong))
     about = (
         '<p class="key"><span><i class="turned k-pick-line"></i>predicted before it ran</span>'
-        '<span><i class="round k-good"></i>measured</span>Tokens a second while decoding.</p>'
+        '<span><i class="round k-good"></i>measured, 10 to 90 % of the rounds</span></p>'
     )
-    return foretold("foretold", "Predicted and measured speed", rows, "tokens a second"), about
+    return foretold("foretold", "Predicted and measured", rows), about
 
 
 def _latencies(search: Record) -> tuple[str, str]:
@@ -452,30 +478,55 @@ def _memory(plan: Record, search: Record) -> tuple[str, str]:
         read = candidate["weight_bytes"]
         stored = candidate.get("stored_bytes") or read
         strong = candidate["recipe"] == search["chosen"]
-        said = f"{stored / 1e6:,.0f} MB, {read / 1e6:,.0f} MB read a token"
+        peak = candidate.get("memory_bytes")
+        whole = "" if peak is None else f"; {peak / 1e6:,.0f} in all"
+        said = f"{stored / 1e6:,.0f} MB, {read / 1e6:,.0f} read a token{whole}"
         kind = "chosen" if strong else "before"
         rows.append(Bar(str(candidate["recipe"]), said, 0.0, stored / 1e6, kind, strong))
     peak = (plan["measurement"] or {}).get("peak_rss_bytes")
     about = (
         "<p>Weights in memory, the embedding table included. Keys and values come on top: they grow with the "
-        f"context. The search itself held at most {megabytes(peak)}, two models at once among them.</p>"
+        "context. In all: what the whole process takes at most on this load, predicted. The search itself, "
+        f"which holds two models at a time, took {megabytes(peak)}.</p>"
     )
     return bars("memory", "Memory of the weights", rows, "MB of weights"), about
 
 
 def _costs(plan: Record, search: Record) -> Iterator[tuple[str, str]]:
-    measured = plan["measurement"] or {}
-    price, rate = plan.get("price_per_hour"), median(measured or None, "decode_tok_per_s")
-    if price is None or rate is None:
+    measured, start = plan["measurement"], search["baseline"]["measurement"]
+    price = _aims(plan).get("price_per_hour")
+    if price is None or measured is None:
         yield "Cost", "unknown: no price of the machine was given"
     else:
-        million = price / 3600 / rate * 1e6
-        yield "Cost", f"{million:,.2f} a million tokens of answers, at {price:g} an hour and this load"
-    joules = measured.get("joules_per_token")
+        ours, theirs = (_million(one, price) for one in (measured, start))
+        yield (
+            "Cost",
+            (
+                f"{ours:.3g} a million tokens of answers, {theirs:.3g} in bf16: at {price:g} an hour, the "
+                "machine busy all the time with this load"
+            ),
+        )
+    joules = (measured or {}).get("joules_per_token")
     if joules is None:
         yield "Energy", "unknown: no counter of this machine could be read"
     else:
-        yield "Energy", f"{joules:.2g} J a token, {joules / 3.6:.2g} kWh a million tokens"
+        before = start.get("joules_per_token")
+        than = "" if before is None else f" ({before:.2g} J in bf16)"
+        yield "Energy", f"{joules:.2g} J a token{than}, {joules / 3.6:.2g} kWh a million tokens"
+
+
+def _million(measured: Record, price: float) -> float:
+    """What a million tokens cost: whole requests, prompts included, back to back."""
+    work = measured["workload"]
+    seconds = measured["ttft_ms"]["median"] / 1e3
+    seconds += work["batch"] * (work["output"] - 1) / measured["decode_tok_per_s"]["median"]
+    return float(price / 3600 * seconds / (work["batch"] * work["output"]) * 1e6)
+
+
+def _aims(plan: Record) -> Record:
+    """Everything that was asked; of older plans, nothing beside the budget and the goal."""
+    found: Record = plan.get("aims") or {}
+    return found
 
 
 def _repeated(plan: Record, search: Record) -> Iterator[tuple[str, str]]:
