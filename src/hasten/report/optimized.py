@@ -6,7 +6,7 @@ follows from the record by arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -267,18 +267,15 @@ def _facts(plan: Record, search: Record) -> str:
     return facts(found)
 
 
-_BUDGETS = {
-    "max_ppl_increase": ("perplexity may rise by", lambda value: percent(value)),
-    "max_kl": ("KL divergence at most", lambda value: f"{small(value)} nats"),
-}
-
-
-_LIMITS = {
+_LIMITS: Mapping[str, Callable[[float], str]] = {
+    "max_ppl_increase": lambda value: f"perplexity may rise by {percent(value)}",
+    "max_kl": lambda value: f"KL divergence at most {small(value)} nats",
     "ttft_ms": lambda value: f"first token within {value:g} ms",
     "tpot_ms": lambda value: f"{value:g} ms a token",
     "memory_bytes": lambda value: f"{megabytes(value)} of memory",
     "rate": lambda value: f"{value:g} requests a second",
 }
+"""What may be asked of a search beside its goal, in words."""
 
 
 def _picked(search: Record) -> Record:
@@ -288,13 +285,9 @@ def _picked(search: Record) -> Record:
 
 def _asked(plan: Record, search: Record) -> Iterator[tuple[str, str]]:
     yield "Goal", text(_GOALS[plan["goal"]])
-    limits = []
-    for name, value in plan["budget"].items():
-        if value is not None:
-            words, show = _BUDGETS.get(name, (name.replace("_", " "), lambda value: text(value)))
-            limits.append(f"{words} {show(value)}")
     aims = _aims(plan)
-    limits += [show(aims[name]) for name, show in _LIMITS.items() if aims.get(name) is not None]
+    asked = {**plan["budget"], **aims}
+    limits = [show(asked[name]) for name, show in _LIMITS.items() if asked.get(name) is not None]
     yield "Within", "; ".join(limits)
     if aims.get("traffic"):
         yield "Workload", f"{text(aims['traffic']['name'])}: {text(aims['traffic']['about'])}"
