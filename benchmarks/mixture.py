@@ -34,7 +34,7 @@ from hasten.errors import HastenError
 from hasten.optimize.calibrated import is_calibrated, split
 from hasten.optimize.mixture import lightest, mixture_recipe, predicted_harm
 from hasten.optimize.sensitivity import PROBE, Choice, SensitivityMap, draw, groups, measure_harms
-from hasten.optimize.trials import Workshop
+from hasten.optimize.workshop import Workshop
 from hasten.quality.divergence import Reference, evaluate
 from hasten.quality.text import default_text, windows
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from hasten.bench.figures import Sample
+from hasten.bench.measure import measurement_of
 from hasten.core import (
     GAP_SHARES,
     EngineOptions,
@@ -27,6 +29,7 @@ from hasten.core import (
     Workload,
 )
 from hasten.errors import MachineError
+from hasten.optimize.workshop import Timed
 from hasten.quality.text import Text
 from specs import spec
 
@@ -43,7 +46,9 @@ CONFIG = spec(
     num_kv_heads=2,
     head_dim=16,
     context_length=1024,
-)
+).with_blocks(
+    lambda block: replace(block, mixer=replace(block.mixer, window=4))
+)  # few keys beside the weights
 
 
 class LetterTokenizer:
@@ -193,21 +198,30 @@ class FakeWorkshop:
     def error(self, tensor: str, layout: Format) -> float:
         return float(np.mean((rounded(self.weights[tensor], layout) - self.weights[tensor]) ** 2))
 
-    def measure(self, model: FakeModel, workload: Workload, runs: int) -> Measurement:
-        self.measured.append(model.recipe.name)
+    def run(self, model: FakeModel, workload: Workload, number: int) -> Sample:
+        """A run without noise; a token takes as long as its weights are many."""
         decode = 1e6 / (500 + model.weight_bytes)
-        return Measurement(
+        tokens = workload.batch * (workload.output - 1)
+        ids = (tuple(range(workload.output)),) * workload.batch
+        prompt = workload.batch * workload.prompt
+        return Sample(prompt, prompt / (20 * decode), tokens, tokens / decode, ids)
+
+    def measurement(self, model: FakeModel, workload: Workload, timed: Timed) -> Measurement:
+        self.measured.append(model.recipe.name)
+        found = measurement_of(
+            timed.samples,
+            workload,
             engine="fake",
             version="1",
-            format=model.recipe.name,
+            form=model.recipe.name,
             weight_bytes=model.weight_bytes,
-            prefill_tok_per_s=one(20 * decode, runs),
-            decode_tok_per_s=one(decode, runs),
-            ttft_ms=one(1000 * workload.prompt / (20 * decode), runs),
-            tpot_ms=one(1000 / decode, runs),
+            threads=1,
             peak_rss_bytes=None,
-            workload=workload,
-            gaps_ms=tuple(1000 / decode * (1 + share) for share in GAP_SHARES),
+            disturbed_rounds=timed.disturbed,
+        )
+        return replace(
+            found,
+            gaps_ms=tuple(found.tpot_ms.median * (1 + share) for share in GAP_SHARES),
             decode_bytes=1.1 * model.weight_bytes,
             decode_ops=2.2 * model.weight_bytes,
             prompt_bytes=float(model.weight_bytes),

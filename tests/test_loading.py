@@ -22,8 +22,8 @@ from hasten.loading import load, prepared
 from hasten.models.open import open_model
 from hasten.optimize import calibrated
 from hasten.optimize.calibrated import Asked, Made
+from hasten.optimize.choice import Candidate
 from hasten.optimize.search import Search
-from hasten.optimize.trials import Candidate
 from hasten.weights import packed_store
 from hasten.weights.packed import pack_model
 from hasten.weights.packed_store import open_store

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from hasten.errors import HastenError
     from hasten.loading import load
     from hasten.machine.probe import probe
-    from hasten.optimize.search import OptimizeResult, optimize
+    from hasten.optimize.result import OptimizeResult
+    from hasten.optimize.search import optimize
     from hasten.runtime.sampling import SamplingOptions
 
 __version__ = "0.1.0"
@@ -40,7 +41,7 @@ _HOME = {
     "Recipe": "hasten.core",
     "Format": "hasten.core",
     "EngineOptions": "hasten.core",
-    "OptimizeResult": "hasten.optimize.search",
+    "OptimizeResult": "hasten.optimize.result",
     "HastenError": "hasten.errors",
 }
 

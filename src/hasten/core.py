@@ -26,7 +26,7 @@ NormPlacement = Literal["pre", "post", "sandwich"]
 Activation = Literal["silu", "gelu_tanh"]
 QkNorm = Literal["none", "head", "full"]
 """None, of each head [D] (Qwen3, Gemma 3), or of all queries and all keys (OLMo 2)."""
-Goal = Literal["latency", "throughput", "memory"]
+Goal = Literal["latency", "throughput", "memory", "cost", "energy"]
 Status = Literal["pass", "fail", "insufficient"]
 
 
@@ -511,6 +511,7 @@ class Measurement:
     decode_ops: float | None = None  # of that step; a multiply-add is two
     prompt_bytes: float | None = None  # of weights, for one prompt, each read once
     prompt_ops: float | None = None
+    joules_per_token: float | None = None  # of processor and GPUs while they answered; None: not readable
 
 
 @dataclass(frozen=True)

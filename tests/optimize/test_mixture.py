@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 
 from hasten.core import Budget, Format, Recipe, Verdict
+from hasten.optimize.choice import Candidate
 from hasten.optimize.mixture import fit_mixture, predicted_harm, refine_mixture
 from hasten.optimize.sensitivity import Choice, Group, Sensitivity, SensitivityMap
-from hasten.optimize.trials import Candidate
 
 TOKENS = 8192
 
@@ -129,8 +129,8 @@ def test_a_better_method_narrows_the_mixture_further() -> None:
     assert refined.passes
     assert refined.recipe.method == "best"
     assert refined.weight_bytes < found.weight_bytes
-    assert refined.verdict.ppl_increase_high > 0.0075
-    assert 1 <= len(better.tried) <= 3
+    assert refined.verdict.ppl_increase_high > 0.006
+    assert len(better.tried) == 1, "such a model takes minutes"
 
 
 def test_of_equal_mixtures_the_better_one_stays() -> None:

@@ -14,9 +14,10 @@ import hasten
 from hasten.cli import main
 from hasten.core import Accelerator, EngineOptions, Recipe, Workload
 from hasten.errors import MachineError
-from hasten.optimize.search import WORKLOADS, Effort
+from hasten.optimize.aims import WORKLOADS
+from hasten.optimize.search import Effort
 from hasten.optimize.sensitivity import OFFERS
-from hasten.optimize.trials import Workshop
+from hasten.optimize.workshop import Workshop
 from hasten.quality.text import default_text
 from hasten.runtime import executor as executors
 from hasten.runtime.gpu import driver

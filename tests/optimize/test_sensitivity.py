@@ -8,6 +8,7 @@ import pytest
 from fakes import CONFIG, FakeWorkshop
 from hasten.compress.result import Progress, silent
 from hasten.core import EngineOptions, Format, Recipe
+from hasten.optimize import sensitivity
 from hasten.optimize.calibrated import split
 from hasten.optimize.sensitivity import (
     MENU,
@@ -101,7 +102,19 @@ def test_a_slow_machine_reads_fewer_tokens(workshop: FakeWorkshop) -> None:
     hidden = source.hidden
     source.hidden = lambda tokens: (lengths.append(tokens.size), hidden(tokens))[1]  # type: ignore[method-assign]
     measure_harms(workshop, source, workshop.text().calibration, seconds=1e-6, observer=silent)
-    assert lengths == [256, 256, 64]
+    assert lengths == [64], "reckoned from the model's size, so that no run is timed first"
+
+
+def test_a_machine_far_slower_than_reckoned_reads_fewer(
+    workshop: FakeWorkshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = workshop.build(Recipe.parse("bf16"))
+    lengths: list[int] = []
+    hidden = source.hidden
+    source.hidden = lambda tokens: (lengths.append(tokens.size), hidden(tokens))[1]  # type: ignore[method-assign]
+    monkeypatch.setattr(sensitivity, "_RECKONED", 1e18)
+    measure_harms(workshop, source, workshop.text().calibration, seconds=1e-6, observer=silent)
+    assert lengths == [256, 256, 256, 128, 64]
 
 
 def test_uniform_recipes() -> None:

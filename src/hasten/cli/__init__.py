@@ -14,7 +14,7 @@ import sys  # and nothing else: until `main` runs, Ctrl-C ends in a traceback
 VERBS = {  # verb -> its line in `hasten --help`: the first line of the docstring of its `command`
     "probe": "Measure this machine: cores, caches, memory bandwidth, compute ceilings.",
     "estimate": "Predict speed and memory of a model from its configuration alone.",
-    "optimize": "Find the fastest recipe within a quality budget and write an artifact.",
+    "optimize": "Find the best recipe within a quality budget and write an artifact.",
     "compress": "Quantise, prune and distil a model by a recipe, and write an artifact.",
     "show": "Show what a model is: architecture, formats, memory, tokenizer, what is unusual.",
     "pull": "Download a model from the hub, and check every file's digest.",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hasten.compress.result import Observer, Progress
     from hasten.engine.model import LanguageModel
     from hasten.engine.request import Output
-    from hasten.optimize.trials import Candidate
+    from hasten.optimize.choice import Candidate
 
 _QUIET_S = 30.0
 CALIBRATED = "What was calibrated is kept."

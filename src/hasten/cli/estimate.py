@@ -29,7 +29,10 @@ RECIPES = (
     "Default: bf16, w8 and w4, of a GGUF file and an artifact source and w4."
 )
 MACHINE = "A machine that is not here, by published peaks: h200, epyc-9654 ..., or a JSON file of one."
-WORKLOAD = "latency (512 in, 128 out), throughput (8 of 128 in, 64 out); instead of the three lengths."
+WORKLOAD = (
+    "Instead of lengths: chat, support, translate, summarize, decide, code, a file of your own, latency (512 "
+    "in, 128 out) or throughput (8 of 128 in, 64 out)."
+)
 PROMPTS = "Prompt tokens; several by commas."
 CONTEXTS = "Tokens of context at the end of the answer, instead of --prompt; several by commas."
 
@@ -104,7 +107,8 @@ class _Asked:
         from hasten.speed.forecast import Case
 
         for work in self.workloads:
-            yield Case(work, self.cached, self.drafts, self.accepted)
+            cached = max(self.cached, work.shared / work.prompt)
+            yield Case(work, cached, self.drafts, self.accepted)
 
 
 def _shape(ref: str) -> tuple[str, ModelSpec, dict[str, Format] | None]:
@@ -181,14 +185,15 @@ def _workloads(
     prompt: str, output: int, batch: str, context: str | None, name: str | None
 ) -> tuple[Workload, ...]:
     """Every batch with every length."""
-    if name is not None:
-        from hasten.optimize.search import WORKLOADS
-
-        known = {key: work for key, work in WORKLOADS.items() if key != "memory"}
-        if name not in known:
-            raise UsageError(f"unknown workload {name!r}", hint=f"use one of {', '.join(known)}")
-        return (known[name],)
     batches = _numbers("--batch", batch)
+    if name is not None:
+        from hasten.bench.workload import traffic
+        from hasten.optimize.aims import WORKLOADS
+
+        shapes = {"latency": WORKLOADS["latency"], "throughput": WORKLOADS["throughput"]}
+        if name in shapes:
+            return (shapes[name],)
+        return tuple(traffic(name).typical(m) for m in batches)
     if context is None:
         return tuple(Workload(n, output, m) for n in _numbers("--prompt", prompt) for m in batches)
     lengths = _numbers("--context", context)

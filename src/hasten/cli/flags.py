@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -70,6 +71,11 @@ TextOption = Annotated[
     Path | None,
     optional("--text", "FILE", "UTF-8 text to judge on. Default: the prose and code of pydoc_data.topics."),
 ]
+WORKLOAD = (
+    "What a service is asked: chat, support, translate, summarize, decide, code, a JSON file of your own, or "
+    "a trace that hasten serve --record wrote."
+)
+WorkloadOption = Annotated[str | None, optional("--workload", "NAME", WORKLOAD)]
 TokensOption = Annotated[int, given("--tokens", "N", "Tokens to judge on; more narrow the interval.", min=1)]
 
 ADAPTER = "A LoRA adapter to merge into the model: a folder of PEFT, a GGUF file, or a hub id; repeatable."
@@ -241,6 +247,23 @@ def fill(noun: type, values: Mapping[str, Any]) -> Any:
             value = values[item.name]
             taken[item.name] = tuple(value or ()) if isinstance(item.default, tuple) else value
     return noun(**taken)
+
+
+_UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+
+
+def seconds(flag: str, text: str) -> float:
+    """A time: `500ms`, `1.5s`, `10m`, `2h` -> seconds. A number alone is refused: it might mean either.
+
+    Raises:
+        UsageError: it cannot be read, or is nothing.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(ms|s|min|m|h)\s*", text)
+    if match is None or float(match[1]) == 0:
+        raise UsageError(
+            f"{flag} takes a time with its unit above 0, got {text!r}", hint=f"use {flag} 500ms, 90s or 10m"
+        )
+    return float(match[1]) * _UNITS[match[2]]
 
 
 def fraction(text: str, flag: str = "--max-ppl-increase") -> float:

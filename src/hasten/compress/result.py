@@ -25,7 +25,7 @@ class Progress:
     loss: float | None = None
     tokens_per_s: float | None = None
     kl: float | None = None  # the last one measured on windows held out
-    candidate: Any = None  # what a search just found: a `hasten.optimize.trials.Candidate`
+    candidate: Any = None  # what a search just found: a `hasten.optimize.choice.Candidate`
 
 
 Observer = Callable[[Progress], None]

@@ -30,8 +30,10 @@ import numpy as np
 from hasten.compress.result import Observer
 from hasten.core import Budget, Recipe
 from hasten.optimize.calibrated import mixture_name, split
+from hasten.optimize.choice import Candidate, percent
 from hasten.optimize.sensitivity import Check, Choice, Harms, Sensitivity, SensitivityMap, draw, measure_harms
-from hasten.optimize.trials import Built, Candidate, SearchMemory, Trials, Workshop, percent
+from hasten.optimize.trials import SearchMemory, Trials
+from hasten.optimize.workshop import Built, Workshop
 from hasten.quality.text import Text
 from hasten.weights.formats import format_named
 
@@ -91,8 +93,12 @@ def _sensible(menu: Sequence[Choice]) -> list[Choice]:
 _FIRST_AIM = 0.6  # of the budget: the rest is for the interval, whose width is not known before the first try
 _NEXT_AIM = 0.95
 _GOOD_ENOUGH = 0.85  # of the budget used: another try gains less than it costs
+_LEAST_GAIN = 0.02  # of the bytes: nor does a try for less than a tie of speeds
 _TRIES = 4
-_FEW_TRIES = 2  # of a method that takes minutes a model
+_FEW_TRIES = 1  # of a method that takes minutes a model
+_LESS_LOSS = (
+    1.15  # that method's limit over the other one's: KL 0.0251 for 0.0311 at 4 bits (quantise.json), and room
+)
 
 Try = Callable[[Recipe], Candidate]
 
@@ -124,7 +130,12 @@ def mixture_recipe(
 
 
 def fit_mixture(
-    drawn: SensitivityMap, judged: Sequence[Candidate], budget: Budget, attempt: Try, tokens: int
+    drawn: SensitivityMap,
+    judged: Sequence[Candidate],
+    budget: Budget,
+    attempt: Try,
+    tokens: int,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> Candidate | None:
     """The lightest mixture that passes, of up to four; the nearest if none does; None where there is nothing
     to mix.
@@ -135,6 +146,7 @@ def fit_mixture(
         budget: what the whole mixture has to meet.
         attempt: packs and judges a recipe.
         tokens: of a full judgement, to know how far an interval from fewer would narrow.
+        is_over: asked before another try: the time is up.
     """
     limit = _first_limit(drawn, judged, budget)
     if limit is None:
@@ -143,13 +155,15 @@ def fit_mixture(
         c for c in judged if not (c.recipe.default or c.recipe.head or c.recipe.layers)
     )  # source's values
     kept = min((reach(c, tokens) for c in plain), default=0.0)
-    return _best(_closing_in(drawn, budget, attempt, tokens, limit, Point(0.0, kept)))
+    return _best(_closing_in(drawn, budget, attempt, tokens, limit, Point(0.0, kept), is_over=is_over))
 
 
 def refine_mixture(
     drawn: SensitivityMap, found: Candidate, budget: Budget, attempt: Try, tokens: int, method: str
 ) -> Candidate:
-    """The lightest mixture by a better method that costs more, from where another one's search ended.
+    """The lightest mixture by a better method that takes minutes, from where another one's search ended.
+
+    One is tried, as much narrower as the method loses less; where it fails, the other one's stays.
 
     Args: as for `fit_mixture`, and
         found: a mixture by the map's method, which is returned where none that is tried is lighter or better.
@@ -158,7 +172,7 @@ def refine_mixture(
     limit = predicted_harm(found.recipe, drawn.groups)
     assert limit is not None, "a mixture is made of the menu"
     better = replace(drawn, method=method)
-    tried = _closing_in(better, budget, attempt, tokens, limit, Point(0.0, 0.0), _FEW_TRIES)
+    tried = _closing_in(better, budget, attempt, tokens, limit * _LESS_LOSS, Point(0.0, 0.0), _FEW_TRIES)
     best = _best([found, *tried])
     assert best is not None
     return best
@@ -172,13 +186,19 @@ def _closing_in(
     limit: float,
     below: Point,
     tries: int = _TRIES,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> list[Candidate]:
     """Mixtures at limits that come ever nearer to the budget; `below` is a point within it."""
     name, above = mixture_name(budget), None
     tried: list[Candidate] = []
     for _ in range(tries):
+        if tried and is_over():
+            break
         choices = lightest([s.menu for s in drawn.groups], limit)
         if choices is None:
+            break
+        size = sum(choice.bytes for choice in choices)
+        if any(c.passes and size > (1 - _LEAST_GAIN) * c.weight_bytes for c in tried):
             break
         recipe = mixture_recipe(name, drawn.groups, choices, drawn.method)
         if not recipe.layers or any(recipe.layers == c.recipe.layers for c in tried):
@@ -260,6 +280,7 @@ class Mixing:
     seconds: float  # for the map's comparisons
     observer: Observer
     calibrated: str | None = None  # what calibrated integers depend on; None: there are none
+    is_over: Callable[[], bool] = lambda: False  # the time of the search is up: no further try
 
     @property
     def method(self) -> str:
@@ -295,7 +316,7 @@ class Mixing:
             judged: uniform recipes with their verdicts.
         """
         tokens = max((c.verdict.tokens for c in judged), default=self.trials.tokens)
-        found = fit_mixture(self.map, judged, self.budget, self.trials.judge, tokens)
+        found = fit_mixture(self.map, judged, self.budget, self.trials.judge, tokens, self.is_over)
         if found is None or self.calibrated is None:
             return found
         return refine_mixture(self.map, found, self.budget, self.trials.judge, tokens, "best")

@@ -1,52 +1,40 @@
-"""The closed loop: measure the start, try recipes, draw a mixture, choose, write.
+"""The closed loop: try recipes, draw a mixture, race what passed, choose, write.
 
 What a search ends with is plan.json, its record, of which the report and the table are views.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
-
-import numpy as np
+from typing import Any
 
 import hasten
 from hasten.bench.calibrate import kept
 from hasten.compress.result import Observer, Progress, silent
-from hasten.core import (
-    SCHEMA_VERSION,
-    Budget,
-    EngineOptions,
-    Estimate,
-    Goal,
-    Machine,
-    Measurement,
-    Plan,
-    Recipe,
-    Workload,
-    as_json,
-)
+from hasten.core import Budget, EngineOptions, Estimate, Machine, Measurement, Plan, Recipe, as_json
 from hasten.errors import BudgetError, DeviceLost, MachineError, UsageError
+from hasten.optimize.aims import Aims
 from hasten.optimize.calibrated import Made, mixture_name
-from hasten.optimize.mixture import Mixing
-from hasten.optimize.sensitivity import Sensitivity, SensitivityMap, uniform
-from hasten.optimize.trials import (
-    Built,
+from hasten.optimize.choice import (
     Candidate,
-    SearchMemory,
-    Trials,
-    Workshop,
+    Untried,
     choose_candidate,
     explain,
     limit_of,
-    slow_readers,
+    misses,
     spread,
 )
+from hasten.optimize.mixture import Mixing
+from hasten.optimize.prospect import Prospect, Sieve, kv_bytes, prospect, worth_racing
+from hasten.optimize.result import Baseline, OptimizeResult, disturbances, map_record, remarks
+from hasten.optimize.sensitivity import SensitivityMap, uniform
+from hasten.optimize.timing import Timing
+from hasten.optimize.trials import Clock, SearchMemory, Shelf, Trials
+from hasten.optimize.workshop import Built, Workshop
 from hasten.quality.divergence import Reference
 from hasten.quality.text import Text, default_text, text_from_file, windows
 from hasten.report.optimized import optimized_page
@@ -54,146 +42,37 @@ from hasten.speed.cost import on_gpu
 from hasten.speed.forecast import estimate
 from hasten.speed.pace import Pace
 
-
-@dataclass(frozen=True)
-class Speedup:
-    """How many times as fast as the source in bf16 on the same engine: 2.0 is half the time."""
-
-    decode: float
-    prefill: float
-    ttft: float
-
-
-@dataclass(frozen=True)
-class Baseline:
-    measurement: Measurement
-    ppl: float
-    bits_per_weight: float = 16.0
-
-
-@dataclass(frozen=True)
-class OptimizeResult:
-    """Everything that was tried, what was chosen and where it lies."""
-
-    machine: Machine
-    baseline: Baseline
-    candidates: tuple[Candidate, ...]
-    chosen: Candidate
-    plan: Plan
-    artifact: Path
-
-    @property
-    def model(self) -> str:
-        """The source's name."""
-        return self.plan.model
-
-    @property
-    def speedup(self) -> Speedup:
-        """The chosen recipe over the baseline, medians."""
-        ours, start = self.chosen.measurement, self.baseline.measurement
-        assert ours is not None
-        return Speedup(
-            decode=ours.decode_tok_per_s.median / start.decode_tok_per_s.median,
-            prefill=ours.prefill_tok_per_s.median / start.prefill_tok_per_s.median,
-            ttft=start.ttft_ms.median / ours.ttft_ms.median,
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """The record: plain JSON values, units in the keys."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "machine": as_json(self.machine),
-            "model": self.model,
-            "baseline": {"recipe": "bf16", **as_json(self.baseline)},
-            "candidates": [{**as_json(c), "recipe": c.recipe.name} for c in self.candidates],
-            "chosen": self.chosen.recipe.name,
-            "artifact": str(self.artifact),
-            "speedup": as_json(self.speedup),
-        }
-
-
-def remarks(drawn: SensitivityMap, recipe: Recipe) -> tuple[str, ...]:
-    """What the sensitivity map said and what the recipe made of it, one sentence each."""
-    sensitivities = drawn.groups
-    measured = sorted((s for s in sensitivities if s.harm > 0), key=lambda s: s.harm)
-    if not measured:
-        return ()
-    least, most = measured[0], measured[-1]
-    said = (
-        f"4 bits hurt {most.group.name} most (KL {most.harm:.2g}) and {least.group.name} least "
-        f"(KL {least.harm:.2g}); all groups together {sum(s.harm for s in measured):.2g}, if they add up."
-    )
-    if drawn.error is not None:
-        said += f" Other widths are predicted from that, {drawn.error:.0%} off where they were measured too."
-    if not recipe.name.startswith("mix"):
-        return (said,)
-    counts = Counter(layout_name(recipe, s) for s in sensitivities)
-    made = ", ".join(f"{count} at {name}" for name, count in sorted(counts.items(), key=lambda kv: -kv[1]))
-    how = {"rtn": "", "best": " Its integers were found by GPTQ, layer after layer."}
-    by = how.get(recipe.method, f" Its integers were found by {recipe.method.upper()}.")
-    return (said, f"The mixture gives each of {len(sensitivities)} groups a width: {made}.{by}")
-
-
-def disturbances(candidates: Sequence[Candidate]) -> tuple[str, ...]:
-    """Which timings other work on this machine disturbed, in one sentence; nothing where none was."""
-    found = [
-        f"{c.recipe.name} ({c.measurement.disturbed_rounds})"
-        for c in candidates
-        if c.measurement is not None and c.measurement.disturbed_rounds
-    ]
-    if not found:
-        return ()
-    return (f"Other work on this machine disturbed rounds, which were taken again: {', '.join(found)}.",)
-
-
-def layout_name(recipe: Recipe, sensitivity: Sensitivity) -> str:
-    """`w5`, or `source` where the values are kept."""
-    layout = recipe.layout_for(sensitivity.group.tensors[0])
-    return "source" if layout is None else str(layout)
-
-
-def map_record(drawn: SensitivityMap, recipe: Recipe) -> dict[str, Any]:
-    """The map as plain JSON values: the method of its integers, the error of its predictions, and one object
-    a group with the KL at 4 bits as measured, at all widths as predicted, and the width a recipe gives it."""
-    groups = [
-        {
-            "group": s.group.name,
-            "kl_at_4_bits": s.harm,
-            "kl": {str(c.layout): c.harm for c in s.menu if c.layout is not None},
-            "kl_measured": {str(c.layout): c.harm for c in drawn.checks if c.group == s.group.name},
-            "layout": layout_name(recipe, s),
-        }
-        for s in drawn.groups
-    ]
-    return {"sensitivity": groups, "sensitivity_method": drawn.method, "sensitivity_error": drawn.error}
-
-
-WORKLOADS: dict[Goal, Workload] = {
-    "latency": Workload(prompt=512, output=128, batch=1),
-    "throughput": Workload(prompt=128, output=64, batch=8),
-    "memory": Workload(prompt=512, output=128, batch=1),
-}
-"""What speed is measured on, by goal."""
-
-_BASELINE = Recipe.parse("bf16")
+BASELINE = Recipe.parse("bf16")
 _MIXTURE_SECONDS = 120.0  # for the comparisons of the map behind `mix:P%`
+_CALIBRATION_S = 600.0
+"""A time limit below this leaves calibrated methods out: one model takes them minutes on two cores."""
+_KV_SHARE = 0.1
+"""Of what a step reads: below it, keys and values in 8 bits save less than 5 % and are not tried."""
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured; the defaults fit three minutes for half a billion weights on two cores."""
+    """How much is measured; the defaults fit two minutes for half a billion weights on two cores."""
 
     tokens: int = 4096  # judged
-    runs: int = 3  # timed, after a warm-up
-    sensitivity_seconds: float = 30.0
+    runs: int = 3  # timed at least, after a warm-up
+    sensitivity_seconds: float = 20.0
+    time_limit_s: float | None = None  # of the whole search; None: as long as it takes
+
+    def __post_init__(self) -> None:
+        if self.time_limit_s is not None and not 0 < self.time_limit_s < float("inf"):
+            raise UsageError(
+                f"--time-limit must be above 0 s, got {self.time_limit_s:g}", hint="use --time-limit 2m"
+            )
 
 
 def optimize(
     ref: str | Path,
     max_ppl_increase: float = 0.01,
-    goal: Goal = "latency",
+    goal: str = "latency",
     out: str | Path | None = None,
     *,
+    aims: Aims | None = None,
     threads: int | None = None,
     text: str | Path | None = None,
     effort: Effort | None = None,
@@ -202,6 +81,7 @@ def optimize(
     observer: Observer = silent,
     device: str = "cpu",
     gpu_memory: str | float | None = None,
+    broken: Mapping[str, str] | None = None,
 ) -> OptimizeResult:
     """Finds the fastest recipe whose perplexity rises by at most `max_ppl_increase`, and writes it as an
     artifact.
@@ -209,21 +89,24 @@ def optimize(
     Args:
         ref: a GGUF file, a Hugging Face folder, a hub id, or `demo`.
         max_ppl_increase: the budget against the source in bf16: 0.01 is +1 %.
-        goal: `latency` (time of one request of 512 in, 128 out), `throughput` (8 sequences decoding) or
-            `memory` (bytes).
+        goal: `latency` (time of one request of 512 in, 128 out), `throughput` (8 sequences at once), `memory`
+            (bytes) or `energy` (joules a token).
         out: the artifact's folder; default NAME.hasten here.
+        aims: everything that can be asked, instead of the two above: more budgets, a workload, `cost`.
         threads: default, the cores this process may use.
         text: a UTF-8 file to judge on; default, the prose and code of `pydoc_data.topics`.
-        effort: how many tokens are judged and runs timed.
+        effort: how many tokens are judged and runs timed, and how long all may take.
         fresh: ignore what an earlier search found.
         calibrate: try calibrated integers too, where torch is installed: `w4-best`, and a mixture by GPTQ.
             Costs minutes the first time; what was calibrated is kept.
         observer: told of every step.
         device: what recipes are judged and timed on, `cpu`, `cuda` or `auto`; which are tried follows it.
         gpu_memory: as `EngineOptions.gpu_memory`, for each of the two models that are loaded at a time.
+        broken: recipes that are not tried because they ended a process before, and how. In this process a
+            recipe that crashes takes everything with it; the command line runs the search in one of its own.
 
     Raises:
-        MachineError: `device` is "cuda", and there is no usable GPU.
+        MachineError: `device` is "cuda", and there is no usable GPU; energy is asked for and not readable.
         BudgetError: no recipe is within the budget.
         UsageError: a budget, goal or text that cannot be used.
         ModelError, DiskError: the source cannot be opened, the artifact cannot be written, or one of another
@@ -231,37 +114,39 @@ def optimize(
     """
     from hasten.models.source import file_name_of
 
-    check(max_ppl_increase, goal)
-    judged = text_from_file(text) if text is not None else default_text()
+    aims = aims or asked(max_ppl_increase, goal)
     observer(Progress("reference", "opening the model"))
-    workshop = Workshop(ref, EngineOptions(threads=threads, device=device, gpu_memory=gpu_memory))
+    workshop, judged = opened(ref, EngineOptions(threads=threads, device=device, gpu_memory=gpu_memory), text)
     place = Path(out) if out is not None else Path(f"{file_name_of(workshop.name)}.hasten")
     workshop.claim(place)
-    source = workshop.settle(_BASELINE)
+    source = workshop.settle(BASELINE)
     if workshop.device_because:
         observer(
             Progress("reference", f"--device auto is {workshop.options.device}: {workshop.device_because}")
         )
-    search = Search(
-        workshop, Budget(max_ppl_increase), goal, judged, effort or Effort(), fresh, observer, calibrate
-    )
+    search = Search(workshop, aims, judged, effort or Effort(), fresh, observer, calibrate, broken or {})
     search.begin_with(source)
     return search.run(place)
 
 
-def check(max_ppl_increase: float, goal: str) -> None:
-    """Refuses what no search could meet.
+def opened(ref: str | Path, options: EngineOptions, text: str | Path | None) -> tuple[Workshop, Text]:
+    """The model, and the text that recipes are judged on.
+
+    Raises:
+        UsageError: a text that cannot be read, or a model that is an artifact.
+        ModelError: the model cannot be opened.
+    """
+    judged = text_from_file(text) if text is not None else default_text()
+    return Workshop(ref, options), judged
+
+
+def asked(max_ppl_increase: float, goal: str) -> Aims:
+    """The aims of a quality budget and a goal.
 
     Raises:
         UsageError: a negative or infinite budget, an unknown goal.
     """
-    if not np.isfinite(max_ppl_increase) or max_ppl_increase < 0:
-        raise UsageError(
-            f"a perplexity increase of {max_ppl_increase * 100:g} % is no budget",
-            hint="use --max-ppl-increase 1%",
-        )
-    if goal not in get_args(Goal):
-        raise UsageError(f"unknown goal {goal!r}", hint=f"use one of {', '.join(get_args(Goal))}")
+    return Aims(Budget(max_ppl_increase), goal)  # type: ignore[arg-type]  # checked there
 
 
 @dataclass
@@ -269,39 +154,39 @@ class Search:
     """One run of the loop over one source."""
 
     workshop: Workshop
-    budget: Budget
-    goal: Goal
+    aims: Aims
     text: Text
     effort: Effort
     fresh: bool = False
     observer: Observer = silent
     calibrate: bool = True
+    broken: Mapping[str, str] = field(default_factory=dict)
     _source: Built | None = field(default=None, init=False)
-    _left_out: list[str] = field(default_factory=list, init=False)  # what did not fit, one sentence each
+    _left_out: list[str] = field(default_factory=list, init=False)  # what was not done, one sentence each
+
+    def __post_init__(self) -> None:
+        self.clock = Clock(self.effort.time_limit_s)
 
     def run(self, out: Path) -> OptimizeResult:
         try:
-            start = self.trials.measured(_BASELINE, self._bf16)
-            candidates = self._uniform()
-            mixture = self._mixture(candidates)
-            candidates += [mixture] if mixture is not None else []
-            for place in slow_readers(candidates):
-                candidates[place] = self.trials.again(candidates[place])
-            chosen = choose_candidate(candidates, self.goal, self.budget)
-            candidates = explain(candidates, chosen, self.goal, self.budget, start)
+            self.timing.check()
+            candidates, untried = self._uniform()
+            candidates += self._mixture(candidates)
+            candidates += self._narrow_cache(candidates)
+            start, candidates = self._raced(candidates)
+            chosen = choose_candidate(candidates, self.aims)
+            candidates = explain(candidates, chosen, self.aims, start)
             baseline = Baseline(start, max(candidates, key=lambda c: c.verdict.tokens).verdict.ppl_source)
-            result = self._write(out, baseline, candidates, chosen.recipe)
+            return self._write(out, baseline, candidates, untried, chosen.recipe)
         finally:
             self.close()
-        self.memory.finish()
-        return result
 
     def mixture(self) -> Candidate:
         """The cheapest mixture within the budget, judged and not timed; if none passes, the nearest.
 
         Where there is nothing to mix, it keeps the source's values.
         """
-        name = mixture_name(self.budget)
+        name = mixture_name(self.aims.budget)
         kept = self.trials.judge(Recipe(name))
         found = self.mixing.fit([kept])
         if found is None or (kept.passes and not found.passes):
@@ -313,10 +198,13 @@ class Search:
         self._source = source
 
     def close(self) -> None:
-        """Give the source in bf16 back; a second call does nothing."""
+        """Give all models back; a second call does nothing."""
+        self.shelf.clear()
         if self._source is not None:
             self._source.close()
             self._source = None
+
+    # What a search works with -------------------------------------------------------------------------------
 
     @cached_property
     def memory(self) -> SearchMemory:
@@ -334,18 +222,25 @@ class Search:
         return SearchMemory(key, fresh=self.fresh)
 
     @cached_property
+    def shelf(self) -> Shelf:
+        return Shelf(self.workshop, self.observer)
+
+    @cached_property
     def trials(self) -> Trials:
         return Trials(
             workshop=self.workshop,
             reference=lambda: self._reference,
             memory=self.memory,
-            budget=self.budget,
-            workload=WORKLOADS[self.goal],
-            runs=self.effort.runs,
+            budget=self.aims.budget,
             tokens=self.effort.tokens,
             observer=self.observer,
+            shelf=self.shelf,
             calibrated=self.calibrated,
         )
+
+    @cached_property
+    def timing(self) -> Timing:
+        return Timing(self.workshop, self.aims, self.effort.runs, self.shelf, self.observer, self.clock)
 
     @cached_property
     def _reference(self) -> Reference:
@@ -359,7 +254,7 @@ class Search:
     def _bf16(self) -> Built:
         if self._source is None:
             self.observer(Progress("reference", "bf16: packing"))
-            self._source = self.workshop.build(_BASELINE)
+            self._source = self.workshop.build(BASELINE)
         return self._source
 
     @cached_property
@@ -372,6 +267,9 @@ class Search:
         """What calibrated integers depend on, or why there are none."""
         if not self.calibrate:
             return None, "calibration was switched off"
+        limit = self.effort.time_limit_s
+        if limit is not None and limit < _CALIBRATION_S:
+            return None, f"they take minutes, and the time limit is {limit:.0f} s"
         try:
             return self.workshop.calibrate(self.text, self.observer), ""
         except (MachineError, UsageError) as why:
@@ -385,32 +283,80 @@ class Search:
             text=self.text,
             memory=self.memory,
             trials=self.trials,
-            budget=self.budget,
+            budget=self.aims.budget,
             seconds=self.effort.sensitivity_seconds,
             observer=self.observer,
             calibrated=self.calibrated,
+            is_over=self.clock.is_over,
         )
 
-    def _uniform(self) -> list[Candidate]:
+    @cached_property
+    def _pace(self) -> Pace | None:
+        """What `hasten estimate` timed on this machine."""
+        options = self.workshop.options
+        return kept(options.threads) if options.device == "cpu" else None
+
+    # What is tried ------------------------------------------------------------------------------------------
+
+    def prospects(self) -> list[Prospect]:
+        """The fixed recipes of the device, as their shapes tell them."""
         shapes = self.workshop.config.linear_shapes()
         widest = max(self.workshop.kept()[name].bits_per_weight for name in shapes)
         recipes = uniform(widest, self.calibrated is not None, self.workshop.options.device)
-        return [found for recipe in recipes if (found := self._attempt(recipe)) is not None]
+        return [self.prospect(recipe) for recipe in recipes]
+
+    def prospect(self, recipe: Recipe) -> Prospect:
+        return prospect(recipe, self.workshop.config, self.workshop.kept(), self.aims, self._pace)
+
+    def _uniform(self) -> tuple[list[Candidate], list[Untried]]:
+        names = tuple(self.workshop.config.linear_shapes())
+        sieve = Sieve(
+            self.prospects(), names, self.workshop.kept(), self._attempt, self.aims.budget, self.clock.is_over
+        )
+        return sieve.run()
 
     def _attempt(self, recipe: Recipe) -> Candidate | None:
-        """Judged, and timed if it passes; None where the device has no room for it beside the source."""
+        """Judged; None where the device has no room for it beside the source, or it ended a process."""
+        if self._is_broken(recipe.name):
+            return None
         with self._unless_full(f"{recipe.name} was not tried"):
-            return self.trials.attempt(recipe)
+            return self.trials.judge(recipe)
         return None
 
-    def _mixture(self, judged: Sequence[Candidate]) -> Candidate | None:
-        mixture = None
+    def _is_broken(self, name: str) -> bool:
+        if name not in self.broken:
+            return False
+        self._left_out.append(f"{name} was given up: {self.broken[name]}.")
+        return True
+
+    def _mixture(self, judged: Sequence[Candidate]) -> list[Candidate]:
+        if self._is_broken(mixture_name(self.aims.budget)):
+            return []
+        if self.clock.left_s < 2 * self.effort.sensitivity_seconds:
+            self._left_out.append("No mixture was tried: the time limit came first.")
+            return []
         if self._map is not None:
             with self._unless_full("No mixture was tried"):
-                mixture = self.mixing.fit(judged)
-        if mixture is not None and mixture.passes:
-            mixture = replace(mixture, measurement=self.trials.attempt(mixture.recipe).measurement)
-        return mixture
+                found = self.mixing.fit(judged)
+                return [] if found is None else [found]
+        return []
+
+    def _narrow_cache(self, judged: Sequence[Candidate]) -> list[Candidate]:
+        """The best so far with keys and values in 8 bits, where those are much of what a step reads."""
+        passing = [c for c in judged if c.passes and c.recipe.kv == "bf16"]
+        if not passing or self.clock.is_over() or self.workshop.options.device != "cpu":
+            return []
+        best = min(passing, key=lambda c: self.prospect(c.recipe).cost)
+        keys = kv_bytes(self.workshop.config, False, self.aims.workload)
+        share = keys / (keys + best.weight_bytes)
+        if share < _KV_SHARE:
+            self._left_out.append(
+                f"Keys and values are {share:.1%} of what a step reads here: 8 bits for them were not tried."
+            )
+            return []
+        recipe = replace(best.recipe, name=f"{best.recipe.name}-kv8", kv="int8")
+        found = self._attempt(recipe)
+        return [] if found is None else [found]
 
     @cached_property
     def _map(self) -> SensitivityMap | None:
@@ -429,27 +375,44 @@ class Search:
         except MachineError as why:
             self._left_out.append(f"{otherwise}: {why.message}.")
 
+    def _raced(self, candidates: list[Candidate]) -> tuple[Measurement, list[Candidate]]:
+        """The start's speed, and the candidates, those timed that may be chosen."""
+        known = [replace(c, memory_bytes=self.timing.memory_bytes(c)) for c in candidates]
+        passing = [c for c in known if not misses(c, self.aims)]
+        if not passing:
+            choose_candidate(known, self.aims)  # says what each of them misses
+        costs = {c.recipe.name: self.prospect(c.recipe).cost for c in passing}
+        finalists = list(worth_racing(passing, lambda c: costs[c.recipe.name]))
+        if self.aims.goal == "memory" and passing and not self.aims.asks_speed:
+            finalists = [min(passing, key=lambda c: c.size)]
+        start, timed = self.timing.race(self._bf16(), finalists, costs)
+        assert start is not None
+        rest = [c for c in passing if c.recipe.name not in timed]
+        if rest and all(misses(c, self.aims) for c in timed.values()):  # none is fast enough: look at all
+            _, more = self.timing.race(None, rest, costs)
+            timed |= {name: replace(c, ratio=None, believed=None) for name, c in more.items()}
+        least = min(costs.values(), default=1.0)
+        return start, [
+            timed.get(c.recipe.name) or _untimed(c, costs.get(c.recipe.name, least) / least) for c in known
+        ]
+
+    # What is written ----------------------------------------------------------------------------------------
+
     def _estimate(self, chosen: Candidate) -> Estimate | None:
         """What the speed model says of the chosen recipe, to be held against the measurement."""
+        shapes = self.workshop.config.linear_shapes()
+        knows = all(layout is not None for layout in map(chosen.recipe.layout_for, shapes))
         try:
             return estimate(
                 self.workshop.config,
                 self._ceilings(chosen.recipe),
-                WORKLOADS[self.goal],
+                self.aims.workload,
                 chosen.recipe,
                 weight_bytes=chosen.weight_bytes,
-                pace=self._timed(chosen.recipe),
+                pace=self._pace if knows else None,
             )
         except MachineError:
             return None  # ceilings were not measured: unknown
-
-    def _timed(self, recipe: Recipe) -> Pace | None:
-        """What `hasten estimate` timed on this machine, where it did and the recipe's formats are known."""
-        options = self.workshop.options
-        knows = all(
-            layout is not None for layout in map(recipe.layout_for, self.workshop.config.linear_shapes())
-        )
-        return kept(options.threads) if options.device == "cpu" and knows else None
 
     def _ceilings(self, recipe: Recipe) -> Machine:
         """The machine, with the ceilings of what computes."""
@@ -459,10 +422,15 @@ class Search:
         return on_gpu(machine, recipe.name.startswith("fp8"))
 
     def _write(
-        self, out: Path, baseline: Baseline, candidates: Sequence[Candidate], recipe: Recipe
+        self,
+        out: Path,
+        baseline: Baseline,
+        candidates: Sequence[Candidate],
+        untried: Sequence[Untried],
+        recipe: Recipe,
     ) -> OptimizeResult:
         self.observer(Progress("artifact", f"writing {out}"))
-        drawn = self._map or SensitivityMap(())
+        drawn = self.__dict__.get("_map") or SensitivityMap(())  # a map that was not drawn is not drawn now
         chosen = next(c for c in candidates if c.recipe == recipe)
         plan = Plan(
             model=self.workshop.name,
@@ -473,16 +441,16 @@ class Search:
             estimate=self._estimate(chosen),
             because=(
                 chosen.because,
-                *remarks(drawn, recipe),
+                *remarks(drawn, chosen.recipe),
                 *disturbances(candidates),
                 *self.uncalibrated(),
                 *self._left_out,
             ),
         )
-        machine = self.workshop.machine()
-        result = OptimizeResult(machine, baseline, tuple(candidates), chosen, plan, out.absolute())
+        machine, tried = self.workshop.machine(), tuple(candidates)
+        result = OptimizeResult(machine, baseline, tried, chosen, plan, out.absolute(), tuple(untried))
         whole = self._record(result, drawn)
-        model = self.workshop.build(recipe)
+        model = self.shelf.get(recipe)
         try:
             self.workshop.save(model, out, whole, optimized_page(whole))
         finally:
@@ -493,12 +461,14 @@ class Search:
         """Everything worth keeping of a search, as plain JSON values."""
         return {
             **as_json(result.plan),
-            "goal": self.goal,
-            "budget": as_json(self.budget),
+            "goal": self.aims.goal,
+            "budget": as_json(self.aims.budget),
+            "aims": as_json(self.aims),
             "machine": as_json(result.machine),
             "versions": {"hasten": hasten.__version__, "python": result.machine.python},
             "text": self.judged_on(),
             "runs": self.effort.runs,
+            "seconds": self.clock.spent_s,
             **map_record(drawn, result.chosen.recipe),
             "search": result.to_json(),
         }
@@ -514,6 +484,14 @@ class Search:
         return (f"Integers are rounded to nearest, no calibrated ones were tried: {self._calibration[1]}.",)
 
 
+def _untimed(candidate: Candidate, ratio: float) -> Candidate:
+    """One that passes and was not raced says why."""
+    if not candidate.passes or ratio <= 1:
+        return candidate
+    why = f"Predicted to cost {ratio - 1:.0%} more than the cheapest that passes: not timed."
+    return replace(candidate, because=" ".join(filter(None, (why, candidate.because))))
+
+
 def made_mixture(
     ref: str | Path, budget: Budget, text: Text, tokens: int, observer: Observer, threads: int | None
 ) -> Made:
@@ -525,7 +503,7 @@ def made_mixture(
     """
     workshop = Workshop(ref, EngineOptions(threads=threads))
     effort = Effort(tokens=tokens, sensitivity_seconds=_MIXTURE_SECONDS)
-    search = Search(workshop, budget, "latency", text, effort, observer=observer)
+    search = Search(workshop, Aims(budget), text, effort, observer=observer)
     try:
         chosen = search.mixture()
     finally:

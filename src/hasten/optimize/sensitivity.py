@@ -26,7 +26,7 @@ from functools import cached_property
 
 from hasten.compress.result import Observer, Progress
 from hasten.core import READERS, Format, ModelSpec, Recipe
-from hasten.optimize.trials import Built, Workshop
+from hasten.optimize.workshop import Built, Workshop
 from hasten.quality.divergence import Reference
 from hasten.quality.text import Window, windows
 
@@ -133,6 +133,8 @@ def uniform(source_bits: float, calibrated: bool = False, device: str = "cpu") -
 _WINDOW = 256
 _TOKENS = 512
 _FEWEST_TOKENS = 64
+_RECKONED = 0.5e12  # operations a second of a core, bf16 and int8 steps of few hundred tokens: a usual one
+_TOO_SLOW = 4.0
 _LEAST_OF_MEDIAN = 0.1
 """A measured harm below this part of the median is noise and is raised to it."""
 _CHECKED_GROUPS = 4
@@ -220,7 +222,8 @@ def measure_harms(
     Args:
         source: in bf16.
         text: calibration text that nothing was calibrated on.
-        seconds: time the comparisons may take; on a slow machine fewer tokens are read, at least 64.
+        seconds: time the comparisons may take on a usual machine. For large models and few cores fewer tokens
+            are read, at least 64.
     """
     offer = offer_for(workshop.options.device)
     found = groups(workshop.config, offer.by_layer)
@@ -337,16 +340,25 @@ def _menu(
 def _reference(
     workshop: Workshop, source: Built, base: Built, text: str, seconds_a_group: float
 ) -> Reference:
-    """Held-out windows that fit the time: one full comparison is timed, the rest follows from it."""
-    reference = Reference(source, _windows(workshop, text, _TOKENS), keep_logits=True)
-    _kl(reference, base)  # computes the source's side, once
-    began = time.perf_counter()
-    _kl(reference, base)
-    spent = time.perf_counter() - began
-    if spent <= seconds_a_group:
-        return reference
-    tokens = max(_FEWEST_TOKENS, int(_TOKENS * seconds_a_group / spent) // 32 * 32)
-    return Reference(source, _windows(workshop, text, tokens), keep_logits=True)
+    """Held-out windows that fit the time as it is reckoned, and not as it is measured.
+
+    Measured time would give other tokens from run to run, and with them another map and another mixture. It
+    counts where the machine is slower by more than `_TOO_SLOW`.
+    """
+    threads = workshop.options.threads or workshop.machine(ceilings=False).cores
+    one_token = 2.0 * workshop.config.weights_read / (_RECKONED * threads)
+    tokens = _TOKENS
+    while tokens > _FEWEST_TOKENS and tokens * one_token > seconds_a_group:
+        tokens //= 2
+    while True:
+        reference = Reference(source, _windows(workshop, text, tokens), keep_logits=True)
+        _kl(reference, base)  # computes the source's side, once
+        began = time.perf_counter()
+        _kl(reference, base)
+        spent = time.perf_counter() - began
+        if spent <= _TOO_SLOW * seconds_a_group or tokens <= _FEWEST_TOKENS:
+            return reference
+        tokens //= 2
 
 
 def _windows(workshop: Workshop, text: str, tokens: int) -> tuple[Window, ...]:

@@ -289,8 +289,13 @@ class Memory:
         return self.weights + self.keys_and_values + self.activations + self.overhead
 
 
-def memory_of(config: ModelSpec, recipe: Recipe, case: Case, *, chunk: int = CHUNK) -> Memory:
+def memory_of(
+    config: ModelSpec, recipe: Recipe, case: Case, *, chunk: int = CHUNK, stored: int | None = None
+) -> Memory:
     """What a case takes on the CPU engine.
+
+    Args: as for `forecast`, and
+        stored: bytes of all matrices, where the model was packed; None: as the recipe packs them.
 
     Raises:
         UsageError: the recipe keeps the source's values, so only the opened file knows.
@@ -300,7 +305,7 @@ def memory_of(config: ModelSpec, recipe: Recipe, case: Case, *, chunk: int = CHU
     work = case.workload
     pages = work.batch * -(-(work.prompt + work.output) // PAGE_TOKENS)
     return Memory(
-        weights=stored_bytes(config, recipe),
+        weights=stored_bytes(config, recipe) if stored is None else stored,
         keys_and_values=pages * page_bytes(config, recipe.kv != "bf16", PAGE_TOKENS),
         activations=_activations(
             config, min(chunk, work.batch * work.prompt), work.batch * (1 + case.drafts)
