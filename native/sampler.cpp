@@ -103,7 +103,6 @@ int Sampler::draw_kept(double uniform) const {
 int Sampler::draw(RowBlocks* row, const SamplerOptions& options, int64_t position) {
   const int best = row->best();
   if (best == kNoToken || options.greedy() || row->largest() == std::numeric_limits<float>::infinity()) return best;
-  const double uniform = uniform_at(options.seed, static_cast<uint64_t>(position));
   const float temperature = as_float(options.temperature);
   double total = 0.0;
   if (options.top_k > 0 && options.top_k < row->size()) {
@@ -111,12 +110,32 @@ int Sampler::draw(RowBlocks* row, const SamplerOptions& options, int64_t positio
     total = weigh_top_k(temperature);
   } else {
     total = row->weigh(temperature);
-    if (options.top_p >= 1.0 && options.min_p <= 0.0) return row->draw(uniform * total);
+    if (options.top_p >= 1.0 && options.min_p <= 0.0)
+      return row->draw(uniform_at(options.seed, static_cast<uint64_t>(position)) * total);
     collect_likely(*row, options, total);
   }
+  return cut_and_draw(options, total, position);
+}
+
+int Sampler::draw_of_few(RowBlocks* row, const SamplerOptions& options, int64_t position, double total) {
+  if (options.greedy() || (options.top_k > 0 && options.top_k < row->size())) return draw(row, options, position);
+  const float largest = row->largest();
+  if (options.top_k > 0 || !(largest < std::numeric_limits<float>::infinity()) || row->best() == kNoToken)
+    return kNoToken;
+  row->weigh(as_float(options.temperature));
+  row->collect_weights_from(0.0f, &kept_);
+  const auto lightest =
+      std::min_element(kept_.begin(), kept_.end(), [](auto& a, auto& b) { return a.weight < b.weight; });
+  const bool holds_top_p = options.top_p < 1.0 && mass_of(kept_) >= options.top_p * total;
+  const bool holds_min_p = lightest->weight < static_cast<float>(options.min_p);
+  return holds_top_p || holds_min_p ? cut_and_draw(options, total, position) : kNoToken;
+}
+
+// Of kept_, which weighs something of `total`.
+int Sampler::cut_and_draw(const SamplerOptions& options, double total, int64_t position) {
   if (options.top_p < 1.0) cut_top_p(options.top_p * total);
   std::erase_if(kept_, [&](const Candidate& c) { return c.weight < static_cast<float>(options.min_p); });
-  return draw_kept(uniform);
+  return draw_kept(uniform_at(options.seed, static_cast<uint64_t>(position)));
 }
 
 int Sampler::operator()(const float* logits, int vocab, const SamplerOptions& options, int64_t position) {

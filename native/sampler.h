@@ -32,11 +32,15 @@ class Sampler {
   int operator()(const float* logits, int vocab, const SamplerOptions& options, int64_t position);
   // The same from a row that has been surveyed, and has no NaN.
   int draw(RowBlocks* row, const SamplerOptions& options, int64_t position);
+  // The same where the row holds only the highest logits of a longer one, whose weights add up to `total`: a place in
+  // it. kNoToken also if tokens that it does not hold might be drawn.
+  int draw_of_few(RowBlocks* row, const SamplerOptions& options, int64_t position, double total);
 
  private:
   double weigh_top_k(float temperature);
   void collect_likely(const RowBlocks& row, const SamplerOptions& options, double total);
   void cut_top_p(double mass);
+  int cut_and_draw(const SamplerOptions& options, double total, int64_t position);
   int draw_kept(double uniform) const;
 
   RowBlocks row_, few_;

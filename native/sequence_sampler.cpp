@@ -118,6 +118,28 @@ class RowChooser {
   std::vector<float> copy_;
 };
 
+// As RowChooser, of rows that are cut short.
+class FewChooser {
+ public:
+  int operator()(const SequenceSampler& sampler, const FewLogits& row, int64_t position) {
+    const SamplerOptions& options = sampler.options();
+    const float unknown = *std::min_element(row.logits, row.logits + row.n);  // no other logit is higher
+    copy_.assign(row.logits, row.logits + row.n);
+    if (sampler.adjusts() && !sampler.adjust_few(copy_.data(), row.ids, row.n)) return kNoToken;
+    const int k = options.greedy() ? 1 : options.top_k;
+    if (k == 0 && sampler.adjusts()) return kNoToken;
+    if (std::count_if(copy_.begin(), copy_.end(), [=](float x) { return x > unknown; }) < k) return kNoToken;
+    if (!few_.survey(copy_.data(), row.n)) return kNoToken;
+    const int place = sampler_.draw_of_few(&few_, options, position, row.total);
+    return place == kNoToken ? kNoToken : row.ids[place];
+  }
+
+ private:
+  Sampler sampler_;
+  RowBlocks few_;
+  std::vector<float> copy_;
+};
+
 // Threads of the pool stay: so does their scratch.
 RowChooser& row_chooser() {
   static thread_local RowChooser chooser;
@@ -214,6 +236,26 @@ void SequenceSampler::adjust(float* logits, const int32_t* drafts, int drafted) 
   for (const auto& slot : counts_.slots())
     if (slot.token >= 0) logits[slot.token] = penalties_.of(logits[slot.token], slot.answer);
   for (const Drafted& d : more) logits[d.token] = penalties_.of(d.logit, counts_.answer(d.token) + d.times);
+}
+
+bool SequenceSampler::adjust_few(float* logits, const int32_t* ids, int n) const {
+  if (!penalties_.never_raise()) return false;
+  for (const auto& [token, bias] : bias_) {
+    const int32_t* at = std::lower_bound(ids, ids + n, token);
+    if (at < ids + n && *at == token)
+      logits[at - ids] += bias;
+    else if (bias > 0.0f)
+      return false;
+  }
+  if (penalties_.any())
+    for (int i = 0; i < n; ++i)
+      if (counts_.has(ids[i])) logits[i] = penalties_.of(logits[i], counts_.answer(ids[i]));
+  return true;
+}
+
+int choose_of_few(const SequenceSampler& sampler, const FewLogits& row, int64_t position) {
+  static thread_local FewChooser chooser;
+  return chooser(sampler, row, position);
 }
 
 std::vector<SequenceChoice> choose(const std::vector<SequenceRows>& sequences, int threads) {

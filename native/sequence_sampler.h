@@ -21,6 +21,7 @@ struct Penalties {
   float frequency = 0.0f;
 
   bool any() const { return repetition != 1.0f || presence != 0.0f || frequency != 0.0f; }
+  bool never_raise() const { return repetition >= 1.0f && presence >= 0.0f && frequency >= 0.0f; }
   float of(float logit, int32_t answer) const;
 };
 
@@ -41,6 +42,8 @@ class SequenceSampler {
 
   // Bias and penalties of the row that follows the answer and `drafted` more tokens, in place.
   void adjust(float* logits, const int32_t* drafts, int drafted) const;
+  // The same of some tokens of the row after the answer, by rising id. False if another one's logit might rise.
+  bool adjust_few(float* logits, const int32_t* ids, int n) const;
 
  private:
   int vocab_;
@@ -72,6 +75,19 @@ struct SequenceChoice {
 // Does not count what it chose: accept() does. Rows are spread over `threads` of the pool in the order of their place
 // in their sequence; rows after a draft that was not drawn are left out as soon as that is known.
 std::vector<SequenceChoice> choose(const std::vector<SequenceRows>& sequences, int threads);
+
+// The `n` highest logits of a row, by rising id, and what they were chosen from: the sum of all weights
+// e^((logit - largest) / temperature), asked for where top-p is the only cut and there are no penalties and no bias.
+struct FewLogits {
+  const float* logits;
+  const int32_t* ids;
+  int n;
+  double total;
+};
+
+// The token that `choose` draws from the whole row without a mask; kNoToken if that cannot be told from these. Totals
+// that were summed in another way give another token where a draw falls on the edge between two. Does not count it.
+int choose_of_few(const SequenceSampler& sampler, const FewLogits& row, int64_t position);
 
 // Scores of tokens in their rows; a row with NaN or nothing above minus infinity gives the logprob NaN.
 std::vector<TokenScore> score_rows(const float* logits, int rows, int vocab, const int32_t* targets, int top,

@@ -29,4 +29,6 @@ void TokenCounts::add(int32_t token, int32_t times) {
 
 int32_t TokenCounts::answer(int32_t token) const { return slots_.empty() ? 0 : slots_[find(token)].answer; }
 
+bool TokenCounts::has(int32_t token) const { return !slots_.empty() && slots_[find(token)].token == token; }
+
 }  // namespace hasten

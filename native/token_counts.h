@@ -19,6 +19,8 @@ class TokenCounts {
   void add(int32_t token, int32_t times);
   // Times in the answer.
   int32_t answer(int32_t token) const;
+  // Whether prompt or answer has it.
+  bool has(int32_t token) const;
   // In no particular order, empty ones among them.
   const std::vector<Slot>& slots() const { return slots_; }
 

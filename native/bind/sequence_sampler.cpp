@@ -135,6 +135,36 @@ nb::list py_choose(const Logits& logits, const nb::list& samplers, const std::ve
   return out;
 }
 
+std::vector<int> py_choose_of_few(const Logits& logits, const Input<int32_t, 2>& ids, const Input<double, 1>& totals,
+                                  const nb::list& samplers, const std::vector<int64_t>& positions, int threads) {
+  const size_t n = samplers.size(), few = logits.shape(1);
+  require(few > 0 && logits.shape(0) == n && ids.shape(0) == n && ids.shape(1) == few && totals.size() == n &&
+              positions.size() == n,
+          "one row a sequence of everything");
+  std::deque<Mine> mine;
+  std::vector<PySampler*> each;
+  for (size_t i = 0; i < n; ++i) {
+    each.push_back(nb::cast<PySampler*>(samplers[i]));
+    mine.emplace_back(*each.back());
+    for (size_t j = 0; j < few; ++j) {
+      const int32_t id = ids.data()[i * few + j], before = j ? ids.data()[i * few + j - 1] : -1;
+      require(id > before && id < each[i]->vocab(), "ids must rise and be in the vocabulary");
+    }
+  }
+  std::vector<int> tokens(n);
+  const WithoutGil others_run;
+  pool().split(threads, static_cast<int>(n), 1, [&](int begin, int end, int) {
+    for (int i = begin; i < end; ++i) {
+      const size_t at = i * few;
+      tokens[i] = choose_of_few(
+          *each[i], {logits.data() + at, ids.data() + at, static_cast<int>(few), totals.data()[i]}, positions[i]);
+    }
+  });
+  for (size_t i = 0; i < n; ++i)
+    if (tokens[i] != kNoToken) each[i]->accept(&tokens[i], 1);
+  return tokens;
+}
+
 nb::list py_score(const Logits& logits, const Tokens& targets, int top, int threads) {
   const int vocab = vocab_of(logits);
   require(targets.size() == logits.shape(0), "targets must have one entry a row");
@@ -165,6 +195,10 @@ void bind_sequence_sampler(nb::module_& m) {
       "None or uint32 [rows, ceil(V / 32)], tops[i] is None or how many alternatives to score. Gives (tokens, scores, "
       "error) each; a score is (token, logprob, rank, ((token, logprob), ...)), an error '', 'nan' or 'none' "
       "(allowed).");
+  m.def("choose_of_few", &py_choose_of_few, nb::arg("logits"), nb::arg("ids"), nb::arg("totals"), nb::arg("samplers"),
+        nb::arg("positions"), nb::arg("threads") = 1,
+        "As choose, one row a sequence, from the highest logits float32 [R, N] of tokens int32 [R, N], by rising id, "
+        "and the sums of all weights e^((logit - largest) / temperature) float64 [R]. -1: they do not tell.");
   m.def("score", &py_score, nb::arg("logits"), nb::arg("targets"), nb::arg("top"), nb::arg("threads") = 1,
         "(token, logprob, rank, ((token, logprob), ...)) of one target a row of logits float32 [R, V].");
 }

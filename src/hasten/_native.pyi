@@ -119,6 +119,14 @@ def choose(
     tops: list[int | None],
     threads: int = 1,
 ) -> list[tuple[list[int], list[Score], str]]: ...
+def choose_of_few(
+    logits: NDArray[np.float32],
+    ids: NDArray[np.int32],
+    totals: NDArray[np.float64],
+    samplers: list[SequenceSampler],
+    positions: Sequence[int],
+    threads: int = 1,
+) -> list[int]: ...
 def score(logits: NDArray[np.float32], targets: Sequence[int], top: int, threads: int = 1) -> list[Score]: ...
 def divergence(
     ref: NDArray[np.float32], cand: NDArray[np.float32], targets: NDArray[np.int32], threads: int = 1

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hasten.errors import HastenError, UsageError
-from hasten.runtime.sampling import SamplingOptions
+from hasten.runtime.sampling import SamplingOptions, SequenceSampler, choose, choose_of_few
 from one_each import one_each
 
 BAD = [
@@ -90,3 +90,78 @@ def test_logits_that_are_no_numbers(temperature: float) -> None:
     values[1, 400] = np.nan
     with pytest.raises(HastenError, match="no numbers at position 1"):
         draw(values, temperature=temperature)
+
+
+CUTS: list[dict[str, Any]] = [
+    {"top_k": 20},
+    {"top_k": 20, "top_p": 0.8},
+    {"top_k": 40, "min_p": 0.05},
+    {"top_p": 0.7},
+    {"top_p": 0.9, "min_p": 0.1},
+    {"min_p": 0.2},
+    {"temperature": 0.0},
+]
+PENALTIES: list[dict[str, Any]] = [
+    {},
+    {"repetition_penalty": 1.3},
+    {"presence_penalty": 0.7, "frequency_penalty": 0.4},
+    {"logit_bias": {3: -5.0, 250: -100.0}},
+    {"repetition_penalty": 1.1, "logit_bias": {7: 2.0}},
+]
+
+
+def few(values: np.ndarray, count: int, temperature: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The highest of each row by rising id, their ids, and the sum of all weights."""
+    ids = np.sort(np.argpartition(-values, count - 1, axis=1)[:, :count], axis=1).astype(np.int32)
+    scaled = (values - values.max(1, keepdims=True)).astype(np.float64) / max(temperature, 1e-30)
+    return np.take_along_axis(values, ids, 1), ids, np.exp(scaled).sum(1)
+
+
+@pytest.mark.parametrize("penalties", PENALTIES, ids=str)
+@pytest.mark.parametrize("cuts", CUTS, ids=str)
+def test_the_highest_logits_tell_what_the_whole_row_does(
+    cuts: dict[str, Any], penalties: dict[str, Any]
+) -> None:
+    """Answers of 12 tokens whose penalties grow; what cannot be told is said, and rare."""
+    rows, vocab = 40, 3000
+    options = [SamplingOptions(**{"temperature": 0.8, "seed": i} | cuts | penalties) for i in range(rows)]
+    prompt = list(range(0, vocab, 5))
+    whole, part = ([SequenceSampler(o, prompt, vocab) for o in options] for _ in range(2))
+    told = 0
+    for position in range(12):
+        values = np.random.default_rng(position).standard_normal((rows, vocab)).astype(np.float32) * 4
+        positions = [position] * rows
+        wanted = [
+            c.tokens[0] for c in choose(values, whole, [[]] * rows, positions, [None] * rows, [None] * rows)
+        ]
+        found = choose_of_few(*few(values, 256, options[0].temperature), part, positions, threads=2)
+        assert all(token in (None, want) for token, want in zip(found, wanted, strict=True))
+        for sampler, token, want in zip(part, found, wanted, strict=True):
+            if token is None:
+                sampler.accept([want])
+        told += sum(token is not None for token in found)
+    cannot = ("top_k" not in cuts and cuts.get("temperature") != 0 and penalties) or 7 in penalties.get(
+        "logit_bias", {}
+    )
+    assert told <= rows * 12 * 0.2 if cannot else told >= rows * 12 * 0.9
+
+
+def test_few_logits_that_do_not_tell() -> None:
+    """Ties with what is not there, no cut, too little weight, what might rise, and no number."""
+    values = np.zeros((1, 100), np.float32)
+    values[0, :10] = np.arange(10)
+
+    def told(count: int, **options: Any) -> int | None:
+        sampler = SequenceSampler(SamplingOptions(**{"temperature": 1.0} | options), [1], 100)
+        return choose_of_few(*few(values, count, 1.0), [sampler], [0], threads=1)[0]
+
+    assert told(12, top_k=8) is not None
+    assert told(12, top_k=11) is None  # the eleventh is any of ninety equals
+    assert told(12) is None
+    assert told(3, top_p=0.9999) is None
+    assert told(12, top_k=5, presence_penalty=-1.0) is None
+    assert told(12, top_k=5, repetition_penalty=0.9) is None
+    highest, ids, totals = few(values, 12, 1.0)
+    highest[0, 4] = np.nan
+    sampler = SequenceSampler(SamplingOptions(temperature=1.0, top_k=5), [], 100)
+    assert choose_of_few(highest, ids, totals, [sampler], [0], threads=1) == [None]

@@ -229,6 +229,35 @@ def choose(
     ]
 
 
+def choose_of_few(
+    logits: npt.NDArray[np.float32],
+    ids: npt.NDArray[np.int32],
+    totals: npt.NDArray[np.float64],
+    samplers: Sequence[SequenceSampler],
+    positions: Sequence[int],
+    *,
+    threads: int,
+) -> list[int | None]:
+    """What `choose` draws without masks and drafts, from the highest logits of each row alone; counts it.
+
+    They tell all that top-k keeps, as long as penalties and biases only lower what is not among them; and
+    what top-p or min-p keeps, as long as these few weigh enough. A row without any cut is never told.
+
+    Args:
+        logits: float32 [R, N], the N highest of each row.
+        ids: int32 [R, N], their tokens, which rise.
+        totals: float64 [R], the sum of e^((logit - largest) / temperature) over the whole row; needed where
+            top-p is the only cut. As it is summed in another order, a draw that falls on the edge between two
+            tokens may differ from that of `choose`.
+
+    Returns:
+        A token a row; None: the whole row is needed, and nothing was counted.
+    """
+    natives = [sampler._native for sampler in samplers]
+    found = _native.choose_of_few(logits, ids, totals, natives, positions, threads)
+    return [token if token >= 0 else None for token in found]
+
+
 def no_token(error: str, position: int) -> str:
     """Why no token can be chosen at a position; `error` "nan": a logit is no number."""
     if error == "nan":

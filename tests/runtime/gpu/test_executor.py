@@ -252,6 +252,44 @@ def test_sampling_draws_what_the_cpu_engine_draws(device: str, tiny_folder: Call
         assert answers(other, [request]) == answers(cpu, [request])
 
 
+def test_draws_from_the_highest_logits_are_those_from_all(
+    device: str, tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each cut beside the others; a row without a cut beside them takes the whole row."""
+    source, told = open_model(tiny_folder("llama")), list[int | None]()
+    choose = gpu.choose_of_few
+
+    def counted(*arguments: Any, **more: Any) -> list[int | None]:
+        found = choose(*arguments, **more)
+        told.extend(found)
+        return found
+
+    cuts: list[dict[str, Any]] = [
+        {"top_k": 5},
+        {"top_k": 20, "repetition_penalty": 1.2},
+        {"top_p": 0.8},
+        {"min_p": 0.1},
+        {"temperature": 0.0, "presence_penalty": 0.5},
+        {},
+    ]
+    requests = [
+        Request(
+            tuple(prompts()[i % 3]),
+            16,
+            SamplingOptions(**{"temperature": 0.9, "seed": i, "ignore_eos": True} | c),
+        )
+        for i, c in enumerate(cuts)
+    ]
+    with running(source) as other:
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu, "_needs_few", lambda part: False)
+            wanted = answers(other, requests)
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu, "choose_of_few", counted)
+            assert answers(other, requests) == wanted
+    assert sum(token is not None for token in told) >= 0.8 * 16 * 5
+
+
 def decode(executor: Any, sequence: CachedSequence, tokens: list[int], count: int) -> list[int]:
     """So many steps of one token each, as the engine asks for them."""
     sampler = SequenceSampler(GREEDY, [], executor.config.vocab)

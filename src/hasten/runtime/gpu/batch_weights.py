@@ -74,7 +74,7 @@ class BatchWeights:
     final_norm: torch.Tensor
     head: Matrix
     rotations: dict[str, Rotation]  # "global", "local" (Gemma's sliding layers), "none"
-    key_scales: KeyScales | None = None  # which the matrices or norms of queries and keys have in them
+    key_scales: KeyScales | None = None  # in the matrices or norms of queries and keys; and the keys' shifts
 
     def rotation_of(self, layer: int) -> str:
         """Which rotation a layer's queries and keys have."""
@@ -156,7 +156,7 @@ def load(
         ModelError: the model has parts that these kernels do not compute.
     """
     refuse_others(config, context)
-    scales = _key_scales(config, tensor_of) if is_kv_int8 else None
+    scales = _key_changes(config, tensor_of, is_kv_int8)
     maker = _Maker(config, tensor_of, precision, device, scales)
     embed = maker.plain("embed").to(torch.bfloat16)
     head = maker.matrix([config.head_name], head_precision)
@@ -165,8 +165,8 @@ def load(
     return BatchWeights(config, embed, layers, maker.norm("final_norm"), head, rotations, scales)
 
 
-def _key_scales(config: ModelSpec, tensor_of: TensorOf) -> KeyScales:
-    """`key_scales` and `key_shifts` of a model whose parameters are tensors."""
+def _key_changes(config: ModelSpec, tensor_of: TensorOf, is_kv_int8: bool) -> KeyScales:
+    """`key_shifts` of a model whose parameters are tensors, and for int8 `key_scales`."""
 
     def floats(name: str) -> np.ndarray[Any, np.dtype[np.float32]] | None:
         found = tensor_of(name)
@@ -181,7 +181,8 @@ def _key_scales(config: ModelSpec, tensor_of: TensorOf) -> KeyScales:
     names = [f"layers.{i}.{n}" for i in range(len(config.blocks)) for n in ("attn_norm", "k_norm", "k.bias")]
     vectors = {name: found for name in names if (found := floats(name)) is not None}
     shifts = key_shifts(config, vectors)
-    return {**key_scales(config, matrix, vectors, shifts), **shifts}
+    scales = key_scales(config, matrix, vectors, shifts) if is_kv_int8 else {}
+    return {**scales, **shifts}
 
 
 def refuse_others(config: ModelSpec, context: int) -> None:
@@ -289,8 +290,9 @@ class _Maker:
             return tensor
         mixer = self.config.blocks[0].mixer
         heads = tensor.reshape(-1, mixer.head_dim, *tensor.shape[1:])
-        if self._key_scales is not None and member.endswith("_norm") == (mixer.qk_norm == "head"):
-            by = torch.from_numpy(self._key_scales[f"{prefix}.key_scale"]).to(tensor.device)
+        scales = (self._key_scales or {}).get(f"{prefix}.key_scale")
+        if scales is not None and member.endswith("_norm") == (mixer.qk_norm == "head"):
+            by = torch.from_numpy(scales).to(tensor.device)
             by = by.view(-1, mixer.head_dim)
             by = by[torch.arange(len(heads)) // (len(heads) // len(by)) if len(heads) > 1 else [0]]
             by = by.view(*by.shape, *[1] * (heads.dim() - 2))

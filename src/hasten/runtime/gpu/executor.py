@@ -5,7 +5,8 @@ A step goes one of three ways, all over the same pages of keys and values:
 - sequences that each get a greedy token: a `Chain`, which runs a step ahead of the host; one sequence in the
   persistent kernel, 2 to 512 in the batched step's graphs;
 - a few rows of any kind (sampled tokens, drafts to verify, the end of a prompt): the batched step, a row a
-  token, and sampling on the host from logits that cross;
+  token. Sampling is the host's, the same for every executor: from the 256 highest logits of a row where they
+  tell what is drawn, else from the whole row;
 - more rows: plain torch.
 
 The three round differently, so two equal requests may differ where two logits tie within rounding. In plain
@@ -38,15 +39,26 @@ from hasten.runtime.gpu.ranks import Team
 from hasten.runtime.gpu.shape import PAGE
 from hasten.runtime.gpu.tiles import Tensors, matrix_of, tensors_of, weight_bytes
 from hasten.runtime.pages import DeviceMemory, KvPlan, PagePool, context_of, plan_pages
-from hasten.runtime.sampling import Choice, no_token
+from hasten.runtime.sampling import Choice, choose_of_few, no_token
 from hasten.weights.packed import PackedLinear, PackedModel
 
 Floats = npt.NDArray[np.float32]
 _FEW = 64  # rows that one sequence may have in the batched step, whose attention takes each by itself
 LEAST_CHUNK = 2048  # prompt tokens a step: a GPU is not busy with the CPU's 512
+_FEW_LOGITS = 256  # of a row that cross to the host: more than top-k asks for, and room for penalties
 _RESERVE = 2 << 30  # bytes of the device that pages leave free: products' workspaces, activations of a chunk
 
 _log = logging.getLogger("hasten.runtime")
+
+
+@dataclass(frozen=True)
+class _FewLogits:
+    """The highest logits of some parts' rows, on their way to the host, as `choose_of_few` takes them."""
+
+    parts: Sequence[int]
+    logits: Pending  # float32 [R, N]
+    ids: Pending  # int32 [R, N]
+    totals: Pending  # float64 [R]
 
 
 @dataclass(frozen=True)
@@ -58,6 +70,7 @@ class _Result:
     hidden: Pending | None = None  # float32 [rows, E], final, of the others from `first_row` on
     others: Sequence[int] = ()
     logits: Pending | None = None  # float32 [1, V] of a single row, instead of hidden states
+    few: _FewLogits | None = None  # of some of the others
 
 
 class GpuExecutor(Executor):
@@ -351,7 +364,25 @@ class GpuExecutor(Executor):
             tokens = to_host(self._plain.best(self._final(residual, wanted)))
         wanted = [row for i in others for row in range(starts[i] + parts[i].first_row, ends[i])]
         hidden = to_host(self._final(residual, wanted)) if wanted else None
-        return _Result(tokens, firsts, hidden, others)
+        drawn = [i for i in others if _needs_few(parts[i])] if self.team is None else []
+        few = self._few_logits(residual, {i: ends[i] - 1 for i in drawn}, parts) if drawn else None
+        return _Result(tokens, firsts, hidden, others, few=few)
+
+    def _few_logits(
+        self, residual: torch.Tensor, rows: Mapping[int, int], parts: Sequence[Part]
+    ) -> _FewLogits:
+        """The highest logits of these parts' last rows."""
+        logits = self._plain.logits(self._final(residual, list(rows.values())))
+        highest, ids = logits.topk(min(_FEW_LOGITS, logits.shape[1]), sorted=False)
+        ids, order = ids.sort()
+        options = [parts[i].draws[0].sampler.options for i in rows]
+        colds = upload(np.array([[max(o.temperature, 1e-30)] for o in options], np.float32), logits.device)
+        if any(o.top_k == 0 for o in options):
+            weights = ((logits - logits.amax(1, keepdim=True)) / colds).exp()
+            totals = weights.sum(1, dtype=torch.float64)
+        else:
+            totals = torch.zeros(len(options), dtype=torch.float64, device=logits.device)
+        return _FewLogits(list(rows), to_host(highest.gather(1, order)), to_host(ids.int()), to_host(totals))
 
     def _final(self, residual: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         return self._plain.final(residual[upload(np.array(rows, np.int64), residual.device)])
@@ -368,6 +399,7 @@ class GpuExecutor(Executor):
                 for i, first in result.firsts.items():
                     draws = range(len(parts[i].draws))
                     found[i].choices = [_choice(parts[i], which, tokens, first) for which in draws]
+                told = self._draw_of_few(parts, result.few)
                 hidden = self._none if result.hidden is None else result.hidden.wait().numpy()
                 if result.logits is not None:
                     logits = result.logits.wait().numpy()
@@ -375,14 +407,32 @@ class GpuExecutor(Executor):
                 at = 0
                 for i in result.others:
                     count = len(parts[i].tokens) + len(parts[i].drafts) - parts[i].first_row
-                    rows.append(hidden[at : at + count])
+                    if i in told:
+                        found[i].choices = [Choice([told[i]], [])]
+                    else:
+                        others.append(i)
+                        rows.append(hidden[at : at + count])
                     at += count
-                others += result.others
             head = self.head if logits is None else lambda hidden: logits
             chosen = finish(self, [parts[i] for i in others], rows, head)
             for i, one in zip(others, chosen, strict=True):
                 found[i] = one
         return found
+
+    def _draw_of_few(self, parts: Sequence[Part], few: _FewLogits | None) -> dict[int, int]:
+        """Parts -> tokens, where the highest logits tell."""
+        if few is None:
+            return {}
+        draws = [parts[i].draws[0] for i in few.parts]
+        tokens = choose_of_few(
+            few.logits.wait().numpy(),
+            few.ids.wait().numpy(),
+            few.totals.wait().numpy(),
+            [draw.sampler for draw in draws],
+            [draw.position for draw in draws],
+            threads=self.threads,
+        )
+        return {i: token for i, token in zip(few.parts, tokens, strict=True) if token is not None}
 
     @telling
     def head(self, hidden: Floats) -> Floats:
@@ -448,6 +498,18 @@ def _is_plain(draw: Draw) -> bool:
 def _is_greedy(part: Part) -> bool:
     """Whether tokens are all that is wanted, and the largest logits decide them."""
     return part.hidden == 0 and part.scored is None and all(_is_plain(draw) for draw in part.draws)
+
+
+def _needs_few(part: Part) -> bool:
+    """Whether one token is drawn from few candidates: cut by top-k, top-p or min-p, without a mask."""
+    if len(part.draws) != 1 or part.drafts or part.hidden or part.scored is not None:
+        return False
+    draw = part.draws[0]
+    o = draw.sampler.options
+    is_cut = (
+        o.temperature == 0 or 0 < o.top_k < _FEW_LOGITS or (o.top_k == 0 and (o.top_p < 1 or o.min_p > 0))
+    )
+    return is_cut and draw.masks is None and draw.logprobs is None
 
 
 def is_step(part: Part) -> bool:

@@ -28,6 +28,7 @@ TensorOf = Callable[[str], "torch.Tensor | Weights | None"]
 rounded to the product's format; a matrix may also be Weights, which are kept."""
 
 _NORMS = ("attn_norm", "post_attn_norm", "mlp_norm", "post_mlp_norm")
+_OF_HEADS = ("q_norm", "k_norm", "key_shift")
 _WORDS = ("qkv", "square", "part", "weight", "attention", "out", "feed", "down", "best")
 _SHARED_WORDS = ("out", "down", "best")  # that several ranks have a part of
 _MEMBERS: dict[str, tuple[str, ...]] = dict(READERS.items())
@@ -40,7 +41,7 @@ def _arguments(ranks: int) -> Any:
         *((name, ctypes.c_void_p) for name in PRODUCTS),
         *((f"{name}_bias", ctypes.c_void_p) for name in PRODUCTS[:-1]),
         ("embedding", ctypes.c_void_p),
-        *((name, ctypes.c_void_p) for name in (*_NORMS, "final_norm", "q_norm", "k_norm")),
+        *((name, ctypes.c_void_p) for name in (*_NORMS, "final_norm", *_OF_HEADS)),
         *((name, ctypes.c_void_p) for name in ("cosines", "sines", "keys", "values", "pages")),
         *((f"{name}_words", ctypes.c_void_p) for name in _WORDS),
         *((f"{name}_peers", several) for name in _SHARED_WORDS),
@@ -118,7 +119,7 @@ def _part_of(fused: BatchWeights, name: str) -> torch.Tensor | Weights | None:
         found: torch.Tensor = getattr(fused, name)
         return found
     layer, _, member = name.removesuffix(".bias").rpartition(".")
-    if member.endswith("norm"):
+    if member in (*_NORMS, *_OF_HEADS):
         norm: torch.Tensor | None = getattr(fused.layers[int(layer.split(".")[1])], member)
         return norm
     matrix, rows = fused.place(name.removesuffix(".bias"))
@@ -141,7 +142,7 @@ def _load_weights(shape: Shape, tensor_of: TensorOf, device: str) -> DeviceWeigh
         found["embedding"] = _floats(embedding).to(torch.bfloat16).contiguous()
     weights = head if isinstance(head, Weights) else rounded(head, shape.formats["head"])
     _add_matrix(found, "head", 0, 1, [weights], shape)
-    for norm in (*_NORMS, "q_norm", "k_norm"):
+    for norm in (*_NORMS, *_OF_HEADS):
         layers = [_device(tensor_of, f"layers.{i}.{norm}", device) for i in range(len(c.blocks))]
         if layers[0] is not None:
             found[norm] = torch.stack([_floats(t) for t in layers if t is not None]).contiguous()

@@ -144,6 +144,7 @@ class Shape:
             "ROTARY": rope.rotations(c)[0].dim,
             "GELU": int(ways.activation == "gelu_tanh"),
             "QK_NORM": ("none", "head", "full").index(mixer.qk_norm),
+            "KEY_SHIFT": int("k" in self.biases),
             "NORM_BEFORE": int(c.blocks[0].norms.placement != "post"),
             "NORM_AFTER": int(c.blocks[0].norms.placement != "pre"),
             "WINDOW": max(block.mixer.window or 0 for block in c.blocks),

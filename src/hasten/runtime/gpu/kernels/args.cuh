@@ -3,7 +3,8 @@ struct Args {
   const u8 *qkv, *o, *gate_up, *down, *head;                  // tiles, layer after layer
   const float *qkv_bias, *o_bias, *gate_up_bias, *down_bias;  // [layers][rows], or null
   const u16* embedding;                                       // bf16 [V][E]
-  const float *attn_norm, *post_attn_norm, *mlp_norm, *post_mlp_norm, *final_norm, *q_norm, *k_norm;
+  const float *attn_norm, *post_attn_norm, *mlp_norm, *post_mlp_norm, *final_norm, *q_norm, *k_norm,
+      *key_shift;                // [layers][KV heads][HEAD_DIM], or null
   const float *cosines, *sines;  // [global, sliding][positions][ROTARY / 2]
   u16 *keys, *values;            // bf16 [layer][page][KV head][PAGE][PADDED]
   const int* pages;              // page table of the sequence

@@ -131,7 +131,7 @@ DEVICE void prepare_head(const Args& a, Attention& s, const Place& p, int which,
   const bool is_query = which < RATIO, is_key = which == RATIO;
   const int head = is_query ? p.head * RATIO + which : HEADS + (which - RATIO) * KV_HEADS + p.head;
   float x[2 * CHUNKS];
-  float2 gamma[CHUNKS];
+  float2 gamma[CHUNKS], shift[CHUNKS];
   if (QK_NORM && which <= RATIO) {  // before the wait: a miss to memory costs as much as the exchange
     const float* from = QK_NORM == 1 ? (is_query ? a.q_norm : a.k_norm) + layer * HEAD_DIM
                         : is_query   ? a.q_norm + (layer * HEADS + head) * HEAD_DIM
@@ -139,6 +139,13 @@ DEVICE void prepare_head(const Args& a, Attention& s, const Place& p, int which,
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++)
       gamma[c] =
+          64 * c + 2 * lane < HEAD_DIM ? __ldg((const float2*)(from + 64 * c + 2 * lane)) : make_float2(0.f, 0.f);
+  }
+  if (KEY_SHIFT && is_key && a.key_shift) {
+    const float* from = a.key_shift + (layer * KV_HEADS + p.head) * HEAD_DIM;
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++)
+      shift[c] =
           64 * c + 2 * lane < HEAD_DIM ? __ldg((const float2*)(from + 64 * c + 2 * lane)) : make_float2(0.f, 0.f);
   }
   await_slice<CHUNKS>(a.qkv_words + head * HEAD_DIM, HEAD_DIM, tag, lane, x);
@@ -158,6 +165,9 @@ DEVICE void prepare_head(const Args& a, Attention& s, const Place& p, int which,
     for (int c = 0; c < CHUNKS; c++) x[2 * c] *= norm * gamma[c].x, x[2 * c + 1] *= norm * gamma[c].y;
   }
   if (rotates && which <= RATIO) rotate(s, which, slides, lane, x);
+  if (KEY_SHIFT && is_key && a.key_shift)
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) x[2 * c] -= shift[c].x, x[2 * c + 1] -= shift[c].y;
   if (is_query) {
     const float scale = ATTENTION_CAP > 0.f ? SCORE_SCALE : SCORE_SCALE * LOG2_E;
 #pragma unroll

@@ -247,6 +247,7 @@ DEVICE void bring_norms(const Args& a, int lane) {
   bring(a.post_attn_norm, LAYERS * WIDTH), bring(a.post_mlp_norm, LAYERS * WIDTH), bring(a.final_norm, WIDTH);
   bring(a.q_norm, LAYERS * HEAD_DIM * (QK_NORM == 2 ? HEADS : 1));
   bring(a.k_norm, LAYERS * HEAD_DIM * (QK_NORM == 2 ? KV_HEADS : 1));
+  if (KEY_SHIFT) bring(a.key_shift, LAYERS * KV_HEADS * HEAD_DIM);
 }
 
 DEVICE void consume(Block& b, Attention& attention, const Args& a, int token, int position, u32 epoch) {
