@@ -24,6 +24,7 @@ from hasten.models.open import open_model
 from hasten.models.source import Source
 from hasten.runtime import executor as executors
 from hasten.runtime.executor import Draw, Part
+from hasten.runtime.gpu import batch_weights
 from hasten.runtime.gpu import executor as gpu
 from hasten.runtime.gpu.shape import PAGE
 from hasten.runtime.gpu.tiles import matrix_of, weight_bytes
@@ -45,6 +46,8 @@ KINDS = [
 ]
 HEADS = Tiny("llama-64", "llama", {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}, None, 33)
 """Heads that the persistent kernel holds in the common layout of keys and values."""
+BIASED = Tiny("qwen2-64", "qwen2", {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}, None, 86)
+"""The same with biases of keys, which every kernel takes off what hardly turns."""
 KV8 = 0.03  # of the logits' spread: keys and values rounded to int8
 
 
@@ -174,6 +177,15 @@ def wide_heads(tmp_path_factory: pytest.TempPathFactory) -> Source:
     return open_model(folder)
 
 
+@pytest.fixture(scope="module")
+def biased_heads(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    folder = tmp_path_factory.mktemp("biased")
+    save_folder(BIASED, folder, "bfloat16", False)
+    source = open_model(folder)
+    assert "k" in source.config.blocks[0].biases
+    return source
+
+
 def has_one_row(model: LanguageModel, device: str) -> bool:
     """Whether one sequence has a kernel of its own; True where none can have one."""
     executor: Any = model.executor
@@ -186,6 +198,25 @@ def test_one_sequence_has_a_kernel_of_its_own(device: str, wide_heads: Source) -
         assert has_one_row(other, device)
         assert is_greedy(other, prompt, list(other.stream(prompt, 2 * PAGE, GREEDY)))
         assert is_greedy(cpu, prompt, list(other.stream(prompt, 2 * PAGE, GREEDY)))
+
+
+def test_what_is_taken_off_keys_is_taken_off_by_every_kernel(
+    device: str, biased_heads: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts, one row and several rows: of a shift that one of them left out another would read too much."""
+    shifts = {
+        f"layers.{i}.key_shift": np.where(np.arange(128) % 32 > 16, 4.0, 0.0).astype(np.float32)
+        for i in range(len(biased_heads.config.blocks))
+    }
+    with running(biased_heads) as plain:
+        monkeypatch.setattr(batch_weights, "key_shifts", lambda config, vectors: shifts)
+        with running(biased_heads) as other:
+            assert has_one_row(other, device)
+            requests = [Request(tuple(prompt), 2 * PAGE, GREEDY) for prompt in prompts()]
+            alone = [answers(other, [request])[0] for request in requests]
+            for found in (alone, answers(other, requests)):
+                for request, tokens in zip(requests, found, strict=True):
+                    assert is_greedy(plain, request.prompt, tokens)
 
 
 def test_int8_pages_of_wide_heads(device: str, wide_heads: Source) -> None:
