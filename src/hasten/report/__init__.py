@@ -88,6 +88,7 @@ code { font: .9em ui-monospace, "SF Mono", Menlo, Consolas, monospace; overflow-
 .tiles span { color: var(--soft); font-size: .86rem; }
 h3 { font-size: 1rem; margin: 1.6rem 0 .3rem; }
 .chart { display: block; width: 100%; max-width: 36rem; height: auto; }
+.key + .chart { margin-top: 1.4rem; }
 .chart text { font: 13px system-ui, sans-serif; fill: var(--soft); }
 @media (min-width: 40rem) { .chart text { font-size: 10px; } }
 .chart .name { fill: var(--ink); }

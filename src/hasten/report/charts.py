@@ -238,7 +238,7 @@ def bars(mark: str, title: str, rows: Sequence[Bar], unit: str) -> str:
         return f'<rect class="{row.kind}" x="{first:.1f}" y="20" width="{wide:.1f}" height="11"/>'
 
     listed = [(row.name, row.said, drawn(row), row.strong) for row in rows]
-    axis = _axis([(_place(tick, 0, marks[-1]), f"{tick:g}") for tick in marks], unit, len(rows) * _STEP)
+    axis = _axis([(_place(tick, 0, marks[-1]), f"{tick:,g}") for tick in marks], unit, len(rows) * _STEP)
     return _listed(mark, title, listed, axis, 40)
 
 
@@ -279,7 +279,7 @@ class Spread:
             f'<line class="whisker" x1="{low:.1f}" x2="{high:.1f}" y1="26" y2="26"/>'
             f'<rect class="box" x="{first:.1f}" y="20" width="{max(last - first, 1):.1f}" height="12"/>'
             f'<line class="middle" x1="{middle:.1f}" x2="{middle:.1f}" y1="18" y2="34"/>'
-            f'<polygon class="fail" points="{diamond(most, 26)}"/>'
+            f'<polygon class="fail hollow" points="{diamond(most, 26)}"/>'
         )
 
 
@@ -293,7 +293,7 @@ def spreads(mark: str, title: str, rows: Sequence[Spread], unit: str) -> str:
     def across(value: float) -> float:
         return _place(math.log(min(max(value, low), high)), math.log(low), math.log(high))
 
-    marks = [(across(tick), f"{tick:g}") for tick in _log_ticks(low, high)]
+    marks = [(across(tick), f"{tick:,g}") for tick in _log_ticks(low, high)]
     axis = _axis(marks, unit, len(rows) * _STEP)
     return _listed(mark, title, [(r.name, r.said(), r.drawn(across), r.strong) for r in rows], axis, 40)
 
@@ -397,7 +397,7 @@ class Reached:
     strong: bool = False
 
 
-_ROOF = Frame(400, 320, left=40, right=12, top=26, bottom=46)
+_ROOF = Frame(400, 320, left=48, right=12, top=26, bottom=46)
 
 
 def roofline(bytes_per_s: float | None, ceilings: Sequence[Ceiling], reached: Sequence[Reached]) -> str:
@@ -422,9 +422,9 @@ def roofline(bytes_per_s: float | None, ceilings: Sequence[Ceiling], reached: Se
     levels = [(up(tick), _rate(tick)) for tick in _powers(low_y, high_y)]
     marks = [(across(tick), f"{tick:g}") for tick in _powers(low_x, high_x)]
     parts = [
-        f'<text x="{_ROOF.left - 36}" y="14">operations a second</text>',
-        *_ROOF.grid(levels, marks, "operations for each byte of weights, keys and values read"),
-        *(_roof(one, bytes_per_s, low_x, high_x, across, up) for one in ceilings),
+        f'<text x="{_ROOF.left - 44}" y="14">operations a second</text>',
+        *_ROOF.grid(levels, marks, "operations for each byte that is read"),
+        *_roofs(ceilings, bytes_per_s, (low_x, high_x), across, up),
     ]
     start = max(low_x, low_y / bytes_per_s)
     place = across(start), up(start * bytes_per_s)
@@ -432,7 +432,8 @@ def roofline(bytes_per_s: float | None, ceilings: Sequence[Ceiling], reached: Se
     parts.append(f'<polyline class="line roof" points="{_pair(place)} {_pair(top)}"/>')
     name = f"reading, {bytes_per_s / 1e9:.0f} GB/s"
     parts.append(f'<text x="{place[0] + 8:.1f}" y="{_ROOF.top + 12:.0f}">{name}</text>')
-    parts += [_reached(one, across(one.ops_per_byte), up(one.ops_per_s)) for one in reached]
+    last = sorted(reached, key=lambda one: one.strong)  # what is drawn last is seen
+    parts += [_reached(one, across(one.ops_per_byte), up(one.ops_per_s)) for one in last]
     about = ". ".join(
         [f"Memory is read at {name}", *(f"{c.name} {_rate(c.ops_per_s)}" for c in ceilings)]
         + [_reached_sentence(one) for one in reached]
@@ -440,22 +441,23 @@ def roofline(bytes_per_s: float | None, ceilings: Sequence[Ceiling], reached: Se
     return _ROOF.chart("roof", "What was reached of what the machine can do", about + ".", "".join(parts))
 
 
-def _roof(
-    ceiling: Ceiling,
+def _roofs(
+    ceilings: Sequence[Ceiling],
     bytes_per_s: float,
-    low: float,
-    high: float,
+    between: tuple[float, float],
     across: Callable[[float], float],
     up: Callable[[float], float],
-) -> str:
-    """The flat part of one ceiling, from where reading would feed it."""
-    first, y = max(low, ceiling.ops_per_s / bytes_per_s), up(ceiling.ops_per_s)
-    end = across(high)
-    return (
-        f'<line class="line roof" x1="{across(first):.1f}" x2="{end:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        f'<text x="{end:.1f}" y="{y - 5:.1f}" text-anchor="end">'
-        f"{text(ceiling.name)} {_rate(ceiling.ops_per_s)}</text>"
-    )
+) -> Iterator[str]:
+    """The flat part of each ceiling, from where reading would feed it; the highest has its name above it, the
+    others below."""
+    highest, end = max(one.ops_per_s for one in ceilings), across(between[1])
+    for one in ceilings:
+        first, y = across(max(between[0], one.ops_per_s / bytes_per_s)), up(one.ops_per_s)
+        base, name = y - 5 if one.ops_per_s == highest else y + 14, f"{text(one.name)} {_rate(one.ops_per_s)}"
+        yield (
+            f'<line class="line roof" x1="{first:.1f}" x2="{end:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<text x="{end:.1f}" y="{base:.1f}" text-anchor="end">{name}</text>'
+        )
 
 
 def _pair(place: Place) -> str:
@@ -475,9 +477,16 @@ def _rate(ops_per_s: float) -> str:
 def _reached(one: Reached, x: float, y: float) -> str:
     kind = "chosen" if one.strong else "pass hollow"
     about = f"<title>{text(_reached_sentence(one))}</title>"
+    named = {"decode": (12, 20, "start", "answers"), "prompt": (0, -11, "middle", "prompts")}[one.phase]
+    name = (
+        f'<text class="name strong" x="{x + named[0]:.1f}" y="{y + named[1]:.1f}" '
+        f'text-anchor="{named[2]}">{named[3]}</text>'
+        if one.strong
+        else ""
+    )
     if one.phase == "decode":
-        return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="5.5">{about}</circle>'
-    return f'<rect class="{kind}" {_square(x, y)}>{about}</rect>'
+        return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="5.5">{about}</circle>{name}'
+    return f'<rect class="{kind}" {_square(x, y)}>{about}</rect>{name}'
 
 
 def _reached_sentence(one: Reached) -> str:
