@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from gguf_bytes import ARRAY, F32, I32, STRING, U32, array, scalar, smallest_model
 from hasten.errors import HastenError, ModelError
 from hasten.models.gguf import GgufFile
+from hasten.models.hub import plain_ref
 from hasten.models.open import open_model
 from hasten.models.source import ref_of
 
@@ -245,3 +246,111 @@ def test_a_key_with_a_value_of_another_type_is_understood_or_refused(tmp_path: P
             assert error.message
         else:
             assert all(np.isfinite(tensor.rows) for tensor in source.tensors.values())
+
+
+SCALES = ("k_scale", "v_scale", "attn.k_scale", "k_proj.output_scale", "q_scale")
+
+
+def test_scales_of_keys_and_values_in_fp8_are_left_out(folder: Path) -> None:
+    """llm-compressor, AutoFP8 and Quark write them; the cache here has other types."""
+    more = {f"model.layers.0.self_attn.{name}": torch.tensor(0.5) for name in SCALES}
+    assert set(more) <= set(open_model(renamed(folder, str, **more)).unused)
+
+
+def changed(folder: Path, name: str = "config.json", **values: Any) -> Path:
+    path = folder / name
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({key: one for key, one in {**known, **values}.items() if one is not ...}))
+    return folder
+
+
+def test_a_config_without_a_type_is_known_by_its_class(folder: Path) -> None:
+    before = open_model(folder).config
+    assert open_model(changed(folder, model_type=...)).config == before
+    with pytest.raises(ModelError, match="model_type is missing"):
+        open_model(changed(folder, architectures=...))
+
+
+def test_numbers_may_be_written_as_text(folder: Path) -> None:
+    """YAML reads 1e-05 as a text, and so do configurations that went through it."""
+    before = open_model(folder).config
+    values = json.loads((folder / "config.json").read_text())
+    eps, layers = f"{values['rms_norm_eps']:.0e}", str(values["num_hidden_layers"])
+    assert open_model(changed(folder, rms_norm_eps=eps, num_hidden_layers=layers)).config == before
+    with pytest.raises(ModelError, match="rms_norm_eps must be a number"):
+        open_model(changed(folder, rms_norm_eps="small"))
+    changed(folder, rms_norm_eps=eps)
+    changed(folder, "generation_config.json", eos_token_id=[None, "5", 6])
+    assert {5, 6} <= set(open_model(folder).config.eos_token_ids)
+
+
+def test_a_decoder_without_its_head_is_named(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ModelError, match="'head' is missing") as caught:
+        open_model(folder)
+    assert "tie_word_embeddings" in (caught.value.hint or "")
+
+
+def test_a_download_that_was_not_finished_is_named(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model.safetensors.incomplete")
+    with pytest.raises(ModelError, match=r"not finished: model\.safetensors\.incomplete"):
+        open_model(folder)
+    (folder / "model.safetensors").symlink_to("../../blobs/0")
+    with pytest.raises(ModelError, match=r"is a link to \.\./\.\./blobs/0, which is not there"):
+        open_model(folder)
+
+
+def test_a_vocabulary_of_tiktoken_is_named(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_text("IQ== 0\nIg== 1\nIw== 2\n")
+    with pytest.raises(HastenError, match="a vocabulary of tiktoken"):
+        open_model(folder).tokenizer()
+
+
+def test_a_byte_order_mark_is_no_part_of_a_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_bytes("\ufeff{{ messages[0].content }}".encode())
+    assert open_model(folder).tokenizer().apply_chat([{"role": "user", "content": "a"}]) == "a"
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("https://huggingface.co/Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+        ("https://huggingface.co/Qwen/Qwen3-0.6B/tree/main", "Qwen/Qwen3-0.6B"),
+        ("huggingface.co/Qwen/Qwen3-0.6B/", "Qwen/Qwen3-0.6B"),
+        ("https://hf.co/o/n/blob/main/a/x-Q8_0.gguf?download=true", "o/n/a/x-Q8_0.gguf"),
+        ("https://huggingface.co/o/n/resolve/main/x.gguf", "o/n/x.gguf"),
+        ("hf.co/o/n-GGUF:Q4_K_M", "o/n-GGUF:Q4_K_M"),
+        ("hf://o/n", "o/n"),
+        ("Qwen/Qwen3-0.6B/", "Qwen/Qwen3-0.6B"),
+        ("Qwen/Qwen3-0.6B@main", "Qwen/Qwen3-0.6B"),
+        ("file:///a/b%20c", "/a/b c"),
+        ("o/n:Q4_K_M", "o/n:Q4_K_M"),
+        ("gpt2", "gpt2"),
+        ("./a/b", "./a/b"),
+    ],
+)
+def test_what_people_paste_is_understood(given: str, meant: str) -> None:
+    assert plain_ref(given) == meant
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("https://example.com/m.gguf", "is an address"),
+        ("ollama://qwen3", "is an address"),
+        ("s3://bucket/m", "is an address"),
+        ("qwen3:0.6b", "Ollama"),
+        ("o/n@v1.0", "the revision 'v1.0'"),
+        ("https://huggingface.co/o/n/tree/fp16", "the revision 'fp16'"),
+    ],
+)
+def test_what_cannot_be_opened_by_name_is_said(given: str, said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        open_model(given)
+
+
+def test_an_address_of_a_file_opens_it(folder: Path) -> None:
+    assert open_model(f"file://{folder}").content == open_model(folder).content

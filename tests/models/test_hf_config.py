@@ -203,7 +203,7 @@ def test_rope_parameters_of_both_generations_are_the_same() -> None:
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "mamba"}, "architecture 'mamba' is not supported"),
-    ({"model_type": None}, "architecture None"),
+    ({"model_type": None}, "model_type is missing"),
     ({"model_type": ["llama"]}, "is not supported"),
     ({"hidden_act": "gelu"}, "activation 'gelu' is not supported"),
     ({"quantization_config": {"quant_method": "awq"}}, "quantised checkpoint"),

@@ -141,7 +141,11 @@ def test_strings_may_be_bytes(metadata: dict[str, Any]) -> None:
         ({"tokenizer.ggml.tokens": [b"\xff"]}, "no UTF-8"),
         ({"tokenizer.ggml.merges": None}, "no tokenizer.ggml.merges"),
         ({"tokenizer.ggml.merges": ["zzz yyy"]}, "merges do not fit"),
-        ({"tokenizer.ggml.merges": ["nospace"]}, "merges do not fit"),
+        ({"tokenizer.ggml.merges": ["nospace"]}, "is no pair of tokens"),
+        (
+            {"tokenizer.ggml.precompiled_charsmap": b"\0" * 8, "tokenizer.ggml.model": "llama"},
+            "cannot be used",
+        ),
         ({"tokenizer.ggml.token_type": [1, 2]}, "one a token"),
         ({"tokenizer.ggml.token_type": 1.5}, "one a token"),
         ({"tokenizer.ggml.eos_token_id": "2"}, "no id of the"),

@@ -345,7 +345,7 @@ def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
         sources["default"] = folder / "chat_template.jinja"
     for name, path in sources.items():
         try:
-            templates[name] = read_text(path)
+            templates[name] = read_text(path).removeprefix("\ufeff")  # what editors put before a text
         except (OSError, UnicodeDecodeError) as error:
             raise TokenizerError(
                 f"{path} cannot be read: {error}", hint=f"download {path.name} again"

@@ -373,14 +373,25 @@ def _info(cursor: GgufCursor, index: int, alignment: int) -> _Info:
 
 
 def _type(cursor: GgufCursor, name: str, number: int) -> TensorType:
-    if number not in TYPES_BY_ID:
-        known = FOREIGN_NAMES.get(number, "unknown")
+    if number in TYPES_BY_ID:
+        return TYPES_BY_ID[number]
+    known = FOREIGN_NAMES.get(number, "one of ik_llama.cpp alone" if number in _IK_LLAMA else "unknown")
+    hint = f"supported types: {', '.join(kind.name for kind in TYPES_BY_ID.values())}; requantise the model "
+    if number in _REPACKED:
+        hint = (
+            f"{known[:6].rstrip('_')} in an order of rows that llama.cpp no longer reads: take the file of "
+        )
         raise cursor.error(
             f"tensor {name!r} has type {number} ({known}), which is not supported",
-            hint=f"supported types: {', '.join(kind.name for kind in TYPES_BY_ID.values())}; requantise the "
-            "model to one of them",
+            hint=f"{hint}that type, or download it again from its publisher",
         )
-    return TYPES_BY_ID[number]
+    raise cursor.error(
+        f"tensor {name!r} has type {number} ({known}), which is not supported", hint=f"{hint}to one of them"
+    )
+
+
+_REPACKED = (31, 32, 33, 36, 37, 38)
+_IK_LLAMA = range(97, 400)
 
 
 def _check_extents(cursor: GgufCursor, infos: list[_Info], start: int) -> None:

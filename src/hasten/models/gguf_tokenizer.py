@@ -414,15 +414,23 @@ def _byte_level(vocabulary: GgufVocabulary) -> Tokenizer:
     if vocabulary.merges is None:
         raise TokenizerError(f"the file has no {KEY}merges, which a gpt2 tokenizer needs", hint=AGAIN)
     kind = kind_of(vocabulary.pre)
-    merges = [tuple(merge.split(" ", 1)) for merge in vocabulary.merges]
+    merges = [_halves(merge) for merge in vocabulary.merges]
     try:
-        model = BPE(_spelled(vocabulary), merges, ignore_merges=kind.whole_words)  # type: ignore[arg-type]
+        model = BPE(_spelled(vocabulary), merges, ignore_merges=kind.whole_words)
     except Exception as error:  # the library raises plain Exception
         raise TokenizerError(f"{KEY}merges do not fit the tokens: {error}", hint=AGAIN) from error
     backend = Tokenizer(model)
     backend.pre_tokenizer = split_words(kind)
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+def _halves(merge: str) -> tuple[str, str]:
+    """The two tokens that a merge joins; a blank that begins the first is part of it, as llama.cpp has it."""
+    at = merge.find(" ", 1)
+    if at < 0 or at == len(merge) - 1:
+        raise TokenizerError(f"{KEY}merges: {merge[:60]!r} is no pair of tokens", hint=AGAIN)
+    return merge[:at], merge[at + 1 :]
 
 
 def _spelled(vocabulary: GgufVocabulary) -> dict[str, int]:

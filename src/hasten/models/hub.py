@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from hasten.cache import digest
 from hasten.cache.reading import is_there, read_file
@@ -30,6 +31,50 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[\w.-]{1,96})?")
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "vocab.txt", "merges.txt"]
 # Other copies of the weights: in folders (all but additional_chat_templates), and under other names.
 _UNWANTED = ["[!a]*/*", "a[!d]*/*", "consolidated*", "*.onnx*"]
+
+
+_PAGE = re.compile(
+    r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)(?P<id>[\w.-]+/[\w.-]+)(?P<kind>:[\w.-]+)?"
+    r"(?:/(?:resolve|blob|raw|tree)/(?P<revision>[^/?#]+)(?:/(?P<file>[^?#]+))?)?/?(?:[?#].*)?"
+)
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+
+
+def plain_ref(ref: str) -> str:
+    """What is meant by a page of the hub, or by Ollama's and other programs' forms of its ids.
+
+    Raises:
+        ModelError: an address elsewhere, or another revision than main.
+    """
+    if ref.startswith("file://"):
+        return unquote(ref.removeprefix("file://"))
+    page = _PAGE.fullmatch(ref)
+    if page is not None:
+        if page["revision"] not in (None, "main"):
+            raise ModelError(
+                f"{ref} names the revision {page['revision']!r}; main alone is fetched by name",
+                hint=f"fetch it: hf download {page['id']} --revision {page['revision']} --local-dir FOLDER",
+            )
+        return page["id"] + (f"/{page['file']}" if page["file"] else page["kind"] or "")
+    if _SCHEME.match(ref):
+        raise ModelError(
+            f"{ref} is an address; models are opened from files, folders and ids of the Hugging Face hub",
+            hint="download the file first, and give its path",
+        )
+    if OWNED.fullmatch(ref.rstrip("/")):
+        return ref.rstrip("/")
+    owner_and_name, at, revision = ref.partition("@")
+    if at and OWNED.fullmatch(owner_and_name):
+        return plain_ref(f"hf.co/{owner_and_name}/tree/{revision or 'main'}")
+    if _TAGGED.fullmatch(ref):
+        raise ModelError(
+            f"there is no file or folder {ref!r}; names of Ollama's library are not known here",
+            hint="give an id of the hub, such as Qwen/Qwen3-0.6B-GGUF:Q4_K_M",
+        )
+    return ref
+
+
+_TAGGED = re.compile(r"[\w.-]+:[\w.-]+")
 
 
 def is_hub_file(ref: str) -> bool:
@@ -232,6 +277,7 @@ def pull(ref: str, include: tuple[str, ...] = (), tell: Tell = lambda *_: None) 
     Raises:
         ModelError: as `download`; no file has such a name; or a digest differs (the file is dropped).
     """
+    ref = plain_ref(ref)
     owner_and_name = "/".join(ref.split("/")[:2])
     repo, _, kind = owner_and_name.partition(":")
     if not OWNED.fullmatch(repo):

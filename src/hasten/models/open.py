@@ -268,6 +268,7 @@ class Checkpoint:
     files: tuple[Path, ...]
 
 
+_UNFINISHED = (".incomplete", ".part", ".aria2", ".crdownload", ".download", ".tmp", ".lock")
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 
 
@@ -296,6 +297,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     others = _pickles(folder)
     if others:
         raise ModelError(f"{folder} has no .safetensors file, only {others[0]}", hint=_PICKLE_HINT)
+    begun = next((p.name for p in sorted(folder.iterdir()) if p.suffix in _UNFINISHED), None)
+    if begun is not None:
+        raise ModelError(
+            f"{folder} has no .safetensors file, but a download that was not finished: {begun}",
+            hint="start the download again",
+        )
     raise ModelError(
         f"{folder} has no .safetensors file",
         hint="save the model with model.save_pretrained(folder), which writes safetensors",
@@ -398,9 +405,15 @@ def fill(
     if missing:
         raise ModelError(
             f"{where}: {_listed(missing, 'parameter')} missing",
-            hint="the checkpoint is incomplete: download it again",
+            hint=_HEADLESS_HINT if missing == ["head"] else "the checkpoint is incomplete: download it again",
         )
     return filled, tuple(unused)
+
+
+_HEADLESS_HINT = (
+    "the checkpoint holds a decoder without its head (lm_head), as models that embed texts have it. If the "
+    'head is the embedding, say so in config.json: "tie_word_embeddings": true'
+)
 
 
 def _place(

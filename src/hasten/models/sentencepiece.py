@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -91,9 +92,10 @@ def build(vocabulary: SentencePieceVocabulary) -> Tokenizer:
         normalizer = _normalizer(vocabulary)
         if normalizer is not None:
             backend.normalizer = normalizer
-    except TokenizerError:
+            normalizer.normalize_str("a b")  # damaged rules panic, which is no Exception
+    except (TokenizerError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except Exception as error:
+    except BaseException as error:
         raise TokenizerError(
             f"the SentencePiece vocabulary cannot be used: {error}", hint="download the model again"
         ) from error
@@ -181,10 +183,18 @@ def read_sentencepiece(path: Path) -> tuple[SentencePieceVocabulary, dict[str, i
         data = read_file(path)
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error.strerror}", hint=hint) from error
+    if _TIKTOKEN.match(data):
+        raise TokenizerError(
+            f"{path} is a vocabulary of tiktoken, in its publisher's own form",
+            hint="put the tokenizer.json of the model's Hugging Face form beside it: that is read first",
+        )
     try:
         return _parsed(data)
     except (IndexError, ValueError, TypeError, struct.error) as error:
         raise TokenizerError(f"{path} is no SentencePiece model: {error}", hint=hint) from error
+
+
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} 0\r?\n[A-Za-z0-9+/]+={0,2} 1\r?\n")
 
 
 def _parsed(data: bytes) -> tuple[SentencePieceVocabulary, dict[str, int]]:

@@ -23,7 +23,15 @@ from hasten.cache.reading import NotAFile, is_there, known_content, open_file, r
 from hasten.core import ModelSpec
 from hasten.errors import DiskError, FormatError, ModelError
 from hasten.models.gguf import model_name, models_in, part_names
-from hasten.models.hub import OWNED, download, explained, has_safetensors, hub_file, is_hub_file
+from hasten.models.hub import (
+    OWNED,
+    download,
+    explained,
+    has_safetensors,
+    hub_file,
+    is_hub_file,
+    plain_ref,
+)
 from hasten.weights.tensors import NOT_A_FILE_HINT, SourceTensor
 
 if TYPE_CHECKING:
@@ -163,6 +171,8 @@ def locate(ref: str | Path) -> Place:
         ModelError: a hub id that does not exist or cannot be had, or a demo that cannot be made.
         DiskError: the demo cannot be written to the cache.
     """
+    if not Path(ref).expanduser().exists() and ADAPTER not in str(ref):
+        ref = plain_ref(str(ref))
     base, *adapters = (ref,) if Path(ref).exists() else str(ref).split(ADAPTER)
     if adapters:
         place = locate(base)

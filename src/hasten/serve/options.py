@@ -104,7 +104,7 @@ def names_of(given: Iterable[str]) -> dict[str, str]:
     refs: dict[str, str] = {}
     for text in given:
         name, separator, ref = text.partition("=")
-        if not separator or name.startswith((".", "/", "~")) or Path(text).exists():
+        if not separator or name.startswith((".", "/", "~")) or "://" in name or Path(text).exists():
             name, ref = "", text
         name = name or _own_name(ref)
         if not ref:

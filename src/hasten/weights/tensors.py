@@ -81,7 +81,8 @@ TYPES_BY_ID: dict[int, TensorType] = {t.ggml_id: t for t in TYPES.values() if t.
 
 FOREIGN_NAMES: dict[int, str] = {
     4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
-    36: "I2_S (BitNet)", 40: "NVFP4",
+    31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 36: "IQ4_NL_4_4, or I2_S of BitNet", 37: "IQ4_NL_4_8",
+    38: "IQ4_NL_8_8", 40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
 """ggml types that exist and are not read, so that an error can name them."""
 
@@ -179,6 +180,11 @@ def map_file(path: Path) -> memoryview:
                 )
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except FileNotFoundError as error:
+        if path.is_symlink():
+            raise ModelError(
+                f"{path} is a link to {path.readlink()}, which is not there",
+                hint="download the model again: its cache was emptied, or the download was cut off",
+            ) from error
         raise ModelError(f"there is no file {path}", hint="check the path: ls " + str(path.parent)) from error
     except IsADirectoryError as error:
         raise ModelError(f"{path} is a folder, not a model file", hint="give the file's own path") from error

@@ -43,7 +43,9 @@ def hf_spec(values: Any, where: str, embed_dtype: str = "BF16") -> ModelSpec:
     """
     if not isinstance(values, Mapping):
         raise ModelError(f"{where}: must hold an object, got {type(values).__name__}")
-    name = values.get("model_type")
+    name = values.get("model_type") or _type_of_class(values.get("architectures"))
+    if name is None:
+        raise ModelError(f"{where}: model_type is missing", hint="download config.json again")
     family = next((f for f in FAMILIES.values() if name in (f.model_types or (f.name,))), None)
     if family is None:
         raise _unsupported(name, where)
@@ -52,6 +54,13 @@ def hf_spec(values: Any, where: str, embed_dtype: str = "BF16") -> ModelSpec:
         values = {**Fields(values, where).mapping("text_config"), **whole}
     fields = Fields(values, where, defaults=family.defaults)
     return checked(decoder.from_config(fields, family, embed_dtype), where)
+
+
+def _type_of_class(classes: Any) -> str | None:
+    """The model's type by its class, where a config names no type."""
+    known = {family.hf_class: (family.model_types or (family.name,))[0] for family in FAMILIES.values()}
+    first = classes[0] if isinstance(classes, list) and classes else None
+    return known.get(first) if isinstance(first, str) else None
 
 
 def gguf_spec(metadata: GgufMetadata, tensors: decoder.Tensors, where: str) -> ModelSpec:

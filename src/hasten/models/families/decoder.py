@@ -110,7 +110,8 @@ def token_ids(fields: Fields, key: str) -> tuple[int, ...]:
         ModelError: something else is there.
     """
     value = fields.get(key, [])
-    ids = value if isinstance(value, list) else [value]
+    ids = [one for one in (value if isinstance(value, list) else [value]) if one is not None]
+    ids = [int(one) if isinstance(one, str) and one.isascii() and one.isdigit() else one for one in ids]
     if not all(_is_whole(i) for i in ids):
         raise fields.error(key, "a token id or a list of them", value)
     return tuple(dict.fromkeys(int(i) for i in ids if i >= 0))  # -1 is written where there is none

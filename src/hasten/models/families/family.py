@@ -64,7 +64,7 @@ class Fields:
         Raises:
             ModelError: missing without a default, not an integer, or out of range.
         """
-        value = self._value(key, default)
+        value = _unquoted(self._value(key, default))
         if value is default:
             return value
         if isinstance(value, float) and value.is_integer():  # some writers have no other numbers
@@ -79,7 +79,7 @@ class Fields:
         Raises:
             ModelError: missing without a default, no number, not finite or too small.
         """
-        value = self._value(key, default)
+        value = _unquoted(self._value(key, default))
         if value is default:
             return value
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -248,6 +248,14 @@ class NameTable:
         return self.ignored.search(name) is not None
 
 
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
+
+
+def _unquoted(value: Any) -> Any:
+    """A number that was written as text (YAML has 1e-05 so) as a number; all else as it is."""
+    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
+
+
 def no_layer(fields: Fields, layers: int) -> Flags:
     """No layer has it."""
     return (False,) * layers
@@ -307,6 +315,8 @@ class Family:
             ignored=re.compile(
                 r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(^|\.)position_ids$"
                 r"|(^|\.)self_attn\.(bias|masked_bias|causal_mask)$"  # masks, which are made anew
+                # of keys and values in fp8, which other engines keep
+                r"|(^|\.)self_attn\.((attn\.)?[qkv]_scale|prob_(output_)?scale|[kv]_proj\.output_scale)$"
                 r"|(^|\.)(vision_tower|multi_modal_projector|mtp|v_head)\."
             ),
         )
