@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from hasten import cli
+from hasten.cli import frame
+from hasten.cli.frame import parser_of
 from hasten.errors import BudgetError, FormatError, UsageError
 
 
@@ -118,6 +120,10 @@ def test_a_real_ctrl_c() -> None:
         (["generate", "m", "-p", "x", "-n", "many"], "-n"),
         (["generate", "m", "-p", "x", "--threads", "0"], "--threads"),
         (["generate", "m", "-p", "\udcff"], "argument 4 is not valid UTF-8: \\xff"),
+        (["run", "m"], "hasten chat MODEL"),
+        (["serve", "m", "--max-model-len", "9"], "that is --context here"),
+        (["generate", "m", "-p", "x", "--temp", "1"], "that is --temperature here"),
+        (["generate", "-m", "m"], "that is the first argument here"),
     ],
 )
 def test_usage_errors_exit_with_two(capsys: Any, arguments: list[str], message: str) -> None:
@@ -170,8 +176,11 @@ def test_running_a_verb_loads_no_more_than_it_needs() -> None:
 def test_version_and_no_arguments(capsys: Any) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("hasten 0.")
-    assert cli.main([]) == 0
-    assert capsys.readouterr().out == cli.overview()
+    for none in ([], ["help"]):
+        assert cli.main(none) == 0
+        assert capsys.readouterr().out == cli.overview()
+    assert cli.main(["help", "show"]) == 0
+    assert "hasten show" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
@@ -182,6 +191,24 @@ def test_closed_standard_streams_are_as_good_as_none(closed: str) -> None:
     assert ("error: " in done.stderr) == ("2>&-" not in closed)
     version = subprocess.run(["sh", "-c", f"{sys.executable} -m hasten --help {closed}"], check=False)
     assert version.returncode == 0
+
+
+@pytest.mark.parametrize("flags", frame._FLAGS_OF_OTHERS.values())
+def test_what_others_call_a_flag_is_one_of_ours(flags: str) -> None:
+    flag = flags.split(":")[0].split(" ")[0]
+    if flag.startswith("-"):
+        known = [opt for verb in ("serve", "generate") for one in parser_of(verb).params for opt in one.opts]
+        assert flag in known
+
+
+def test_remarks_that_cannot_be_written_end_no_work() -> None:
+    """stderr on a full disk, or with a reader that left."""
+    command = f"{sys.executable} -m hasten cache ls"
+    for to in ("2>/dev/full", "2> >(true)"):
+        done = subprocess.run(["bash", "-c", f"{command} {to}"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0
+    wrong = f"{sys.executable} -m hasten show no-such-model 2>/dev/full"
+    assert subprocess.run(["bash", "-c", wrong], check=False).returncode == 1
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])

@@ -104,6 +104,8 @@ def _dispatch(arguments: list[str]) -> int:
     from hasten.cli.frame import OLDER_NAMES, check_text, unknown_verb
 
     check_text(arguments)
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:2], "--help"]
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(overview())
         return 0

@@ -97,7 +97,42 @@ def _usage(error: Exception, verb: str) -> int:
     message = message.split(" (Possible options")[0].split(" Did you mean")[0]
     possible = sorted(getattr(error, "possibilities", None) or [])
     hint = f"did you mean {possible[0]}? " if possible else ""
+    known = _FLAGS_OF_OTHERS.get(str(getattr(error, "option_name", "")))
+    if known is not None:
+        hint = f"that is {known} here; "
     return _say(2, f"error: {message[:1].lower()}{message[1:]}", f"{hint}see: hasten {verb} --help")
+
+
+_VERBS_OF_OTHERS = {
+    "run": "chat MODEL, or generate MODEL -p TEXT",
+    "server": "serve MODEL",
+    "list": "cache ls",
+    "ls": "cache ls",
+    "rm": "cache clear",
+    "create": "optimize MODEL, or compress MODEL",
+    "quantize": "convert MODEL --to gguf:q4_k_m, or optimize MODEL",
+    "download": "pull ID",
+    "complete": "generate MODEL -p TEXT",
+    "benchmark": "bench MODEL",
+    "perplexity": "eval MODEL --text FILE",
+    "version": "--version",
+}
+_FLAGS_OF_OTHERS = {
+    **dict.fromkeys(("-m", "--model-path", "--hf-repo", "-hf"), "the first argument"),
+    **dict.fromkeys(("-c", "--ctx-size", "--max-model-len", "--num-ctx", "--max-context"), "--context"),
+    **dict.fromkeys(("-t", "--num-threads", "--n-threads"), "--threads"),
+    **dict.fromkeys(("--temp",), "--temperature"),
+    **dict.fromkeys(("--n-predict", "--max-tokens", "--num-predict", "--max-length"), "-n"),
+    **dict.fromkeys(("--tensor-parallel-size", "-tp", "--tp"), "--tensor-parallel"),
+    **dict.fromkeys(("--gpu-memory-utilization",), "--gpu-memory"),
+    **dict.fromkeys(("-ngl", "--n-gpu-layers", "--gpu-layers"), "--device cuda: all layers or none"),
+    **dict.fromkeys(("--served-model-name", "--alias", "-a"), "NAME=MODEL"),
+    **dict.fromkeys(("--quantization", "--dtype", "--load-format"), "--recipe"),
+    **dict.fromkeys(("--lora", "--lora-modules"), "--adapter"),
+    **dict.fromkeys(("--parallel", "-np", "--max-num-seqs", "-b"), "--max-sequences"),
+    **dict.fromkeys(("--system-prompt", "-sys"), "--system"),
+}
+"""Of llama.cpp, Ollama and vLLM; docs/coming-from.md has their commands side by side."""
 
 
 def _system_hint(error: OSError) -> str | None:
@@ -124,7 +159,7 @@ def _say(code: int, text: str, hint: str | None = None) -> int:
 
 
 def with_standard_streams() -> None:
-    """Point standard streams that are closed (`>&-`, some service managers) at nothing.
+    """Point standard streams that are closed (`>&-`, some service managers) at nothing; see `_Remarks`.
 
     Python has None in their place, and the next file that is opened would get the number of stdout, into
     which native code writes.
@@ -136,6 +171,20 @@ def with_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
+    raw = _Remarks(2, "w", closefd=False)
+    sys.stderr = io.TextIOWrapper(
+        io.BufferedWriter(raw), encoding="utf-8", errors="backslashreplace", line_buffering=True
+    )
+
+
+class _Remarks(io.FileIO):
+    """stderr: what cannot be written there (a full disk, a reader that left) ends no work of an hour."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return len(data)
 
 
 def _discard_stdout() -> None:
@@ -168,6 +217,8 @@ def unknown_verb(name: str, verbs: list[str]) -> UsageError:
     near = difflib.get_close_matches(name, verbs, n=1, cutoff=0.5)
     if name.startswith("-"):
         return UsageError(f"unknown option {name}", hint="see: hasten --help")
+    if name in _VERBS_OF_OTHERS:
+        return UsageError(f"unknown verb {name!r}", hint=f"that is here: hasten {_VERBS_OF_OTHERS[name]}")
     hint = f"did you mean {near[0]}? see: hasten --help" if near else f"verbs are {', '.join(verbs)}"
     return UsageError(f"unknown verb {name!r}", hint=hint)
 
