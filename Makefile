@@ -25,7 +25,7 @@ CPP := $(shell find native tests/native -name '*.cpp' -o -name '*.h' -o -name '*
 .PHONY: demo setup test test-slow lint pytest test-demo sanitize docs site clean
 
 demo: $(VENV)/.demo
-	$(BIN)/hasten optimize demo --out demo.hasten
+	$(BIN)/hasten optimize demo --no-calibrate --out demo.hasten
 	$(BIN)/hasten generate demo.hasten -n 96 -p "Write a Python function that reverses a string."
 	@echo "go on with: $(BIN)/hasten chat demo.hasten   (the report: demo.hasten/report.html)"
 

@@ -191,9 +191,14 @@ class FakeWorkshop:
 
     def swap(
         self, model: FakeModel, tensors: Sequence[str], layout: Format | None, method: str = "rtn"
-    ) -> None:
+    ) -> Mapping[str, Any]:
+        before = {name: model.weights[name] for name in tensors}
         for name in tensors:
             model.weights[name] = self._packed(name, layout, method)
+        return before
+
+    def restore(self, model: FakeModel, before: Mapping[str, Any]) -> None:
+        model.weights |= before
 
     def error(self, tensor: str, layout: Format) -> float:
         return float(np.mean((rounded(self.weights[tensor], layout) - self.weights[tensor]) ** 2))

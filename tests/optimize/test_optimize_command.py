@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +93,21 @@ def test_ctrl_c_says_how_to_go_on(workshop: FakeWorkshop, capsys: pytest.Capture
         ["--tokens", "0"],
         ["--text", "absent.txt"],
         ["--goal", "latency"],
+        ["--for", "latncy"],
+        ["--for", "cost"],
+        ["--max-kl", "-1"],
+        ["--max-kl", "nan"],
+        ["--ttft", "500"],
+        ["--ttft", "0ms"],
+        ["--tpot", "fast"],
+        ["--memory", "much"],
+        ["--memory", "900TB"],
+        ["--rate", "0"],
+        ["--price-per-hour", "0"],
+        ["--workload", "chats"],
+        ["--workload", "decide", "--ttft", "400ms"],
+        ["--time-limit", "0s"],
+        ["--time-limit", "10"],
     ],
 )
 def test_wrong_flags_are_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,6 +116,76 @@ def test_wrong_flags_are_exit_code_2(arguments: list[str], capsys: pytest.Captur
     assert out == ""
     assert "hint:" in err
     assert "Traceback" not in err
+
+
+def test_the_nearest_name_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    for flag, slip, meant in (("--for", "latncy", "latency"), ("--workload", "sumarize", "summarize")):
+        assert main(["optimize", "letters", flag, slip]) == 2
+        assert f"did you mean {meant}?" in capsys.readouterr().err
+
+
+def test_a_dry_run_measures_and_writes_nothing(
+    workshop: FakeWorkshop, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["optimize", "letters", "--dry-run", "--workload", "chat", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert {one["recipe"] for one in document["prospects"]} >= {"w8", "w4"}
+    assert document["workload"]["shared"] == 100 and document["aims"]["traffic"]["name"] == "chat"
+    assert main(["optimize", "letters", "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    assert "predicted cost" in out and "nothing was measured or written" in err
+    assert not workshop.built and not workshop.measured
+    assert not list(tmp_path.glob("*.hasten"))
+
+
+def test_what_is_asked_and_not_met_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--max-ppl-increase", "2%", "--tokens", "4096", "--tpot", "0.1ms"]
+    assert main(["optimize", "letters", *asked]) == 3
+    out, err = capsys.readouterr()
+    assert out == "" and "the nearest:" in err and "0.1 ms asked" in err and "hint:" in err
+
+
+def test_cost_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--max-ppl-increase", "2%", "--tokens", "4096", "--for", "cost", "--price-per-hour", "1.2"]
+    assert main(["optimize", "letters", *asked]) == 0
+    assert "A million tokens cost" in capsys.readouterr().out
+
+
+def test_energy_that_cannot_be_read_is_said_before_any_work(
+    workshop: FakeWorkshop,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr("hasten.machine.energy._POWERCAP", tmp_path)
+    assert main(["optimize", "letters", "--for", "energy"]) == 1
+    assert "cannot be read here" in capsys.readouterr().err
+
+
+def test_a_time_limit_leaves_the_rest_out(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    asked = ["--max-ppl-increase", "50%", "--tokens", "4096", "--time-limit", "1ms"]
+    assert main(["optimize", "letters", *asked]) == 0
+    out = capsys.readouterr().out
+    assert "the time limit came first" in out
+    assert (tmp_path / "letters.hasten" / "plan.json").exists()
+
+
+def test_a_recipe_that_crashes_is_left_out_and_said(
+    workshop: FakeWorkshop, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = FakeWorkshop.build
+
+    def crashing(self: FakeWorkshop, recipe: Recipe) -> Any:
+        if recipe.name == "w5":
+            faulthandler.disable()
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return build(self, recipe)
+
+    monkeypatch.setattr(FakeWorkshop, "build", crashing)
+    assert main(["optimize", "letters", "--max-ppl-increase", "2%", "--tokens", "4096", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "w5" not in [one["recipe"] for one in json.loads(out)["candidates"]]
+    assert "w5 is given up: the process was killed by SIGSEGV" in err
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,12 @@ def measure_ceilings(
     }
 
 
-def load_or_measure(max_age_s: float = 3600.0, threads: int | None = None) -> dict[str, Any]:
+def load_or_measure(
+    max_age_s: float = 3600.0,
+    threads: int | None = None,
+    read_seconds: float = READ_SECONDS,
+    peak_seconds: float = PEAK_SECONDS,
+) -> dict[str, Any]:
     """Ceilings measured here at most `max_age_s` seconds ago, else new ones, as `measure_ceilings`.
 
     Here is: this processor, these cores, this boot, this version. Kept in `cache_dir() / "machine"`; a disk
@@ -165,7 +170,7 @@ def load_or_measure(max_age_s: float = 3600.0, threads: int | None = None) -> di
         rounds = kept["ceilings"]["read_rounds"]
         peaks = tuple(Ceiling(**{**c, "rounds": Stat(**c["rounds"])}) for c in kept["ceilings"]["ceilings"])
         return {**kept["ceilings"], "read_rounds": rounds and Stat(**rounds), "ceilings": peaks}
-    measured = measure_ceilings(threads)
+    measured = measure_ceilings(threads, read_seconds, peak_seconds)
     with contextlib.suppress(DiskError):
         write_record(path, key, {"measured_at": time.time(), "ceilings": measured})
     return measured

@@ -121,7 +121,7 @@ class _Child:
         while len(found) < count:
             ready, _, _ = select.select([self._read], [], [], silent_s)
             if not ready:
-                raise _Ended(f"gave no sign of life for {silent_s:.0f} s")
+                raise _Ended(f"gave no sign of life for {silent_s:g} s")
             part = os.read(self._read, count - len(found))
             if not part:
                 raise _Ended(self._how_it_ended())

@@ -287,13 +287,11 @@ class _Bench:
         kept = self.workshop.kept()
         if all(kept[name].bits_per_weight <= layout.bits_per_weight for name in group.tensors):
             return 0.0  # as narrow as that in the file: keeping is free and nothing narrower is offered
-        wide = base_recipe(kept).layers
-        self.workshop.swap(self.base, group.tensors, layout, self.method)
+        before = self.workshop.swap(self.base, group.tensors, layout, self.method)
         try:
             return _kl(self.reference, self.base) - self.start
         finally:
-            for name in group.tensors:
-                self.workshop.swap(self.base, (name,), wide.get(name))
+            self.workshop.restore(self.base, before)
 
 
 def _to_check(

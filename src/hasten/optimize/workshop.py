@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 _SAMPLED_ROWS = 64
 """Rows a tensor's rounding error is computed from: with 896 columns that is 57 thousand weights."""
 _CEILING_AGE_S = 24 * 3600.0
+_PROBE_SECONDS = (0.8, 0.1)  # of reading, and for each kind of arithmetic, where nothing younger is kept
 _CONTEXT, _SEQUENCES = 1024, 8  # of what is judged and timed
 
 
@@ -118,7 +119,8 @@ class Workshop:
     def _measured(self) -> Machine:
         if self.options.device == "cuda":
             return replace(self._seen, accelerators=probe.gpu_ceilings(_CEILING_AGE_S))
-        return replace(self._seen, **probe.load_or_measure(_CEILING_AGE_S, self.options.threads))
+        known = probe.load_or_measure(_CEILING_AGE_S, self.options.threads, *_PROBE_SECONDS)
+        return replace(self._seen, **known)
 
     def machine(self, ceilings: bool = True) -> Machine:
         """This machine; with ceilings, which take seconds to measure, they are at most a day old."""
@@ -182,13 +184,22 @@ class Workshop:
             return calibration.mixture(recipe, self.options.threads)
         return calibration.whole(self._ref, recipe, self.options.threads)
 
-    def swap(self, model: Built, tensors: Sequence[str], layout: Format | None, method: str = "rtn") -> None:
-        """Packs single tensors anew and puts them in place."""
+    def swap(
+        self, model: Built, tensors: Sequence[str], layout: Format | None, method: str = "rtn"
+    ) -> Mapping[str, Any]:
+        """Packs single tensors anew and puts them in place; what was there, for `restore`."""
+        before = {name: cast(LanguageModel, model).packed.linears[name] for name in tensors}
         for name in tensors:
             if layout is not None and is_calibrated(layout, method):
                 linear = self.calibrated_linear(name, layout)
             else:
                 linear = pack_linear(self.source.tensors[name], layout, threads=self.options.threads)
+            cast(LanguageModel, model).replace(name, linear)
+        return before
+
+    def restore(self, model: Built, before: Mapping[str, Any]) -> None:
+        """Put back what `swap` took out: nothing is packed again."""
+        for name, linear in before.items():
             cast(LanguageModel, model).replace(name, linear)
 
     def calibrated_linear(self, name: str, layout: Format) -> PackedLinear:
