@@ -80,12 +80,12 @@ PRUNINGS = {
         "weights whose removal the other weights can compensate best (SparseGPT)",
         "weights",
     ),
-    "ffn": PruneEntry(f"{_PRUNE}.ffn:Channels", "feed-forward channels", "channels"),
+    "ffn": PruneEntry(f"{_PRUNE}.feed_forward:Channels", "feed-forward channels", "channels"),
     "heads": PruneEntry(
         f"{_PRUNE}.heads:Heads", "attention heads, the same number in each layer", "channels"
     ),
     "layers": PruneEntry(
-        f"{_PRUNE}.layers:Layers", "the layers that change the hidden states least", "layers"
+        f"{_PRUNE}.feed_forward:Layers", "the layers that change the hidden states least", "layers"
     ),
     "width": PruneEntry(f"{_PRUNE}.width:Width", "hidden dimensions", "width"),
     "vocabulary": PruneEntry(f"{_PRUNE}.vocabulary:Words", "words that the text does not use", "words"),
