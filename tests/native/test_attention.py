@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import kernel_twins as twin
 import numpy as np
 import pytest
-from kernel_twins import PAGE, Masks
+from kernel_twins import PAGE, Masks, fewer
 
 from hasten import _native
 
@@ -114,10 +114,10 @@ def test_chunks_do_not_change_a_bit(
 ) -> None:
     context = Context(530, heads, size, int8)
     whole = context.attend(0, 530, masks)
-    for chunk in (7, 64, 300):
+    for chunk in fewer((7, 64, 300), (64,)):
         parts = [context.attend(past, count, masks) for past, count in pieces(530, chunk)]
         np.testing.assert_array_equal(np.concatenate(parts), whole, err_msg=f"chunks of {chunk}")
-    for past in (0, 1, 31, 32, 255, 256, 511, 512, 529):
+    for past in fewer((0, 1, 31, 32, 255, 256, 511, 512, 529), (0, 31, 256, 529)):
         np.testing.assert_array_equal(context.attend(past, 1, masks)[0], whole[past], err_msg=f"token {past}")
 
 
@@ -129,7 +129,7 @@ def test_threads_do_not_change_a_bit(
     context = Context(530, heads, size, int8)
     for past, count in [(529, 1), (510, 20), (0, 30), (300, 230)]:
         one = context.attend(past, count, masks)
-        for threads in (2, 3, 5):
+        for threads in fewer((2, 3, 5), (3,)):
             np.testing.assert_array_equal(
                 context.attend(past, count, masks, threads), one, err_msg=f"{threads} threads, {count} tokens"
             )
@@ -184,7 +184,7 @@ def test_instruction_sets_agree_to_rounding() -> None:
 
 # What is no number ----------------------------------------------------------------------------------------
 
-BROKEN = [np.inf, -np.inf, np.nan]
+BROKEN = fewer([np.inf, -np.inf, np.nan], [np.nan])
 MASKS = [Masks(0.2), Masks(0.2, window=40), Masks(0.2, softcap=5.0)]
 
 
@@ -209,12 +209,12 @@ def test_what_a_page_held_before_changes_nothing(isa: str, old: float, masks: Ma
         few = min(tokens, 40)
         for past, count in [(tokens - 1, 1), (0, few), (tokens // 2, (few + 1) // 2), (tokens - few, few)]:
             wanted = clean.attend(past, count, masks, 1)
-            for threads in (1, 3):
+            for threads in fewer((1, 3), (3,)):
                 np.testing.assert_array_equal(dirty.attend(past, count, masks, threads), wanted)
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["bf16", "int8"])
-@pytest.mark.parametrize("which", ["keys", "values", "both"])
+@pytest.mark.parametrize("which", fewer(["keys", "values", "both"], ["both"]))
 @pytest.mark.parametrize("broken", BROKEN)
 def test_a_broken_token_reaches_those_who_see_it_and_nobody_else(
     isa: str, broken: float, which: str, int8: bool

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_twins import SANITIZED
 
 from hasten import _native
 
@@ -55,7 +56,7 @@ def continued(text: Sequence[int], place: int, most: int) -> list[int]:
     return whole[place : place + most]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=50 if SANITIZED else 300, deadline=None)
 @given(texts)
 def test_the_longest_repeat_and_what_followed_it_last(text: list[int]) -> None:
     draft = _native.DraftText(None)
@@ -72,7 +73,7 @@ def test_the_longest_repeat_and_what_followed_it_last(text: list[int]) -> None:
         assert len(evidence) == len(tokens)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=50 if SANITIZED else 200, deadline=None)
 @given(st.lists(texts, max_size=5), texts, st.integers(0, 30))
 def test_matches_in_recent_texts_while_more_are_added(
     kept: list[list[int]], text: list[int], early: int

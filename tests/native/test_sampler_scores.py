@@ -7,6 +7,7 @@ from typing import Any
 import choose_twin as twin
 import numpy as np
 import pytest
+from kernel_twins import fewer
 from sampler_twin import rows
 
 from hasten.errors import HastenError
@@ -22,9 +23,9 @@ def check(found: TokenLogprob, logits: np.ndarray, token: int, top: int) -> None
     np.testing.assert_allclose([p for _, p in found.top], exact[order[:top]], atol=2e-6)
 
 
-@pytest.mark.parametrize("spread", [0.0, 0.5, 8.0, 60.0])
+@pytest.mark.parametrize("spread", fewer([0.0, 0.5, 8.0, 60.0], [0.5]))
 @pytest.mark.parametrize("vocab", [1, 2, 19, 64, 65, 5003, 151_936])
-@pytest.mark.parametrize("top", [0, 1, 5, 20])
+@pytest.mark.parametrize("top", fewer([0, 1, 5, 20], [0, 20]))
 def test_scores_equal_float64(vocab: int, top: int, spread: float, isa: str) -> None:
     count = 2 if vocab > 10_000 else 8
     logits = rows(count, vocab, seed=vocab, spread=spread)
