@@ -45,8 +45,9 @@ pytest: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(JOBS)
 
 # Crowds, kills at random moments, browsers and thousands of generated requests. A peer that is not there skips its test.
+# The files that have such tests alone: looking through all of them costs each worker some ten seconds.
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m 'slow and not demo' -n $(JOBS)
+	$(BIN)/python -m pytest -m 'slow and not demo' -n $(JOBS) $$(grep -rl --include='test_*.py' 'mark\.slow' tests)
 
 # What needs the real demo model: quality figures, the README's commands, the examples.
 test-demo: $(VENV)/.dev $(VENV)/.demo

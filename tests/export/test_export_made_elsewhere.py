@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from compressed_tensors.quantization import QuantizationConfig
 from test_export_graph import PEERS, near, plain, run
 from test_export_hf import check_values
 
@@ -66,6 +65,10 @@ def test_another_shape(kind: str, to: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("recipe", [Recipe.parse("w4"), mixed("w4")], ids=["w4", "mixture"])
 def test_compressed_tensors_own_library_reads_the_config(recipe: Recipe, tmp_path: Path) -> None:
     """vLLM reads it with this class."""
+    from compressed_tensors.quantization import (
+        QuantizationConfig,
+    )  # at the top every worker would wait for it
+
     written = export(make(tmp_path, "llama-wide", recipe), "compressed-tensors", tmp_path / "out").path
     values = json.loads((written / "config.json").read_text())["quantization_config"]
     read = QuantizationConfig.model_validate(values)

@@ -101,10 +101,10 @@ def test_integers_agree_to_the_bit_between_instruction_sets(fmt: Format, m: int)
 
 
 @pytest.mark.parametrize("fmt", FORMATS[1:], ids=str)
-def test_every_way_gives_the_same_bits(isa: str, fmt: Format) -> None:
+def test_every_way_gives_the_same_bits(integer_isa: str, fmt: Format) -> None:
     """Tiles, panels side by side, prefetch, unpacking: a choice of these may cost time, never a bit."""
     if len(_native.int_ways()) == 1:
-        pytest.skip(f"{isa} has one way only")
+        pytest.skip(f"{integer_isa} has one way only")
     many = (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 25, 201)
     counts = fewer(many, many if fmt.group == 32 else many[:9])
     w, x = random_weights(fmt, 5 * PANEL - 5, 160), activations(max(counts), 160)
