@@ -32,9 +32,9 @@ import distil_text
 from bar import say
 from hasten.cache import write_atomic, write_json
 from hasten.compress.calibration import Calibration, cut
-from hasten.compress.distil.teacher import Decoder
+from hasten.compress.distil import Decoder
 from hasten.compress.distil.trainer import Distilled, Training, distil, divergence
-from hasten.compress.prune.feed_forward import with_channels
+from hasten.compress.prune.layers import with_channels
 from hasten.compress.result import Progress
 from hasten.compress.torch_model import changed, tensor_values
 from hasten.core import SCHEMA_VERSION, Budget, Recipe, as_json

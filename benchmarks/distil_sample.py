@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from hasten.compress.distil.teacher import Decoder
+from hasten.compress.distil import Decoder
 from hasten.compress.torch_model import Positions, mlp
 
 

@@ -20,7 +20,7 @@ from hasten.recipe import METHODS
 from hasten.runtime.executor import EXECUTORS
 from hasten.runtime.gpu.batch_weights import refuse_others
 from hasten.runtime.gpu.shape import GROUPS, Tuning, problems
-from hasten.weights.formats import FORMATS, Format
+from hasten.weights import FORMATS, Format
 from hasten.weights.tensors import TYPES
 
 MODELS = {

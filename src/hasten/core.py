@@ -17,7 +17,7 @@ from typing import Any, Literal
 from hasten.errors import ModelError
 from hasten.recipe import Recipe as Recipe
 from hasten.recipe import option
-from hasten.weights.formats import Format as Format
+from hasten.weights import Format as Format
 
 SCHEMA_VERSION = 1
 """Version of every JSON document and artifact this program writes."""

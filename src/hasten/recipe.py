@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, get_args
 
 from hasten.errors import UsageError
-from hasten.weights.formats import FORMATS, TABLE_NAMES, Format
+from hasten.weights import FORMATS, TABLE_NAMES, Format
 
 
 def option(default: Any, help: str) -> Any:
@@ -47,7 +47,7 @@ METHODS = {
         "scales and minimums found with a loss that gives outliers little weight (HQQ)",
     ),
     "awq": MethodEntry(
-        f"{_QUANTISE}.awq:Awq",
+        f"{_QUANTISE}.gptq:Awq",
         "important channels are scaled up, the layer before them is scaled down by the same factors, large "
         "values are clipped (AWQ)",
         reads="moments",
@@ -58,7 +58,7 @@ METHODS = {
         reads="moments",
     ),
     "awq-gptq": MethodEntry(
-        f"{_QUANTISE}.awq:AwqGptq", "scaled by the first, rounded by the second", reads="moments"
+        f"{_QUANTISE}.gptq:AwqGptq", "scaled by the first, rounded by the second", reads="moments"
     ),
     "best": MethodEntry(
         f"{_QUANTISE}.gptq:Best", "what measured best at 4 bits", reads="states", head_bits=8
@@ -80,12 +80,12 @@ PRUNINGS = {
         "weights whose removal the other weights can compensate best (SparseGPT)",
         "weights",
     ),
-    "ffn": PruneEntry(f"{_PRUNE}.feed_forward:Channels", "feed-forward channels", "channels"),
+    "ffn": PruneEntry(f"{_PRUNE}.layers:Channels", "feed-forward channels", "channels"),
     "heads": PruneEntry(
-        f"{_PRUNE}.heads:Heads", "attention heads, the same number in each layer", "channels"
+        f"{_PRUNE}.layers:Heads", "attention heads, the same number in each layer", "channels"
     ),
     "layers": PruneEntry(
-        f"{_PRUNE}.feed_forward:Layers", "the layers that change the hidden states least", "layers"
+        f"{_PRUNE}.layers:Layers", "the layers that change the hidden states least", "layers"
     ),
     "width": PruneEntry(f"{_PRUNE}.width:Width", "hidden dimensions", "width"),
     "vocabulary": PruneEntry(f"{_PRUNE}.vocabulary:Words", "words that the text does not use", "words"),

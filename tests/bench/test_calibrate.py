@@ -13,7 +13,7 @@ from hasten.bench.calibrate import COMPUTES, READS, Bench, Watch
 from hasten.core import Recipe, Workload
 from hasten.errors import MachineError
 from hasten.speed.forecast import Case, forecast
-from hasten.weights.formats import FORMATS
+from hasten.weights import FORMATS
 
 
 def watch(slow: Sequence[float], learned: int = 8) -> Watch:

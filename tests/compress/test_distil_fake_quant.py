@@ -11,13 +11,13 @@ import torch
 
 import tiny_models
 from hasten import _native
+from hasten.compress.distil import Decoder
 from hasten.compress.distil.student import Grid, Student, integer_tensor
-from hasten.compress.distil.teacher import Decoder
 from hasten.compress.torch_model import made_tensor, tensor_values
 from hasten.core import Format
 from hasten.errors import UsageError
 from hasten.models.open import open_folder
-from hasten.weights.formats import FORMATS
+from hasten.weights import FORMATS
 from hasten.weights.packed import PackedLinear, pack_linear
 from hasten.weights.tensors import SourceTensor
 

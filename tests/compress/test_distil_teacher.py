@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import tiny_models
+from hasten.compress import distil as module
 from hasten.compress.calibration import Calibration
-from hasten.compress.distil import teacher as module
-from hasten.compress.distil.teacher import CachedTeacher, cached_teacher, live_teacher
+from hasten.compress.distil import CachedTeacher, cached_teacher, live_teacher
 from hasten.compress.torch_model import changed, tensor_values
 from hasten.errors import DiskError, ModelError
 from hasten.models.open import open_folder

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tiny_models
-from hasten.compress.distil.teacher import Decoder
+from hasten.compress.distil import Decoder
 from hasten.models.open import open_folder
 from hasten.quality.text import default_text
 

@@ -16,9 +16,9 @@ import torch
 
 import tiny_models
 from hasten.compress.calibration import Calibration
+from hasten.compress.distil import Decoder
 from hasten.compress.distil import trainer as schedule
 from hasten.compress.distil.student import Student
-from hasten.compress.distil.teacher import Decoder
 from hasten.compress.distil.trainer import FILE, Distilled, Training, distil, held_out
 from hasten.compress.quantise.rotate import rotate
 from hasten.compress.result import Progress

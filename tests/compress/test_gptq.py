@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hasten.compress.quantise.awq import awq_scales, input_scales
-from hasten.compress.quantise.gptq import DAMP, Factor, gptq, lost, nearest
+from hasten.compress.quantise.gptq import DAMP, Factor, awq_scales, gptq, input_scales, lost, nearest
 from hasten.compress.quantise.statistics import mean_gram
 from hasten.compress.torch_model import made_tensor
 from hasten.core import Format

@@ -25,7 +25,7 @@ from hasten.errors import DiskError, ModelError, UsageError
 from hasten.models.artifact import load_artifact, save
 from hasten.models.open import open_folder
 from hasten.models.source import Source
-from hasten.weights.formats import FORMATS
+from hasten.weights import FORMATS
 from hasten.weights.packed import PackedModel, pack_linear, pack_model
 
 METHODS = ("w4-hqq", "w4-gptq", "w4-awq", "w4-awq-gptq", "w4-best")

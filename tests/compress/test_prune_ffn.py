@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hasten.compress.prune.feed_forward import Channels, least_loss
+from hasten.compress.prune.layers import Channels, least_loss
 from hasten.compress.stream import Moments, fitted
 from hasten.compress.torch_model import changed, tensor_values
 from hasten.errors import ModelError, UsageError

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hasten.compress.prune.heads import HeadPlan, Heads, kept_heads
+from hasten.compress.prune.layers import HeadPlan, Heads, kept_heads
 from hasten.compress.stream import Moments, fitted
 from hasten.compress.torch_model import changed, tensor_values
 from hasten.errors import UsageError

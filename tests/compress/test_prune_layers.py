@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hasten.compress.prune.feed_forward import influence, kept_layers
+from hasten.compress.prune.layers import influence, kept_layers
 from hasten.compress.torch_model import changed, tensor_values
 from hasten.errors import UsageError
 from hasten.models.open import open_folder

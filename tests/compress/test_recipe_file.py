@@ -15,7 +15,7 @@ from hasten.compress.recipe_file import parse_recipe, read_recipe, recipe_from, 
 from hasten.core import Format, ModelSpec, Recipe
 from hasten.errors import UsageError
 from hasten.recipe import METHODS, PRUNINGS, Distillation, DistilLoss, Pruning
-from hasten.weights.formats import FORMATS, TABLE_NAMES
+from hasten.weights import FORMATS, TABLE_NAMES
 from specs import spec
 
 

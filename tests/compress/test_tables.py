@@ -37,7 +37,7 @@ class Coarse(Method):
         return Rounded(found, layer.weights)
 """
 FIRST = """
-from hasten.compress.prune.feed_forward import with_channels
+from hasten.compress.prune.layers import with_channels
 from hasten.compress.prune import PartPruned, Pruner, kept_multiple
 from hasten.compress.torch_model import changed
 from hasten.compress.torch_model import layer_weights

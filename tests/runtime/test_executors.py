@@ -40,7 +40,7 @@ from hasten.runtime.executor import Draw, Executor, Part, Scored, executor_class
 from hasten.runtime.pages import CachedSequence
 from hasten.runtime.reference import ReferenceDecoder
 from hasten.runtime.sampling import Choice, SamplingOptions, SequenceSampler
-from hasten.weights.formats import FORMATS
+from hasten.weights import FORMATS
 from hasten.weights.packed import values_of
 from specs import changed
 

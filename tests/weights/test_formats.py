@@ -18,9 +18,8 @@ from hasten.errors import UsageError
 from hasten.export import export
 from hasten.models.artifact import save
 from hasten.models.open import open_model
-from hasten.weights import codec
+from hasten.weights import FORMATS, Format, FormatParts, codec, format_named
 from hasten.weights.codec import encode, from_bytes, to_bytes
-from hasten.weights.formats import FORMATS, Format, FormatParts, format_named
 from hasten.weights.packed import integers, pack_integers, pack_linear, pack_model, values_of
 from hasten.weights.tensors import SourceTensor
 

@@ -65,7 +65,7 @@ from hasten.speed.fit import (
     prompt_features,
     turned,
 )
-from hasten.weights.formats import FORMATS, Format
+from hasten.weights import FORMATS, Format
 from hasten.weights.packed import PackedLinear, PackedModel, pack_linear
 from hasten.weights.tensors import SourceTensor
 

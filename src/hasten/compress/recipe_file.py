@@ -22,7 +22,7 @@ from hasten.cache.reading import is_there, read_text_stream
 from hasten.core import Format, Recipe
 from hasten.errors import UsageError
 from hasten.recipe import Distillation, Pruning
-from hasten.weights.formats import FORMATS, FormatParts
+from hasten.weights import FORMATS, FormatParts
 
 _KINDS = {
     "null": (r"~|null|Null|NULL|", "~nN\0"),

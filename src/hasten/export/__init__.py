@@ -57,10 +57,10 @@ FORMATS: dict[str, Format] = {
         "hasten.export.gguf", "llama.cpp and what is built on it", suffix=".gguf", types=_GGUF_TYPES
     ),
     "compressed-tensors": Format(
-        "hasten.export.quantized_folders:COMPRESSED_TENSORS",
+        "hasten.export.huggingface:COMPRESSED_TENSORS",
         "transformers with the compressed-tensors package, vLLM",
     ),
-    "gptq": Format("hasten.export.quantized_folders:GPTQ", "GPTQModel and what reads its format"),
+    "gptq": Format("hasten.export.huggingface:GPTQ", "GPTQModel and what reads its format"),
     "openvino": Format(
         "hasten.export.openvino", "openvino, optimum-intel, OpenVINO GenAI", package="openvino"
     ),

@@ -36,7 +36,7 @@ import numpy.typing as npt
 
 from hasten.errors import FormatError
 from hasten.models.families.family import Fields
-from hasten.weights.formats import FORMATS
+from hasten.weights import FORMATS
 from hasten.weights.tensors import INTEGERS, SourceTensor
 
 Tensors = Mapping[str, SourceTensor]

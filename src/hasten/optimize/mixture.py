@@ -35,7 +35,7 @@ from hasten.optimize.sensitivity import Check, Choice, Harms, Sensitivity, Sensi
 from hasten.optimize.trials import SearchMemory, Trials
 from hasten.optimize.workshop import Built, Workshop
 from hasten.quality.text import Text
-from hasten.weights.formats import format_named
+from hasten.weights import format_named
 
 _STEPS = 8192
 

@@ -29,7 +29,7 @@ from hasten.core import Attention, Format
 from hasten.errors import MachineError, UsageError
 from hasten.speed.cost import HEAD, Load, Product, kv_token_bytes, seen_by_prompt, window_of
 from hasten.speed.pace import Bound, Spent, Step
-from hasten.weights.formats import FORMATS
+from hasten.weights import FORMATS
 
 ANSWER, PROMPT = "answer", "prompt"
 _LEAST_ERROR = 0.01

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hasten.weights.formats import Format
+from hasten.weights import Format
 from hasten.weights.tensors import Bytes
 
 Floats = npt.NDArray[np.float32]

@@ -19,8 +19,8 @@ from hasten.core import Format, ModelSpec, Recipe
 from hasten.errors import ModelError, UsageError
 from hasten.machine.cores import usable_cores
 from hasten.machine.memory import memory_room
+from hasten.weights import FORMATS, PANEL
 from hasten.weights.codec import Encoded, encode, from_bytes, to_bytes
-from hasten.weights.formats import FORMATS, PANEL
 from hasten.weights.tensors import Bytes, SourceTensor
 
 Halves = npt.NDArray[np.float16]

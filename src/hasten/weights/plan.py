@@ -40,7 +40,7 @@ from hasten.core import (
     as_json,
 )
 from hasten.errors import ArtifactError, HastenError
-from hasten.weights.formats import FORMATS, Format, FormatParts
+from hasten.weights import FORMATS, Format, FormatParts
 
 PLAN_VERSION = 3
 """3: formats have names and versions, config.json holds a tree of blocks.

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from hasten.compress.distil.teacher import Change, Decoder
+from hasten.compress.distil import Change, Decoder
 from hasten.compress.torch_model import LINEARS, changed, made_tensor
 from hasten.core import Format
 from hasten.models.source import Source

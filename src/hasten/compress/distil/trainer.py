@@ -21,8 +21,8 @@ import torch.nn.functional as F
 
 from hasten.cache.reading import is_there
 from hasten.compress.calibration import Calibration
+from hasten.compress.distil import Decoder, Teacher, cached_teacher, live_teacher
 from hasten.compress.distil.student import Layouts, Student
-from hasten.compress.distil.teacher import Decoder, Teacher, cached_teacher, live_teacher
 from hasten.compress.job import refuse_short
 from hasten.compress.result import Observer, Progress, silent
 from hasten.compress.torch_model import device_of, layer_forward, tensor_values, whole_state, write_state

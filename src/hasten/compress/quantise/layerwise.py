@@ -27,7 +27,7 @@ from hasten.core import Format, Recipe
 from hasten.errors import UsageError
 from hasten.models.source import Source
 from hasten.recipe import METHODS
-from hasten.weights.formats import format_named
+from hasten.weights import format_named
 from hasten.weights.packed import PackedLinear, PackedModel, finite_values, pack_integers, pack_linear
 from hasten.weights.work_store import WorkStore, touch
 

@@ -16,7 +16,7 @@ from hasten.runtime.gpu.batch_weights import Precision, TensorOf
 from hasten.runtime.gpu.plain import send
 from hasten.runtime.gpu.ranks import Piece, Shard
 from hasten.runtime.gpu.shape import E4M3_MAX, GROUPS, TILE_ROWS, TileLayout, WeightFormat
-from hasten.weights.formats import FORMATS, PANEL
+from hasten.weights import FORMATS, PANEL
 from hasten.weights.packed import PackedLinear, PackedModel, pack_linear, piece_of, values_of
 from hasten.weights.tensors import SourceTensor
 
