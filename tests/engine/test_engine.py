@@ -208,6 +208,28 @@ def test_what_cannot_be_done_in_time_is_refused_at_once(start: Start, narrow: La
     assert ends(drain(engine)) == ["easy"]
 
 
+def test_what_was_computed_before_takes_no_time_of_a_deadline(start: Start, model: LanguageModel) -> None:
+    """A hundred prompt tokens would take a second: there is time for those that begin like an earlier one."""
+    engine = start(model, ServingOptions(speculate=False))
+    prompt = random_prompt(7, 100)
+    first = Request(prompt, 2, GREEDY, id="first")
+    engine.add(first)
+    drain(engine)
+    engine.forecast.prefill_s, engine.forecast._decode_s = 0.01, {1: 0.001}
+    with pytest.raises(DeadlineError, match="would take about 1002 ms"):
+        engine.add(request("new", 8, new=2, length=100, deadline_ms=700.0))
+    with pytest.raises(DeadlineError):
+        engine.add(replace(first, id="other salt", salt="mine", deadline_ms=700.0))
+    with pytest.raises(DeadlineError):
+        engine.add(replace(first, id="every row", prompt_logprobs=1, deadline_ms=700.0))
+    engine.forecast.prefill_s, engine.forecast._decode_s = 0.01, {1: 0.001}
+    engine.add(replace(first, id="again", deadline_ms=700.0))
+    engine.add(replace(first, id="behind it", deadline_ms=700.0))
+    outputs = drain(engine)
+    assert sorted(ends(outputs)) == ["again", "behind it"]
+    assert all(output.finish_reason != "deadline" for output in outputs)
+
+
 def test_a_deadline_that_passes_ends_the_answer(start: Start, narrow: LanguageModel) -> None:
     engine = start(narrow)
     engine.add(request("late", new=100, deadline_ms=1e-3))  # nothing is measured yet: it cannot be refused

@@ -53,7 +53,7 @@ class Engine:
         self._scheduler = Scheduler(model.options.max_sequences)
         self._speculator = Speculator() if self.options.speculate else None
         self._keeper = PrefixKeeper(model, self.options, self.counters, lambda: forecast.prefill_s)
-        self._admission = Admission(model, self.options, self._scheduler, self.forecast)
+        self._admission = Admission(model, self.options, self._scheduler, forecast, self._keeper)
         self._planner = Planner(
             self._executor, self._scheduler, self._keeper, self._speculator, self.counters, self._alone
         )

@@ -14,7 +14,7 @@ from hasten.core import ServingOptions
 from hasten.engine.answer import Answer
 from hasten.engine.loaded import LoadedModel, fingerprint
 from hasten.engine.prefix import Chain, Match, PrefixCache, root_key
-from hasten.engine.request import EngineStats
+from hasten.engine.request import EngineStats, Request
 from hasten.errors import UsageError
 from hasten.runtime.executor import Part
 from hasten.runtime.pages import CachedSequence
@@ -210,6 +210,23 @@ class PrefixKeeper:
             answer.tally.hit_tokens += gained
             self._counters.prefix_hit_tokens += gained
             self._counters.disk_hit_tokens += found.disk_tokens
+
+    def known(self, request: Request) -> int:
+        """How many tokens of a request's prompt were computed before and are in memory now."""
+        if self._prefix is None or not request.prefix_cache or request.prompt_logprobs is not None:
+            return 0
+        prompt = request.prompt
+        kv_class = self._executor.kv_class(len(prompt), True)
+        chain = Chain(root_key(request.salt, kv_class), self._pool.page_tokens)
+        chain.cover(prompt, len(prompt))
+        return self._prefix.known(prompt, chain)
+
+    def known_of(self, answer: Answer) -> int:
+        """The same for the tokens of an answer that waits, whose keys are computed once."""
+        if self._prefix is None or not answer.request.prefix_cache or answer.results.every_row:
+            return 0
+        self._cover(answer, self._executor.kv_class(len(answer.tokens), True))
+        return self._prefix.known(answer.tokens[: self._shareable(answer)], answer.chain)
 
     def _match(self, answer: Answer) -> Match:
         self._cover(answer, self._executor.kv_class(len(answer.tokens), True))

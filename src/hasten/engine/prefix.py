@@ -139,6 +139,12 @@ class PrefixCache:
     def __contains__(self, key: bytes) -> bool:
         return key in self._entries
 
+    def known(self, tokens: Sequence[int], chain: Chain) -> int:
+        """How many tokens of a prompt `match` would find in full pages in memory; none is taken."""
+        keys = chain.keys[: (len(tokens) - 1) // self._pool.page_tokens]
+        missing = (at for at, key in enumerate(keys) if key not in self._entries)
+        return next(missing, len(keys)) * self._pool.page_tokens
+
     def match(self, tokens: Sequence[int], chain: Chain) -> Match:
         """Take the longest computed prefix of a prompt, the last token left out: its result is wanted.
 

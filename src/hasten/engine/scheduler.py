@@ -242,12 +242,18 @@ class Admission:
     """Refuses at once, with the reason, a request that would fail later."""
 
     def __init__(
-        self, model: LoadedModel, options: ServingOptions, scheduler: Scheduler, forecast: Forecast
+        self,
+        model: LoadedModel,
+        options: ServingOptions,
+        scheduler: Scheduler,
+        forecast: Forecast,
+        keeper: PrefixKeeper,
     ) -> None:
         self._model = model
         self._options = options
         self._scheduler = scheduler
         self._forecast = forecast
+        self._keeper = keeper  # knows how much of a prompt need not be computed
         self._made = count(1)
 
     def check(self, request: Request, taken: Container[str]) -> Request:
@@ -314,7 +320,8 @@ class Admission:
         """Seconds until a new request is done if it gets all tokens it asks for; None: nothing measured yet.
 
         Counted are the prompts that go before it, what is left of the shortest running answer if all places
-        are taken, its own prompt (nothing of it cached) and its own steps among as many others as may run.
+        are taken, its own prompt and its own steps among as many others as may run. Of prompts that wait,
+        what others have computed is left out; it may be evicted meanwhile.
         """
         scheduler = self._scheduler
         ahead = [
@@ -324,11 +331,18 @@ class Admission:
             or (one.request.priority == request.priority and one.request.deadline_ms is not None)
             or one in scheduler.running
         ]
-        prompts = len(request.prompt) + sum(max(0, one.prompt_tokens - one.cached.length) for one in ahead)
+        own = len(request.prompt) - self._keeper.known(request)
+        prompts = own + sum(map(self._prompt_left, ahead))
         full = len(ahead) >= scheduler.slots
         wait = min((one.left for one in scheduler.running), default=0) if full else 0
         sequences = min(scheduler.slots, len(ahead) + 1)
         return self._forecast.finish_s(prompts, wait + request.max_new_tokens, sequences)
+
+    def _prompt_left(self, answer: Answer) -> int:
+        """Tokens of an answer that are to be computed before it gets new ones."""
+        if answer in self._scheduler.running:
+            return max(0, answer.prompt_tokens - answer.cached.length)
+        return len(answer.tokens) - self._keeper.known_of(answer)
 
     def is_late(self, answer: Answer, now: float) -> bool:
         """Whether an answer's deadline is over, or cannot be kept though it still waits."""
@@ -336,7 +350,7 @@ class Admission:
             return False
         if now >= answer.deadline or answer.tally.started is not None:
             return now >= answer.deadline
-        needed = self._forecast.finish_s(len(answer.tokens), answer.left, 1)
+        needed = self._forecast.finish_s(self._prompt_left(answer), answer.left, 1)
         return needed is not None and now + needed > answer.deadline
 
 
