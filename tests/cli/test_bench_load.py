@@ -51,10 +51,10 @@ def test_a_load_on_a_server_of_its_own(tiny_folder: Callable[..., Path], tmp_pat
         (["--rate", "2"], "needs a workload", "--workload chat"),
         (["--rate", "0", "--workload", "chat"], "above 0 requests", "--rate 2"),
         (["--rate", "2", "--workload", "chatt"], "unknown workload", "did you mean chat?"),
-        (["--rate", "2", "--workload", "chat", "--ttft", "-1"], "--ttft must be", "--ttft 500"),
+        (["--rate", "2", "--workload", "chat", "--ttft", "300"], "with its unit", "--ttft 500ms"),
         (["--rate", "2", "--workload", "chat", "--url", "ftp://x"], "no http://", "http://127.0.0.1:8000"),
         (["--rate", "2", "--workload", "chat", "--url", "http://x:y"], "no address", "http://127.0.0.1:8000"),
-        (["--tpot", "20"], "--tpot belongs to a load", "--rate 2"),
+        (["--tpot", "20ms"], "--tpot belongs to a load", "--rate 2"),
         (["--url", "http://127.0.0.1:1"], "--url belongs to a load", "--rate 2"),
     ],
 )

@@ -18,8 +18,10 @@ from hasten.cli.flags import (
     RecipeOption,
     TensorParallelOption,
     ThreadsOption,
+    WorkloadOption,
     given,
     optional,
+    seconds,
 )
 from hasten.core import SCHEMA_VERSION, Machine, Measurement, Workload, as_json
 from hasten.errors import UsageError
@@ -46,12 +48,9 @@ PeerPythonOption = Annotated[
     str | None, optional("--peer-python", "PATH", PEER_PYTHON, envvar="HASTEN_PEER_PYTHON")
 ]
 
-WORKLOAD = (
-    "chat, support, translate, summarize, decide, code, a JSON file, or a trace: instead of the lengths."
-)
 RATE = "Requests a second that come at random to a server (open loop): goodput instead of rounds."
 URL = "The server to ask, any with OpenAI's API. Default: one of MODEL, started for it."
-LATE = "milliseconds; later is not in time. Default: the workload's."
+LATE = "of a load: later than this (500ms) is not in time. Default: the workload's."
 
 
 def command(
@@ -68,13 +67,13 @@ def command(
     tensor_parallel: TensorParallelOption = 1,
     runs: Annotated[int, given("--runs", "N", "Measured rounds.", min=1)] = 5,
     peer_python: PeerPythonOption = None,
-    workload: Annotated[str | None, optional("--workload", "NAME", WORKLOAD)] = None,
+    workload: WorkloadOption = None,
     rate: Annotated[float | None, optional("--rate", "X", RATE)] = None,
     requests: Annotated[int, given("--requests", "N", "Requests of such a load.", min=1)] = 100,
     seed: Annotated[int, given("--seed", "N", "Of its lengths and moments.")] = 0,
-    ttft: Annotated[float | None, optional("--ttft", "MS", f"First token, {LATE}")] = None,
-    tpot: Annotated[float | None, optional("--tpot", "MS", f"A token after it, mean, {LATE}")] = None,
-    deadline: Annotated[float | None, optional("--deadline", "MS", f"The whole answer, {LATE}")] = None,
+    ttft: Annotated[str | None, optional("--ttft", "TIME", f"First token, {LATE}")] = None,
+    tpot: Annotated[str | None, optional("--tpot", "TIME", f"A token after it, mean, {LATE}")] = None,
+    deadline: Annotated[str | None, optional("--deadline", "TIME", f"The whole answer, {LATE}")] = None,
     url: Annotated[str | None, optional("--url", "URL", URL)] = None,
     json: JsonOption = False,
 ) -> None:
@@ -85,7 +84,7 @@ def command(
     cache. With --rate a server is asked instead, as users do: requests come at random moments, and what
     counts is the share that is answered in time.
     """
-    limits = {"ttft_ms": ttft, "tpot_ms": tpot, "deadline_ms": deadline}
+    limits = {"ttft": ttft, "tpot": tpot, "deadline": deadline}
     if rate is not None:
         asked = _asked(workload, rate, requests, seed, limits)
         served = _Served(model, recipe, threads, device, gpu_memory, url)
@@ -258,11 +257,10 @@ def _refuse_alone(flags: Mapping[str, object]) -> None:
     """
     for name, value in flags.items():
         if value is not None:
-            flag = f"--{name.removesuffix('_ms')}"
-            raise UsageError(f"{flag} belongs to a load, and there is no --rate", hint="add --rate 2")
+            raise UsageError(f"--{name} belongs to a load, and there is no --rate", hint="add --rate 2")
 
 
-def _asked(name: str | None, rate: float, count: int, seed: int, limits: Mapping[str, float | None]) -> Asked:
+def _asked(name: str | None, rate: float, count: int, seed: int, limits: Mapping[str, str | None]) -> Asked:
     """The load that the flags describe.
 
     Raises:
@@ -275,11 +273,11 @@ def _asked(name: str | None, rate: float, count: int, seed: int, limits: Mapping
         raise UsageError("--rate needs a workload", hint=f"add --workload chat (--rate {rate:g})")
     if rate <= 0:
         raise UsageError(f"--rate must be above 0 requests a second, got {rate:g}", hint="use --rate 2")
-    given_limits: dict[str, Any] = {key: value for key, value in limits.items() if value is not None}
-    for key, value in given_limits.items():
-        if value <= 0:
-            flag = f"--{key.removesuffix('_ms')}"
-            raise UsageError(f"{flag} must be milliseconds above 0, got {value:g}", hint=f"use {flag} 500")
+    given_limits: dict[str, Any] = {
+        f"{flag}_ms": 1e3 * seconds(f"--{flag}", written)
+        for flag, written in limits.items()
+        if written is not None
+    }
     return Asked(replace(traffic(name), **given_limits), rate, count, seed)
 
 
@@ -311,8 +309,8 @@ def _bench_load(asked: Asked, served: _Served, json: bool) -> None:
     from hasten.machine.probe import probe
 
     ids = _tokenizer(served.model).encode(default_text(), add_special=False)
-    seconds = max(one.at_s for one in asked.arrivals(ids))
-    note(f"{asked.count} requests of {asked.traffic.name} within {seconds:.0f} s")
+    last_s = max(one.at_s for one in asked.arrivals(ids))
+    note(f"{asked.count} requests of {asked.traffic.name} within {last_s:.0f} s")
     with served.running(asked.traffic.longest + 16) as address:
         load = run_open(address, asked, ids)
     machine = probe(measure=False)
