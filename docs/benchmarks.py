@@ -63,6 +63,7 @@ TABLES: dict[str, Callable[[Record], str]] = {
     "against_old_start_decode_memory_server": goals_table,
     "article_module": cpu.modules,
     "predict": cpu.predicted,
+    "judgements": cpu.judgements,
 }
 """Record -> what makes its table."""
 MADE_BY = {

@@ -268,6 +268,37 @@ def one_verdict(record: Record) -> str:
     return f"{verdicts([('keys and values in int8', record['details']['verdict'])])}\n{goals_table(record)}"
 
 
+def judgements(record: Record) -> str:
+    """Judgements whose answer is known: how often the judge is right."""
+    rows = [
+        (
+            f"`{one['recipe']}`",
+            figure(one["kl_mean"]),
+            percent(one["worse"]["detectable"]),
+            *(_three(one[world]) for world in ("equal", "worse")),
+            *(
+                f"{one['coverage'][of][str(size)] * 100:.1f} %"
+                for of, size in record["details"]["blocks"].items()
+            ),
+        )
+        for one in record["details"]["noises"]
+    ]
+    head = (
+        "noise of",
+        "KL",
+        "seen in 9 of 10",
+        "equal: pass / insufficient / fail",
+        "+0.5 %: pass / insufficient / fail",
+        "intervals that hold the truth: perplexity",
+        "KL",
+    )
+    return f"{table(head, rows)}\n{goals_table(record)}"
+
+
+def _three(counts: Mapping[str, Any]) -> str:
+    return " / ".join(str(counts[status]) for status in ("pass", "insufficient", "fail"))
+
+
 def distilled(record: Record) -> str:
     """Before and after distilling."""
     said = f"{record['tokens'] / 1e6:.1f} million tokens in {record['seconds'] / 60:.1f} minutes"

@@ -403,6 +403,7 @@ class Budget:
 
     max_ppl_increase: float = 0.01  # 0.01 = +1 %
     max_kl: float | None = None  # mean KL divergence from the source, nats; None: any
+    min_tasks: tuple[tuple[str, float], ...] | None = None  # task, least share of right answers
 
 
 @dataclass(frozen=True)
@@ -531,6 +532,8 @@ class Verdict:
     kl_mean_low: float | None = None  # bootstrap 95 % interval; None: of an older version
     kl_mean_high: float | None = None
     ppl_detectable: float | None = None  # smallest rise beyond the budget that 9 of 10 such texts show
+    task_shares: Mapping[str, float | None] | None = None  # of right answers, where tasks were asked for
+    missed: str = ""  # the task whose share was not surely reached, in words
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,11 @@ BudgetOption = Annotated[str, given("--max-ppl-increase", "P", "Perplexity may r
 KlOption = Annotated[
     float | None, optional("--max-kl", "X", "Mean KL divergence from the source may be so much, nats.")
 ]
+MIN_TASK = (
+    "Least share of right answers to a task of `hasten eval --task`, repeatable: json:90%. Its 95 % interval "
+    "must be above."
+)
+TasksOption = Annotated[list[str] | None, optional("--min-task", "NAME:SHARE", MIN_TASK)]
 GoalOption = Annotated[str, given("--for", "GOAL", GOALS)]
 TtftOption = Annotated[
     str | None, optional("--ttft", "TIME", "First token of a request alone within so long, median: 500ms.")
@@ -82,6 +87,7 @@ def command(
     model: ModelArgument,
     max_ppl_increase: BudgetOption = "1%",
     max_kl: KlOption = None,
+    min_task: TasksOption = None,
     ttft: TtftOption = None,
     tpot: TpotOption = None,
     memory: MemoryOption = None,
@@ -116,7 +122,7 @@ def command(
     asked = _Asked(
         model=model,
         aims=_aims(
-            Budget(fraction(max_ppl_increase), max_kl),
+            Budget(fraction(max_ppl_increase), max_kl, _wanted(min_task)),
             goal,
             workload,
             _milliseconds("--ttft", ttft),
@@ -140,6 +146,15 @@ def command(
         emit(result.to_json())
     else:
         _print(result)
+
+
+def _wanted(given: Sequence[str] | None) -> tuple[tuple[str, float], ...] | None:
+    """Tasks and least shares; of a task that is named twice the last counts."""
+    if not given:
+        return None
+    from hasten.quality.tasks import wanted_of
+
+    return tuple(dict(map(wanted_of, given)).items())
 
 
 @dataclass(frozen=True)

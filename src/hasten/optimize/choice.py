@@ -97,13 +97,21 @@ def _misses(candidate: Candidate, aims: Aims) -> Iterator[Miss]:
 
 
 def _quality_misses(verdict: Verdict, budget: Budget) -> Iterator[Miss]:
+    if verdict.missed:  # tasks are asked of what passed by text
+        wanted, shares = dict(budget.min_tasks or ()), verdict.task_shares or {}
+        task = verdict.missed.partition(":")[0]
+        yield _miss(verdict.missed, wanted.get(task, 1.0), max(shares.get(task) or 0.0, 1e-3))
+        return
     high, limit = verdict.ppl_increase_high, budget.max_ppl_increase
-    if high > limit or budget.max_kl is None or verdict.kl_mean <= budget.max_kl:
+    most = verdict.kl_mean if verdict.kl_mean_high is None else verdict.kl_mean_high
+    misses_kl = budget.max_kl is not None and most > budget.max_kl
+    if high > limit or not misses_kl:
         undecided = verdict.status == "insufficient"
         how = f"leaves {limit_of(budget)} undecided" if undecided else f"is above {limit_of(budget)}"
         yield Miss(f"{spread(verdict)} {how}", (high - limit) / max(limit, 1e-3))
-    if budget.max_kl is not None and verdict.kl_mean > budget.max_kl:
-        yield _miss(f"KL {verdict.kl_mean:.2g}, {budget.max_kl:.2g} asked", verdict.kl_mean, budget.max_kl)
+    if budget.max_kl is not None and misses_kl:
+        said = f"KL {verdict.kl_mean:.2g}" + (f" (up to {most:.2g})" if most > verdict.kl_mean else "")
+        yield _miss(f"{said}, {budget.max_kl:.2g} asked", most, budget.max_kl)
 
 
 def _miss(said: str, got: float, asked: float) -> Miss:
@@ -229,7 +237,7 @@ def _rejected(candidate: Candidate, chosen: Candidate, aims: Aims) -> str:
     missed = misses(candidate, aims)
     if missed:
         said = "out: " + "; ".join(miss.said for miss in missed)
-        if verdict.status == "insufficient":
+        if verdict.status == "insufficient" and not verdict.missed:
             return f"{said} after {verdict.tokens:,} tokens; give more with --tokens."
         return said + "."
     if goal == "memory":
@@ -258,8 +266,11 @@ def limit_of(budget: Budget) -> str:
 
 
 def limits_of(budget: Budget) -> str:
-    """All of a quality budget: `+1 %`, or `+1 % and KL 0.01`."""
-    return limit_of(budget) + (f" and KL {budget.max_kl:.2g}" if budget.max_kl is not None else "")
+    """All of a quality budget: `+1 %`, or `+1 % and KL 0.01 and json 0.9`."""
+    limits = [limit_of(budget)]
+    if budget.max_kl is not None:
+        limits.append(f"KL {budget.max_kl:.2g}")
+    return " and ".join([*limits, *(f"{task} {share:.3g}" for task, share in budget.min_tasks or ())])
 
 
 def spread(verdict: Verdict) -> str:
@@ -277,7 +288,7 @@ def _nothing(candidates: Sequence[Candidate], aims: Aims) -> BudgetError:
         return BudgetError(
             f"no recipe could be tried within {limits_of(budget)}", hint="give a larger --max-ppl-increase"
         )
-    if not any(c.passes for c in candidates) and budget.max_kl is None:
+    if not any(c.passes or c.verdict.missed for c in candidates) and budget.max_kl is None:
         return _too_coarse(candidates, budget)
     missed = {c.recipe.name: misses(c, aims) for c in candidates}
     near = sorted(

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hasten
 from hasten.cache import cache_dir, read_record, write_record
@@ -18,6 +18,7 @@ from hasten.errors import DiskError
 from hasten.machine.memory import available_bytes
 from hasten.optimize.choice import Candidate
 from hasten.optimize.workshop import Built, Workshop
+from hasten.quality.answers import Continuing, InProcess, at_least, reached, short_of
 from hasten.quality.divergence import Divergence, Reference, judge
 from hasten.weights.packed_store import warn_once
 
@@ -148,7 +149,7 @@ class Trials:
                 "bits_per_weight": built.bits_per_weight,
                 "weight_bytes": built.weight_bytes,
                 "stored_bytes": built.stored_bytes,
-                "verdict": self._judge(recipe, built),
+                "verdict": self._by_tasks(recipe, built, self._judge(recipe, built)),
             }
         except BaseException:
             built.close()
@@ -159,6 +160,21 @@ class Trials:
             built.close()
         self.memory.write("quality", found, **key)
         return Candidate(recipe, **found)
+
+    def _by_tasks(self, recipe: Recipe, model: Built, verdict: Verdict) -> Verdict:
+        """What passed by text, held against the tasks that are asked for too."""
+        if verdict.status != "pass" or not self.budget.min_tasks:
+            return verdict
+        wanted = dict(self.budget.min_tasks)
+
+        def tell(task: str, done: int, total: int) -> None:
+            self.observer(Progress("recipes", f"{recipe.name}: {task}", done, total))
+
+        status, found = reached(InProcess(cast(Continuing, model)), wanted, step=tell)
+        shares = {one.task: one.share for one in found}
+        short = next((one for one in found if at_least(one, wanted[one.task]) != "pass"), None)
+        missed = "" if short is None else short_of(short, wanted[short.task])
+        return replace(verdict, status=status, task_shares=shares, missed=missed)
 
     def _identity(self, recipe: Recipe) -> dict[str, Any]:
         return {"recipe": recipe, "calibrated": None if recipe.is_plain else self.calibrated}
@@ -177,18 +193,8 @@ class Trials:
             parts.append(reference.compare(model, index))
             seen = index + 1
             if seen < count and seen & (seen - 1) == 0:
-                verdict = self._held_against(parts)
+                verdict = judge(Divergence.join(parts), self.budget)
                 is_hopeless = 2 * seen >= count and verdict.ppl_increase > self.budget.max_ppl_increase
                 if verdict.status == "fail" or is_hopeless:
                     return verdict
-        return self._held_against(parts)
-
-    def _held_against(self, parts: list[Divergence]) -> Verdict:
-        """The verdict on perplexity, and on KL where that is asked too: the worse of both counts."""
-        verdict, most = judge(Divergence.join(parts), self.budget), self.budget.max_kl
-        if most is None or verdict.status == "fail":
-            return verdict
-        assert verdict.kl_mean_low is not None and verdict.kl_mean_high is not None  # `judge` gives both
-        if verdict.kl_mean_low > most:
-            return replace(verdict, status="fail")
-        return verdict if verdict.kl_mean_high <= most else replace(verdict, status="insufficient")
+        return judge(Divergence.join(parts), self.budget)

@@ -378,6 +378,16 @@ def at_least(result: TaskResult, share: float) -> Status:
     return "fail" if result.high < share else "insufficient"
 
 
+def short_of(result: TaskResult, share: float) -> str:
+    """That a share is missed, or not surely reached, in words."""
+    if result.share is None or result.low is None or result.high is None:
+        return f"{result.task}: {result.because}, {share:.3g} of the answers asked"
+    return (
+        f"{result.task}: {result.share:.0%} of {result.questions} answers are right "
+        f"({result.low:.0%} to {result.high:.0%}), surely {share:.3g} of all asked"
+    )
+
+
 def reached(
     subject: Subject,
     wanted: Mapping[str, float],

@@ -254,7 +254,7 @@ def _facts(plan: Record, search: Record) -> str:
             "Quality",
             f"up to {number(judged['tokens'], 0)} tokens of {text(judged['name'])} in windows of 512, each "
             "from an empty cache; the source in bf16 on the same engine reads the same. KL over the whole "
-            "vocabulary. Interval: paired bootstrap over blocks of 64 tokens, 95 %, seeded. A recipe passes "
+            "vocabulary. Interval: paired bootstrap over blocks of 256 tokens, 95 %, seeded. A recipe passes "
             "when the whole interval is within the budget. Widths were chosen on other text than judged.",
         ),
         ("Text", f"sha256 <code>{text(judged['sha256'])}</code>"),
@@ -267,9 +267,10 @@ def _facts(plan: Record, search: Record) -> str:
     return facts(found)
 
 
-_LIMITS: Mapping[str, Callable[[float], str]] = {
+_LIMITS: Mapping[str, Callable[[Any], str]] = {
     "max_ppl_increase": lambda value: f"perplexity may rise by {percent(value)}",
     "max_kl": lambda value: f"KL divergence at most {small(value)} nats",
+    "min_tasks": lambda value: ", ".join(f"{task}: at least {share:.3g} right" for task, share in value),
     "ttft_ms": lambda value: f"first token within {value:g} ms",
     "tpot_ms": lambda value: f"{value:g} ms a token",
     "memory_bytes": lambda value: f"{megabytes(value)} of memory",
