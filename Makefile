@@ -14,7 +14,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 
-# Tests run side by side, one process a core; JOBS=0 runs them one after another.
+# Tests run side by side, one process a core, neighbours in one, so that what a file shares is made once; JOBS=0 runs them
+# one after another.
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 BUILD_INPUTS := Makefile pyproject.toml CMakeLists.txt $(shell find native src/hasten -type f -not -name '*.so' -not -path '*__pycache__*')
@@ -42,12 +43,12 @@ lint: $(VENV)/.dev
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 pytest: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 # Crowds, kills at random moments, browsers and thousands of generated requests. A peer that is not there skips its test.
 # The files that have such tests alone: looking through all of them costs each worker some ten seconds.
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m 'slow and not demo' -n $(JOBS) $$(grep -rl --include='test_*.py' 'mark\.slow' tests)
+	$(BIN)/python -m pytest -m 'slow and not demo' -n $(JOBS) --dist worksteal $$(grep -rl --include='test_*.py' 'mark\.slow' tests)
 
 # What needs the real demo model: quality figures, the README's commands, the examples.
 test-demo: $(VENV)/.dev $(VENV)/.demo
@@ -58,7 +59,7 @@ test-demo: $(VENV)/.dev $(VENV)/.demo
 sanitize: $(VENV)/.dev $(SANITIZED)/.made
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  PYTHONPATH=$(SANITIZED) $(BIN)/python -m pytest -n $(JOBS) tests/native
+	  PYTHONPATH=$(SANITIZED) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/native
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/reference.py > docs/reference.md
