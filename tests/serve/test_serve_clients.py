@@ -362,6 +362,10 @@ def test_what_a_grammar_cannot_follow_is_checked_at_the_end(server: Running, nam
         assert ("schema_violations" in reply.json["choices"][0]) != is_good
         last = server.ask(CHAT, chat(response_format=form, stream=True)).events[-1]["choices"][0]
         assert ("schema_violations" in last) != is_good
+        for stream in (False, True):
+            body = {"prompt": "a", "guided_json": schema, "stream": stream, "max_tokens": 50}
+            reply = server.ask("/v1/completions", body)
+            assert (b"schema_violations" in reply.body) != is_good, reply.body
         form["json_schema"]["strict"] = True
         reply = server.ask(CHAT, chat(response_format=form))
         assert reply.status == (200 if is_good else 500)

@@ -85,6 +85,7 @@ class CompletionShape(Shape):
         echoed: the prompts' texts, where they come before the answers.
         given: answers of a request that are given: the likeliest of those that are made.
         ranks: alternatives that `logprobs` and `prompt_logprobs` ask for, of an echoed prompt.
+        form: what the answers must match.
     """
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
@@ -98,8 +99,10 @@ class CompletionShape(Shape):
         echoed: Sequence[str] = (),
         given: int | None = None,
         ranks: tuple[int | None, int | None] = (None, None),
+        form: Form | None = None,
     ) -> None:
-        super().__init__(model, texts, tally, requests[0].n, len(requests))
+        self._form = form or Form()
+        super().__init__(model, texts, tally, requests[0].n, len(requests), bool(self._form.checked))
         self._echoed = echoed
         self._given = given
         self._ranks = ranks
@@ -142,8 +145,7 @@ class CompletionShape(Shape):
         """What an answer begins with: the prompt, where it is echoed, and its entries."""
         if part.opened or not self._echoed:
             return "", []
-        part.opened = True
-        which = number // self.answers
+        part.opened, which = True, number // self.answers
         text, entries = self._echoed[which], self._first.get(which, [])
         if which in self.prompt_logprobs:
             read, self._scored[which] = self.prompt_logprobs.pop(which)
@@ -166,11 +168,14 @@ class CompletionShape(Shape):
         before, entries = self._begun(number, part, output)
         part.opened = True
         logprobs = dumps(_columns([*entries, *self._entries(part, output)]))
-        end = "null"
-        extra = ""
+        end, extra = "null", ""
         if output.finish_reason is not None:
             end = f'"{output.finish_reason}"'
             extra = f',"stop_reason":{dumps(output.stop)}'
+            wrong = self._form.violations(part.text + output.text, output.finish_reason)
+            extra += f',"schema_violations":{dumps(wrong)}' if wrong else ""
+        elif self._form.checked:
+            part.texts.append(output.text)
         scored = self._scored if self._echoed else self.prompt_logprobs
         prompt = scored.pop(number // self.answers, None)
         if prompt is not None:
@@ -202,7 +207,8 @@ class CompletionShape(Shape):
         choice["prompt_logprobs"] = scored.get(number // self.answers)
         choice["prompt_token_ids"] = self._prompts[number // self.answers] if self._prompts else None
         choice["token_ids"] = part.token_ids if self._prompts else None
-        return choice
+        wrong = self._form.violations(part.text, part.finish or "stop")
+        return {**choice, "schema_violations": list(wrong)} if wrong else choice
 
     def document(self) -> dict[str, Any]:
         """The response in one piece; of answers made for a choice, the likeliest."""
@@ -256,7 +262,7 @@ async def completions(exchange: Exchange) -> None:
         tally = exchange.tally(served.name)
         ranks = (spec.logprobs, spec.prompt_logprobs)
         shape = CompletionShape(
-            served.name, texts_of(spec, served), tally, requests, echoed, spec.n or 1, ranks
+            served.name, texts_of(spec, served), tally, requests, echoed, spec.n or 1, ranks, form
         )
         if spec.return_token_ids:
             shape.show_ids(requests)
