@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+from functools import partial
 from typing import Any
 
 import pytest
 from test_chat_template import GEMMA
 
-from hasten.errors import UsageError
-from hasten.models.chat_template import prepared, render
+from hasten.errors import TokenizerError, UsageError
+from hasten.models.chat_template import in_any_form, prepared, render
 from hasten.models.tool_calls import is_described
 
 # The parts of the published templates that tools touch.
@@ -165,3 +168,23 @@ def test_what_a_model_cannot_read_is_named(message: dict[str, Any], says: str) -
     with pytest.raises(UsageError, match=says) as caught:
         text_of(QWEN, [message])
     assert caught.value.hint
+
+
+def test_long_histories_cost_no_more_than_their_length() -> None:
+    """8,000 calls took 12 s in a request: each one's arguments were looked for in all of the text."""
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    called = {"role": "assistant", "content": "", "tool_calls": [call]}
+    said = {"role": "user", "content": "x" * 1500}
+    refusing = (
+        "{% for m in messages %}{% if not loop.first and m.role == 'user' %}{{ raise_exception('no') }}"
+    )
+    refusing += "{% endif %}{{ m.content }}{% endfor %}"
+    for template, messages in (
+        ("{% for m in messages %}{{ m.content }}{{ m.tool_calls }}{% endfor %}", [said, *[called] * 12_000]),
+        (refusing, [said] * 8000),
+    ):
+        began = time.monotonic()
+        chat, _ = prepared(messages, None, {"default": template})
+        with contextlib.suppress(TokenizerError):
+            in_any_form(partial(render, {"default": template}), chat)
+        assert time.monotonic() - began < 8  # 1 s

@@ -135,14 +135,17 @@ def _with_texts(chat: Sequence[dict[str, Any]]) -> Messages:
     ]
 
 
+_LOOKED_FOR = 8  # arguments of calls at either end of a conversation: a template writes all of them alike
+
+
 def _is_python(text: str, chat: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a template that joins texts wrote a mapping as Python shows it, which is no JSON."""
-    for message in chat:
-        for call in message.get("tool_calls") or ():
-            arguments = call["function"]["arguments"]
-            shown = str(dict(arguments)) if isinstance(arguments, Mapping) and arguments else ""
-            if shown and shown in text and shown != json.dumps(arguments, ensure_ascii=False):
-                return True
+    calls = [call for message in chat for call in message.get("tool_calls") or ()]
+    few = calls if len(calls) <= 2 * _LOOKED_FOR else [*calls[:_LOOKED_FOR], *calls[-_LOOKED_FOR:]]
+    for arguments in (call["function"]["arguments"] for call in few):
+        shown = str(dict(arguments)) if isinstance(arguments, Mapping) and arguments else ""
+        if shown and shown in text and shown != json.dumps(arguments, ensure_ascii=False):
+            return True
     return False
 
 
@@ -151,26 +154,26 @@ def _one_system(chat: Sequence[dict[str, Any]]) -> Messages:
     told = [message for message in chat if message.get("role") == "system"]
     if not told or told == list(chat[:1]):
         return list(chat)
-    texts = [text for message in told if isinstance(text := message.get("content"), str) and text]
     rest = [message for message in chat if message.get("role") != "system"]
-    return [{**told[0], "content": "\n\n".join(texts)}, *rest]
+    return [{**told[0], "content": _together(told)}, *rest]
 
 
 def _alternating(chat: Sequence[dict[str, Any]]) -> Messages:
     """Neighbours of one role as one message."""
-    joined: Messages = []
+    runs: list[list[dict[str, Any]]] = []
     for message in chat:
-        last = joined[-1] if joined else {}
+        last = runs[-1][-1] if runs else {}
         plain = not (message.get("tool_calls") or last.get("tool_calls"))
         if plain and last.get("role") == message.get("role") != "tool":
-            texts = [one.get("content") for one in (last, message)]
-            joined[-1] = {
-                **last,
-                "content": "\n\n".join(text for text in texts if isinstance(text, str) and text),
-            }
+            runs[-1].append(message)
         else:
-            joined.append(message)
-    return joined
+            runs.append([message])
+    return [run[0] if len(run) == 1 else {**run[0], "content": _together(run)} for run in runs]
+
+
+def _together(messages: Sequence[Mapping[str, Any]]) -> str:
+    texts = (message.get("content") for message in messages)
+    return "\n\n".join(text for text in texts if isinstance(text, str) and text)
 
 
 def _no_system(chat: Sequence[dict[str, Any]]) -> Messages:
