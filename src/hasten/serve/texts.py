@@ -85,10 +85,10 @@ class CompletionShape(Shape):
         echoed: the prompts' texts, where they come before the answers.
         given: answers of a request that are given: the likeliest of those that are made.
         ranks: alternatives that `logprobs` and `prompt_logprobs` ask for, of an echoed prompt.
-        form: what the answers must match.
     """
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+    form = Form()  # what the answers must match
 
     def __init__(
         self,
@@ -99,10 +99,8 @@ class CompletionShape(Shape):
         echoed: Sequence[str] = (),
         given: int | None = None,
         ranks: tuple[int | None, int | None] = (None, None),
-        form: Form | None = None,
     ) -> None:
-        self._form = form or Form()
-        super().__init__(model, texts, tally, requests[0].n, len(requests), bool(self._form.checked))
+        super().__init__(model, texts, tally, requests[0].n, len(requests))
         self._echoed = echoed
         self._given = given
         self._ranks = ranks
@@ -172,9 +170,9 @@ class CompletionShape(Shape):
         if output.finish_reason is not None:
             end = f'"{output.finish_reason}"'
             extra = f',"stop_reason":{dumps(output.stop)}'
-            wrong = self._form.violations(part.text + output.text, output.finish_reason)
+            wrong = self.form.violations(part.text + output.text, output.finish_reason)
             extra += f',"schema_violations":{dumps(wrong)}' if wrong else ""
-        elif self._form.checked:
+        elif self.form.checked:
             part.texts.append(output.text)
         scored = self._scored if self._echoed else self.prompt_logprobs
         prompt = scored.pop(number // self.answers, None)
@@ -207,7 +205,7 @@ class CompletionShape(Shape):
         choice["prompt_logprobs"] = scored.get(number // self.answers)
         choice["prompt_token_ids"] = self._prompts[number // self.answers] if self._prompts else None
         choice["token_ids"] = part.token_ids if self._prompts else None
-        wrong = self._form.violations(part.text, part.finish or "stop")
+        wrong = self.form.violations(part.text, part.finish or "stop")
         return {**choice, "schema_violations": list(wrong)} if wrong else choice
 
     def document(self) -> dict[str, Any]:
@@ -262,8 +260,9 @@ async def completions(exchange: Exchange) -> None:
         tally = exchange.tally(served.name)
         ranks = (spec.logprobs, spec.prompt_logprobs)
         shape = CompletionShape(
-            served.name, texts_of(spec, served), tally, requests, echoed, spec.n or 1, ranks, form
+            served.name, texts_of(spec, served), tally, requests, echoed, spec.n or 1, ranks
         )
+        shape.form, shape.is_checked = form, bool(form.checked)
         if spec.return_token_ids:
             shape.show_ids(requests)
         shape.report(spec.stream_options, sum(len(request.prompt) for request in requests))
