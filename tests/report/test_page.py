@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from fakes import FakeWorkshop
+from hasten.cli import main
 from hasten.core import Budget
 from hasten.optimize.aims import Aims
 from hasten.optimize.search import Effort, Search
@@ -292,6 +293,51 @@ def test_peers_stand_in_the_figure_and_in_the_list_of_losers(plan: dict[str, Any
     assert "another engine" not in optimized_page(plan)
     assert 'class="peer"' in html
     assert "<dt>llama.cpp:q4_0</dt><dd>22 % slower.</dd>" in html
+
+
+def test_peers_come_from_a_benchmark_and_a_verdict(
+    plan: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    timed = (one for one in plan["search"]["candidates"] if one["measurement"] is not None)
+    candidate = copy.deepcopy(next(timed))
+    entry = {"name": "llama.cpp:q4_0", **candidate["measurement"]}
+    bench = {
+        "machine": plan["machine"],
+        "workload": candidate["measurement"]["workload"],
+        "subject": {"name": "hasten"},
+        "peers": [entry],
+        "ratios": {"llama.cpp:q4_0": {"decode": 1.5, "decode_interval": [1.4, 1.6]}},
+    }
+    quality = {**candidate["verdict"], "kl_mean": 0.097, "text": plan["text"]}
+    files = {"plan": plan, "bench": bench, "quality": quality}
+    files["short"] = {**bench, "workload": {**bench["workload"], "prompt": 5}}
+    files["other"] = {**quality, "text": {"sha256": "0"}}
+    paths = {name: tmp_path / f"{name}.json" for name in files}
+    for name, value in files.items():
+        paths[name].write_text(json.dumps(value))
+    run = ["report", str(paths["plan"]), "--peers", str(paths["bench"])]
+    assert main([*run, "--judged", f"llama.cpp:q4_0={paths['quality']}"]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert 'class="peer"' in page
+    assert "hasten decodes 1.50 times as fast as this (1.40 to 1.60)" in page
+    assert "this is 0.097 nats from the source" in page
+    assert main(run) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "was not judged" in page
+    assert 'class="peer"' not in page  # it has no place in the figure without a divergence
+    capsys.readouterr()
+    for words, said in (
+        ([*run[:3], str(paths["short"])], "the load differs"),
+        ([*run, "--judged", f"llama.cpp:q4_0={paths['other']}"], "the text differs"),
+        ([*run, "--judged", f"vllm={paths['quality']}"], "vllm was not timed"),
+        ([*run, "--judged", "vllm"], "names no file"),
+        ([*run[:2], "--judged", "a=b"], "no engine is there"),
+        ([*run[:3], str(paths["quality"])], "cannot stand in one report"),
+    ):
+        assert main(words) == 2
+        err = capsys.readouterr().err
+        assert said in err
+        assert "hint: " in err
 
 
 def test_cost_and_energy_are_computed_where_they_are_known(plan: dict[str, Any]) -> None:

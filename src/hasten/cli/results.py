@@ -499,10 +499,8 @@ def _print(found: Comparison) -> None:
 
 
 def _value(value: float, kind: Metric) -> str:
-    if kind.is_share:
-        return f"{100 * value:.2f} %"
-    if kind.unit == "bytes":
-        return f"{value / 1e6:,.1f} MB"
+    if kind.is_share or kind.unit == "bytes":
+        return f"{100 * value:.2f} %" if kind.is_share else f"{value / 1e6:,.1f} MB"
     digits = 4 if abs(value) < 1 else 1 if abs(value) < 1000 else 0
     return f"{value:,.{digits}f}"
 
@@ -532,11 +530,17 @@ def _reading(found: Change | None, kind: Metric) -> str:
 # The report -------------------------------------------------------------------------------------------------
 
 RUN = "An artifact, its plan.json, or a result of `hasten optimize --json` or `hasten bench --json`."
+PEERS = "Other engines beside a search's recipes: what `hasten bench --against ENGINE --json` printed."
+JUDGED = (
+    "How near such an engine's file is to the source: what `hasten eval --json` printed of it; repeatable."
+)
 OUT = "Where the report goes. Default: report.html in the artifact, else NAME.html beside the result."
 
 
 def report(
     run: Annotated[str, argument("RUN", RUN)],
+    peers: Annotated[Path | None, optional("--peers", "FILE", PEERS)] = None,
+    judged: Annotated[list[str] | None, optional("--judged", "ENGINE=FILE", JUDGED)] = None,
     out: Annotated[Path | None, optional("--out", "FILE", OUT)] = None,
 ) -> None:
     """Write the report of a search or a benchmark as one HTML file.
@@ -548,9 +552,30 @@ def report(
 
     folder = Path(run)
     file = folder / "plan.json" if folder.is_dir() else folder
-    page = _page(file, read_record(file))
+    record: Record = read_record(file)
+    if peers is not None:
+        record = _with_peers(file, record, peers, judged or [])
+    elif judged:
+        raise UsageError(
+            "--judged says how near an engine is, and no engine is there", hint="add --peers FILE"
+        )
+    page = _page(file, record)
     place = out or file.with_name("report.html" if file.name == "plan.json" else f"{file.stem}.html")
     sys.stdout.write(f"{write_atomic(place, page.encode())}\n")
+
+
+def _with_peers(file: Path, record: Record, peers: Path, judged: Sequence[str]) -> Record:
+    from hasten.report.optimized import with_peers
+
+    pairs = [one.partition("=") for one in judged]
+    if wrong := next((name for name, sign, _ in pairs if not sign), None):
+        raise UsageError(f"--judged {wrong} names no file", hint="write --judged llama.cpp:q4_0=FILE")
+    verdicts = {name: read_record(Path(place)) for name, _, place in pairs}
+    try:
+        return with_peers(record, read_record(peers), verdicts)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        both = f"{file} and {peers} cannot stand in one report"
+        raise UsageError(f"{both}: {type(error).__name__}: {error}", hint=MAKE_ONE) from None
 
 
 def _page(file: Path, record: Record) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hasten.errors import UsageError
 from hasten.report import (
     document,
     facts,
@@ -86,7 +87,11 @@ def _part(title: str, figure: str, *more: str) -> str:
 
 
 def _key(search: Record) -> str:
-    peers = '<span><i class="k-peer"></i>another engine</span>' if search.get("peers") else ""
+    peers = (
+        '<span><i class="k-peer"></i>another engine, of a run of its own</span>'
+        if search.get("peers")
+        else ""
+    )
     return (
         '<p class="key"><span><i class="round k-pick"></i>chosen</span>'
         '<span><i class="round k-good"></i>within the budget</span>'
@@ -536,3 +541,47 @@ def _repeated(plan: Record, search: Record) -> Iterator[tuple[str, str]]:
     yield "Use it", f'<code>hasten generate {text(search["artifact"])} -p "What is a mutex?"</code>'
     for file in (plan.get("source") or {}).get("files", ()):
         yield "Source", f"{text(file['path'])}, sha256 <code>{text(file['sha256'])}</code>"
+
+
+def with_peers(plan: Record, bench: Record, judged: Mapping[str, Record]) -> Record:
+    """A plan with other engines beside its recipes.
+
+    Args:
+        plan: of a search.
+        bench: what `hasten bench --against ENGINE --json` printed of the same load on the same machine.
+        judged: engine -> what `hasten eval --json` printed of its file.
+
+    Raises:
+        UsageError: another load, machine or text, or an engine that was not timed.
+    """
+    search = plan["search"]
+    peers = {one["name"]: one for one in bench["peers"]}
+    start = search["baseline"]["measurement"]["workload"]
+    pairs = [("load", start, bench["workload"]), ("machine", plan["machine"]["cpu"], bench["machine"]["cpu"])]
+    pairs += [("text", plan["text"]["sha256"], one["text"]["sha256"]) for one in judged.values()]
+    for what, ours, theirs in pairs:
+        if ours != theirs:
+            raise UsageError(
+                f"the {what} differs: the search had {ours}, the other result has {theirs}",
+                hint=f"measure the engines with the {what} of the search",
+            )
+    unknown = [name for name in judged if name not in peers]
+    if unknown:
+        raise UsageError(f"{unknown[0]} was not timed", hint=f"engines that were: {', '.join(peers)}")
+    found = [_peer(bench, peers[name], judged.get(name)) for name in peers]
+    return {**plan, "search": {**search, "peers": [*(search.get("peers") or ()), *found]}}
+
+
+def _peer(bench: Record, entry: Record, verdict: Record | None) -> Record:
+    ratio = bench["ratios"][entry["name"]]
+    low, high = ratio["decode_interval"]
+    because = (
+        f"{bench['subject']['name']} decodes {ratio['decode']:.2f} times as fast as this ({low:.2f} to "
+        f"{high:.2f}), both measured in turn; "
+    )
+    because += (
+        "how near this is to the source was not judged."
+        if verdict is None
+        else f"this is {verdict['kl_mean']:.2g} nats from the source."
+    )
+    return {"name": entry["name"], "measurement": entry, "verdict": verdict, "because": because}
