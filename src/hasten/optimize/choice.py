@@ -238,7 +238,12 @@ def _rejected(candidate: Candidate, chosen: Candidate, aims: Aims) -> str:
     if missed:
         said = "out: " + "; ".join(miss.said for miss in missed)
         if verdict.status == "insufficient" and not verdict.missed:
-            return f"{said} after {verdict.tokens:,} tokens; give more with --tokens."
+            what = (
+                "give more with --tokens"
+                if verdict.ppl_increase < aims.budget.max_ppl_increase
+                else "given up"
+            )
+            return f"{said} after {verdict.tokens:,} tokens; {what}."
         return said + "."
     if goal == "memory":
         more = candidate.cost(goal) / chosen.cost(goal) - 1

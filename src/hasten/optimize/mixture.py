@@ -20,6 +20,7 @@ unused. Takes about 0.1 s for 100 groups of 6 choices.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -90,7 +91,8 @@ def _sensible(menu: Sequence[Choice]) -> list[Choice]:
     return kept
 
 
-_FIRST_AIM = 0.6  # of the budget: the rest is for the interval, whose width is not known before the first try
+_FIRST_AIM = 0.6  # of the budget where no interval is known yet: the rest is for it
+_FIRST_REACH = 0.93  # of the budget: where the first try's interval should end, as far as others' widths tell
 _NEXT_AIM = 0.95
 _GOOD_ENOUGH = 0.85  # of the budget used: another try gains less than it costs
 _LEAST_GAIN = 0.02  # of the bytes: nor does a try for less than a tie of speeds
@@ -148,7 +150,7 @@ def fit_mixture(
         tokens: of a full judgement, to know how far an interval from fewer would narrow.
         is_over: asked before another try: the time is up.
     """
-    limit = _first_limit(drawn, judged, budget)
+    limit = _first_limit(drawn, judged, budget, tokens)
     if limit is None:
         return None
     plain = (
@@ -223,9 +225,30 @@ def reach(candidate: Candidate, tokens: int) -> float:
     return verdict.ppl_increase + half * math.sqrt(min(1.0, verdict.tokens / tokens))
 
 
-def _first_limit(drawn: SensitivityMap, judged: Sequence[Candidate], budget: Budget) -> float | None:
+def _first_aim(judged: Sequence[Candidate], budget: Budget, tokens: int) -> float:
+    """The rise that leaves room for its interval.
+
+    A difference of losses scatters with the root of the divergence, which the rise grows with. So the width
+    of a recipe that was judged tells that of another: half = k * sqrt(rise), and rise + half is to be within.
+    """
+    most = budget.max_ppl_increase
+    known = [
+        (v.ppl_increase_high - v.ppl_increase) / math.sqrt(v.ppl_increase) * math.sqrt(v.tokens / tokens)
+        for v in (c.verdict for c in judged)
+        if v.ppl_increase > 0.2 * most > 0
+    ]
+    if not known:
+        return _FIRST_AIM * most
+    k = statistics.median(known)
+    root = (math.sqrt(k * k + 4 * _FIRST_REACH * most) - k) / 2
+    return max(root * root, 0.25 * most)
+
+
+def _first_limit(
+    drawn: SensitivityMap, judged: Sequence[Candidate], budget: Budget, tokens: int
+) -> float | None:
     """Predicted KL that should cost the first aim, on the line through a judged recipe."""
-    aim = _FIRST_AIM * budget.max_ppl_increase
+    aim = _first_aim(judged, budget, tokens)
     known = [
         (harm, c.verdict.ppl_increase)
         for c in judged

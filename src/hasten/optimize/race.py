@@ -30,6 +30,7 @@ SAME = 0.02
 """Costs this close are a tie: a machine repeats a run no better."""
 LEAST = 3  # rounds before everything is settled
 _MOST = 4  # times as many at most
+_PACER = 2  # rounds of who is timed and not raced
 _SPARE = 6  # rounds that may be taken again because of other work
 _RESAMPLES = 400
 _PREDICTION = 0.08
@@ -53,7 +54,7 @@ class Racer:
 
     name: str
     run: Callable[[int], Lap]  # the run of a round
-    is_pacer: bool = False  # is timed for `least` rounds and then leaves; nobody is compared with it
+    is_pacer: bool = False  # is timed in two rounds and then leaves; nobody is compared with it
 
 
 @dataclass
@@ -164,7 +165,7 @@ class _Track:
     def part(self, say: Callable[[str], None]) -> None:
         """Let those go that have nothing left to win; all, once nothing is open."""
         for racer in list(self.running):
-            if racer.is_pacer and len(self._all[racer.name].laps) >= self._least:
+            if racer.is_pacer and len(self._all[racer.name].laps) >= min(self._least, _PACER):
                 self.running.remove(racer)
         names = [racer.name for racer in self.running if not racer.is_pacer]
         ahead = self._ahead(names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -182,8 +183,8 @@ class Trials:
     def _judge(self, recipe: Recipe, model: Built) -> Verdict:
         """Window by window; a clear failure ends after 2, 4, 8 ... windows, nothing passes early.
 
-        Half-way, what is above the budget already is given up: to pass, the other half would have to move the
-        mean by 2 of its standard deviations.
+        Half-way, what would not pass if the rest were like it is given up; at a quarter, what would not even
+        if the rest were better by a standard deviation.
         """
         reference = self.reference()
         count = len(reference.windows)
@@ -194,7 +195,15 @@ class Trials:
             seen = index + 1
             if seen < count and seen & (seen - 1) == 0:
                 verdict = judge(Divergence.join(parts), self.budget)
-                is_hopeless = 2 * seen >= count and verdict.ppl_increase > self.budget.max_ppl_increase
-                if verdict.status == "fail" or is_hopeless:
+                if verdict.status == "fail" or self._is_hopeless(verdict, seen / count):
                     return verdict
         return judge(Divergence.join(parts), self.budget)
+
+    def _is_hopeless(self, verdict: Verdict, share: float) -> bool:
+        """Whether a judgement on so much of the text will hardly end within the budget."""
+        rise = verdict.ppl_increase
+        half = verdict.ppl_increase_high - rise
+        end = rise + half * math.sqrt(share)  # where the whole text's interval would reach
+        if share < 0.5:
+            end -= half / 2 * math.sqrt(1 - share)
+        return share >= 0.25 and end > self.budget.max_ppl_increase
