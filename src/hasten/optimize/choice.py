@@ -206,7 +206,7 @@ def _chosen(chosen: Candidate, aims: Aims, baseline: Measurement, candidates: Se
 
 def _rounds(ratio: Ratio) -> str:
     return (
-        f"{ratio.n} rounds side by side measured {ratio.median - 1:+.1%} "
+        f"{ratio.n} round{'s' * (ratio.n > 1)} side by side measured {ratio.median - 1:+.1%} "
         f"({ratio.low - 1:+.1%} to {ratio.high - 1:+.1%})"
     )
 

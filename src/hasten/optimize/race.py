@@ -148,15 +148,18 @@ class _Track:
             say(f"other work disturbed {', '.join(hit)}: one more round")
 
     def _drops(self, name: str) -> bool:
-        """Drop rounds in which a model was disturbed, for all that are still running; whether there were."""
+        """Drop rounds in which a model was disturbed, for all it is compared with; whether there were."""
         one = self._all[name]
         slow = disturbed([rates_of(lap.sample) for lap in one.laps.values()])
         hit = [number for number, is_slow in zip(list(one.laps), slow, strict=True) if is_slow]
         if not hit or len(hit) == len(one.laps) or self._repeated >= _SPARE:
             return False
         one.disturbed += len(hit)
-        for racer in self.running:
-            laps = self._all[racer.name].laps
+        beside = (
+            [racer.name for racer in self.running if not racer.is_pacer] if name in self._raced else [name]
+        )
+        for other in beside:
+            laps = self._all[other].laps
             for number in hit:
                 if len(laps) > 1:
                     laps.pop(number, None)

@@ -228,10 +228,13 @@ def measure_harms(
     offer = offer_for(workshop.options.device)
     found = groups(workshop.config, offer.by_layer)
     checked = offer.menu[_CHECKED]
-    with_checks = len(found) + min(_CHECKED_GROUPS, len(found)) * len(checked)
-    base = workshop.build(base_recipe(workshop.kept()))
+    kept = workshop.kept()
+    to_measure = sum(not _is_narrow(group, kept, PROBE) for group in found)
+    checks_most = min(_CHECKED_GROUPS, len(found)) * len(checked)
+    with_checks = len(found) + checks_most
+    base = workshop.build(base_recipe(kept))
     try:
-        reference = _reference(workshop, source, base, text, seconds / with_checks)
+        reference = _reference(workshop, source, base, text, seconds / (to_measure + checks_most))
         bench = _Bench(workshop, base, reference, method, _kl(reference, base))
         harms = []
         for number, group in enumerate(found):
@@ -284,14 +287,18 @@ class _Bench:
 
     def harm(self, group: Group, layout: Format) -> float:
         """KL that one group at one layout adds, nats."""
-        kept = self.workshop.kept()
-        if all(kept[name].bits_per_weight <= layout.bits_per_weight for name in group.tensors):
+        if _is_narrow(group, self.workshop.kept(), layout):
             return 0.0  # as narrow as that in the file: keeping is free and nothing narrower is offered
         before = self.workshop.swap(self.base, group.tensors, layout, self.method)
         try:
             return _kl(self.reference, self.base) - self.start
         finally:
             self.workshop.restore(self.base, before)
+
+
+def _is_narrow(group: Group, kept: Mapping[str, Format], layout: Format) -> bool:
+    """Whether the file holds a group in no more bits than a layout has."""
+    return all(kept[name].bits_per_weight <= layout.bits_per_weight for name in group.tensors)
 
 
 def _to_check(
