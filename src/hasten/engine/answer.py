@@ -197,12 +197,16 @@ class TokenRules:
         if request.allowed_tokens:
             allowed[:] = False
             allowed[np.asarray(request.allowed_tokens, np.int64)] = True
-        self._behind: dict[int, list[tuple[list[int], int]]] = {}  # by the last token before
+        behind: dict[tuple[int, ...], list[int]] = {}  # tokens that came -> those that must not follow
         for *before, last in (run for run in request.forbidden if max(run) < vocab_size):
             if before:
-                self._behind.setdefault(before[-1], []).append((before, last))
+                behind.setdefault(tuple(before), []).append(last)
             else:
                 allowed[last] = False
+        self._behind = {before: np.array(lasts, np.uint32) for before, lasts in behind.items()}
+        self._lengths: dict[int, set[int]] = {}  # of those, by the last token that came
+        for run in behind:
+            self._lengths.setdefault(run[-1], set()).add(len(run))
         self._longest = max(map(len, request.forbidden), default=0)
         self._later = _packed(allowed)
         allowed[[token for token in ends if token < vocab_size]] = False
@@ -224,9 +228,10 @@ class TokenRules:
         for number, row in enumerate(rows):
             end = len(tokens) - first + number
             row[:] = self._early if first + end - self._prompt < self._least else self._later
-            for before, last in self._behind.get(known[end - 1], ()) if end else ():
-                if end >= len(before) and known[end - len(before) : end] == before:
-                    row[last >> 5] &= np.uint32(~(1 << (last & 31)) & 0xFFFFFFFF)
+            for size in self._lengths.get(known[end - 1], ()) if end else ():
+                lasts = self._behind.get(tuple(known[end - size : end])) if end >= size else None
+                if lasts is not None:
+                    np.bitwise_and.at(row, lasts >> 5, ~(np.uint32(1) << (lasts & 31)))
         return rows
 
 
