@@ -154,7 +154,7 @@ WRONG: list[tuple[str, dict[str, bytes], str]] = [
     ("qwen2", {"attention__clamp_kqv": scalar(F32, 8.0)}, "clipping"),
     ("qwen2", {"logit_scale": scalar(F32, 0.5)}, "logit scale"),
     ("qwen2", {"rope__scaling__type": scalar(STRING, "dynamic")}, "rope scaling 'dynamic'"),
-    ("qwen2", {"embedding_length": scalar(STRING, "4")}, "embedding_length must be an integer"),
+    ("qwen2", {"embedding_length": scalar(STRING, "wide")}, "embedding_length must be an integer"),
     ("qwen2", {"embedding_length": scalar(U32, 0)}, "embedding_length must be an integer from 1"),
     ("qwen2", {"attention__key_length": scalar(U32, 2), "attention__head_count": scalar(U32, 3),
                "attention__head_count_kv": scalar(U32, 2)}, "no multiple"),
