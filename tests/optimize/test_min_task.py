@@ -55,6 +55,7 @@ def test_a_recipe_that_lost_a_task_is_out(asked: list[str], tmp_path: Path) -> N
     assert found.chosen.bits_per_weight > 6
     assert found.chosen.verdict.task_shares == {"json": 0.97}
     assert "json 0.9" in found.chosen.because
+    assert "Right answers: json 97%." in found.chosen.because
     lost = [c for c in found.candidates if c.bits_per_weight < 6]
     assert lost
     for candidate in lost:

@@ -186,6 +186,9 @@ _WORDS = {
 def _chosen(chosen: Candidate, aims: Aims, baseline: Measurement, candidates: Sequence[Candidate]) -> str:
     goal, budget = aims.goal, aims.budget
     parts = [f"chosen: {_WORDS[goal]} within {limits_of(budget)};", f"{spread(chosen.verdict)}."]
+    if chosen.verdict.task_shares:
+        shares = chosen.verdict.task_shares.items()
+        parts.append(f"Right answers: {', '.join(f'{task} {share or 0.0:.0%}' for task, share in shares)}.")
     measured = chosen.measurement
     if goal == "latency" and measured is not None:
         request = measured.workload
