@@ -253,6 +253,7 @@ def test_marks_of_the_roofline_stand_where_the_figures_say() -> None:
     assert y == pytest.approx(roof_there, abs=0.2)  # 1e9 bytes in 20 ms are just what the memory gives
     assert float(square.attrib["x"]) > x
     assert float(square.attrib["y"]) < y
+    assert "above the roof" in roofline(0.8 * roof, ceilings, [decode, prompt])  # it was measured too low
     assert roofline(None, ceilings, [decode]) == ""
     assert roofline(roof, [], [decode]) == ""
     gpu = {"accelerators": [{"copy_gb_per_s": 4000.0, "bf16_tflops": 800.0, "fp8_tflops": None}]}

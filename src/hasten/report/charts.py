@@ -438,7 +438,16 @@ def roofline(bytes_per_s: float | None, ceilings: Sequence[Ceiling], reached: Se
         [f"Memory is read at {name}", *(f"{c.name} {_rate(c.ops_per_s)}" for c in ceilings)]
         + [_reached_sentence(one) for one in reached]
     )
-    return _ROOF.chart("roof", "What was reached of what the machine can do", about + ".", "".join(parts))
+    figure = _ROOF.chart("roof", "What was reached of what the machine can do", about + ".", "".join(parts))
+    highest = max(one.ops_per_s for one in ceilings)
+    above = [one for one in reached if one.ops_per_s > 1.05 * min(highest, one.ops_per_byte * bytes_per_s)]
+    return figure + (_ABOVE if above else "")
+
+
+_ABOVE = (
+    '<p class="key">A point above the roof was measured in a better moment than the roof: other work took '
+    "part of the machine while its ceilings were measured.</p>"
+)
 
 
 def _roofs(
