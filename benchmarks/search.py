@@ -40,9 +40,9 @@ from hasten.bench.measure import rates_of
 from hasten.compress.result import Progress
 from hasten.core import Budget, EngineOptions, Recipe, as_json
 from hasten.machine.probe import probe
-from hasten.optimize.aims import Aims, cost_of
+from hasten.optimize.choice import Aims, cost_of
+from hasten.optimize.prospect import OptimizeResult
 from hasten.optimize.race import Lap, Racer, race
-from hasten.optimize.result import OptimizeResult
 from hasten.optimize.search import BASELINE, Effort, optimize
 from hasten.optimize.workshop import Built, Timed, Workshop
 from hasten.quality.divergence import Reference, evaluate

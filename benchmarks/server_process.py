@@ -15,7 +15,7 @@ from pathlib import Path
 from hasten.bench.load import Address
 from hasten.bench.peers import EngineSpec
 from hasten.errors import MachineError
-from hasten.machine.cores import group_folders
+from hasten.machine.cgroup import group_folders
 
 _PERIOD_US = 100_000
 

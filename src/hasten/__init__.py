@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hasten.errors import HastenError
     from hasten.loading import load
     from hasten.machine.probe import probe
-    from hasten.optimize.result import OptimizeResult
+    from hasten.optimize.prospect import OptimizeResult
     from hasten.optimize.search import optimize
     from hasten.runtime.sampling import SamplingOptions
 
@@ -41,7 +41,7 @@ _HOME = {
     "Recipe": "hasten.core",
     "Format": "hasten.core",
     "EngineOptions": "hasten.core",
-    "OptimizeResult": "hasten.optimize.result",
+    "OptimizeResult": "hasten.optimize.prospect",
     "HastenError": "hasten.errors",
 }
 

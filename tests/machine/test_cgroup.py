@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hasten.machine.cores import cpu_quota, memory_left, memory_limit
+from hasten.machine.cgroup import cpu_quota, memory_left, memory_limit
 
 
 def system(tmp_path: Path, groups: str, mounts: list[tuple[str, str, str]]) -> Path:

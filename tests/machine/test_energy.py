@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from hasten.bench.measure import EnergyMeter
 from hasten.errors import MachineError
-from hasten.machine.energy import EnergyMeter
 
 
 def package(root: Path, name: str, used: int, wraps_at: int = 1_000_000) -> Path:

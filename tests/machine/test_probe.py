@@ -115,7 +115,7 @@ def test_kept_until_too_old_or_another_machine(cache: Path, monkeypatch: pytest.
     stat = Stat(1.0, 1.0, 1.0, 1)
     runs: list[float] = []
 
-    def fake(threads: int | None = None) -> dict[str, Any]:
+    def fake(threads: int | None, read_seconds: float, peak_seconds: float) -> dict[str, Any]:
         runs.append(1.0)
         peak = Ceiling("scalar", "int8", len(runs), stat)
         return {"read_gb_per_s": 10.0 + len(runs), "read_rounds": stat, "ceilings": (peak,)}

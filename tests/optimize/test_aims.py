@@ -7,7 +7,7 @@ import pytest
 from hasten.bench.workload import TRAFFICS
 from hasten.core import Budget
 from hasten.errors import UsageError
-from hasten.optimize.aims import TOGETHER, WORKLOADS, Aims
+from hasten.optimize.choice import TOGETHER, WORKLOADS, Aims
 
 
 @pytest.mark.parametrize(

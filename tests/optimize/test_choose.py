@@ -11,8 +11,17 @@ from hasten.bench.figures import Ratio
 from hasten.bench.workload import TRAFFICS
 from hasten.core import Budget, Goal, Measurement, Recipe, Verdict, Workload
 from hasten.errors import BudgetError
-from hasten.optimize.aims import Aims, carried, price_of
-from hasten.optimize.choice import Candidate, choose_candidate, explain, limit_of, misses, percent
+from hasten.optimize.choice import (
+    Aims,
+    Candidate,
+    carried,
+    choose_candidate,
+    explain,
+    limit_of,
+    misses,
+    percent,
+    price_of,
+)
 
 BUDGET = Budget(0.01)
 LATENCY, THROUGHPUT, MEMORY = Aims(BUDGET), Aims(BUDGET, "throughput"), Aims(BUDGET, "memory")

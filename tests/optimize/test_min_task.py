@@ -13,8 +13,8 @@ from hasten.cli.optimize import _wanted
 from hasten.core import Budget, Status
 from hasten.errors import BudgetError, UsageError
 from hasten.optimize import trials
-from hasten.optimize.aims import Aims
-from hasten.optimize.result import OptimizeResult
+from hasten.optimize.choice import Aims
+from hasten.optimize.prospect import OptimizeResult
 from hasten.optimize.search import Effort, Search
 from hasten.quality.answers import InProcess, TaskResult
 

@@ -14,7 +14,7 @@ import hasten
 from hasten.cli import main
 from hasten.core import Accelerator, EngineOptions, Recipe, Workload
 from hasten.errors import MachineError
-from hasten.optimize.aims import WORKLOADS
+from hasten.optimize.choice import WORKLOADS
 from hasten.optimize.search import Effort
 from hasten.optimize.sensitivity import OFFERS
 from hasten.optimize.workshop import Workshop

@@ -157,7 +157,7 @@ def test_energy_that_cannot_be_read_is_said_before_any_work(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr("hasten.machine.energy._POWERCAP", tmp_path)
+    monkeypatch.setattr("hasten.bench.measure._POWERCAP", tmp_path)
     assert main(["optimize", "letters", "--for", "energy"]) == 1
     assert "cannot be read here" in capsys.readouterr().err
 

@@ -15,8 +15,8 @@ from hasten.bench.figures import Sample
 from hasten.compress.result import Progress
 from hasten.core import Budget, EngineOptions, Goal, Recipe, Workload
 from hasten.errors import BudgetError, DeviceLost, MachineError, UsageError
-from hasten.optimize.aims import WORKLOADS, Aims
-from hasten.optimize.result import OptimizeResult
+from hasten.optimize.choice import WORKLOADS, Aims
+from hasten.optimize.prospect import OptimizeResult
 from hasten.optimize.search import Effort, Search
 from hasten.optimize.workshop import Workshop
 from hasten.quality.text import Text

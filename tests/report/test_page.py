@@ -15,7 +15,7 @@ import pytest
 from fakes import FakeWorkshop
 from hasten.cli import main
 from hasten.core import Budget
-from hasten.optimize.aims import Aims
+from hasten.optimize.choice import Aims
 from hasten.optimize.search import Effort, Search
 from hasten.report import STYLE
 from hasten.report.charts import (

@@ -1,4 +1,4 @@
-"""Our engine timed in this process, and the figures every engine's runs are boiled down to.
+"""Our engine timed in this process, the energy it takes, and what every engine's runs are boiled down to.
 
 How each figure is defined, for every engine alike:
 
@@ -9,23 +9,136 @@ How each figure is defined, for every engine alike:
     tpot_ms             that time / tokens a sequence
 
 Prompts have exactly N token ids: the same for every engine, none twice in a run.
+
+Energy is what this machine's counters say. Processors: RAPL, `energy_uj` of each package below
+/sys/class/powercap (Linux; on most systems root alone may read it, since 2020: CVE-2020-8694). It counts up
+and begins again at `max_energy_range_uj`. Memory, fans and power supplies are not in it. NVIDIA GPUs: NVML's
+total energy, millijoules since the driver was loaded. What cannot be read is unknown, and so is the sum.
+Other processes' energy is in the counters too: on a busy machine a figure is too high.
 """
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from hasten.bench.figures import Sample, TokenClock, percentile, steady
 from hasten.core import GAP_SHARES, Machine, Measurement, ServingOptions, Stat, Workload
-from hasten.errors import UsageError
+from hasten.errors import MachineError, UsageError
+from hasten.machine.cgroup import kernel_text
 from hasten.machine.memory import peak_rss_bytes
 from hasten.machine.probe import stat_of
 from hasten.speed.cost import Cost, cost, on_gpu
 
 if TYPE_CHECKING:
     from hasten.engine.model import LanguageModel
+
+_POWERCAP = Path("/sys/class/powercap")
+_NVML = "libnvidia-ml.so.1"
+
+
+@dataclass(frozen=True)
+class _Counter:
+    """One package's RAPL counter."""
+
+    path: Path
+    wraps_at: int | None  # microjoules
+
+    def read(self) -> int:
+        return int(kernel_text(self.path))
+
+
+class EnergyMeter:
+    """Sums what was used between two looks.
+
+    Raises:
+        MachineError: no counter can be read here.
+    """
+
+    def __init__(self, gpus: bool = False, powercap: Path = _POWERCAP) -> None:
+        """`gpus`: add what NVIDIA GPUs used, all that this process sees."""
+        self._counters = _packages(powercap)
+        self._cards = _Cards() if gpus else None
+        if not self._counters:
+            raise MachineError(
+                f"the energy that processors use cannot be read here: no readable energy_uj in {powercap}",
+                hint="let an administrator make it readable, or search --for latency or --for cost",
+            )
+
+    def read(self) -> tuple[int, ...]:
+        """All counters as they are now."""
+        cards = self._cards.read() if self._cards is not None else ()
+        return (*(counter.read() for counter in self._counters), *cards)
+
+    def joules(self, before: Sequence[int], after: Sequence[int]) -> float:
+        """What was used between two looks; a counter that began again in between is put right."""
+        total = 0.0
+        for place, (first, last) in enumerate(zip(before, after, strict=True)):
+            if place >= len(self._counters):
+                total += (last - first) / 1e3
+                continue
+            wraps_at = self._counters[place].wraps_at
+            used = last - first if last >= first or wraps_at is None else last - first + wraps_at
+            total += used / 1e6
+        return total
+
+
+def _packages(powercap: Path) -> list[_Counter]:
+    """Whole packages: `intel-rapl:0`, on AMD too; parts of one (`intel-rapl:0:1`) are in it already."""
+    found = []
+    for folder in sorted(powercap.glob("*-rapl:*")):
+        if folder.name.count(":") != 1 or folder.name.startswith("intel-rapl-mmio"):
+            continue
+        try:
+            counter = _Counter(folder / "energy_uj", int(kernel_text(folder / "max_energy_range_uj")))
+            counter.read()
+        except (OSError, ValueError):
+            return []  # a sum without one package would be wrong
+        found.append(counter)
+    return found
+
+
+class _Cards:
+    """NVIDIA's GPUs through NVML."""
+
+    def __init__(self) -> None:
+        try:
+            self._nvml: Any = ctypes.CDLL(_NVML)
+        except OSError:
+            self._nvml = None
+        count = ctypes.c_uint()
+        if (
+            self._nvml is None
+            or self._nvml.nvmlInit_v2()
+            or self._nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
+        ):
+            raise MachineError(
+                f"the energy that GPUs use cannot be read here: {_NVML} does not answer",
+                hint="install NVIDIA's driver library, or search --for latency",
+            )
+        self._handles = []
+        for index in range(count.value):
+            handle = ctypes.c_void_p()
+            self._nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(handle))
+            self._handles.append(handle)
+        self.read()
+
+    def read(self) -> tuple[int, ...]:
+        """Millijoules of each card."""
+        found = []
+        for handle in self._handles:
+            used = ctypes.c_ulonglong()
+            if self._nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(used)):
+                raise MachineError(
+                    "a GPU does not count its energy", hint="search --for latency or --for cost"
+                )
+            found.append(used.value)
+        return tuple(found)
+
 
 TEXT_CHARACTERS = 400_000
 """How much of the default text is tokenized at most: about 100k tokens, tokenized in well under a second."""

@@ -34,6 +34,7 @@ from typing import IO, TYPE_CHECKING, Any, TextIO
 from hasten.bench.peers import EngineSpec
 from hasten.core import Workload, as_json
 from hasten.errors import HastenError, PeerError, UsageError
+from hasten.machine.cgroup import kernel_text
 from hasten.machine.memory import peak_rss_bytes
 
 if TYPE_CHECKING:
@@ -286,9 +287,8 @@ class ServerProcess(Child):
 
     def _cpu_s(self) -> float:
         """Processor time of all its threads so far, seconds; 0 once it is gone."""
-        try:
-            text = Path(f"/proc/{self.pid}/stat").read_text(encoding="utf-8", errors="replace")
-        except OSError:
+        text = kernel_text(Path(f"/proc/{self.pid}/stat"))
+        if not text:
             return 0.0
         fields = text.rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

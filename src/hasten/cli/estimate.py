@@ -188,7 +188,7 @@ def _workloads(
     batches = _numbers("--batch", batch)
     if name is not None:
         from hasten.bench.workload import traffic
-        from hasten.optimize.aims import WORKLOADS
+        from hasten.optimize.choice import WORKLOADS
 
         shapes = {"latency": WORKLOADS["latency"], "throughput": WORKLOADS["throughput"]}
         if name in shapes:

@@ -26,10 +26,8 @@ from hasten.cli.flags import (
 from hasten.core import SCHEMA_VERSION, Budget, EngineOptions, as_json
 
 if TYPE_CHECKING:
-    from hasten.optimize.aims import Aims
-    from hasten.optimize.choice import Candidate
-    from hasten.optimize.prospect import Prospect
-    from hasten.optimize.result import OptimizeResult
+    from hasten.optimize.choice import Aims, Candidate
+    from hasten.optimize.prospect import OptimizeResult, Prospect
     from hasten.optimize.search import Effort
 
 KEPT = "What was measured is kept: run the same command again to go on from there (--fresh starts over)."
@@ -208,7 +206,7 @@ def _aims(
 ) -> Aims:
     from hasten.bench.workload import traffic
     from hasten.machine.memory import installed_bytes, memory_amount
-    from hasten.optimize.aims import Aims
+    from hasten.optimize.choice import Aims
 
     return Aims(
         budget=budget,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from hasten.errors import MachineError, UsageError
-from hasten.machine.cores import kernel_text, memory_left, memory_limit
+from hasten.machine.cgroup import kernel_text, memory_left, memory_limit
 
 _MEMINFO = Path("/proc/meminfo")
 _LEAST_RESERVE, _MOST_RESERVE = 50_000_000, 1_500_000_000

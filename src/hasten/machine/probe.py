@@ -32,7 +32,8 @@ from typing import Any, cast
 from hasten.cache import cache_dir, read_record, write_record
 from hasten.core import Accelerator, CacheLevel, Ceiling, Machine, Stat, as_json
 from hasten.errors import DiskError, UsageError
-from hasten.machine.cores import core_ids, cores, kernel_text, memory_limit, numbers_in, usable_cores
+from hasten.machine.cgroup import kernel_text, memory_limit
+from hasten.machine.cores import core_ids, cores, numbers_in, usable_cores
 from hasten.machine.memory import available_bytes, installed_bytes
 
 READ_SECONDS = 2.0  # of reading; getting the buffer costs up to twice as much again

@@ -17,9 +17,9 @@ from hasten.bench.calibrate import kept
 from hasten.compress.result import Observer, Progress, silent
 from hasten.core import Budget, EngineOptions, Estimate, Machine, Measurement, Plan, Recipe, as_json
 from hasten.errors import BudgetError, DeviceLost, MachineError, UsageError
-from hasten.optimize.aims import Aims
 from hasten.optimize.calibrated import Made, mixture_name
 from hasten.optimize.choice import (
+    Aims,
     Candidate,
     Untried,
     choose_candidate,
@@ -29,11 +29,20 @@ from hasten.optimize.choice import (
     spread,
 )
 from hasten.optimize.mixture import Mixing
-from hasten.optimize.prospect import Prospect, Sieve, kv_bytes, prospect, worth_racing
-from hasten.optimize.result import Baseline, OptimizeResult, disturbances, map_record, remarks
+from hasten.optimize.prospect import (
+    Baseline,
+    OptimizeResult,
+    Prospect,
+    Sieve,
+    disturbances,
+    kv_bytes,
+    map_record,
+    prospect,
+    remarks,
+    worth_racing,
+)
 from hasten.optimize.sensitivity import SensitivityMap, uniform
-from hasten.optimize.timing import Timing
-from hasten.optimize.trials import Clock, SearchMemory, Shelf, Trials
+from hasten.optimize.trials import Clock, SearchMemory, Shelf, Timing, Trials
 from hasten.optimize.workshop import Built, Workshop
 from hasten.quality.divergence import Reference
 from hasten.quality.text import Text, default_text, text_from_file, windows

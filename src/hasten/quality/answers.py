@@ -224,7 +224,7 @@ class Server:
         try:
             request = urllib.request.Request(self._place, body, headers)
             with urllib.request.urlopen(request, timeout=_WAIT_S) as response:
-                return json.load(response)["choices"][0]
+                return json.loads(response.read())["choices"][0]
         except urllib.error.HTTPError as error:
             said = error.read(2000).decode(errors="replace")
             raise PeerError(
