@@ -6,6 +6,7 @@ import ast
 import functools
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -156,3 +157,24 @@ def test_no_forbidden_words() -> None:
 def test_no_drawer_modules() -> None:
     drawers = [p for p in PYTHON if p.stem in ("utils", "util", "helpers", "misc", "common")]
     assert not drawers, "a helper lives beside its one user or gets a real name"
+
+
+def assigned_twice(text: str) -> list[str]:
+    """Names that a module assigns at its top level more than once: the last value counts for all readers."""
+    targets: list[ast.expr] = []
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Assign):
+            targets += node.targets
+        elif isinstance(node, ast.AnnAssign):
+            targets.append(node.target)
+    names = Counter(target.id for target in targets if isinstance(target, ast.Name))
+    return [name for name, count in names.items() if count > 1]
+
+
+def test_a_second_value_of_a_constant_is_found() -> None:
+    assert assigned_twice("A = 0.7\nB: int = 1\nA = 0.5\n") == ["A"]
+
+
+def test_a_module_gives_each_constant_one_value() -> None:
+    found = {str(p.relative_to(ROOT)): names for p in PYTHON if (names := assigned_twice(p.read_text()))}
+    assert not found, f"two files that were joined may have had one name for two things: {found}"

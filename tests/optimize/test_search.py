@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,20 @@ def test_the_mixture_is_lighter_than_any_uniform_one_that_passes(run: Run) -> No
 
 def test_the_source_is_tried_where_it_is_not_the_baseline_itself(run: Run) -> None:
     assert "source" in [c.recipe.name for c in run(FakeWorkshop(kept_bits=8)).candidates]
+
+
+@pytest.mark.parametrize(("share", "is_together"), [(0.6, True), (0.8, False)])
+def test_a_race_takes_seven_tenths_of_the_free_memory(
+    run: Run, monkeypatch: pytest.MonkeyPatch, share: float, is_together: bool
+) -> None:
+    finalists = [c for c in run(Disturbed("", ())).candidates if c.measurement is not None]
+    assert len(finalists) > 1
+    free = round(sum(c.size for c in finalists) / share)
+    monkeypatch.setattr("hasten.optimize.trials.available_bytes", lambda: free)
+    workshop = Disturbed("", ())  # nothing slows it: it says who ran when
+    run(workshop)
+    blocks = [name for name, _ in groupby(workshop.taken)]
+    assert (len(blocks) > len(set(blocks))) == is_together
 
 
 @pytest.mark.parametrize("goal", ["throughput", "memory"])

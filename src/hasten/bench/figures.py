@@ -48,6 +48,11 @@ class Sample:
         """Milliseconds from one token of a sequence to its next."""
         return 1000.0 * self.decode_s * len(self.ids) / self.decode_tokens
 
+    @property
+    def whole_s(self) -> float:
+        """Seconds from the prompts to the last token of all sequences."""
+        return self.ttft_s + self.decode_s
+
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Sample:
         ids = tuple(tuple(row) for row in record["ids"])

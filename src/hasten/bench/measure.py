@@ -224,8 +224,6 @@ def measure_model(
     Raises:
         UsageError: a workload or a number of runs that cannot be measured.
     """
-    import hasten
-
     check(workload)
     ids = model.tokenizer.encode(default_text(), add_special=False)
     ring = PromptRing(ids)
@@ -235,8 +233,30 @@ def measure_model(
 
     run(0)
     found = steady(run, rates_of, runs)
-    measurement = measurement_of(
-        found.rounds,
+    return measurement_of_model(model, found.rounds, workload, found.disturbed, machine)
+
+
+def measurement_of_model(
+    model: LanguageModel,
+    samples: Sequence[Sample],
+    workload: Workload,
+    disturbed: int,
+    machine: Machine | None,
+) -> Measurement:
+    """The medians of runs of a model in this process.
+
+    Args:
+        samples: the runs that other work did not disturb.
+        disturbed: how many runs other work disturbed.
+        machine: with measured ceilings; without it the fractions of them are None.
+
+    Raises:
+        UsageError: there is no run.
+    """
+    import hasten
+
+    found = measurement_of(
+        samples,
         workload,
         engine="hasten",
         version=hasten.__version__,
@@ -244,12 +264,10 @@ def measure_model(
         weight_bytes=model.weight_bytes,
         threads=model.threads,
         peak_rss_bytes=peak_rss_bytes(),
-        disturbed_rounds=found.disturbed,
+        disturbed_rounds=disturbed,
         device=model.device,
     )
-    return (
-        measurement if machine is None else with_ceilings(measurement, model_cost(model, workload), machine)
-    )
+    return found if machine is None else with_ceilings(found, model_cost(model, workload), machine)
 
 
 def run_once(

@@ -255,11 +255,6 @@ class _Where:
         assert self.calibration is not None
         return self.calibration
 
-    def memory(self, spec: ModelSpec, recipe: Recipe, case: Case) -> Memory:
-        from hasten.speed.forecast import memory_of
-
-        return memory_of(spec, recipe, case)
-
     @property
     def room(self) -> int | None:
         """Bytes that are there; None: unknown."""
@@ -281,7 +276,7 @@ class _Estimate:
 
 def _estimates(asked: _Asked, where: _Where) -> Iterator[_Estimate]:
     from hasten.speed.cost import load_of
-    from hasten.speed.forecast import forecast
+    from hasten.speed.forecast import forecast, memory_of
 
     for recipe in asked.recipes:
         load, pace = load_of(asked.spec, recipe), where.pace(recipe)
@@ -290,7 +285,7 @@ def _estimates(asked: _Asked, where: _Where) -> Iterator[_Estimate]:
                 recipe,
                 recipe.bits_per_weight(asked.spec),
                 forecast(asked.spec, recipe, case, pace, load=load),
-                where.memory(asked.spec, recipe, case),
+                memory_of(asked.spec, recipe, case),
             )
 
 
@@ -324,7 +319,7 @@ def _helps(asked: _Asked, where: _Where, one: _Estimate) -> list[tuple[str, floa
     from hasten.speed.forecast import forecast
 
     case, found = one.forecast.case, []
-    now = _whole_s(one.forecast)
+    now = one.forecast.whole_ms
     narrower = {"weights in 4 bits": Recipe.parse("w4-kv8" if one.recipe.kv == "int8" else "w4")}
     if one.recipe.kv == "bf16":
         narrower["keys and values in 8 bits"] = replace(one.recipe, kv="int8")
@@ -339,14 +334,8 @@ def _helps(asked: _Asked, where: _Where, one: _Estimate) -> list[tuple[str, floa
             other = forecast(asked.spec, recipe, changed, where.pace(recipe))
         except HastenError:
             continue
-        found.append((name, _whole_s(other) / now))
+        found.append((name, other.whole_ms / now))
     return sorted((pair for pair in found if pair[1] < 0.97), key=lambda pair: pair[1])
-
-
-def _whole_s(forecast: Forecast) -> float:
-    """Seconds from asking to the last token."""
-    tpot = 0.0 if forecast.tpot_ms is None else forecast.tpot_ms.value
-    return (forecast.ttft_ms.value + tpot * max(0, forecast.case.workload.output - 1)) / 1e3
 
 
 # What is shown ----------------------------------------------------------------------------------------------

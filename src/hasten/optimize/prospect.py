@@ -217,8 +217,7 @@ def _predicted(recipe: Recipe, config: ModelSpec, aims: Aims, pace: Pace) -> flo
         found = forecast(config, recipe, case, pace, load=load_of(config, recipe))
     except HastenError:
         return None
-    tpot = 0.0 if found.tpot_ms is None else found.tpot_ms.value
-    return found.ttft_ms.value + (work.output - 1) * tpot
+    return found.whole_ms
 
 
 def is_coarser(one: Recipe, other: Recipe, names: Sequence[str], kept: Mapping[str, Format]) -> bool:

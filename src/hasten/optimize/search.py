@@ -389,10 +389,10 @@ class Search:
         known = [replace(c, memory_bytes=self.timing.memory_bytes(c)) for c in candidates]
         passing = [c for c in known if not misses(c, self.aims)]
         if not passing:
-            choose_candidate(known, self.aims)  # says what each of them misses
+            choose_candidate(known, self.aims)  # raises BudgetError, which says what each of them misses
         costs = {c.recipe.name: self.prospect(c.recipe).cost for c in passing}
         finalists = list(worth_racing(passing, lambda c: costs[c.recipe.name]))
-        if self.aims.goal == "memory" and passing and not self.aims.asks_speed:
+        if self.aims.goal == "memory" and not self.aims.asks_speed:
             finalists = [min(passing, key=lambda c: c.size)]
         start, timed = self.timing.race(self._bf16(), finalists, costs)
         assert start is not None
@@ -400,7 +400,7 @@ class Search:
         if rest and all(misses(c, self.aims) for c in timed.values()):  # none is fast enough: look at all
             _, more = self.timing.race(None, rest, costs)
             timed |= {name: replace(c, ratio=None, believed=None) for name, c in more.items()}
-        least = min(costs.values(), default=1.0)
+        least = min(costs.values())
         return start, [
             timed.get(c.recipe.name) or _untimed(c, costs.get(c.recipe.name, least) / least) for c in known
         ]

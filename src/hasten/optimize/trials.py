@@ -31,8 +31,11 @@ from hasten.quality.divergence import Divergence, Reference, judge
 from hasten.speed.forecast import Case, memory_of
 from hasten.weights.packed_store import warn_once
 
-_ROOM = 0.7
-"""Of the memory that is free: what all models of a race may take; else one after another is timed."""
+_RACE_ROOM = 0.7
+"""A share of the free memory: the models of a race may take so much together; larger ones are timed one after
+another."""
+_SHELF_ROOM = 0.5
+"""A share of the free memory: a model that nobody uses is kept if it takes no more."""
 _WARM_UP = 8  # tokens
 START = "bf16"
 
@@ -89,7 +92,7 @@ class Timing:
         if self.workshop.options.device != "cpu":
             return False  # memory for keys and values is taken at the start there
         free = available_bytes()
-        return free is None or sum(c.size for c in finalists) <= _ROOM * free
+        return free is None or sum(c.size for c in finalists) <= _RACE_ROOM * free
 
     def _together(
         self, start: Built | None, finalists: Sequence[Candidate], predicted: Mapping[str, float]
@@ -207,7 +210,7 @@ def _cost_of(aims: Aims) -> Cost:
     """Of one run: seconds of all of it, or joules a token."""
     if aims.goal == "energy":
         return lambda lap: (lap.joules or 0.0) / _tokens(lap.sample)
-    return lambda lap: lap.sample.ttft_s + lap.sample.decode_s
+    return lambda lap: lap.sample.whole_s
 
 
 def _tokens(sample: Sample) -> int:
@@ -267,10 +270,6 @@ class Clock:
         return self.left_s <= 0
 
 
-_ROOM = 0.5
-"""Of the memory that is free: what built models may take together while nobody uses them."""
-
-
 @dataclass
 class Shelf:
     """Models that were built and judged and may be timed: packing them again would take seconds each."""
@@ -292,7 +291,9 @@ class Shelf:
     def put(self, recipe: Recipe, model: Built) -> None:
         """Keep a model where memory has room for it, else close it."""
         free = available_bytes()
-        if self.workshop.options.device != "cpu" or (free is not None and model.stored_bytes > _ROOM * free):
+        if self.workshop.options.device != "cpu" or (
+            free is not None and model.stored_bytes > _SHELF_ROOM * free
+        ):
             model.close()
             return
         self.drop(recipe.name)

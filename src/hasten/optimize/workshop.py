@@ -10,22 +10,13 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
-import hasten
 from hasten.bench.figures import Sample
-from hasten.bench.measure import (
-    PromptRing,
-    default_text,
-    measurement_of,
-    model_cost,
-    run_once,
-    with_ceilings,
-)
+from hasten.bench.measure import PromptRing, default_text, measurement_of_model, run_once
 from hasten.compress.result import Observer
 from hasten.core import EngineOptions, Format, Machine, Measurement, ModelSpec, Recipe, Workload
 from hasten.engine.model import LanguageModel, load_packed
 from hasten.errors import UsageError
 from hasten.machine import probe
-from hasten.machine.memory import peak_rss_bytes
 from hasten.models.artifact import refuse_other_model, save
 from hasten.models.open import open_model
 from hasten.models.source import sha256_of
@@ -224,20 +215,8 @@ class Workshop:
     def measurement(self, model: Built, workload: Workload, timed: Timed) -> Measurement:
         """The medians of a model's runs, beside the machine's ceilings."""
         own = cast(LanguageModel, model)
-        found = measurement_of(
-            timed.samples,
-            workload,
-            engine="hasten",
-            version=hasten.__version__,
-            form=own.recipe.name,
-            weight_bytes=own.weight_bytes,
-            threads=own.threads,
-            peak_rss_bytes=peak_rss_bytes(),
-            disturbed_rounds=timed.disturbed,
-            device=own.device,
-        )
-        found = replace(found, joules_per_token=timed.joules_per_token)
-        return with_ceilings(found, model_cost(own, workload), self.machine())
+        found = measurement_of_model(own, timed.samples, workload, timed.disturbed, self.machine())
+        return replace(found, joules_per_token=timed.joules_per_token)
 
     def claim(self, folder: Path) -> None:
         refuse_other_model(folder, self.source, f"rm -r {folder}")

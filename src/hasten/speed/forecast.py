@@ -84,6 +84,12 @@ class Forecast:
     decode_parts: dict[str, float] = field(default_factory=dict)  # seconds of the middle decode step
     prefill_parts: dict[str, float] = field(default_factory=dict)  # seconds of the whole prompt phase
 
+    @property
+    def whole_ms(self) -> float:
+        """Milliseconds from asking to the last token."""
+        tpot = 0.0 if self.tpot_ms is None else self.tpot_ms.value
+        return self.ttft_ms.value + tpot * max(0, self.case.workload.output - 1)
+
 
 def forecast(
     config: ModelSpec, recipe: Recipe, case: Case, pace: Pace, *, chunk: int = CHUNK, load: Load | None = None
