@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,8 +99,22 @@ def test_a_server_is_asked(
     assert found["tasks"][0]["drop"] is not None
 
 
-def test_the_help_names_every_task(capsys: pytest.CaptureFixture[str]) -> None:
-    from hasten.cli.eval import TASK
+def test_the_help_names_every_task() -> None:
+    from hasten.cli.eval import DROP, LIMIT, TASK
     from hasten.quality.tasks import TASKS
 
     assert f"Tasks: {', '.join(TASKS)}." in TASK
+    limits = {task.limit for name, task in TASKS.items() if name != "needle"}
+    assert f"{' or '.join(map(str, sorted(limits)))}, of needle {TASKS['needle'].limit}." in LIMIT
+    assert f"Without it, {answers.MAX_DROP:.0%} is judged." in DROP
+
+
+def test_the_page_lists_every_task() -> None:
+    from hasten.quality.tasks import TASKS
+
+    page = (Path(__file__).parents[2] / "docs" / "quality.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| .+ \| (\d+) \| (.+) \|$", page, re.MULTILINE)
+    assert [(name, int(count)) for name, count, _ in rows] == [(n, task.limit) for n, task in TASKS.items()]
+    guessed = {name: re.search(r"(\d+) %$", said) for name, _, said in rows}
+    chances = {name: int(found[1]) / 100 if found else 0.0 for name, found in guessed.items()}
+    assert chances == {name: task.chance for name, task in TASKS.items()}

@@ -210,3 +210,12 @@ def test_empty_missing_and_folder(tmp_path: Path) -> None:
         GgufFile.open(tmp_path / "missing.gguf")
     with pytest.raises(ModelError, match="is a folder"):
         GgufFile.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("number", "hint"), [(31, "in Q4_0,"), (33, "in Q4_0,"), (36, "in IQ4_NL,"), (40, "requantise the model")]
+)
+def test_a_type_that_is_not_read_is_told_what_to_take(number: int, hint: str) -> None:
+    with pytest.raises(FormatError, match=f"has type {number} ") as caught:
+        parse(Gguf(tensors=[Tensor("t", [32], number, b"\0" * 32)]).build())
+    assert hint in (caught.value.hint or "")

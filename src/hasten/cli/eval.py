@@ -110,7 +110,7 @@ def _need_task(url: str | None, limit: int | None, drop: str | None) -> None:
         )
     for flag, value in (("--limit", limit), ("--max-task-drop", drop)):
         if value is not None:
-            raise UsageError(f"{flag} is of tasks, and no task is named", hint="add --task all")
+            raise UsageError(f"{flag} needs --task: it says how tasks are judged", hint="add --task all")
 
 
 # By text --------------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ class _Asked:
         self.options = options
         if url is not None and recipe is not None:
             raise UsageError(
-                f"--recipe {recipe} is of a model that Hasten opens; a server has its own",
+                f"--recipe {recipe} cannot be applied to a server: it answers with the weights that it has",
                 hint="drop --recipe, or drop --url",
             )
         self.source = against if url is not None else _source(model, against)

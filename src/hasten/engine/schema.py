@@ -98,7 +98,7 @@ def _rewritten(schema: Any, checked: set[str], depth: int) -> Any:
     if not isinstance(schema, Mapping) or depth > MAX_NESTING:
         return schema
     here = _undialected(dict(schema))
-    _names(here, checked)
+    _names(here)
     _unevaluated(here)
     kept: dict[str, Any] = {}
     for key, value in here.items():
@@ -155,7 +155,7 @@ def _nullable(here: dict[str, Any]) -> dict[str, Any]:
     return here
 
 
-def _names(here: dict[str, Any], checked: set[str]) -> None:
+def _names(here: dict[str, Any]) -> None:
     """`propertyNames` as properties or a pattern of names, where it is all that is said of them."""
     rule = here.get("propertyNames")
     if not isinstance(rule, Mapping) or any(key in here for key in ("properties", "patternProperties")):

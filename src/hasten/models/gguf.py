@@ -376,21 +376,19 @@ def _type(cursor: GgufCursor, name: str, number: int) -> TensorType:
     if number in TYPES_BY_ID:
         return TYPES_BY_ID[number]
     known = FOREIGN_NAMES.get(number, "one of ik_llama.cpp alone" if number in _IK_LLAMA else "unknown")
-    hint = f"supported types: {', '.join(kind.name for kind in TYPES_BY_ID.values())}; requantise the model "
     if number in _REPACKED:
         hint = (
-            f"{known[:6].rstrip('_')} in an order of rows that llama.cpp no longer reads: take the file of "
+            f"its rows lie in an order that llama.cpp no longer reads: take the file in {_REPACKED[number]}, "
+            "or download it again from its publisher"
         )
-        raise cursor.error(
-            f"tensor {name!r} has type {number} ({known}), which is not supported",
-            hint=f"{hint}that type, or download it again from its publisher",
-        )
-    raise cursor.error(
-        f"tensor {name!r} has type {number} ({known}), which is not supported", hint=f"{hint}to one of them"
-    )
+    else:
+        supported = ", ".join(kind.name for kind in TYPES_BY_ID.values())
+        hint = f"supported types: {supported}; requantise the model to one of them"
+    raise cursor.error(f"tensor {name!r} has type {number} ({known}), which is not supported", hint=hint)
 
 
-_REPACKED = (31, 32, 33, 36, 37, 38)
+_REPACKED = {31: "Q4_0", 32: "Q4_0", 33: "Q4_0", 36: "IQ4_NL", 37: "IQ4_NL", 38: "IQ4_NL"}
+"""The type that each repacked one holds, in another order."""
 _IK_LLAMA = range(97, 400)
 
 

@@ -32,7 +32,17 @@ import hasten
 from hasten.cache import cache_dir, read_record, write_record
 from hasten.core import Status
 from hasten.errors import DiskError, PeerError, UsageError
-from hasten.quality.divergence import Doubles, Floats, Interval, Runnable, interval, log_softmax
+from hasten.quality.divergence import (
+    Doubles,
+    Floats,
+    Interval,
+    Runnable,
+    Z,
+    interval,
+    log_softmax,
+    within,
+    worst,
+)
 from hasten.quality.tasks import TASKS, Question, Task, names_of
 from hasten.quality.text import Encoder
 
@@ -297,7 +307,6 @@ MAX_DROP = 0.05
 """How much the share of right answers may fall unless told otherwise: 5 points."""
 _FLOOR = 0.05
 """A share of right answers that is not surely above this says nothing where guessing never hits."""
-_Z = 1.959964
 _MADE_UP = math.sqrt(0.5)
 
 
@@ -381,10 +390,10 @@ def at_least(result: TaskResult, share: float) -> Status:
 def short_of(result: TaskResult, share: float) -> str:
     """That a share is missed, or not surely reached, in words."""
     if result.share is None or result.low is None or result.high is None:
-        return f"{result.task}: {result.because}, {share:.3g} of the answers asked"
+        return f"{result.task}: {result.because}; {share:.3g} of the answers must be right"
     return (
         f"{result.task}: {result.share:.0%} of {result.questions} answers are right "
-        f"({result.low:.0%} to {result.high:.0%}), surely {share:.3g} of all asked"
+        f"({result.low:.0%} to {result.high:.0%}); the lower end must reach {share:.3g}"
     )
 
 
@@ -413,7 +422,7 @@ def reached(
         statuses.append(at_least(found[-1], share))
         if statuses[-1] == "fail":
             break
-    return max(statuses, key=("pass", "insufficient", "fail").index, default="pass"), tuple(found)
+    return worst(statuses), tuple(found)
 
 
 def _fits(question: Question, task: Task, *subjects: Subject | None) -> bool:
@@ -484,11 +493,9 @@ def _result(
     )
     if wilson(int(theirs.sum()), count)[0] <= max(chance, _FLOOR):
         return replace(base, because="the source itself is not surely better than guessing")
-    if sure.high <= max_drop:
-        return replace(base, status="pass")
-    if sure.low > max_drop:
-        return replace(base, status="fail")
-    return replace(base, because="the limit lies inside the interval: more questions narrow it")
+    status = within(sure.low, sure.high, max_drop)
+    because = "the limit lies inside the interval: more questions narrow it"
+    return replace(base, status=status, because=because if status == "insufficient" else "")
 
 
 def drop_interval(drop: Doubles, *, seed: int = 0) -> Interval:
@@ -511,7 +518,7 @@ def _groups(asked: Sequence[Question], right: Bools) -> dict[str, tuple[int, int
 
 def wilson(right: int, count: int) -> tuple[float, float]:
     """95 % interval of a share (Wilson, 1927): honest for few questions and near 0 and 1."""
-    share, square = right / count, _Z * _Z / count
+    share, square = right / count, Z * Z / count
     middle = (share + square / 2) / (1 + square)
-    half = _Z * math.sqrt(share * (1 - share) / count + square / (4 * count)) / (1 + square)
+    half = Z * math.sqrt(share * (1 - share) / count + square / (4 * count)) / (1 + square)
     return max(middle - half, 0.0), min(middle + half, 1.0)

@@ -258,7 +258,7 @@ def _tolerant(model: type[Item], body: bytes | bytearray, ignored: set[str]) -> 
         Problem: what is wrong all the same.
     """
     try:
-        document = from_json(bytes(body))
+        document = from_json(body)
     except ValueError:
         try:
             document = from_json(_HALVES.sub(_whole, body))

@@ -19,7 +19,7 @@ _KEPT = {
     "assistant": ("role", "content", "name", "reasoning_content", "tool_calls"),
     "tool": ("role", "content", "name", "tool_call_id"),
 }
-_HEARD = ("refusal", "function_call", "prefix", "partial")  # of messages, that are heard and not kept
+_HEARD = ("refusal", "function_call", "prefix", "partial")  # of messages: read elsewhere, so not "ignored"
 _ROLES = {"function": "tool", "model": "assistant", "ai": "assistant", "human": "user"}
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal", "summary_text")
 _THOUGHT_PARTS = ("thinking", "reasoning", "redacted_thinking", "reasoning_text")
@@ -382,15 +382,10 @@ _ITEM_KEPT = {
     "item_reference": ("type", "id"),
 }
 _LIKE_CALLS = {"custom_tool_call": "input", "local_shell_call": "action", "mcp_call": "arguments"}
-_LEFT_OUT: tuple[str, ...] = (
-    "compaction",
-    "compaction_summary",
-    "context_compaction",
-    "item_list",
-    "ghost_snapshot",
-    "other",
-)
-_LEFT_OUT += ("mcp_list_tools", "mcp_approval_request", "mcp_approval_response", "tool_search_output")
+_LEFT_OUT = (
+    "compaction", "compaction_summary", "context_compaction", "item_list", "ghost_snapshot", "other",
+    "mcp_list_tools", "mcp_approval_request", "mcp_approval_response", "tool_search_output",
+)  # fmt: skip
 """Types of items that belong to tools and services of others."""
 _TEXT_ITEMS = ("input_text", "output_text", "text")
 _STATUS = ("in_progress", "completed", "incomplete")
