@@ -254,9 +254,9 @@ def place_head(a, b, h, places, cos, sin, q_norm, k_norm, queries, keys, values,
         a, b = a * c - b * s, b * c + a * s
         if key_shift is not None:
             shift = key_shift + tl.maximum(h - HEADS, 0) * D + i
-            is_key = (i < D // 2) & (h >= HEADS)
-            a -= tl.load(shift, mask=is_key, other=0.0)[:, None]
-            b -= tl.load(shift + D // 2, mask=is_key, other=0.0)[:, None]
+            of_key = tl.where(h >= HEADS, 1.0, 0.0)
+            a -= of_key * tl.load(shift, mask=i < D // 2, other=0.0)[:, None]
+            b -= of_key * tl.load(shift + D // 2, mask=i < D // 2, other=0.0)[:, None]
     if h < HEADS:
         query = queries + m.to(tl.int64)[None, :] * (HEADS * D) + h * D + i[:, None]
         wanted = inside & (m >= 0)[None, :]

@@ -58,7 +58,7 @@ class _FewLogits:
     parts: Sequence[int]
     logits: Pending  # float32 [R, N]
     ids: Pending  # int32 [R, N]
-    totals: Pending  # float64 [R]
+    totals: Pending | None  # float64 [R]; None: top-k or a temperature of 0 cuts all rows
 
 
 @dataclass(frozen=True)
@@ -363,26 +363,24 @@ class GpuExecutor(Executor):
             firsts = {i: place.get(first, 0) for i, first in firsts.items()}
             tokens = to_host(self._plain.best(self._final(residual, wanted)))
         wanted = [row for i in others for row in range(starts[i] + parts[i].first_row, ends[i])]
-        hidden = to_host(self._final(residual, wanted)) if wanted else None
+        if not wanted:
+            return _Result(tokens, firsts)
+        final = self._final(residual, wanted)
         drawn = [i for i in others if _needs_few(parts[i])] if self.team is None else []
-        few = self._few_logits(residual, {i: ends[i] - 1 for i in drawn}, parts) if drawn else None
-        return _Result(tokens, firsts, hidden, others, few=few)
+        few = self._few_logits(final, {i: wanted.index(ends[i] - 1) for i in drawn}, parts) if drawn else None
+        return _Result(tokens, firsts, to_host(final), others, few=few)
 
-    def _few_logits(
-        self, residual: torch.Tensor, rows: Mapping[int, int], parts: Sequence[Part]
-    ) -> _FewLogits:
-        """The highest logits of these parts' last rows."""
-        logits = self._plain.logits(self._final(residual, list(rows.values())))
+    def _few_logits(self, final: torch.Tensor, rows: Mapping[int, int], parts: Sequence[Part]) -> _FewLogits:
+        """The highest logits of parts: number -> its row of the hidden states `final`, float32 [R, E]."""
+        logits = self._plain.logits(final[upload(np.array(list(rows.values()), np.int64), final.device)])
         highest, ids = logits.topk(min(_FEW_LOGITS, logits.shape[1]), sorted=False)
         ids, order = ids.sort()
-        options = [parts[i].draws[0].sampler.options for i in rows]
-        colds = upload(np.array([[max(o.temperature, 1e-30)] for o in options], np.float32), logits.device)
-        if any(o.top_k == 0 for o in options):
+        options, totals = [parts[i].draws[0].sampler.options for i in rows], None
+        if any(o.top_k == 0 and o.temperature > 0 for o in options):
+            colds = upload(np.array([[o.temperature or 1] for o in options], np.float32), logits.device)
             weights = ((logits - logits.amax(1, keepdim=True)) / colds).exp()
-            totals = weights.sum(1, dtype=torch.float64)
-        else:
-            totals = torch.zeros(len(options), dtype=torch.float64, device=logits.device)
-        return _FewLogits(list(rows), to_host(highest.gather(1, order)), to_host(ids.int()), to_host(totals))
+            totals = to_host(weights.sum(1, dtype=torch.float64))
+        return _FewLogits(list(rows), to_host(highest.gather(1, order)), to_host(ids.int()), totals)
 
     def _final(self, residual: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         return self._plain.final(residual[upload(np.array(rows, np.int64), residual.device)])
@@ -424,10 +422,11 @@ class GpuExecutor(Executor):
         if few is None:
             return {}
         draws = [parts[i].draws[0] for i in few.parts]
+        totals = np.zeros(len(draws)) if few.totals is None else few.totals.wait().numpy()
         tokens = choose_of_few(
             few.logits.wait().numpy(),
             few.ids.wait().numpy(),
-            few.totals.wait().numpy(),
+            totals,
             [draw.sampler for draw in draws],
             [draw.position for draw in draws],
             threads=self.threads,
