@@ -332,7 +332,7 @@ def test_peers_come_from_a_benchmark_and_a_verdict(
         ([*run, "--judged", f"llama.cpp:q4_0={paths['other']}"], "the text differs"),
         ([*run, "--judged", f"vllm={paths['quality']}"], "vllm was not timed"),
         ([*run, "--judged", "vllm"], "names no file"),
-        ([*run[:2], "--judged", "a=b"], "no engine is there"),
+        ([*run[:2], "--judged", "a=b"], "--peers was not given"),
         ([*run[:3], str(paths["quality"])], "cannot stand in one report"),
     ):
         assert main(words) == 2

@@ -292,7 +292,7 @@ def figures(answers: Sequence[Answer]) -> LoadFigures:
         PeerError: there is no answer.
     """
     if not answers:
-        raise PeerError("there is no answer to make figures of")
+        raise PeerError("the load has no answers, so it has no figures")
     start = min(answer.sent_s for answer in answers)
     wall = max(answer.sent_s + answer.last_s for answer in answers) - start
     tokens = sum(answer.output_tokens for answer in answers)
@@ -428,6 +428,8 @@ REFUSALS = (429, 503)
 """Statuses by which a server says early that it will not answer: it is full, or a deadline cannot be kept."""
 TOO_LATE = ("deadline_exceeded", "status 504")
 """In the error of an answer whose deadline passed while it was made: it counts as late, not as failed."""
+SHARES = {"goodput": "met", "refused": "refused", "failed": "failed"}
+"""Share of a load's record -> what says of one of its requests whether it counts."""
 
 
 @dataclass(frozen=True)
@@ -540,7 +542,7 @@ def _row(arrival: Arrival, answer: Answer, begun: float, traffic: Traffic) -> di
 
 def _record(asked: Asked, rows: Sequence[Mapping[str, Any]], whole: LoadFigures) -> dict[str, Any]:
     traffic, count = asked.traffic, len(rows)
-    shares = {name: sum(row[key] for row in rows) / count for name, key in _SHARES.items()}
+    shares = {name: sum(row[key] for row in rows) / count for name, key in SHARES.items()}
     prompts = [row for row in rows if row["cached_tokens"] is not None]
     known = sum(row["prompt_tokens"] for row in prompts)
     return {
@@ -561,6 +563,3 @@ def _record(asked: Asked, rows: Sequence[Mapping[str, Any]], whole: LoadFigures)
         "good_per_s": shares["goodput"] * count / whole.wall_s if whole.wall_s else None,
         "requests": list(rows),
     }
-
-
-_SHARES = {"goodput": "met", "refused": "refused", "failed": "failed"}

@@ -250,10 +250,10 @@ _START_LIMIT_S = 600.0
 
 
 def _refuse_alone(flags: Mapping[str, object]) -> None:
-    """What belongs to a load says nothing without --rate.
+    """Refuses flags that only a load reads, where no --rate asks for a load.
 
     Raises:
-        UsageError: it was given.
+        UsageError: one was given.
     """
     for name, value in flags.items():
         if value is not None:

@@ -187,13 +187,13 @@ def _search(file: Path, record: Record, engine: str) -> Result:
 
 
 def _load(file: Path, record: Record, engine: str) -> Result:
-    load = record["load"]
-    requests = load["requests"]
+    from hasten.bench.load import SHARES
+
+    load, requests = record["load"], record["load"]["requests"]
     names = ("ttft_ms", "tpot_ms", "latency_ms")
     timed = {name: tuple(one[name] for one in requests if one[name] is not None) for name in names}
-    shares = {"goodput": "met", "refused": "refused", "failed": "failed"}
     figures = {name: Figure(values) for name, values in timed.items() if values}
-    figures |= {name: Figure(tuple(float(one[key]) for one in requests)) for name, key in shares.items()}
+    figures |= {name: Figure(tuple(float(one[key]) for one in requests)) for name, key in SHARES.items()}
     figures["output_tok_per_s"] = Figure((load["output_tok_per_s"],))
     cached = [
         one["cached_tokens"] / one["prompt_tokens"]
@@ -557,7 +557,7 @@ def report(
         record = _with_peers(file, record, peers, judged or [])
     elif judged:
         raise UsageError(
-            "--judged says how near an engine is, and no engine is there", hint="add --peers FILE"
+            "--judged rates an engine of --peers, and --peers was not given", hint="add --peers FILE"
         )
     page = _page(file, record)
     place = out or file.with_name("report.html" if file.name == "plan.json" else f"{file.stem}.html")
@@ -593,7 +593,7 @@ def _page(file: Path, record: Record) -> str:
         ) from None
     if "candidates" in record:
         raise UsageError(
-            f"{file} is a part of what a search found", hint=f"hasten report {record.get('artifact')}"
+            f"{file} holds only a part of a search's record", hint=f"hasten report {record.get('artifact')}"
         )
     raise UsageError(
         f"{file} is no result to report: it has {', '.join(sorted(record)[:5]) or 'no keys'}", hint=MAKE_ONE

@@ -298,6 +298,14 @@ def spreads(mark: str, title: str, rows: Sequence[Spread], unit: str) -> str:
     return _listed(mark, title, [(r.name, r.said(), r.drawn(across), r.strong) for r in rows], axis, 40)
 
 
+def box_key(counted: str) -> str:
+    """What the marks of `spreads` mean; `counted` names what they are a distribution of."""
+    return (
+        f'<p class="key">Box: the middle half of all {counted}, its upright line the median; whiskers: 5 to '
+        '95 %; <span><i class="turned k-bad"></i>the 99th percentile</span></p>'
+    )
+
+
 def latencies(timed: Sequence[tuple[str, Record, bool]]) -> tuple[str, str]:
     """Waits for the first token and from token to token, of (name, measurement, strong)."""
     gaps = [Spread(n, tuple(m["gaps_ms"]), (), strong) for n, m, strong in timed if m.get("gaps_ms")]
@@ -310,11 +318,7 @@ def latencies(timed: Sequence[tuple[str, Record, bool]]) -> tuple[str, str]:
     before = spreads("firsts", "Time to the first token", firsts, "milliseconds to the first token (log)")
     if not after:
         return before, ""
-    key = (
-        '<p class="key">Box: the middle half of all waits, its upright line the median; whiskers: 5 to 95 %; '
-        '<span><i class="turned k-bad"></i>the 99th percentile</span></p>'
-    )
-    return after + key, before and before + '<p class="key">Each dot is one run.</p>'
+    return after + box_key("waits"), before and before + '<p class="key">Each dot is one run.</p>'
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

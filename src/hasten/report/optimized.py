@@ -69,7 +69,7 @@ def optimized_page(plan: Record) -> str:
         _part("How long tokens take", *_latencies(search)),
         _part("Memory", *_memory(plan, search)),
         _part("Cost and energy", facts(_costs(plan, search))),
-        _part("Everything that was tried", _table(plan, search), _losers(search)),
+        _part("Everything that was tried", _table(search), _losers(search)),
         sensitivity_map(
             plan.get("sensitivity") or [],
             plan.get("sensitivity_method", "rtn"),
@@ -102,7 +102,7 @@ def _key(search: Record) -> str:
 
 def _head(plan: Record, search: Record) -> str:
     verdict, speedup = plan["verdict"], search["speedup"]
-    chosen = next(c for c in search["candidates"] if c["recipe"] == search["chosen"])
+    chosen = _picked(search)
     measured = chosen["measurement"]
     figures = [
         (times(speedup["decode"]), f"decode: {number(median(measured, 'decode_tok_per_s'))} tok/s"),
@@ -139,7 +139,7 @@ _COLUMNS = (
 )
 
 
-def _table(plan: Record, search: Record) -> str:
+def _table(search: Record) -> str:
     start = search["baseline"]
     first = _row("bf16 (start)", 16.0, start["measurement"])
     rows = "".join(

@@ -27,11 +27,11 @@ from hasten.report import (
     tiles,
 )
 from hasten.report import points as as_points
-from hasten.report.charts import Spread, latencies, reached, roof_of, roofline, spreads
+from hasten.report.charts import Spread, box_key, latencies, reached, roof_of, roofline, spreads
 
 Record = Mapping[str, Any]
 
-_HEAT = 0.75  # of the heat colour at the largest error: text on it stays readable
+_HEAT = 0.75  # of the heat colour at the largest value of a map: text on it stays readable
 _ERRORS = {"error_before": "output error as cut", "error_after": "repaired"}
 
 
@@ -195,7 +195,6 @@ def _sentence(point: Point) -> str:
 
 # The map of sensitivity -------------------------------------------------------------------------------------
 
-_DARKEST = 0.75  # of the heat colour: text on it stays readable
 _KEPT_WIDTH = "source"
 _LEAST = 1e-5  # nats: below it a cell stays blank, as int8 activations alone cost fifty times as much
 
@@ -239,7 +238,7 @@ class _Scale:
     def heat(self, harm: float) -> float:
         if harm <= _LEAST:
             return 0.0
-        return _DARKEST * max(0.05, math.log(max(harm, self._low) / self._low) / self._wide)
+        return _HEAT * max(0.05, math.log(max(harm, self._low) / self._low) / self._wide)
 
 
 def _harms(group: Group) -> Mapping[str, float]:
@@ -425,17 +424,13 @@ def load_page(record: Record) -> str:
     waits = spreads("waits", "What users wait for", _waits(load), "milliseconds (log)")
     parts = [
         f'<h1>{title}</h1><p class="lead">{lead}</p>{tiles(figures)}',
-        f"<h2>What users wait for</h2>{waits}{_WAITS_KEY}" if waits else "",
+        f"<h2>What users wait for</h2>{waits}{box_key('requests')}" if waits else "",
         f"<h2>Request by request</h2>{_moments(load)}{_MOMENTS_KEY}",
         f"<h2>How this was measured</h2>{facts(_loaded_how(record, load))}",
     ]
     return document(title, "".join(parts))
 
 
-_WAITS_KEY = (
-    '<p class="key">Box: the middle half of all requests, its upright line the median; whiskers: 5 to 95 %; '
-    '<span><i class="turned k-bad"></i>the 99th percentile</span></p>'
-)
 _MOMENTS_KEY = (
     '<p class="key"><span><i class="round k-good"></i>in time</span>'
     '<span><i class="turned k-bad"></i>too late, or failed</span>'
